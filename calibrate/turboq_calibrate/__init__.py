@@ -1,0 +1,1 @@
+"""Calibration: from a checkpoint and text to a plan and its quality table."""

@@ -1,0 +1,71 @@
+"""What a model is, as data: geometry per layer, nothing that runs.
+
+Families differ in these fields only; the one decoder (`decoder.py`) reads them. Fields that only
+later families need (soft caps, windows, partial rotary, MoE) belong here too, per layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """Rotary embedding: inverse frequencies of `dim` leading channels, half-rotation layout.
+
+    `scaling` is None or ("llama3", factor, low_freq_factor, high_freq_factor, original_context)
+    or ("linear", factor). `inv_freq` (per-pair divisors already applied) overrides both when a
+    file carries the frequencies themselves (GGUF `rope_freqs`).
+    """
+
+    theta: float
+    dim: int
+    scaling: tuple | None = None
+    inv_freq: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One decoder layer. Hashable: two equal specs share one compiled function."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int  # 0: the layer keeps no KV cache
+    head_dim: int  # of q and k
+    v_head_dim: int
+    norm_eps: float
+    rope: RopeSpec | None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None  # sliding window in tokens, the query's own included
+    softcap: float | None = None
+    borrows_cache_of: int | None = None  # index of the layer whose cache this layer reads
+
+    @property
+    def owns_cache(self) -> bool:
+        return self.kv_heads > 0 and self.borrows_cache_of is None
+
+    @property
+    def scale(self) -> float:
+        """Softmax scale."""
+        return self.head_dim**-0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A whole model: layers in order, and what stands before and after them."""
+
+    family: str  # "llama", "mistral", "qwen2", "qwen3"
+    name: str
+    vocab: int
+    hidden: int
+    context: int
+    norm_eps: float
+    tied_embeddings: bool
+    layers: tuple[LayerSpec, ...]
+
+    def path(self, index: int) -> str:
+        """Module path of a layer's attention, as Hugging Face names it."""
+        return f"model.layers.{index}.self_attn"

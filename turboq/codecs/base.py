@@ -1,0 +1,122 @@
+"""The codec contract: how one head's vectors are stored, read and scored.
+
+A codec is a frozen, hashable description (what was chosen) plus a dict of fitted arrays (what was
+learned). Its methods are pure functions of *one* head's arrays; many heads are one `jax.vmap` over
+a leading axis of both, so adding a codec never means writing a loop over heads.
+
+    x --encode--> {field: array} --packing--> words        (turboq.packing knows the bit layout)
+    logits(fold_query(q), fields)           ~=  q . x       keys are never decoded
+    unfold_output(accumulate(p, fields), mass)  ~=  p @ x   values are never decoded
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Array, Float
+
+Arrays = dict[str, Array]  # fitted arrays of one head (or of K heads, with a leading K axis)
+Stored = dict[str, Array]  # what is stored: field name -> [..., S, width]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Field:
+    """One stored array: `width` entries per vector, `bits` stored bits per entry.
+
+    `dtype == "codes"`: unsigned codes below 2**bits, uint8 in memory until `turboq.packing` turns
+    them into exactly `bits` bits each. Otherwise `dtype` is the NumPy name the entries keep in the
+    cache ("float16", "bfloat16", "float32") and `bits` is its width.
+    """
+
+    name: str
+    width: int
+    bits: int
+    dtype: str
+
+    @property
+    def packed(self) -> bool:
+        return self.dtype == "codes"
+
+    @property
+    def bits_per_vector(self) -> int:
+        return self.width * self.bits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Codec(abc.ABC):
+    """Base of all codecs. Subclasses are frozen dataclasses registered in `turboq.codecs`."""
+
+    name: ClassVar[str]
+    calibrated: ClassVar[bool] = False
+    source: ClassVar[str] = ""
+
+    dim: int
+
+    @property
+    @abc.abstractmethod
+    def fields(self) -> tuple[Field, ...]:
+        """What is stored per vector."""
+
+    @property
+    def array_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the fitted arrays of one head (all float32); empty for a data-free codec."""
+        return {}
+
+    @property
+    def tables(self) -> dict[str, np.ndarray]:
+        """Constants that follow from the description alone (rotation, codebook), for exporters."""
+        return {}
+
+    @abc.abstractmethod
+    def encode(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Stored:
+        """Stored fields of `x`: field -> [*n, width]."""
+
+    @abc.abstractmethod
+    def decode(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n D"]:
+        """Reconstruction in float32."""
+
+    @abc.abstractmethod
+    def fold_query(self, arrays: Arrays, q: Float[Array, "T D"]) -> dict[str, Array]:
+        """Move everything linear (rotation, mean) from the keys into the query, once per query.
+
+        The result may hold several arrays, all with leading axis T; a codec that removes a mean
+        keeps q . mean here and `logits` adds it back, so logits are always true logits.
+        """
+
+    @abc.abstractmethod
+    def logits(
+        self, arrays: Arrays, folded: dict[str, Array], stored: Stored
+    ) -> Float[Array, "T S"]:
+        """q . x_hat (offset included) for every stored vector, from unpacked fields."""
+
+    @abc.abstractmethod
+    def accumulate(
+        self, arrays: Arrays, weights: Float[Array, "T S"], stored: Stored
+    ) -> Float[Array, "T C"]:
+        """Weighted sum of stored values in code space (before the inverse transform)."""
+
+    @abc.abstractmethod
+    def unfold_output(
+        self, arrays: Arrays, acc: Float[Array, "T C"], mass: Float[Array, "T"]
+    ) -> Float[Array, "T D"]:
+        """Code-space sum -> output: inverse transform once, plus `mass` times the removed mean.
+
+        `mass` is the probability that the weights put on *stored* tokens (exact tokens keep their
+        mean, so it is below one when sinks or a recent window exist).
+        """
+
+    @property
+    def bits_per_vector(self) -> int:
+        return sum(f.bits_per_vector for f in self.fields)
+
+    @property
+    def bits_per_channel(self) -> float:
+        """Every stored bit of one vector, codes and scales, over `dim`."""
+        return self.bits_per_vector / self.dim
+
+    def config(self) -> dict[str, Any]:
+        """JSON-ready description; `turboq.codecs.from_config` is its inverse."""
+        return {"codec": self.name} | dataclasses.asdict(self)

@@ -1,0 +1,79 @@
+"""How one layer's KV heads are stored: the plan, resolved to codecs and arrays, for one layer.
+
+Heads that share both a K codec and a V codec form one group and share arrays and buffers, so the
+hot paths are one `vmap` per group (usually one group per layer), never a loop over heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from turboq.codecs.base import Arrays, Codec
+
+EXACT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenPolicy:
+    """Tokens kept exact: the first `sinks` and the last `recent` (the query's own included).
+
+    `exact_dtype` is the storage type of those tokens.
+    """
+
+    sinks: int = 0
+    recent: int = 0
+    exact_dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        if self.sinks < 0 or self.recent < 0:
+            raise ValueError(f"{self.sinks=} and {self.recent=} must be zero or more tokens")
+        if self.exact_dtype not in EXACT_DTYPES:
+            raise ValueError(f"{self.exact_dtype=} must be one of {EXACT_DTYPES}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadGroup:
+    """KV heads of one layer with the same codecs. Arrays carry a leading axis of len(heads)."""
+
+    k_arrays: Arrays
+    v_arrays: Arrays
+    heads: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    k: Codec = dataclasses.field(metadata={"static": True})
+    v: Codec = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVLayer:
+    """One layer of a plan: every KV head is in exactly one group."""
+
+    groups: tuple[HeadGroup, ...]
+    policy: TokenPolicy = dataclasses.field(metadata={"static": True})
+
+    @property
+    def kv_heads(self) -> int:
+        return sum(len(g.heads) for g in self.groups)
+
+    @property
+    def bits_per_token(self) -> int:
+        """Stored bits of one quantized token, K and V of all heads."""
+        return sum(len(g.heads) * (g.k.bits_per_vector + g.v.bits_per_vector) for g in self.groups)
+
+
+def uniform_layer(
+    *,
+    kv_heads: int,
+    k: Codec,
+    v: Codec,
+    policy: TokenPolicy,
+    k_arrays: Arrays | None = None,
+    v_arrays: Arrays | None = None,
+) -> KVLayer:
+    """All heads in one group; arrays (leading axis kv_heads) default to none (data-free codecs)."""
+    group = HeadGroup(
+        heads=tuple(range(kv_heads)), k=k, v=v, k_arrays=k_arrays or {}, v_arrays=v_arrays or {}
+    )
+    return KVLayer(groups=(group,), policy=policy)
