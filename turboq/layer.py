@@ -7,10 +7,14 @@ hot paths are one `vmap` per group (usually one group per layer), never a loop o
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 
 from turboq.codecs.base import Arrays, Codec
+
+# In a pytree's place JAX may put shapes, shardings or tracers: arrays are checked where used.
+Leaves = dict[str, Any]
 
 EXACT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,8 +42,8 @@ class TokenPolicy:
 class HeadGroup:
     """KV heads of one layer with the same codecs. Arrays carry a leading axis of len(heads)."""
 
-    k_arrays: Arrays
-    v_arrays: Arrays
+    k_arrays: Leaves
+    v_arrays: Leaves
     heads: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     k: Codec = dataclasses.field(metadata={"static": True})
     v: Codec = dataclasses.field(metadata={"static": True})

@@ -1,0 +1,197 @@
+"""Attention over packed words against decode-everything attention in float64."""
+
+import jax
+import jax.numpy as jnp
+import kv_cases as cases
+import numpy as np
+import pytest
+from tolerances import TOL
+
+import turboq_kernels
+from turboq import cache as kv_cache
+from turboq.attention import attention
+from turboq.codecs import TurboQuantMSE
+from turboq.layer import TokenPolicy, uniform_layer
+from turboq.packing import PAGE
+from turboq.simulate import round_exact, simulate, simulated_attention
+
+SCALE, GROUP = 0.3, 3
+
+
+def oracle(layer, q, k, v, *, window=None, softcap=None):
+    """Float64, query by query: decoded keys and values, exact where the policy says so."""
+    policy = layer.policy
+    k_hat, v_hat = (np.asarray(x, np.float64) for x in simulate(layer, k, v))
+    k_exact, v_exact = (np.asarray(round_exact(policy, x), np.float64) for x in (k, v))
+    batch, t, heads, _ = q.shape
+    out = np.zeros((batch, t, heads, v.shape[-1]))
+    for i in range(t):
+        s = np.arange(i + 1)
+        exact = (s < policy.sinks) | (s > i - policy.recent)
+        keep = s > i - window if window else np.ones(i + 1, bool)
+        for h in range(heads):
+            kv = h // (heads // k.shape[2])
+            pick = exact[None, :, None]
+            keys = np.where(pick, k_exact[:, : i + 1, kv], k_hat[:, : i + 1, kv])[:, keep]
+            values = np.where(pick, v_exact[:, : i + 1, kv], v_hat[:, : i + 1, kv])[:, keep]
+            logits = np.einsum("bd,bsd->bs", np.asarray(q, np.float64)[:, i, h], keys) * SCALE
+            if softcap:
+                logits = softcap * np.tanh(logits / softcap)
+            p = np.exp(logits - logits.max(-1, keepdims=True))
+            out[:, i, h] = np.einsum("bs,bsd->bd", p / p.sum(-1, keepdims=True), values)
+    return out
+
+
+def run(layer, q, k, v, sizes, *, capacity=2 * PAGE, **options):
+    """Writes and attends chunk by chunk, as an engine would."""
+    cache, outs, at = kv_cache.init(layer, batch=q.shape[0], capacity=capacity), [], 0
+    for size in sizes:
+        part = slice(at, at + size)
+        positions = cache.lengths[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]
+        cache, tail = kv_cache.write(layer, cache, k[:, part], v[:, part])
+        outs.append(
+            turboq_kernels.cache_attention(
+                q[:, part], layer, cache, tail, q_positions=positions, scale=SCALE, **options
+            )
+        )
+        at += size
+    return jnp.concatenate(outs, axis=1)
+
+
+def inputs(rng, layer, t, batch=2):
+    k, v = cases.tokens(rng, layer, t, batch)
+    q = rng.standard_normal((batch, t, GROUP * layer.kv_heads, cases.DIM)).astype(np.float32)
+    return jnp.asarray(q), k, v
+
+
+@pytest.mark.parametrize("name", cases.LAYERS)
+def test_matches_float64(rng, name):
+    """Prefill, decode and a chunk behind both."""
+    layer = cases.make_layer(name, rng)
+    q, k, v = inputs(rng, layer, 24)
+    got = run(layer, q, k, v, (9, 1, 1, 1, 1, 1, 1, 9))
+    np.testing.assert_allclose(got, oracle(layer, q, k, v), atol=TOL["packed_attention"])
+
+
+@pytest.mark.parametrize("options", [{"window": 6, "softcap": 1.5}, {"window": 3}])
+def test_window_and_softcap(rng, options):
+    layer = cases.make_layer("mixed", rng)
+    q, k, v = inputs(rng, layer, 20)
+    got = run(layer, q, k, v, (10, 10), **options)
+    np.testing.assert_allclose(got, oracle(layer, q, k, v, **options), atol=TOL["packed_attention"])
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("exact", TokenPolicy()),
+        ("turboquant", TokenPolicy(sinks=4)),
+        ("per_head", TokenPolicy(recent=9)),
+        ("mixed", TokenPolicy(sinks=3, recent=5)),
+    ],
+)
+def test_decode_equals_one_parallel_pass(rng, name, policy):
+    """Across a page boundary: prefill 250 and decode 12 == simulated attention of the window."""
+    layer = cases.make_layer(name, rng, policy)
+    q, k, v = inputs(rng, layer, 262, batch=1)
+    got = run(layer, q, k, v, (250, *(1,) * 12), block_tokens=PAGE)
+    want = simulated_attention(layer, q, k, v, scale=SCALE)
+    np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
+
+
+@pytest.mark.parametrize("t", [1, PAGE - 1, PAGE, PAGE + 1])
+def test_page_edges(rng, t):
+    layer = cases.make_layer("per_head", rng, TokenPolicy(sinks=1, recent=2))
+    q, k, v = inputs(rng, layer, t, batch=1)
+    got = run(layer, q, k, v, (t,), block_tokens=PAGE)[:, -1:]
+    np.testing.assert_allclose(got, oracle(layer, q, k, v)[:, -1:], atol=TOL["packed_attention"])
+
+
+def test_sequences_of_different_lengths(rng):
+    """Two sequences padded into one chunk give what each gives alone; an empty one gives zeros."""
+    layer = cases.make_layer("mixed", rng)
+    q, k, v = inputs(rng, layer, 17, batch=3)
+    counts = jnp.array([17, 5, 0], jnp.int32)
+    cache, tail = kv_cache.write(layer, kv_cache.init(layer, batch=3, capacity=PAGE), k, v, counts)
+    positions = jnp.broadcast_to(jnp.arange(17, dtype=jnp.int32), (3, 17))
+    got = turboq_kernels.cache_attention(q, layer, cache, tail, q_positions=positions, scale=SCALE)
+    want = oracle(layer, q, k, v)
+    for b, count in enumerate((17, 5)):
+        np.testing.assert_allclose(got[b, :count], want[b, :count], atol=TOL["packed_attention"])
+    assert not np.any(np.asarray(got[2]))
+
+
+@pytest.mark.parametrize("name", cases.LAYERS)
+def test_unused_slots_never_leak(rng, name):
+    """NaN and garbage in every slot past the length change no bit of the result."""
+    layer = cases.make_layer(name, rng)
+    q, k, v = inputs(rng, layer, 11)
+    cache, tail = kv_cache.write(layer, kv_cache.init(layer, batch=2, capacity=PAGE), k, v)
+    positions = jnp.broadcast_to(jnp.arange(11, dtype=jnp.int32), (2, 11))
+
+    def poison(x):
+        if x.dtype == jnp.uint32:  # packed: token 8j + r is bit j; tokens from 16 on are unused
+            return x | jnp.uint32(0xFFFFFFFC)
+        if x.shape[2] == PAGE:
+            return x.at[:, :, 11:].set(jnp.nan)
+        return x
+
+    dirty = kv_cache.LayerCache(
+        groups=jax.tree.map(poison, cache.groups), lengths=cache.lengths, capacity=cache.capacity
+    )
+    clean_out, dirty_out = (
+        turboq_kernels.cache_attention(q, layer, c, tail, q_positions=positions, scale=SCALE)
+        for c in (cache, dirty)
+    )
+    np.testing.assert_array_equal(np.asarray(clean_out), np.asarray(dirty_out))
+
+
+def test_exact_codec_is_plain_attention(rng):
+    layer = cases.make_layer("exact", rng, TokenPolicy(exact_dtype="float32"))
+    q, k, v = inputs(rng, layer, 30)
+    want = attention(q, k, v, scale=SCALE)
+    np.testing.assert_allclose(run(layer, q, k, v, (30,)), want, atol=TOL["packed_attention"])
+
+
+def test_no_recompilation_as_the_cache_grows(rng):
+    layer = cases.make_layer("turboquant", rng)
+    q, k, v = inputs(rng, layer, 8)
+    run(layer, q, k, v, (1,))
+    before = turboq_kernels.cache_attention._cache_size()
+    run(layer, q, k, v, (1,) * 8)
+    assert turboq_kernels.cache_attention._cache_size() == before
+
+
+def test_32k_tokens_need_one_block_of_memory():
+    """Decode over 32,768 tokens: temporaries stay under 1/16 of what an unpacked cache takes."""
+    dim, heads, context = 128, 8, 32768
+    codec = TurboQuantMSE(dim=dim, bits=3)
+    layer = uniform_layer(kv_heads=heads, k=codec, v=codec, policy=TokenPolicy(sinks=4, recent=32))
+    cache = jax.eval_shape(lambda: kv_cache.init(layer, batch=1, capacity=context))
+    k = jax.ShapeDtypeStruct((1, 1, heads, dim), jnp.float32)
+    q = jax.ShapeDtypeStruct((1, 1, 4 * heads, dim), jnp.float32)
+
+    def step(cache, q, k):
+        at = cache.lengths[:, None]
+        cache, tail = kv_cache.write(layer, cache, k, k)
+        out = turboq_kernels.cache_attention(q, layer, cache, tail, q_positions=at, scale=1.0)
+        return out, cache
+
+    compiled = jax.jit(step, donate_argnums=0).lower(cache, q, k).compile()
+    unpacked = 2 * heads * dim * 4 * context
+    packed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.groups))
+    assert packed == context * heads * 2 * (48 + 2) + 2 * heads * (4 + 32) * dim * 2
+    assert compiled.memory_analysis().temp_size_in_bytes < unpacked / 16
+
+
+def test_refuses_unknown_implementation_and_heads(rng):
+    layer = cases.make_layer("exact", rng)
+    q, k, v = inputs(rng, layer, 1)
+    cache, tail = kv_cache.write(layer, kv_cache.init(layer, batch=2, capacity=PAGE), k, v)
+    at = jnp.zeros((2, 1), jnp.int32)
+    with pytest.raises(ValueError, match="implementation='cuda'"):
+        turboq_kernels.cache_attention(
+            q, layer, cache, tail, q_positions=at, scale=1.0, implementation="cuda"
+        )
+    with pytest.raises(ValueError, match="5 query heads"):
+        turboq_kernels.cache_attention(q[:, :, :5], layer, cache, tail, q_positions=at, scale=1.0)

@@ -1,0 +1,51 @@
+"""Layers and inputs shared by the cache and kernel tests: one row per kind of layer."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from turboq.codecs import Exact, PerHead, TurboQuantMSE, TurboQuantProd
+from turboq.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
+
+DIM = 16
+
+
+def learned(rng, heads, bits):
+    """Plausible fitted arrays for a PerHead codec: a mean and an ascending codebook per head."""
+    return {
+        "mean": jnp.asarray(rng.standard_normal((heads, DIM)), jnp.float32),
+        "scale": jnp.asarray(rng.uniform(0.5, 1.5, heads), jnp.float32),
+        "codebook": jnp.asarray(np.sort(rng.standard_normal((heads, 2**bits))), jnp.float32),
+    }
+
+
+def make_layer(name, rng, policy=None):
+    policy = policy or TokenPolicy(sinks=3, recent=5)
+    if name == "exact":
+        codec = Exact(dim=DIM, dtype="float32")
+        return uniform_layer(kv_heads=2, k=codec, v=codec, policy=policy)
+    if name == "turboquant":
+        k, v = TurboQuantProd(dim=DIM, bits=3), TurboQuantMSE(dim=DIM, bits=2)
+        return uniform_layer(kv_heads=2, k=k, v=v, policy=policy)
+    if name == "per_head":
+        codec = PerHead(dim=DIM, bits=3)
+        arrays = [learned(rng, 2, 3) for _ in range(2)]
+        return uniform_layer(
+            kv_heads=2, k=codec, v=codec, policy=policy, k_arrays=arrays[0], v_arrays=arrays[1]
+        )
+    # Two groups whose heads interleave, with different codecs and bits per head.
+    wide, narrow = PerHead(dim=DIM, bits=4), TurboQuantMSE(dim=DIM, bits=2)
+    static = PerHead(dim=DIM, bits=3, scale="head")
+    groups = (
+        HeadGroup(heads=(1,), k=wide, v=narrow, k_arrays=learned(rng, 1, 4), v_arrays={}),
+        HeadGroup(heads=(0, 2), k=narrow, v=static, k_arrays={}, v_arrays=learned(rng, 2, 3)),
+    )
+    return KVLayer(groups=groups, policy=policy)
+
+
+LAYERS = ["exact", "turboquant", "per_head", "mixed"]
+
+
+def tokens(rng, layer, count, batch=2):
+    shape = (batch, count, layer.kv_heads, DIM)
+    k, v = rng.standard_normal((2, *shape)).astype(np.float32)
+    return jnp.asarray(k), jnp.asarray(v)

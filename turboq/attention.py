@@ -1,0 +1,116 @@
+"""Exact attention over plain arrays: the reference that everything else is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+# Keys, values, and which of those keys the queries at given positions may see.
+Visible = Callable[[Int[Array, "B T"]], Bool[Array, "B T S"]]
+Segment = tuple[Float[Array, "B S K D"], Float[Array, "B S K E"], Visible]
+
+
+def causal(
+    k_positions: Int[Array, "B S"], *, window: int | None = None, lowest: int = 0
+) -> Visible:
+    """Keys at positions [max(lowest, t - window + 1), t]; a negative position is an empty slot."""
+
+    def visible(q_positions: Int[Array, "B T"]) -> Bool[Array, "B T S"]:
+        t, s = q_positions[:, :, None], k_positions[:, None, :]
+        seen = (s <= t) & (s >= lowest)
+        return seen if window is None else seen & (s > t - window)
+
+    return visible
+
+
+def soft_cap(logits: Float[Array, "*n"], cap: float | None) -> Float[Array, "*n"]:
+    """cap * tanh(logits / cap), or the logits themselves without a cap (Gemma 2)."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K E"],
+    *,
+    scale: float,
+    q_positions: Int[Array, "B T"] | None = None,
+    k_positions: Int[Array, "B S"] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    query_block: int = 512,
+) -> Float[Array, "B T H E"]:
+    """Causal grouped-query attention, softmax(scale q k^T) v, in float32.
+
+    Positions default to 0..T-1 and 0..S-1; a negative key position marks an empty slot. A query
+    that sees no key gets zeros. Peak memory is B * H * query_block * S logits.
+
+    Raises:
+      ValueError: the number of query heads is not a multiple of the number of KV heads.
+    """
+    batch, s = k.shape[:2]
+    if k_positions is None:
+        k_positions = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (batch, s))
+    segment = (k, v, causal(k_positions, window=window))
+    return attention_over_segments(
+        q, [segment], scale=scale, q_positions=q_positions, softcap=softcap, query_block=query_block
+    )
+
+
+def attention_over_segments(
+    q: Float[Array, "B T H D"],
+    segments: Sequence[Segment],
+    *,
+    scale: float,
+    q_positions: Int[Array, "B T"] | None = None,
+    softcap: float | None = None,
+    query_block: int = 512,
+) -> Float[Array, "B T H E"]:
+    """One softmax over several key/value segments, each with its own visibility rule."""
+    batch, t, heads, _ = q.shape
+    kv_heads = segments[0][0].shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"{heads=} query heads must be a multiple of {kv_heads=}")
+    if q_positions is None:
+        q_positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (batch, t))
+    blocks = -(-t // query_block)
+    if blocks <= 1:
+        return _attend_block(q, q_positions, segments, scale, softcap)
+    block = -(-t // blocks)
+    pad = blocks * block - t
+    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    q_positions = jnp.pad(q_positions, ((0, 0), (0, pad)), mode="edge")
+    q_blocks = q.reshape(batch, blocks, block, heads, -1).swapaxes(0, 1)
+    position_blocks = q_positions.reshape(batch, blocks, block).swapaxes(0, 1)
+    out = jax.lax.map(
+        lambda x: _attend_block(x[0], x[1], segments, scale, softcap), (q_blocks, position_blocks)
+    )
+    return out.swapaxes(0, 1).reshape(batch, blocks * block, heads, -1)[:, :t]
+
+
+def _attend_block(q, q_positions, segments, scale, softcap):
+    batch, t, heads, dim = q.shape
+    kv_heads = segments[0][0].shape[2]
+    q = q.reshape(batch, t, kv_heads, heads // kv_heads, dim).astype(jnp.float32)
+    logits, seen = [], []
+    for k, _, visible in segments:
+        raw = jnp.einsum("btkgd,bskd->bkgts", q, k.astype(jnp.float32), precision=HIGHEST)
+        logits.append(soft_cap(raw * scale, softcap))
+        seen.append(visible(q_positions))
+    mask = jnp.concatenate(seen, axis=-1)[:, None, None]
+    joint = jnp.where(mask, jnp.concatenate(logits, axis=-1), -jnp.inf)
+    top = jnp.max(joint, axis=-1, keepdims=True)
+    p = jnp.exp(joint - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    p = p / jnp.where(total > 0, total, 1.0)
+    out, start = 0.0, 0
+    for k, v, _ in segments:
+        part = p[..., start : start + k.shape[1]]
+        out += jnp.einsum("bkgts,bske->btkge", part, v.astype(jnp.float32), precision=HIGHEST)
+        start += k.shape[1]
+    return jnp.reshape(out, (batch, t, heads, -1))

@@ -1,0 +1,244 @@
+"""The packed KV cache of one layer: a pytree of fixed-size buffers, jitted once.
+
+Slot s of every buffer belongs to token position s. Every token is encoded when it is written; the
+first `sinks` and the last `recent` tokens are *also* kept exact, so nothing that is written is
+ever encoded again. Per head group the buffers are
+
+    packed field     uint32 [B, N, capacity / 256, bits, 8, width]   (`turboq.packing`)
+    raw field        dtype  [B, N, capacity, width]
+    exact sinks      dtype  [B, N, sinks, D]
+    exact recent     dtype  [B, N, recent, D]                        ring: position mod recent
+
+with N heads in the group. Appending never changes a shape, so nothing is recompiled as it grows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from turboq import packing
+from turboq.codecs.base import Arrays, Codec, Stored
+from turboq.errors import TurboqError
+from turboq.layer import HeadGroup, KVLayer, Leaves, TokenPolicy
+from turboq.simulate import check_heads, round_exact, take_heads
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupBuffers:
+    """Buffers of one head group."""
+
+    k: Leaves
+    v: Leaves
+    k_sinks: Any
+    v_sinks: Any
+    k_recent: Any
+    v_recent: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """Cache of one layer for B sequences. `lengths[b]` tokens of sequence b are present."""
+
+    groups: tuple[GroupBuffers, ...]
+    lengths: Any  # int32 [B]
+    capacity: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all live token buffers (the B length counters not included)."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.groups))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tail:
+    """Exact keys and values that queries may need instead of their quantized selves.
+
+    A negative position is an empty slot. Without a recent window the tail has no slots.
+    """
+
+    k: Any  # float32 [B, R, K, D]
+    v: Any  # float32 [B, R, K, E]
+    positions: Any  # int32 [B, R]
+
+
+def init(layer: KVLayer, *, batch: int, capacity: int) -> LayerCache:
+    """An empty cache for `capacity` tokens per sequence, rounded up to whole pages of 256.
+
+    Raises:
+      ValueError: `batch` or `capacity` is not positive.
+    """
+    if batch < 1 or capacity < 1:
+        raise ValueError(f"{batch=} and {capacity=} must be at least 1")
+    capacity = math.ceil(capacity / packing.PAGE) * packing.PAGE
+    policy = layer.policy
+
+    def exact(group: HeadGroup, codec: Codec, tokens: int) -> Array:
+        return jnp.zeros(
+            (batch, len(group.heads), tokens, codec.dim), jnp.dtype(policy.exact_dtype)
+        )
+
+    groups = tuple(
+        GroupBuffers(
+            k=_empty(g.k, (batch, len(g.heads)), capacity),
+            v=_empty(g.v, (batch, len(g.heads)), capacity),
+            k_sinks=exact(g, g.k, policy.sinks),
+            v_sinks=exact(g, g.v, policy.sinks),
+            k_recent=exact(g, g.k, policy.recent),
+            v_recent=exact(g, g.v, policy.recent),
+        )
+        for g in layer.groups
+    )
+    return LayerCache(groups=groups, lengths=jnp.zeros((batch,), jnp.int32), capacity=capacity)
+
+
+def check_room(cache: LayerCache, tokens: int) -> None:
+    """Refuses, outside jit, to write `tokens` more than the cache can hold.
+
+    Raises:
+      TurboqError: a sequence would outgrow the capacity.
+    """
+    longest = int(jnp.max(cache.lengths))
+    if longest + tokens > cache.capacity:
+        raise TurboqError(
+            f"{longest} + {tokens} tokens do not fit a cache of capacity {cache.capacity}: "
+            "create it with a larger capacity"
+        )
+
+
+@jax.jit
+def write(
+    layer: KVLayer,
+    cache: LayerCache,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    counts: Int[Array, "B"] | None = None,
+) -> tuple[LayerCache, Tail]:
+    """Encodes and stores the next T tokens (one, or a prefill chunk) of every sequence.
+
+    Only the first `counts[b]` of them are real (default: all); the rest is padding and leaves no
+    trace. Tokens past the capacity are not stored, and `check_room` is the way to refuse them
+    beforehand: inside jit no length is known. Writing one by one or in chunks gives equal bytes.
+    """
+    check_heads(layer, k.shape[2])
+    batch, t = k.shape[:2]
+    steps = jnp.arange(t, dtype=jnp.int32)
+    counts = jnp.full((batch,), t, jnp.int32) if counts is None else counts
+    positions = cache.lengths[:, None] + steps[None, :]
+    valid = (steps[None, :] < counts[:, None]) & (positions < cache.capacity)
+    groups = tuple(
+        _write_group(g, buffers, layer.policy, k, v, cache.lengths, positions, valid, counts)
+        for g, buffers in zip(layer.groups, cache.groups, strict=True)
+    )
+    new = LayerCache(groups=groups, lengths=cache.lengths + counts, capacity=cache.capacity)
+    return new, _tail(layer, cache, new, k, v, positions, valid)
+
+
+def _empty(codec: Codec, lead: tuple[int, int], capacity: int) -> Stored:
+    return {
+        f.name: jnp.zeros(lead + packing.words_shape(capacity, f.bits, f.width), jnp.uint32)
+        if f.packed
+        else jnp.zeros((*lead, capacity, f.width), jnp.dtype(f.dtype))
+        for f in codec.fields
+    }
+
+
+def _write_group(group, buffers, policy: TokenPolicy, k, v, start, positions, valid, counts):
+    k, v = (take_heads(x, group.heads).swapaxes(1, 2) for x in (k, v))  # [B, N, T, D]
+    from_end = start[:, None] + counts[:, None] - positions
+    sink = jnp.where(valid & (positions < policy.sinks), positions, policy.sinks)
+    # Of a chunk longer than the ring only its last `recent` tokens are written: slots stay unique.
+    ring = jnp.where(
+        valid & (from_end <= policy.recent), positions % max(policy.recent, 1), policy.recent
+    )
+    return GroupBuffers(
+        k=_store(group.k, group.k_arrays, buffers.k, k, start, positions, valid),
+        v=_store(group.v, group.v_arrays, buffers.v, v, start, positions, valid),
+        k_sinks=_scatter(buffers.k_sinks, k, sink),
+        v_sinks=_scatter(buffers.v_sinks, v, sink),
+        k_recent=_scatter(buffers.k_recent, k, ring),
+        v_recent=_scatter(buffers.v_recent, v, ring),
+    )
+
+
+def _store(codec: Codec, arrays: Arrays, buffers: Stored, x, start, positions, valid) -> Stored:
+    encoded = jax.vmap(codec.encode, in_axes=(0, 1), out_axes=1)(arrays, x)
+    out = {}
+    for field in codec.fields:
+        new = encoded[field.name]
+        if field.packed:
+            new = jnp.where(valid[:, None, :, None], new, jnp.uint8(0))  # OR with 0: no trace
+            insert = jax.vmap(packing.insert, in_axes=(0, 0, None))  # heads
+            out[field.name] = jax.vmap(insert)(buffers[field.name], new, start)
+        else:
+            old = buffers[field.name]
+            out[field.name] = _scatter(old, new, jnp.where(valid, positions, old.shape[2]))
+    return out
+
+
+def _scatter(
+    buffer: Array,  # [B, N, slots, C]
+    rows: Array,  # [B, N, T, C]
+    slots: Int[Array, "B T"],
+) -> Array:
+    """Writes row t of sequence b to slots[b, t]; a slot equal to the buffer's size writes none."""
+    if buffer.shape[2] == 0:
+        return buffer
+    rows = rows.astype(buffer.dtype)
+
+    def one_sequence(buffer, rows, slots):
+        return buffer.at[:, slots].set(rows, mode="drop", unique_indices=False)
+
+    return jax.vmap(one_sequence)(buffer, rows, slots)
+
+
+def _tail(layer, old: LayerCache, new: LayerCache, k, v, positions, valid) -> Tail:
+    recent, t = layer.policy.recent, k.shape[1]
+    if not recent:
+        return Tail(k=k[:, :0], v=v[:, :0], positions=positions[:, :0])
+    if t == 1:  # the ring already holds everything that the one query may see
+        ring_k, ring_v = _ring(layer, new)
+        return Tail(k=ring_k, v=ring_v, positions=_ring_positions(new.lengths, recent))
+    ring_k, ring_v = _ring(layer, old)
+    return Tail(
+        k=jnp.concatenate([ring_k, round_exact(layer.policy, k)], axis=1),
+        v=jnp.concatenate([ring_v, round_exact(layer.policy, v)], axis=1),
+        positions=jnp.concatenate(
+            [_ring_positions(old.lengths, recent), jnp.where(valid, positions, -1)], axis=1
+        ),
+    )
+
+
+def _ring(layer: KVLayer, cache: LayerCache) -> tuple[Array, Array]:
+    """Exact recent keys and values of all heads, [B, recent, K, D], in ring order."""
+    order = jnp.argsort(jnp.array([h for g in layer.groups for h in g.heads]))
+
+    def gather(parts):
+        return jnp.take(jnp.concatenate(parts, axis=1), order, axis=1).swapaxes(1, 2)
+
+    return (
+        gather([g.k_recent for g in cache.groups]).astype(jnp.float32),
+        gather([g.v_recent for g in cache.groups]).astype(jnp.float32),
+    )
+
+
+def _ring_positions(lengths: Int[Array, "B"], recent: int) -> Int[Array, "B R"]:
+    """Position held by each ring slot after `lengths` tokens; -1 for a slot never written."""
+    slots = jnp.arange(recent, dtype=jnp.int32)[None, :]
+    last = lengths[:, None] - 1
+    position = last - (last - slots) % recent
+    return jnp.where((lengths[:, None] > 0) & (position >= 0), position, -1)
+
+
+def stored_mask(cache: LayerCache, first: Array, tokens: int) -> Bool[Array, "B S"]:
+    """Which of the slots first .. first + tokens - 1 hold a written token."""
+    slots = first + jnp.arange(tokens, dtype=jnp.int32)
+    return slots[None, :] < cache.lengths[:, None]

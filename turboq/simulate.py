@@ -1,0 +1,105 @@
+"""Simulated quantization: what a plan does to K and V, in one parallel pass, nothing packed.
+
+The numbers are those of the packed cache (a test holds them together); only the storage differs,
+so a quality table over long windows needs one causal pass per plan instead of T decode steps.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from turboq.attention import attention_over_segments, causal
+from turboq.codecs.base import Arrays, Codec
+from turboq.layer import KVLayer, TokenPolicy
+
+
+def quantize_dequantize(
+    codec: Codec, arrays: Arrays, x: Float[Array, "B T K D"]
+) -> Float[Array, "B T K D"]:
+    """decode(encode(x)) for all heads; every leaf of `arrays` has a leading K axis."""
+
+    def one_head(head_arrays, head_x):
+        return codec.decode(head_arrays, codec.encode(head_arrays, head_x))
+
+    return jax.vmap(one_head, in_axes=(0, 2), out_axes=2)(arrays, x)
+
+
+@jax.jit
+def simulate(
+    layer: KVLayer, k: Float[Array, "B T K D"], v: Float[Array, "B T K E"]
+) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]]:
+    """Keys and values as a cache of this layer would return them (every token quantized).
+
+    Raises:
+      ValueError: the number of heads differs from the layer's.
+    """
+    check_heads(layer, k.shape[2])
+    order = jnp.argsort(jnp.array([h for g in layer.groups for h in g.heads]))
+    parts = [
+        (
+            quantize_dequantize(g.k, g.k_arrays, take_heads(k, g.heads)),
+            quantize_dequantize(g.v, g.v_arrays, take_heads(v, g.heads)),
+        )
+        for g in layer.groups
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    k_hat = jnp.concatenate([p[0] for p in parts], axis=2)
+    v_hat = jnp.concatenate([p[1] for p in parts], axis=2)
+    return jnp.take(k_hat, order, axis=2), jnp.take(v_hat, order, axis=2)
+
+
+def round_exact(policy: TokenPolicy, x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """`x` as the exact-token buffers hold it."""
+    return x.astype(jnp.dtype(policy.exact_dtype)).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "window", "softcap"))
+def simulated_attention(
+    layer: KVLayer,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "B T H E"]:
+    """Causal attention of a whole window at positions 0..T-1 through a quantized cache.
+
+    Query t sees token s exactly if s < sinks or s > t - recent, quantized otherwise.
+    """
+    policy, (batch, t) = layer.policy, k.shape[:2]
+    k_hat, v_hat = simulate(layer, k, v)
+    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (batch, t))
+    if policy.sinks:
+        sink = (positions < policy.sinks)[:, :, None, None]
+        k_hat = jnp.where(sink, round_exact(policy, k), k_hat)
+        v_hat = jnp.where(sink, round_exact(policy, v), v_hat)
+    seen = causal(positions, window=window)
+    if not policy.recent:
+        segments = [(k_hat, v_hat, seen)]
+    else:
+        last = causal(positions, window=policy.recent, lowest=policy.sinks)
+        segments = [
+            (k_hat, v_hat, lambda at: seen(at) & ~last(at)),
+            (round_exact(policy, k), round_exact(policy, v), lambda at: seen(at) & last(at)),
+        ]
+    return attention_over_segments(q, segments, scale=scale, softcap=softcap)
+
+
+def take_heads(x: Float[Array, "B T K D"], heads: tuple[int, ...]) -> Float[Array, "B T N D"]:
+    """The given heads of `x`; no copy when they are all of them in order."""
+    if heads == tuple(range(x.shape[2])):
+        return x
+    return x[:, :, jnp.array(heads)]
+
+
+def check_heads(layer: KVLayer, kv_heads: int) -> None:
+    """Refuses keys whose number of heads is not the layer's."""
+    if kv_heads != layer.kv_heads:
+        raise ValueError(f"{kv_heads=} in the keys, but the plan's layer has {layer.kv_heads}")
