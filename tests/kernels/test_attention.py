@@ -99,6 +99,16 @@ def test_decode_equals_one_parallel_pass(rng, name, policy):
     np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
 
 
+def test_maximum_rises_from_block_to_block(rng):
+    """Keys that grow along the context make every block rescale what the earlier ones summed."""
+    layer = cases.make_layer("turboquant", rng, TokenPolicy(sinks=1))
+    q, k, v = inputs(rng, layer, 3 * PAGE, batch=1)
+    k *= jnp.linspace(0.2, 1.5, 3 * PAGE)[None, :, None, None]
+    got = run(layer, q, k, v, (3 * PAGE,), capacity=3 * PAGE, block_tokens=PAGE)[:, -3:]
+    want = simulated_attention(layer, q, k, v, scale=SCALE)[:, -3:]
+    np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
+
+
 @pytest.mark.parametrize("t", [1, PAGE - 1, PAGE, PAGE + 1])
 def test_page_edges(rng, t):
     layer = cases.make_layer("per_head", rng, TokenPolicy(sinks=1, recent=2))
