@@ -1,12 +1,57 @@
 """Layers and inputs shared by the cache and kernel tests: one row per kind of layer."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
 from turboq.codecs import Exact, PerHead, TurboQuantMSE, TurboQuantProd
+from turboq.codecs.base import Codec, Field
 from turboq.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
 
 DIM = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockMax(Codec):
+    """A minimal block codec: per channel, 4-bit codes of x over the block's largest |x|."""
+
+    name = "block_max"
+    size: int = 8
+
+    @property
+    def block(self):
+        return self.size
+
+    @property
+    def fields(self):
+        return (
+            Field(name="codes", width=self.dim, bits=4, dtype="codes"),
+            Field(name="top", width=self.dim, bits=16, dtype="float16", per_block=True),
+        )
+
+    def encode(self, arrays, x):
+        blocks = x.reshape(*x.shape[:-2], -1, self.size, self.dim)
+        top = jnp.max(jnp.abs(blocks), axis=-2).astype(jnp.float16)
+        safe = jnp.maximum(top.astype(jnp.float32), 1e-6)[..., None, :]
+        codes = jnp.clip(jnp.round(blocks / safe * 7) + 7, 0, 14).astype(jnp.uint8)
+        return {"codes": codes.reshape(x.shape), "top": top}
+
+    def decode(self, arrays, stored):
+        top = jnp.repeat(stored["top"].astype(jnp.float32), self.size, axis=-2)
+        return (stored["codes"].astype(jnp.float32) - 7) / 7 * top
+
+    def fold_query(self, arrays, q):
+        return {"q": q}
+
+    def logits(self, arrays, folded, stored):
+        return folded["q"] @ self.decode(arrays, stored).T
+
+    def accumulate(self, arrays, weights, stored):
+        return weights @ self.decode(arrays, stored)
+
+    def unfold_output(self, arrays, acc, mass):
+        return acc
 
 
 def learned(rng, heads, bits):
@@ -32,6 +77,13 @@ def make_layer(name, rng, policy=None):
         return uniform_layer(
             kv_heads=2, k=codec, v=codec, policy=policy, k_arrays=arrays[0], v_arrays=arrays[1]
         )
+    if name == "blocks":  # K in blocks of 8 and 4 tokens, V token by token
+        k, v = BlockMax(dim=DIM), TurboQuantMSE(dim=DIM, bits=3)
+        groups = (
+            HeadGroup(heads=(1,), k=k, v=v, k_arrays={}, v_arrays={}),
+            HeadGroup(heads=(0,), k=BlockMax(dim=DIM, size=4), v=v, k_arrays={}, v_arrays={}),
+        )
+        return KVLayer(groups=groups, policy=policy)
     # Two groups whose heads interleave, with different codecs and bits per head.
     wide, narrow = PerHead(dim=DIM, bits=4), TurboQuantMSE(dim=DIM, bits=2)
     static = PerHead(dim=DIM, bits=3, scale="head")
@@ -42,7 +94,7 @@ def make_layer(name, rng, policy=None):
     return KVLayer(groups=groups, policy=policy)
 
 
-LAYERS = ["exact", "turboquant", "per_head", "mixed"]
+LAYERS = ["exact", "turboquant", "per_head", "mixed", "blocks"]
 
 
 def tokens(rng, layer, count, batch=2):

@@ -1,15 +1,17 @@
 """The packed KV cache of one layer: a pytree of fixed-size buffers, jitted once.
 
-Slot s of every buffer belongs to token position s. Every token is encoded when it is written; the
-first `sinks` and the last `recent` tokens are *also* kept exact, so nothing that is written is
-ever encoded again. Per head group the buffers are
+Slot s of every buffer belongs to token position s. Every token is encoded when it is written, and
+the first `sinks` and the last `recent` tokens are *also* kept exact; a codec that encodes blocks
+of tokens does so when a whole block has left the recent window. What is encoded is never touched
+again. Per head group the buffers are
 
     packed field     uint32 [B, N, capacity / 256, bits, 8, width]   (`turboq.packing`)
-    raw field        dtype  [B, N, capacity, width]
+    raw field        dtype  [B, N, capacity, width]                  (per block: capacity / block)
     exact sinks      dtype  [B, N, sinks, D]
-    exact recent     dtype  [B, N, recent, D]                        ring: position mod recent
+    exact recent     dtype  [B, N, ring, D]                          at position mod ring
 
-with N heads in the group. Appending never changes a shape, so nothing is recompiled as it grows.
+with N heads in the group and ring = recent + block - 1. Appending never changes a shape, so nothing
+is recompiled as it grows.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from turboq import packing
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.errors import TurboqError
-from turboq.layer import HeadGroup, KVLayer, Leaves, TokenPolicy
+from turboq.layer import HeadGroup, KVLayer, Leaves
 from turboq.simulate import check_heads, round_exact, take_heads
 
 
@@ -92,8 +94,8 @@ def init(layer: KVLayer, *, batch: int, capacity: int) -> LayerCache:
             v=_empty(g.v, (batch, len(g.heads)), capacity),
             k_sinks=exact(g, g.k, policy.sinks),
             v_sinks=exact(g, g.v, policy.sinks),
-            k_recent=exact(g, g.k, policy.recent),
-            v_recent=exact(g, g.v, policy.recent),
+            k_recent=exact(g, g.k, layer.ring),
+            v_recent=exact(g, g.v, layer.ring),
         )
         for g in layer.groups
     )
@@ -135,7 +137,7 @@ def write(
     positions = cache.lengths[:, None] + steps[None, :]
     valid = (steps[None, :] < counts[:, None]) & (positions < cache.capacity)
     groups = tuple(
-        _write_group(g, buffers, layer.policy, k, v, cache.lengths, positions, valid, counts)
+        _write_group(layer, g, buffers, k, v, cache.lengths, positions, valid, counts)
         for g, buffers in zip(layer.groups, cache.groups, strict=True)
     )
     new = LayerCache(groups=groups, lengths=cache.lengths + counts, capacity=cache.capacity)
@@ -146,42 +148,74 @@ def _empty(codec: Codec, lead: tuple[int, int], capacity: int) -> Stored:
     return {
         f.name: jnp.zeros(lead + packing.words_shape(capacity, f.bits, f.width), jnp.uint32)
         if f.packed
-        else jnp.zeros((*lead, capacity, f.width), jnp.dtype(f.dtype))
+        else jnp.zeros(
+            (*lead, capacity // codec.block if f.per_block else capacity, f.width),
+            jnp.dtype(f.dtype),
+        )
         for f in codec.fields
     }
 
 
-def _write_group(group, buffers, policy: TokenPolicy, k, v, start, positions, valid, counts):
+def _write_group(layer: KVLayer, group, buffers, k, v, start, positions, valid, counts):
+    sinks, ring = layer.policy.sinks, layer.ring
     k, v = (take_heads(x, group.heads).swapaxes(1, 2) for x in (k, v))  # [B, N, T, D]
     from_end = start[:, None] + counts[:, None] - positions
-    sink = jnp.where(valid & (positions < policy.sinks), positions, policy.sinks)
-    # Of a chunk longer than the ring only its last `recent` tokens are written: slots stay unique.
-    ring = jnp.where(
-        valid & (from_end <= policy.recent), positions % max(policy.recent, 1), policy.recent
-    )
+    sink = jnp.where(valid & (positions < sinks), positions, sinks)
+    # Of a chunk longer than the ring only its last tokens are written: slots stay unique.
+    slot = jnp.where(valid & (from_end <= ring), positions % max(ring, 1), ring)
+
+    def side(codec, arrays, stored, recent, x):
+        if layer.block == 1:
+            return _store(codec, arrays, stored, x, positions, valid)
+        return _store_blocks(layer, codec, arrays, stored, recent, x, start, counts)
+
     return GroupBuffers(
-        k=_store(group.k, group.k_arrays, buffers.k, k, start, positions, valid),
-        v=_store(group.v, group.v_arrays, buffers.v, v, start, positions, valid),
+        k=side(group.k, group.k_arrays, buffers.k, buffers.k_recent, k),
+        v=side(group.v, group.v_arrays, buffers.v, buffers.v_recent, v),
         k_sinks=_scatter(buffers.k_sinks, k, sink),
         v_sinks=_scatter(buffers.v_sinks, v, sink),
-        k_recent=_scatter(buffers.k_recent, k, ring),
-        v_recent=_scatter(buffers.v_recent, v, ring),
+        k_recent=_scatter(buffers.k_recent, k, slot),
+        v_recent=_scatter(buffers.v_recent, v, slot),
     )
 
 
-def _store(codec: Codec, arrays: Arrays, buffers: Stored, x, start, positions, valid) -> Stored:
+def _store(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
+    """Encodes x [B, N, T, D], whole blocks of it, into slots positions[:, 0] onwards."""
     encoded = jax.vmap(codec.encode, in_axes=(0, 1), out_axes=1)(arrays, x)
     out = {}
     for field in codec.fields:
-        new = encoded[field.name]
+        new, old = encoded[field.name], stored[field.name]
         if field.packed:
             new = jnp.where(valid[:, None, :, None], new, jnp.uint8(0))  # OR with 0: no trace
             insert = jax.vmap(packing.insert, in_axes=(0, 0, None))  # heads
-            out[field.name] = jax.vmap(insert)(buffers[field.name], new, start)
+            out[field.name] = jax.vmap(insert)(old, new, positions[:, 0])
         else:
-            old = buffers[field.name]
-            out[field.name] = _scatter(old, new, jnp.where(valid, positions, old.shape[2]))
+            every = codec.block if field.per_block else 1
+            rows = positions[:, ::every] // every
+            inside = valid[:, ::every] & (rows < old.shape[2])
+            out[field.name] = _scatter(old, new, jnp.where(inside, rows, old.shape[2]))
     return out
+
+
+def _store_blocks(
+    layer: KVLayer, codec: Codec, arrays: Arrays, stored: Stored, recent, x, start, counts
+) -> Stored:
+    """Encodes the blocks that these tokens complete, from the exact ring and the new tokens."""
+    first, end = layer.stored_until(start), layer.stored_until(start + counts)
+    length = math.ceil((layer.ring + x.shape[2]) / layer.block) * layer.block
+    positions = first[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+    kept = jnp.take_along_axis(recent, (positions % layer.ring)[:, None, :, None], axis=2)
+    ahead = jnp.clip(positions - start[:, None], 0, x.shape[2] - 1)
+    new = jnp.take_along_axis(x, ahead[:, None, :, None], axis=2)
+    old = (positions < start[:, None])[:, None, :, None]
+    tokens = jnp.where(old, kept.astype(jnp.float32), round_exact(layer.policy, new))
+    complete = positions < end[:, None]
+
+    def encode(stored):
+        return _store(codec, arrays, stored, tokens, positions, complete)
+
+    # Most appended tokens complete no block and encode nothing.
+    return jax.lax.cond(jnp.any(end > first), encode, lambda stored: stored, stored)
 
 
 def _scatter(
@@ -201,24 +235,24 @@ def _scatter(
 
 
 def _tail(layer, old: LayerCache, new: LayerCache, k, v, positions, valid) -> Tail:
-    recent, t = layer.policy.recent, k.shape[1]
-    if not recent:
+    ring, t = layer.ring, k.shape[1]
+    if not ring:
         return Tail(k=k[:, :0], v=v[:, :0], positions=positions[:, :0])
     if t == 1:  # the ring already holds everything that the one query may see
         ring_k, ring_v = _ring(layer, new)
-        return Tail(k=ring_k, v=ring_v, positions=_ring_positions(new.lengths, recent))
+        return Tail(k=ring_k, v=ring_v, positions=_ring_positions(new.lengths, ring))
     ring_k, ring_v = _ring(layer, old)
     return Tail(
         k=jnp.concatenate([ring_k, round_exact(layer.policy, k)], axis=1),
         v=jnp.concatenate([ring_v, round_exact(layer.policy, v)], axis=1),
         positions=jnp.concatenate(
-            [_ring_positions(old.lengths, recent), jnp.where(valid, positions, -1)], axis=1
+            [_ring_positions(old.lengths, ring), jnp.where(valid, positions, -1)], axis=1
         ),
     )
 
 
 def _ring(layer: KVLayer, cache: LayerCache) -> tuple[Array, Array]:
-    """Exact recent keys and values of all heads, [B, recent, K, D], in ring order."""
+    """Exact recent keys and values of all heads, [B, ring, K, D], in ring order."""
     order = jnp.argsort(jnp.array([h for g in layer.groups for h in g.heads]))
 
     def gather(parts):
@@ -230,15 +264,16 @@ def _ring(layer: KVLayer, cache: LayerCache) -> tuple[Array, Array]:
     )
 
 
-def _ring_positions(lengths: Int[Array, "B"], recent: int) -> Int[Array, "B R"]:
+def _ring_positions(lengths: Int[Array, "B"], ring: int) -> Int[Array, "B R"]:
     """Position held by each ring slot after `lengths` tokens; -1 for a slot never written."""
-    slots = jnp.arange(recent, dtype=jnp.int32)[None, :]
+    slots = jnp.arange(ring, dtype=jnp.int32)[None, :]
     last = lengths[:, None] - 1
-    position = last - (last - slots) % recent
+    position = last - (last - slots) % ring
     return jnp.where((lengths[:, None] > 0) & (position >= 0), position, -1)
 
 
-def stored_mask(cache: LayerCache, first: Array, tokens: int) -> Bool[Array, "B S"]:
-    """Which of the slots first .. first + tokens - 1 hold a written token."""
+def stored_mask(layer: KVLayer, cache: LayerCache, first: Array, tokens: int) -> Bool[Array, "B S"]:
+    """Which of the slots first .. first + tokens - 1 hold an encoded token."""
     slots = first + jnp.arange(tokens, dtype=jnp.int32)
-    return slots[None, :] < cache.lengths[:, None]
+    lengths = cache.lengths if layer.block == 1 else layer.stored_until(cache.lengths)
+    return slots[None, :] < lengths[:, None]

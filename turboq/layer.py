@@ -7,9 +7,11 @@ hot paths are one `vmap` per group (usually one group per layer), never a loop o
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from turboq.codecs.base import Arrays, Codec
 
@@ -60,6 +62,23 @@ class KVLayer:
     @property
     def kv_heads(self) -> int:
         return sum(len(g.heads) for g in self.groups)
+
+    @property
+    def block(self) -> int:
+        """Tokens that enter the packed cache together: the largest block of its codecs."""
+        return math.lcm(*(c.block for g in self.groups for c in (g.k, g.v)))
+
+    @property
+    def ring(self) -> int:
+        """Exact tokens kept: the recent window and what waits for its block to fill."""
+        return self.policy.recent + self.block - 1
+
+    def stored_until(self, tokens: Any) -> Any:
+        """How many of the first `tokens` tokens (integer array) a query at their end reads packed.
+
+        Whole blocks outside the recent window: floor(max(tokens - recent, 0) / block) * block.
+        """
+        return jnp.maximum(tokens - self.policy.recent, 0) // self.block * self.block
 
     @property
     def bits_per_token(self) -> int:

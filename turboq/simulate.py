@@ -20,12 +20,17 @@ from turboq.layer import KVLayer, TokenPolicy
 def quantize_dequantize(
     codec: Codec, arrays: Arrays, x: Float[Array, "B T K D"]
 ) -> Float[Array, "B T K D"]:
-    """decode(encode(x)) for all heads; every leaf of `arrays` has a leading K axis."""
+    """decode(encode(x)) for all heads; every leaf of `arrays` has a leading K axis.
+
+    An incomplete last block is padded to encode it; no cache would read it.
+    """
+    tokens = x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, -tokens % codec.block), (0, 0), (0, 0)))
 
     def one_head(head_arrays, head_x):
         return codec.decode(head_arrays, codec.encode(head_arrays, head_x))
 
-    return jax.vmap(one_head, in_axes=(0, 2), out_axes=2)(arrays, x)
+    return jax.vmap(one_head, in_axes=(0, 2), out_axes=2)(arrays, x)[:, :tokens]
 
 
 @jax.jit
@@ -34,10 +39,14 @@ def simulate(
 ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]]:
     """Keys and values as a cache of this layer would return them (every token quantized).
 
+    A layer that encodes blocks takes its tokens from the exact ring, so rounded to its dtype.
+
     Raises:
       ValueError: the number of heads differs from the layer's.
     """
     check_heads(layer, k.shape[2])
+    if layer.block > 1:
+        k, v = round_exact(layer.policy, k), round_exact(layer.policy, v)
     order = jnp.argsort(jnp.array([h for g in layer.groups for h in g.heads]))
     parts = [
         (
@@ -71,7 +80,7 @@ def simulated_attention(
 ) -> Float[Array, "B T H E"]:
     """Causal attention of a whole window at positions 0..T-1 through a quantized cache.
 
-    Query t sees token s exactly if s < sinks or s > t - recent, quantized otherwise.
+    Query t sees token s exactly if s < sinks or s >= layer.stored_until(t + 1), else quantized.
     """
     policy, (batch, t) = layer.policy, k.shape[:2]
     k_hat, v_hat = simulate(layer, k, v)
@@ -81,13 +90,17 @@ def simulated_attention(
         k_hat = jnp.where(sink, round_exact(policy, k), k_hat)
         v_hat = jnp.where(sink, round_exact(policy, v), v_hat)
     seen = causal(positions, window=window)
-    if not policy.recent:
+    if not layer.ring:
         segments = [(k_hat, v_hat, seen)]
     else:
-        last = causal(positions, window=policy.recent, lowest=policy.sinks)
+
+        def packed(at):
+            old = positions[:, None, :] < layer.stored_until(at + 1)[:, :, None]
+            return old | (positions < policy.sinks)[:, None, :]
+
         segments = [
-            (k_hat, v_hat, lambda at: seen(at) & ~last(at)),
-            (round_exact(policy, k), round_exact(policy, v), lambda at: seen(at) & last(at)),
+            (k_hat, v_hat, lambda at: seen(at) & packed(at)),
+            (round_exact(policy, k), round_exact(policy, v), lambda at: seen(at) & ~packed(at)),
         ]
     return attention_over_segments(q, segments, scale=scale, softcap=softcap)
 

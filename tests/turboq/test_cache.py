@@ -57,7 +57,9 @@ def test_bytes_are_the_codecs_bytes(rng, name):
     """nbytes == capacity * bits per token / 8 + exact tokens: no padding anywhere."""
     layer = make_layer(name, rng)
     cache = kv_cache.init(layer, batch=3, capacity=512)
-    exact = (3 + 5) * 2 * layer.kv_heads * DIM * 2  # sinks + recent, K and V, bf16
+    exact = (
+        (3 + 5 + layer.block - 1) * 2 * layer.kv_heads * DIM * 2
+    )  # sinks + recent, K and V, bf16
     assert cache.nbytes == 3 * (512 * layer.bits_per_token // 8 + exact)
 
 

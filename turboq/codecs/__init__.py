@@ -1,0 +1,58 @@
+"""Codecs: one file each, one registry, one way from a config to a codec and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from turboq.codecs.base import Arrays as Arrays
+from turboq.codecs.base import Codec as Codec
+from turboq.codecs.base import Field as Field
+from turboq.codecs.base import Stored as Stored
+from turboq.codecs.checks import check_finite_stored as check_finite_stored
+from turboq.codecs.exact import Exact as Exact
+from turboq.codecs.per_head import PerHead as PerHead
+from turboq.codecs.turboquant_mse import TurboQuantMSE as TurboQuantMSE
+from turboq.codecs.turboquant_prod import TurboQuantProd as TurboQuantProd
+from turboq.errors import TurboqError
+
+CODECS: dict[str, type[Codec]] = {
+    c.name: c for c in (Exact, TurboQuantMSE, TurboQuantProd, PerHead)
+}
+
+
+def from_config(config: Any) -> Codec:
+    """The codec that `Codec.config()` describes: {"codec": name, field: value, ...}.
+
+    Fields with a default may be left out. Types are exact: True is not 1, 3.0 is not 3.
+
+    Raises:
+      TurboqError: not a mapping, unknown codec or field, missing field, wrong type, bad value.
+    """
+    if not isinstance(config, Mapping):
+        raise TurboqError(f"codec config must be an object, not {type(config).__name__}")
+    name = config.get("codec")
+    if not isinstance(name, str) or name not in CODECS:
+        raise TurboqError(f"unknown codec {name!r}: known codecs are {', '.join(sorted(CODECS))}")
+    cls = CODECS[name]
+    types = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    given = {k: v for k, v in config.items() if k != "codec"}
+    for key in given:
+        if key not in fields:
+            raise TurboqError(f"codec {name!r} has no field {key!r}: it has {', '.join(fields)}")
+    for key, field in fields.items():
+        if key not in given:
+            if field.default is dataclasses.MISSING:
+                raise TurboqError(f"codec {name!r} needs field {key!r}")
+        elif type(given[key]) is not types[key]:
+            raise TurboqError(
+                f"codec {name!r}: {key}={given[key]!r} must be {types[key].__name__},"
+                f" not {type(given[key]).__name__}"
+            )
+    try:
+        return cls(**given)
+    except ValueError as error:
+        raise TurboqError(f"codec {name!r}: {error}") from error

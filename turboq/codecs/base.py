@@ -26,6 +26,8 @@ Stored = dict[str, Array]  # what is stored: field name -> [..., S, width]
 class Field:
     """One stored array: `width` entries per vector, `bits` stored bits per entry.
 
+    With `per_block` the entries belong to a block of `Codec.block` tokens, not to each vector.
+
     `dtype == "codes"`: unsigned codes below 2**bits, uint8 in memory until `turboq.packing` turns
     them into exactly `bits` bits each. Otherwise `dtype` is the NumPy name the entries keep in the
     cache ("float16", "bfloat16", "float32") and `bits` is its width.
@@ -35,13 +37,15 @@ class Field:
     width: int
     bits: int
     dtype: str
+    per_block: bool = False
 
     @property
     def packed(self) -> bool:
         return self.dtype == "codes"
 
     @property
-    def bits_per_vector(self) -> int:
+    def bits_per_row(self) -> int:
+        """Stored bits of one row of entries."""
         return self.width * self.bits
 
 
@@ -54,6 +58,16 @@ class Codec(abc.ABC):
     source: ClassVar[str] = ""
 
     dim: int
+
+    @property
+    def block(self) -> int:
+        """Tokens that are encoded together (a divisor of 256); 1 for a vector-by-vector codec.
+
+        A codec with a larger block sees whole blocks only: S of `encode` is a multiple of it, and
+        per-block fields are [*n, S / block, width]. Its newest tokens stay exact until their block
+        is complete.
+        """
+        return 1
 
     @property
     @abc.abstractmethod
@@ -110,7 +124,11 @@ class Codec(abc.ABC):
 
     @property
     def bits_per_vector(self) -> int:
-        return sum(f.bits_per_vector for f in self.fields)
+        """Stored bits of one vector, its part of the per-block fields included."""
+        per_block = sum(f.bits_per_row for f in self.fields if f.per_block)
+        if per_block % self.block:
+            raise ValueError(f"{per_block=} bits must be a multiple of {self.block=} tokens")
+        return sum(f.bits_per_row for f in self.fields if not f.per_block) + per_block // self.block
 
     @property
     def bits_per_channel(self) -> float:

@@ -82,13 +82,13 @@ def _group(
     tokens = block_pages * packing.PAGE
 
     def block(i, state):
-        stored = stored_mask(cache, i * tokens, tokens)
+        stored = stored_mask(layer, cache, i * tokens, tokens)
         k = _slice(group.k, buffers.k, i, block_pages, stored)
         v = _slice(group.v, buffers.v, i, block_pages, stored)
         slots = jnp.broadcast_to(i * tokens + jnp.arange(tokens, dtype=jnp.int32), stored.shape)
         mask = seen(slots) & stored[:, None, None, :] & (slots >= policy.sinks)[:, None, None, :]
-        if policy.recent:
-            mask &= slots[:, None, None, :] <= at - policy.recent
+        if layer.ring:
+            mask &= slots[:, None, None, :] < layer.stored_until(at + 1)
         raw = _heads(group.k.logits)(group.k_arrays, folded, k)
         p, state = _rescale(state, soft_cap(raw * scale, softcap), mask)
         top, total, mass, stored_sum, exact_sum = state
@@ -110,10 +110,10 @@ def _group(
         slots = jnp.where(slots < cache.lengths[:, None], slots, -1)
         mask = seen(slots)
         state = exact(state, buffers.k_sinks, buffers.v_sinks, mask)
-    if policy.recent:
+    if layer.ring:
         k, v = (take_heads(x, group.heads).swapaxes(1, 2) for x in (tail.k, tail.v))
         s = tail.positions[:, None, None, :]
-        mask = seen(tail.positions) & (s > at - policy.recent) & (s >= policy.sinks)
+        mask = seen(tail.positions) & (s >= layer.stored_until(at + 1)) & (s >= policy.sinks)
         empty = (tail.positions < 0)[:, None, :, None]
         state = exact(state, k, jnp.where(empty, 0.0, v), mask)
     needed = -(-(jnp.max(q_positions) + 1) // tokens)
@@ -156,13 +156,15 @@ def _slice(codec: Codec, stored: Stored, i, block_pages: int, valid) -> Stored:
     """Unpacked fields of one block of pages, [B, N, tokens, width]; unwritten slots are zero."""
     out = {}
     for field in codec.fields:
-        unit = block_pages if field.packed else block_pages * packing.PAGE
+        every = codec.block if field.per_block else 1
+        unit = block_pages if field.packed else block_pages * packing.PAGE // every
         part = jax.lax.dynamic_slice_in_dim(stored[field.name], i * unit, unit, axis=2)
         if field.packed:
             out[field.name] = packing.unpack(part)
         else:
             # A NaN in a slot nobody wrote must not reach the sums as 0 * NaN.
-            out[field.name] = jnp.where(valid[:, None, :, None], part, jnp.zeros((), part.dtype))
+            held = valid[:, None, ::every, None]
+            out[field.name] = jnp.where(held, part, jnp.zeros((), part.dtype))
     return out
 
 
