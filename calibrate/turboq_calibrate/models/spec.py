@@ -38,6 +38,7 @@ class LayerSpec:
     rope: RopeSpec | None
     qkv_bias: bool = False
     o_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
     window: int | None = None  # sliding window in tokens, the query's own included
     softcap: float | None = None

@@ -1,0 +1,440 @@
+"""Capture: a model over text, layer by layer, to statistics on disk.
+
+    hidden_0 = embedding
+    for each layer:  sweep 1 over chunks: k, v, q -> moments;  hidden_{i+1} -> disk
+                     sweep 2 over chunks: k, v -> codebook histograms around the means of sweep 1
+
+Memory holds one layer's weights and one chunk of windows; disk holds two layers' hidden states.
+After each chunk an Orbax checkpoint keeps the accumulators, so a killed run continues, and ends
+with the same bytes: every step is deterministic, and files are renamed into place before the
+checkpoint that relies on them.
+
+    OUT/statistics/    the result (statistics_files)
+    OUT/capture/       inputs.json, events.jsonl, run.json; while unfinished also the hidden states,
+                       moments of the current layer and checkpoints
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from turboq.errors import TurboqError
+from turboq.files import atomic_write, make_folder
+from turboq.rotation import Rotation
+from turboq_calibrate import statistics as st
+from turboq_calibrate import statistics_files as files
+from turboq_calibrate import sweeps
+from turboq_calibrate.checkpoint import Checkpoints
+from turboq_calibrate.data import Windows
+from turboq_calibrate.hidden import HiddenFile
+from turboq_calibrate.memory import ArrayMeter, peak_rss
+from turboq_calibrate.models import decoder
+from turboq_calibrate.models.model import Model
+from turboq_calibrate.progress import Progress
+from turboq_calibrate.reduce import to_host
+from turboq_calibrate.statistics_files import Statistics, load_statistics
+
+FOLDER = "capture"
+Observer = Callable[[str, dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptureRecipe:
+    """What is captured; every field can change the result, so all are part of a run's identity.
+
+    rotation, seed: of the coordinates whose histograms are kept; codecs fitted from them must use
+      the same.
+    skip: first tokens of every window left out of the statistics. They are attention sinks, far
+      from all other tokens, and plans keep them exact.
+    windows_per_chunk: windows that pass through a layer at once.
+    """
+
+    rotation: str = "hadamard"
+    seed: int = 0
+    skip: int = 4
+    windows_per_chunk: int = 4
+
+    def __post_init__(self):
+        if self.skip < 0:
+            raise ValueError(f"{self.skip=} must be 0 or more tokens")
+        if self.windows_per_chunk < 1:
+            raise ValueError(f"{self.windows_per_chunk=} must be 1 or more windows")
+        Rotation(kind=self.rotation, dim=2, seed=self.seed)
+
+
+def capture_inputs(model: Model, windows: Windows, recipe: CaptureRecipe) -> dict[str, Any]:
+    """What identifies a capture: hashes of inputs only, never of anything computed."""
+    count, length = windows.tokens.shape
+    return {
+        "statistics_version": st.VERSION,
+        "model": {
+            "fingerprint": model.fingerprint,
+            "family": model.spec.family,
+            "name": model.spec.name,
+            "dtype": model.dtype,
+        },
+        "text": {
+            "source": windows.source,
+            "sha256": windows.text_sha256,
+            "tokens_sha256": windows.sha256,
+            "windows": count,
+            "window": length,
+        },
+        "recipe": dataclasses.asdict(recipe),
+    }
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Fields in which two captures differ, one line each."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if old == new else [f"{path}: there {old!r}, now {new!r}"]
+
+
+def check_sizes(model: Model, windows: Windows, recipe: CaptureRecipe) -> None:
+    """Raises TurboqError when the recipe cannot work on this model and text."""
+    count, length = windows.tokens.shape
+    if length <= recipe.skip:
+        raise TurboqError(f"windows of {length} tokens leave none after skip={recipe.skip}")
+    tokens = min(count, recipe.windows_per_chunk) * length
+    for i, spec in enumerate(model.spec.layers):
+        if not spec.owns_cache:
+            raise TurboqError(
+                f"layer {i} keeps no KV cache of its own: capture does not support it"
+            )
+        dim = max(spec.head_dim, spec.v_head_dim)
+        if tokens * dim > st.CODE_BINS.values_per_chunk:
+            raise TurboqError(
+                f"a chunk of {tokens} tokens with head dim {dim} is over the limit of "
+                f"{st.CODE_BINS.values_per_chunk // dim} tokens: lower windows_per_chunk"
+            )
+    high = int(windows.tokens.max())
+    if int(windows.tokens.min()) < 0 or high >= model.spec.vocab:
+        raise TurboqError(f"token {high} is outside the model's vocabulary of {model.spec.vocab}")
+
+
+def capture(
+    model: Model,
+    windows: Windows,
+    out_dir: str | os.PathLike[str],
+    recipe: CaptureRecipe | None = None,
+    *,
+    checkpoint_every: int = 1,
+    progress: bool = True,
+    log: Callable[[str], None] = print,
+    observer: Observer | None = None,
+) -> Statistics:
+    """Captures statistics of `windows` into `out_dir`, continuing an unfinished run found there.
+
+    Args:
+      checkpoint_every: chunks between checkpoints; changes what a kill costs, not the result.
+      progress: show a progress bar (plain lines without a terminal).
+      log: where the closing line goes.
+      observer: called with every event after it is logged (name, fields).
+
+    Raises:
+      TurboqError: the folder holds a capture of other inputs, or another process works there; NaN
+        or infinity in activations; the folder cannot be written.
+    """
+    recipe = CaptureRecipe() if recipe is None else recipe
+    if checkpoint_every < 1:
+        raise ValueError(f"{checkpoint_every=} must be 1 or more chunks")
+    check_sizes(model, windows, recipe)
+    inputs = capture_inputs(model, windows, recipe)
+    work = make_folder(Path(out_dir) / FOLDER)
+    with _locked(work):
+        _claim(work, inputs)
+        if (Path(out_dir) / files.FOLDER / files.MANIFEST).exists():
+            _clear(work)
+            log(f"statistics in {out_dir} are complete: nothing to capture")
+            return load_statistics(out_dir)
+        run = _Run(model, windows, Path(out_dir), recipe, inputs, checkpoint_every, observer)
+        try:
+            run.all_layers(progress)
+        finally:
+            run.checkpoints.close()
+        return run.finish(log)
+
+
+def _claim(work: Path, inputs: dict[str, Any]) -> None:
+    """Records the inputs of a new capture, or compares them with those of the one found."""
+    path = work / "inputs.json"
+    if not path.exists():
+        atomic_write(path, json.dumps(inputs, indent=1, sort_keys=True) + "\n")
+        return
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise TurboqError(f"{path} is damaged ({error}): remove {work.parent}") from error
+    lines = differences(found, inputs)
+    if lines:
+        raise TurboqError(
+            f"{work.parent} holds a capture of other inputs ({'; '.join(lines)}): choose another "
+            f"folder, or remove this one to start again"
+        )
+
+
+def _clear(work: Path) -> None:
+    """Removes what only an unfinished capture needs."""
+    for pattern in ("hidden_*", "moments_*"):
+        for path in work.glob(pattern):
+            path.unlink(missing_ok=True)
+    if (work / "checkpoints").exists():
+        shutil.rmtree(work / "checkpoints")
+
+
+@contextlib.contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Keeps a second capture out of the folder; the lock dies with the process."""
+    with open(work / "lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TurboqError(f"another capture is running in {work.parent}") from None
+        yield
+
+
+class _Run:
+    """One capture between its checkpoints. Position: (layer, sweep, chunks of the sweep done)."""
+
+    def __init__(
+        self,
+        model: Model,
+        windows: Windows,
+        out_dir: Path,
+        recipe: CaptureRecipe,
+        inputs: dict[str, Any],
+        checkpoint_every: int,
+        observer: Observer | None,
+    ):
+        self.model, self.tokens, self.recipe, self.inputs = model, windows.tokens, recipe, inputs
+        self.every, self.observer = checkpoint_every, observer
+        self.work = out_dir / FOLDER
+        self.statistics = make_folder(out_dir / files.FOLDER)
+        self.checkpoints = Checkpoints(self.work / "checkpoints")
+        size = recipe.windows_per_chunk
+        starts = range(0, len(self.tokens), size)
+        self.chunks = [(s, min(s + size, len(self.tokens))) for s in starts]
+        self.layers = len(model.spec.layers)
+        self.meter = ArrayMeter()
+        self.started = time.monotonic()
+
+    def hidden(self, layer: int) -> HiddenFile:
+        """States that enter `layer`."""
+        shape = (*self.tokens.shape, self.model.spec.hidden)
+        return HiddenFile(self.work / f"hidden_{layer:03d}.npy", shape)
+
+    def all_layers(self, progress: bool) -> None:
+        restored = self.checkpoints.restore()
+        if restored is None:
+            self._embed()
+            (layer, sweep, chunk), tree = (0, 1, 0), {}
+        else:
+            (layer, sweep, chunk), tree = restored
+            self._event("resumed", layer=layer, sweep=sweep, chunk=chunk)
+        # Everything before the current layer's input has done its part.
+        for old in range(layer):
+            self.hidden(old).remove()
+            self._moments_path(old).unlink(missing_ok=True)
+        steps = 2 * len(self.chunks)
+        done = layer * steps + (sweep - 1) * len(self.chunks) + chunk
+        unit = self.tokens.size / (steps * self.layers)
+        with Progress(
+            self.tokens.size, label="capture", done=done * unit, enabled=progress
+        ) as self.bar:
+            for i in range(layer, self.layers):
+                params = self.model.layer(i)
+                if sweep == 1:
+                    self._sweep_1(i, params, chunk, tree)
+                    chunk, tree = 0, {}
+                self._sweep_2(i, params, chunk, tree)
+                sweep, chunk, tree = 1, 0, {}
+
+    def finish(self, log: Callable[[str], None]) -> Statistics:
+        """Writes the manifest and what the run cost, and clears the working files."""
+        path = self.model.spec.path
+        entries, counted = [], 0
+        for i in range(self.layers):
+            layer = self._read(self.statistics / files.layer_file(i))
+            layer = files.layer_from_sides(
+                layer, self.statistics / files.layer_file(i), self.inputs["recipe"]
+            )
+            counted = int(layer.k.count.max())
+            entries.append(files.describe_layer(self.statistics, i, path(i), layer))
+        manifest = files.Manifest(
+            version=st.VERSION,
+            inputs=self.inputs,
+            tokens=counted,
+            bins=files.bins_description(),
+            layers=tuple(entries),
+        )
+        files.write_manifest(self.statistics, manifest)
+        self._event("finished")
+        _clear(self.work)
+        seconds = time.monotonic() - self.started
+        cost = {
+            "seconds": round(seconds, 3),
+            "peak_rss_bytes": peak_rss(),
+            "peak_array_bytes": self.meter.peak,
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+        }
+        atomic_write(self.work / "run.json", json.dumps(cost, indent=1, sort_keys=True) + "\n")
+        log(
+            f"captured {self.tokens.size:,} tokens through {self.layers} layers in "
+            f"{seconds:.1f} s; peak memory {peak_rss() / 2**20:,.0f} MiB "
+            f"(capture's own arrays {self.meter.peak / 2**20:,.0f} MiB)"
+        )
+        return load_statistics(self.statistics)
+
+    def _embed(self) -> None:
+        params, hidden = self.model.embed_params(), self.hidden(0)
+        hidden.create()
+        for start, stop in self.chunks:
+            tokens = jnp.asarray(self.tokens[start:stop])
+            hidden.write(start, np.asarray(decoder.run_embed(self.model.spec, params, tokens)))
+        self._event("embedded")
+
+    def _sweep_1(self, i: int, params: decoder.Params, first: int, tree: dict) -> None:
+        spec, last = self.model.spec.layers[i], i + 1 == self.layers
+        if not tree:
+            tree = {
+                "k": st.zeros("k", 1, spec.kv_heads, spec.head_dim),
+                "v": st.zeros("v", 1, spec.kv_heads, spec.v_head_dim),
+                "q": st.zeros("q", 1, spec.heads, spec.head_dim),
+            }
+        if first == 0 and not last:
+            self.hidden(i + 1).create()
+        for c in range(first, len(self.chunks)):
+            x, positions = self._input(i, c)
+            if last:
+                y = None
+                reduced = sweeps.moments_only(spec, params, x, positions, skip=self.recipe.skip)
+            else:
+                y, reduced = sweeps.moments_and_output(
+                    spec, params, x, positions, skip=self.recipe.skip
+                )
+            host = jax.device_get(reduced)
+            self._check_finite(i, c, host, y)
+            if y is not None:
+                self.hidden(i + 1).write(self.chunks[c][0], np.asarray(y))
+                self._event("hidden", layer=i + 1, chunk=c)
+            tree = self._merged(tree, host, params, x, y, reduced)
+            self._step(i, 1, c, tree)
+        atomic_write(self._moments_path(i), files.to_bytes(tree))
+        self._event("moments", layer=i)
+        self._save(i, 2, 0, {})
+
+    def _sweep_2(self, i: int, params: decoder.Params, first: int, tree: dict) -> None:
+        spec, recipe = self.model.spec.layers[i], self.recipe
+        moments = self._read(self._moments_path(i))
+        sides = {side: st.SideStatistics(arrays=moments[side]) for side in ("k", "v")}
+        center = {s: x.mean.astype(np.float32) for s, x in sides.items()}
+        scale = {s: x.rms.astype(np.float32) for s, x in sides.items()}
+        rotations = tuple(
+            Rotation(kind=recipe.rotation, dim=x.dim, seed=recipe.seed) for x in sides.values()
+        )
+        if not tree:
+            tree = {s: st.zeros(s, 2, x.heads, x.dim) for s, x in sides.items()}
+        for c in range(first, len(self.chunks)):
+            x, positions = self._input(i, c)
+            reduced = sweeps.codes(
+                spec,
+                params,
+                x,
+                positions,
+                center,
+                scale,
+                skip=recipe.skip,
+                rotations=rotations,
+            )
+            host = jax.device_get(reduced)
+            tree = self._merged(tree, host, params, x, reduced, moments)
+            self._step(i, 2, c, tree)
+        for s in sides:
+            moments[s] |= tree[s] | {"center": center[s], "scale": scale[s]}
+        atomic_write(self.statistics / files.layer_file(i), files.to_bytes(moments))
+        self._event("layer", layer=i)
+        if i + 1 < self.layers:
+            self._save(i + 1, 1, 0, {})
+            self.hidden(i).remove()
+            self._moments_path(i).unlink(missing_ok=True)
+
+    def _input(self, i: int, c: int):
+        start, stop = self.chunks[c]
+        x = jnp.asarray(self.hidden(i).read(start, stop))
+        return x, decoder.default_positions(jnp.asarray(self.tokens[start:stop]))
+
+    def _check_finite(self, i: int, c: int, host: dict, y: jax.Array | None) -> None:
+        start, stop = self.chunks[c]
+        where = f"layer {i} ({self.model.spec.path(i)}), chunk {c} (windows {start} to {stop - 1})"
+        for side in st.SIDES:
+            bad = np.flatnonzero(~host[side].pop("finite"))
+            if len(bad):
+                raise TurboqError(
+                    f"NaN or infinity in {side} of head {', '.join(map(str, bad))}, {where}: the "
+                    f"weights or the text drive this layer out of float32"
+                )
+        if y is not None and not bool(jnp.all(jnp.isfinite(y))):
+            raise TurboqError(f"NaN or infinity in the output of {where}")
+
+    def _moments_path(self, i: int) -> Path:
+        return self.work / f"moments_{i:03d}.safetensors"
+
+    def _read(self, path: Path) -> dict[str, st.Arrays]:
+        try:
+            return files.from_bytes(path.read_bytes(), path)
+        except OSError as error:
+            raise TurboqError(
+                f"cannot read {path}: {error.strerror}; remove {self.work.parent} to start again"
+            ) from error
+
+    def _merged(self, tree: dict, host: dict, *alive: Any) -> dict:
+        """The accumulators with one more chunk; `alive` is what else memory holds just now."""
+        wide = {s: to_host(host[s]) for s in tree}
+        merged = {s: st.merge_arrays(tree[s], wide[s]) for s in tree}
+        self.meter.see(tree, wide, merged, alive)
+        return merged
+
+    def _step(self, i: int, sweep: int, c: int, tree: dict) -> None:
+        """A chunk is done. The last one of a sweep is saved with what follows the sweep."""
+        done = c + 1
+        if done < len(self.chunks) and done % self.every == 0:
+            self._save(i, sweep, done, tree)
+        self.bar.advance(
+            self.tokens.size / (2 * self.layers * len(self.chunks)),
+            f"layer {i + 1} of {self.layers}",
+        )
+
+    def _save(self, layer: int, sweep: int, chunk: int, tree: dict) -> None:
+        step = (2 * layer + sweep - 1) * (len(self.chunks) + 1) + chunk
+        self.checkpoints.save(step, (layer, sweep, chunk), tree)
+        self._event("checkpoint", layer=layer, sweep=sweep, chunk=chunk)
+
+    def _event(self, name: str, **fields: Any) -> None:
+        """One line of events.jsonl, on its way to disk before the next step begins."""
+        record = {"event": name, "time": round(time.time(), 3), "pid": os.getpid(), **fields}
+        try:
+            with open(self.work / "events.jsonl", "a") as f:
+                f.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise TurboqError(f"cannot write {self.work}/events.jsonl: {error.strerror}") from error
+        if self.observer is not None:
+            self.observer(name, fields)

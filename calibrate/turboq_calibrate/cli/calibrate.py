@@ -1,0 +1,64 @@
+"""Runs a model over text, layer by layer, and keeps statistics of its K, V and Q in --out.
+
+A run that was killed continues when the same command is given again, and ends with the same
+bytes. A folder that holds another capture (model, text or recipe) is refused with what differs.
+--dry_run prints geometry, memory, disk and a time estimate from one timed layer, and writes
+nothing.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from turboq_calibrate.cli import common
+
+REQUIRED = ("out",)
+RESUME = "the same command continues after the last finished chunk"
+
+
+def define(values: flags.FlagValues) -> None:
+    common.model(values)
+    common.model_dtype(values)
+    common.text(values, "topics:calibration", windows=16, length=1024)
+    common.out(values, "Folder for the statistics.")
+    flags.DEFINE_integer(
+        "chunk_windows", 4, "Windows that pass through a layer at once: memory against speed.",
+        lower_bound=1, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "skip", 4, "First tokens of each window left out of the statistics (attention sinks).",
+        lower_bound=0, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "rotation", "hadamard", "Rotation of the coordinates whose histograms are kept; plans "
+        "fitted from them use the same.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer("seed", 0, "Seed of the rotation.", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer(
+        "checkpoint_every", 1, "Chunks between checkpoints.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_boolean("dry_run", False, "Only say what it would take.", flag_values=values)
+
+
+def main(values: flags.FlagValues, arguments: list[str]) -> None:
+    from turboq.files import make_folder
+    from turboq_calibrate.capture import CaptureRecipe, capture
+    from turboq_calibrate.models import load_model
+
+    with common.as_user_error():
+        recipe = CaptureRecipe(
+            rotation=values.rotation,
+            seed=values.seed,
+            skip=values.skip,
+            windows_per_chunk=values.chunk_windows,
+        )
+    # Each layer is read once, so there is nothing to gain from keeping them all.
+    model = load_model(values.model, dtype=values.model_dtype, resident=False)
+    windows = common.windows_of(values, model.tokenizer)
+    if values.dry_run:
+        from turboq_calibrate.estimate import dry_run
+
+        dry_run(model, windows, values.out, recipe)
+        return
+    make_folder(values.out)
+    capture(model, windows, values.out, recipe, checkpoint_every=values.checkpoint_every)

@@ -1,0 +1,178 @@
+"""Flags that several subcommands share, and what they mean to the library.
+
+Every function here takes the subcommand's own `FlagValues`, so a flag exists only where it is asked
+for. Nothing heavy is imported before a subcommand runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from turboq.errors import TurboqError
+
+if TYPE_CHECKING:
+    from turboq.codecs import Codec
+    from turboq.layer import TokenPolicy
+    from turboq_calibrate.data import Windows
+    from turboq_calibrate.models import Tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Codec fields that have a flag of their own; None leaves the codec's default.
+CODEC_FIELDS = ("rotation", "scale_rule", "scale", "scale_dtype", "codebook", "sketch", "dtype")
+
+
+def model(values: flags.FlagValues, default: str | None = "embedded") -> None:
+    flags.DEFINE_string(
+        "model", default, "Model: a Hugging Face folder, a .gguf file, or 'embedded' "
+        "(SmolLM2-135M-Instruct).", flag_values=values,
+    )  # fmt: skip
+
+
+def model_dtype(values: flags.FlagValues) -> None:
+    flags.DEFINE_enum(
+        "model_dtype", "float32", DTYPES, "How weights are kept; arithmetic is float32.",
+        flag_values=values,
+    )  # fmt: skip
+
+
+def text(values: flags.FlagValues, default: str, *, windows: int, length: int) -> None:
+    flags.DEFINE_multi_string(
+        "text", default, "UTF-8 file, topics:calibration or topics:heldout; several are joined.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "windows", windows, "Windows of text, evenly spaced over it; 0 takes all.", lower_bound=0,
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "window_length", length, "Tokens per window.", lower_bound=1, flag_values=values
+    )
+
+
+def out(values: flags.FlagValues, what: str) -> None:
+    flags.DEFINE_string("out", None, what, flag_values=values)
+
+
+def codec(values: flags.FlagValues, default: str | None) -> None:
+    flags.DEFINE_string("codec", default, "Codec of K and V.", flag_values=values)
+    flags.DEFINE_string("k_codec", None, "Codec of K, if not --codec.", flag_values=values)
+    flags.DEFINE_string("v_codec", None, "Codec of V, if not --codec.", flag_values=values)
+    for name, side in (("bits", "K and V"), ("k_bits", "K"), ("v_bits", "V")):
+        flags.DEFINE_integer(
+            name, None, f"Bits per coordinate of {side}.", lower_bound=1, upper_bound=8,
+            flag_values=values,
+        )  # fmt: skip
+    helps = {
+        "rotation": "Rotation: hadamard, haar or identity.",
+        "scale_rule": "Scale rule: raw, matched, unbiased or least_squares.",
+        "scale": "per_head: scale per 'vector' (stored) or per 'head' (fitted, not stored).",
+        "scale_dtype": "Type of stored scales: float16, bfloat16 or float32.",
+        "codebook": "Source of data-free codebooks: sphere or gaussian.",
+        "sketch": "turboquant_prod: gaussian or orthogonal.",
+        "dtype": "exact: bfloat16, float16 or float32.",
+    }
+    for name in CODEC_FIELDS:
+        flags.DEFINE_string(name, None, helps[name], flag_values=values)
+    flags.DEFINE_integer(
+        "seed", None, "Seed of the rotation (and sketch).", lower_bound=0, flag_values=values
+    )
+
+
+def policy(values: flags.FlagValues, *, sinks: int = 4, of: str = "") -> None:
+    flags.DEFINE_integer(
+        "sinks", sinks, f"First tokens of a sequence kept exact{of}.", lower_bound=0,
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "recent", 0, f"Last tokens kept exact, the query's own included{of}.", lower_bound=0,
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "exact_dtype", "bfloat16", DTYPES, f"Type of the exact tokens{of}.", flag_values=values
+    )
+
+
+@contextlib.contextmanager
+def as_user_error() -> Iterator[None]:
+    """Values that came from flags: a ValueError about them is the user's to fix."""
+    try:
+        yield
+    except TurboqError:
+        raise
+    except ValueError as error:
+        raise TurboqError(str(error).replace("self.", "")) from error
+
+
+def codec_of(values: flags.FlagValues, side: str, dim: int) -> Codec:
+    """The codec that the flags describe for `side` ("k" or "v") and head dim `dim`.
+
+    A flag may speak of one side only (bits of turboquant_mse keys beside exact values), so each
+    side takes the flags that its codec knows, and a flag that neither knows is an error.
+
+    Raises:
+      TurboqError: no or unknown codec, a flag no codec has, a value out of range.
+    """
+    from turboq.codecs import from_config
+
+    names = {s: values[f"{s}_codec"].value or values.codec for s in ("k", "v")}
+    if names[side] is None:
+        raise TurboqError(f"name a codec: --codec, or --{side}_codec")
+    given = _given(values)
+    known = {s: _fields(name) for s, name in names.items()}
+    for field in given[side]:
+        if field not in known["k"] | known["v"]:
+            raise TurboqError(
+                f"--{field} is not a field of codec {' or '.join(sorted(set(names.values())))}"
+            )
+    for s in ("k", "v"):
+        if values[f"{s}_bits"].value is not None and "bits" not in known[s]:
+            raise TurboqError(f"--{s}_bits: codec {names[s]} has no bits")
+    chosen = {field: value for field, value in given[side].items() if field in known[side]}
+    if "bits" in known[side] and "bits" not in chosen:
+        raise TurboqError(f"codec {names[side]} needs --bits or --{side}_bits")
+    return from_config({"codec": names[side], "dim": dim, **chosen})
+
+
+def _given(values: flags.FlagValues) -> dict[str, dict[str, Any]]:
+    """Per side: codec fields that were set on the command line."""
+    shared = {f: values[f].value for f in (*CODEC_FIELDS, "seed", "bits")}
+    sides = {}
+    for side in ("k", "v"):
+        own = values[f"{side}_bits"].value
+        fields = shared if own is None else shared | {"bits": own}
+        sides[side] = {f: value for f, value in fields.items() if value is not None}
+    return sides
+
+
+def _fields(name: str) -> set[str]:
+    import dataclasses
+
+    from turboq.codecs import CODECS
+
+    if name not in CODECS:
+        raise TurboqError(f"unknown codec {name!r}: known codecs are {', '.join(sorted(CODECS))}")
+    return {field.name for field in dataclasses.fields(CODECS[name])}
+
+
+def policy_of(values: flags.FlagValues) -> TokenPolicy:
+    """The token policy that the flags describe."""
+    from turboq.layer import TokenPolicy
+
+    return TokenPolicy(sinks=values.sinks, recent=values.recent, exact_dtype=values.exact_dtype)
+
+
+def windows_of(values: flags.FlagValues, tokenizer: Tokenizer) -> Windows:
+    """The windows of text that the flags describe."""
+    from turboq_calibrate import data
+
+    return data.windows(
+        data.load_text(values.text),
+        tokenizer,
+        length=values.window_length,
+        count=values.windows or None,
+        spread=True,
+    )

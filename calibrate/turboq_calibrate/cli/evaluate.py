@@ -1,0 +1,113 @@
+"""Measures plans on held-out text against the same model with its exact cache.
+
+Per plan: KL in nats per token (mean, 95 % bootstrap interval over windows, median, p99), top-1
+agreement, perplexity, all-in bits per channel, bytes per token, compression against bf16. Writes
+quality.json, quality.csv and run.json to --out and prints the table. Two runs write the same
+quality.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from turboq.errors import TurboqError
+from turboq_calibrate.cli import common
+
+if TYPE_CHECKING:
+    from turboq.plan import ModelGeometry
+
+REQUIRED = ("out",)
+RESUME = "nothing was written, run the same command again"
+
+
+def define(values: flags.FlagValues) -> None:
+    common.model(values)
+    common.model_dtype(values)
+    flags.DEFINE_multi_string(
+        "plan", [], "Plan: a folder with plan.json, or the file; NAME=PATH names its row.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_list(
+        "baselines", [], "Data-free plans to measure beside: CODEC or CODEC:BITS, comma-separated, "
+        "such as exact,turboquant_mse:3.", flag_values=values,
+    )  # fmt: skip
+    common.policy(values, of=" (of --baselines; a plan has its own)")
+    common.text(values, "topics:heldout", windows=8, length=1024)
+    common.out(values, "Folder for quality.json, quality.csv and run.json.")
+    flags.DEFINE_enum(
+        "attention", "simulated", ("simulated", "packed"), "Quantize and dequantize in one pass, "
+        "or prefill the packed cache.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "context", None, "Tokens at which all-in bits are also counted; the model's by default.",
+        lower_bound=1, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "batch", 1, "Windows that run together.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.", lower_bound=0, flag_values=values)
+    flags.DEFINE_boolean(
+        "stream", False, "Re-read weights layer by layer instead of keeping them.",
+        flag_values=values,
+    )  # fmt: skip
+
+
+def main(values: flags.FlagValues, arguments: list[str]) -> None:
+    from turboq.files import make_folder
+    from turboq.plan import check_model, load
+    from turboq_calibrate.evaluate import evaluate
+    from turboq_calibrate.models import load_model
+    from turboq_calibrate.plans import model_geometry
+    from turboq_calibrate.quality import format_table, write_quality
+
+    if not values.plan and not values.baselines:
+        raise TurboqError("nothing to evaluate: give --plan or --baselines")
+    model = load_model(values.model, dtype=values.model_dtype, resident=not values.stream)
+    geometry = model_geometry(model)
+    plans = [_baseline(entry, geometry, values) for entry in values.baselines]
+    for entry in values.plan:
+        name, path = _named(entry)
+        plan, arrays = load(path)
+        check_model(plan, geometry)
+        plans.append((name, plan, arrays))
+    windows = common.windows_of(values, model.tokenizer)
+    make_folder(values.out)  # an unusable folder shows now, not after the evaluation
+    quality = evaluate(
+        model,
+        plans,
+        windows.tokens,
+        text=windows.source,
+        attention=values.attention,
+        context=values.context,
+        window_batch=values.batch,
+        seed=values.seed,
+    )
+    write_quality(quality, values.out)
+    print(format_table(quality))
+
+
+def _named(entry: str) -> tuple[str, str]:
+    """NAME=PATH, or a path whose folder gives the name."""
+    name, equals, path = entry.partition("=")
+    if equals and name and not Path(entry).exists():
+        return name, path
+    path = Path(entry)
+    folder = path.parent if path.suffix == ".json" else path
+    return folder.resolve().name, entry
+
+
+def _baseline(entry: str, geometry: ModelGeometry, values: flags.FlagValues):
+    from turboq.codecs import from_config
+    from turboq_calibrate.plans import make_plan
+
+    name, colon, bits = entry.partition(":")
+    if colon and not bits.isdecimal():
+        raise TurboqError(f"baseline {entry!r} must be CODEC or CODEC:BITS")
+    config = {"codec": name, "dim": geometry.cache_layers[0].k_dim}
+    codec = from_config(config | ({"bits": int(bits)} if colon else {}))
+    with common.as_user_error():
+        plan, arrays = make_plan(geometry, k=codec, v=codec, policy=common.policy_of(values))
+    return f"{name} {bits}b" if colon else name, plan, arrays

@@ -1,0 +1,112 @@
+"""Says what each PATH is, checks it, and prints what it holds: a plan, statistics, or a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+
+from turboq.errors import TurboqError
+
+ARGUMENTS = "PATH ..."
+REQUIRED = ()
+RESUME = "run the same command again"
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer(
+        "context", 32768, "Tokens at which a plan's cache is counted.", lower_bound=1,
+        flag_values=values,
+    )  # fmt: skip
+
+
+def main(values: flags.FlagValues, arguments: list[str]) -> None:
+    if not arguments:
+        raise TurboqError("name a path: a plan, a statistics folder or a model")
+    for i, argument in enumerate(arguments):
+        if i:
+            print()
+        print(describe(argument, values.context))
+
+
+def describe(argument: str, context: int) -> str:
+    """What is at a path, as text.
+
+    Raises:
+      TurboqError: nothing is there, or what is there is damaged or of no known kind.
+    """
+    path = Path(argument)
+    if argument != "embedded" and not path.exists():
+        raise TurboqError(f"{path} does not exist")
+    found = []
+    if (path.suffix == ".json" and path.is_file()) or (path / "plan.json").is_file():
+        found.append(_plan(path, context))
+    if any((path / name / "manifest.json").is_file() for name in (".", "statistics")):
+        found.append(_statistics(path))
+    if (path / "capture" / "inputs.json").is_file() and not found:
+        raise TurboqError(f"{path} is an unfinished capture: run the same `turboq calibrate` again")
+    if (path / "config.json").is_file() or path.suffix == ".gguf" or argument == "embedded":
+        found.append(_model(argument))
+    if not found:
+        raise TurboqError(
+            f"{path} is no plan (plan.json), no statistics folder and no model (config.json, .gguf)"
+        )
+    return "\n\n".join(found)
+
+
+def _plan(path: Path, context: int) -> str:
+    from turboq.plan import load, summary
+
+    plan, _ = load(path)
+    return f"{path}: plan\n{summary(plan, context)}"
+
+
+def _statistics(path: Path) -> str:
+    from turboq_calibrate.statistics_files import load_statistics
+
+    statistics = load_statistics(path)
+    for index in range(len(statistics)):
+        _ = statistics.layers[index]  # reads and checks the layer's file
+    manifest = statistics.manifest
+    inputs, first = manifest.inputs, manifest.layers[0]
+    text, recipe = inputs["text"], inputs["recipe"]
+    size = sum(layer["bytes"] for layer in manifest.layers)
+    return "\n".join(
+        [
+            f"{path}: statistics, all files as their manifest says",
+            f"model: {inputs['model']['name']} ({inputs['model']['family']}), fingerprint "
+            f"{inputs['model']['fingerprint'][:12]}",
+            f"text: {text['source']}, {text['windows']} windows of {text['window']} tokens",
+            f"counted: {manifest.tokens:,} tokens per head "
+            f"(first {recipe['skip']} of each window left out)",
+            f"layers: {len(manifest.layers)}; K {first['k']}, V {first['v']}, Q {first['q']} "
+            f"[heads, dim]; {size / 2**20:.1f} MiB",
+            f"rotation of histograms: {recipe['rotation']}, seed {recipe['seed']}",
+        ]
+    )
+
+
+def _model(argument: str) -> str:
+    from turboq import accounting
+    from turboq_calibrate.models.model import open_source
+    from turboq_calibrate.models.params import parameter_count
+
+    spec = open_source(argument).spec
+    owners = [layer for layer in spec.layers if layer.owns_cache]
+    heads = [(layer.kv_heads, layer.head_dim, layer.v_head_dim) for layer in owners]
+    shapes = sorted({(s.heads, s.kv_heads, s.head_dim, s.window) for s in spec.layers}, key=str)
+    described = "; ".join(
+        f"{h} query heads, {k} KV heads, head dim {d}" + (f", window {w}" if w else "")
+        for h, k, d, w in shapes
+    )
+    return "\n".join(
+        [
+            f"{argument}: model {spec.name} ({spec.family})",
+            f"parameters: {parameter_count(spec):,}; vocabulary {spec.vocab:,}; "
+            f"context {spec.context:,}",
+            f"layers: {len(spec.layers)}, {len(owners)} with a KV cache; {described}",
+            f"exact bf16 cache: {accounting.exact_bytes(heads, context=1):,} bytes per token, "
+            f"{accounting.readable(accounting.exact_bytes(heads, context=spec.context))} "
+            f"at {spec.context:,} tokens",
+        ]
+    )

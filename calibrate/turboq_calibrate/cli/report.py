@@ -1,0 +1,22 @@
+"""Draws a run folder (quality.json, and plan.json beside it) as one self-contained report.html.
+
+The page opens without a network: KL against bits per channel, the quality table, and a heat map of
+the error of every layer and head.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+REQUIRED = ("run",)
+RESUME = "nothing was written, run the same command again"
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("run", None, "Folder with quality.json.", flag_values=values)
+
+
+def main(values: flags.FlagValues, arguments: list[str]) -> None:
+    from turboq_calibrate.report import write_report
+
+    print(write_report(values.run))

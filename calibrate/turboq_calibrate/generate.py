@@ -1,0 +1,143 @@
+"""Greedy generation: through the packed cache, or by plain attention over the whole sequence.
+
+The two paths share nothing but the decoder's layers, so each checks the other: with an exact
+cache they produce the same tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from turboq import cache as caches
+from turboq.errors import TurboqError
+from turboq.layer import KVLayer
+from turboq_calibrate.models import Model, embed_tokens
+from turboq_calibrate.models.decoder import exact_attend, run_head, run_layer, run_layer_donated
+from turboq_calibrate.plugs import Cached, cache_attend
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Generated tokens, and the logits each was chosen from (None unless asked for)."""
+
+    tokens: Int32[np.ndarray, "B steps"]
+    logits: Float32[np.ndarray, "B steps V"] | None
+    cache_bytes: int  # live token buffers at the end; 0 on the plain path
+
+
+def greedy(
+    model: Model,
+    prompt: Int[np.ndarray, "B T"],
+    steps: int,
+    *,
+    layers: Sequence[KVLayer] | None = None,
+    keep_logits: bool = False,
+) -> Generation:
+    """Appends `steps` tokens to every prompt, each the arg-max (lower token on a tie).
+
+    With `layers` (one `KVLayer` per decoder layer, `[plan.kv_layer(i, arrays) for i in ...]`) the
+    prompt is prefilled into packed caches and every step appends one token: three compiled
+    functions whatever the number of steps. Without, every step runs the whole sequence, padded to
+    its final length, through plain attention: slow, without any cache, the reference.
+
+    Raises:
+      TurboqError: empty prompt, no steps, a sequence longer than the model's context, or logits
+        that are not finite.
+    """
+    prompt = np.asarray(prompt, np.int32)
+    if prompt.shape[0] < 1 or prompt.shape[1] < 1:
+        raise TurboqError(f"prompt of shape {prompt.shape} must hold at least one token")
+    if steps < 1:
+        raise TurboqError(f"{steps=} must be 1 or more")
+    total = prompt.shape[1] + steps
+    if total > model.spec.context:
+        raise TurboqError(
+            f"{prompt.shape[1]} prompt tokens + {steps=} exceed the model's context of "
+            f"{model.spec.context}"
+        )
+    if layers is None:
+        return _plain(model, prompt, steps, keep_logits)
+    if len(layers) != len(model.spec.layers):
+        raise ValueError(f"{len(layers)=} must be the number of layers, {len(model.spec.layers)}")
+    return _cached(model, prompt, steps, layers, keep_logits)
+
+
+def _cached(model: Model, prompt, steps: int, layers, keep_logits: bool) -> Generation:
+    batch, length = prompt.shape
+    # The last token is returned but never written, hence one token less.
+    states = [
+        # The copy is ours to donate; the caller's arrays stay valid.
+        Cached(
+            layer=jax.tree.map(jnp.copy, layer),
+            cache=caches.init(layer, batch=batch, capacity=length + steps - 1),
+        )
+        for layer in layers
+    ]
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    logits = _step(model, jnp.asarray(prompt), positions, states)
+    tokens, kept = [], []
+    for step in range(steps):
+        token = _choose(logits, step)
+        tokens.append(token)
+        if keep_logits:
+            kept.append(np.asarray(logits))
+        if step + 1 < steps:
+            where = jnp.full((batch, 1), length + step, jnp.int32)
+            logits = _step(model, jnp.asarray(token)[:, None], where, states)
+    return _generation(tokens, kept, sum(s.cache.nbytes for s in states))
+
+
+def _step(
+    model: Model, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], states: list[Any]
+) -> Float[Array, "B V"]:
+    """Writes the tokens into the caches (`states` is updated), returns the last one's logits."""
+    x = embed_tokens(model, tokens)
+    for i, spec in enumerate(model.spec.layers):
+        x, states[i] = run_layer_donated(
+            spec, model.layer(i), x, positions, cache_attend, states[i]
+        )
+    return run_head(model.spec, model.head_params(), x[:, -1:])[:, 0]
+
+
+def _plain(model: Model, prompt, steps: int, keep_logits: bool) -> Generation:
+    batch, length = prompt.shape
+    capacity = length + steps - 1
+    sequence = np.zeros((batch, capacity), np.int32)
+    sequence[:, :length] = prompt
+    positions = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (batch, capacity))
+    tokens, kept = [], []
+    for step in range(steps):
+        at = length + step  # tokens that are real; what follows is padding no query before sees
+        x = embed_tokens(model, jnp.asarray(sequence))
+        for i, spec in enumerate(model.spec.layers):
+            x, _ = run_layer(spec, model.layer(i), x, positions, exact_attend, None)
+        last = jax.lax.dynamic_slice_in_dim(x, jnp.int32(at - 1), 1, axis=1)
+        logits = run_head(model.spec, model.head_params(), last)[:, 0]
+        tokens.append(_choose(logits, step))
+        if keep_logits:
+            kept.append(np.asarray(logits))
+        if at < capacity:
+            sequence[:, at] = tokens[-1]
+    return _generation(tokens, kept, 0)
+
+
+def _choose(logits: Float[Array, "B V"], step: int) -> Int32[np.ndarray, "B"]:
+    host = np.asarray(logits)
+    if not np.isfinite(host).all():
+        raise TurboqError(f"logits of generated token {step} are not finite")
+    return host.argmax(axis=-1).astype(np.int32)
+
+
+def _generation(tokens, kept, cache_bytes: int) -> Generation:
+    return Generation(
+        tokens=np.stack(tokens, axis=1),
+        logits=np.stack(kept, axis=1) if kept else None,
+        cache_bytes=cache_bytes,
+    )

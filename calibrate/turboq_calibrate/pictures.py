@@ -1,0 +1,297 @@
+"""Pictures of the report: deterministic SVG that follows the page's light or dark theme.
+
+Text, axes and grid are drawn in two marker colours that `_svg` turns into CSS variables, so one
+picture is readable on both backgrounds. Nothing depends on the clock or on installed fonts.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+Row = dict[str, Any]
+
+_INK, _GRID = "#010203", "#040506"  # markers, replaced by var(--ink) and var(--grid)
+_STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # a dollar in a name is a dollar
+    "svg.fonttype": "none",  # text stays text: selectable, and measured by the page's font
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.linewidth": 0.6,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+# Mid-tones with contrast of at least 3:1 on white and on the page's dark background, and a marker
+# each, so that no family is told by colour alone.
+_FAMILIES = {
+    "exact": ("#7d858f", "s"),
+    "turboquant_mse": ("#2f7fd1", "o"),
+    "turboquant_prod": ("#d4660a", "^"),
+    "per_head": ("#0e9268", "D"),
+}
+_OTHERS = [("#9a63d6", "v"), ("#c2487f", "P"), ("#8a7a12", "X"), ("#3f8f9b", "*")]
+
+
+def family_styles(rows: list[Row]) -> dict[str, tuple[str, str]]:
+    """Colour and marker per codec; unknown codecs take the spare ones in order."""
+    unknown = sorted({r["codec"] for r in rows} - set(_FAMILIES))
+    spare = {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(unknown)}
+    return _FAMILIES | spare
+
+
+def _svg(figure: Figure, name: str, alt: str) -> str:
+    """The figure as an SVG element with ids of its own, theme colours and a text alternative."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": f"turboq-{name}", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = text.replace(_INK, "var(--ink)").replace(_GRID, "var(--grid)")
+    # Several pictures share one page, so their ids must not meet.
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
+    text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
+    # The page decides the width; the view box keeps the proportions.
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    label = alt.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
+
+
+def kl_against_bits(rows: list[Row]) -> str | None:
+    """Mean KL (log scale) against bits per channel, bars: bootstrap interval. None without data.
+
+    Exact rows far to the right would flatten the rest: they become a dashed level instead.
+    """
+    points = [r for r in rows if r["kl_mean"] > 0]
+    levels = [r for r in points if r["codec"] == "exact"]
+    points = [r for r in points if r["codec"] != "exact"]
+    if not points:
+        return None
+    styles = family_styles(rows)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 4.3), layout="constrained")
+        axes = figure.subplots()
+        for codec in dict.fromkeys(r["codec"] for r in points):
+            mine = sorted((r for r in points if r["codec"] == codec), key=_bits)
+            colour, marker = styles[codec]
+            y = np.array([r["kl_mean"] for r in mine])
+            # A lower bound of zero cannot be drawn on a log axis: the bar ends at the axis.
+            ci = [r["kl_ci"] or (r["kl_mean"], r["kl_mean"]) for r in mine]
+            spread = np.array(
+                [
+                    [k - lo for k, (lo, _) in zip(y, ci, strict=True)],
+                    [hi - k for k, (_, hi) in zip(y, ci, strict=True)],
+                ]
+            )
+            axes.errorbar(
+                [_bits(r) for r in mine], y, yerr=np.maximum(spread, 0.0), color=colour,
+                marker=marker, markersize=6, linewidth=1.6, capsize=3, label=codec,
+            )  # fmt: skip
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        below = []
+        for r in levels:
+            text = f"{r['name']} ({_bits(r):g} bits per channel)"
+            if r["kl_mean"] < low / 30:
+                below.append(f"{text}: {r['kl_mean']:.1e}, below this axis")
+                continue
+            axes.axhline(r["kl_mean"], color=styles["exact"][0], linestyle="--", linewidth=1.2)
+            axes.annotate(
+                text, (1.0, r["kl_mean"]), xycoords=("axes fraction", "data"),
+                xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=8.5,
+            )  # fmt: skip
+            low = min(low, r["kl_mean"] / 1.6)
+        axes.annotate(
+            "\n".join(below), (0.0, 0.0), xycoords="axes fraction", xytext=(6, 5),
+            textcoords="offset points", fontsize=8.5,
+        )  # fmt: skip
+        axes.set_ylim(low, high)
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(_log_ticks(low, high))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("bits per channel (all stored bits of a quantized token)")
+        axes.set_ylabel("mean KL, nats per token")
+        figure.legend(frameon=False, loc="outside upper left", ncols=4, handlelength=2.2)
+        best = min(points, key=lambda r: r["kl_mean"])
+        alt = (
+            f"Mean KL divergence against bits per channel for {len(points)} plans. "
+            f"Lowest: {best['name']}, {best['kl_mean']:.3g} nats per token at "
+            f"{_bits(best):.2f} bits per channel. The numbers are in the table."
+        )
+        return _svg(figure, "kl", alt)
+
+
+def _bits(row: Row) -> float:
+    return row["bits_per_channel"]
+
+
+def heads_matrix(values: list[list[float] | None]) -> Float[np.ndarray, "K L"]:
+    """Per-layer lists (None: no cache) as [heads, layers]; missing or zero cells are NaN."""
+    heads = max((len(v) for v in values if v), default=0)
+    out = np.full((heads, len(values)), np.nan)
+    for layer, row in enumerate(values):
+        if row:
+            out[: len(row), layer] = row
+    return np.where(out > 0, out, np.nan)
+
+
+def error_heat_maps(errors: dict[str, dict[str, list]], names: list[str]) -> str | None:
+    """One row of panels per plan: K (rms logit error, nats) and V (relative MSE), layer × head.
+
+    The colour scale is logarithmic and shared by all panels of a side, so plans compare.
+    """
+    sides = [("k_logit_rms", "K: rms logit error, nats"), ("v_rel_mse", "V: relative MSE")]
+    grids = {(n, s): heads_matrix(errors[n][s]) for n in names for s, _ in sides}
+    if not names or any(g.size == 0 or np.isnan(g).all() for g in grids.values()):
+        return None
+    heads = max(g.shape[0] for g in grids.values())
+    row_height = min(0.62 + 0.16 * heads, 2.6)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 0.9 + row_height * len(names)), layout="constrained")
+        panels = figure.subplots(len(names), 2, squeeze=False, sharex=True)
+        for column, (side, title) in enumerate(sides):
+            finite = np.concatenate([grids[n, side].ravel() for n in names])
+            finite = finite[np.isfinite(finite)]
+            low, high = float(finite.min()), float(finite.max())
+            high = high if high > low else low * 1.01
+            norm = LogNorm(low, high)
+            meshes = []
+            for row, name in enumerate(names):
+                axes, grid = panels[row, column], grids[name, side]
+                mesh = axes.pcolormesh(
+                    np.arange(grid.shape[1] + 1) - 0.5,
+                    np.arange(grid.shape[0] + 1) - 0.5,
+                    np.ma.masked_invalid(grid),
+                    norm=norm,
+                    cmap=mpl.colormaps["viridis"].resampled(48),
+                    linewidth=0.3,
+                    edgecolors="face",  # no background between the cells
+                )
+                meshes.append(mesh)
+                axes.invert_yaxis()
+                axes.set_title(name)
+                axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+                axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+                axes.tick_params(length=2)
+                if column == 0:
+                    axes.set_ylabel("KV head")
+                if row == len(names) - 1:
+                    axes.set_xlabel("layer")
+            bar = figure.colorbar(
+                meshes[0], ax=list(panels[:, column]), location="top", aspect=45, pad=0.02
+            )
+            bar.set_label(title)
+            bar.outline.set_visible(False)
+            if bar.solids is not None:
+                bar.solids.set_edgecolor("face")
+            bar.ax.xaxis.set_major_locator(_log_ticks(low, high))
+            bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            bar.ax.xaxis.set_minor_locator(NullLocator())
+        worst = []
+        for name in names:
+            grid = np.nan_to_num(grids[name, "k_logit_rms"], nan=-1.0)
+            head, layer = np.unravel_index(int(grid.argmax()), grid.shape)
+            worst.append(f"{name}: layer {layer} head {head} at {grid.max():.3g} nats")
+        alt = (
+            "Heat maps of quantization error per layer and KV head, keys left and values right. "
+            "Largest key logit error of " + "; ".join(worst) + "."
+        )
+        return _svg(figure, "heads", alt)
+
+
+def _log_ticks(low: float, high: float) -> FixedLocator:
+    """Ticks of 1, 2, 5 × powers of ten inside [low, high]; powers only over many decades."""
+    decades = math.log10(high / low)
+    steps = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0)
+    ticks = [
+        s * 10.0**e
+        for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for s in steps
+        if low <= s * 10.0**e <= high
+    ]
+    return FixedLocator(ticks or [low, high])
+
+
+def memory_against_context(rows: list[Row]) -> str | None:
+    """Cache bytes of one sequence against its length; plans within 2 % share a line."""
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda r: -r["bytes_per_token"]):
+        if groups and row["bytes_per_token"] > 0.98 * groups[-1][0]["bytes_per_token"]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    curves = [(g, sorted((int(c), b) for c, b in g[0]["cache_bytes"].items())) for g in groups]
+    curves = [(g, c) for g, c in curves if len(c) > 1]
+    if not curves:
+        return None
+    top = max(b for _, c in curves for _, b in c)
+    unit, word = (2.0**30, "GiB") if top > 2**30 else (2.0**20, "MiB")
+    styles = family_styles(rows)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 4.2), layout="constrained")
+        axes = figure.subplots()
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ends = []
+        for group, curve in curves:
+            colour, marker = styles[group[0]["codec"]]
+            x, y = [c for c, _ in curve], [b / unit for _, b in curve]
+            axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.6)
+            ends.append((y[-1], ", ".join(r["name"] for r in group)))
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        axes.xaxis.set_major_locator(FixedLocator([c for c, _ in curves[0][1]]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(_log_ticks(low, high))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("context, tokens")
+        axes.set_ylabel(f"cache of one sequence, {word}")
+        # Labels at the right end, pushed apart so that they never overlap, each with its leader.
+        step, last = (high / low) ** 0.05, 0.0
+        right = max(c[-1][0] for _, c in curves)
+        for y, label in sorted(ends):
+            last = max(y, last * step)
+            axes.annotate(
+                label, (right, y), xytext=(right * 1.22, last), textcoords="data", va="center",
+                fontsize=8.5, annotation_clip=False,
+                arrowprops={
+                    "arrowstyle": "-", "color": _INK, "linewidth": 0.5, "shrinkB": 4,
+                    "relpos": (0.0, 0.5),
+                },
+            )  # fmt: skip
+        alt = (
+            f"Bytes of the cache against context length. At {right} tokens: "
+            + "; ".join(f"{label} {y:.3g} {word}" for y, label in ends)
+            + "."
+        )
+        return _svg(figure, "memory", alt)

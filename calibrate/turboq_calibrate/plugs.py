@@ -1,0 +1,124 @@
+"""Attention plugs of a quantized cache: simulated in one pass, or through the real packed cache.
+
+Each is one module-level function, so that `run_layer` compiles once per (LayerSpec, codecs,
+shapes); what differs between layers (arrays, buffers) travels in the state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from turboq import cache as caches
+from turboq.layer import KVLayer
+from turboq.simulate import simulate, simulated_attention
+from turboq_calibrate.models.decoder import exact_attend
+from turboq_calibrate.models.spec import LayerSpec
+from turboq_kernels.attention import cache_attention
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cached:
+    """A layer's codecs and its packed cache: the state of `cache_attend`."""
+
+    layer: KVLayer
+    cache: caches.LayerCache
+
+
+def simulated_attend(
+    spec: LayerSpec,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    positions: Int[Array, "B T"],
+    state: Any,
+) -> tuple[Float[Array, "B T H E"], Any]:
+    """Plug: quantize and dequantize K and V. In: a `KVLayer` (None: exact), out: `head_errors`."""
+    if state is None:
+        return exact_attend(spec, q, k, v, positions, None)
+    out = simulated_attention(
+        state, q, k, v, scale=spec.scale, window=spec.window, softcap=spec.softcap
+    )
+    return out, head_errors(state, q, k, v, spec.scale)
+
+
+def packed_attend(
+    spec: LayerSpec,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    positions: Int[Array, "B T"],
+    state: Any,
+) -> tuple[Float[Array, "B T H E"], Any]:
+    """Like `simulated_attend`, but through a fresh packed cache: one prefill of T tokens."""
+    if state is None:
+        return exact_attend(spec, q, k, v, positions, None)
+    empty = caches.init(state, batch=k.shape[0], capacity=k.shape[1])
+    out, _ = cache_attend(spec, q, k, v, positions, Cached(layer=state, cache=empty))
+    return out, head_errors(state, q, k, v, spec.scale)
+
+
+def cache_attend(
+    spec: LayerSpec,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    positions: Int[Array, "B T"],
+    state: Cached,
+) -> tuple[Float[Array, "B T H E"], Cached]:
+    """Plug: append K and V to the packed cache, then attend to all it holds (prefill or a step)."""
+    cache, tail = caches.write(state.layer, state.cache, k, v)
+    out = cache_attention(
+        q, state.layer, cache, tail, q_positions=positions,
+        scale=spec.scale, window=spec.window, softcap=spec.softcap,
+    )  # fmt: skip
+    return out, Cached(layer=state.layer, cache=cache)
+
+
+def head_errors(
+    layer: KVLayer,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    scale: float,
+) -> dict[str, Float[Array, "B K"]]:
+    """What quantization does to each KV head, over the tokens s >= sinks of each window.
+
+    With e = k_hat - k and C(.) the covariance over tokens (a constant shift of all keys changes no
+    softmax, so means do not count) and M = mean of q q^T over positions and the group's queries:
+
+      k_logit_mse = scale^2 tr(M C(e))           mean squared logit error, nats^2
+      k_rel_mse   = tr C(e) / tr C(k)
+      v_rel_mse   = sum |v_hat - v|^2 / sum |v|^2
+    """
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+    k_hat, v_hat = simulate(layer, k, v)
+    batch, tokens, kv_heads = k.shape[:3]
+    stored = jnp.arange(tokens, dtype=jnp.int32) >= layer.policy.sinks
+    weight = jnp.broadcast_to(stored.astype(jnp.float32)[None, :, None, None], (1, tokens, 1, 1))
+    count = max(tokens - layer.policy.sinks, 1)
+
+    def centred(x):
+        mean = jnp.sum(x * weight, axis=1, keepdims=True) / count
+        return (x - mean) * weight
+
+    grouped = q.astype(jnp.float32).reshape(batch, tokens, kv_heads, -1, q.shape[-1])
+    queries = grouped.shape[1] * grouped.shape[3]
+    m = jnp.einsum("btkgd,btkge->bkde", grouped, grouped, precision=HIGHEST) / queries
+    error, signal = centred(k_hat - k), centred(k)
+    c = jnp.einsum("btkd,btke->bkde", error, error, precision=HIGHEST) / count
+    energy = jnp.sum(jnp.square(v) * weight, axis=(1, 3))
+    lost = jnp.sum(jnp.square(v_hat - v) * weight, axis=(1, 3))
+    spread = jnp.sum(jnp.square(signal), axis=(1, 3))
+    return {
+        "k_logit_mse": jnp.sum(m * c, axis=(2, 3)) * scale**2,
+        "k_rel_mse": jnp.sum(jnp.square(error), axis=(1, 3)) / jnp.where(spread > 0, spread, 1.0),
+        "v_rel_mse": lost / jnp.where(energy > 0, energy, 1.0),
+    }

@@ -1,0 +1,105 @@
+"""Progress of a long step: a bar with ETA on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+LOG_EVERY_S = 5.0
+
+
+class Progress:
+    """Context manager over `total` units of work.
+
+        with Progress(tokens, label="capture") as bar:
+            bar.advance(1024, "layer 3 of 30")
+
+    `done` units were finished by an earlier run: they count as progress, not as speed.
+    `enabled=False` is silent; `stream` is a text file (standard error by default).
+    """
+
+    def __init__(
+        self,
+        total: float | int,
+        *,
+        label: str,
+        unit: str = "tokens",
+        done: float | int = 0,
+        stream: Any = None,
+        enabled: bool = True,
+    ):
+        self.total, self.label, self.unit, self.done = total, label, unit, done
+        self._stream = sys.stderr if stream is None else stream
+        self._enabled = enabled
+        self._at_start = done
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> Progress:
+        self._start = self._last_line = time.monotonic()
+        if self._enabled and self._stream.isatty():
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:3.0f}%"),
+                _Rate(self),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(file=self._stream),
+            )
+            self._task = self._bar.add_task(self.label, total=self.total, note="")
+            self._bar.update(self._task, completed=self.done)
+            self._bar.start()
+        return self
+
+    def advance(self, amount: float | int, note: str = "") -> None:
+        """`amount` more units are done."""
+        self.done += amount
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, note=note)
+            return
+        now = time.monotonic()
+        finished = self.done >= self.total * (1 - 1e-9)
+        if self._enabled and (now - self._last_line >= LOG_EVERY_S or finished):
+            self._last_line = now
+            print(self.line(note), file=self._stream, flush=True)
+
+    @property
+    def rate(self) -> float:
+        """Units per second of this run, 0 before the first."""
+        return (self.done - self._at_start) / max(time.monotonic() - self._start, 1e-9)
+
+    def line(self, note: str = "") -> str:
+        """The plain log line: percentage, rate, time left."""
+        left = (self.total - self.done) / self.rate if self.rate > 0 else float("inf")
+        eta = clock(max(left, 0.0))
+        percent = 100 * self.done / self.total if self.total else 100.0
+        tail = f"  {note}" if note else ""
+        return f"{self.label} {percent:3.0f}%  {self.rate:.0f} {self.unit}/s  ETA {eta}{tail}"
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, owner: Progress):
+        super().__init__()
+        self._owner = owner
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{self._owner.rate:.0f} {self._owner.unit}/s")
+
+
+def clock(seconds: float | int) -> str:
+    """Seconds as h:mm:ss, or "?" when unknown."""
+    if seconds == float("inf"):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,193 @@
+"""A run's folder as one HTML page: table and pictures, nothing fetched, nothing executed.
+
+The page is built from `quality.json` (and `run.json` if present) alone, follows the reader's light
+or dark setting, and is the same bytes for the same inputs.
+"""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+from turboq.files import atomic_write
+from turboq_calibrate import pictures
+from turboq_calibrate.quality import Quality, display, read_quality
+
+REPORT = "report.html"
+HEAT_MAPS = 4  # plans shown in the heat maps, unless named
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d2329; --soft: #59636e; --grid: #dfe3e8;
+  --page: #ffffff; --row: #f5f7f9; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e3e7ec; --soft: #9aa4af; --grid: #353c45;
+  --page: #14181d; --row: #1b2027; } }
+body { background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, sans-serif;
+  max-width: 62rem; margin: 2.2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
+p { margin: .4rem 0; max-width: 46rem; } .soft, figcaption { color: var(--soft); }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
+th, td { padding: .32rem .6rem; text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; border-bottom: 1px solid var(--grid); }
+th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+tbody tr:nth-child(even) { background: var(--row); }
+figure { margin: .8rem 0 0; overflow-x: auto; } figcaption { font-size: 13.5px; max-width: 46rem; }
+svg { display: block; width: 100%; height: auto; min-width: 34rem; color: var(--ink); }
+svg.narrow { max-width: 47rem; } svg text { fill: var(--ink); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .6rem 0;
+  font-size: 13.5px; } dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+"""
+
+
+def write_report(folder: str | Path, *, heat_map_plans: list[str] | None = None) -> Path:
+    """Writes `report.html` next to the folder's `quality.json`; returns its path.
+
+    Args:
+      heat_map_plans: rows to show in the heat maps; by default up to four, one per codec first.
+
+    Raises:
+      TurboqError: no readable `quality.json`, or the folder cannot be written.
+    """
+    quality = read_quality(folder)
+    path = Path(folder) / REPORT
+    atomic_write(path, render(quality, heat_map_plans))
+    return path
+
+
+def render(quality: Quality, heat_map_plans: list[str] | None = None) -> str:
+    """The page as text.
+
+    Raises:
+      ValueError: `heat_map_plans` names a row that is not there.
+    """
+    table = quality.table
+    rows, errors = table["rows"], table.get("head_errors", {})
+    chosen = representative(rows) if heat_map_plans is None else heat_map_plans
+    missing = [name for name in chosen if name not in errors]
+    if heat_map_plans is not None and missing:
+        raise ValueError(f"{missing=} in the heat maps; the table has {list(errors)}")
+    chosen = [name for name in chosen if name in errors]
+    title = f"KV-cache quantization of {table['model']}"
+    body = [
+        f"<h1>{_text(title)}</h1>",
+        f'<p class="soft">{_text(_summary(table))}</p>',
+        "<h2>Quality</h2>",
+        _table(rows),
+        f'<p class="soft">{_text(_definitions(table))}</p>',
+        *_figure(
+            "Quality against size",
+            pictures.kl_against_bits(rows),
+            "Lower and further left is better. Bars are bootstrap intervals over windows; the "
+            "scale is logarithmic.",
+            narrow=True,
+        ),
+        *_figure(
+            "Where the error is",
+            pictures.error_heat_maps(errors, chosen),
+            "Keys: root mean square error of the attention logits, shifts common to all tokens "
+            "left out because the softmax ignores them. Values: squared error over squared norm. "
+            "Exact sinks are left out. Colours are logarithmic and shared by the plans of a side.",
+        ),
+        *_figure(
+            "Memory",
+            pictures.memory_against_context(rows),
+            "Everything resident for one sequence: whole pages, scales, exact sinks and recent "
+            "window, fitted arrays and static tables. Plans within 2 % share a line.",
+            narrow=True,
+        ),
+        "<h2>How this was measured</h2>",
+        _facts(quality),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def representative(rows: list[dict[str, Any]], count: int = HEAT_MAPS) -> list[str]:
+    """Rows for the heat maps: of each quantizing codec the one nearest 3 bits, then the others."""
+    lossy = [r for r in rows if r["codec"] != "exact"]
+    by_distance = sorted(lossy, key=lambda r: abs(r["bits_per_channel"] - 3.25))
+    first = {r["codec"]: r["name"] for r in reversed(by_distance)}
+    picked = [r["name"] for r in by_distance if r["name"] in first.values()]
+    picked += [r["name"] for r in by_distance if r["name"] not in picked]
+    kept = set(picked[:count])
+    return [r["name"] for r in rows if r["name"] in kept]
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _summary(table: dict[str, Any]) -> str:
+    return (
+        f"{len(table['rows'])} plans over {table['windows']} windows of "
+        f"{table['window_tokens']} tokens from {table['text']}, against the model's own "
+        f"predictions with an exact cache (perplexity {table['exact']['perplexity']:.3f})."
+    )
+
+
+def _definitions(table: dict[str, Any]) -> str:
+    level = round(100 * table["bootstrap"]["level"])
+    return (
+        "bits/ch: every stored bit of one quantized token over its K and V channels. KL: "
+        "divergence from the exact model's next-token distribution, nats per token, with the "
+        f"{level} % bootstrap interval of the mean over windows, the median and the 99 % quantile "
+        "over tokens. top-1: tokens for which both prefer the same next token."
+    )
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "<p>No plans were measured.</p>"
+    cells = [display(row) for row in rows]
+    head = "".join(f'<th scope="col">{_text(h)}</th>' for h in cells[0])
+    lines = ["<tr>" + "".join(f"<td>{_text(v)}</td>" for v in c.values()) + "</tr>" for c in cells]
+    return (
+        f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
+        + "\n".join(lines)
+        + "\n</tbody>\n</table></div>"
+    )
+
+
+def _figure(title: str, svg: str | None, caption: str, *, narrow: bool = False) -> list[str]:
+    if svg is None:
+        return []
+    if narrow:
+        svg = svg.replace("<svg", '<svg class="narrow"', 1)
+    return [
+        f"<h2>{_text(title)}</h2>",
+        f"<figure>\n{svg}\n<figcaption>{_text(caption)}</figcaption>\n</figure>",
+    ]
+
+
+def _facts(quality: Quality) -> str:
+    table, run = quality.table, quality.run
+    policies = {
+        (p["sinks"], p["recent"], p["exact_dtype"]) for p in (r["policy"] for r in table["rows"])
+    }
+    facts: list[tuple[str, object]] = [
+        ("model fingerprint", table["model_fingerprint"]),
+        ("text", f"{table['text']}, tokens SHA-256 {table['windows_sha256']}"),
+        ("scored tokens", table["tokens"]),
+        ("attention", table["attention"]),
+        (
+            "tokens kept exact",
+            "; ".join(f"first {s} and last {r}, as {dtype}" for s, r, dtype in sorted(policies)),
+        ),
+        (
+            "bootstrap",
+            f"{table['bootstrap']['samples']} resamples, seed {table['bootstrap']['seed']}",
+        ),
+    ]
+    if run:
+        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+        facts += [
+            ("time", f"{run['seconds']:.0f} s on {run['cpus']} CPUs ({', '.join(run['devices'])})"),
+            ("peak memory", f"{run['peak_memory_bytes'] / 2**30:.2f} GiB"),
+            ("versions", versions),
+        ]
+    return "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts) + "</dl>"

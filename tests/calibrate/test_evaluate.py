@@ -1,0 +1,330 @@
+"""The quality table against an independent float64 evaluation of a tiny random model."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from plan_cases import random_fit
+from tolerances import TOL
+
+from turboq import accounting
+from turboq.codecs import Exact, PerHead, TurboQuantMSE, TurboQuantProd
+from turboq.errors import TurboqError
+from turboq.layer import TokenPolicy
+from turboq.plan import collect_arrays, head_plan, uniform_plan
+from turboq.simulate import simulate, simulated_attention
+from turboq_calibrate import evaluate as evaluation
+from turboq_calibrate import metrics, quality
+from turboq_calibrate.evaluate import evaluate
+from turboq_calibrate.models import (
+    decoder,
+    default_positions,
+    embed_tokens,
+    exact_attend,
+    forward,
+    load_model,
+    run_layer,
+)
+from turboq_calibrate.plans import model_geometry
+from turboq_calibrate.plugs import head_errors
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+POLICY = TokenPolicy(sinks=2, recent=3, exact_dtype="float32")
+LENGTH = 21
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(GOLDEN / "llama3")
+
+
+@pytest.fixture(scope="module")
+def windows(model):
+    shape = (3, LENGTH)
+    return np.random.default_rng(7).integers(0, model.spec.vocab, shape).astype(np.int32)
+
+
+def named(model, name, k, v=None, policy=POLICY):
+    geometry = model_geometry(model)
+    plan = uniform_plan(geometry, k=k, v=v or k, policy=policy)
+    return name, plan, collect_arrays(plan, random_fit(geometry))
+
+
+@pytest.fixture(scope="module")
+def plans(model):
+    def choose(index, side, head):
+        return TurboQuantMSE(dim=16, bits=2 + head)
+
+    mixed = head_plan(model_geometry(model), choose, policy=POLICY)
+    return [
+        named(model, "exact", Exact(dim=16, dtype="float32")),
+        named(model, "mse 2", TurboQuantMSE(dim=16, bits=2)),
+        named(model, "prod 3", TurboQuantProd(dim=16, bits=3), TurboQuantMSE(dim=16, bits=4)),
+        named(model, "learned", PerHead(dim=16, bits=3, scale="head"), policy=TokenPolicy(sinks=1)),
+        ("mixed", mixed, {}),
+    ]
+
+
+@pytest.fixture(scope="module")
+def measured(model, plans, windows):
+    return evaluate(model, plans, windows, text="noise", progress=False)
+
+
+def log_softmax_f64(logits):
+    x = np.asarray(logits, np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def independent(model, plan, arrays, windows):
+    """The same quantities from whole logits of one window at a time, in float64."""
+    layers = [plan.kv_layer(i, arrays) for i in range(len(model.spec.layers))]
+
+    def plug(spec, q, k, v, positions, layer):
+        return simulated_attention(layer, q, k, v, scale=spec.scale), layer
+
+    kl, nll, nll_exact, top1 = [], [], [], []
+    for window in windows:
+        p = log_softmax_f64(forward(model, window[None])[0][0, :-1])
+        q = log_softmax_f64(forward(model, window[None], plug, layers)[0][0, :-1])
+        at = np.arange(len(window) - 1), window[1:]
+        kl.append((np.exp(p) * (p - q)).sum(axis=-1))
+        nll.append(-q[at])
+        nll_exact.append(-p[at])
+        top1.append(p.argmax(-1) == q.argmax(-1))
+    return [np.array(x) for x in (kl, nll, nll_exact, top1)]
+
+
+def test_rows_match_an_independent_evaluation(model, plans, windows, measured):
+    table = measured.table
+    assert (table["windows"], table["window_tokens"], table["tokens"]) == (3, LENGTH, 60)
+    assert [r["name"] for r in measured.rows] == [name for name, _, _ in plans]
+    for row, (_, plan, arrays) in zip(measured.rows, plans, strict=True):
+        kl, nll, nll_exact, top1 = independent(model, plan, arrays, windows)
+        close = {"rel": TOL["kl_model_rel"], "abs": TOL["kl_model_abs"]}
+        assert row["kl_mean"] == pytest.approx(kl.mean(), **close)
+        assert row["kl_median"] == pytest.approx(np.median(kl), **close)
+        assert row["kl_p99"] == pytest.approx(np.percentile(kl, 99), **close)
+        want = metrics.bootstrap_ci(kl.mean(axis=1))
+        np.testing.assert_allclose(row["kl_ci"], want, close["rel"], close["abs"])
+        assert row["top1"] == top1.mean()
+        rel = TOL["model_nll"]
+        assert row["perplexity"] == pytest.approx(np.exp(nll.mean()), rel=rel)
+        assert row["perplexity_ratio"] == pytest.approx(np.exp((nll - nll_exact).mean()), rel=rel)
+        assert table["exact"]["perplexity"] == pytest.approx(np.exp(nll_exact.mean()), rel=rel)
+
+
+def test_targets_are_the_next_tokens(model, windows, measured):
+    """What a shift of the targets by one would give is far from what is reported."""
+    p = [log_softmax_f64(forward(model, w[None])[0][0]) for w in windows]
+    wrong = [-q[np.arange(LENGTH), w].mean() for q, w in zip(p, windows, strict=True)]
+    right = [-q[np.arange(LENGTH - 1), w[1:]].mean() for q, w in zip(p, windows, strict=True)]
+    assert abs(np.mean(wrong) - np.mean(right)) > 100 * TOL["model_nll"]
+    perplexity = measured.table["exact"]["perplexity"]
+    assert perplexity == pytest.approx(np.exp(np.mean(right)), rel=TOL["model_nll"])
+
+
+def test_exact_plan_loses_nothing(measured):
+    row = measured.rows[0]
+    assert 0 <= row["kl_mean"] <= TOL["kl_model_abs"]
+    assert row["kl_p99"] <= TOL["kl_model_abs"]
+    assert row["top1"] == 1
+    assert row["perplexity"] == pytest.approx(
+        measured.table["exact"]["perplexity"], rel=TOL["model_nll"]
+    )
+
+
+def test_more_bits_lose_less(model, windows):
+    plans = [named(model, str(b), TurboQuantMSE(dim=16, bits=b)) for b in (2, 4)]
+    rows = evaluate(model, plans, windows, text="noise", progress=False).rows
+    assert rows[0]["kl_mean"] > 2 * rows[1]["kl_mean"] > 0
+
+
+def test_packed_cache_gives_the_simulated_numbers(model, windows):
+    tokens, plans = windows[:2], [named(model, "plan", PerHead(dim=16, bits=2))]
+    simulated, packed = (
+        evaluate(model, plans, tokens, text="noise", attention=a, progress=False)
+        for a in ("simulated", "packed")
+    )
+    assert packed.table["attention"] == "packed"
+    for a, b in zip(simulated.rows, packed.rows, strict=True):
+        assert a["kl_mean"] > 10 * TOL["kl_packed"]
+        for key in ("kl_mean", "kl_median", "kl_p99"):
+            assert a[key] == pytest.approx(b[key], abs=TOL["kl_packed"])
+        assert a["perplexity"] == pytest.approx(b["perplexity"], rel=TOL["kl_packed"])
+
+
+def test_two_runs_write_the_same_bytes(model, plans, windows, measured, tmp_path):
+    again = evaluate(model, plans, windows, text="noise", progress=False)
+    for name, q in (("a", measured), ("b", again)):
+        quality.write_quality(q, tmp_path / name)
+    for file in (quality.QUALITY, quality.TABLE):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert again.run["seconds"] > 0
+    assert again.run["peak_memory_bytes"] > 2**20
+
+
+def test_batches_and_blocks_change_nothing(model, plans, windows, measured, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", 16)  # 42 positions: blocks that cross windows, padding
+    other = evaluate(model, plans[1:3], windows, text="noise", window_batch=2, progress=False)
+    for a, b in zip(measured.rows[1:3], other.rows, strict=True):
+        for key in ("kl_mean", "kl_p99", "top1", "perplexity"):
+            assert a[key] == pytest.approx(
+                b[key], rel=TOL["kl_model_rel"], abs=TOL["kl_model_abs"]
+            ), key
+    for name, errors in other.table["head_errors"].items():
+        for key, values in errors.items():
+            before = measured.table["head_errors"][name][key]
+            np.testing.assert_allclose(values, before, rtol=TOL["head_errors"], err_msg=key)
+
+
+def test_compiles_once_per_codec_profile(model, windows):
+    """Two equal layers and many windows: one function per profile, and one for exact attention."""
+    plans = [named(model, "mse", TurboQuantMSE(dim=16, bits=2))]
+    assert model.spec.layers[0] == model.spec.layers[1]
+    before = run_layer._cache_size()
+    evaluate(model, plans, windows[:, :17], text="noise", progress=False)
+    assert run_layer._cache_size() - before == 2
+
+
+def test_storage_columns(model, plans, measured):
+    rows = {r["name"]: r for r in measured.rows}
+    # D = 16, so one float16 scale is one bit per channel; 2 layers x 2 heads x (K and V).
+    assert rows["mse 2"]["bits_per_channel"] == 3
+    assert rows["mse 2"]["bytes_per_token"] == 2 * 2 * 2 * 16 * 3 / 8
+    assert rows["mse 2"]["compression"] == pytest.approx(16 / 3)
+    assert (rows["prod 3"]["k_bits"], rows["prod 3"]["v_bits"]) == (3, 4)
+    assert rows["prod 3"]["bits_per_channel"] == (3 + 2 + 4 + 1) / 2  # K also stores gamma
+    assert rows["prod 3"]["codec"] == "turboquant_prod/turboquant_mse"
+    assert rows["learned"]["bits_per_channel"] == 3  # per-head scales are not stored per vector
+    assert rows["mixed"]["k_bits"] == 2.5
+    assert rows["exact"]["bits_per_channel"] == 32
+    for name, plan, _ in plans:
+        want = accounting.residency(plan.storage, context=model.spec.context)
+        assert rows[name]["bits_per_channel_at_context"] == want.bits_per_channel
+        assert rows[name]["cache_bytes"][str(model.spec.context)] == want.total
+        assert rows[name]["bits_per_channel_at_context"] > rows[name]["bits_per_channel"]
+    assert rows["learned"]["policy"] == {"sinks": 1, "recent": 0, "exact_dtype": "bfloat16"}
+
+
+def test_head_errors_against_float64(model, plans, rng):
+    _, plan, arrays = plans[-1]
+    layer = plan.kv_layer(0, arrays)
+    q, k, v = (rng.standard_normal((2, 9, n, 16)).astype(np.float32) for n in (4, 2, 2))
+    k += 3  # a common mean, which no softmax sees
+    k_hat, v_hat = (np.asarray(x, np.float64) for x in simulate(layer, *map(jnp.asarray, (k, v))))
+    got = head_errors(layer, *map(jnp.asarray, (q, k, v)), 0.25)
+    stored = slice(POLICY.sinks, None)
+    for b in range(2):
+        for h in range(2):
+            error = (k_hat - k)[b, stored, h]
+            error = error - error.mean(axis=0)
+            signal = k[b, stored, h] - k[b, stored, h].mean(axis=0, dtype=np.float64)
+            queries = q[b, :, 2 * h : 2 * h + 2].reshape(-1, 16).astype(np.float64)
+            logit = 0.25 * queries @ error.T
+            lost = (v_hat - v)[b, stored, h]
+            want = {
+                "k_logit_mse": (logit**2).mean(),
+                "k_rel_mse": (error**2).sum() / (signal**2).sum(),
+                "v_rel_mse": (lost**2).sum() / (v[b, stored, h].astype(np.float64) ** 2).sum(),
+            }
+            for name, value in want.items():
+                assert float(got[name][b, h]) == pytest.approx(value, rel=TOL["head_errors"]), name
+
+
+def test_reported_head_errors_are_means_over_windows(model, plans, windows, measured):
+    name, plan, arrays = plans[1]
+    seen = []
+
+    def plug(spec, q, k, v, positions, state):
+        seen.append(head_errors(state, q, k, v, spec.scale))
+        return exact_attend(spec, q, k, v, positions, None)
+
+    # The first layer sees the same keys in the exact and in the quantized run.
+    layer, spec, params = plan.kv_layer(0, arrays), model.spec.layers[0], model.layer(0)
+    for window in windows:
+        tokens = jnp.asarray(window[None])
+        x = embed_tokens(model, tokens)
+        decoder.layer(spec, params, x, default_positions(tokens), plug, layer)
+    want = np.sqrt(np.mean([s["k_logit_mse"][0] for s in seen], axis=0))
+    got = measured.table["head_errors"][name]["k_logit_rms"][0]
+    np.testing.assert_allclose(got, want, rtol=TOL["head_errors"])
+    assert len(measured.table["head_errors"][name]["v_rel_mse"]) == 2
+
+
+def test_bad_input_is_one_clear_line(model, plans, windows):
+    other = load_model(GOLDEN / "mistral")
+    cases = [
+        ("no plans", ([], windows)),
+        ("must differ", ([plans[0], plans[0]], windows)),
+        ("another model", ([named(other, "x", Exact(dim=16))], windows)),
+        ("two tokens", (plans[:1], windows[:, :1])),
+        ("exceed the context", (plans[:1], np.zeros((1, 257), np.int32))),
+        ("within 0..319", (plans[:1], windows + 320)),
+    ]
+    for match, (which, tokens) in cases:
+        with pytest.raises(TurboqError, match=match) as error:
+            evaluate(model, which, tokens, text="noise", progress=False)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="attention='fast'"):
+        evaluate(model, plans[:1], windows, text="noise", attention="fast", progress=False)
+
+
+def test_predictions_that_are_not_finite_are_refused(plans, windows):
+    model = load_model(GOLDEN / "llama3")
+    head = model.head_params()
+    model._head = head | {"norm": head["norm"].at[3].set(jnp.nan)}
+    with pytest.raises(TurboqError, match="exact model: predictions are not finite in window 0"):
+        evaluate(model, plans[:1], windows, text="noise", progress=False)
+
+
+def test_files_and_table(measured, tmp_path):
+    path = quality.write_quality(measured, tmp_path / "new")
+    raw = json.loads(path.read_text())
+    needed = {
+        "codec", "k_bits", "v_bits", "bits_per_channel", "text", "kl_mean", "kl_ci", "kl_p99",
+        "top1", "perplexity", "bytes_per_token",
+    }  # fmt: skip
+    assert raw["schema"] == 1
+    assert raw["model"] == measured.table["model"]
+    assert all(needed <= set(row) for row in raw["rows"])
+    assert quality.read_quality(tmp_path / "new").table == measured.table
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "new" / quality.TABLE).read_text())))
+    assert tuple(rows[0]) == quality.COLUMNS
+    for text, row in zip(rows, measured.rows, strict=True):
+        assert float(text["kl_mean"]) == row["kl_mean"]
+        assert [float(text["kl_ci_lo"]), float(text["kl_ci_hi"])] == row["kl_ci"]
+        assert int(text["recent"]) == row["policy"]["recent"]
+    lines = quality.format_table(measured).splitlines()
+    assert len(lines) == 3 + len(rows)
+    assert lines[1].split()[:2] == ["plan", "bits/ch"]
+    assert len({len(line) for line in lines[1:]}) == 1  # aligned
+
+
+def test_one_window_has_no_interval(model, plans, windows, tmp_path):
+    one = evaluate(model, plans[1:2], windows[:1], text="noise", progress=False)
+    assert one.rows[0]["kl_ci"] is None
+    quality.write_quality(one, tmp_path)
+    assert quality.read_quality(tmp_path).rows[0]["kl_ci"] is None
+    assert " - " in quality.format_table(one)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [(None, "does not exist"), ("{", "cannot read"), ("[]", "JSON object"), ("{}", "schema None")],
+)
+def test_unreadable_quality_is_one_clear_line(tmp_path, content, match):
+    if content is not None:
+        (tmp_path / quality.QUALITY).write_text(content)
+    with pytest.raises(TurboqError, match=match):
+        quality.read_quality(tmp_path)
+
+
+def test_output_folder_that_is_a_file(measured, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TurboqError, match="is a file"):
+        quality.write_quality(measured, tmp_path / "file")

@@ -1,0 +1,252 @@
+"""Every family against transformers' own outputs (tests/golden), and the ways to run a model."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tolerances import TOL
+
+from turboq.errors import TurboqError
+from turboq_calibrate.models import (
+    decoder,
+    embed_tokens,
+    exact_attend,
+    forward,
+    hf,
+    load_model,
+    run_layer,
+)
+from turboq_calibrate.models.nnx import Decoder
+from turboq_calibrate.models.params import layer_shapes, parameter_count
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FAMILIES = (
+    "llama",
+    "llama3",
+    "llama_bias",
+    "smollm2",
+    "mistral",
+    "qwen2",
+    "qwen2_window",
+    "qwen3",
+)
+COPIES = ("llama3", "qwen2", "qwen3")
+
+
+def capturing(spec, q, k, v, positions, state):
+    """An attention plug that hands out what it saw."""
+    out, _ = exact_attend(spec, q, k, v, positions, None)
+    return out, (q, k, v)
+
+
+def golden(family):
+    with np.load(GOLDEN / family / "golden.npz") as file:
+        return dict(file)
+
+
+def check_against_golden(path, expected):
+    model = load_model(path)
+    logits, states = forward(model, expected["tokens"], capturing, positions=expected["positions"])
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=TOL["model_golden"])
+    assert len(states) == len(model.spec.layers)
+    for i, seen in enumerate(states):
+        for name, value in zip("qkv", seen, strict=True):
+            want = expected[f"{name}{i}"]
+            np.testing.assert_allclose(value, want, rtol=0, atol=TOL["model_golden"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_qkv_are_those_of_transformers(family):
+    check_against_golden(GOLDEN / family, golden(family))
+
+
+@pytest.mark.parametrize("family", COPIES)
+def test_gguf_copy_gives_the_same(family):
+    check_against_golden(GOLDEN / family / "model.gguf", golden(family))
+
+
+def test_golden_families_cover_what_they_claim():
+    specs = {family: load_model(GOLDEN / family, resident=False).spec for family in FAMILIES}
+    first = {family: spec.layers[0] for family, spec in specs.items()}
+    assert [spec.family for spec in specs.values()] == [
+        *["llama"] * 4,
+        "mistral",
+        *["qwen2"] * 2,
+        "qwen3",
+    ]
+    assert first["llama3"].rope.scaling[0] == "llama3"
+    assert first["llama_bias"].rope.scaling == ("linear", 2.5)
+    assert first["llama_bias"].qkv_bias
+    assert first["llama_bias"].o_bias
+    assert first["llama_bias"].mlp_bias
+    assert first["mistral"].window == 6
+    assert [layer.window for layer in specs["qwen2_window"].layers] == [None, 5, 5]
+    assert first["qwen2"].qkv_bias
+    assert not first["qwen2"].o_bias
+    assert first["qwen3"].qk_norm
+    assert first["qwen3"].heads * first["qwen3"].head_dim != specs["qwen3"].hidden
+    assert specs["llama3"].tied_embeddings
+    assert not specs["llama"].tied_embeddings
+    assert {spec.kv_heads for spec in first.values()} == {1, 2, 4}
+    # Random norms and biases: a decoder that skips one of them cannot pass.
+    norms = load_model(GOLDEN / "qwen3").layer(0)
+    assert all(np.std(norms[name]) > 0.1 for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm"))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "llama3/model.gguf"])
+def test_streaming_reads_the_same_and_keeps_nothing(family):
+    resident, streamed = load_model(GOLDEN / family), load_model(GOLDEN / family, resident=False)
+    tokens = golden(family.split("/")[0])["tokens"]
+    want, got = forward(resident, tokens)[0], forward(streamed, tokens)[0]
+    np.testing.assert_array_equal(got, want)
+    assert streamed.layer(0)["q"] is not streamed.layer(0)["q"]
+    assert resident.layer(0)["q"] is resident.layer(0)["q"]
+    assert resident.fingerprint == streamed.fingerprint
+
+
+@pytest.mark.parametrize("path", ["llama3", "llama", "qwen2/model.gguf"])
+def test_streamed_embeddings_are_rows_of_the_table(path, monkeypatch):
+    monkeypatch.setattr(hf, "ROWS", 50)  # several blocks, the last one short
+    resident, streamed = load_model(GOLDEN / path), load_model(GOLDEN / path, resident=False)
+    tokens = np.array([[95, 3, 0], [3, 50, 49]])
+    want = np.asarray(resident.embed_params()["embedding"])[tokens]
+    np.testing.assert_array_equal(embed_tokens(streamed, tokens), want)
+    np.testing.assert_array_equal(embed_tokens(resident, tokens), want)
+    np.testing.assert_array_equal(streamed.embed_params()["embedding"][tokens], want)
+
+
+def test_a_streamed_layer_reads_only_its_own_tensors(monkeypatch):
+    model = load_model(GOLDEN / "qwen3", resident=False)
+    read = []
+    original = type(model.source)._read
+    monkeypatch.setattr(
+        type(model.source),
+        "_read",
+        lambda self, wanted: read.append(wanted) or original(self, wanted),
+    )
+    model.layer(1)
+    names = [name for name, _ in read[0].values()]
+    assert len(read) == 1
+    assert len(names) == len(layer_shapes(model.spec.layers[1]))
+    assert all(name.startswith("model.layers.1.") for name in names)
+
+
+@pytest.mark.parametrize("family", ["llama_bias", "llama3", "qwen3"])
+def test_nnx_module_equals_the_functions(family):
+    model, expected = load_model(GOLDEN / family), golden(family)
+    module = Decoder.from_model(model)
+    call = nnx.jit(lambda m, t, p: m(t, positions=p)[0])
+    got = call(module, jnp.asarray(expected["tokens"]), jnp.asarray(expected["positions"]))
+    np.testing.assert_allclose(got, expected["logits"], rtol=0, atol=TOL["model_golden"])
+    sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))]
+    assert sum(sizes) == parameter_count(model.spec)
+
+
+def test_nnx_module_plugs_attention_and_has_gradients():
+    model, expected = load_model(GOLDEN / "qwen2"), golden("qwen2")
+    module = Decoder.from_model(model)
+    tokens, positions = jnp.asarray(expected["tokens"]), jnp.asarray(expected["positions"])
+
+    def loss(module):
+        logits, states = module(tokens, capturing, positions=positions)
+        return jnp.mean(jnp.square(logits)), states
+
+    gradient, states = nnx.jit(nnx.grad(loss, has_aux=True))(module)
+    np.testing.assert_allclose(states[1][1], expected["k1"], rtol=0, atol=TOL["model_golden"])
+    assert float(jnp.max(jnp.abs(gradient["layers"][0]["v_bias"][...]))) > 0
+
+
+def test_equal_layers_compile_once():
+    traces = []
+
+    def counting(spec, q, k, v, positions, state):
+        traces.append(spec)
+        return exact_attend(spec, q, k, v, positions, state)
+
+    mixed = load_model(GOLDEN / "qwen2_window")
+    tokens = golden("qwen2_window")["tokens"]
+    for _ in range(2):
+        forward(mixed, tokens, counting)
+    # Three layers, two distinct specs (one full, two windowed), any number of runs.
+    assert traces == [mixed.spec.layers[0], mixed.spec.layers[1]]
+
+
+def test_states_go_through_the_layers_in_order():
+    model = load_model(GOLDEN / "llama")
+
+    def counting(spec, q, k, v, positions, state):
+        return exact_attend(spec, q, k, v, positions, None)[0], state + jnp.sum(positions)
+
+    tokens = golden("llama")["tokens"][:1]
+    start = [jnp.int32(100), jnp.int32(200)]
+    _, states = forward(model, tokens, counting, start)
+    expected = sum(range(tokens.shape[1]))
+    assert [int(s) for s in states] == [100 + expected, 200 + expected]
+    assert [int(s) for s in start] == [100, 200]
+    _, states = forward(model, tokens, counting, states, donate=True)
+    assert [int(s) for s in states] == [100 + 2 * expected, 200 + 2 * expected]
+    with pytest.raises(ValueError, match=r"len\(states\)=1 must be the number of layers, 2"):
+        forward(model, tokens, counting, [None])
+
+
+def test_future_tokens_do_not_matter():
+    model, tokens = load_model(GOLDEN / "llama3"), golden("llama3")["tokens"]
+    changed = tokens.copy()
+    changed[:, 8:] = (changed[:, 8:] + 1) % model.spec.vocab
+    before, after = forward(model, tokens)[0], forward(model, changed)[0]
+    np.testing.assert_array_equal(before[:, :8], after[:, :8])
+    assert float(jnp.max(jnp.abs(before[:, 8:] - after[:, 8:]))) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_may_be_kept_in_half_precision(dtype):
+    # The llama3 copy is stored in bfloat16, smollm2 in float16: keeping that type loses nothing.
+    family = {"bfloat16": "llama3", "float16": "smollm2"}[dtype]
+    model, tokens = load_model(GOLDEN / family, dtype=dtype), golden(family)["tokens"]
+    assert {str(w.dtype) for w in model.layer(0).values()} == {dtype}
+    want = forward(load_model(GOLDEN / family), tokens)[0]
+    np.testing.assert_allclose(forward(model, tokens)[0], want, rtol=0, atol=TOL["model_golden"])
+
+
+def test_token_ids_outside_the_vocabulary_are_refused():
+    model = load_model(GOLDEN / "llama", resident=False)
+    for bad in (-1, model.spec.vocab):
+        with pytest.raises(TurboqError, match=rf"token ids .* must be within 0\.\.{95}"):
+            forward(model, np.array([[3, bad]], np.int32))
+
+
+def test_unknown_weight_type_is_refused():
+    with pytest.raises(TurboqError, match="dtype='int8' must be one of"):
+        load_model(GOLDEN / "llama", dtype="int8")
+
+
+def test_head_and_layer_take_the_model_apart():
+    """The streamed loop that capture runs by hand is the same computation as `forward`."""
+    model, tokens = load_model(GOLDEN / "mistral"), jnp.asarray(golden("mistral")["tokens"])
+    x = decoder.run_embed(model.spec, model.embed_params(), tokens)
+    positions = decoder.default_positions(tokens)
+    for i, spec in enumerate(model.spec.layers):
+        x, _ = run_layer(spec, model.layer(i), x, positions, exact_attend, None)
+    logits = decoder.run_head(model.spec, model.head_params(), x)
+    np.testing.assert_array_equal(logits, forward(model, tokens)[0])
+
+
+def test_value_heads_may_have_their_own_width(rng):
+    """Geometry is data: v_head_dim differs from head_dim and the layer still runs."""
+    spec = dataclasses.replace(
+        load_model(GOLDEN / "llama", resident=False).spec.layers[0], v_head_dim=10
+    )
+    params = {
+        name: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for name, shape in layer_shapes(spec).items()
+    }
+    x = jnp.asarray(rng.standard_normal((1, 5, spec.hidden)), jnp.float32)
+    positions = jnp.arange(5, dtype=jnp.int32)[None]
+    out, (_, k, v) = run_layer(spec, params, x, positions, capturing, None)
+    assert (k.shape, v.shape) == ((1, 5, 4, 8), (1, 5, 4, 10))
+    assert out.shape == x.shape

@@ -1,0 +1,271 @@
+"""Hugging Face configurations: real models' geometry, v4 and v5 key names, and refusals."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tolerances import TOL
+
+from turboq.errors import TurboqError
+from turboq_calibrate.models.config import FAMILIES, model_spec
+from turboq_calibrate.models.params import parameter_count
+from turboq_calibrate.models.rope import inverse_frequencies
+from turboq_calibrate.models.spec import RopeSpec
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def config(model_type="llama", **fields):
+    """A small valid configuration."""
+    base = {
+        "model_type": model_type,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+        "vocab_size": 100,
+    }
+    return base | fields
+
+
+# (published configuration in the v4 key names, published parameter count, head_dim, context)
+PUBLISHED = {
+    "Llama-3.1-8B": (
+        {
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 32,
+            "vocab_size": 128256,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+            "rope_theta": 500000.0,
+            "rope_scaling": LLAMA3_ROPE,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "pretraining_tp": 1,
+            "hidden_act": "silu",
+        },
+        8_030_261_248,
+        128,
+    ),
+    "Qwen2.5-0.5B": (
+        {
+            "model_type": "qwen2",
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 24,
+            "vocab_size": 151936,
+            "rope_theta": 1000000.0,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "sliding_window": 32768,
+            "max_window_layers": 24,
+        },
+        494_032_768,
+        64,
+    ),
+    "Qwen3-0.6B": (
+        {
+            "model_type": "qwen3",
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 28,
+            "vocab_size": 151936,
+            "head_dim": 128,
+            "rope_theta": 1000000,
+            "rope_scaling": None,
+            "max_position_embeddings": 40960,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "sliding_window": None,
+        },
+        596_049_920,
+        128,
+    ),
+    "SmolLM2-135M": (
+        {
+            "model_type": "llama",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "num_hidden_layers": 30,
+            "vocab_size": 49152,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 8192,
+            "is_llama_config": True,
+            "rope_interleaved": False,
+        },
+        134_515_008,
+        64,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models(name):
+    settings, parameters, head_dim = PUBLISHED[name]
+    spec = model_spec(settings, name)
+    assert parameter_count(spec) == parameters
+    assert spec.layers[0].head_dim == head_dim
+    assert spec.context == settings["max_position_embeddings"]
+    assert len(set(spec.layers)) == 1  # hashable and equal: one compile
+    assert spec.layers[0].window is None
+    assert spec.path(2) == "model.layers.2.self_attn"
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen2_window", "qwen3"]
+)
+def test_v4_key_names_mean_the_same(family):
+    new = json.loads((GOLDEN / family / "config.json").read_text())
+    old = dict(new)
+    rope = old.pop("rope_parameters")
+    old["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type")}
+        old["rope_scaling"] = scaling | {"type": rope["rope_type"]}
+    old.pop("layer_types", None)
+    assert model_spec(old, "x") == model_spec(new, "x")
+
+
+def test_absent_fields_take_the_family_defaults():
+    minimal = config()
+    del minimal["num_key_value_heads"]
+    spec = model_spec(minimal, "x")
+    assert spec.layers[0].kv_heads == 4
+    assert spec.layers[0].norm_eps == 1e-6
+    assert spec.layers[0].rope == RopeSpec(theta=10000.0, dim=16)
+    assert not spec.tied_embeddings
+    assert model_spec(config("mistral"), "x").layers[0].window == 4096
+    assert model_spec(config("mistral", sliding_window=None), "x").layers[0].window is None
+    assert model_spec(config("qwen3"), "x").layers[0].head_dim == 128
+    assert model_spec(config("qwen2"), "x").layers[0].qkv_bias
+    biased = model_spec(config("qwen3", attention_bias=True), "x").layers[0]
+    assert biased.qkv_bias
+    assert biased.o_bias
+
+
+def test_windows_per_layer():
+    on = {"use_sliding_window": True, "sliding_window": 7}
+    explicit = ["sliding_attention", "full_attention", "sliding_attention"]
+    cases = [
+        ({**on, "max_window_layers": 2}, [None, None, 7]),
+        ({**on, "max_window_layers": 0}, [7, 7, 7]),
+        ({**on, "max_window_layers": 9}, [None] * 3),
+        ({**on, "layer_types": explicit}, [7, None, 7]),
+        ({"sliding_window": 7, "max_window_layers": 0}, [None] * 3),
+        ({**on, "sliding_window": None, "max_window_layers": 0}, [None] * 3),
+    ]
+    for fields, expected in cases:
+        spec = model_spec(config("qwen3", **fields), "x")
+        assert [layer.window for layer in spec.layers] == expected, fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "gemma3"}, r"model_type 'gemma3' is not supported \(supported: llama, mi"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"vocab_size": "many"}, "vocab_size='many' must be a positive whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be a positive"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000 is above"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of .*=3"),
+        ({"hidden_size": 66}, "hidden_size=66 is not a multiple"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps=0 must be a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' must be true or false"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias=True is not supported"),
+        ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"sliding_window": 5}, "sliding_window and layer_types are not supported"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 3}, "layer_types is not"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "each of the 3 layers"),
+        ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 3}, "layer_types must name"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, "_window is off"),
+        ({"model_type": "qwen2", "max_window_layers": -1}, "max_window_layers=-1 must be"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not"),
+        ({"rope_scaling": {"type": "linear"}}, "rope factor=None must be a positive"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 4.0}}, "must be below"),
+        ({"rope_scaling": "linear"}, "rope parameters 'linear' are not supported"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "are not supported"),
+        ({"rope_theta": -1}, "rope_theta=-1 must be a positive"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor=0.25"),
+        ({"rope_interleaved": True}, "rope_interleaved=True is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map=.* is not supported"),
+        ({"num_local_experts": 8}, "num_local_experts=8 is not supported"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+    ],
+)
+def test_what_would_change_the_result_is_refused(fields, message):
+    with pytest.raises(TurboqError, match=message) as caught:
+        model_spec(config(**fields), "some/folder")
+    assert "some/folder" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_neutral_values_of_refused_fields_pass():
+    fields = {"logit_scale": 1.0, "num_experts": 0, "rope_interleaved": False, "clip_qkv": None}
+    assert model_spec(config(**fields), "x") == model_spec(config(), "x")
+    assert model_spec(config(partial_rotary_factor=1.0), "x") == model_spec(config(), "x")
+
+
+def test_supported_families_are_the_documented_ones():
+    assert FAMILIES == ("llama", "mistral", "qwen2", "qwen3")
+
+
+def test_llama3_frequencies_follow_the_published_rule():
+    """By wavelength: short kept, long divided, and between the two a linear mix."""
+    rope = RopeSpec(theta=500000.0, dim=128, scaling=("llama3", 8.0, 1.0, 4.0, 8192.0))
+    got = inverse_frequencies(rope)
+    plain = 500000.0 ** (-np.arange(64) / 64)
+    expected, seen = [], set()
+    for f in plain:
+        wavelength = 2 * np.pi / f
+        if wavelength < 8192 / 4:
+            expected.append(f)
+            seen.add("short")
+        elif wavelength > 8192 / 1:
+            expected.append(f / 8)
+            seen.add("long")
+        else:
+            mix = (8192 / wavelength - 1) / (4 - 1)
+            expected.append((1 - mix) * f / 8 + mix * f)
+            seen.add("between")
+    assert seen == {"short", "long", "between"}
+    np.testing.assert_allclose(got, expected, rtol=TOL["rope_frequency"], atol=0)
+
+
+def test_explicit_frequencies_win_and_are_counted():
+    rope = RopeSpec(theta=10000.0, dim=4, inv_freq=(1.0, 0.25))
+    np.testing.assert_array_equal(inverse_frequencies(rope), np.float32([1.0, 0.25]))
+    with pytest.raises(TurboqError, match="2 rope frequencies for 6 rotary channels"):
+        inverse_frequencies(dataclasses.replace(rope, dim=6))
+    with pytest.raises(TurboqError, match="rotary dimension 5 must be even"):
+        inverse_frequencies(RopeSpec(theta=10000.0, dim=5))
+    with pytest.raises(TurboqError, match=r"rope scaling .'yarn', 4.0. is not supported"):
+        inverse_frequencies(RopeSpec(theta=10000.0, dim=4, scaling=("yarn", 4.0)))

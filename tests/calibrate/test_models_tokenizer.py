@@ -1,0 +1,350 @@
+"""Tokenizers built from GGUF metadata against independent ones, and their errors."""
+
+import itertools
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+import regex
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaTokenizer, Qwen2Tokenizer
+
+from turboq.errors import TurboqError
+from turboq_calibrate.models import load_model
+from turboq_calibrate.models.tokenizer import PRE_TOKENIZERS, byte_symbols, from_gguf
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PASSAGE = (GOLDEN / "passage.txt").read_text(encoding="utf-8")
+TEXTS = [
+    PASSAGE,
+    "",
+    " ",
+    "  leading, trailing  ",
+    "I'll we'VE they're 12345 3.14159 x1y22",
+    "tabs\t\tand\n\n\nbreaks \r\n  \n end",
+    "naïve café e\u0301 ﬁ 東京 🧭👩‍🚀 \u00a0 \u2003x",
+    "def f(x):\n    return x**2  # done\n",
+    "a" * 50,
+]
+CONTRACTION = "'s|'t|'re|'ve|'m|'ll|'d"
+# Published splitting rules: each a pass over the pieces of the one before.
+SPLITS = {
+    "gpt-2": [rf"{CONTRACTION}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"],
+    "smollm": [
+        r"\p{N}",
+        rf"{CONTRACTION}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+",
+    ],
+    "llama-bpe": [
+        rf"(?i:{CONTRACTION})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
+    "qwen2": [
+        rf"(?i:{CONTRACTION})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
+}
+
+
+def gguf_tokenizer(family):
+    return load_model(GOLDEN / family / "model.gguf", resident=False).tokenizer
+
+
+def metadata_of(family, **changes):
+    metadata = load_model(GOLDEN / family / "model.gguf", resident=False).source.metadata
+    renamed = {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+    return {k: v for k, v in (metadata | renamed).items() if v is not None}
+
+
+def split(text, patterns):
+    """`text` cut by each pattern in turn; what a pattern does not match stays a piece."""
+    pieces = [text]
+    for pattern in patterns:
+        cut = []
+        for piece in pieces:
+            at = 0
+            for match in regex.finditer(pattern, piece):
+                cut += [piece[at : match.start()], match.group()]
+                at = match.end()
+            cut.append(piece[at:])
+        pieces = [piece for piece in cut if piece]
+    return pieces
+
+
+def bpe_by_hand(text, vocab, merges, patterns, whole_words):
+    """Byte-level BPE written out: split, bytes to symbols, merge the lowest rank first."""
+    symbols, ids = byte_symbols(), []
+    ranks = {tuple(m.split(" ")): i for i, m in enumerate(merges)}
+    for piece in split(text, patterns):
+        word = [symbols[b] for b in piece.encode("utf-8")]
+        if whole_words and "".join(word) in vocab:
+            word = ["".join(word)]
+        while True:
+            pairs = [(ranks[p], i) for i, p in enumerate(itertools.pairwise(word)) if p in ranks]
+            if not pairs:
+                break
+            _, i = min(pairs)
+            word[i : i + 2] = [word[i] + word[i + 1]]
+        ids += [vocab[symbol] for symbol in word]
+    return ids
+
+
+def test_byte_symbols_are_those_of_the_tokenizers_package():
+    symbols = byte_symbols()
+    assert sorted(symbols) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    assert len(set(symbols)) == 256
+    assert (symbols[0x20], symbols[0x41], symbols[0x0A]) == ("Ġ", "A", "Ċ")
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_pre_tokenizers_against_bpe_by_hand(pre):
+    metadata = metadata_of("llama3", pre=pre, token_type=None)
+    # Numbers that merge as far as the split lets them, and a word that no merge reaches.
+    digits = [str(n) for n in range(10)]
+    pairs = [(a, b) for a in digits for b in digits]
+    pairs += [(a + b, c) for a, b in pairs for c in "123"] + [("12", "34")]
+    numbers = list(dict.fromkeys(a + b for a, b in pairs))
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], *numbers, "abba"]
+    metadata["tokenizer.ggml.merges"] = [
+        *metadata["tokenizer.ggml.merges"],
+        *(f"{a} {b}" for a, b in pairs),
+    ]
+    tokenizer = from_gguf(metadata, Path("x.gguf"))
+    vocab = {t: i for i, t in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = metadata["tokenizer.ggml.merges"]
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text(max_size=40) | st.text("ab1 \n\t'sS.é", max_size=30))
+    def check(text):
+        if pre == "qwen2":
+            text = unicodedata.normalize("NFC", text)
+        want = bpe_by_hand(text, vocab, merges, SPLITS[pre], pre == "llama-bpe")
+        assert tokenizer.encode(text) == want
+
+    check()
+    for text in [*TEXTS, "abba", "1234 12345 a12", "3112"]:
+        check.hypothesis.inner_test(text)
+    words = [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("12345abba")]
+    assert (
+        words
+        == {
+            "gpt-2": ["1234", "5", "a", "b", "b", "a"],
+            "smollm": [*"12345", "a", "b", "b", "a"],
+            "llama-bpe": ["123", "45", "abba"],
+            "qwen2": [*"12345", "a", "b", "b", "a"],
+        }[pre]
+    )
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+def test_gguf_and_tokenizer_json_are_the_same(family):
+    from_json = load_model(GOLDEN / family, resident=False).tokenizer
+    from_header = gguf_tokenizer(family)
+    assert from_json.backend.get_vocab() == from_header.backend.get_vocab()
+    assert (from_header.bos_id, from_header.eos_ids) == (0, (1,))
+    assert (from_json.bos_id, from_json.eos_ids) == (0, (1,))
+    for text in [*TEXTS, "<|begin|>Hello<|end|> <|begin|>", "<|begin |>"]:
+        assert from_header.encode(text) == from_json.encode(text)
+        ids = from_json.encode(text)
+        assert from_header.decode(ids) == from_json.decode(ids)
+        assert from_header.decode(ids, True) == from_json.decode(ids, True)
+    assert from_header.encode("<|begin|>a") == [0, *from_header.encode("a")]
+    assert from_header.decode([0, *from_header.encode("a"), 1], skip_special=True) == "a"
+    assert from_header.vocab_size == 320
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+def test_round_trip(family):
+    tokenizer = gguf_tokenizer(family)
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text(max_size=60))
+    def check(text):
+        want = unicodedata.normalize("NFC", text) if family == "qwen2" else text
+        assert tokenizer.decode(tokenizer.encode(text)) == want
+
+    check()
+    assert tokenizer.decode(tokenizer.encode(PASSAGE)) == PASSAGE
+
+
+def test_qwen2_equals_the_transformers_class():
+    metadata = metadata_of("qwen2")
+    vocab = {t: i for i, t in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(m.split(" ")) for m in metadata["tokenizer.ggml.merges"]]
+    reference = Qwen2Tokenizer(
+        vocab=vocab, merges=merges, unk_token=None, eos_token="<|end|>", pad_token=None
+    )
+    ours = from_gguf(metadata, Path("x.gguf"))
+    for text in [*TEXTS, "a<|end|>b"]:
+        assert ours.encode(text) == reference(text, add_special_tokens=False)["input_ids"]
+
+
+# ---- SentencePiece-style
+
+
+def pieces():
+    """A small SentencePiece vocabulary: specials, bytes, then pieces scored by training order."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", "always")
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=260, show_progress=False)
+    model.train_from_iterator([PASSAGE], trainer)
+    merges = json.loads(model.to_str())["model"]["merges"]
+    letters = sorted(set("▁" + PASSAGE.replace("\n", "").replace("京", "")) - {" "})
+    merged = ["".join(m) for m in merges if all(c in letters for c in "".join(m))]
+    merged = list(dict.fromkeys(merged))
+    tokens = ["<unk>", "<s>", "</s>", *[f"<0x{b:02X}>" for b in range(256)], *merged, *letters]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(tokens) - 259)]
+    types = [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
+    return tokens, scores, types
+
+
+def sentencepiece_metadata(**changes):
+    tokens, scores, types = pieces()
+    fields = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": scores,
+        "token_type": types,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | changes
+    return {f"tokenizer.ggml.{k}": v for k, v in fields.items() if v is not None}
+
+
+def sentencepiece_by_hand(text, tokens, scores, prefix=True):
+    """Merge the neighbours whose union scores best, leftmost first; unknown letters as bytes."""
+    if not text:
+        return []
+    best = {t: scores[i] for i, t in enumerate(tokens) if i >= 259}
+    word = list(("▁" if prefix else "") + text.replace(" ", "▁"))
+    while True:
+        found = [
+            (-best[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(word)) if a + b in best
+        ]
+        if not found:
+            break
+        _, i = min(found)
+        word[i : i + 2] = [word[i] + word[i + 1]]
+    ids = []
+    for symbol in word:
+        if symbol in best:
+            ids.append(tokens.index(symbol))
+        else:
+            ids += [3 + byte for byte in symbol.encode("utf-8")]
+    return ids
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_against_merging_by_hand(prefix):
+    tokens, scores, _ = pieces()
+    metadata = sentencepiece_metadata(add_space_prefix=prefix)
+    tokenizer = from_gguf(metadata, Path("x.gguf"))
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.text("the lghousé東京\n.🧭", max_size=25) | st.text(max_size=15))
+    def check(text):
+        ids = tokenizer.encode(text)
+        assert ids == sentencepiece_by_hand(text, tokens, scores, prefix)
+        assert tokenizer.decode(ids) == text
+
+    check()
+    for line in PASSAGE.splitlines():
+        check.hypothesis.inner_test(line)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
+
+
+def test_sentencepiece_equals_the_transformers_class():
+    tokens, _, _ = pieces()
+    ours = from_gguf(sentencepiece_metadata(), Path("x.gguf"))
+    merges = [tuple(m) for m in json.loads(ours.backend.to_str())["model"]["merges"]]
+    reference = LlamaTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
+    # transformers adds the leading space only where there is none; SentencePiece always does.
+    for text in (t for t in TEXTS if t and not t.startswith(" ")):
+        ids = ours.encode(text)
+        assert ids == reference(text, add_special_tokens=False)["input_ids"]
+        assert ours.decode(ids) == text
+    assert ours.encode("<s>the") == [1, *ours.encode("the")]
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, r"has no tokenizer \(tokenizer.ggml.model is missing\)"),
+        ({"model": "t5"}, r"tokenizer model 't5' is not supported \(supported: gpt2, llama\)"),
+        ({"tokens": None}, r"has no usable tokenizer: tokenizer\.ggml\.tokens is missing"),
+        ({"tokens": [1, 2]}, r"tokenizer\.ggml\.tokens must be a list of str"),
+        ({"token_type": [1]}, r"1 tokenizer\.ggml\.token_type for 320 tokens"),
+        ({"merges": None}, r"tokenizer\.ggml\.merges is missing"),
+        ({"merges": "a b"}, r"tokenizer\.ggml\.merges must be a list of str"),
+        ({"eos_token_id": "x"}, r"tokenizer\.ggml\.eos_token_id='x' must be a number"),
+        ({"merges": ["nowhere zz"]}, "merges are not usable"),
+        ({"merges": ["single"]}, "merges are not usable"),
+        ({"pre": "tekken"}, r"pre-tokenizer 'tekken' is not supported \(supported: gpt-2, smollm"),
+        ({"pre": None}, "pre-tokenizer None is not supported"),
+        ({"tokens": ["a"] * 320}, "319 tokens of the vocabulary repeat"),
+    ],
+)
+def test_bad_gguf_tokenizers(changes, message):
+    with pytest.raises(TurboqError, match=message) as caught:
+        from_gguf(metadata_of("llama3", **changes), Path("some.gguf"))
+    assert "some.gguf" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": None}, r"tokenizer\.ggml\.scores is missing"),
+        ({"scores": [1.0]}, r"1 tokenizer\.ggml\.scores for \d+ tokens"),
+        ({"precompiled_charsmap": [1]}, "precompiled_charsmap is set"),
+        ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces is set"),
+    ],
+)
+def test_bad_sentencepiece_tokenizers(changes, message):
+    with pytest.raises(TurboqError, match=message):
+        from_gguf(sentencepiece_metadata(**changes), Path("some.gguf"))
+
+
+def test_bytes_without_a_token_are_refused_not_dropped():
+    metadata = metadata_of("llama3")
+    tokens = [t if t != byte_symbols()[6] else "unused" for t in metadata["tokenizer.ggml.tokens"]]
+    tokenizer = from_gguf(metadata | {"tokenizer.ggml.tokens": tokens}, Path("x.gguf"))
+    assert tokenizer.decode(tokenizer.encode("fine")) == "fine"
+    with pytest.raises(TurboqError, match="the text holds byte 0x06"):
+        tokenizer.encode("not \x06 fine")
+
+
+def test_absent_tokenizer_is_an_error_only_when_asked_for(tmp_path):
+    model = load_model(GOLDEN / "llama", resident=False)
+    with pytest.raises(TurboqError, match=r"llama has no tokenizer\.json: save the tokenizer"):
+        _ = model.tokenizer
+    model = load_model(GOLDEN / "qwen3" / "model.gguf", resident=False)
+    with pytest.raises(TurboqError, match=r"model\.gguf has no tokenizer"):
+        _ = model.tokenizer
+
+
+def test_unreadable_tokenizer_json(tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(GOLDEN / "llama3", folder)
+    for text in ("", "{", "{}", '{"model": 3}'):
+        (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(TurboqError, match=r"tokenizer\.json is not a readable tokenizer"):
+            _ = load_model(folder, resident=False).tokenizer
+    shutil.copy(GOLDEN / "llama3" / "tokenizer.json", folder)
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(TurboqError, match=r"generation_config\.json is not valid JSON"):
+        _ = load_model(folder, resident=False).tokenizer
+
+
+def test_every_end_token_of_a_folder_is_known(tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(GOLDEN / "llama3", folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 1]}))
+    tokenizer = load_model(folder, resident=False).tokenizer
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (0, (7, 1))

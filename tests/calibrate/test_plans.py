@@ -1,0 +1,63 @@
+"""Geometry of loaded models and plans made from them."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from turboq.codecs import PerHead, TurboQuantMSE
+from turboq.errors import TurboqError
+from turboq.plan import PlanConflict, check_model
+from turboq_calibrate.models import load_model
+from turboq_calibrate.models.spec import LayerSpec, RopeSpec
+from turboq_calibrate.plans import make_plan, model_geometry, spec_geometry
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+
+
+def test_geometry_of_a_windowed_model_is_read_from_its_files():
+    model = load_model(GOLDEN / "qwen2_window", resident=False)
+    geometry = model_geometry(model)
+    assert geometry.fingerprint == model.fingerprint
+    assert geometry.family == "qwen2"
+    assert [layer.window for layer in geometry.layers] == [s.window for s in model.spec.layers]
+    assert {layer.window is None for layer in geometry.layers} == {True, False}
+    assert [layer.path for layer in geometry.layers[:2]] == [
+        "model.layers.0.self_attn",
+        "model.layers.1.self_attn",
+    ]
+    assert all(layer.rope_dim is None for layer in geometry.layers)
+
+
+def test_layers_that_own_no_cache_get_no_plan():
+    spec = load_model(GOLDEN / "llama3", resident=False).spec
+    owner = spec.layers[0]
+    partial = dataclasses.replace(owner, rope=RopeSpec(theta=1e4, dim=owner.head_dim // 2))
+    borrower = dataclasses.replace(owner, borrows_cache_of=0)
+    linear = dataclasses.replace(owner, kv_heads=0, rope=None)
+    layers: tuple[LayerSpec, ...] = (owner, borrower, linear, partial)
+    geometry = spec_geometry(dataclasses.replace(spec, layers=layers), "f" * 64)
+    assert [layer.index for layer in geometry.cache_layers] == [0, 3]
+    assert geometry.layers[1].borrows_cache_of == 0
+    assert geometry.layers[2].rope_layout == "none"
+    assert geometry.layers[3].rope_dim == owner.head_dim // 2
+    codec = TurboQuantMSE(dim=owner.head_dim, bits=2)
+    plan, arrays = make_plan(geometry, k=codec, v=codec)
+    assert [layer.index for layer in plan.layers] == [0, 3]
+    assert arrays == {}
+
+
+def test_copies_of_a_model_share_a_geometry_only_with_equal_weights():
+    folder = load_model(GOLDEN / "llama3", resident=False)
+    codec = TurboQuantMSE(dim=16, bits=2)
+    plan, _ = make_plan(model_geometry(folder), k=codec, v=codec)
+    check_model(plan, model_geometry(load_model(GOLDEN / "llama3", resident=False)))
+    other = dataclasses.replace(model_geometry(folder), fingerprint="0" * 64)
+    with pytest.raises(PlanConflict, match="fingerprint"):
+        check_model(plan, other)
+
+
+def test_a_calibrated_codec_needs_statistics():
+    geometry = model_geometry(load_model(GOLDEN / "llama3", resident=False))
+    with pytest.raises(TurboqError, match="give statistics"):
+        make_plan(geometry, k=TurboQuantMSE(dim=16, bits=3), v=PerHead(dim=16, bits=3))

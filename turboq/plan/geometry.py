@@ -1,0 +1,128 @@
+"""What a plan must know of its model: enough to refuse every other model, nothing that runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from turboq.plan.errors import PlanConflict
+
+MAX_LAYERS = 1024
+MAX_HEADS = 1024
+MAX_DIM = 1024  # of a head; the largest known is the 576 of latent attention
+ROPE_LAYOUTS = ("half", "interleaved", "none")
+
+
+def check_range(name: str, value: int, low: int, high: int) -> None:
+    """Raises ValueError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} must be {low}..{high}")
+
+
+def check_named(name: str, value: str) -> None:
+    """Raises ValueError for an empty name."""
+    if not value:
+        raise ValueError(f"{name}='' must not be empty")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerGeometry:
+    """One decoder layer. `kv_heads == 0`: it keeps no KV cache (a recurrent layer, say).
+
+    `path` is the attention module's name as Hugging Face names it, `window` the sliding window in
+    tokens (the query's own included), `rope_layout` how rotary pairs lie in a head: "half" pairs
+    channel i with i + rope_dim/2, "interleaved" 2i with 2i+1. `rope_dim` counts the leading
+    rotated channels of keys (None: all). `borrows_cache_of` names an earlier layer whose cache
+    this one reads instead of its own.
+    """
+
+    derived: ClassVar[tuple[str, ...]] = ("owns_cache",)
+
+    index: int
+    path: str
+    kv_heads: int
+    q_heads: int
+    k_dim: int
+    v_dim: int
+    window: int | None = None
+    rope_layout: str = "half"
+    rope_dim: int | None = None
+    borrows_cache_of: int | None = None
+
+    def __post_init__(self):
+        check_range("index", self.index, 0, MAX_LAYERS - 1)
+        check_named("path", self.path)
+        check_range("kv_heads", self.kv_heads, 0, MAX_HEADS)
+        check_range("q_heads", self.q_heads, 0, MAX_HEADS)
+        check_range("k_dim", self.k_dim, 0, MAX_DIM)
+        check_range("v_dim", self.v_dim, 0, MAX_DIM)
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1 token, or null")
+        if self.rope_layout not in ROPE_LAYOUTS:
+            raise ValueError(f"rope_layout={self.rope_layout!r} must be one of {ROPE_LAYOUTS}")
+        if self.rope_dim is not None:
+            check_range("rope_dim", self.rope_dim, 0, MAX_DIM)
+        if self.borrows_cache_of is not None:
+            check_range("borrows_cache_of", self.borrows_cache_of, 0, MAX_LAYERS - 1)
+        self._check_together()
+
+    def _check_together(self):
+        if self.rope_dim is not None and self.rope_dim > self.k_dim:
+            raise PlanConflict("rope_dim", f"{self.rope_dim} exceeds k_dim {self.k_dim}")
+        if self.kv_heads == 0:
+            if self.borrows_cache_of is not None:
+                raise PlanConflict("borrows_cache_of", "a layer without KV heads reads no cache")
+            return
+        if self.q_heads == 0 or self.q_heads % self.kv_heads:
+            raise PlanConflict(
+                "q_heads", f"{self.q_heads} is not a multiple of kv_heads {self.kv_heads}"
+            )
+        if not (self.k_dim and self.v_dim):
+            raise PlanConflict("k_dim" if not self.k_dim else "v_dim", "0 in a layer with KV heads")
+
+    @property
+    def owns_cache(self) -> bool:
+        return self.kv_heads > 0 and self.borrows_cache_of is None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelGeometry:
+    """A model as a plan sees it. `fingerprint` identifies the weights, `name` is for people."""
+
+    fingerprint: str
+    family: str
+    name: str
+    layers: tuple[LayerGeometry, ...]
+
+    def __post_init__(self):
+        for field in ("fingerprint", "family", "name"):
+            check_named(field, getattr(self, field))
+        check_range("layers", len(self.layers), 1, MAX_LAYERS)
+        paths: dict[str, int] = {}
+        for i, layer in enumerate(self.layers):
+            if layer.index != i:
+                raise PlanConflict(f"layers[{i}].index", f"{layer.index} where {i} is due")
+            first = paths.setdefault(layer.path, i)
+            if first != i:
+                raise PlanConflict(f"layers[{i}].path", f"is also the path of layer {first}")
+            if layer.borrows_cache_of is not None:
+                self._check_borrower(layer, layer.borrows_cache_of)
+        if not self.cache_layers:
+            raise PlanConflict("layers", "no layer keeps a KV cache: there is nothing to plan")
+
+    def _check_borrower(self, layer: LayerGeometry, n: int):
+        path = f"layers[{layer.index}].borrows_cache_of"
+        if n >= layer.index:
+            raise PlanConflict(path, f"{n} is not an earlier layer")
+        owner = self.layers[n]
+        if not owner.owns_cache:
+            raise PlanConflict(path, f"layer {n} has no cache of its own")
+        shape = (layer.kv_heads, layer.k_dim, layer.v_dim)
+        theirs = (owner.kv_heads, owner.k_dim, owner.v_dim)
+        if shape != theirs:
+            raise PlanConflict(path, f"kv_heads, k_dim, v_dim {shape} differ from {theirs} there")
+
+    @property
+    def cache_layers(self) -> tuple[LayerGeometry, ...]:
+        """Layers that own a cache: exactly those a plan lists."""
+        return tuple(layer for layer in self.layers if layer.owns_cache)

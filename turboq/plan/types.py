@@ -1,0 +1,292 @@
+"""The plan: how every (layer, KV head, K or V) of one model is stored.
+
+    Plan(model, tokens, layers = (LayerPlan(k, v), ...))      SidePlan(codec, heads={h: codec})
+
+Fitted arrays are kept apart, in a dict. Their names follow one rule:
+
+    every head has the side's codec     layers.{i}.{k|v}.{array}             [K, *shape]
+    some heads override it              layers.{i}.{k|v}.heads.{h}.{array}   [*shape], each head
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from turboq import accounting
+from turboq.codecs.base import Codec
+from turboq.layer import HeadGroup, KVLayer, TokenPolicy
+from turboq.plan.errors import PlanConflict, PlanError, member
+from turboq.plan.geometry import MAX_HEADS, ModelGeometry, check_range
+from turboq.plan.provenance import Provenance, Quality, check_sha256
+from turboq.plan.read import Extra, build, read_codec, read_heads
+from turboq.version import __version__
+
+SCHEMA_VERSION = 1
+SIDES: tuple[Literal["k", "v"], ...] = ("k", "v")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,100}\.safetensors")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Producer:
+    """The program that wrote the plan."""
+
+    name: str = "turboq"
+    version: str = __version__
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SidePlan:
+    """K or V of one layer: the codec of every head, except those that `heads` overrides."""
+
+    codec: Codec
+    heads: dict[int, Codec] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for head, codec in self.heads.items():
+            check_range("heads", head, 0, MAX_HEADS - 1)
+            if codec == self.codec:
+                raise PlanConflict(f"heads.{head}", "repeats the codec of the side: leave it out")
+
+    @classmethod
+    def read_json(cls, value: Any, path: str, extra: Extra) -> SidePlan:
+        """Reads the codec's flat fields and `heads` from one object."""
+        codec = read_codec(value, path, extra, also=("heads",))
+        where = member(path, "heads")
+        heads = read_heads(value["heads"], where, extra) if "heads" in value else {}
+        return build(cls, {"codec": codec, "heads": heads}, path)
+
+    def of(self, head: int) -> Codec:
+        """Codec of one head."""
+        return self.heads.get(head, self.codec)
+
+    @property
+    def stacked(self) -> bool:
+        """All heads share one codec, so their arrays are stored with a leading head axis."""
+        return not self.heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """One layer that owns a cache."""
+
+    index: int
+    path: str
+    k: SidePlan
+    v: SidePlan
+
+    def side(self, name: str) -> SidePlan:
+        return self.k if name == "k" else self.v
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Type and shape of one stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self):
+        if self.dtype != "float32":
+            raise ValueError(f"dtype={self.dtype!r} must be float32")
+        if any(n < 0 for n in self.shape):
+            raise ValueError(f"shape={self.shape} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayFile:
+    """The side file, by name in the plan's own folder, with its bytes, hash and tensors."""
+
+    file: str
+    size: int
+    sha256: str
+    tensors: dict[str, TensorSpec]
+
+    def __post_init__(self):
+        if not _FILE.fullmatch(self.file):
+            raise ValueError(
+                f"file={self.file[:80]!r} must be a plain name ending in .safetensors, "
+                "in the folder of the plan"
+            )
+        if self.size < 0:
+            raise ValueError(f"size={self.size} must be zero or more bytes")
+        check_sha256(self.sha256)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """The price of one more quantized token (`turboq.accounting`), for readers without codecs."""
+
+    layer_bits_per_token: tuple[int, ...]
+    bits_per_token: int
+    bytes_per_token: float
+    bits_per_channel: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything but the arrays' values. `extra` keeps `x-` fields: JSON path -> its fields."""
+
+    model: ModelGeometry
+    tokens: TokenPolicy
+    layers: tuple[LayerPlan, ...]
+    schema_version: int = SCHEMA_VERSION
+    producer: Producer = dataclasses.field(default_factory=Producer)
+    arrays: ArrayFile | None = None
+    provenance: Provenance | None = None
+    quality: Quality | None = None
+    extra: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        owners = self.model.cache_layers
+        for i, layer in enumerate(self.layers):
+            if i >= len(owners) or layer.index != owners[i].index:
+                due = f"layer {owners[i].index} is due" if i < len(owners) else "no more are due"
+                raise PlanConflict(
+                    f"layers[{i}].index",
+                    f"{layer.index}, but {due} (every layer that owns a cache, in order, once)",
+                )
+            if layer.path != owners[i].path:
+                raise PlanConflict(f"layers[{i}].path", f"the model has {owners[i].path!r} there")
+            for side in SIDES:
+                _check_side(f"layers[{i}].{side}", layer.side(side), owners[i], side)
+        if len(self.layers) < len(owners):
+            missing = owners[len(self.layers)].index
+            raise PlanConflict("layers", f"layer {missing} owns a cache and is not listed")
+
+    def position(self, index: int) -> int:
+        """Where layer `index` of the model stands in `layers`.
+
+        Raises:
+          PlanError: that layer owns no cache.
+        """
+        for position, layer in enumerate(self.layers):
+            if layer.index == index:
+                return position
+        raise PlanError("", f"layer {index} of {self.model.name} owns no cache and has no plan")
+
+    def codecs(self, index: int, side: str) -> tuple[Codec, ...]:
+        """Codec of every KV head of one layer and side."""
+        chosen = self.layers[self.position(index)].side(side)
+        return tuple(chosen.of(h) for h in range(self.model.layers[index].kv_heads))
+
+    def kv_layer(self, index: int, arrays: Mapping[str, Any]) -> KVLayer:
+        """Layer `index` ready for `turboq.cache`: heads grouped by codecs, arrays gathered.
+
+        Raises:
+          PlanError: that layer owns no cache, or an array is missing.
+        """
+        k, v = self.codecs(index, "k"), self.codecs(index, "v")
+        plan = self.layers[self.position(index)]
+        groups = tuple(
+            HeadGroup(
+                heads=heads,
+                k=k[heads[0]],
+                v=v[heads[0]],
+                k_arrays=_gather(arrays, index, "k", plan.k, heads),
+                v_arrays=_gather(arrays, index, "v", plan.v, heads),
+            )
+            for heads in _groups(k, v)
+        )
+        return KVLayer(groups=groups, policy=self.tokens)
+
+    def kv_layers(self, arrays: Mapping[str, Any]) -> tuple[KVLayer, ...]:
+        """Every layer that owns a cache, in order."""
+        return tuple(self.kv_layer(layer.index, arrays) for layer in self.layers)
+
+    @property
+    def storage(self) -> tuple[KVLayer, ...]:
+        """The layers without arrays: all that `turboq.accounting` needs."""
+        out = []
+        for layer in self.layers:
+            k, v = self.codecs(layer.index, "k"), self.codecs(layer.index, "v")
+            groups = tuple(
+                HeadGroup(heads=heads, k=k[heads[0]], v=v[heads[0]], k_arrays={}, v_arrays={})
+                for heads in _groups(k, v)
+            )
+            out.append(KVLayer(groups=groups, policy=self.tokens))
+        return tuple(out)
+
+    @property
+    def bytes(self) -> Bytes:
+        """Recomputed from the codecs, never stored: a file that says otherwise is refused."""
+        layers = self.storage
+        bits = accounting.bits_per_token(layers)
+        return Bytes(
+            layer_bits_per_token=tuple(layer.bits_per_token for layer in layers),
+            bits_per_token=bits,
+            bytes_per_token=bits / 8,
+            bits_per_channel=accounting.bits_per_channel(layers),
+        )
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of one more quantized token, all layers, codes and scales."""
+        return self.bytes.bytes_per_token
+
+    def bits_per_channel(self, context: int | None = None, batch: int = 1) -> float:
+        """Stored bits over 2*K*D*L: of one more token, or all-in at a stated context."""
+        if context is None:
+            return self.bytes.bits_per_channel
+        return self.residency(context, batch).bits_per_channel
+
+    def residency(self, context: int, batch: int = 1) -> accounting.Residency:
+        """Everything in memory for `batch` sequences of `context` tokens."""
+        return accounting.residency(self.storage, context=context, batch=batch)
+
+    def cache_bytes(self, context: int, batch: int = 1) -> int:
+        """Live cache buffers of all layers: the sum of `LayerCache.nbytes`."""
+        return self.residency(context, batch).cache
+
+
+def array_name(index: int, side: str, array: str, head: int | None = None) -> str:
+    """Name of a fitted array, of the whole side or of one head (see the module's rule)."""
+    return f"layers.{index}.{side}." + (array if head is None else f"heads.{head}.{array}")
+
+
+def _check_side(path: str, side: SidePlan, geometry, name: str) -> None:
+    dim = geometry.k_dim if name == "k" else geometry.v_dim
+    if side.codec.dim != dim:
+        raise PlanConflict(f"{path}.dim", f"{side.codec.dim}, but the model's {name}_dim is {dim}")
+    for head, codec in side.heads.items():
+        if head >= geometry.kv_heads:
+            raise PlanConflict(
+                f"{path}.heads.{head}", f"the layer has KV heads 0..{geometry.kv_heads - 1}"
+            )
+        if codec.dim != dim:
+            raise PlanConflict(
+                f"{path}.heads.{head}.dim", f"{codec.dim}, but the model's {name}_dim is {dim}"
+            )
+    if len(side.heads) == geometry.kv_heads:
+        raise PlanConflict(f"{path}.heads", "every head is overridden, the side's codec is unused")
+
+
+def _groups(k: tuple[Codec, ...], v: tuple[Codec, ...]) -> list[tuple[int, ...]]:
+    """Heads with equal codecs of both sides, in order of their first head."""
+    groups: dict[tuple[Codec, Codec], list[int]] = {}
+    for head, pair in enumerate(zip(k, v, strict=True)):
+        groups.setdefault(pair, []).append(head)
+    return [tuple(heads) for heads in groups.values()]
+
+
+def _gather(
+    arrays: Mapping[str, Any], index: int, side: str, plan: SidePlan, heads: tuple[int, ...]
+) -> dict:
+    def get(name: str):
+        if name not in arrays:
+            raise PlanError(name, "fitted array is missing: calibrate, or load the plan's arrays")
+        return arrays[name]
+
+    out = {}
+    for array in plan.of(heads[0]).array_shapes:
+        if plan.stacked:
+            values = np.asarray(get(array_name(index, side, array)))[list(heads)]
+        else:
+            values = np.stack([np.asarray(get(array_name(index, side, array, h))) for h in heads])
+        out[array] = jnp.asarray(values, jnp.float32)
+    return out
