@@ -18,12 +18,12 @@ from turboq.errors import TurboqError
 from turboq.rotation import Rotation
 from turboq_calibrate import statistics as st
 from turboq_calibrate import sweeps
-from turboq_calibrate.capture import CaptureRecipe, check_sizes
 from turboq_calibrate.data import Windows
 from turboq_calibrate.memory import nbytes, peak_rss
 from turboq_calibrate.models import decoder
 from turboq_calibrate.models.model import Model
 from turboq_calibrate.progress import clock
+from turboq_calibrate.recipe import CaptureRecipe, check_sizes
 from turboq_calibrate.reduce import to_host
 
 TIMED_PASSES = 2  # the first touches memory for the first time

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 from jaxtyping import Float
 
@@ -12,7 +10,6 @@ from turboq.codecs.per_head import PerHead
 from turboq.distortion import rule_error
 from turboq.errors import TurboqError
 from turboq_calibrate.statistics import CODE_BINS, SideStatistics
-from turboq_calibrate.statistics_files import Statistics
 
 MIN_PER_LEVEL = 16  # coordinates per codebook level below which a codebook is noise
 
@@ -68,20 +65,6 @@ def predicted_distortion(
         d = np.sum(n * ((m - nearest) ** 2 + within)) / energy if energy > 0 else 0.0
         error[head] = rule_error(codec.scale_rule, d) if codec.scale == "vector" else d
     return np.where(side.arrays["scale"] > 0, error, 0.0)
-
-
-def fit_model(statistics: Statistics, k: PerHead, v: PerHead) -> dict[str, np.ndarray]:
-    """Plan arrays "layers.{i}.{k|v}.{name}" [K, ...] of all layers (dims follow each layer)."""
-    out = {}
-    for i in range(len(statistics.layers)):
-        layer = statistics.layers[i]
-        for name, side, codec in (("k", layer.k, k), ("v", layer.v, v)):
-            try:
-                arrays = fit_side(side, dataclasses.replace(codec, dim=side.dim))
-            except TurboqError as error:
-                raise TurboqError(f"layer {i}, {name}: {error}") from error
-            out |= {f"layers.{i}.{name}.{key}": value for key, value in arrays.items()}
-    return out
 
 
 def _histogram(side: SideStatistics, codec: PerHead) -> tuple[np.ndarray, np.ndarray]:

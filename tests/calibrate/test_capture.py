@@ -20,6 +20,7 @@ from tolerances import TOL
 from turboq.errors import TurboqError
 from turboq_calibrate import capture as capture_module
 from turboq_calibrate import estimate, statistics
+from turboq_calibrate import recipe as recipe_module
 from turboq_calibrate.capture import CaptureRecipe, capture
 from turboq_calibrate.data import Windows
 from turboq_calibrate.models import load_model
@@ -264,7 +265,7 @@ def test_inputs_hold_no_floats(model):
             return [leaf for v in value.values() for leaf in leaves(v)]
         return [value]
 
-    inputs = capture_module.capture_inputs(model, random_windows(model.spec.vocab), CaptureRecipe())
+    inputs = recipe_module.capture_inputs(model, random_windows(model.spec.vocab), CaptureRecipe())
     assert all(isinstance(leaf, str | int) for leaf in leaves(inputs))
 
 

@@ -13,9 +13,6 @@ from turboq.codebook import distortion, fit_samples, lloyd_max
 from turboq.codecs import PerHead
 from turboq.errors import TurboqError
 from turboq.rotation import Rotation
-from turboq_calibrate import fit
-from turboq_calibrate import statistics as st
-from turboq_calibrate import statistics_files as files
 from turboq_calibrate.fit import fit_side, predicted_distortion
 
 DIM = 32
@@ -185,40 +182,6 @@ def test_bad_fits_are_refused(case, rng):
     unseen["vector_counts"][1] = 0
     with pytest.raises(TurboqError, match=r"KV heads \[1\] were never seen"):
         fit_side(dataclasses.replace(few, arrays=unseen), codec_of(bits=2))
-
-
-def test_a_model_is_fitted_under_plan_names(rng, tmp_path):
-    x = rng.standard_normal((1, 400, 2, DIM)).astype(np.float32)
-    narrow = rng.standard_normal((1, 200, 2, 16)).astype(np.float32)
-    k, v = (statistics_of(a, Rotation(kind="identity", dim=a.shape[-1])) for a in (x, narrow))
-    layer = st.LayerStatistics(k=k, v=v, q=moments_of(x))
-    sides = {side: getattr(layer, side).arrays for side in st.SIDES}
-    for i in range(2):
-        (tmp_path / files.layer_file(i)).write_bytes(files.to_bytes(sides))
-    manifest = files.Manifest(
-        version=st.VERSION,
-        inputs={"recipe": {"rotation": "identity", "seed": 0}},
-        tokens=400,
-        bins=files.bins_description(),
-        layers=tuple(files.describe_layer(tmp_path, i, f"layer{i}", layer) for i in range(2)),
-    )
-    files.write_manifest(tmp_path, manifest)
-    statistics = files.load_statistics(tmp_path)
-    arrays = fit.fit_model(statistics, codec_of(scale="head"), codec_of(bits=2))
-    assert {name: a.shape for name, a in arrays.items()} == {
-        f"layers.{i}.{name}": shape
-        for i in range(2)
-        for name, shape in (
-            ("k.mean", (2, DIM)),
-            ("k.codebook", (2, 8)),
-            ("k.scale", (2,)),
-            ("v.mean", (2, 16)),
-            ("v.codebook", (2, 4)),
-        )
-    }
-    np.testing.assert_array_equal(arrays["layers.1.v.mean"], v.arrays["center"])
-    with pytest.raises(TurboqError, match=r"layer 0, v: .* too few for 8 bits"):
-        fit.fit_model(statistics, codec_of(), codec_of(bits=8))
 
 
 def test_stale_centers_are_visible(rng):

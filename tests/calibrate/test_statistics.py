@@ -127,7 +127,8 @@ def test_a_head_of_zeros(rng):
 def parts_of(rng, count=7):
     """Statistics of `count` chunks of different sizes and scales, and all their vectors."""
     chunks = [
-        vectors(rng, b=1, t=20 + 3 * (i % 2), common=float(i)) * 10.0 ** (i % 3) for i in range(count)
+        vectors(rng, b=1, t=20 + 3 * (i % 2), common=float(i)) * 10.0 ** (i % 3)
+        for i in range(count)
     ]
     chunks = [c.astype(np.float32) for c in chunks]
     center, scale = np.full((2, 12), 0.5, np.float32), np.array([2.0, 3.0], np.float32)
