@@ -125,7 +125,7 @@ def buffers(layer: KVLayer, *, batch: int, context: int) -> dict[str, Buffer]:
         for side, codec in (("k", group.k), ("v", group.v)):
             for name, buffer in _stored(codec, lead, capacity(context)).items():
                 out[f"{i}.{side}.{name}"] = buffer
-            for name, tokens in (("sinks", layer.policy.sinks), ("recent", layer.policy.recent)):
+            for name, tokens in (("sinks", layer.policy.sinks), ("recent", layer.ring)):
                 out[f"{i}.{side}.{name}"] = Buffer(
                     shape=(*lead, tokens, codec.dim), dtype=layer.policy.exact_dtype
                 )
@@ -136,7 +136,9 @@ def _stored(codec: Codec, lead: tuple[int, int], tokens: int) -> dict[str, Buffe
     return {
         f.name: Buffer(shape=lead + words_shape(tokens, f.bits, f.width), dtype="uint32")
         if f.packed
-        else Buffer(shape=(*lead, tokens, f.width), dtype=f.dtype)
+        else Buffer(
+            shape=(*lead, tokens // codec.block if f.per_block else tokens, f.width), dtype=f.dtype
+        )
         for f in codec.fields
     }
 

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy import special
 
-KINDS = ("identity", "hadamard", "haar")
+KINDS = ("identity", "hadamard", "walsh", "haar")
 STREAMS = {"hadamard": 0, "haar": 1, "sketch_gaussian": 2, "sketch_orthogonal": 3}
 MAX_DIM = 8192  # a dense matrix of this size is 0.5 GB in float64
 
@@ -111,7 +111,7 @@ def _signs(kind: str, dim: int, seed: int) -> np.ndarray:
 def _matrix(kind: str, dim: int, seed: int) -> np.ndarray:
     if kind == "identity":
         matrix = np.eye(dim)
-    elif kind == "hadamard":
+    elif kind in ("hadamard", "walsh"):
         matrix = hadamard_matrix(dim) * _signs(kind, dim, seed)
     else:
         matrix = haar_matrix(random_normals(seed, "haar", (dim, dim)))
@@ -123,9 +123,11 @@ def _matrix(kind: str, dim: int, seed: int) -> np.ndarray:
 class Rotation:
     """An orthogonal map of R^dim, y = R x, a constant of its description.
 
-    hadamard: R = (H_{2^k} (x) C_m) diag(signs); haar: uniform on O(dim); identity: R = I, for which
-    `seed` changes nothing. TurboQuant (arXiv 2504.19874) Algorithm 1 uses haar; a randomly signed
-    Hadamard has the same distortion to 0.3 % at these dims and costs far less.
+    hadamard: R = (H_{2^k} (x) C_m) diag(signs); walsh: the same without signs, as several engines
+    ship it (a mean along a row of H then lands in one coordinate); haar: uniform on O(dim);
+    identity: R = I. `seed` changes nothing for walsh and identity. TurboQuant (arXiv 2504.19874)
+    Algorithm 1 uses haar; a randomly signed Hadamard has the same distortion to 0.3 % at these
+    dims and costs far less.
 
     Raises:
       ValueError: unknown kind, dim not in 1..8192, or seed not in 0..2**63-1.

@@ -83,9 +83,11 @@ def capture(
     with _locked(work):
         _claim(work, inputs)
         if (Path(out_dir) / files.FOLDER / files.MANIFEST).exists():
+            finished = load_statistics(out_dir)
+            _compare(work, finished.manifest.inputs, inputs)
             _clear(work)
             log(f"statistics in {out_dir} are complete: nothing to capture")
-            return load_statistics(out_dir)
+            return finished
         run = _Run(model, windows, Path(out_dir), recipe, inputs, checkpoint_every, observer)
         try:
             run.all_layers(progress)
@@ -98,12 +100,17 @@ def _claim(work: Path, inputs: dict[str, Any]) -> None:
     """Records the inputs of a new capture, or compares them with those of the one found."""
     path = work / "inputs.json"
     if not path.exists():
+        _clear(work)  # whatever is left here belongs to an unknown capture
         atomic_write(path, json.dumps(inputs, indent=1, sort_keys=True) + "\n")
         return
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
         raise TurboqError(f"{path} is damaged ({error}): remove {work.parent}") from error
+    _compare(work, found, inputs)
+
+
+def _compare(work: Path, found: dict[str, Any], inputs: dict[str, Any]) -> None:
     lines = differences(found, inputs)
     if lines:
         raise TurboqError(

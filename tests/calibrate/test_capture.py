@@ -276,6 +276,9 @@ def test_a_finished_folder_is_returned(model, tmp_path):
     again = quiet(model, windows, tmp_path)
     assert (tmp_path / "capture" / "events.jsonl").read_bytes() == log
     assert len(again) == len(model.spec.layers)
+    (tmp_path / "capture" / "inputs.json").unlink()
+    with pytest.raises(TurboqError, match=r"recipe\.skip: there 4, now 5"):
+        quiet(model, windows, tmp_path, CaptureRecipe(skip=5))
     path = tmp_path / "statistics" / "layer_001.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1

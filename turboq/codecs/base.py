@@ -39,6 +39,12 @@ class Field:
     dtype: str
     per_block: bool = False
 
+    def __post_init__(self):
+        if self.per_block and self.packed:
+            raise ValueError(
+                f"field {self.name!r}: packed codes are per token, not {self.per_block=}"
+            )
+
     @property
     def packed(self) -> bool:
         return self.dtype == "codes"

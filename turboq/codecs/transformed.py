@@ -26,16 +26,21 @@ class TransformedCodec(Codec):
     """Base of codecs with an orthogonal transform (fixed rotation by default) and optional mean.
 
     A subclass with fitted arrays "transform" [D, D] (rows are new axes, orthogonal) or "mean" [D]
-    gets them applied; otherwise the fixed `rotation` of (kind, seed) applies.
+    gets them applied; otherwise the fixed `rotation` of (kind, seed) applies, to the whole vector
+    or to each run of `rotation_block` coordinates (0: the whole vector).
     """
 
     rotation: str = "identity"
+    rotation_block: int = 0
     seed: int = 0
 
     def __post_init__(self):
         checks.check_dim(self.dim)
         checks.check_choice("rotation", self.rotation, rotations.KINDS)
         rotations.check_dim_and_seed(self.dim, self.seed)
+        block = self.rotation_block
+        if type(block) is not int or block < 0 or (block and self.dim % block):
+            raise ValueError(f"rotation_block={block} must be 0 or a divisor of dim={self.dim}")
 
     @abc.abstractmethod
     def quantize(self, arrays: Arrays, y: Float[Array, "*n D"]) -> Stored:
@@ -47,8 +52,9 @@ class TransformedCodec(Codec):
 
     @property
     def turn(self) -> rotations.Rotation:
-        """The fixed rotation."""
-        return rotations.Rotation(kind=self.rotation, dim=self.dim, seed=self.seed)
+        """The fixed rotation of one run of coordinates."""
+        dim = self.rotation_block or self.dim
+        return rotations.Rotation(kind=self.rotation, dim=dim, seed=self.seed)
 
     @property
     def tables(self) -> dict[str, np.ndarray]:
@@ -60,11 +66,17 @@ class TransformedCodec(Codec):
         """T x, for vectors and queries alike (T is orthogonal)."""
         if "transform" in arrays:
             return _times(x, arrays["transform"].T)
-        return self.turn.apply(x)
+        return self._blocks(self.turn.apply, x)
 
     def backward(self, arrays: Arrays, y: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
         """T^T y."""
-        return _times(y, arrays["transform"]) if "transform" in arrays else self.turn.invert(y)
+        if "transform" in arrays:
+            return _times(y, arrays["transform"])
+        return self._blocks(self.turn.invert, y)
+
+    def _blocks(self, turn, x):
+        size = self.rotation_block or self.dim
+        return turn(x.reshape(*x.shape[:-1], -1, size)).reshape(x.shape)
 
     def encode(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Stored:
         x = x.astype(jnp.float32)
