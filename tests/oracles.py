@@ -35,13 +35,13 @@ def rotation(kind: str, dim: int, seed: int) -> np.ndarray:
     """R [D, D]; Haar by plain Gram-Schmidt of the columns."""
     if kind == "identity":
         return np.eye(dim)
-    if kind == "hadamard":
+    if kind in ("hadamard", "walsh"):
         odd = dim
         while odd % 2 == 0:
             odd //= 2
         dct = scipy.fft.dct(np.eye(odd), axis=0, norm="ortho")
         h = np.kron(scipy.linalg.hadamard(dim // odd) / np.sqrt(dim // odd), dct)
-        return h @ np.diag(hadamard_signs(seed, dim))
+        return h if kind == "walsh" else h @ np.diag(hadamard_signs(seed, dim))
     return gram_schmidt(normals(seed, 1, dim))
 
 

@@ -32,10 +32,11 @@ def test_matrix_is_orthogonal_and_transforms_equal_it(kind, dim, rng):
 
 
 @pytest.mark.parametrize("dim", [8, 40, 96, 128, 512])
-def test_hadamard_equals_kronecker_of_scipy_matrices(dim):
-    expected = oracles.rotation("hadamard", dim, seed=11)
+@pytest.mark.parametrize("kind", ["hadamard", "walsh"])
+def test_hadamard_equals_kronecker_of_scipy_matrices(kind, dim):
+    expected = oracles.rotation(kind, dim, seed=11)
     np.testing.assert_allclose(
-        Rotation(kind="hadamard", dim=dim, seed=11).matrix,
+        Rotation(kind=kind, dim=dim, seed=11).matrix,
         expected,
         atol=TOL["orthogonal_f64"],
         rtol=0,

@@ -36,8 +36,8 @@ def check_finite_stored(stored: Stored, where: str = "stored fields") -> None:
     """Reports overflow: a scale beyond its dtype is stored as inf, never clamped.
 
     float16 scales hold root-mean-squares from 6e-5 (with fewer digits from 6e-8, below which they
-    round to zero) to 65504; other vectors need scale_dtype bfloat16 or float32. NaN or Inf inputs also end here, because they make
-    the scale NaN. Reads the arrays on the host: not for use under jit.
+    round to zero) to 65504; other vectors need scale_dtype bfloat16 or float32. NaN or Inf inputs
+    also end here, because they make the scale NaN. Reads the arrays on the host: not under jit.
 
     Raises:
       TurboqError: names the field, how many entries are not finite, and the fix.
