@@ -96,21 +96,24 @@ def attention_over_segments(
 def _attend_block(q, q_positions, segments, scale, softcap):
     batch, t, heads, dim = q.shape
     kv_heads = segments[0][0].shape[2]
-    q = q.reshape(batch, t, kv_heads, heads // kv_heads, dim).astype(jnp.float32)
+    per = heads // kv_heads
+    q = q.reshape(batch, t, kv_heads, per, dim).transpose(0, 2, 3, 1, 4).astype(jnp.float32)
+    q = q.reshape(batch, kv_heads, per * t, dim)
     logits, seen = [], []
     for k, _, visible in segments:
-        raw = jnp.einsum("btkgd,bskd->bkgts", q, k.astype(jnp.float32), precision=HIGHEST)
+        raw = jnp.einsum("bknd,bskd->bkns", q, k.astype(jnp.float32), precision=HIGHEST)
         logits.append(soft_cap(raw * scale, softcap))
         seen.append(visible(q_positions))
-    mask = jnp.concatenate(seen, axis=-1)[:, None, None]
+    mask = jnp.tile(jnp.concatenate(seen, axis=-1), (1, per, 1))[:, None]
     joint = jnp.where(mask, jnp.concatenate(logits, axis=-1), -jnp.inf)
     top = jnp.max(joint, axis=-1, keepdims=True)
     p = jnp.exp(joint - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(p, axis=-1, keepdims=True)
-    p = p / jnp.where(total > 0, total, 1.0)
     out, start = 0.0, 0
     for k, v, _ in segments:
         part = p[..., start : start + k.shape[1]]
-        out += jnp.einsum("bkgts,bske->btkge", part, v.astype(jnp.float32), precision=HIGHEST)
+        out += jnp.einsum("bkns,bske->bkne", part, v.astype(jnp.float32), precision=HIGHEST)
         start += k.shape[1]
-    return jnp.reshape(out, (batch, t, heads, -1))
+    out = out / jnp.where(total > 0, total, 1.0)
+    out = out.reshape(batch, kv_heads, per, t, -1).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, t, heads, -1)

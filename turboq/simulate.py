@@ -47,7 +47,7 @@ def simulate(
     check_heads(layer, k.shape[2])
     if layer.block > 1:
         k, v = round_exact(layer.policy, k), round_exact(layer.policy, v)
-    order = jnp.argsort(jnp.array([h for g in layer.groups for h in g.heads]))
+    heads = [h for g in layer.groups for h in g.heads]
     parts = [
         (
             quantize_dequantize(g.k, g.k_arrays, take_heads(k, g.heads)),
@@ -55,10 +55,11 @@ def simulate(
         )
         for g in layer.groups
     ]
-    if len(parts) == 1:
-        return parts[0]
     k_hat = jnp.concatenate([p[0] for p in parts], axis=2)
     v_hat = jnp.concatenate([p[1] for p in parts], axis=2)
+    if heads == sorted(heads):
+        return k_hat, v_hat
+    order = jnp.argsort(jnp.array(heads))
     return jnp.take(k_hat, order, axis=2), jnp.take(v_hat, order, axis=2)
 
 

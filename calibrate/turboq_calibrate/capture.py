@@ -41,7 +41,7 @@ from turboq_calibrate.data import Windows
 from turboq_calibrate.hidden import HiddenFile
 from turboq_calibrate.memory import ArrayMeter, peak_rss
 from turboq_calibrate.models import decoder
-from turboq_calibrate.models.model import Model
+from turboq_calibrate.models.model import Model, embed_tokens
 from turboq_calibrate.progress import Progress
 from turboq_calibrate.recipe import CaptureRecipe, capture_inputs, check_sizes, differences
 from turboq_calibrate.reduce import to_host
@@ -233,11 +233,10 @@ class _Run:
         return load_statistics(self.statistics)
 
     def _embed(self) -> None:
-        params, hidden = self.model.embed_params(), self.hidden(0)
+        hidden = self.hidden(0)
         hidden.create()
         for start, stop in self.chunks:
-            tokens = jnp.asarray(self.tokens[start:stop])
-            hidden.write(start, np.asarray(decoder.run_embed(self.model.spec, params, tokens)))
+            hidden.write(start, np.asarray(embed_tokens(self.model, self.tokens[start:stop])))
         self._event("embedded")
 
     def _sweep_1(self, i: int, params: decoder.Params, first: int, tree: dict) -> None:

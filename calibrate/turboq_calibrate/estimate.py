@@ -21,7 +21,7 @@ from turboq_calibrate import sweeps
 from turboq_calibrate.data import Windows
 from turboq_calibrate.memory import nbytes, peak_rss
 from turboq_calibrate.models import decoder
-from turboq_calibrate.models.model import Model
+from turboq_calibrate.models.model import Model, embed_tokens
 from turboq_calibrate.progress import clock
 from turboq_calibrate.recipe import CaptureRecipe, check_sizes
 from turboq_calibrate.reduce import to_host
@@ -107,7 +107,7 @@ def dry_run(
 def _timed(model: Model, windows: Windows, recipe: CaptureRecipe, chunks: int) -> dict:
     spec, params = model.spec.layers[0], model.layer(0)
     tokens = jnp.asarray(windows.tokens[: recipe.windows_per_chunk])
-    x = decoder.run_embed(model.spec, model.embed_params(), tokens)
+    x = embed_tokens(model, tokens)
     positions = decoder.default_positions(tokens)
     center = {
         "k": np.zeros((spec.kv_heads, spec.head_dim), np.float32),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float
@@ -36,7 +37,7 @@ class HiddenFile:
                     f, {"descr": "<f4", "fortran_order": False, "shape": self.shape}
                 )
                 f.flush()
-                os.posix_fallocate(f.fileno(), 0, f.tell() + self.nbytes)
+                _reserve(f, self.nbytes)
             os.replace(temporary, self.path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -84,3 +85,14 @@ class HiddenFile:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def _reserve(file: BinaryIO, nbytes: int) -> None:
+    """Takes disk space from the current position on: a sparse file would fail hours later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, file.tell() + nbytes)
+        return
+    piece = bytes(2**20)  # macOS has no posix_fallocate
+    for start in range(0, nbytes, len(piece)):
+        file.write(piece[: nbytes - start])
+    file.flush()

@@ -1,5 +1,7 @@
 """Attention over packed words against decode-everything attention in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import kv_cases as cases
@@ -11,7 +13,7 @@ import turboq_kernels
 from turboq import cache as kv_cache
 from turboq.attention import attention
 from turboq.codecs import TurboQuantMSE
-from turboq.layer import TokenPolicy, uniform_layer
+from turboq.layer import KVLayer, TokenPolicy, uniform_layer
 from turboq.packing import PAGE
 from turboq.simulate import round_exact, simulate, simulated_attention
 
@@ -163,6 +165,18 @@ def test_exact_codec_is_plain_attention(rng):
     q, k, v = inputs(rng, layer, 30)
     want = attention(q, k, v, scale=SCALE)
     np.testing.assert_allclose(run(layer, q, k, v, (30,)), want, atol=TOL["packed_attention"])
+
+
+def test_one_group_in_any_head_order(rng):
+    """A group may list its heads in any order: arrays follow the group, results the heads."""
+    layer = cases.make_layer("per_head", rng)
+    turned = jax.tree.map(lambda x: x[::-1], layer.groups[0])
+    turned = KVLayer(groups=(dataclasses.replace(turned, heads=(1, 0)),), policy=layer.policy)
+    q, k, v = inputs(rng, layer, 12)
+    want = run(layer, q, k, v, (12,))
+    np.testing.assert_array_equal(np.asarray(run(turned, q, k, v, (12,))), np.asarray(want))
+    for a, b in zip(simulate(turned, k, v), simulate(layer, k, v), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_no_recompilation_as_the_cache_grows(rng):

@@ -44,10 +44,11 @@ def cache_attention(
                 block_pages=block_pages,
             )
         )  # fmt: skip
-    if len(outs) == 1:
-        return outs[0]
-    order = jnp.argsort(jnp.array([h for g in layer.groups for h in g.heads]))
     joined = jnp.concatenate(outs, axis=2)
+    order = [h for g in layer.groups for h in g.heads]
+    if order == sorted(order):
+        return joined
+    order = jnp.argsort(jnp.array(order))
     batch, t, heads, dim = joined.shape
     by_kv = joined.reshape(batch, t, layer.kv_heads, heads // layer.kv_heads, dim)
     return jnp.take(by_kv, order, axis=2).reshape(batch, t, heads, dim)
