@@ -248,7 +248,8 @@ def test_sentencepiece_against_merging_by_hand(prefix):
     def check(text):
         ids = tokenizer.encode(text)
         assert ids == sentencepiece_by_hand(text, tokens, scores, prefix)
-        assert tokenizer.decode(ids) == text
+        # SentencePiece writes a space as U+2581, so text cannot hold that character itself.
+        assert tokenizer.decode(ids) == text.replace("\u2581", " ")
 
     check()
     for line in PASSAGE.splitlines():
