@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from turboq.codecs import PerHead, TurboQuantMSE
 from turboq.codecs.per_head import default_arrays
@@ -84,6 +84,7 @@ def run() -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)
     try:
         run()
     except (TurboqError, OSError) as error:
