@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,35 @@ from tolerances import TOL
 
 from turboq import codebook
 from turboq.codecs import (
+    E8,
+    FP8,
+    NUQ,
+    NVFP4,
+    QJL,
+    TCQ,
     Codec,
     Exact,
+    Ggml,
+    Int4TokenHead,
+    Int8TokenHead,
+    IntAffine,
+    KiviKey,
+    KiviValue,
+    KVarN,
+    Oscar,
+    PerChannel,
     PerHead,
+    PolarQuant,
     TurboQuantMSE,
+    TurboQuantOutliers,
     TurboQuantProd,
+    VLLMTurboQuantKey,
+    VLLMTurboQuantValue,
 )
+from turboq.codecs.nuq import fit_nuq
+from turboq.codecs.oscar import fit_oscar
+from turboq.codecs.outliers import choose_outliers
+from turboq.codecs.per_channel import fit_per_channel
 
 HEADS, TOKENS, QUERIES = 2, 1024, 3
 
@@ -52,6 +76,12 @@ def prod_error(kind, d_b, dim):
         return d_b * (np.pi / 2 - 1 / dim)
     mean = np.exp(special.gammaln(dim / 2) - special.gammaln((dim + 1) / 2))
     return d_b * (np.pi * dim / (dim * mean) ** 2 - 1)
+
+
+def split_error(dim):
+    """Outliers at 3 bits and the rest at 2, channels iid: the mean, weighted by channels."""
+    count = TurboQuantOutliers(dim=dim, outlier_bits=3, bits=2).split
+    return (count * lloyd(3, count) + (dim - count) * lloyd(2, dim - count)) / dim
 
 
 ROWS = {
@@ -97,11 +127,63 @@ ROWS = {
     "per_head-4-unbiased-f32": Row(
         lambda d: PerHead(dim=d, bits=4, scale_rule="unbiased", scale_dtype="float32")
     ),
+    "int_affine-4": Row(lambda d: IntAffine(dim=d, bits=4, group=d // 2)),
+    "kivi_key-2": Row(lambda d: KiviKey(dim=d, bits=2), zero_exact=False),
+    "kivi_value-2": Row(lambda d: KiviValue(dim=d, bits=2, group=math.gcd(d, 32))),
+    "kvarn-4": Row(lambda d: KVarN(dim=d, bits=4, group=64), zero_exact=False),
+    "kvarn-2-token": Row(
+        lambda d: KVarN(dim=d, bits=2, axis="token", group=32, scale_dtype="float32")
+    ),
+    "nuq-3": Row(lambda d: NUQ(dim=d, bits=3), zero_exact=False),
+    "oscar-2": Row(lambda d: Oscar(dim=d, group=d // 2, clip_percent=92)),
+    "per_channel-4": Row(lambda d: PerChannel(dim=d, bits=4)),
+    "fp8-e4m3-token": Row(lambda d: FP8(dim=d), zero_exact=False),
+    "fp8-e5m2-head": Row(lambda d: FP8(dim=d, format="e5m2", scale="head"), zero_exact=False),
+    "fp8-e4m3-none": Row(lambda d: FP8(dim=d, scale="none"), zero_exact=False),
+    "int8-token-head": Row(lambda d: Int8TokenHead(dim=d)),
+    "int4-token-head": Row(lambda d: Int4TokenHead(dim=d)),
+    "nvfp4": Row(lambda d: NVFP4(dim=d), zero_exact=False),
+    "vllm-key-3": Row(lambda d: VLLMTurboQuantKey(dim=d, bits=3)),
+    "vllm-value-4": Row(lambda d: VLLMTurboQuantValue(dim=d, bits=4)),
+    # 80 is no multiple of a block: llama.cpp keeps such a cache in f16.
+    "ggml-q4_0-walsh": Row(
+        lambda d: Ggml(
+            dim=d, type="f16" if d % 32 else "q4_0", rotation="walsh", rotation_block=d & -d
+        )
+    ),
+    "ggml-q5_1-hadamard": Row(
+        lambda d: Ggml(dim=d, type="f16" if d % 32 else "q5_1", rotation="hadamard", seed=1)
+    ),
+    "outliers-3-2": Row(lambda d: TurboQuantOutliers(dim=d, outlier_bits=3, bits=2), split_error),
+    "qjl-2": Row(
+        lambda d: QJL(dim=d, rows=2 * d), lambda d: prod_error("orthogonal", 1.0, d) / 2, spread=0.5
+    ),
+    "polarquant": Row(lambda d: PolarQuant(dim=d)),
+    "tcq-2": Row(lambda d: TCQ(dim=d, bits=2)),
+    "tcq-3-4-unbiased": Row(
+        lambda d: TCQ(dim=d, bits=3, states=4, rotation="haar", scale_rule="unbiased")
+    ),
+    "e8": Row(lambda d: E8(dim=d, scale_rule="least_squares", scale_dtype="bfloat16")),
+}
+
+
+# Codecs whose arrays are fitted to samples [n, D] of the source.
+FITS: dict[str, Callable[[Any, np.ndarray], dict[str, np.ndarray]]] = {
+    "nuq": fit_nuq,
+    "oscar": lambda codec, x: fit_oscar(x.T @ x / len(x)),
+    "per_channel": fit_per_channel,
+    "turboquant_outliers": lambda codec, x: {
+        "outlier": choose_outliers(np.mean(x * x, axis=0), codec.split)
+    },
 }
 
 
 def arrays_of(codec: Codec, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Arrays of HEADS heads: a large mean, the source's own codebook, different scales."""
+    if codec.name in FITS:
+        samples = [rng.normal(size=(64, codec.dim)) * scale for scale in (0.25, 3.0)]
+        fitted = [FITS[codec.name](codec, x) for x in samples]
+        return {name: np.stack([f[name] for f in fitted]) for name in codec.array_shapes}
     source = "gaussian" if getattr(codec, "scale", "") == "head" else "sphere"
     made = {
         "mean": lambda: rng.normal(size=(HEADS, codec.dim)) * 20,

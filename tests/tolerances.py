@@ -169,4 +169,47 @@ TOL: dict[str, float] = {
     "far_mean": 1e-2,
     # Gaussian code times a scale of float32 rounding: 4 * 2^-24 of the constant.
     "constant_head": 1e-6,
+    # Quotients (y - minimum) / scale up to 15 steps after a float32 rotation: 4e-5 of the largest
+    # |y| is at most 15 * 4e-5 steps; a step further off is decided alike by float32 and float64.
+    "affine_steps": 6e-4,
+    # Share of quotients within that of a half: 2 * 6e-4, eight times for few values.
+    "affine_unclear": 0.01,
+    # One candidate scale against the best: float32 mean of ~1e4 squares in blocks, 1e-5 relative.
+    "fit_scale_mse": 1e-4,
+    # Steps y / s of vLLM's int4, up to 15 of them plus 15: float32 rotation of D <= 256 unit
+    # coordinates errs by "rotate_f32" of the rms, s being about rms / 3, and quotients by 30 eps.
+    "int4_margin": 1e-4,
+    # Its scale without the 4 low mantissa bits: 15 * 2^-23 relative, plus the rotation's 2e-6.
+    "int4_scale": 5e-6,
+    # vLLM's Lloyd-Max levels: trapezoid of 200 intervals of h in the outer cells (8 sigma wide),
+    # slope of the density over mass: h^2/12 * f'/F ~ (0.04)^2 / 12 * 3 = 4e-4, doubled.
+    "vllm_trapezoid": 8e-4,
+    # Three rounds of float32 stds of 32 values (16 * 6e-8 each), logs up to 10 (10 * 6e-8) and
+    # exponentials, each round on the errors of the one before: 3 * 3e-6.
+    "balance_f32": 1e-5,
+    # iq4_nl: x / d0 up to 127 after two float32 roundings, 127 * 2 * 6e-8, against a midpoint: the
+    # nearer of two values wins by twice that; doubled.
+    "iq4_nl_midpoint": 6e-5,
+    # Its scale in float32, 32 sums of one sign: 32 * 6e-8 relative at worst, and such a share of
+    # float16 steps (2^-10) may fall on the other side: 0.2 %, five times for few blocks.
+    "iq4_nl_equal_scales": 0.99,
+    # Sum of <= 6 squares of errors below 3 in float32, or of 8 products up to 20: 16 * 6e-8 * 20.
+    "path_error_f32": 2e-5,
+    # The issue's limit on the distance from the figures of trellis-coded quantization, in dB.
+    "tcq_snr_db": 0.05,
+    # Standard errors within which all of <= 32 points are the means of 65536 fresh samples: the
+    # cell's own deviation is below 1/2, so 2.5 of these are 5 of its own. The fit's own noise on
+    # 1e6 samples is a quarter of that, its digits nothing.
+    "cell_means": 2.5,
+    # E8 at 2 bits: measured 0.03 dB below the published figure, whose part of the outer shell is
+    # unknown (parts differ by 0.03 dB); standard error of 320,000 coordinates 0.015 dB.
+    "e8_snr_db": 0.06,
+    # Share of vectors whose best point of the part shell is not among the six looked at: 0.2 % seen
+    # at unit size; far outside nearly all nearest points lie in that shell.
+    "e8_missed": 0.02,
+    "e8_missed_far": 0.6,
+    # A p-value that a correct program falls below once in 10,000 runs.
+    "rare": 1e-4,
+    # Norms kept through four levels of cos^2 + sin^2 and two float32 rotations: 40 * 6e-8.
+    "rule_limit_f32": 4e-6,
 }

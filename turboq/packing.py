@@ -40,6 +40,8 @@ def pack(codes: UInt8[Array, "*n S C"], bits: int) -> UInt32[Array, "*n P b 8 C"
     """Codes to words; bits above `bits` of a code are not stored. S is a multiple of 256."""
     *lead, tokens, channels = codes.shape
     pages = words_shape(tokens, bits, channels)[0]
+    # Without the barrier XLA computes the codes anew for every bit plane.
+    codes = jax.lax.optimization_barrier(codes)
     split = codes.reshape(*lead, pages, 1, WORD_BITS, ROWS, channels).astype(jnp.uint32)
     planes = _along(jnp.arange(bits, dtype=jnp.uint32), split.ndim, -4)
     shifts = _along(jnp.arange(WORD_BITS, dtype=jnp.uint32), split.ndim, -3)

@@ -32,9 +32,11 @@ def unit_rms(
     zero = peak < 4 * np.finfo(np.float32).tiny
     # XLA divides by multiplying with the reciprocal, which it flushes to zero when subnormal: a
     # quarter of the peak keeps the reciprocal normal up to the largest float32.
-    v = jnp.where(zero[..., None], 0.0, x * 0.25) / jnp.where(zero, 1.0, peak * 0.25)[..., None]
-    root = jnp.sqrt(jnp.where(zero, 1.0, jnp.mean(v * v, axis=-1)))
-    return v / root[..., None], jnp.where(zero, 0.0, peak * root)
+    # XLA's maximum on a CPU drops NaN in long reductions: 0 * NaN keeps what `zero` then hides.
+    v = x * jnp.where(zero, 0.0, 0.25)[..., None] / jnp.where(zero, 1.0, peak * 0.25)[..., None]
+    square = jnp.mean(v * v, axis=-1)
+    root = jnp.sqrt(jnp.where(zero, 1.0, square))
+    return v / root[..., None], jnp.where(zero, square, peak * root)
 
 
 def vector_scale(

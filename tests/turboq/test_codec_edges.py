@@ -28,7 +28,7 @@ def test_edge_vectors(row, dim):
     codec = ROWS[row].make(dim)
     arrays = {k: jnp.asarray(v[1]) for k, v in arrays_of(codec, np.random.default_rng(1)).items()}
     mean = np.asarray(arrays.get("mean", np.zeros(dim, np.float32)))
-    x = np.zeros((6, dim), np.float32)
+    x = np.zeros((max(6, codec.block), dim), np.float32)
     x[1] = -0.0
     x[2, 5] = 3.0  # one-hot
     x[3] = 2.0  # constant
@@ -75,17 +75,22 @@ def test_huge_and_tiny_norms(size, rng):
         np.testing.assert_allclose(got, small, atol=TOL["rotate_f32"], rtol=0)
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r not in ("exact-f32", "per_head-2-head")])
+SHOWS_OVERFLOW = [  # codecs that store no number but codes cannot
+    r for r in ROWS if r != "exact-f32" and any(not f.packed for f in ROWS[r].make(64).fields)
+]
+
+
+@pytest.mark.parametrize("row", SHOWS_OVERFLOW)
 def test_overflow_and_nan_are_reported(row):
     """A scale beyond float16 is inf, NaN input is NaN, and the check names the field."""
     codec = ROWS[row].make(64)
     rng = np.random.default_rng(3)
     arrays = {k: jnp.asarray(v[0]) for k, v in arrays_of(codec, rng).items()}
-    x = rng.normal(size=(4, 64)).astype(np.float32)
+    x = rng.normal(size=(max(4, codec.block), 64)).astype(np.float32)
     x[2, 9] = np.nan
     with pytest.raises(TurboqError, match=r"layer 3: .*not finite.*wider scale_dtype"):
         check_finite_stored(codec.encode(arrays, jnp.asarray(x)), "layer 3")
-    narrow = getattr(codec, "dtype", getattr(codec, "scale_dtype", "")) == "float16"
+    narrow = any(f.dtype == "float16" for f in codec.fields)
     x[2] = 1e8 * np.sign(x[0])
     stored = codec.encode(arrays, jnp.asarray(x))
     if narrow:
@@ -145,7 +150,7 @@ def test_planted_key_bias_costs_its_power(rng):
 
 BAD = [
     ([], "must be an object, not list"),
-    ({}, "unknown codec None: known codecs are exact, per_head, turboquant_mse, turboquant_prod"),
+    ({}, "unknown codec None: known codecs are exact, "),
     ({"codec": "kivi", "dim": 64}, "unknown codec 'kivi'"),
     ({"codec": ["exact"], "dim": 64}, "unknown codec"),
     ({"codec": "turboquant_mse", "dim": 64}, "needs field 'bits'"),
@@ -180,7 +185,7 @@ def test_bad_configs_are_refused(config, words):
 
 
 def test_registry_and_defaults():
-    assert set(CODECS) == {"exact", "turboquant_mse", "turboquant_prod", "per_head"}
+    assert {"exact", "turboquant_mse", "turboquant_prod", "per_head"} <= set(CODECS)
     codec = from_config({"codec": "turboquant_mse", "dim": 64, "bits": 3})
     assert codec == TurboQuantMSE(dim=64, bits=3)
     assert codec.bits_per_vector == 64 * 3 + 16

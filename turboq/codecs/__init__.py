@@ -12,14 +12,58 @@ from turboq.codecs.base import Codec as Codec
 from turboq.codecs.base import Field as Field
 from turboq.codecs.base import Stored as Stored
 from turboq.codecs.checks import check_finite_stored as check_finite_stored
+from turboq.codecs.e8 import E8 as E8
 from turboq.codecs.exact import Exact as Exact
+from turboq.codecs.fp8 import FP8 as FP8
+from turboq.codecs.ggml import Ggml as Ggml
+from turboq.codecs.int_affine import IntAffine as IntAffine
+from turboq.codecs.int_token_head import Int4TokenHead as Int4TokenHead
+from turboq.codecs.int_token_head import Int8TokenHead as Int8TokenHead
+from turboq.codecs.kivi import KiviKey as KiviKey
+from turboq.codecs.kivi import KiviValue as KiviValue
+from turboq.codecs.kvarn import KVarN as KVarN
+from turboq.codecs.nuq import NUQ as NUQ
+from turboq.codecs.nvfp4 import NVFP4 as NVFP4
+from turboq.codecs.oscar import Oscar as Oscar
+from turboq.codecs.outliers import TurboQuantOutliers as TurboQuantOutliers
+from turboq.codecs.per_channel import PerChannel as PerChannel
 from turboq.codecs.per_head import PerHead as PerHead
+from turboq.codecs.polarquant import PolarQuant as PolarQuant
+from turboq.codecs.qjl import QJL as QJL
+from turboq.codecs.tcq import TCQ as TCQ
 from turboq.codecs.turboquant_mse import TurboQuantMSE as TurboQuantMSE
 from turboq.codecs.turboquant_prod import TurboQuantProd as TurboQuantProd
+from turboq.codecs.vllm_turboquant import VLLMTurboQuantKey as VLLMTurboQuantKey
+from turboq.codecs.vllm_turboquant import VLLMTurboQuantValue as VLLMTurboQuantValue
 from turboq.errors import TurboqError
 
 CODECS: dict[str, type[Codec]] = {
-    c.name: c for c in (Exact, TurboQuantMSE, TurboQuantProd, PerHead)
+    c.name: c
+    for c in (
+        Exact,
+        TurboQuantMSE,
+        TurboQuantProd,
+        PerHead,
+        IntAffine,
+        KiviKey,
+        KiviValue,
+        KVarN,
+        NUQ,
+        Oscar,
+        PerChannel,
+        FP8,
+        Int8TokenHead,
+        Int4TokenHead,
+        NVFP4,
+        VLLMTurboQuantKey,
+        VLLMTurboQuantValue,
+        Ggml,
+        TurboQuantOutliers,
+        QJL,
+        PolarQuant,
+        TCQ,
+        E8,
+    )
 }
 
 

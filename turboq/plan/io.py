@@ -140,7 +140,7 @@ def _read(path: Path, limit: int) -> bytes:
             regular = stat.S_ISREG(info.st_mode)
             raw = f.read() if regular and info.st_size <= limit else b""
     except FileNotFoundError:
-        raise PlanError(str(path), "no such plan: write one with `turboq calibrate`") from None
+        raise PlanError(str(path), "no such plan: write one with `turboq plan`") from None
     except OSError as error:
         raise PlanError(str(path), f"cannot be read: {error.strerror or error}") from None
     if not regular:

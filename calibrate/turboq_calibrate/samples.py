@@ -1,0 +1,99 @@
+"""Raw keys, values and query moments of a short run, for codecs that are fitted to samples.
+
+Small by design (a few windows): most codecs need statistics only, which stream (`capture`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from turboq.codecs import FP8, NUQ, NVFP4, Codec, Oscar, PerChannel, TurboQuantOutliers
+from turboq.codecs.fit_scale import fit_scale
+from turboq.codecs.nuq import fit_nuq
+from turboq.codecs.oscar import fit_oscar
+from turboq.codecs.outliers import choose_outliers
+from turboq.codecs.per_channel import fit_per_channel
+from turboq.errors import TurboqError
+from turboq_calibrate.models.decoder import exact_attend
+from turboq_calibrate.models.model import Model, forward
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSamples:
+    """One layer: k and v [K, n, D] after RoPE, and E[q q^T] of each KV head's queries [K, D, D]."""
+
+    k: Float[np.ndarray, "K N D"]
+    v: Float[np.ndarray, "K N E"]
+    q_moment: Float[np.ndarray, "K D D"]
+
+
+def collect_samples(model: Model, tokens: np.ndarray, *, skip: int = 4) -> list[LayerSamples]:
+    """Samples of every layer over windows tokens [B, T], without each window's first `skip`.
+
+    Holds all of them: 4 bytes * B * T * (D_k + D_v) * K * L on the host.
+
+    Raises:
+      TurboqError: a layer's keys or values are not finite.
+    """
+    states = forward(model, tokens, attend=_keep)[1]
+    out = []
+    for index, state in enumerate(states):
+        k, v, q = (np.asarray(x)[:, skip:] for x in state)
+        if not (np.all(np.isfinite(k)) and np.all(np.isfinite(v))):
+            raise TurboqError(f"layer {index}: keys or values hold NaN or Inf")
+        heads = k.shape[2]
+        grouped = q.reshape(-1, heads, q.shape[2] // heads, q.shape[3])
+        moment = np.einsum("nkgd,nkge->kde", grouped, grouped, dtype=np.float64)
+        out.append(
+            LayerSamples(
+                k=_by_head(k), v=_by_head(v), q_moment=moment / (len(grouped) * grouped.shape[2])
+            )
+        )
+    return out
+
+
+def fit_samples(codec: Codec, samples: LayerSamples, side: str) -> dict[str, np.ndarray]:
+    """Arrays [K, ...] of a codec that is fitted to samples, one layer, side "k" or "v".
+
+    Raises:
+      TurboqError: no fit from samples is known for this codec.
+    """
+    x = samples.k if side == "k" else samples.v
+    moment = samples.q_moment if side == "k" else _moment(x)
+    if isinstance(codec, FP8 | NVFP4):
+        return fit_scale(codec, x, "mse")
+    if isinstance(codec, Oscar):
+        return fit_oscar(moment)
+    if isinstance(codec, PerChannel):
+        layout = "half" if side == "k" else "none"
+        return _each(lambda head: fit_per_channel(codec, head, rope_layout=layout), x)
+    if isinstance(codec, NUQ):
+        return _each(lambda head: fit_nuq(codec, head), x)
+    if isinstance(codec, TurboQuantOutliers):
+        energy = np.mean(np.square(x, dtype=np.float64), axis=1)
+        return {"outlier": choose_outliers(energy, codec.split)}
+    raise TurboqError(f"codec {codec.name} is not fitted to samples")
+
+
+def _keep(spec, q, k, v, positions, state):
+    out, _ = exact_attend(spec, q, k, v, positions, None)
+    return out, (k.astype(jnp.float32), v.astype(jnp.float32), q.astype(jnp.float32))
+
+
+def _by_head(x: Float[np.ndarray, "B T K D"]) -> Float[np.ndarray, "K N D"]:
+    return np.ascontiguousarray(np.moveaxis(x, 2, 0).reshape(x.shape[2], -1, x.shape[3]))
+
+
+def _moment(x: Float[np.ndarray, "K N D"]) -> Float[np.ndarray, "K D D"]:
+    x = x.astype(np.float64)
+    return np.swapaxes(x, -1, -2) @ x / x.shape[1]
+
+
+def _each(fit: Callable[[np.ndarray], dict], heads: np.ndarray) -> dict[str, np.ndarray]:
+    fitted = [fit(head) for head in heads]
+    return {name: np.stack([f[name] for f in fitted]) for name in fitted[0]}

@@ -1,0 +1,234 @@
+"""Is a learned codec worth it? Every storage format of the field in one table, at all-in bits.
+
+    ./scripts/demo && .venv/bin/python experiments/formats.py --out=runs/formats
+
+For every format: keys only, values only (the other side exact bf16) and both quantized, KL to the
+model's own exact cache on held-out text; first 4 tokens exact for all, except where a row names its
+own token policy. Calibrated formats are fitted on `topics:calibration` (statistics of the demo, or
+a few windows of samples). Writes quality.json (sorted by bits per channel), quality.csv and
+formats.svg. Rows are measured in batches, and a finished batch is not repeated after an
+interruption. Expected: about half an hour on two cores; `per_head` and trellis codes lowest at
+equal bits, INT2 without calibration highest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from turboq import codecs as c
+from turboq.codecs.ggml import mainline
+from turboq.codecs.oscar import CLIP_PERCENT, RECENT, SINKS
+from turboq.codecs.vllm_turboquant import PRESETS, boundary_layers, preset
+from turboq.errors import TurboqError
+from turboq.files import atomic_write, make_folder
+from turboq.layer import TokenPolicy
+from turboq.plan import ModelGeometry, collect_arrays, document
+from turboq.plan.rules import Rule, by_layer, rule_plan, sides, skip_layers
+from turboq_calibrate import data, quality
+from turboq_calibrate.evaluate import evaluate
+from turboq_calibrate.fit import fit_side
+from turboq_calibrate.models import load_model
+from turboq_calibrate.plans import model_geometry
+from turboq_calibrate.samples import collect_samples, fit_samples
+from turboq_calibrate.statistics_files import load_statistics
+
+RUN = flags.DEFINE_string("run", "runs/demo", "Folder that holds `statistics/`.")
+MODEL = flags.DEFINE_string("model", "embedded", "The model they are of.")
+TEXT = flags.DEFINE_multi_string("text", ["topics:heldout"], "Text to measure on.")
+WINDOWS = flags.DEFINE_integer("windows", 2, "Windows of 1024 tokens.", lower_bound=1)
+SAMPLE_WINDOWS = flags.DEFINE_integer("sample_windows", 4, "Windows to fit on.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 12, "Rows measured together.", lower_bound=1)
+ONLY = flags.DEFINE_string("only", "", "Only rows whose name contains this.")
+OUT = flags.DEFINE_string("out", "runs/formats", "Folder for the table.")
+
+
+POLICY = TokenPolicy(sinks=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A format: rules for keys and values, and its own token policy where it has one."""
+
+    k: Rule
+    v: Rule
+    policy: TokenPolicy = POLICY
+    alone: bool = True  # also keys only and values only
+
+
+def formats(geometry: ModelGeometry) -> dict[str, Row]:
+    """All formats, by name, in reading order."""
+
+    def both(codec: Rule, **options) -> Row:
+        return Row(codec, codec, **options)
+
+    dim = geometry.cache_layers[0].k_dim
+    rows = {"exact bf16": both(c.Exact(dim=dim), alone=False)}
+    for kind in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"):
+        rows[f"ggml {kind} unrotated"] = both(c.Ggml(dim=dim, type=kind))
+        rows[f"ggml {kind}"] = Row(mainline(dim, "k", kind), mainline(dim, "v", kind))
+        signed = c.Ggml(dim=dim, type=kind, rotation="hadamard")
+        rows[f"ggml {kind} signed"] = both(signed, alone=False)
+    rows["ggml f16"] = both(c.Ggml(dim=dim, type="f16"), alone=False)
+    for form in ("e4m3", "e5m2"):
+        for scale in ("none", "tensor", "head", "token"):
+            rows[f"fp8 {form} {scale}"] = both(
+                c.FP8(dim=dim, format=form, scale=scale), alone=scale == "head"
+            )
+    rows["int8 per token-head"] = both(c.Int8TokenHead(dim=dim))
+    rows["int4 per token-head"] = both(c.Int4TokenHead(dim=dim))
+    rows["nvfp4"] = both(c.NVFP4(dim=dim))
+    for name in PRESETS:
+        k, v = preset(name, dim)
+        rows[f"vllm {name}"] = Row(k, v)
+        ends = boundary_layers(len(geometry.layers))
+        rows[f"vllm {name} boundary"] = both(
+            skip_layers(geometry, sides(k=k, v=v), ends), alone=False
+        )
+    for bits in (4, 2):
+        for group in (32, 64, 128):
+            value = c.KiviValue(dim=dim, bits=bits, group=min(group, dim))
+            key = c.KiviKey(dim=dim, bits=bits, group=group)
+            rows[f"kivi {bits}b g{group}"] = Row(key, value, alone=group == 32)
+    for bits in (8, 4):
+        rows[f"per_channel int{bits}"] = both(c.PerChannel(dim=dim, bits=bits))
+    for bits in (4, 3, 2):
+        rows[f"nuq {bits}b 1% outliers"] = both(c.NUQ(dim=dim, bits=bits))
+        rows[f"int{bits} hadamard"] = both(c.IntAffine(dim=dim, bits=bits))
+    for label, (high, low) in {"2.5": (3, 2), "3.5": (4, 3)}.items():
+        rows[f"turboquant outliers {label}"] = both(
+            c.TurboQuantOutliers(dim=dim, bits=low, outlier_bits=high)
+        )
+    oscar = [c.Oscar(dim=dim, clip_percent=CLIP_PERCENT[side]) for side in ("k", "v")]
+    rows["oscar int2"] = Row(*oscar)
+    own = TokenPolicy(sinks=SINKS, recent=RECENT)
+    rows[f"oscar int2 sinks {SINKS} recent {RECENT}"] = Row(*oscar, policy=own, alone=False)
+    for bits in (4, 2):
+        key = c.KVarN(dim=dim, bits=bits, axis="channel")
+        rows[f"kvarn {bits}b"] = Row(key, c.KVarN(dim=dim, bits=bits, axis="token"))
+    rows["qjl 2 bits keys"] = Row(c.QJL(dim=dim, rows=2 * dim), c.Exact(dim=dim), alone=False)
+    rows["qjl 4 bits keys"] = Row(c.QJL(dim=dim, rows=4 * dim), c.Exact(dim=dim), alone=False)
+    rows["polarquant"] = both(c.PolarQuant(dim=dim))
+    rows["e8 2b"] = both(c.E8(dim=dim))
+    for bits in (2, 3, 4):
+        rows[f"tcq {bits}b 8 states"] = both(c.TCQ(dim=dim, bits=bits))
+        rows[f"turboquant_mse {bits}b"] = both(c.TurboQuantMSE(dim=dim, bits=bits))
+        rows[f"per_head {bits}b"] = both(c.PerHead(dim=dim, bits=bits))
+    for states in (4, 16, 256):
+        rows[f"tcq 2b {states} states"] = both(c.TCQ(dim=dim, bits=2, states=states), alone=False)
+    for sketch in ("gaussian", "orthogonal"):
+        rows[f"turboquant_prod 3b {sketch}"] = both(
+            c.TurboQuantProd(dim=dim, bits=3, sketch=sketch)
+        )
+    q8, q4 = (mainline(dim, "k", kind) for kind in ("q8_0", "q4_0"))
+    hybrid = by_layer({0: q8, 11: q4})
+    rows["hybrid q8_0 0-10, q4_0 11-"] = both(hybrid, alone=False)
+    int8 = c.Ggml(dim=dim, type="q8_0")
+    rows["mixed f16 K, int8 V"] = Row(c.Exact(dim=dim, dtype="float16"), int8, alone=False)
+    rows["mixed q4 K, int8 V"] = Row(c.Ggml(dim=dim, type="q4_0"), int8, alone=False)
+    return rows
+
+
+def plans(geometry: ModelGeometry, statistics, samples) -> list[tuple]:
+    """(name, plan, arrays) of all rows: both sides, then keys only and values only."""
+    dim = geometry.cache_layers[0].k_dim
+    exact = c.Exact(dim=dim)
+
+    def fit(index: int, side: str, codec: c.Codec):
+        if isinstance(codec, c.PerHead):
+            return fit_side(getattr(statistics.layers[index], side), codec)
+        return fit_samples(codec, samples[index], side)
+
+    out = []
+    for name, row in formats(geometry).items():
+        rules = {name: sides(k=row.k, v=row.v)}
+        if row.alone:
+            rules[f"{name} | K only"] = sides(k=row.k, v=exact)
+            rules[f"{name} | V only"] = sides(k=exact, v=row.v)
+        for label, rule in rules.items():
+            if ONLY.value in label:
+                plan = rule_plan(geometry, rule, policy=row.policy)
+                out.append((label, plan, collect_arrays(plan, fit)))
+    return out
+
+
+def run(out: Path) -> None:
+    make_folder(out / "parts")
+    model = load_model(MODEL.value)
+    geometry = model_geometry(model)
+    calibration = data.windows(
+        data.load_text(["topics:calibration"]), model.tokenizer, length=1024,
+        count=SAMPLE_WINDOWS.value, spread=True,
+    )  # fmt: skip
+    text = data.load_text(TEXT.value)
+    windows = data.windows(text, model.tokenizer, length=1024, count=WINDOWS.value, spread=True)
+    statistics = load_statistics(Path(RUN.value) / "statistics")
+    rows = plans(geometry, statistics, collect_samples(model, calibration.tokens))
+    parts = []
+    for start in range(0, len(rows), BATCH.value):
+        batch = rows[start : start + BATCH.value]
+        inputs = json.dumps(
+            [model.fingerprint, windows.sha256, [(n, document(p)["hash"]) for n, p, _ in batch]]
+        )
+        part = out / "parts" / f"{hashlib.sha256(inputs.encode()).hexdigest()[:16]}.json"
+        if not part.exists():
+            print(f"rows {start + 1} to {start + len(batch)} of {len(rows)}", flush=True)
+            measured = evaluate(model, batch, windows.tokens, text=windows.source)
+            table = {k: v for k, v in measured.table.items() if k != "head_errors"}
+            atomic_write(part, json.dumps({"table": table, "run": measured.run}))
+        parts.append(json.loads(part.read_text()))
+    found = [row for part in parts for row in part["table"]["rows"]]
+    found.sort(key=lambda row: (row["bits_per_channel"], row["kl_mean"]))
+    table = parts[0]["table"] | {"rows": found}
+    total = quality.Quality(table=table, run=parts[0]["run"])
+    path = quality.write_quality(total, out)
+    draw(found, out / "formats.svg")
+    print(quality.format_table(total))
+    print(f"\ntable   {path}\npicture {out / 'formats.svg'}")
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """KL against all-in bits per channel where both sides are quantized, one mark a family."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "turboq"
+    import matplotlib.pyplot as plt
+
+    families: dict[str, list[dict]] = {}
+    for row in rows:
+        if "|" not in row["name"] and row["bits_per_channel"] < 10 and "keys" not in row["name"]:
+            families.setdefault(row["name"].split()[0], []).append(row)
+    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    marks = "osD^v<>PX*hp8d"
+    for i, (family, members) in enumerate(sorted(families.items())):
+        x = [row["bits_per_channel"] for row in members]
+        y = [row["kl_mean"] for row in members]
+        axes.scatter(x, y, marker=marks[i % len(marks)], label=family, color=f"C{i % 10}", s=36)
+    axes.set(xlabel="bits per channel (every stored bit)", ylabel="mean KL, nats per token")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=3, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        run(Path(OUT.value))
+    except (TurboqError, OSError) as error:
+        sys.exit(f"formats: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("formats: interrupted: the same command continues")
+
+
+if __name__ == "__main__":
+    app.run(main)
