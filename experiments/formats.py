@@ -14,6 +14,7 @@ equal bits, INT2 without calibration highest.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -139,6 +140,7 @@ def plans(geometry: ModelGeometry, statistics, samples) -> list[tuple]:
     dim = geometry.cache_layers[0].k_dim
     exact = c.Exact(dim=dim)
 
+    @functools.cache  # both sides, keys only and values only share their fits
     def fit(index: int, side: str, codec: c.Codec):
         if isinstance(codec, c.PerHead):
             return fit_side(getattr(statistics.layers[index], side), codec)

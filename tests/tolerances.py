@@ -193,7 +193,7 @@ TOL: dict[str, float] = {
     # Its scale in float32, 32 sums of one sign: 32 * 6e-8 relative at worst, and such a share of
     # float16 steps (2^-10) may fall on the other side: 0.2 %, five times for few blocks.
     "iq4_nl_equal_scales": 0.99,
-    # Sum of <= 6 squares of errors below 3 in float32, or of 8 products up to 20: 16 * 6e-8 * 20.
+    # Sum of <= 12 squares of errors below 3 in float32, or of 8 products up to 20: 16 * 6e-8 * 20.
     "path_error_f32": 2e-5,
     # The limit on the distance from the figures of trellis-coded quantization, in dB.
     "tcq_snr_db": 0.05,

@@ -32,15 +32,19 @@ class LayerSamples:
     q_moment: Float[np.ndarray, "K D D"]
 
 
-def collect_samples(model: Model, tokens: np.ndarray, *, skip: int = 4) -> list[LayerSamples]:
+def collect_samples(
+    model: Model, tokens: np.ndarray, *, skip: int = 4, positions: np.ndarray | None = None
+) -> list[LayerSamples]:
     """Samples of every layer over windows tokens [B, T], without each window's first `skip`.
 
-    Holds all of them: 4 bytes * B * T * (D_k + D_v) * K * L on the host.
+    `positions` [B, T] default to 0..T-1. Holds all of them on the host: 4 bytes times
+    B * T * (D_k + D_v) * K * L.
 
     Raises:
       TurboqError: a layer's keys or values are not finite.
     """
-    states = forward(model, tokens, attend=_keep)[1]
+    at = None if positions is None else jnp.asarray(positions)
+    states = forward(model, tokens, attend=_keep, positions=at)[1]
     out = []
     for index, state in enumerate(states):
         k, v, q = (np.asarray(x)[:, skip:] for x in state)
@@ -73,7 +77,8 @@ def fit_samples(codec: Codec, samples: LayerSamples, side: str) -> dict[str, np.
         layout = "half" if side == "k" else "none"
         return _each(lambda head: fit_per_channel(codec, head, rope_layout=layout), x)
     if isinstance(codec, NUQ):
-        return _each(lambda head: fit_nuq(codec, head), x)
+        few = x[:, :: max(1, x.shape[1] // 256)]  # 256 * D values: plenty for 2^bits levels
+        return _each(lambda head: fit_nuq(codec, head), few)
     if isinstance(codec, TurboQuantOutliers):
         energy = np.mean(np.square(x, dtype=np.float64), axis=1)
         return {"outlier": choose_outliers(energy, codec.split)}

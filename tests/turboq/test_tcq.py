@@ -29,35 +29,33 @@ def words(polynomial: int) -> list[int]:
 def paths(states: int, length: int) -> np.ndarray:
     """All subset sequences [n, length] that the code allows, from its parity check alone.
 
-    (z1, z0) with h1 * z1 + h0 * z0 = 0 over GF(2) wherever the window of the check lies inside, as
-    the start state is free: no trellis, no state.
+    Wherever the window of h1 * z1 + h0 * z0 = 0 lies inside, it fixes the newest z0; the z0 before
+    are free, as the start state is: no trellis, no state.
     """
     h1, h0 = (words(h) for h in trellis.POLYNOMIALS[states])
+    assert h0[0] == 1
     memory = len(h0) - 1
-    found = []
-    for z in itertools.product(range(4), repeat=length):
-        z1, z0 = [v >> 1 for v in z], [v & 1 for v in z]
-        ok = all(
-            sum(h * z1[n - i] for i, h in enumerate(h1)) % 2
-            == sum(h * z0[n - i] for i, h in enumerate(h0)) % 2
-            for n in range(memory, length)
-        )
-        if ok:
-            found.append(z)
-    return np.array(found)
+    free = np.array(list(itertools.product((0, 1), repeat=length + memory)))
+    z1, z0 = free[:, :length], np.zeros((len(free), length), int)
+    z0[:, :memory] = free[:, length:]
+    for n in range(memory, length):
+        z0[:, n] = sum(h * z1[:, n - i] for i, h in enumerate(h1))
+        z0[:, n] += sum(h * z0[:, n - i] for i, h in enumerate(h0) if i)
+        z0[:, n] %= 2
+    return 2 * z1 + z0
 
 
 @pytest.mark.parametrize(
-    ("states", "bits", "length"), [(4, 1, 5), (4, 3, 6), (8, 2, 6), (16, 4, 6)]
+    ("states", "bits", "length"), [(4, 1, 12), (4, 3, 11), (8, 2, 11), (16, 4, 10)]
 )
 def test_viterbi_equals_exhaustive_search(states, bits, length, rng):
     """The least error over every sequence that satisfies the parity check, and as many of them."""
     points = trellis.codebook(states, bits)
-    u = rng.normal(size=(40, length)) * 1.3
+    u = rng.normal(size=(60, length)) * 1.3
     subset_error = np.min((u[:, :, None, None] - points.reshape(-1, 4)) ** 2, axis=2)  # [N, D, 4]
     allowed = paths(states, length)
-    assert len(allowed) == states * 2**length
-    errors = subset_error[:, np.arange(length), allowed].sum(-1)
+    assert len(np.unique(allowed, axis=0)) == states * 2**length
+    errors = sum(subset_error[:, n, allowed[:, n]] for n in range(length))
     table = jnp.asarray(points, jnp.float32)
     codes, start = encode(states, table, jnp.asarray(u, jnp.float32))
     assert np.max(codes) < 2**bits

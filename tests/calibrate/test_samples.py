@@ -1,0 +1,89 @@
+"""Samples are what transformers' attention sees; fitted formats get the arrays they declare."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import TOL
+
+from turboq import codecs as c
+from turboq.errors import TurboqError
+from turboq_calibrate import samples as module
+from turboq_calibrate.models import load_model
+from turboq_calibrate.samples import LayerSamples, collect_samples, fit_samples
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "llama3"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(GOLDEN / "golden.npz")
+
+
+@pytest.fixture(scope="module")
+def layers(golden):
+    model = load_model(GOLDEN)
+    return collect_samples(model, golden["tokens"], skip=3, positions=golden["positions"])
+
+
+def test_samples_are_what_transformers_sees(golden, layers):
+    for i, layer in enumerate(layers):
+        for side in ("k", "v"):
+            want = golden[f"{side}{i}"][:, 3:]
+            want = np.moveaxis(want, 2, 0).reshape(want.shape[2], -1, want.shape[3])
+            got = getattr(layer, side)
+            atol = TOL["capture_golden"] * np.abs(want).max()
+            np.testing.assert_allclose(got, want, rtol=0, atol=atol)
+        q = golden[f"q{i}"][:, 3:].astype(np.float64)
+        per_kv = q.shape[2] // layer.k.shape[0]
+        for head in range(layer.k.shape[0]):
+            x = q[:, :, head * per_kv : (head + 1) * per_kv].reshape(-1, q.shape[3])
+            atol = 2 * TOL["capture_golden"] * np.abs(x).max() ** 2
+            np.testing.assert_allclose(layer.q_moment[head], x.T @ x / len(x), rtol=0, atol=atol)
+
+
+FITTED = [
+    c.FP8(dim=16, format="e4m3", scale="head"),
+    c.FP8(dim=16, format="e5m2", scale="tensor"),
+    c.NVFP4(dim=16),
+    c.Oscar(dim=16, clip_percent=92),
+    c.PerChannel(dim=16, bits=4),
+    c.NUQ(dim=16, bits=3),
+    c.TurboQuantOutliers(dim=16, bits=2, outlier_bits=3),
+]
+
+
+@pytest.mark.parametrize("codec", FITTED, ids=lambda codec: codec.name)
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_fitted_formats_keep_what_they_were_fitted_to(codec, side, layers):
+    """Arrays have the declared shapes, and the samples come back better than as zeros."""
+    arrays = fit_samples(codec, layers[0], side)
+    x = getattr(layers[0], side)
+    assert {n: a.shape for n, a in arrays.items()} == {
+        n: (len(x), *shape) for n, shape in codec.array_shapes.items()
+    }
+    for head in range(len(x)):
+        mine = {n: jnp.asarray(a[head]) for n, a in arrays.items()}
+        back = np.asarray(codec.decode(mine, codec.encode(mine, jnp.asarray(x[head]))))
+        assert np.sum((back - x[head]) ** 2) < 0.5 * np.sum(x[head] ** 2)
+
+
+def test_keys_take_query_moments_and_rope_envelopes(layers):
+    """K of OSCAR diagonalises the queries' moment; channels of a rotary pair share one scale."""
+    layer = layers[0]
+    transform = fit_samples(c.Oscar(dim=16, clip_percent=96), layer, "k")["transform"][0]
+    other = LayerSamples(k=layer.v, v=layer.k, q_moment=layer.q_moment)
+    again = fit_samples(c.Oscar(dim=16, clip_percent=96), other, "k")["transform"][0]
+    np.testing.assert_array_equal(transform, again)  # keys themselves do not enter
+    scale = fit_samples(c.PerChannel(dim=16, bits=8), layer, "k")["channel_scale"]
+    np.testing.assert_array_equal(scale[:, :8], scale[:, 8:])
+
+
+def test_refuses_nan_and_codecs_without_a_fit(golden, layers, monkeypatch):
+    with pytest.raises(TurboqError, match="codec turboquant_mse is not fitted to samples"):
+        fit_samples(c.TurboQuantMSE(dim=16, bits=3), layers[0], "k")
+    nan = np.full((1, 5, 2, 16), np.nan, np.float32)
+    monkeypatch.setattr(module, "forward", lambda *_, **__: (None, [(nan, nan, nan)]))
+    with pytest.raises(TurboqError, match="layer 0: keys or values hold NaN"):
+        collect_samples(load_model(GOLDEN), golden["tokens"])
