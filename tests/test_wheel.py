@@ -78,8 +78,8 @@ def test_wheel_holds_the_three_packages_and_their_data(wheel):
         (ROOT / "kernels" / "turboq_kernels", "turboq_kernels"),
         (ROOT / "calibrate" / "turboq_calibrate", "turboq_calibrate"),
     ):
-        modules = {f"{package}/{f.relative_to(folder).as_posix()}" for f in folder.rglob("*.py")}
-        assert modules <= names
+        files = [f for kind in ("*.py", "*.json") for f in folder.rglob(kind)]
+        assert {f"{package}/{f.relative_to(folder).as_posix()}" for f in files} <= names
 
 
 PROBE = """

@@ -9,7 +9,7 @@ import pytest
 from tolerances import TOL
 
 from turboq import accounting, cache
-from turboq.codecs import Exact, PerHead, TurboQuantMSE, TurboQuantProd
+from turboq.codecs import TCQ, Exact, KiviKey, KVarN, PerHead, TurboQuantMSE, TurboQuantProd
 from turboq.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
 from turboq.plan import uniform_plan
 
@@ -25,6 +25,9 @@ def codecs(dim: int) -> list:
         *(TurboQuantProd(dim=dim, bits=b) for b in (1, 2, 4)),
         PerHead(dim=dim, bits=2),
         PerHead(dim=dim, bits=5, scale="head"),
+        KiviKey(dim=dim, bits=2, group=64),  # blocks of tokens: they wait in the exact ring
+        KVarN(dim=dim, bits=2, axis="token"),
+        TCQ(dim=dim, bits=3),
     ]
 
 
@@ -40,6 +43,8 @@ def codecs(dim: int) -> list:
         (TurboQuantProd(dim=64, bits=1), 1 + 16 / 64),
         (PerHead(dim=80, bits=2), 2.2),
         (PerHead(dim=96, bits=7, scale="head"), 7),
+        (KiviKey(dim=96, bits=2, group=32), 3),
+        (TCQ(dim=64, bits=3), 3 + (3 + 16) / 64),
     ],
 )
 def test_closed_forms(codec, bits):

@@ -19,6 +19,9 @@ from turboq.codecs.scalar import ScalarCodec
 class TurboQuantMSE(ScalarCodec):
     """x_hat = scale R^T c; bits + 16/D bits per channel with a 16-bit scale.
 
+    At D = 64, 128, 256: bits + 0.25, 0.125, 0.0625. Dynamic: nothing is fitted. The block-wise XLA
+    attention reads it with a folded query; no Pallas kernel does yet.
+
     `codebook`: "sphere" (exact for a rotated vector of this dim) or "gaussian" (its limit, about
     0.1-0.3 % more error at D=128). Error for unit-norm x: `distortion(codebook)`, e.g. 0.03397 at
     3 bits, D=128, under scale_rule="raw" (the paper's).

@@ -24,6 +24,9 @@ from turboq.codecs.scalar import ScalarCodec, dot
 class TurboQuantProd(ScalarCodec):
     """x_hat = R^T (scale c + a gamma S^T z), unbiased in <q, x_hat>; bits + 32/D bits per channel.
 
+    At D = 64, 128, 256: bits + 0.5, 0.25, 0.125. Dynamic: nothing is fitted. The block-wise XLA
+    attention reads it with a folded query; no Pallas kernel does yet.
+
     `bits` counts both stages: bits-1 for the codes and one for the signs z; bits=1 is the sketch
     alone (QJL), with no codes and no scale. The residual is taken from what is decoded, rounded
     scale included, and sketched in rotated space (S R is again Gaussian or Haar). gamma is stored
