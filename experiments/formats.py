@@ -105,10 +105,10 @@ def formats(geometry: ModelGeometry) -> dict[str, Row]:
         rows[f"turboquant outliers {label}"] = both(
             c.TurboQuantOutliers(dim=dim, bits=low, outlier_bits=high)
         )
-    oscar = [c.Oscar(dim=dim, clip_percent=CLIP_PERCENT[side]) for side in ("k", "v")]
-    rows["oscar int2"] = Row(*oscar)
+    oscar_k, oscar_v = (c.Oscar(dim=dim, clip_percent=CLIP_PERCENT[side]) for side in ("k", "v"))
+    rows["oscar int2"] = Row(oscar_k, oscar_v)
     own = TokenPolicy(sinks=SINKS, recent=RECENT)
-    rows[f"oscar int2 sinks {SINKS} recent {RECENT}"] = Row(*oscar, policy=own, alone=False)
+    rows[f"oscar int2 sinks {SINKS} recent {RECENT}"] = Row(oscar_k, oscar_v, own, False)
     for bits in (4, 2):
         key = c.KVarN(dim=dim, bits=bits, axis="channel")
         rows[f"kvarn {bits}b"] = Row(key, c.KVarN(dim=dim, bits=bits, axis="token"))

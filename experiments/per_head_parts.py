@@ -49,7 +49,9 @@ def part(plan: Plan, arrays: dict, means: str, codebooks: str) -> dict:
     out = dict(arrays)
     for layer in plan.layers:
         for side in ("k", "v"):
-            default = default_arrays(layer.side(side).codec)
+            codec = layer.side(side).codec
+            assert isinstance(codec, PerHead)
+            default = default_arrays(codec)
             for array, kept in (("mean", means), ("codebook", codebooks)):
                 name = f"layers.{layer.index}.{side}.{array}"
                 if side not in kept:

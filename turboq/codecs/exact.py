@@ -17,8 +17,8 @@ from turboq.codecs.scalar import dot
 class Exact(Codec):
     """x_hat = x rounded to `dtype`; 16 or 32 bits per channel.
 
-    The same at every D. Dynamic: nothing is fitted. The block-wise XLA attention reads it; no Pallas
-    kernel does yet. float16 overflows to inf above 65504, which `checks.check_finite_stored`
+    The same at every D. Dynamic: nothing is fitted. The block-wise XLA attention reads it; no
+    Pallas kernel does yet. float16 overflows to inf above 65504, which `checks.check_finite_stored`
     reports.
 
     Raises:

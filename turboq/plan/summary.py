@@ -43,7 +43,8 @@ def codec_label(codec: Codec) -> str:
     """Short name: codec, bits (or type), rotation and scale where they are chosen."""
     config = codec.config()
     parts = [config["codec"]]
-    parts += [f"{config['bits']}b"] if "bits" in config else [str(config.get("dtype", config.get("type", "")))]
+    kind = config.get("dtype") or config.get("type") or config.get("format") or ""
+    parts.append(f"{config['bits']}b" if "bits" in config else kind)
     for key, usual in (("rotation", "hadamard"), ("scale_rule", "raw"), ("scale", "vector")):
         if config.get(key, usual) != usual:
             parts.append(f"{key}={config[key]}")
