@@ -150,7 +150,7 @@ def test_planted_key_bias_costs_its_power(rng):
 
 BAD = [
     ([], "must be an object, not list"),
-    ({}, "unknown codec None: known codecs are exact, "),
+    ({}, "unknown codec None: known codecs are e8, exact, "),
     ({"codec": "kivi", "dim": 64}, "unknown codec 'kivi'"),
     ({"codec": ["exact"], "dim": 64}, "unknown codec"),
     ({"codec": "turboquant_mse", "dim": 64}, "needs field 'bits'"),
