@@ -132,6 +132,13 @@ def formats(geometry: ModelGeometry) -> dict[str, Row]:
     int8 = c.Ggml(dim=dim, type="q8_0")
     rows["mixed f16 K, int8 V"] = Row(c.Exact(dim=dim, dtype="float16"), int8, alone=False)
     rows["mixed q4 K, int8 V"] = Row(c.Ggml(dim=dim, type="q4_0"), int8, alone=False)
+    # Block codecs keep up to a block of recent tokens exact; others with as many, for comparison.
+    tail = TokenPolicy(sinks=4, recent=64)
+    for bits in (2, 4):
+        for label, codec in (("turboquant_mse", c.TurboQuantMSE), ("per_head", c.PerHead)):
+            rows[f"{label} {bits}b recent 64"] = both(
+                codec(dim=dim, bits=bits), policy=tail, alone=False
+            )
     return rows
 
 

@@ -83,7 +83,7 @@ def test_the_side_file_is_plain_safetensors(folder):
 
 
 def test_missing_and_unreadable_files(folder, tmp_path):
-    assert refused(tmp_path / "none").endswith("no such plan: write one with `turboq calibrate`")
+    assert refused(tmp_path / "none").endswith("no such plan: write one with `turboq plan`")
     assert "no such plan" in refused(tmp_path)
     (tmp_path / "dir.json").mkdir()
     assert "no such plan" in refused(tmp_path / "dir.json")
