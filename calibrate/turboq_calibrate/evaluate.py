@@ -32,11 +32,15 @@ from turboq_calibrate.memory import peak_rss
 from turboq_calibrate.models import Model, default_positions, embed_tokens, exact_attend
 from turboq_calibrate.models.decoder import run_head, run_layer
 from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.plugs import packed_attend, simulated_attend
+from turboq_calibrate.plugs import packed_attend, pre_rope_attend, simulated_attend
 from turboq_calibrate.progress import Progress
 from turboq_calibrate.quality import SCHEMA, Quality
 
-PLUGS = {"simulated": simulated_attend, "packed": packed_attend}
+PLUGS = {
+    "simulated": simulated_attend,
+    "packed": packed_attend,
+    "pre_rope": pre_rope_attend,
+}
 BLOCK = 256  # positions whose logits exist at the same time
 LEVEL = 0.95
 NamedPlan = tuple[str, Plan, dict[str, np.ndarray]]
@@ -72,7 +76,8 @@ def evaluate(
       windows: token ids; every window starts at position 0.
       text: what the windows are, for the table.
       attention: "simulated" (quantize and dequantize, one parallel pass) or "packed" (prefill of
-        the packed cache): the same numbers up to float32 rounding, layer by layer.
+        the packed cache): the same numbers up to float32 rounding, layer by layer; or
+        "pre_rope" (simulated, keys quantized before their rotary embedding).
       context: tokens at which `bits_per_channel_at_context` counts sinks, recent window, whole
         pages and static arrays; the model's context by default.
       window_batch: windows that run together; memory grows with it.

@@ -19,32 +19,42 @@ from turboq.codecs.oscar import fit_oscar
 from turboq.codecs.outliers import choose_outliers
 from turboq.codecs.per_channel import fit_per_channel
 from turboq.errors import TurboqError
+from turboq_calibrate.models import rope
 from turboq_calibrate.models.decoder import exact_attend
 from turboq_calibrate.models.model import Model, forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSamples:
-    """One layer: k and v [K, n, D] after RoPE, and E[q q^T] of each KV head's queries [K, D, D]."""
+    """One layer: k and v [K, n, D], and E[q q^T] of each KV head's queries [K, D, D].
+
+    Keys and queries are those of attention, after RoPE, unless `pre_rope`.
+    """
 
     k: Float[np.ndarray, "K N D"]
     v: Float[np.ndarray, "K N E"]
     q_moment: Float[np.ndarray, "K D D"]
+    pre_rope: bool = False
 
 
 def collect_samples(
-    model: Model, tokens: np.ndarray, *, skip: int = 4, positions: np.ndarray | None = None
+    model: Model,
+    tokens: np.ndarray,
+    *,
+    skip: int = 4,
+    positions: np.ndarray | None = None,
+    pre_rope: bool = False,
 ) -> list[LayerSamples]:
     """Samples of every layer over windows tokens [B, T], without each window's first `skip`.
 
     `positions` [B, T] default to 0..T-1. Holds all of them on the host: 4 bytes times
-    B * T * (D_k + D_v) * K * L.
+    B * T * (D_k + D_v) * K * L. `pre_rope` gives keys and queries before their rotary embedding.
 
     Raises:
       TurboqError: a layer's keys or values are not finite.
     """
     at = None if positions is None else jnp.asarray(positions)
-    states = forward(model, tokens, attend=_keep, positions=at)[1]
+    states = forward(model, tokens, attend=_keep_pre_rope if pre_rope else _keep, positions=at)[1]
     out = []
     for index, state in enumerate(states):
         k, v, q = (np.asarray(x)[:, skip:] for x in state)
@@ -55,7 +65,10 @@ def collect_samples(
         moment = np.einsum("nkgd,nkge->kde", grouped, grouped, dtype=np.float64)
         out.append(
             LayerSamples(
-                k=_by_head(k), v=_by_head(v), q_moment=moment / (len(grouped) * grouped.shape[2])
+                k=_by_head(k),
+                v=_by_head(v),
+                q_moment=moment / (len(grouped) * grouped.shape[2]),
+                pre_rope=pre_rope,
             )
         )
     return out
@@ -74,7 +87,7 @@ def fit_samples(codec: Codec, samples: LayerSamples, side: str) -> dict[str, np.
     if isinstance(codec, Oscar):
         return fit_oscar(moment)
     if isinstance(codec, PerChannel):
-        layout = "half" if side == "k" else "none"
+        layout = "half" if side == "k" and not samples.pre_rope else "none"
         return _each(lambda head: fit_per_channel(codec, head, rope_layout=layout), x)
     if isinstance(codec, NUQ):
         few = x[:, :: max(1, x.shape[1] // 256)]  # 256 * D values: plenty for 2^bits levels
@@ -88,6 +101,14 @@ def fit_samples(codec: Codec, samples: LayerSamples, side: str) -> dict[str, np.
 def _keep(spec, q, k, v, positions, state):
     out, _ = exact_attend(spec, q, k, v, positions, None)
     return out, (k.astype(jnp.float32), v.astype(jnp.float32), q.astype(jnp.float32))
+
+
+def _keep_pre_rope(spec, q, k, v, positions, state):
+    out, (k, v, q) = _keep(spec, q, k, v, positions, state)
+    if spec.rope is not None:
+        cos, sin = rope.tables(spec.rope, positions)
+        k, q = rope.apply(k, cos, -sin), rope.apply(q, cos, -sin)
+    return out, (k, v, q)
 
 
 def _by_head(x: Float[np.ndarray, "B T K D"]) -> Float[np.ndarray, "K N D"]:
