@@ -192,3 +192,14 @@ def test_registry_and_defaults():
     assert TurboQuantProd(dim=64, bits=3).bits_per_vector == 64 * 3 + 32
     assert TurboQuantProd(dim=64, bits=1).bits_per_vector == 64 + 16
     assert PerHead(dim=64, bits=3, scale="head").bits_per_vector == 64 * 3
+
+
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_every_codec_states_what_it_is(name):
+    """Source, bits per channel at three dims, static or dynamic, and what reads it."""
+    codec = CODECS[name]
+    stated = codec.__doc__ or ""
+    assert codec.source
+    assert "64" in stated or "every D" in stated
+    assert "tatic" in stated or "ynamic" in stated
+    assert "read" in stated
