@@ -8,9 +8,10 @@ import time
 import pytest
 from absl import flags
 
+from turboq.codecs import Ggml
 from turboq.errors import TurboqError
+from turboq_calibrate.cli import common, memory
 from turboq_calibrate.cli import main as cli
-from turboq_calibrate.cli import memory
 
 HEAVY = (
     "jax",
@@ -158,3 +159,31 @@ def test_flagfile(tmp_path, capsys, monkeypatch):
     (tmp_path / "recipe").write_text("# a comment\n--context=4096\n")
     assert cli.run(["memory", f"--flagfile={tmp_path}/recipe"]) == 0
     assert seen == {"c": 4096}
+
+
+def codec_flags(*arguments: str) -> flags.FlagValues:
+    values = flags.FlagValues()
+    common.codec(values, None)
+    values(["turboq", *arguments])
+    return values
+
+
+def test_any_field_of_a_codec_can_be_set():
+    values = codec_flags(
+        "--codec=ggml", "--field=type=q4_0", "--field=rotation_block=32", "--rotation=walsh"
+    )
+    assert common.codec_of(values, "k", 64) == Ggml(
+        dim=64, type="q4_0", rotation="walsh", rotation_block=32
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("type", "--field='type' must be NAME=VALUE"),
+        ("states=8", "--states is not a field of codec ggml"),
+    ],
+)
+def test_fields_that_are_none_are_refused(field, words):
+    with pytest.raises(TurboqError, match=words):
+        common.codec_of(codec_flags("--codec=ggml", f"--field={field}"), "k", 64)

@@ -67,7 +67,7 @@ def codec(values: flags.FlagValues, default: str | None) -> None:
             flag_values=values,
         )  # fmt: skip
     helps = {
-        "rotation": "Rotation: hadamard, haar or identity.",
+        "rotation": "Rotation: hadamard (signed), walsh (unsigned), haar or identity.",
         "scale_rule": "Scale rule: raw, matched, unbiased or least_squares.",
         "scale": "per_head: scale per 'vector' (stored) or per 'head' (fitted, not stored).",
         "scale_dtype": "Type of stored scales: float16, bfloat16 or float32.",
@@ -77,6 +77,10 @@ def codec(values: flags.FlagValues, default: str | None) -> None:
     }
     for name in CODEC_FIELDS:
         flags.DEFINE_string(name, None, helps[name], flag_values=values)
+    flags.DEFINE_multi_string(
+        "field", [], "Any other field of a codec as NAME=VALUE: type=q4_0, states=8, group=32.",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_integer(
         "seed", None, "Seed of the rotation (and sketch).", lower_bound=0, flag_values=values
     )
@@ -140,6 +144,11 @@ def codec_of(values: flags.FlagValues, side: str, dim: int) -> Codec:
 def _given(values: flags.FlagValues) -> dict[str, dict[str, Any]]:
     """Per side: codec fields that were set on the command line."""
     shared = {f: values[f].value for f in (*CODEC_FIELDS, "seed", "bits")}
+    for item in values.field:
+        name, equals, text = item.partition("=")
+        if not (name and equals and text):
+            raise TurboqError(f"--field={item!r} must be NAME=VALUE, for example type=q4_0")
+        shared[name] = int(text) if text.isdecimal() else text
     sides = {}
     for side in ("k", "v"):
         own = values[f"{side}_bits"].value
