@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from turboq import packing
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.errors import TurboqError
-from turboq.layer import HeadGroup, KVLayer, Leaves
+from turboq.layer import HeadGroup, KVLayer, Leaves, in_head_order
 from turboq.simulate import check_heads, round_exact, take_heads
 
 
@@ -253,10 +253,9 @@ def _tail(layer, old: LayerCache, new: LayerCache, k, v, positions, valid) -> Ta
 
 def _ring(layer: KVLayer, cache: LayerCache) -> tuple[Array, Array]:
     """Exact recent keys and values of all heads, [B, ring, K, D], in ring order."""
-    order = jnp.argsort(jnp.array([h for g in layer.groups for h in g.heads]))
 
     def gather(parts):
-        return jnp.take(jnp.concatenate(parts, axis=1), order, axis=1).swapaxes(1, 2)
+        return in_head_order(layer, jnp.concatenate(parts, axis=1), 1).swapaxes(1, 2)
 
     return (
         gather([g.k_recent for g in cache.groups]).astype(jnp.float32),

@@ -153,7 +153,7 @@ def _moments(source: str, codebook: np.ndarray, dim: int | None) -> tuple[np.nda
 def distortion(source: str, codebook: np.ndarray, dim: int | None = None) -> float:
     """Mean squared error E[(t - c(t))^2] of nearest-centroid coding of a unit-variance coordinate.
 
-    For Lloyd-Max this is D_b of mathematics: 0.1175, 0.03455, 0.009501 at 2, 3, 4 bits (Gaussian).
+    For Lloyd-Max D(b) is 0.1175, 0.03455, 0.009501 at 2, 3, 4 bits (Gaussian).
     """
     _check(source, dim)
     c = np.asarray(codebook, np.float64)

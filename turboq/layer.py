@@ -86,6 +86,14 @@ class KVLayer:
         return sum(len(g.heads) * (g.k.bits_per_vector + g.v.bits_per_vector) for g in self.groups)
 
 
+def in_head_order(layer: KVLayer, x: jax.Array, axis: int) -> jax.Array:
+    """Heads that were joined group by group, back in the model's order; no copy if they are."""
+    heads = [h for g in layer.groups for h in g.heads]
+    if heads == sorted(heads):
+        return x
+    return jnp.take(x, jnp.argsort(jnp.array(heads)), axis=axis)
+
+
 def uniform_layer(
     *,
     kv_heads: int,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from turboq.attention import attention_over_segments, causal
 from turboq.codecs.base import Arrays, Codec
-from turboq.layer import KVLayer, TokenPolicy
+from turboq.layer import KVLayer, TokenPolicy, in_head_order
 
 
 def quantize_dequantize(
@@ -47,7 +47,6 @@ def simulate(
     check_heads(layer, k.shape[2])
     if layer.block > 1:
         k, v = round_exact(layer.policy, k), round_exact(layer.policy, v)
-    heads = [h for g in layer.groups for h in g.heads]
     parts = [
         (
             quantize_dequantize(g.k, g.k_arrays, take_heads(k, g.heads)),
@@ -57,10 +56,7 @@ def simulate(
     ]
     k_hat = jnp.concatenate([p[0] for p in parts], axis=2)
     v_hat = jnp.concatenate([p[1] for p in parts], axis=2)
-    if heads == sorted(heads):
-        return k_hat, v_hat
-    order = jnp.argsort(jnp.array(heads))
-    return jnp.take(k_hat, order, axis=2), jnp.take(v_hat, order, axis=2)
+    return in_head_order(layer, k_hat, 2), in_head_order(layer, v_hat, 2)
 
 
 def round_exact(policy: TokenPolicy, x: Float[Array, "*n"]) -> Float[Array, "*n"]:

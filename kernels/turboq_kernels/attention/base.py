@@ -16,7 +16,7 @@ from turboq import packing
 from turboq.attention import HIGHEST, soft_cap
 from turboq.cache import GroupBuffers, LayerCache, Tail, stored_mask
 from turboq.codecs.base import Codec, Stored
-from turboq.layer import HeadGroup, KVLayer
+from turboq.layer import HeadGroup, KVLayer, in_head_order
 from turboq.simulate import take_heads
 
 
@@ -45,13 +45,9 @@ def cache_attention(
             )
         )  # fmt: skip
     joined = jnp.concatenate(outs, axis=2)
-    order = [h for g in layer.groups for h in g.heads]
-    if order == sorted(order):
-        return joined
-    order = jnp.argsort(jnp.array(order))
     batch, t, heads, dim = joined.shape
     by_kv = joined.reshape(batch, t, layer.kv_heads, heads // layer.kv_heads, dim)
-    return jnp.take(by_kv, order, axis=2).reshape(batch, t, heads, dim)
+    return in_head_order(layer, by_kv, 2).reshape(batch, t, heads, dim)
 
 
 def _group(
