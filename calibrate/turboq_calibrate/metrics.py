@@ -160,7 +160,8 @@ class TokenMetrics:
 
         kl_mean: mean over all positions of all windows, nats per token. kl_median, kl_p99: the
         50 % and 99 % quantiles over positions, linearly interpolated. kl_ci: `level` bootstrap
-        interval of kl_mean over windows (None with one window). top1: share of positions where
+        interval of kl_mean over windows (None with one window). kl_windows: mean KL of every
+        window, for paired comparisons. top1: share of positions where
         both arg-maxima agree. perplexity: exp(mean NLL). perplexity_ratio: over the exact one.
         """
         ci = bootstrap_ci(self.kl.mean(axis=1), level=level, samples=samples, seed=seed)
@@ -168,6 +169,7 @@ class TokenMetrics:
             "kl_mean": float(self.kl.mean()),
             "kl_median": float(np.quantile(self.kl, 0.5)),
             "kl_ci": None if ci is None else list(ci),
+            "kl_windows": [float(x) for x in self.kl.mean(axis=1)],
             "kl_p99": float(np.quantile(self.kl, 0.99)),
             "top1": float(self.top1.mean()),
             "perplexity": perplexity(self.nll),

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from turboq.codecs import FP8, NUQ, NVFP4, Codec, Oscar, PerChannel, TurboQuantOutliers
+from turboq.codecs import FP8, NUQ, NVFP4, Codec, Oscar, PerChannel, PerHead, TurboQuantOutliers
 from turboq.codecs.fit_scale import fit_scale
 from turboq.codecs.nuq import fit_nuq
 from turboq.codecs.oscar import fit_oscar
 from turboq.codecs.outliers import choose_outliers
 from turboq.codecs.per_channel import fit_per_channel
+from turboq.codecs.per_head import fit_per_head
 from turboq.errors import TurboqError
 from turboq_calibrate.models import rope
 from turboq_calibrate.models.decoder import exact_attend
@@ -89,6 +90,8 @@ def fit_samples(codec: Codec, samples: LayerSamples, side: str) -> dict[str, np.
     if isinstance(codec, PerChannel):
         layout = "half" if side == "k" and not samples.pre_rope else "none"
         return _each(lambda head: fit_per_channel(codec, head, rope_layout=layout), x)
+    if isinstance(codec, PerHead):
+        return _each(lambda head: fit_per_head(codec, head), x)
     if isinstance(codec, NUQ):
         few = x[:, :: max(1, x.shape[1] // 256)]  # 256 * D values: plenty for 2^bits levels
         return _each(lambda head: fit_nuq(codec, head), few)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from turboq import codebook as codebooks
+from turboq import fitting
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.scalar import ScalarCodec
@@ -81,3 +82,30 @@ def default_arrays(codec: PerHead) -> dict[str, np.ndarray]:
     table = codebooks.lloyd_max("sphere", codec.bits, codec.dim).astype(np.float32)
     arrays = {"mean": np.zeros(codec.dim, np.float32), "codebook": table}
     return arrays | ({"scale": np.ones((), np.float32)} if codec.scale == "head" else {})
+
+
+def fit_per_head(codec: PerHead, x: Float[np.ndarray, "n D"]) -> dict[str, np.ndarray]:
+    """Arrays of one head from its vectors x [n, D], as `turboq_calibrate.fit` has from statistics.
+
+    mean = E[x]; codebook: the best one (`turboq.fitting`) for y / rms(y) or y / scale,
+    y = R (x - mean), on every (n D / 2^15)-th coordinate.
+
+    Raises:
+      ValueError: x is not [n, D] with n > 0, or not finite.
+    """
+    x = np.asarray(x, np.float64)
+    if x.ndim != 2 or x.shape[1] != codec.dim or not len(x):
+        raise ValueError(f"x {x.shape} must be [n, {codec.dim}] with n > 0")
+    if not np.all(np.isfinite(x)):
+        raise ValueError("x must be finite: NaN or Inf found")
+    mean = x.mean(axis=0)
+    y = (x - mean) @ codec.turn.matrix.T
+    scale = np.sqrt(np.mean(y * y))
+    rms = np.sqrt(np.mean(y * y, axis=1, keepdims=True)) if codec.scale == "vector" else scale
+    unit = np.divide(y, rms, out=np.zeros_like(y), where=rms > 0).reshape(-1)
+    few = unit[:: max(1, unit.size >> 15)]
+    book = codebooks.lloyd_max("gaussian", codec.bits)
+    if scale > 0:
+        book = fitting.fit_samples(few, None, 2**codec.bits)
+    arrays = {"mean": mean.astype(np.float32), "codebook": book.astype(np.float32)}
+    return arrays | ({"scale": np.asarray(scale, np.float32)} if codec.scale == "head" else {})
