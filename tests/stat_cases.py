@@ -7,6 +7,7 @@ import numpy as np
 from turboq.rotation import Rotation
 from turboq_calibrate import reduce
 from turboq_calibrate import statistics as st
+from turboq_calibrate.data import Windows
 
 _moments = jax.jit(reduce.moments)
 _codes = jax.jit(reduce.codes, static_argnames="rotation")
@@ -43,3 +44,9 @@ def statistics_of(x: np.ndarray, rotation: Rotation, chunks: int = 1) -> st.Side
     for part in both[1:]:
         total = st.merge_sides(total, part)
     return total
+
+
+def random_windows(vocab: int, count: int = 4, length: int = 16, seed: int = 1) -> Windows:
+    """Windows of random tokens."""
+    tokens = np.random.default_rng(seed).integers(0, vocab, (count, length), dtype=np.int32)
+    return Windows(tokens=tokens, source="random", text_sha256="1" * 64, available=count)

@@ -43,7 +43,13 @@ from turboq_calibrate.memory import ArrayMeter, peak_rss
 from turboq_calibrate.models import decoder
 from turboq_calibrate.models.model import Model, embed_tokens
 from turboq_calibrate.progress import Progress
-from turboq_calibrate.recipe import CaptureRecipe, capture_inputs, check_sizes, differences
+from turboq_calibrate.recipe import (
+    CaptureRecipe,
+    Shard,
+    capture_inputs,
+    check_sizes,
+    differences,
+)
 from turboq_calibrate.reduce import to_host
 from turboq_calibrate.statistics_files import Statistics, load_statistics
 
@@ -57,6 +63,7 @@ def capture(
     out_dir: str | os.PathLike[str],
     recipe: CaptureRecipe | None = None,
     *,
+    shard: Shard | None = None,
     checkpoint_every: int = 1,
     progress: bool = True,
     log: Callable[[str], None] = print,
@@ -65,6 +72,8 @@ def capture(
     """Captures statistics of `windows` into `out_dir`, continuing an unfinished run found there.
 
     Args:
+      shard: capture only this part of the windows; needs the recipe's center="pilot". The shards'
+        folders become one with `turboq_calibrate.shards.merge_shards`.
       checkpoint_every: chunks between checkpoints; changes what a kill costs, not the result.
       progress: show a progress bar (plain lines without a terminal).
       log: where the closing line goes.
@@ -77,8 +86,12 @@ def capture(
     recipe = CaptureRecipe() if recipe is None else recipe
     if checkpoint_every < 1:
         raise ValueError(f"{checkpoint_every=} must be 1 or more chunks")
+    if shard is not None and recipe.center != "pilot":
+        raise ValueError(
+            f"a shard needs center='pilot', not {recipe.center=}: its own mean differs"
+        )
     check_sizes(model, windows, recipe)
-    inputs = capture_inputs(model, windows, recipe)
+    inputs = capture_inputs(model, windows, recipe, shard)
     work = make_folder(Path(out_dir) / FOLDER)
     with _locked(work):
         _claim(work, inputs)
@@ -88,7 +101,7 @@ def capture(
             _clear(work)
             log(f"statistics in {out_dir} are complete: nothing to capture")
             return finished
-        run = _Run(model, windows, Path(out_dir), recipe, inputs, checkpoint_every, observer)
+        run = _Run(model, windows, Path(out_dir), recipe, shard, inputs, checkpoint_every, observer)
         try:
             run.all_layers(progress)
         finally:
@@ -148,18 +161,25 @@ class _Run:
         windows: Windows,
         out_dir: Path,
         recipe: CaptureRecipe,
+        shard: Shard | None,
         inputs: dict[str, Any],
         checkpoint_every: int,
         observer: Observer | None,
     ):
-        self.model, self.tokens, self.recipe, self.inputs = model, windows.tokens, recipe, inputs
+        self.model, self.recipe, self.inputs = model, recipe, inputs
         self.every, self.observer = checkpoint_every, observer
         self.work = out_dir / FOLDER
         self.statistics = make_folder(out_dir / files.FOLDER)
         self.checkpoints = Checkpoints(self.work / "checkpoints")
-        size = recipe.windows_per_chunk
-        starts = range(0, len(self.tokens), size)
-        self.chunks = [(s, min(s + size, len(self.tokens))) for s in starts]
+        size, tokens = recipe.windows_per_chunk, windows.tokens
+        chunks = [(s, min(s + size, len(tokens))) for s in range(0, len(tokens), size)]
+        part = (shard or Shard()).of(len(chunks))
+        # A shard passes the first chunk of the text, for its mean, without counting it twice.
+        self.pilot_only = part.start > 0
+        self.windows = chunks[:1] * self.pilot_only + chunks[part.start : part.stop]
+        self.tokens = np.concatenate([tokens[start:stop] for start, stop in self.windows])
+        ends = np.cumsum([stop - start for start, stop in self.windows]).tolist()
+        self.chunks = list(zip([0, *ends[:-1]], ends, strict=True))
         self.layers = len(model.spec.layers)
         self.meter = ArrayMeter()
         self.started = time.monotonic()
@@ -263,7 +283,7 @@ class _Run:
             if y is not None:
                 self.hidden(i + 1).write(self.chunks[c][0], np.asarray(y))
                 self._event("hidden", layer=i + 1, chunk=c)
-            tree = self._merged(tree, host, params, x, y, reduced)
+            tree = self._merged(c, tree, host, params, x, y, reduced)
             self._step(i, 1, c, tree)
         atomic_write(self._moments_path(i), files.to_bytes(tree))
         self._event("moments", layer=i)
@@ -272,7 +292,8 @@ class _Run:
     def _sweep_2(self, i: int, params: decoder.Params, first: int, tree: dict) -> None:
         spec, recipe = self.model.spec.layers[i], self.recipe
         moments = self._read(self._moments_path(i))
-        sides = {side: st.SideStatistics(arrays=moments[side]) for side in ("k", "v")}
+        around = moments if recipe.center == "all" else self._pilot(i, params)
+        sides = {side: st.SideStatistics(arrays=around[side]) for side in ("k", "v")}
         center = {s: x.mean.astype(np.float32) for s, x in sides.items()}
         scale = {s: x.rms.astype(np.float32) for s, x in sides.items()}
         rotations = tuple(
@@ -293,7 +314,7 @@ class _Run:
                 rotations=rotations,
             )
             host = jax.device_get(reduced)
-            tree = self._merged(tree, host, params, x, reduced, moments)
+            tree = self._merged(c, tree, host, params, x, reduced, moments)
             self._step(i, 2, c, tree)
         for s in sides:
             moments[s] |= tree[s] | {"center": center[s], "scale": scale[s]}
@@ -304,13 +325,22 @@ class _Run:
             self.hidden(i).remove()
             self._moments_path(i).unlink(missing_ok=True)
 
+    def _pilot(self, i: int, params: decoder.Params) -> dict[str, st.Arrays]:
+        """Moments of the first chunk of the text: the same numbers in every shard."""
+        x, positions = self._input(i, 0)
+        spec = self.model.spec.layers[i]
+        found = sweeps.moments_only(spec, params, x, positions, skip=self.recipe.skip)
+        host = jax.device_get(found)
+        self._check_finite(i, 0, host, None)
+        return {side: to_host(arrays) for side, arrays in host.items()}
+
     def _input(self, i: int, c: int):
         start, stop = self.chunks[c]
         x = jnp.asarray(self.hidden(i).read(start, stop))
         return x, decoder.default_positions(jnp.asarray(self.tokens[start:stop]))
 
     def _check_finite(self, i: int, c: int, host: dict, y: jax.Array | None) -> None:
-        start, stop = self.chunks[c]
+        start, stop = self.windows[c]
         where = f"layer {i} ({self.model.spec.path(i)}), chunk {c} (windows {start} to {stop - 1})"
         for side in st.SIDES:
             bad = np.flatnonzero(~host[side].pop("finite"))
@@ -333,8 +363,10 @@ class _Run:
                 f"cannot read {path}: {error.strerror}; remove {self.work.parent} to start again"
             ) from error
 
-    def _merged(self, tree: dict, host: dict, *alive: Any) -> dict:
-        """The accumulators with one more chunk; `alive` is what else memory holds just now."""
+    def _merged(self, c: int, tree: dict, host: dict, *alive: Any) -> dict:
+        """The accumulators with chunk c added; `alive` is what else memory holds just now."""
+        if c == 0 and self.pilot_only:
+            return tree
         wide = {s: to_host(host[s]) for s in tree}
         merged = {s: st.merge_arrays(tree[s], wide[s]) for s in tree}
         self.meter.see(tree, wide, merged, alive)

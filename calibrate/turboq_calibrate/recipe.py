@@ -11,6 +11,49 @@ from turboq_calibrate import statistics as st
 from turboq_calibrate.data import Windows
 from turboq_calibrate.models.model import Model
 
+CENTERS = ("all", "pilot")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Part `index` of `count`: a run of whole chunks. Shards share nothing but the model and text.
+
+    Raises:
+      ValueError: not 0 <= index < count.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"shard {self.index}/{self.count} must be 0/N to (N - 1)/N")
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From "i/n".
+
+        Raises:
+          TurboqError: anything else.
+        """
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise TurboqError(f"shard {text!r} must be i/n with 0 <= i < n, for example 0/4")
+        return cls(index=int(index), count=int(count))
+
+    def of(self, chunks: int) -> range:
+        """Chunks [i C / n, (i + 1) C / n) of C.
+
+        Raises:
+          TurboqError: fewer chunks than shards.
+        """
+        if chunks < self.count:
+            raise TurboqError(
+                f"{self.count} shards of a text of {chunks} chunks: use at most {chunks} shards, "
+                "fewer windows per chunk or more windows"
+            )
+        return range(self.index * chunks // self.count, (self.index + 1) * chunks // self.count)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptureRecipe:
@@ -21,25 +64,33 @@ class CaptureRecipe:
     skip: first tokens of every window left out of the statistics. They are attention sinks, far
       from all other tokens, and plans keep them exact.
     windows_per_chunk: windows that pass through a layer at once.
+    center: the mean and scale around which sweep 2 counts: of "all" windows, or of the first chunk
+      of the whole text ("pilot"), which every shard of a divided capture can find for itself.
     """
 
     rotation: str = "hadamard"
     seed: int = 0
     skip: int = 4
     windows_per_chunk: int = 4
+    center: str = "all"
 
     def __post_init__(self):
         if self.skip < 0:
             raise ValueError(f"{self.skip=} must be 0 or more tokens")
         if self.windows_per_chunk < 1:
             raise ValueError(f"{self.windows_per_chunk=} must be 1 or more windows")
+        if self.center not in CENTERS:
+            raise ValueError(f"{self.center=} must be one of {CENTERS}")
         Rotation(kind=self.rotation, dim=2, seed=self.seed)
 
 
-def capture_inputs(model: Model, windows: Windows, recipe: CaptureRecipe) -> dict[str, Any]:
+def capture_inputs(
+    model: Model, windows: Windows, recipe: CaptureRecipe, shard: Shard | None = None
+) -> dict[str, Any]:
     """What identifies a capture: hashes of inputs only, never of anything computed."""
     count, length = windows.tokens.shape
-    return {
+    part = {} if shard is None else {"shard": dataclasses.asdict(shard)}
+    return part | {
         "statistics_version": st.VERSION,
         "model": {
             "fingerprint": model.fingerprint,

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stat_cases import random_windows
 from tolerances import TOL
 
 from turboq.errors import TurboqError
@@ -37,11 +38,6 @@ _spec.loader.exec_module(worker)
 
 def quiet(*arguments, **options):
     return capture(*arguments, progress=False, log=lambda line: None, **options)
-
-
-def random_windows(vocab, count=4, length=16, seed=1):
-    tokens = np.random.default_rng(seed).integers(0, vocab, (count, length), dtype=np.int32)
-    return Windows(tokens=tokens, source="random", text_sha256="1" * 64, available=count)
 
 
 def contents(folder):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from absl import flags
 
+from turboq.errors import TurboqError
 from turboq_calibrate.cli import common
 
 REQUIRED = ("out",)
@@ -37,6 +38,14 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "checkpoint_every", 1, "Chunks between checkpoints.", lower_bound=1, flag_values=values
     )
+    flags.DEFINE_enum(
+        "center", "all", ("all", "pilot"), "Mean around which codebook histograms are counted: of "
+        "all windows, or of the first chunk, as --shard needs it.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "shard", None, "Capture only part i of n, as i/n (implies --center=pilot): `turboq merge` "
+        "joins the folders of all n.", flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_boolean("dry_run", False, "Only say what it would take.", flag_values=values)
 
 
@@ -44,13 +53,16 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.files import make_folder
     from turboq_calibrate.capture import CaptureRecipe, capture
     from turboq_calibrate.models import load_model
+    from turboq_calibrate.recipe import Shard
 
+    shard = None if values.shard is None else Shard.parse(values.shard)
     with common.as_user_error():
         recipe = CaptureRecipe(
             rotation=values.rotation,
             seed=values.seed,
             skip=values.skip,
             windows_per_chunk=values.chunk_windows,
+            center="pilot" if shard is not None else values.center,
         )
     # Each layer is read once, so there is nothing to gain from keeping them all.
     model = load_model(values.model, dtype=values.model_dtype, resident=False)
@@ -58,7 +70,11 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     if values.dry_run:
         from turboq_calibrate.estimate import dry_run
 
+        if shard is not None:
+            raise TurboqError(f"--dry_run speaks of the whole text, not of --shard={values.shard}")
         dry_run(model, windows, values.out, recipe)
         return
     make_folder(values.out)
-    capture(model, windows, values.out, recipe, checkpoint_every=values.checkpoint_every)
+    capture(
+        model, windows, values.out, recipe, shard=shard, checkpoint_every=values.checkpoint_every
+    )

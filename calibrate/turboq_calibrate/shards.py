@@ -1,0 +1,105 @@
+"""One capture divided into jobs that share nothing, and put together again.
+
+    turboq calibrate --shard=0/4 --out=S0 ...   on any machine, in any order; a dead job costs one
+    turboq merge --out=OUT S0 S1 S2 S3          shard, which is run again
+
+Every shard counts its codebook histograms around the mean of the first chunk of the whole text
+(`CaptureRecipe.center = "pilot"`), so merged counts and maxima equal those of one process exactly.
+Float64 sums differ by their order: within (m - 1) 2^-53 sum|c_i| for m chunks (`statistics`).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from turboq.errors import TurboqError
+from turboq.files import atomic_write, make_folder
+from turboq_calibrate import statistics as st
+from turboq_calibrate import statistics_files as files
+from turboq_calibrate.progress import Progress
+from turboq_calibrate.recipe import Shard, differences
+from turboq_calibrate.statistics_files import Statistics, load_statistics
+
+
+def merge_shards(
+    folders: Sequence[str | os.PathLike[str]],
+    out_dir: str | os.PathLike[str],
+    *,
+    progress: bool = True,
+) -> Statistics:
+    """Statistics of all shards together, written into `out_dir`; their order does not matter.
+
+    Memory: two layers. The manifest is written last, so an interrupted merge leaves no statistics.
+
+    Raises:
+      TurboqError: a shard is missing, given twice, damaged, or of another model, text or recipe;
+        `out_dir` holds other statistics.
+    """
+    parts = _in_order([load_statistics(folder) for folder in folders])
+    inputs = {k: v for k, v in parts[0].manifest.inputs.items() if k != "shard"}
+    out = make_folder(Path(out_dir) / files.FOLDER)
+    if (out / files.MANIFEST).exists():
+        found = differences(load_statistics(out).manifest.inputs, inputs)
+        if found:
+            raise TurboqError(
+                f"{out} holds statistics of other inputs ({'; '.join(found)}): choose another "
+                "folder"
+            )
+    entries, tokens = [], 0
+    with Progress(len(parts[0]), label="merge", unit="layers", enabled=progress) as bar:
+        for i in range(len(parts[0])):
+            layer = functools.reduce(st.merge, (part[i] for part in parts))
+            sides = {side: getattr(layer, side).arrays for side in st.SIDES}
+            atomic_write(out / files.layer_file(i), files.to_bytes(sides))
+            tokens = int(layer.k.count.max())
+            path = parts[0].manifest.layers[i]["path"]
+            entries.append(files.describe_layer(out, i, path, layer))
+            bar.advance(1)
+    manifest = files.Manifest(
+        version=st.VERSION,
+        inputs=inputs,
+        tokens=tokens,
+        bins=files.bins_description(),
+        layers=tuple(entries),
+    )
+    files.write_manifest(out, manifest)
+    return load_statistics(out)
+
+
+def _in_order(parts: list[Statistics]) -> list[Statistics]:
+    """The shards 0 to n - 1 of one capture, each once."""
+    if not parts:
+        raise TurboqError("nothing to merge: name the folders of all shards")
+    shards: dict[int, Statistics] = {}
+    for part in parts:
+        found = part.manifest.inputs.get("shard")
+        if found is None:
+            raise TurboqError(f"{part.folder} is a whole capture, not a shard of one")
+        shard = Shard(**found)
+        first = next(iter(shards.values()), part)
+        mine, theirs = (
+            dict(p.manifest.inputs) | {"shard": p.manifest.inputs["shard"]["count"]}
+            for p in (part, first)
+        )
+        lines = differences(theirs, mine)
+        if lines:
+            raise TurboqError(
+                f"{part.folder} and {first.folder} are not shards of one capture "
+                f"({'; '.join(lines)})"
+            )
+        if shard.index in shards:
+            raise TurboqError(
+                f"shard {shard.index}/{shard.count} was given twice: {shards[shard.index].folder} "
+                f"and {part.folder}"
+            )
+        shards[shard.index] = part
+    count = next(iter(shards.values())).manifest.inputs["shard"]["count"]
+    missing = [f"{i}/{count}" for i in range(count) if i not in shards]
+    if missing:
+        raise TurboqError(
+            f"shards {', '.join(missing)} are missing: run `turboq calibrate --shard=...` for them"
+        )
+    return [shards[i] for i in range(count)]

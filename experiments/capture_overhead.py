@@ -1,0 +1,119 @@
+"""What does capture cost over the bare forward pass? Both, side by side, layer by layer.
+
+    python experiments/capture_overhead.py
+
+For every layer of the model and one chunk of windows, alternating --repeats times: the layer alone
+(output only), then capture's two sweeps. Reports the ratio of the medians of whole passes, so that
+whatever else the machine does falls on both. Expected: at most 1.3.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from turboq.errors import TurboqError
+from turboq.files import atomic_write, make_folder
+from turboq.rotation import Rotation
+from turboq_calibrate import data, sweeps
+from turboq_calibrate import statistics as st
+from turboq_calibrate.models import decoder, load_model
+from turboq_calibrate.models.model import Model, embed_tokens
+from turboq_calibrate.reduce import to_host
+
+MODEL = flags.DEFINE_string("model", "embedded", "A folder, a .gguf file, or 'embedded'.")
+WINDOWS = flags.DEFINE_integer("windows", 4, "Windows of a chunk.", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", 1024, "Tokens per window.", lower_bound=8)
+REPEATS = flags.DEFINE_integer("repeats", 3, "Passes of each kind.", lower_bound=1)
+OUT = flags.DEFINE_string("out", "runs/capture_overhead", "Folder for the result.")
+
+SKIP = 4
+
+
+def bare(model: Model, x, positions) -> float:
+    """Seconds of the layers alone."""
+    begun = time.perf_counter()
+    for i, spec in enumerate(model.spec.layers):
+        x, _ = decoder.run_layer(spec, model.layer(i), x, positions, decoder.exact_attend, None)
+        jax.block_until_ready(x)
+    return time.perf_counter() - begun
+
+
+def captured(model: Model, x, positions) -> float:
+    """Seconds of capture's two sweeps over the same layers, statistics on the host included."""
+    begun = time.perf_counter()
+    for i, spec in enumerate(model.spec.layers):
+        params = model.layer(i)
+        y, reduced = sweeps.moments_and_output(spec, params, x, positions, skip=SKIP)
+        host = {s: dict(found) for s, found in jax.device_get(reduced).items()}
+        arrays = {
+            s: to_host({n: v for n, v in a.items() if n != "finite"}) for s, a in host.items()
+        }
+        sides = {s: st.SideStatistics(arrays=arrays[s]) for s in ("k", "v")}
+        turns = tuple(Rotation(kind="hadamard", dim=s.dim, seed=0) for s in sides.values())
+        found = sweeps.codes(
+            spec, params, x, positions,
+            {n: s.mean.astype(np.float32) for n, s in sides.items()},
+            {n: s.rms.astype(np.float32) for n, s in sides.items()},
+            skip=SKIP, rotations=turns,
+        )  # fmt: skip
+        for side in found.values():
+            to_host(jax.device_get(side))
+        x = jax.block_until_ready(y)
+    return time.perf_counter() - begun
+
+
+def run(out: Path) -> None:
+    model = load_model(MODEL.value)
+    tokens = data.windows(
+        data.load_text("topics:calibration"), model.tokenizer, length=LENGTH.value,
+        count=WINDOWS.value, spread=True,
+    ).tokens  # fmt: skip
+    x, positions = embed_tokens(model, tokens), decoder.default_positions(tokens)
+    bare(model, x, positions), captured(model, x, positions)  # compile
+    pairs = [
+        (bare(model, x, positions), captured(model, x, positions)) for _ in range(REPEATS.value)
+    ]
+    alone, whole = (statistics.median(column) for column in zip(*pairs, strict=True))
+    result = {
+        "model": model.spec.name,
+        "windows": WINDOWS.value,
+        "window_tokens": LENGTH.value,
+        "bare_seconds": [round(a, 3) for a, _ in pairs],
+        "capture_seconds": [round(b, 3) for _, b in pairs],
+        "ratio": round(whole / alone, 3),
+        "tokens_per_second": {
+            "bare": round(tokens.size / alone), "capture": round(tokens.size / whole)
+        },
+        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "numpy")},
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+    }  # fmt: skip
+    make_folder(out)
+    atomic_write(out / "capture_overhead.json", json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    print(f"result  {out / 'capture_overhead.json'}")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        run(Path(OUT.value))
+    except (TurboqError, OSError) as error:
+        sys.exit(f"capture_overhead: error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

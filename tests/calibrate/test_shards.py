@@ -1,0 +1,145 @@
+"""A divided capture put together is the undivided one: counts exactly, sums to their rounding."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stat_cases import random_windows
+
+from turboq.errors import TurboqError
+from turboq_calibrate import statistics as st
+from turboq_calibrate.capture import CaptureRecipe, capture
+from turboq_calibrate.cli.main import run as turboq
+from turboq_calibrate.models import load_model
+from turboq_calibrate.recipe import Shard
+from turboq_calibrate.shards import merge_shards
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "qwen3"
+RECIPE = CaptureRecipe(skip=2, windows_per_chunk=2, center="pilot")
+SHARDS = 4
+
+
+def quiet(*arguments, **options):
+    return capture(*arguments, progress=False, log=lambda line: None, **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(GOLDEN)
+
+
+@pytest.fixture(scope="module")
+def windows(model):
+    """Eleven windows: the last chunk is a short one."""
+    return random_windows(model.spec.vocab, count=11, length=12, seed=3)
+
+
+@pytest.fixture(scope="module")
+def whole(model, windows, tmp_path_factory):
+    return quiet(model, windows, tmp_path_factory.mktemp("whole"), RECIPE)
+
+
+@pytest.fixture(scope="module")
+def parts(model, windows, tmp_path_factory):
+    folders = [tmp_path_factory.mktemp(f"shard{i}") for i in range(SHARDS)]
+    for i, folder in enumerate(folders):
+        quiet(model, windows, folder, RECIPE, shard=Shard(index=i, count=SHARDS))
+    return folders
+
+
+def test_shards_are_whole_chunks_that_cover_the_text_once():
+    for chunks, count in itertools.product(range(1, 20), range(1, 8)):
+        if chunks < count:
+            with pytest.raises(TurboqError, match=f"use at most {chunks} shards"):
+                Shard(index=0, count=count).of(chunks)
+            continue
+        ranges = [Shard(index=i, count=count).of(chunks) for i in range(count)]
+        assert [c for r in ranges for c in r] == list(range(chunks))
+        assert all(len(r) >= 1 for r in ranges)
+
+
+def test_merged_shards_equal_one_process(whole, parts, tmp_path):
+    merged = merge_shards(parts[::-1], tmp_path, progress=False)
+    assert merged.manifest.inputs == whole.manifest.inputs
+    assert merged.manifest.tokens == whole.manifest.tokens
+    assert len(merged) == len(whole)
+    for i in range(len(whole)):
+        for side in st.SIDES:
+            got, want = (getattr(x.layers[i], side).arrays for x in (merged, whole))
+            for field in st.fields_of(side):
+                if field.dtype == "float64" and field.reduce == "sum":
+                    # m - 1 = 5 additions of 6 chunk sums, their size bounded by n absmax^(1, 2).
+                    top = want["absmax"].max(axis=1)
+                    size = want["count"] * (top if field.name == "sum" else top**2)
+                    limit = 5 * 2.0**-53 * size.reshape(-1, *[1] * (got[field.name].ndim - 1))
+                    assert np.all(np.abs(got[field.name] - want[field.name]) <= limit), field.name
+                else:
+                    np.testing.assert_array_equal(
+                        got[field.name], want[field.name], err_msg=field.name
+                    )
+
+
+def test_the_order_of_the_folders_does_not_matter(parts, tmp_path):
+    found = set()
+    for n, order in enumerate(([0, 1, 2, 3], [3, 1, 0, 2])):
+        out = tmp_path / str(n)
+        merge_shards([parts[i] for i in order], out, progress=False)
+        files = sorted((out / "statistics").iterdir())
+        found.add(tuple((f.name, f.read_bytes()) for f in files))
+    assert len(found) == 1
+
+
+def test_a_shard_needs_the_pilot_mean(model, windows, tmp_path):
+    recipe = dataclasses.replace(RECIPE, center="all")
+    with pytest.raises(ValueError, match="pilot"):
+        quiet(model, windows, tmp_path, recipe, shard=Shard(index=0, count=2))
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (lambda p: p[:2] + p[3:], "shards 2/4 are missing"),
+        (lambda p: [*p, p[1]], "shard 1/4 was given twice"),
+        (lambda p: [], "nothing to merge"),
+    ],
+)
+def test_wrong_sets_of_shards_are_refused(parts, tmp_path, choose, message):
+    with pytest.raises(TurboqError, match=message):
+        merge_shards(choose(parts), tmp_path, progress=False)
+    assert not (tmp_path / "statistics" / "manifest.json").exists()
+
+
+def test_foreign_shards_are_refused_with_what_differs(model, windows, parts, tmp_path):
+    recipe = dataclasses.replace(RECIPE, skip=3)
+    quiet(model, windows, tmp_path / "b", recipe, shard=Shard(index=1, count=SHARDS))
+    with pytest.raises(TurboqError, match=r"recipe\.skip: there 2, now 3"):
+        merge_shards([parts[0], tmp_path / "b"], tmp_path / "out", progress=False)
+
+
+def test_a_whole_capture_is_not_a_shard(whole, tmp_path):
+    with pytest.raises(TurboqError, match="is a whole capture"):
+        merge_shards([whole.folder], tmp_path, progress=False)
+
+
+def test_commands_divide_and_merge(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Keys and values wait in pages. " * 60)
+    common = [
+        f"--model={GOLDEN.parent / 'llama3'}", f"--text={text}", "--window_length=16",
+        "--windows=6", "--chunk_windows=2",
+    ]  # fmt: skip
+    for i in range(2):
+        out = tmp_path / f"s{i}"
+        assert turboq(["calibrate", *common, f"--shard={i}/2", f"--out={out}"]) == 0
+    assert turboq(["merge", f"--out={tmp_path}/all", f"{tmp_path}/s1", f"{tmp_path}/s0"]) == 0
+    manifest = json.loads((tmp_path / "all" / "statistics" / "manifest.json").read_text())
+    assert manifest["tokens"] == 6 * (16 - 4)
+    assert "shard" not in manifest["inputs"]
+    capsys.readouterr()
+    assert turboq(["calibrate", *common, "--shard=2/2", f"--out={tmp_path}/s2"]) == 1
+    assert "must be i/n with 0 <= i < n" in capsys.readouterr().err
+    assert turboq(["merge", f"--out={tmp_path}/none"]) == 1
+    assert "name the folders" in capsys.readouterr().err
