@@ -29,19 +29,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
 from turboq.rotation import Rotation
 from turboq_calibrate import statistics as st
 from turboq_calibrate import statistics_files as files
-from turboq_calibrate import sweeps
 from turboq_calibrate.checkpoint import Checkpoints
 from turboq_calibrate.data import Windows
 from turboq_calibrate.hidden import HiddenFile
 from turboq_calibrate.memory import ArrayMeter, peak_rss
 from turboq_calibrate.models import decoder
 from turboq_calibrate.models.model import Model, embed_tokens
+from turboq_calibrate.placement import MeshPlacement, Placement
 from turboq_calibrate.progress import Progress
 from turboq_calibrate.recipe import (
     CaptureRecipe,
@@ -64,6 +65,7 @@ def capture(
     recipe: CaptureRecipe | None = None,
     *,
     shard: Shard | None = None,
+    mesh: Mesh | None = None,
     checkpoint_every: int = 1,
     progress: bool = True,
     log: Callable[[str], None] = print,
@@ -74,6 +76,8 @@ def capture(
     Args:
       shard: capture only this part of the windows; needs the recipe's center="pilot". The shards'
         folders become one with `turboq_calibrate.shards.merge_shards`.
+      mesh: of `placement.make_mesh`: windows and heads are divided over its devices, which may
+        belong to several processes that share `out_dir`. All of them call `capture`.
       checkpoint_every: chunks between checkpoints; changes what a kill costs, not the result.
       progress: show a progress bar (plain lines without a terminal).
       log: where the closing line goes.
@@ -92,18 +96,24 @@ def capture(
         )
     check_sizes(model, windows, recipe)
     inputs = capture_inputs(model, windows, recipe, shard)
-    work = make_folder(Path(out_dir) / FOLDER)
-    with _locked(work):
-        _claim(work, inputs)
-        if (Path(out_dir) / files.FOLDER / files.MANIFEST).exists():
+    place = Placement() if mesh is None else MeshPlacement(mesh)
+    out = Path(out_dir)
+    work = make_folder(out / FOLDER)
+    with _locked(work) if place.primary else contextlib.nullcontext():
+        if place.primary:
+            _claim(work, inputs)
+        place.barrier("claimed")
+        if (out / files.FOLDER / files.MANIFEST).exists():
             finished = load_statistics(out_dir)
             _compare(work, finished.manifest.inputs, inputs)
-            _clear(work)
-            log(f"statistics in {out_dir} are complete: nothing to capture")
+            place.barrier("compared")
+            if place.primary:
+                _clear(work)
+                log(f"statistics in {out_dir} are complete: nothing to capture")
             return finished
-        run = _Run(model, windows, Path(out_dir), recipe, shard, inputs, checkpoint_every, observer)
+        run = _Run(model, windows, out, recipe, shard, place, inputs, checkpoint_every, observer)
         try:
-            run.all_layers(progress)
+            run.all_layers(progress and place.primary)
         finally:
             run.checkpoints.close()
         return run.finish(log)
@@ -162,12 +172,13 @@ class _Run:
         out_dir: Path,
         recipe: CaptureRecipe,
         shard: Shard | None,
+        place: Placement,
         inputs: dict[str, Any],
         checkpoint_every: int,
         observer: Observer | None,
     ):
         self.model, self.recipe, self.inputs = model, recipe, inputs
-        self.every, self.observer = checkpoint_every, observer
+        self.every, self.observer, self.place = checkpoint_every, observer, place
         self.work = out_dir / FOLDER
         self.statistics = make_folder(out_dir / files.FOLDER)
         self.checkpoints = Checkpoints(self.work / "checkpoints")
@@ -198,7 +209,7 @@ class _Run:
             (layer, sweep, chunk), tree = restored
             self._event("resumed", layer=layer, sweep=sweep, chunk=chunk)
         # Everything before the current layer's input has done its part.
-        for old in range(layer):
+        for old in range(layer if self.place.primary else 0):
             self.hidden(old).remove()
             self._moments_path(old).unlink(missing_ok=True)
         steps = 2 * len(self.chunks)
@@ -208,7 +219,7 @@ class _Run:
             self.tokens.size, label="capture", done=done * unit, enabled=progress
         ) as self.bar:
             for i in range(layer, self.layers):
-                params = self.model.layer(i)
+                params = self.place.params(self.model.spec.layers[i], self.model.layer(i))
                 if sweep == 1:
                     self._sweep_1(i, params, chunk, tree)
                     chunk, tree = 0, {}
@@ -217,6 +228,9 @@ class _Run:
 
     def finish(self, log: Callable[[str], None]) -> Statistics:
         """Writes the manifest and what the run cost, and clears the working files."""
+        if not self.place.primary:
+            self.place.barrier("finished")
+            return load_statistics(self.statistics)
         path = self.model.spec.path
         entries, counted = [], 0
         for i in range(self.layers):
@@ -250,14 +264,17 @@ class _Run:
             f"{seconds:.1f} s; peak memory {peak_rss() / 2**20:,.0f} MiB "
             f"(capture's own arrays {self.meter.peak / 2**20:,.0f} MiB)"
         )
+        self.place.barrier("finished")
         return load_statistics(self.statistics)
 
     def _embed(self) -> None:
-        hidden = self.hidden(0)
-        hidden.create()
-        for start, stop in self.chunks:
-            hidden.write(start, np.asarray(embed_tokens(self.model, self.tokens[start:stop])))
-        self._event("embedded")
+        if self.place.primary:
+            hidden = self.hidden(0)
+            hidden.create()
+            for start, stop in self.chunks:
+                hidden.write(start, np.asarray(embed_tokens(self.model, self.tokens[start:stop])))
+            self._event("embedded")
+        self.place.barrier("embedded")
 
     def _sweep_1(self, i: int, params: decoder.Params, first: int, tree: dict) -> None:
         spec, last = self.model.spec.layers[i], i + 1 == self.layers
@@ -268,25 +285,30 @@ class _Run:
                 "q": st.zeros("q", 1, spec.heads, spec.head_dim),
             }
         if first == 0 and not last:
-            self.hidden(i + 1).create()
+            if self.place.primary:
+                self.hidden(i + 1).create()
+            self.place.barrier(f"hidden {i + 1}")
         for c in range(first, len(self.chunks)):
             x, positions = self._input(i, c)
             if last:
                 y = None
-                reduced = sweeps.moments_only(spec, params, x, positions, skip=self.recipe.skip)
+                reduced = self.place.moments_only(spec, params, x, positions, skip=self.recipe.skip)
             else:
-                y, reduced = sweeps.moments_and_output(
+                y, reduced = self.place.moments_and_output(
                     spec, params, x, positions, skip=self.recipe.skip
                 )
             host = jax.device_get(reduced)
             self._check_finite(i, c, host, y)
             if y is not None:
-                self.hidden(i + 1).write(self.chunks[c][0], np.asarray(y))
+                for row, states in self.place.rows(y):
+                    self.hidden(i + 1).write(self.chunks[c][0] + row, states)
                 self._event("hidden", layer=i + 1, chunk=c)
             tree = self._merged(c, tree, host, params, x, y, reduced)
             self._step(i, 1, c, tree)
-        atomic_write(self._moments_path(i), files.to_bytes(tree))
-        self._event("moments", layer=i)
+        if self.place.primary:
+            atomic_write(self._moments_path(i), files.to_bytes(tree))
+            self._event("moments", layer=i)
+        self.place.barrier(f"moments {i}")
         self._save(i, 2, 0, {})
 
     def _sweep_2(self, i: int, params: decoder.Params, first: int, tree: dict) -> None:
@@ -303,7 +325,7 @@ class _Run:
             tree = {s: st.zeros(s, 2, x.heads, x.dim) for s, x in sides.items()}
         for c in range(first, len(self.chunks)):
             x, positions = self._input(i, c)
-            reduced = sweeps.codes(
+            reduced = self.place.codes(
                 spec,
                 params,
                 x,
@@ -318,26 +340,34 @@ class _Run:
             self._step(i, 2, c, tree)
         for s in sides:
             moments[s] |= tree[s] | {"center": center[s], "scale": scale[s]}
-        atomic_write(self.statistics / files.layer_file(i), files.to_bytes(moments))
-        self._event("layer", layer=i)
+        if self.place.primary:
+            atomic_write(self.statistics / files.layer_file(i), files.to_bytes(moments))
+            self._event("layer", layer=i)
         if i + 1 < self.layers:
             self._save(i + 1, 1, 0, {})
-            self.hidden(i).remove()
-            self._moments_path(i).unlink(missing_ok=True)
+            if self.place.primary:
+                self.hidden(i).remove()
+                self._moments_path(i).unlink(missing_ok=True)
 
     def _pilot(self, i: int, params: decoder.Params) -> dict[str, st.Arrays]:
         """Moments of the first chunk of the text: the same numbers in every shard."""
         x, positions = self._input(i, 0)
         spec = self.model.spec.layers[i]
-        found = sweeps.moments_only(spec, params, x, positions, skip=self.recipe.skip)
+        found = self.place.moments_only(spec, params, x, positions, skip=self.recipe.skip)
         host = jax.device_get(found)
         self._check_finite(i, 0, host, None)
         return {side: to_host(arrays) for side, arrays in host.items()}
 
     def _input(self, i: int, c: int):
         start, stop = self.chunks[c]
-        x = jnp.asarray(self.hidden(i).read(start, stop))
-        return x, decoder.default_positions(jnp.asarray(self.tokens[start:stop]))
+        shape = (stop - start, *self.tokens.shape[1:])
+        hidden = self.hidden(i)
+        at = np.asarray(decoder.default_positions(jnp.asarray(self.tokens[start:stop])))
+        x = self.place.windows(
+            (*shape, self.model.spec.hidden), "float32",
+            lambda a, b: hidden.read(start + a, start + b),
+        )  # fmt: skip
+        return x, self.place.windows(shape, "int32", lambda a, b: at[a:b])
 
     def _check_finite(self, i: int, c: int, host: dict, y: jax.Array | None) -> None:
         start, stop = self.windows[c]
@@ -383,6 +413,10 @@ class _Run:
         )
 
     def _save(self, layer: int, sweep: int, chunk: int, tree: dict) -> None:
+        # What a checkpoint relies on must be on disk in every process before it is made.
+        self.place.barrier(f"save {layer} {sweep} {chunk}")
+        if not self.place.primary:
+            return
         step = (2 * layer + sweep - 1) * (len(self.chunks) + 1) + chunk
         self.checkpoints.save(step, (layer, sweep, chunk), tree)
         self._event("checkpoint", layer=layer, sweep=sweep, chunk=chunk)

@@ -10,10 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from turboq.errors import TurboqError
+from turboq.files import make_folder
 
 
 class Checkpoints:
@@ -25,15 +27,25 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        make_folder(folder)
+        # Every process reads for itself and only one is asked to save: no collectives in here.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process{jax.process_index()}",
+        )
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=1,
                 enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,
-                create=True,
+                cleanup_tmp_directories=jax.process_index() == 0,
+                create=False,
+                multiprocessing_options=alone,
             ),
-            item_handlers=ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True),
+            item_handlers=ocp.PyTreeCheckpointHandler(
+                use_ocdbt=True, use_zarr3=True, multiprocessing_options=alone
+            ),
         )
 
     def save(self, step: int, position: tuple[int, ...], tree: dict[str, Any]) -> None:

@@ -143,3 +143,19 @@ def test_commands_divide_and_merge(tmp_path, capsys):
     assert "must be i/n with 0 <= i < n" in capsys.readouterr().err
     assert turboq(["merge", f"--out={tmp_path}/none"]) == 1
     assert "name the folders" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mesh=4"], "must be DATAxMODEL"),
+        (["--mesh=3x5"], "does not use all"),
+        (["--coordinator=127.0.0.1:1"], "--coordinator needs --mesh"),
+        (["--coordinator=127.0.0.1:1", "--mesh=1x1"], "needs --processes and --process"),
+    ],
+)
+def test_bad_mesh_flags_are_one_line(tmp_path, capsys, flags, message):
+    words = ["calibrate", f"--model={GOLDEN.parent / 'llama3'}", "--windows=1", *flags]
+    assert turboq([*words, "--window_length=16", f"--out={tmp_path}/o"]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o" / "statistics").exists()

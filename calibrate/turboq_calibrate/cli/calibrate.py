@@ -46,6 +46,16 @@ def define(values: flags.FlagValues) -> None:
         "shard", None, "Capture only part i of n, as i/n (implies --center=pilot): `turboq merge` "
         "joins the folders of all n.", flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_string(
+        "mesh", None, "Devices as DATAxMODEL: windows are divided over DATA, heads over MODEL.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0 of several that share --out and a --mesh, or "
+        "'auto' on a cluster that JAX recognises.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer("processes", None, "Number of processes.", flag_values=values)
+    flags.DEFINE_integer("process", None, "Number of this process.", flag_values=values)
     flags.DEFINE_boolean("dry_run", False, "Only say what it would take.", flag_values=values)
 
 
@@ -55,6 +65,8 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq_calibrate.models import load_model
     from turboq_calibrate.recipe import Shard
 
+    if values.coordinator is not None:
+        join(values)
     shard = None if values.shard is None else Shard.parse(values.shard)
     with common.as_user_error():
         recipe = CaptureRecipe(
@@ -76,5 +88,33 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         return
     make_folder(values.out)
     capture(
-        model, windows, values.out, recipe, shard=shard, checkpoint_every=values.checkpoint_every
-    )
+        model, windows, values.out, recipe, shard=shard, mesh=mesh_of(values),
+        checkpoint_every=values.checkpoint_every,
+    )  # fmt: skip
+
+
+def join(values: flags.FlagValues) -> None:
+    """Makes this process one of several, before any array exists."""
+    import jax
+
+    if values.mesh is None:
+        raise TurboqError("--coordinator needs --mesh=DATAxMODEL over the devices of all processes")
+    if values.coordinator == "auto":
+        jax.distributed.initialize()
+        return
+    if values.processes is None or values.process is None:
+        raise TurboqError("--coordinator=HOST:PORT needs --processes and --process")
+    jax.distributed.initialize(values.coordinator, values.processes, values.process)
+
+
+def mesh_of(values: flags.FlagValues):
+    """The mesh that --mesh describes, or None."""
+    if values.mesh is None:
+        return None
+    from turboq_calibrate.placement import make_mesh
+
+    data, times, model = values.mesh.partition("x")
+    if not (times and data.isdecimal() and model.isdecimal()):
+        raise TurboqError(f"--mesh={values.mesh!r} must be DATAxMODEL, for example 4x2")
+    with common.as_user_error():
+        return make_mesh(int(data), int(model))

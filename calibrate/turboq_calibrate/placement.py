@@ -1,0 +1,157 @@
+"""Where a capture's arrays live: one device, or a mesh of many, in one process or several.
+
+On a mesh (axes "data" and "model") windows are divided over "data" and heads over "model"; each
+process reads and writes the hidden states of its own windows in files that all of them share, and
+statistics are merged by collectives, so every process holds the same totals. A dimension that an
+axis does not divide is replicated instead: slower, never wrong.
+
+JAX ends the surviving processes when a peer dies, so nothing is caught here: checkpoints are
+frequent and atomic, hold no trace of the mesh, and a restart with another number of processes
+continues.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from turboq_calibrate import sweeps
+from turboq_calibrate.models import decoder
+from turboq_calibrate.models.spec import LayerSpec
+
+Rows = Callable[[int, int], np.ndarray]
+
+
+def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
+    """All devices of all processes as [data, model]; `data` takes what `model` leaves.
+
+    Raises:
+      ValueError: the devices do not fill the mesh.
+    """
+    devices = jax.device_count()
+    data = devices // model if data is None and model else data
+    if not data or data * model != devices:
+        raise ValueError(f"a mesh of {data=} x {model=} does not use all {devices} devices")
+    return jax.make_mesh((data, model), ("data", "model"), (AxisType.Auto, AxisType.Auto))
+
+
+class Placement:
+    """One device of one process: arrays as they are."""
+
+    primary = True
+
+    def barrier(self, name: str) -> None:
+        """Waits for all processes."""
+
+    def params(self, spec: LayerSpec, params: decoder.Params) -> decoder.Params:
+        """A layer's weights, placed."""
+        return params
+
+    def windows(self, shape: tuple[int, ...], dtype: str, read: Rows) -> Array:
+        """An array [windows, ...] from `read(start, stop)` of its rows."""
+        return jnp.asarray(read(0, shape[0]), dtype)
+
+    def rows(self, x: Array) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows) of an array of windows, each row once over all processes."""
+        yield 0, np.asarray(x)
+
+    def moments_and_output(self, spec, params, x, positions, *, skip: int):
+        return sweeps.moments_and_output(spec, params, x, positions, skip=skip)
+
+    def moments_only(self, spec, params, x, positions, *, skip: int):
+        return sweeps.moments_only(spec, params, x, positions, skip=skip)
+
+    def codes(self, spec, params, x, positions, center, scale, *, skip: int, rotations):
+        return sweeps.codes(
+            spec, params, x, positions, center, scale, skip=skip, rotations=rotations
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshPlacement(Placement):
+    """A mesh with axes "data" and "model" over all devices of all processes."""
+
+    mesh: Mesh
+
+    @property
+    def primary(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return jax.process_index() == 0
+
+    def barrier(self, name: str) -> None:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(name)
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    def params(self, spec: LayerSpec, params: decoder.Params) -> decoder.Params:
+        # Rows of q, k, v are heads, and columns of o: a head stays on one device.
+        by_head = spec.kv_heads % self.mesh.shape["model"] == 0
+        by_unit = spec.intermediate % self.mesh.shape["model"] == 0
+
+        def axes(name: str, ndim: int) -> tuple[str | None, ...]:
+            matrix = name.removesuffix("_bias")
+            if matrix in ("q", "k", "v") and by_head:
+                return ("model", None)[:ndim]
+            if matrix in ("gate", "up") and by_unit:
+                return ("model", None)[:ndim]
+            if (name == "o" and by_head) or (name == "down" and by_unit):
+                return (None, "model")
+            return (None,) * ndim
+
+        return {
+            name: self._global(np.asarray(value), self.sharding(*axes(name, value.ndim)))
+            for name, value in params.items()
+        }
+
+    def windows(self, shape: tuple[int, ...], dtype: str, read: Rows) -> Array:
+        def piece(index) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            return np.asarray(read(start, stop), dtype)
+
+        return jax.make_array_from_callback(shape, self._by_window(shape[0]), piece)
+
+    def rows(self, x: Array) -> Iterator[tuple[int, np.ndarray]]:
+        for shard in x.addressable_shards:
+            if shard.replica_id == 0:
+                yield shard.index[0].indices(x.shape[0])[0], np.asarray(shard.data)
+
+    def moments_and_output(self, spec, params, x, positions, *, skip: int):
+        return self._jitted("moments_and_output", spec, x.shape[0], skip)(params, x, positions)
+
+    def moments_only(self, spec, params, x, positions, *, skip: int):
+        return self._jitted("moments_only", spec, x.shape[0], skip)(params, x, positions)
+
+    def codes(self, spec, params, x, positions, center, scale, *, skip: int, rotations):
+        call = self._jitted("codes", spec, x.shape[0], skip, rotations)
+        whole = self.sharding()
+        around = jax.tree.map(lambda a: self._global(np.asarray(a), whole), (center, scale))
+        return call(params, x, positions, *around)
+
+    def _by_window(self, windows: int) -> NamedSharding:
+        divides = windows % self.mesh.shape["data"] == 0
+        return self.sharding("data") if divides else self.sharding()
+
+    def _jitted(self, name: str, spec: LayerSpec, windows: int, skip: int, rotations=None):
+        """The sweep with totals replicated: their collectives are XLA's."""
+        return _jitted(name, spec, skip, rotations, self._by_window(windows), self.sharding())
+
+    def _global(self, value: np.ndarray, sharding: NamedSharding) -> Array:
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+@functools.lru_cache(maxsize=64)
+def _jitted(name: str, spec: LayerSpec, skip: int, rotations: Any, by_window, whole):
+    function = getattr(sweeps, name)
+    options = {"skip": skip} | ({} if rotations is None else {"rotations": rotations})
+    out = (by_window, whole) if name == "moments_and_output" else whole
+    return jax.jit(functools.partial(function, spec, **options), out_shardings=out)

@@ -1,0 +1,66 @@
+"""A capture on a mesh of virtual CPU devices, in one process or as one of several on 127.0.0.1.
+
+    python mesh_worker.py OUT PROCESS PROCESSES PORT MODEL_AXIS [EVENT COUNT]
+
+Started with XLA_FLAGS=--xla_force_host_platform_device_count=N. Ends itself with SIGKILL right
+after the COUNT-th EVENT.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "llama3"
+
+
+def main(out: str, process: int, processes: int, port: str, axis: int, event: str, last: int):
+    if processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
+    from turboq.codecs import PerHead
+    from turboq.plan import uniform_plan
+    from turboq_calibrate.capture import CaptureRecipe, capture
+    from turboq_calibrate.data import Windows
+    from turboq_calibrate.fit import fit_side
+    from turboq_calibrate.fit_shared import collect_shared
+    from turboq_calibrate.models import load_model
+    from turboq_calibrate.placement import make_mesh
+    from turboq_calibrate.plans import model_geometry
+
+    seen = 0
+
+    def observer(name: str, fields: dict) -> None:
+        nonlocal seen
+        seen += name == event
+        if seen == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model = load_model(GOLDEN, resident=False)
+    tokens = np.random.default_rng(7).integers(0, model.spec.vocab, (18, 12), dtype=np.int32)
+    windows = Windows(tokens=tokens, source="random", text_sha256="0" * 64, available=18)
+    recipe = CaptureRecipe(skip=2, windows_per_chunk=8)
+    mesh = make_mesh(model=axis) if axis else None
+    found = capture(model, windows, out, recipe, mesh=mesh, progress=False, observer=observer)
+
+    codec = PerHead(dim=model.spec.layers[0].head_dim, bits=2)
+    plan = uniform_plan(model_geometry(model), k=codec, v=codec)
+    fitted = []
+
+    def fit(index: int, side: str, codec: PerHead):
+        fitted.append((index, side))
+        return fit_side(getattr(found.layers[index], side), codec)
+
+    arrays = collect_shared(plan, fit)
+    np.savez(Path(out) / f"fitted_{process}.npz", fitted=np.array(len(fitted)), **arrays)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    first = [sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4], int(sys.argv[5])]
+    rest = sys.argv[6:] or ["never", "1"]
+    main(*first, rest[0], int(rest[1]))
