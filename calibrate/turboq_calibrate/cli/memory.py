@@ -1,101 +1,323 @@
-"""Bytes per token, cache size and longest context of a plan, or of a codec on a model.
+"""What a KV cache takes, what fits a memory, and which way of storing it to choose.
 
-Counts what `turboq.cache` allocates (whole pages, exact sinks and recent window) and the fitted
-arrays and static tables; not weights or working memory.
+The model is --geometry=NAME (--geometry=list names them; 60x4x128 is LAYERSxKVHEADSxDIM), or
+--model (a folder with config.json, a .json or .gguf file: headers only, and many more families
+than the decoder runs), or a --plan. The cache is --codec: an engine's format (f16, q8_0, q4_0,
+fp8, ...; --k_codec and --v_codec for each side) or a turboq codec.
+
+Two views are kept apart. 'engine' is stored bits, block scales included, times the tokens that
+each layer keeps. 'ours' is what turboq's own cache holds: whole pages of 256 tokens, exact sinks
+and recent window, every token of sliding layers, arrays and tables; the output says what makes
+the difference. A plan, --sinks or --recent is counted as 'ours', all else as 'engine'.
+
+Sizes are GiB (2^30 bytes). Where published numbers differ they leave out block scales (q8_0 is 8.5
+bits per number, q4_0 4.5), call GiB GB, or count query heads or layers that keep no cache.
 """
 
 from __future__ import annotations
 
-import json
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from turboq.errors import TurboqError
 from turboq_calibrate.cli import common
 
+if TYPE_CHECKING:
+    from turboq.memory import CacheGeometry
+    from turboq.memory.storage import Storage, View
+    from turboq_calibrate.memory_plan import Question
+
 REQUIRED = ()
 RESUME = "run the same command again"
+FLOATS = (
+    "memory_gib", "weights_gib", "working_gib", "overhead_percent", "bandwidth_gbs", "efficiency",
+)  # fmt: skip
+LARGEST = 2**40  # tokens, sessions or GiB: beyond it is a slip of the keyboard
+CARDS = ["8", "16", "24", "32", "48", "80"]
 
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("plan", None, "Plan: a folder or plan.json.", flag_values=values)
     common.model(values, None)
+    flags.DEFINE_string(
+        "geometry", None, "Named geometry such as llama-3-8b, or LAYERSxKVHEADSxDIM; 'list' "
+        "prints the names.", flag_values=values,
+    )  # fmt: skip
     common.codec(values, "exact")
     common.policy(values, sinks=0)
-    flags.DEFINE_integer("context", 32768, "Tokens.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1, flag_values=values)
+    for name, default, what in (
+        ("context", 32768, "Tokens."),
+        ("batch", 1, "Sessions held at once."),
+        ("page_tokens", 1, "Tokens of the engine's cache page (vLLM: 16)."),
+    ):
+        flags.DEFINE_integer(
+            name, default, what, lower_bound=1, upper_bound=LARGEST, flag_values=values
+        )
+    flags.DEFINE_integer(
+        "prefix", 0, "First tokens that all sessions share and store once.", lower_bound=0,
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_float(
-        "memory_gib", None, "Memory for the cache in GiB: also print the longest context in it.",
+        "memory_gib", None, "Memory in GiB: also print the longest context and the sessions in it.",
         lower_bound=0.0, flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_enum("format", "table", ("table", "json"), "Output.", flag_values=values)
+    flags.DEFINE_string(
+        "weights", None, "Weights in the same memory, by type: Q4_K_M, f16, ..., or 'auto' (the "
+        "files of --model). Not counted by default.", flag_values=values,
+    )  # fmt: skip
+    for name, what in (
+        ("weights_gib", "Weights in the same memory, GiB, instead of --weights."),
+        ("working_gib", "Activations, buffers and runtime in the same memory, GiB."),
+        ("overhead_percent", "Allocator's share on top of the cache."),
+    ):
+        default = None if name == "weights_gib" else 0.0
+        flags.DEFINE_float(name, default, what, lower_bound=0.0, flag_values=values)
+    flags.DEFINE_integer(
+        "window_slack", 0, "Tokens that the engine keeps beyond a sliding window (llama.cpp: its "
+        "micro-batch, 512).", lower_bound=0, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_enum("view", None, ("engine", "ours"), "How to count.", flag_values=values)
+    flags.DEFINE_list(
+        "choose", [], "Ways of storing the cache, best quality first: f16, q8_0/q4_0, "
+        "turboquant_mse:3, NAME=FOLDER of a plan; 'llama.cpp' is all of its types. With "
+        "--memory_gib: which is the best that fits, and at which contexts.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_multi_string(
+        "quality", [], "Folder with quality.json: --choose goes by its mean KL, rows by name.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_float(
+        "bandwidth_gbs", None, "Memory bandwidth in GB/s: estimate decode speed from it.",
+        lower_bound=0.0, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_float(
+        "efficiency", 1.0, "Share of the bandwidth that is reached.", lower_bound=0.0,
+        upper_bound=1.0, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_list("cards", CARDS, "Memory sizes of the table, GB.", flag_values=values)
+    flags.DEFINE_string(
+        "picture", None, "Draw memory against context to this .svg or .png.", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "strict_context", False, "A context above the model's is an error.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "format", "table", ("table", "text", "json", "csv"), "Output (table is text).",
+        flag_values=values,
+    )  # fmt: skip
 
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
-    from turboq import accounting
-    from turboq.plan import load
-    from turboq.planner import max_context
+    import json
 
-    if (values.plan is None) == (values.model is None):
-        raise TurboqError("give either --plan, or --model with --codec")
-    if values.plan is not None:
-        plan, _ = load(values.plan)
-        name, layers = plan.model.name, plan.storage
-    else:
-        name, layers = _layers_of_model(values)
-    at = accounting.residency(layers, context=values.context, batch=values.batch)
-    longest = None
-    if values.memory_gib is not None:
-        longest = max_context(layers, nbytes=int(values.memory_gib * 2**30), batch=values.batch)
-    result = {
-        "model": name,
-        "context": at.context,
-        "batch": at.batch,
-        "bytes_per_token": accounting.bits_per_token(layers) / 8,
-        "bits_per_channel": accounting.bits_per_channel(layers),
-        "kv_bytes": at.cache,
-        "total_bytes": at.total,
-        "bf16_bytes": at.baseline,
-        "bits_per_channel_at_context": at.bits_per_channel,
-        "memory_gib": values.memory_gib,
-        "max_context": longest,
-    }
-    if values.format == "json":
-        print(json.dumps(result, indent=1))
+    from turboq_calibrate import memory_report
+    from turboq_calibrate.memory_plan import answer
+
+    if values.geometry == "list":
+        from turboq.geometries import names
+
+        print("\n".join(names()))
         return
-    rows = {
-        "model": name,
-        "bytes per token": f"{result['bytes_per_token']:g}",
-        "bits per channel": f"{result['bits_per_channel']:.3f} "
-        f"({result['bits_per_channel_at_context']:.3f} at {at.context:,} tokens, all counted)",
-        f"cache of {at.batch} x {at.context:,} tokens": accounting.readable(at.cache),
-        "  quantized": accounting.readable(at.quantized),
-        "  rest of the last page": accounting.readable(at.padding),
-        "  exact sinks and recent": accounting.readable(at.sinks + at.recent),
-        "arrays and tables": accounting.readable(at.arrays + at.tables),
-        "the same in bf16": f"{accounting.readable(at.baseline)} ({at.compression:.2f}x)",
-    }
-    if longest is not None:
-        rows[f"longest context in {values.memory_gib:g} GiB"] = f"{longest:,} tokens"
-    width = max(map(len, rows))
-    print("\n".join(f"{key:<{width}}  {value}" for key, value in rows.items()))
+    with common.as_user_error():
+        question = _question(values)
+        found = answer(question)
+        if values.picture is not None:
+            _draw(values.picture, question)
+    if values.format == "json":
+        print(json.dumps(found, indent=1, allow_nan=False))
+    elif values.format == "csv":
+        print(memory_report.csv_text(found), end="")
+    else:
+        print(memory_report.text(found))
 
 
-def _layers_of_model(values: flags.FlagValues):
-    """Storage of every layer of --model under the codec flags; reads the header only."""
-    from turboq.layer import uniform_layer
-    from turboq_calibrate.models.model import open_source
+def _question(values: flags.FlagValues) -> Question:
+    from turboq.memory import GIB
+    from turboq_calibrate.memory_plan import Question
 
-    spec = open_source(values.model).spec
-    policy = common.policy_of(values)
-    layers = tuple(
-        uniform_layer(
-            kv_heads=layer.kv_heads,
-            k=common.codec_of(values, "k", layer.head_dim),
-            v=common.codec_of(values, "v", layer.v_head_dim),
-            policy=policy,
+    for name in FLOATS:
+        value = values[name].value
+        if isinstance(value, float) and not 0 <= value <= LARGEST:
+            raise TurboqError(f"--{name}={value} must be a number of 0..2^40")
+    geometry, storage = _subject(values)
+    if values.strict_context and geometry.context is not None and values.context > geometry.context:
+        raise TurboqError(
+            f"--context={values.context} is above the {geometry.context} tokens that "
+            f"{geometry.name} is made for: a shorter context, or leave out --strict_context"
         )
-        for layer in spec.layers
-        if layer.owns_cache
+    weights, weights_from = _weights(values, geometry)
+    return Question(
+        geometry=geometry,
+        storage=storage,
+        view=_view(values),
+        context=values.context,
+        sessions=values.batch,
+        prefix=values.prefix,
+        memory_gib=values.memory_gib,
+        weights=weights,
+        weights_from=weights_from,
+        working=int(values.working_gib * GIB),
+        overhead=values.overhead_percent / 100,
+        cards=_cards(values.cards),
+        options=_options(values, geometry),
+        quality_rows=_quality(values),
+        bandwidth=None if values.bandwidth_gbs is None else values.bandwidth_gbs * 1e9,
+        efficiency=values.efficiency,
     )
-    return spec.name, layers
+
+
+def _subject(values: flags.FlagValues) -> tuple[CacheGeometry, Storage]:
+    """The model and how its cache is stored."""
+    given = [name for name in ("plan", "model", "geometry") if values[name].value is not None]
+    if len(given) != 1:
+        raise TurboqError("give either --plan, or --model or --geometry with --codec")
+    sizes = {"page_tokens": values.page_tokens, "window_slack": values.window_slack}
+    if values.plan is not None:
+        from turboq.memory import of_plan, plan_geometry
+        from turboq.plan import load
+        from turboq.plan.summary import codec_label
+
+        plan, _ = load(values.plan)
+        labels = dict.fromkeys(
+            "/".join(dict.fromkeys(codec_label(side.codec) for side in (layer.k, layer.v)))
+            for layer in plan.layers
+        )
+        return plan_geometry(plan.model), of_plan(plan, ", ".join(labels), **sizes)
+    if values.geometry is not None:
+        from turboq.geometries import geometry
+
+        found = geometry(values.geometry)
+    else:
+        from turboq_calibrate.cache_geometry import read_geometry
+
+        found = read_geometry(values.model)
+    return found, _storage(values, found, sizes)
+
+
+def _storage(values: flags.FlagValues, geometry: CacheGeometry, sizes: dict[str, int]) -> Storage:
+    """The cache that the codec flags describe: formats of engines, or turboq codecs."""
+    from turboq.memory import of_codecs, of_formats
+
+    names = [values[f"{side}_codec"].value or values.codec for side in ("k", "v")]
+    formats = [_format(values, name) for name in names]
+    policy = common.policy_of(values) if _keeps_exact(values) else None
+    if formats[0] is not None and formats[1] is not None:
+        return of_formats(geometry, formats[0], formats[1], policy, **sizes)
+    _check_codecs(names)
+    return of_codecs(
+        geometry, lambda side, dim: common.codec_of(values, side, dim), policy, **sizes
+    )
+
+
+def _format(values: flags.FlagValues, name: str) -> str | None:
+    """The engine's format that `name` means; None for a turboq codec or one with codec flags."""
+    from turboq.memory import plain_name
+
+    flagged = [f for f in (*common.CODEC_FIELDS, "seed", "bits", "k_bits", "v_bits", "field")
+               if values[f].value not in (None, [])]  # fmt: skip
+    if name == "exact":
+        # The one codec that is also what every engine has: its dtype names the format.
+        return plain_name(values.dtype or "bfloat16") if set(flagged) <= {"dtype"} else None
+    return None if flagged else plain_name(name)
+
+
+def _check_codecs(names: list[str]) -> None:
+    """Raises TurboqError unless both names are turboq codecs; says what the others are."""
+    import difflib
+
+    from turboq.codecs import CODECS
+    from turboq.memory import FORMATS, plain_name
+
+    for name in names:
+        if name in CODECS:
+            continue
+        if plain_name(name) is not None:
+            raise TurboqError(
+                f"{name} is an engine's format: it takes no codec flags and no turboq codec on "
+                f"the other side (as a codec: --codec=ggml --field=type=q8_0)"
+            )
+        near = difflib.get_close_matches(name, [*CODECS, *FORMATS], n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see turboq memory --help"
+        raise TurboqError(
+            f"unknown codec {name!r} ({hint}); engine formats are {', '.join(FORMATS)}; codecs are "
+            f"{', '.join(sorted(CODECS))}"
+        )
+
+
+def _keeps_exact(values: flags.FlagValues) -> bool:
+    return bool(values.sinks or values.recent)
+
+
+def _view(values: flags.FlagValues) -> View:
+    if values.view is not None:
+        return values.view
+    return "ours" if values.plan is not None or _keeps_exact(values) else "engine"
+
+
+def _weights(values: flags.FlagValues, geometry: CacheGeometry) -> tuple[int, str]:
+    from turboq.memory import GIB, weights_bytes
+
+    if values.weights is not None and values.weights_gib is not None:
+        raise TurboqError("give --weights or --weights_gib, not both")
+    if values.weights_gib is not None:
+        return int(values.weights_gib * GIB), "as given"
+    if values.weights is not None:
+        seen = values.weights.lower() == "auto"
+        where = "the files seen" if seen else f"about, by type {values.weights}"
+        return weights_bytes(geometry, values.weights), where
+    return 0, "not counted: --weights or --weights_gib"
+
+
+def _cards(items: list[str]) -> tuple[int | float, ...]:
+    try:
+        sizes = tuple(float(item) for item in items)
+    except ValueError:
+        sizes = ()
+    if not sizes or not all(0 < size < 2**20 for size in sizes):
+        raise TurboqError(f"--cards={','.join(items)} must be sizes in GB, such as 8,16,24")
+    return sizes
+
+
+def _options(values: flags.FlagValues, geometry: CacheGeometry) -> tuple[Storage, ...]:
+    from turboq.memory import QUALITY_ORDER, option
+
+    items = [q for item in values.choose for q in (
+        QUALITY_ORDER if item in ("llama.cpp", "llamacpp") else (item,)
+    )]  # fmt: skip
+    policy = common.policy_of(values) if _keeps_exact(values) else None
+    found = [
+        option(
+            item, geometry, policy,
+            page_tokens=values.page_tokens, window_slack=values.window_slack,
+        )
+        for item in items
+    ]  # fmt: skip
+    names = [storage.name for storage in found]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise TurboqError(f"--choose names {twice[0]!r} twice: name one of them (NAME=...)")
+    if values.quality and not found:
+        raise TurboqError("--quality ranks the options of --choose: name them")
+    return tuple(found)
+
+
+def _quality(values: flags.FlagValues) -> list[dict]:
+    from turboq_calibrate.quality import read_quality
+
+    return [row for folder in values.quality for row in read_quality(folder).rows]
+
+
+def _draw(path: str, question: Question) -> None:
+    from turboq_calibrate.memory_picture import context_wall
+
+    stored = question.options or (question.storage,)
+    context_wall(
+        path,
+        [(storage.name, question.budget(storage)) for storage in stored],
+        title=f"{question.geometry.name}: memory against context, {question.sessions} session(s), "
+        + (f"weights {question.weights / 2**30:.2f} GiB" if question.weights else "cache alone"),
+        cards=question.cards,
+        context=question.context,
+        limit=question.geometry.context,
+    )

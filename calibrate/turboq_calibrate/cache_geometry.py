@@ -1,0 +1,65 @@
+"""The cache geometry of a model on disk: a Hugging Face folder or config.json, or a .gguf header.
+
+Needs no weights that this project can run, and often no weights at all; those that are there are
+only measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from turboq.errors import TurboqError
+from turboq.memory.gguf_metadata import from_metadata
+from turboq.memory.hf_config import from_config
+from turboq.memory.layers import CacheGeometry
+from turboq_calibrate.models.config import read_config
+
+MAX_CONFIG_BYTES = 16 << 20  # the largest real ones have a few hundred kB
+
+
+def read_geometry(path: str | os.PathLike[str]) -> CacheGeometry:
+    """The cache geometry at `path`: a folder with config.json, a .json or .gguf file, "embedded".
+
+    Raises:
+      TurboqError: absent, unreadable, truncated, or a field that is nonsensical or not understood.
+    """
+    if str(path) == "embedded":
+        from turboq_calibrate.models.model import embedded_path
+
+        path = embedded_path()
+    path = Path(path)
+    if not path.exists():
+        raise TurboqError(f"model {path} does not exist")
+    if path.is_dir():
+        found = _from_json(path / "config.json", path.resolve().name)
+        sizes = [file.stat().st_size for file in sorted(path.glob("*.safetensors"))]
+        return dataclasses.replace(found, weights_bytes=sum(sizes) or None)
+    if path.suffix == ".json":
+        return _from_json(path, path.parent.resolve().name)
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    raise TurboqError(f"model {path} must be a Hugging Face folder, a config.json or a .gguf file")
+
+
+def _from_json(path: Path, name: str) -> CacheGeometry:
+    if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
+        raise TurboqError(f"{path} has {path.stat().st_size} bytes: not a configuration")
+    try:
+        config = read_config(path)
+    except RecursionError:
+        raise TurboqError(f"{path} is not valid JSON: nested too deeply") from None
+    return from_config(config, name, source=str(path))
+
+
+def _from_gguf(path: Path) -> CacheGeometry:
+    from turboq_calibrate.models import gguf_header
+
+    metadata, tensors, _ = gguf_header.read(path)
+    return from_metadata(
+        metadata,
+        path.stem,
+        weights_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        source=str(path),
+    )
