@@ -78,7 +78,7 @@ def test_helpfull_lists_every_flag_of_every_command(capsys):
         ([], "name a command"),
         (["evalute"], "did you mean evaluate?"),
         (["--model=x", "evaluate"], "a flag comes after the command"),
-        (["plan", "--windows=3"], "Unknown command line flag 'windows'"),
+        (["report", "--windows=3"], "Unknown command line flag 'windows'"),
         (["evaluate", "--text=x"], "needs --out"),
         (["plan", "--out=x", "--k_bits=9"], "k_bits"),
         (["plan", "--out=x", "--k_bits=three"], "k_bits"),

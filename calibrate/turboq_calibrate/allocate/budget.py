@@ -1,0 +1,132 @@
+"""What a plan may use, as people say it, and what that leaves for the choice of codecs.
+
+    4680B            bytes of one more token, all layers (also KiB, kB, MiB, MB, GiB, GB)
+    3.25bpc          bits per channel of one more token: stored bits over sum of head dims
+    131072@4GiB      everything in memory for one sequence of 131072 tokens
+    131072x8@40GiB   the same for eight sequences
+
+The last two count what `turboq.accounting.residency` counts: whole pages, exact sinks and recent
+tokens, fitted arrays, static tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from fractions import Fraction
+
+import numpy as np
+from jaxtyping import Int
+
+from turboq import accounting
+from turboq.errors import TurboqError
+from turboq.layer import EXACT_DTYPES, TokenPolicy
+from turboq_calibrate.allocate.problem import Problem
+
+_UNITS = {"b": 1}
+_UNITS |= {f"{p}ib": 2 ** (10 * (i + 1)) for i, p in enumerate("kmgt")}
+_UNITS |= {f"{p}b": 10 ** (3 * (i + 1)) for i, p in enumerate("kmgt")}
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_BYTES = _NUMBER + r"\s*((?:[kmgt]i?)?b)"
+_PER_TOKEN = re.compile(_BYTES + r"(?:\s*/\s*token)?", re.IGNORECASE)
+_BPC = re.compile(_NUMBER + r"\s*bpc", re.IGNORECASE)
+_CONTEXT = re.compile(r"(?:context\s+)?(\d+)(?:x(\d+))?\s*(?:@|in)\s*" + _BYTES, re.IGNORECASE)
+_HELP = "4680B (per token), 3.25bpc or 131072@4GiB (context, or 131072x8@40GiB of 8 sequences)"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A limit: `nbytes` per token, `bpc`, or `nbytes` in all at `context` tokens x `batch`."""
+
+    text: str
+    nbytes: Fraction | None = None
+    bpc: Fraction | None = None
+    context: int | None = None
+    batch: int = 1
+
+    def __post_init__(self):
+        if (self.nbytes is None) == (self.bpc is None):
+            raise ValueError(f"budget {self.text!r} must be bytes or bits per channel")
+        if self.context is not None and (self.context < 1 or self.batch < 1):
+            raise TurboqError(f"budget {self.text!r}: at least 1 token and 1 sequence")
+        if not (self.nbytes or self.bpc):
+            raise TurboqError(f"budget {self.text!r} must be more than nothing")
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """A budget from a flag; see the module.
+
+        Raises:
+          TurboqError: none of the forms.
+        """
+        value = text.strip()
+        if found := _CONTEXT.fullmatch(value):
+            tokens, batch, number, unit = found.groups()
+            return cls(
+                text=value,
+                nbytes=_nbytes(number, unit),
+                context=int(tokens),
+                batch=int(batch or 1),
+            )
+        if found := _PER_TOKEN.fullmatch(value):
+            return cls(text=value, nbytes=_nbytes(*found.groups()))
+        if found := _BPC.fullmatch(value):
+            return cls(text=value, bpc=Fraction(found[1]))
+        raise TurboqError(f"budget {text!r} is none of {_HELP}")
+
+    def bits(self, channels: int) -> int:
+        """Whole bits of one token that a budget per token allows."""
+        if self.bpc is not None:
+            return int(self.bpc * channels)
+        if self.nbytes is None or self.context is not None:
+            raise ValueError(f"budget {self.text!r} is not per token")
+        return int(self.nbytes * 8)
+
+    def bits_near(self, channels: int) -> int:
+        """The same, also at a context, where exact tokens and arrays are not taken off."""
+        if self.context is None:
+            return self.bits(channels)
+        tokens = self.batch * accounting.capacity(self.context)
+        return int((self.nbytes or 0) * 8 / tokens)
+
+
+def _nbytes(number: str, unit: str) -> Fraction:
+    return Fraction(number) * _UNITS[unit.lower()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes at a context: `sizes` [U, C] of every candidate (its pages and fitted arrays), `fixed`
+    (sinks and recent tokens, whatever is chosen); tables depend on the whole choice."""
+
+    sizes: Int[np.ndarray, "U C"]
+    fixed: int
+
+    @classmethod
+    def of(cls, problem: Problem, budget: Budget, policy: TokenPolicy) -> Memory:
+        """Raises TurboqError for a codec that stores blocks of tokens: its layer's exact ring
+        depends on what stands beside it."""
+        assert budget.context is not None
+        for row in problem.codecs:
+            for codec in row:
+                if codec.block != 1:
+                    raise TurboqError(f"codec {codec.name} stores blocks: name a budget per token")
+        tokens = budget.batch * accounting.capacity(budget.context)
+        arrays = [
+            [4 * sum(map(_count, codec.array_shapes.values())) for codec in row]
+            for row in problem.codecs
+        ]
+        exact = {name: 4 if name == "float32" else 2 for name in EXACT_DTYPES}[policy.exact_dtype]
+        kept = budget.batch * (policy.sinks + policy.recent) * exact * problem.channels
+        # Capacity is whole pages of 256 tokens, so bits of a token times it are whole bytes.
+        return cls(problem.sizes * (tokens // 8) + np.array(arrays, np.int64), kept)
+
+    @staticmethod
+    def tables(problem: Problem, chosen: Int[np.ndarray, "U"]) -> int:
+        """Bytes of the static tables of a choice, each once."""
+        used = dict.fromkeys(row[c] for row, c in zip(problem.codecs, chosen, strict=True))
+        return sum(values.nbytes for _, values in accounting.distinct_tables(used))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))

@@ -1,0 +1,110 @@
+"""The allocation problem: units, candidates, what each costs and how much it stores."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from turboq.codecs import Codec
+from turboq.errors import TurboqError
+from turboq_calibrate.candidates import Table, Unit
+
+
+class Infeasible(Exception):
+    """No choice fits; `smallest` is the least size that does, None if nothing ever does (`why`)."""
+
+    def __init__(self, smallest: int | None, why: str = ""):
+        super().__init__(smallest, why)
+        self.smallest = smallest
+        self.why = why
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One choice per unit, additive costs.
+
+    units [U]; labels [C] name the candidates; codecs [U][C] is what a candidate means for a unit.
+    costs [U, C]: predicted loss (KL in nats, say) of the candidate; +inf where it must not be used.
+    sizes [U, C]: stored bits of one token, exact.
+
+    Raises:
+      TurboqError: shapes disagree, a cost is NaN or -inf, a size is negative, a unit appears twice
+        or has no candidate with a finite cost.
+    """
+
+    units: tuple[Unit, ...]
+    labels: tuple[str, ...]
+    codecs: tuple[tuple[Codec, ...], ...]
+    costs: np.ndarray  # checked below: shapes are a user's to get wrong
+    sizes: np.ndarray
+
+    def __post_init__(self):
+        shape = (len(self.units), len(self.labels))
+        if 0 in shape:
+            raise TurboqError(f"{shape[0]} units and {shape[1]} candidates: need one of each")
+        given = {"costs": self.costs.shape, "sizes": self.sizes.shape}
+        for name, found in given.items():
+            if found != shape:
+                raise TurboqError(f"{name} {list(found)} must be [units, candidates] {list(shape)}")
+        if [len(row) for row in self.codecs] != [shape[1]] * shape[0]:
+            raise TurboqError(f"codecs must be {shape[0]} rows of {shape[1]}, one per cost")
+        if len(set(self.units)) != len(self.units):
+            raise TurboqError("a unit appears twice")
+        self._check_values()
+        object.__setattr__(self, "costs", np.asarray(self.costs, np.float64))
+        object.__setattr__(self, "sizes", np.asarray(self.sizes, np.int64))
+
+    def _check_values(self):
+        bad = np.isnan(self.costs) | np.isneginf(self.costs)
+        if bad.any():
+            raise TurboqError(f"cost of {self._at(bad)} must be a number or +inf")
+        if (self.sizes < 0).any():
+            raise TurboqError(f"size of {self._at(self.sizes < 0)} must not be negative")
+        empty = ~np.isfinite(self.costs).any(axis=1)
+        if empty.any():
+            unit = self.units[int(empty.argmax())]
+            raise TurboqError(f"{shown(unit)} has no candidate with a finite cost")
+
+    def _at(self, where: np.ndarray) -> str:
+        u, c = np.argwhere(where)[0]
+        return f"{shown(self.units[u])}, candidate {self.labels[c]!r}"
+
+    @classmethod
+    def of(cls, table: Table, costs: Float[np.ndarray, "U C"]) -> Problem:
+        """The problem of a table of candidates, `costs` in the order of `table.units`."""
+        return cls(
+            units=table.units,
+            labels=table.labels,
+            codecs=tuple(
+                tuple(option.codecs[u.head] for option in table.options[u.layer, u.side])
+                for u in table.units
+            ),
+            costs=costs,
+            sizes=table.sizes,
+        )
+
+    @functools.cached_property
+    def dims(self) -> Int[np.ndarray, "U"]:
+        """Channels of every unit."""
+        return np.array([row[0].dim for row in self.codecs], np.int64)
+
+    @property
+    def channels(self) -> int:
+        """Numbers that one token stores: the divisor of bits per channel."""
+        return int(self.dims.sum())
+
+    def bits(self, chosen: Int[np.ndarray, "U"]) -> int:
+        """Stored bits of one token under a choice."""
+        return int(self.sizes[np.arange(len(self.units)), chosen].sum())
+
+    def cost(self, chosen: Int[np.ndarray, "U"]) -> float:
+        """Predicted loss of a choice."""
+        return float(self.costs[np.arange(len(self.units)), chosen].sum())
+
+
+def shown(unit: Unit) -> str:
+    """A unit in a message."""
+    return f"layer {unit.layer} {unit.side} head {unit.head}"
