@@ -2,28 +2,41 @@
 
     python experiments/ablations/calibration_size_and_domain.py
 
-`per_head` and `transform` at about 3 bits, fitted on 1, 2, 4 and 8 windows of Python documentation
-or of source code, measured on both domains. Expected: means from one window nearly suffice;
-`transform`, which learns a covariance, needs more and loses more across domains.
+`per_head` and `transform` at 3.25 bits per channel, fitted on 1, 2 and 8 windows of Python
+documentation or of source code, measured on both domains. Expected: means from one window nearly
+suffice; `transform`, which learns a covariance, needs more and loses more across domains.
 """
 
-from study import Arm, Bench, run
+from study import POLICY, Arm, Bench, run
 
 from turboq.codecs import PerHead
+from turboq_calibrate.learned import Options, fit_heads
+from turboq_calibrate.learned_plans import learned_plan
 
 DOMAINS = ("topics:calibration", "source:calibration")
+OPTIONS = Options(quantizer="trellis")
 
 
 def arms(bench: Bench) -> list[Arm]:
     codec = PerHead(dim=bench.dim, bits=3, seed=bench.seed)
-    out, base = [], "per_head topics 8"
+    out, layers = [], [layer.index for layer in bench.geometry.cache_layers]
     for domain in DOMAINS:
-        for windows in (8, 4, 2, 1):
-            name = f"per_head {domain.split(':')[0]} {windows}"
+        short = domain.split(":")[0]
+        for windows in (8, 2, 1):
+            base = None if (domain, windows) == (DOMAINS[0], 8) else "topics 8"
             out.append(
                 bench.arm(
-                    name, codec, group=domain, baseline=None if name == base else base,
-                    text=domain, windows=windows,
+                    f"per_head {short} {windows}", codec, group=f"per_head {short}",
+                    baseline=base and f"per_head {base}", text=domain, windows=windows,
+                )
+            )  # fmt: skip
+            samples = bench.gradient_samples([domain], windows)
+            fits = {(i, s): fit_heads(samples[i], s, OPTIONS) for i in layers for s in ("k", "v")}
+            plan, arrays = learned_plan(bench.geometry, fits, OPTIONS, 3.25, policy=POLICY)
+            out.append(
+                Arm(
+                    name=f"transform {short} {windows}", plan=plan, arrays=arrays,
+                    group=f"transform {short}", baseline=base and f"transform {base}",
                 )
             )  # fmt: skip
     return out

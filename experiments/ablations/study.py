@@ -30,6 +30,7 @@ from turboq.plan import ModelGeometry, Plan, collect_arrays, document
 from turboq.plan.rules import Rule, rule_plan
 from turboq_calibrate import data
 from turboq_calibrate.evaluate import evaluate
+from turboq_calibrate.fisher import GradientSamples, collect_gradient_samples
 from turboq_calibrate.metrics import bootstrap_ci
 from turboq_calibrate.models import Model, load_model
 from turboq_calibrate.plans import model_geometry
@@ -76,6 +77,17 @@ class Bench:
             spread=True,
         )  # fmt: skip
         return tuple(collect_samples(self.model, found.tokens))
+
+    def gradient_samples(self, texts: list[str], windows: int) -> list[GradientSamples]:
+        """Samples with Fisher gradients, `windows` of each text; the seed shifts and draws them."""
+        found = [
+            data.windows(
+                data.load_text([text]), self.model.tokenizer, length=self.length, count=windows,
+                spread=True, start=self.seed * (self.length // 2),
+            ).tokens
+            for text in texts
+        ]  # fmt: skip
+        return collect_gradient_samples(self.model, np.concatenate(found), seed=self.seed)
 
     def fit(self, index: int, side: str, codec: Codec, **source) -> Arrays:
         """Arrays of one layer's side, fitted to samples once per study."""
