@@ -29,6 +29,7 @@ from turboq.codecs import (
     Codec,
     Exact,
     Ggml,
+    HadamardPerHead,
     Int4TokenHead,
     Int8TokenHead,
     IntAffine,
@@ -39,12 +40,17 @@ from turboq.codecs import (
     PerChannel,
     PerHead,
     PolarQuant,
+    RopeBlock,
+    Transform,
     TurboQuantMSE,
     TurboQuantOutliers,
     TurboQuantProd,
     VLLMTurboQuantKey,
     VLLMTurboQuantValue,
 )
+from turboq.codecs.fit_hadamard import fit_hadamard
+from turboq.codecs.fit_rope_block import fit_rope_block
+from turboq.codecs.fit_transform import fit_arrays, fit_basis, weighted_moments
 from turboq.codecs.nuq import fit_nuq
 from turboq.codecs.oscar import fit_oscar
 from turboq.codecs.outliers import choose_outliers
@@ -163,15 +169,49 @@ ROWS = {
     "tcq-3-4-unbiased": Row(
         lambda d: TCQ(dim=d, bits=3, states=4, rotation="haar", scale_rule="unbiased")
     ),
+    "transform-scalar": Row(
+        lambda d: Transform(dim=d, segments=((8, 4), (d - 16, 3))), zero_exact=False
+    ),
+    "transform-trellis-gain": Row(
+        lambda d: Transform(
+            dim=d, segments=((d - 8, 3), (8, 1)), quantizer="trellis", gain="code", gain_bits=3
+        ),
+        zero_exact=False,
+    ),
+    "transform-fitted-f16": Row(
+        lambda d: Transform(
+            dim=d, segments=((16, 4), (d - 16, 2)), codebook="fitted", gain="float16"
+        )
+    ),
+    "rope_block-3-2": Row(
+        lambda d: RopeBlock(dim=d, segments=((d // 2, 3), (d // 2, 2)), gain="float16")
+    ),
+    "rope_block-interleaved": Row(
+        lambda d: RopeBlock(
+            dim=d, segments=((d - 8, 3),), layout="interleaved", rope_dim=d // 2, seed=4
+        ),
+        zero_exact=False,
+    ),
+    "hadamard_per_head-3": Row(
+        lambda d: HadamardPerHead(dim=d, bits=3), lambda d: lloyd(3, d, "gaussian")
+    ),
+    "hadamard_per_head-2-head": Row(
+        lambda d: HadamardPerHead(dim=d, bits=2, scale="head"), zero_exact=False
+    ),
     "e8": Row(lambda d: E8(dim=d, scale_rule="least_squares", scale_dtype="bfloat16")),
 }
 
 
 # Codecs whose arrays are fitted to samples [n, D] of the source.
 FITS: dict[str, Callable[[Any, np.ndarray], dict[str, np.ndarray]]] = {
+    "hadamard_per_head": lambda codec, x: fit_hadamard(codec, x, candidates=2, sweeps=0),
     "nuq": fit_nuq,
     "oscar": lambda codec, x: fit_oscar(x.T @ x / len(x)),
     "per_channel": fit_per_channel,
+    "rope_block": fit_rope_block,
+    "transform": lambda codec, x: fit_arrays(
+        codec, fit_basis(*weighted_moments(x), np.eye(codec.dim), shrink=0.5), x
+    ),
     "turboquant_outliers": lambda codec, x: {
         "outlier": choose_outliers(np.mean(x * x, axis=0), codec.split)
     },

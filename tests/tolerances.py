@@ -212,4 +212,66 @@ TOL: dict[str, float] = {
     "rare": 1e-4,
     # Norms kept through four levels of cos^2 + sin^2 and two float32 rotations: 40 * 6e-8.
     "rule_limit_f32": 4e-6,
+    # Decode over stored tokens in float32 against float64: a logit is a sum of <= 256 products of
+    # order 1/16 with partial sums up to 8 (256 * 0.5 * 6e-8 * 1 at random signs ~ 4e-6), which is
+    # also its relative effect on p; the sum over p of one sign adds 1e-6. Three times that.
+    "decode_stored": 2e-5,
+    # TPU kernel: query times plane weights (of order 2, 3 planes of 128) rounded to units of
+    # max / 32639 = 4 * 2 / 32639: 0.3 units * sqrt(400) * 0.09 (scale of logits) * 1.5 = 2e-4 of a
+    # logit, which is also relative to p; p times scale to units of 1 / 32639 = 3e-5. Twice.
+    "decode_mosaic": 5e-4,
+    # A table of numbers up to 3 as a sum of 2**bits float32 terms of that size: 16 * 3 * 6e-8.
+    "plane_sums": 3e-6,
+    # The same with queries and probabilities cut to 16 bits (two bfloat16, 2**-16 each, one sign):
+    # logits off by 2**-16 sum |q k| (<= 4), hence p by 6e-5; the cut of p itself adds 2**-16.
+    "decode_triton": 8e-5,
+    # One bfloat16 each (2**-9): the same sums with random signs, 2**-9 * 4 at most.
+    "decode_bfloat16": 8e-3,
+    # Sums of squares of float32 gradients and errors on tiny models: gradients through 2-3 layers
+    # err by ~30 eps of their largest entry, errors x_hat - x by eps |x| / |e| ~ 1e-6, both twice in
+    # a square and averaged over thousands of terms.
+    "sensitivity_rel": 1e-3,
+    # Statistics of two layers whose matrix products (64 terms) are added in another order: 64 eps
+    # per product, twice through the layers, twice again in a square: 256 * 6e-8.
+    "mesh_sums": 1.6e-5,
+    # Share of values in another code bin: a shift of 64 eps of a value over a bin of 1/800 of it,
+    # both bins counted: 2 * 4e-6 * 800.
+    "mesh_moved": 6.4e-3,
+    # float32 products of 64 terms (2^-24 each, error growing as their root) behind a basis whose
+    # condition number reaches 30: 64^0.5 * 6e-8 * 30 = 1.4e-5, of the largest entry.
+    "transform_float64": 2e-5,
+    # Products of 24 x 24 float64 matrices of condition 1e4, beside the 1e-9 that `fit_basis` adds.
+    "transform_joint": 1e-6,
+    # Generation on an interpreted kernel: "decode_triton" (8e-5) of sum p |v| up to 4 in each of 2
+    # layers, through weights of order 1, to logits; three times that. No code flips.
+    "kernel_logits": 2e-3,
+    # optimum-quanto restores scale * code - shift, we minimum + scale * code: three float32
+    # roundings each of numbers up to 4: 6 * 6e-8 * 4.
+    "quanto_f32": 1.5e-6,
+    # Two orders of summation of 64 float32 products in logits, softmax and output, values up to 4:
+    # "attention_f32" without its length.
+    "tokamax_f32": 2e-6,
+    # Perplexity over that of the unquantized cache, llama.cpp (whose weights meet 8-bit
+    # activations, so that most codes of deep layers differ by one) against float32: two draws of
+    # the same quantization noise. Over six windows of 512 tokens such draws of 5-bit noise were
+    # 0.9 % apart (channels in another order before the rotation); 0.1 to 1.3 % were seen here.
+    "llama_cpp_ratio": 1.5e-2,
+    # (q - zero) * scale in float64 against two float32 products: 3 roundings of 6e-8.
+    "qarray_f32": 2e-7,
+    # Mean squared error of a scalar code in float32, values up to 10 with errors of 0.5: 20 * 6e-8
+    # twice in a square; a value at a threshold has the same error on both sides.
+    "search_error": 1e-5,
+    # Solves of 24 x 24 systems of condition <= 400 (skew entries up to 42): 400 * 1e-16 times 24,
+    # in float32 400 * 6e-8 times 8. To first order: the second-order term 2 |W|^2, |W| = 1.5e-5.
+    "cayley_f64": 1e-12,
+    "cayley_f32": 2e-4,
+    "cayley_first_order": 1e-9,
+    # float32 loss against float64: sums of 64 squares of differences near 1, 100 roundings; a value
+    # at a threshold costs the same on both sides, a trellis path that ties nearly so.
+    "rotation_loss": 1e-4,
+    # Its gradient against central differences at h = 1e-7 in float64 (rounding 1e-16 / h = 1e-9):
+    # float32 sums of 200 terms of both signs, over the largest entry.
+    "rotation_gradient": 1e-4,
+    # A S of float32 matrices of condition up to 10: 16 products of 6e-8 each way.
+    "rotated_pair": 2e-5,
 }

@@ -27,15 +27,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt, UInt8
 
 POLYNOMIALS = {4: (0o2, 0o5), 8: (0o4, 0o13), 16: (0o4, 0o23), 256: (0o362, 0o515)}  # h1, h0
-MAX_BITS = 4
+MAX_BITS = 6
 
 # Values of one search step (vectors times states). Its working set of a few MB stays in a core's
 # cache, and what is kept for the traceback is bounded whatever the number of vectors.
-_STEP_VALUES = 1 << 14
+STEP_VALUES = 1 << 14
 
 
 def check(states: int, bits: int) -> None:
-    """Raises ValueError unless there is a code of `states` states and `bits` is 1..4."""
+    """Raises ValueError unless there is a code of `states` states and `bits` is 1..6."""
     if type(states) is not int or states not in POLYNOMIALS:
         raise ValueError(f"{states=} must be one of {', '.join(map(str, POLYNOMIALS))}")
     if type(bits) is not int or not 1 <= bits <= MAX_BITS:
@@ -76,7 +76,7 @@ def encode(
     A code is z1 + 2 i with i the point's place in its subset. Works on a bounded number of vectors
     at a time: beside input and output, memory does not grow with N.
     """
-    count = max(16, _STEP_VALUES // states)
+    count = max(16, STEP_VALUES // states)
     n = u.shape[0]
     if n <= count:
         return _encode(states, points, u)
@@ -96,10 +96,9 @@ def _encode(
         columns,
     )
     end = jnp.argmin(cost, axis=0).astype(jnp.int32)
-    start, (z1, z0) = jax.lax.scan(functools.partial(_back, states), end, kept, reverse=True)
+    start, (z1, z0) = jax.lax.scan(functools.partial(back, states), end, kept, reverse=True)
     subset = 2 * z1 + z0
-    place = _place(points, columns, subset)
-    codes = (z1 + 2 * place).astype(jnp.uint8)
+    codes = (z1 + 2 * place(points, columns, subset)).astype(jnp.uint8)
     return codes.T, start.astype(jnp.uint8)
 
 
@@ -107,8 +106,6 @@ def _forward(
     states: int, points: Float[Array, "P"], cost: Float[Array, "S N"], u: Float[Array, "N"]
 ) -> tuple[Float[Array, "S N"], UInt[Array, "W N"]]:
     """One step of the search: cost of the best path into each state, and which way it came."""
-    h1, h0 = POLYNOMIALS[states]
-    high = states // 2
     # Squared distance to the nearest point of each subset. The barrier keeps XLA from repeating
     # this for every state.
     off = [
@@ -116,7 +113,15 @@ def _forward(
         for z in range(4)
     ]
     near = jax.lax.optimization_barrier(jnp.stack(off))
-    near = near * near
+    return advance(states, cost, near * near)
+
+
+def advance(
+    states: int, cost: Float[Array, "S N"], near: Float[Array, "4 N"]
+) -> tuple[Float[Array, "S N"], UInt[Array, "W N"]]:
+    """The same from the squared distance to the nearest point of each subset."""
+    h1, h0 = POLYNOMIALS[states]
+    high = states // 2
     # A state s' with top bit t is reached from ((s' ^ t h0' ^ z1 h1') << 1) + t by z1 = 0 and 1.
     split = cost.reshape(high, 2, -1)
     ways = []
@@ -129,7 +134,7 @@ def _forward(
     best = jnp.minimum(ways[0], ways[1])
     lanes = min(states, 32)
     shifts = jnp.arange(lanes, dtype=jnp.uint32)[None, :, None]
-    words = jnp.sum(one.reshape(-1, lanes, u.shape[0]) << shifts, axis=1, dtype=jnp.uint32)
+    words = jnp.sum(one.reshape(-1, lanes, near.shape[1]) << shifts, axis=1, dtype=jnp.uint32)
     # Costs grow with the path, so they are kept relative to state 0's: float32 stays exact enough.
     narrow = {4: jnp.uint8, 8: jnp.uint8, 16: jnp.uint16}.get(states, jnp.uint32)
     return best - best[:1], words.astype(narrow)
@@ -142,7 +147,7 @@ def _xor(rows: Float[Array, "R N"], mask: int) -> Float[Array, "R N"]:
     return jnp.flip(rows.reshape(*(2,) * bits, -1), axes).reshape(rows.shape) if axes else rows
 
 
-def _back(
+def back(
     states: int, state: Int[Array, "N"], words: Array
 ) -> tuple[Int[Array, "N"], tuple[Int[Array, "N"], Int[Array, "N"]]]:
     """One step of the traceback: the state before and the branch (z1, z0) taken from there."""
@@ -156,11 +161,11 @@ def _back(
     return before, (z1, z0)
 
 
-def _place(
+def place(
     points: Float[Array, "P"], u: Float[Array, "D N"], subset: Int[Array, "D N"]
 ) -> Int[Array, "D N"]:
     """Place of the nearest point of each coordinate's own subset."""
-    place = jnp.zeros(u.shape, jnp.int32)
+    found = jnp.zeros(u.shape, jnp.int32)
     for i in range(len(points) // 4 - 1):
         ends = [0.5 * (points[4 * i + z] + points[4 * i + 4 + z]) for z in range(4)]
         end = jnp.where(
@@ -168,8 +173,8 @@ def _place(
             jnp.where(subset == 3, ends[3], ends[2]),
             jnp.where(subset == 1, ends[1], ends[0]),
         )
-        place += (u > end).astype(jnp.int32)
-    return place
+        found += (u > end).astype(jnp.int32)
+    return found
 
 
 @functools.lru_cache(maxsize=32)
@@ -191,13 +196,22 @@ def decode(
     states: int, points: Float[Array, "P"], codes: UInt8[Array, "*n D"], start: UInt8[Array, "*n"]
 ) -> Float[Array, "*n D"]:
     """Values of the codes: every coordinate on its own, by the parity of the bits before it."""
+    return points.at[indices(states, codes, start)].get(mode="promise_in_bounds")
+
+
+def indices(
+    states: int, codes: UInt8[Array, "*n D"], start: UInt8[Array, "*n"] | None
+) -> Int[Array, "*n D"]:
+    """Number of the point of each code; `start` None is state 0."""
     memory = states.bit_length() - 1
     g = jnp.asarray(parity_matrix(states, codes.shape[-1]), jnp.float32)
     z1 = codes & jnp.uint8(1)
-    shifts = jnp.arange(memory, dtype=jnp.uint8).reshape((1,) * start.ndim + (-1,))
-    first = (start[..., None] >> shifts) & jnp.uint8(1)
-    bits = jnp.concatenate([first, z1], axis=-1).astype(jnp.float32)
+    if start is None:
+        bits, g = z1, g[memory:]
+    else:
+        shifts = jnp.arange(memory, dtype=jnp.uint8).reshape((1,) * start.ndim + (-1,))
+        first = (start[..., None] >> shifts) & jnp.uint8(1)
+        bits = jnp.concatenate([first, z1], axis=-1)
     # 0/1 factors and sums far below 2^24: exact at any matmul precision that adds in float32.
-    z0 = jnp.matmul(bits, g).astype(jnp.int32) & 1
-    index = (codes >> jnp.uint8(1)).astype(jnp.int32) * 4 + 2 * z1.astype(jnp.int32) + z0
-    return points.at[index].get(mode="promise_in_bounds")
+    z0 = jnp.matmul(bits.astype(jnp.float32), g).astype(jnp.int32) & 1
+    return (codes >> jnp.uint8(1)).astype(jnp.int32) * 4 + 2 * z1.astype(jnp.int32) + z0

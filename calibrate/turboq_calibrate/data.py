@@ -2,13 +2,16 @@
 
 A source is `topics:calibration` or `topics:heldout` (the Python language reference that every
 interpreter carries in `pydoc_data.topics`, split by topic into two parts without a common
-paragraph) or the path of a UTF-8 file. Windows do not overlap and get no BOS token.
+paragraph), `source:calibration` or `source:heldout` (the same of the standard library's Python
+source, split by module) or the path of a UTF-8 file. Windows do not overlap and get no BOS token.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -55,9 +58,9 @@ class Windows:
 
 
 def topic_split(name: str) -> str:
-    """The part a topic belongs to: "heldout" when sha256(name), big-endian, is 0 mod 4.
+    """The part a topic or module is in: "heldout" when sha256(name), big-endian, is 0 mod 4.
 
-    A hash, not a position, so that a topic never changes sides when Python adds another.
+    A hash, not a position, so that a name never changes sides when Python adds another.
     """
     digest = int.from_bytes(hashlib.sha256(name.encode()).digest(), "big")
     return "heldout" if digest % HELDOUT_ONE_IN == 0 else "calibration"
@@ -72,29 +75,53 @@ def load_text(sources: str | Sequence[str | Path]) -> Text:
     names = [sources] if isinstance(sources, str) else [str(s) for s in sources]
     if not names:
         raise TurboqError("no text given: name a UTF-8 file, or topics:calibration")
-    parts = [_topics(n) if n.startswith("topics:") else _file(Path(n)) for n in names]
+    parts = [_part(n) for n in names]
     text = "\n\n".join(parts)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Text(source=",".join(names), text=text, sha256=digest)
 
 
-def _topics(name: str) -> str:
-    split = name.removeprefix("topics:")
+def _part(name: str) -> str:
+    kind, _, split = name.partition(":")
+    if kind not in ("topics", "source"):
+        return _file(Path(name))
     if split not in SPLITS:
-        choices = ", ".join(f"topics:{s}" for s in SPLITS)
+        choices = ", ".join(f"{kind}:{s}" for s in SPLITS)
         raise TurboqError(f"unknown text source {name!r}: choose from {choices}")
-    from pydoc_data.topics import topics
+    return _side(_topics() if kind == "topics" else _modules(), split)
 
+
+def _side(texts: dict[str, str], split: str) -> str:
+    """The texts of one side, by name; calibration without the paragraphs of the other."""
     heldout = [
-        p for t in sorted(topics) if topic_split(t) == "heldout" for p in _paragraphs(topics[t])
+        p for t in sorted(texts) if topic_split(t) == "heldout" for p in _paragraphs(texts[t])
     ]
     if split == "heldout":
         return "\n\n".join(heldout)
     # Some topics repeat others word for word ("compound" holds all of "if", "while", ...).
     seen = {_words(p) for p in heldout}
-    calibration = [t for t in sorted(topics) if topic_split(t) == "calibration"]
-    kept = [p for t in calibration for p in _paragraphs(topics[t]) if _words(p) not in seen]
+    calibration = [t for t in sorted(texts) if topic_split(t) == "calibration"]
+    kept = [p for t in calibration for p in _paragraphs(texts[t]) if _words(p) not in seen]
     return "\n\n".join(kept)
+
+
+def _topics() -> dict[str, str]:
+    from pydoc_data.topics import topics
+
+    return topics
+
+
+def _modules() -> dict[str, str]:
+    """Source of every single-file module at the top of the standard library, by module name."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    names = (n for n in sys.stdlib_module_names if n.isidentifier())
+    files = {name: folder / f"{name}.py" for name in names}
+    found = {n: f.read_text(encoding="utf-8") for n, f in files.items() if f.is_file()}
+    if not found:
+        raise TurboqError(
+            f"no standard-library source in {folder}: use a Python that has it, or give text files"
+        )
+    return found
 
 
 def _paragraphs(text: str) -> list[str]:

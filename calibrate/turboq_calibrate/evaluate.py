@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from turboq import accounting
+from turboq.codecs.transform_padded import shared_layer
 from turboq.errors import TurboqError
 from turboq.layer import KVLayer
 from turboq.plan import Plan, check_model
@@ -32,7 +33,13 @@ from turboq_calibrate.memory import peak_rss
 from turboq_calibrate.models import Model, default_positions, embed_tokens, exact_attend
 from turboq_calibrate.models.decoder import run_head, run_layer
 from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.plugs import packed_attend, pre_rope_attend, simulated_attend
+from turboq_calibrate.plugs import (
+    KERNELS,
+    packed_attend,
+    packed_by,
+    pre_rope_attend,
+    simulated_attend,
+)
 from turboq_calibrate.progress import Progress
 from turboq_calibrate.quality import SCHEMA, Quality
 
@@ -40,7 +47,7 @@ PLUGS = {
     "simulated": simulated_attend,
     "packed": packed_attend,
     "pre_rope": pre_rope_attend,
-}
+} | {name: packed_by(name) for name in KERNELS}
 BLOCK = 256  # positions whose logits exist at the same time
 LEVEL = 0.95
 NamedPlan = tuple[str, Plan, dict[str, np.ndarray]]
@@ -76,7 +83,8 @@ def evaluate(
       windows: token ids; every window starts at position 0.
       text: what the windows are, for the table.
       attention: "simulated" (quantize and dequantize, one parallel pass) or "packed" (prefill of
-        the packed cache): the same numbers up to float32 rounding, layer by layer; or
+        the packed cache): the same numbers up to float32 rounding, layer by layer; "xla",
+        "mosaic_tpu" or "triton" (packed, read by that kernel, interpreted where it cannot run); or
         "pre_rope" (simulated, keys quantized before their rotary embedding).
       context: tokens at which `bits_per_channel_at_context` counts sinks, recent window, whole
         pages and static arrays; the model's context by default.
@@ -90,6 +98,9 @@ def evaluate(
     started = time.perf_counter()
     names = _check(model, plans, windows, attention)
     layers = {name: plan_layers(model, plan, arrays) for name, plan, arrays in plans}
+    running = layers
+    if attention == "simulated":  # one program for all learned segments
+        running = {name: [x and shared_layer(x) for x in found] for name, found in layers.items()}
     context = model.spec.context if context is None else context
     measured: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in names}
     exact_nll: list[np.ndarray] = []
@@ -105,7 +116,7 @@ def evaluate(
             # The head counts as one more layer.
             unit = batch.size * (len(plans) + 1) / (len(model.spec.layers) + 1)
             hidden, found = _hidden_states(
-                model, layers, tokens, PLUGS[attention], lambda unit=unit: bar.advance(unit)
+                model, running, tokens, PLUGS[attention], lambda unit=unit: bar.advance(unit)
             )
             nll, rows = _score(model, hidden, tokens)
             bar.advance(unit)

@@ -185,7 +185,7 @@ def test_codec_error_and_shannon(rule, rng):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("states", 32), ("states", True), ("bits", 0), ("bits", 5)]
+    ("field", "value"), [("states", 32), ("states", True), ("bits", 0), ("bits", 7)]
 )
 def test_bad_values_are_named(field, value):
     with pytest.raises(ValueError, match=f"{field}={value!r} must be"):

@@ -16,6 +16,7 @@ from turboq.codecs.e8 import E8 as E8
 from turboq.codecs.exact import Exact as Exact
 from turboq.codecs.fp8 import FP8 as FP8
 from turboq.codecs.ggml import Ggml as Ggml
+from turboq.codecs.hadamard_per_head import HadamardPerHead as HadamardPerHead
 from turboq.codecs.int_affine import IntAffine as IntAffine
 from turboq.codecs.int_token_head import Int4TokenHead as Int4TokenHead
 from turboq.codecs.int_token_head import Int8TokenHead as Int8TokenHead
@@ -30,7 +31,9 @@ from turboq.codecs.per_channel import PerChannel as PerChannel
 from turboq.codecs.per_head import PerHead as PerHead
 from turboq.codecs.polarquant import PolarQuant as PolarQuant
 from turboq.codecs.qjl import QJL as QJL
+from turboq.codecs.rope_block import RopeBlock as RopeBlock
 from turboq.codecs.tcq import TCQ as TCQ
+from turboq.codecs.transform import Transform as Transform
 from turboq.codecs.turboquant_mse import TurboQuantMSE as TurboQuantMSE
 from turboq.codecs.turboquant_prod import TurboQuantProd as TurboQuantProd
 from turboq.codecs.vllm_turboquant import VLLMTurboQuantKey as VLLMTurboQuantKey
@@ -63,6 +66,9 @@ CODECS: dict[str, type[Codec]] = {
         PolarQuant,
         TCQ,
         E8,
+        Transform,
+        RopeBlock,
+        HadamardPerHead,
     )
 }
 
@@ -91,6 +97,8 @@ def from_config(config: Any) -> Codec:
         if key not in given:
             if field.default is dataclasses.MISSING:
                 raise TurboqError(f"codec {name!r} needs field {key!r}")
+        elif typing.get_origin(types[key]) is tuple and isinstance(given[key], list | tuple):
+            given[key] = _tuples(given[key])
         elif type(given[key]) is not types[key]:
             raise TurboqError(
                 f"codec {name!r}: {key}={given[key]!r} must be {types[key].__name__},"
@@ -100,3 +108,8 @@ def from_config(config: Any) -> Codec:
         return cls(**given)
     except ValueError as error:
         raise TurboqError(f"codec {name!r}: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of JSON as the tuples of a hashable codec, which checks what is in them."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

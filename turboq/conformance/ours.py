@@ -17,7 +17,10 @@ from turboq.codecs import (
     CODECS,
     Arrays,
     Codec,
+    fit_hadamard,
+    fit_rope_block,
     fit_scale,
+    fit_transform,
     from_config,
     nuq,
     oscar,
@@ -77,6 +80,28 @@ def _static_scale(codec: Any, samples: np.ndarray) -> dict[str, np.ndarray]:
 
 def _oscar(codec: Any, samples: np.ndarray) -> dict[str, np.ndarray]:
     return oscar.fit_oscar(samples.T.astype(np.float64) @ samples / len(samples))
+
+
+def _transform(codec: Any, samples: np.ndarray) -> dict[str, np.ndarray]:
+    covariance = fit_transform.weighted_moments(samples)[1]
+    basis = fit_transform.fit_basis(np.zeros(codec.dim), covariance, np.eye(codec.dim))
+    return fit_transform.fit_arrays(codec, basis, samples)
+
+
+def _rope_block(codec: Any, samples: np.ndarray) -> dict[str, np.ndarray]:
+    fitted = fit_rope_block.fit_rope_block(codec, samples)
+    return fitted | {"mean": np.zeros(codec.dim)}
+
+
+def _hadamard(codec: Any, samples: np.ndarray) -> dict[str, np.ndarray]:
+    fitted = fit_hadamard.fit_hadamard(codec, samples, candidates=2, sweeps=0)
+    return fitted | {"mean": np.zeros(codec.dim)}
+
+
+def _runs(dim: int) -> tuple[tuple[int, int], ...]:
+    """Half of the coordinates (in whole bytes) at 4 bits, the rest at 3."""
+    first = dim // 16 * 8
+    return ((first, 4), (dim - first, 3))
 
 
 def _outliers(high: int, low: int) -> Setting:
@@ -157,6 +182,25 @@ SETTINGS: dict[str, list[Setting]] = {
     "tcq": [
         *(_rotated(bits=b) for b in (3, 2, 4, 1)),
         *(_rotated(bits=2, states=s) for s in (4, 16, 256)),
+    ],
+    "transform": [
+        *(
+            _format(_transform, static=True, segments=_runs, quantizer=q)
+            for q in ("scalar", "trellis")
+        ),
+        _format(_transform, segments=_runs, gain="float16"),
+        _format(_transform, static=True, segments=_runs, gain="code", codebook="fitted"),
+    ],
+    "rope_block": [
+        _format(_rope_block, segments=_runs, gain="float16"),
+        _format(_rope_block, static=True, segments=_runs, layout="interleaved"),
+    ],
+    "hadamard_per_head": [
+        *(
+            dataclasses.replace(_scalar(rule, bits=b, scale_rule=rule), arrays=_hadamard)
+            for rule, b in (("raw", 3), ("unbiased", 4))
+        ),
+        _format(_hadamard, static=True, bits=3, scale="head"),
     ],
     "e8": [_rotated()],
     "polarquant": [_rotated()],

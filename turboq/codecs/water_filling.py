@@ -1,0 +1,215 @@
+"""Bits by coordinate: exact allocation over measured distortion curves, in a few equal-width runs.
+
+Coordinates of variances v_1 >= v_2 >= ... (in units of what is being minimised) and a quantizer
+that leaves the fraction d(b) of a unit variance at b bits: minimise
+
+    sum_i v_i d(b_i)    over falling b in at most `runs` runs of whole blocks of 8 coordinates
+
+for every total at once, by dynamic programming over blocks. At high rate, without the constraint on
+runs, this is reverse water-filling (Cover and Thomas, theorem 10.3.3) with d(b) instead of 4^-b.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from turboq import codebook as codebooks
+from turboq import trellis, trellis_fit, trellis_runs
+from turboq.codecs.transform import MAX_SEGMENTS, QUANTIZERS, Segments
+
+BLOCK = 8
+SCALAR_BITS = 8
+
+
+@functools.cache
+def distortion_curve(quantizer: str, states: int = 8, free_start: bool = False) -> np.ndarray:
+    """d(b) for b = 0, 1, ...: mean squared error of a unit Gaussian, d(0) = 1 (dropped). Read-only.
+
+    "scalar" is Lloyd-Max in closed form (9 values), "trellis" is measured on 1024 Gaussian
+    sequences of 64 (standard error 0.5 %, 7 values).
+
+    Raises:
+      ValueError: unknown quantizer or number of states.
+    """
+    if quantizer == "scalar":
+        d = [codebooks.distortion("gaussian", codebooks.lloyd_max("gaussian", b)) for b in _bits(8)]
+    elif quantizer == "trellis":
+        d = [_trellis_error(states, b, free_start) for b in _bits(trellis.MAX_BITS)]
+    else:
+        raise ValueError(f"{quantizer=} must be one of {', '.join(QUANTIZERS)}")
+    curve = np.array([1.0, *d])
+    curve.setflags(write=False)
+    return curve
+
+
+def _bits(most: int) -> range:
+    return range(1, most + 1)
+
+
+def _trellis_error(states: int, bits: int, free_start: bool) -> float:
+    u = trellis_fit.samples(1024, 64, seed=1)
+    runs = ((jnp.asarray(trellis.codebook(states, bits), jnp.float32), 64),)
+
+    @jax.jit
+    def error(u):
+        codes, start = trellis_runs.encode(states, runs, u, free=free_start)
+        back = trellis_runs.decode(states, runs, codes, start if free_start else None)
+        return jnp.mean(jnp.square(u - back))
+
+    return float(error(jnp.asarray(u)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """The best of every size: `bits` per vector, `error` left, `segments`; bits rising."""
+
+    bits: Int[np.ndarray, "R"]
+    error: Float[np.ndarray, "R"]
+    segments: tuple[Segments, ...]
+
+    def at(self, bits: int) -> int:
+        """Index of the largest size of at most `bits`.
+
+        Raises:
+          ValueError: even the smallest is larger.
+        """
+        found = int(np.searchsorted(self.bits, bits, side="right")) - 1
+        if found < 0:
+            raise ValueError(f"{bits=} per vector are less than the smallest, {self.bits[0]}")
+        return found
+
+
+def rates(
+    variances: Float[np.ndarray, "D"], curve: Float[np.ndarray, "b"], *, runs: int = MAX_SEGMENTS
+) -> Rates:
+    """The best segments of every number of code bits per vector that improves on fewer bits.
+
+    Raises:
+      ValueError: variances that are not falling, negative or not a multiple of 8; runs below 1.
+    """
+    v = np.asarray(variances, np.float64)
+    if v.ndim != 1 or np.any(v < 0) or np.any(np.diff(v) > 1e-9 * v[0]):
+        raise ValueError("variances must be falling and not negative")
+    return cost_rates(v[:, None] * curve[None, :], runs=runs)
+
+
+def cost_rates(costs: Float[np.ndarray, "D b"], *, runs: int = MAX_SEGMENTS) -> Rates:
+    """`rates` where costs[i, b] is what coordinate i costs at b bits, however measured.
+
+    Exact: dynamic programming over (block, its bits, run number, bits so far).
+
+    Raises:
+      ValueError: not whole blocks of 8 coordinates, negative or not finite costs; runs below 1.
+    """
+    costs = np.asarray(costs, np.float64)
+    if costs.ndim != 2 or len(costs) % BLOCK or not np.all(costs >= 0) or np.isinf(costs).any():
+        raise ValueError(f"{costs.shape=} must be whole blocks of 8 finite costs of 0 or more")
+    if runs < 1:
+        raise ValueError(f"{runs=} must be at least 1")
+    blocks = costs.reshape(-1, BLOCK, costs.shape[1]).sum(axis=1)
+    n, top = len(blocks), costs.shape[1] - 1
+    size = n * top + 1
+    # best[b, r, t]: least error of the blocks so far, the last at b bits in run r, t in all.
+    best = np.full((top + 1, runs + 1, size), np.inf)
+    came = np.zeros((n, top + 1, runs + 1, size), np.int8)  # bits of the block before
+    for j in range(n):
+        new = np.full_like(best, np.inf)
+        for b in range(top + 1):
+            cost = blocks[j, b]
+            for r in range(runs + 1):
+                if r == 0 and b > 0:
+                    continue
+                if j == 0:
+                    if r == (b > 0):
+                        new[b, r, b] = cost
+                    continue
+                # A dropped block keeps the run number of what came before it.
+                ways = {a: best[a, r if a == b or b == 0 else r - 1] for a in range(b, top + 1)}
+                names = np.array(list(ways), np.int8)
+                stack = np.stack(list(ways.values()))
+                pick = np.argmin(stack, axis=0)
+                least = np.take_along_axis(stack, pick[None], axis=0)[0]
+                new[b, r, b:] = least[: size - b] + cost
+                came[j, b, r, b:] = names[pick][: size - b]
+        best = new
+    flat = best.reshape(-1, size)
+    which = np.argmin(flat, axis=0)
+    error = flat[which, np.arange(size)]
+    kept_bits, kept_error, kept_segments = [], [], []
+    lowest = np.inf
+    for t in range(1, size):
+        if not error[t] < lowest:
+            continue
+        lowest = error[t]
+        b, r = divmod(int(which[t]), runs + 1)
+        kept_bits.append(t * BLOCK)
+        kept_error.append(lowest)
+        kept_segments.append(_trace(came, n, b, r, t))
+    return Rates(np.array(kept_bits), np.array(kept_error), tuple(kept_segments))
+
+
+def _trace(came: np.ndarray, n: int, b: int, r: int, t: int) -> Segments:
+    levels = [b]
+    for j in range(n - 1, 0, -1):
+        a = int(came[j, b, r, t])
+        t -= b
+        r = r if a == b or b == 0 else r - 1
+        b = a
+        levels.append(b)
+    runs: list[list[int]] = []
+    for level in reversed(levels):
+        if level and runs and runs[-1][1] == level:
+            runs[-1][0] += BLOCK
+        elif level:
+            runs.append([BLOCK, level])
+    return tuple((width, bits) for width, bits in runs)
+
+
+def share(tables: list[Rates], bits: int, *, fixed: int = 0) -> list[int]:
+    """Index into each table so that the sum of errors is least within `bits` in all.
+
+    Greedy on the lower convex hulls of (bits, error): optimal but for less than one step of one
+    unit. `fixed` bits per vector (gain, start) are added to every table's sizes.
+
+    Raises:
+      ValueError: the smallest of every table exceed the budget.
+    """
+    hulls = [_hull(t.bits, t.error) for t in tables]
+    chosen = [0] * len(tables)
+    spent = sum(int(t.bits[0]) + fixed for t in tables)
+    if spent > bits:
+        raise ValueError(f"{bits=} for all vectors of a token are less than the least, {spent}")
+    steps = []
+    for u, (t, hull) in enumerate(zip(tables, hulls, strict=True)):
+        for a, b in itertools.pairwise(hull):
+            more = int(t.bits[b] - t.bits[a])
+            steps.append(((t.error[b] - t.error[a]) / more, u, b, more))
+    stopped = set()
+    for _, u, b, more in sorted(steps):
+        # Slopes rise along a hull, so a unit that cannot afford a step takes no later one.
+        if u in stopped or spent + more > bits:
+            stopped.add(u)
+            continue
+        chosen[u], spent = b, spent + more
+    return [hulls[u][0] if c == 0 else c for u, c in enumerate(chosen)]
+
+
+def _hull(x: np.ndarray, y: np.ndarray) -> list[int]:
+    """Indices of the lower convex hull, x rising; starts at 0."""
+    hull: list[int] = []
+    for i in range(len(x)):
+        while len(hull) >= 2:
+            a, b = hull[-2], hull[-1]
+            if (y[b] - y[a]) * (x[i] - x[a]) >= (y[i] - y[a]) * (x[b] - x[a]):
+                hull.pop()
+            else:
+                break
+        hull.append(i)
+    return hull
