@@ -1,0 +1,325 @@
+"""What every (layer, KV head, K or V) may be stored as: codecs, fitted arrays, exact sizes.
+
+    table = build_table(geometry, [data_free("tq 3", TurboQuantMSE(dim=64, bits=3)), ...], samples)
+    plan, arrays = table.to_plan(geometry, chosen)          chosen[u] is a candidate of unit u
+
+Candidate c carries the same label everywhere, so "the same c for all units" is a uniform plan, and
+costs and sizes of all units are two arrays [U, C]. The codec behind a label may differ by head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from turboq.codecs import Codec
+from turboq.errors import TurboqError
+from turboq.layer import TokenPolicy
+from turboq.plan import (
+    LayerGeometry,
+    ModelGeometry,
+    Plan,
+    Provenance,
+    Quality,
+    array_name,
+    check_arrays,
+    head_plan,
+)
+from turboq.plan.build import Side, at_dim
+from turboq.plan.types import SIDES
+from turboq_calibrate.samples import LayerSamples, fit_samples
+
+Arrays = dict[str, np.ndarray]
+Chosen = Int[np.ndarray, "U"] | Mapping["Unit", int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class Unit:
+    """The smallest thing that has a codec of its own: K or V of one KV head of one layer."""
+
+    layer: int
+    side: Side
+    head: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Option:
+    """One candidate for all KV heads of one side of one layer: codec and arrays of every head."""
+
+    codecs: tuple[Codec, ...]
+    arrays: tuple[Arrays, ...]
+
+    def __post_init__(self):
+        if len(self.codecs) != len(self.arrays) or not self.codecs:
+            raise ValueError(f"{len(self.codecs)=} and {len(self.arrays)=} must be the KV heads")
+        for codec, arrays in zip(self.codecs, self.arrays, strict=True):
+            shapes = {name: values.shape for name, values in arrays.items()}
+            if shapes != codec.array_shapes:
+                raise ValueError(f"{codec.name}: arrays {shapes} must be {codec.array_shapes}")
+
+    @classmethod
+    def shared(cls, codec: Codec, arrays: Mapping[str, np.ndarray], heads: int) -> Option:
+        """One codec for all heads; arrays carry a leading axis of `heads`."""
+        rows = tuple({n: np.asarray(x[h], np.float32) for n, x in arrays.items()}
+                     for h in range(heads))  # fmt: skip
+        return cls((codec,) * heads, rows)
+
+    @functools.cached_property
+    def groups(self) -> tuple[tuple[Codec, tuple[int, ...], Arrays], ...]:
+        """(codec, its heads, their arrays with a leading axis), one entry per distinct codec."""
+        out = []
+        for codec in dict.fromkeys(self.codecs):
+            heads = tuple(h for h, c in enumerate(self.codecs) if c == codec)
+            names = codec.array_shapes
+            out.append((codec, heads, {n: np.stack([self.arrays[h][n] for h in heads])
+                                       for n in names}))  # fmt: skip
+        return tuple(out)
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Stored bits of one token, of every head."""
+        return tuple(c.bits_per_vector for c in self.codecs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """How one label becomes an option of any layer and side."""
+
+    label: str
+    make: Callable[[LayerGeometry, Side, LayerSamples | None], Option]
+
+
+def data_free(label: str, k: Codec, v: Codec | None = None) -> Maker:
+    """A codec without arrays, at each layer's own head dim (`v`: another one for values).
+
+    Raises:
+      ValueError: the codec has fitted arrays.
+    """
+    for codec in (k, v or k):
+        if codec.array_shapes:
+            raise ValueError(f"codec {codec.name} has fitted arrays: use `fitted`")
+
+    def make(layer: LayerGeometry, side: Side, samples: LayerSamples | None) -> Option:
+        codec = at_dim(k if side == "k" else v or k, layer.k_dim if side == "k" else layer.v_dim)
+        return Option.shared(codec, {}, layer.kv_heads)
+
+    return Maker(label, make)
+
+
+def fitted(label: str, k: Codec, v: Codec | None = None) -> Maker:
+    """A codec that `samples.fit_samples` fits (per_head, nuq, per_channel, ...)."""
+
+    def make(layer: LayerGeometry, side: Side, samples: LayerSamples | None) -> Option:
+        codec = at_dim(k if side == "k" else v or k, layer.k_dim if side == "k" else layer.v_dim)
+        arrays = fit_samples(codec, _needed(label, samples), side)
+        return Option.shared(codec, arrays, layer.kv_heads)
+
+    return Maker(label, make)
+
+
+def learned(label: str, bits: float | int, **options: Any) -> Maker:
+    """`transform`, every head with its own best segments within `bits` per channel, gain included.
+
+    `options`: quantizer, gain, codebook, ... of `learned.Options`.
+    """
+    return learned_rates({label: bits}, **options)[0]
+
+
+def learned_rates(rates: Mapping[str, float | int], **options: Any) -> list[Maker]:
+    """`learned` at several sizes (label -> bits per channel), bases fitted once for all.
+
+    Fitted to samples with gradients (`fisher.collect_gradient_samples`) they minimise nats.
+    """
+    from turboq_calibrate.learned import HeadFit, Options, fit_heads, transform_at
+
+    known: dict[tuple[int, Side, int], list[HeadFit]] = {}
+
+    def maker(label: str, bits: float | int) -> Maker:
+        def make(layer: LayerGeometry, side: Side, samples: LayerSamples | None) -> Option:
+            samples = _needed(label, samples)
+            key = (layer.index, side, id(samples))
+            if key not in known:
+                known[key] = fit_heads(samples, side, Options(**options))
+            most = int(bits * (layer.k_dim if side == "k" else layer.v_dim) + 1e-9)
+            heads = transform_at(samples, side, most, fits=known[key], **options)
+            return Option(
+                tuple(codec for codec, _ in heads),
+                tuple({n: np.asarray(x, np.float32) for n, x in a.items()} for _, a in heads),
+            )
+
+        return Maker(label, make)
+
+    return [maker(label, bits) for label, bits in rates.items()]
+
+
+def _needed(label: str, samples: LayerSamples | None) -> LayerSamples:
+    if samples is None:
+        raise TurboqError(f"candidate {label!r} is fitted to data: give samples")
+    return samples
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Table:
+    """Candidates of all units: `options[layer, side][c]` is labelled `labels[c]`."""
+
+    labels: tuple[str, ...]
+    options: dict[tuple[int, Side], tuple[Option, ...]]
+
+    def __post_init__(self):
+        if not self.labels or len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"{self.labels=} must be one or more different names")
+        for (layer, side), options in self.options.items():
+            where = f"layer {layer}, {side}"
+            if len(options) != len(self.labels):
+                raise ValueError(f"{where}: {len(options)=} must be {len(self.labels)=}")
+            if len({len(o.codecs) for o in options}) != 1:
+                raise ValueError(f"{where}: candidates are for different numbers of heads")
+            for codec in (c for o in options for c in o.codecs):
+                if codec.block != 1:
+                    raise TurboqError(
+                        f"{where}: codec {codec.name} stores blocks of {codec.block} tokens; "
+                        "candidates must store token by token"
+                    )
+
+    @functools.cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """All units: by layer, K before V, by head."""
+        return tuple(
+            Unit(layer=layer, side=side, head=head)
+            for layer, side in sorted(self.options)
+            for head in range(len(self.options[layer, side][0].codecs))
+        )
+
+    @functools.cached_property
+    def index(self) -> dict[Unit, int]:
+        """Position of every unit in `units`."""
+        return {unit: i for i, unit in enumerate(self.units)}
+
+    @functools.cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that have units, ascending."""
+        return tuple(sorted({layer for layer, _ in self.options}))
+
+    def rows(self, layer: int, side: Side) -> slice:
+        """Where the units of one layer's side stand in `units`, in head order."""
+        start = self.index[Unit(layer=layer, side=side, head=0)]
+        return slice(start, start + len(self.options[layer, side][0].codecs))
+
+    @functools.cached_property
+    def sizes(self) -> Int[np.ndarray, "U C"]:
+        """Stored bits of one token, every bit counted."""
+        return np.concatenate(
+            [np.array([o.bits for o in self.options[key]]).T for key in sorted(self.options)]
+        )
+
+    @property
+    def channels(self) -> int:
+        """Channels of one token: sum of dims over all units, the divisor of bits per channel."""
+        return sum(c.dim for options in self.options.values() for c in options[0].codecs)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of all labels, codecs and arrays."""
+        digest = hashlib.sha256(json.dumps(self.labels).encode())
+        for key in sorted(self.options):
+            for option in self.options[key]:
+                for codec, arrays in zip(option.codecs, option.arrays, strict=True):
+                    digest.update(json.dumps([key, codec.config()], sort_keys=True).encode())
+                    for name in sorted(arrays):
+                        digest.update(name.encode() + arrays[name].astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def total(self, chosen: Chosen) -> int:
+        """Stored bits of one token under a choice."""
+        return int(self.sizes[np.arange(len(self.units)), self.check(chosen)].sum())
+
+    def bits_per_channel(self, chosen: Chosen) -> float:
+        return self.total(chosen) / self.channels
+
+    def check(self, chosen: Chosen) -> Int[np.ndarray, "U"]:
+        """The choice as an array over `units`.
+
+        Raises:
+          ValueError: a unit without a choice, an unknown unit, or a candidate out of range.
+        """
+        if isinstance(chosen, Mapping):
+            if set(chosen) != set(self.units):
+                odd = sorted(set(chosen) ^ set(self.units))[:3]
+                raise ValueError(f"a choice must name every unit once, these differ: {odd}")
+            chosen = np.array([chosen[u] for u in self.units])
+        found = np.asarray(chosen)
+        if found.shape != (len(self.units),):
+            raise ValueError(f"choice of shape {found.shape} must be [{len(self.units)}]")
+        if found.min() < 0 or found.max() >= len(self.labels):
+            raise ValueError(f"choices {found.min()}..{found.max()}: 0..{len(self.labels) - 1}")
+        return found.astype(np.int64)
+
+    def uniform(self, k: int, v: int) -> Int[np.ndarray, "U"]:
+        """Candidate k for all keys and v for all values."""
+        return np.array([k if u.side == "k" else v for u in self.units])
+
+    def to_plan(
+        self,
+        geometry: ModelGeometry,
+        chosen: Chosen,
+        *,
+        policy: TokenPolicy | None = None,
+        provenance: Provenance | None = None,
+        quality: Quality | None = None,
+    ) -> tuple[Plan, Arrays]:
+        """The plan that stores every unit as chosen, and its arrays under the plan's names."""
+        at = self.check(chosen)
+
+        def option(layer: int, side: Side, head: int) -> Option:
+            return self.options[layer, side][
+                at[self.index[Unit(layer=layer, side=side, head=head)]]
+            ]
+
+        plan = head_plan(
+            geometry,
+            lambda layer, side, head: option(layer, side, head).codecs[head],
+            policy=policy,
+            provenance=provenance,
+            quality=quality,
+        )
+        out: Arrays = {}
+        for layer in plan.layers:
+            heads = range(geometry.layers[layer.index].kv_heads)
+            for side in SIDES:
+                rows = [option(layer.index, side, head).arrays[head] for head in heads]
+                if layer.side(side).stacked:
+                    for name in rows[0]:
+                        out[array_name(layer.index, side, name)] = np.stack([r[name] for r in rows])
+                    continue
+                for head, row in enumerate(rows):
+                    for name, values in row.items():
+                        out[array_name(layer.index, side, name, head)] = values
+        return plan, check_arrays(plan, out)
+
+
+def build_table(
+    geometry: ModelGeometry,
+    makers: Sequence[Maker],
+    samples: Sequence[LayerSamples | None] | None = None,
+) -> Table:
+    """All candidates of a model, fitted per head.
+
+    Args:
+      samples: of every layer of the model (`samples.collect_samples`); None for data-free ones.
+
+    Raises:
+      TurboqError: a candidate needs samples, or stores blocks of tokens.
+    """
+    options: dict[tuple[int, Side], tuple[Option, ...]] = {}
+    for layer in geometry.cache_layers:
+        seen = None if samples is None else samples[layer.index]
+        for side in SIDES:
+            options[layer.index, side] = tuple(m.make(layer, side, seen) for m in makers)
+    return Table(tuple(m.label for m in makers), options)
