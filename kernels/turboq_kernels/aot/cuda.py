@@ -1,0 +1,167 @@
+"""Compiles the decode kernel for an H100 on a machine without a GPU or driver, and counts its cost.
+
+    python -m turboq_kernels.aot.cuda                 # rows of all shipped configurations, as JSON
+    python -m turboq_kernels.aot.cuda bits=3 dim=128  # those that match
+
+Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version, whose plugin holds XLA's
+GPU compiler, and JAX_PLATFORMS=cpu. Costs are static: instructions of the main loop per element of
+K and V, registers, bytes of spill. They say nothing about memory stalls; no time is measured here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import serialize_executable, topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+from turboq.codecs.reading import Part, Reading
+from turboq_kernels.aot import cubin
+from turboq_kernels.decode import api, types
+
+TARGET = "sm_90"
+KERNEL = "turboq_decode"
+_PLUGIN = "jax_plugins.xla_cuda13"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """What is compiled: K and V alike, `group` query heads per KV head, one query token."""
+
+    bits: int
+    levels: str = "table"
+    dim: int = 128
+    group: int = 8
+
+
+CONFIGURATIONS = (
+    *(
+        Configuration(bits=bits, dim=dim, group=group)
+        for dim in (64, 128, 256)
+        for bits in (2, 3, 4)
+        for group in (4, 8)
+    ),
+    Configuration(bits=3, group=16),
+    Configuration(bits=8, levels="int8"),
+    Configuration(bits=8, levels="e4m3"),
+)
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(_PLUGIN):
+        return None
+    return (
+        f"the GPU compiler is not installed: pip install jax-cuda13-plugin=={jax.__version__} "
+        f"jax-cuda13-pjrt=={jax.__version__}"
+    )
+
+
+def rows(only: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Costs of the configurations, compiled in a subprocess with JAX_PLATFORMS=cpu.
+
+    Args:
+      only: conditions like "bits=3" that a row must all meet.
+
+    Raises:
+      RuntimeError: the compiler is missing or failed.
+    """
+    reason = missing()
+    if reason is not None:
+        raise RuntimeError(reason)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, *only],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"compiling for {TARGET} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout)
+
+
+def row(configuration: Configuration) -> dict[str, Any]:
+    """One row of `experiments/results/kernel_costs.json`."""
+    from turboq_kernels.decode import triton
+
+    c = configuration
+    rows = max(8, c.group)  # padded: the same kernel for all groups up to 8
+    cost = _cost(dataclasses.replace(c, group=rows))
+    tuned = triton.tuning(c.dim, rows)
+    elements = tuned.tile_rows * 32 * 2 * c.dim // (32 * tuned.num_warps)
+    return {
+        "target": TARGET,
+        "op": "decode",
+        **dataclasses.asdict(c),
+        "instructions_per_element": round(cost.loop_instructions / elements, 3),
+        "registers": cost.registers,
+        "spill_bytes": cost.spill_bytes,
+    }
+
+
+@functools.cache
+def _cost(c: Configuration) -> cubin.Cost:
+    """Compiles `decode` over 16 pages of 256 tokens and reads the kernel's cost."""
+    bits, levels, dim, group, page = c.bits, c.levels, c.dim, c.group, 256
+    batch, heads, count = 2, 8, 16
+
+    def struct(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    total = batch * heads * count
+    part = Part(field="codes", width=dim, bits=bits, levels=levels, scale="scale")
+    side = types.Side(
+        words=(struct(total, bits, page // 32, dim, dtype=jnp.uint32),),
+        scales=(struct(total, page, dtype=jnp.float16),), offsets=(None,),
+        tables=(struct(heads, 2**bits) if levels == "table" else None,),
+        reading=Reading(parts=(part,)),
+    )  # fmt: skip
+    pages = types.Pages(
+        table=struct(batch, count, dtype=jnp.int32), stride_page=1, stride_head=count
+    )
+    seen = struct(batch, group, dtype=jnp.int32)
+
+    def run(q, k, v, pages, starts, ends):
+        return api.decode(q, k, v, pages, starts, ends, scale=dim**-0.5, implementation="triton")
+
+    return compiled_costs(run, struct(batch, heads, group, dim), side, side, pages, seen, seen)[
+        KERNEL
+    ]
+
+
+def compiled_costs(function, *shapes) -> dict[str, cubin.Cost]:
+    """Compiles a function of ShapeDtypeStructs for an H100; costs of all its GPU functions."""
+    config = importlib.resources.files("turboq_kernels.aot") / "h100.txtpb"
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", topology="1x1x1", target_config=config.read_text()
+    )
+    place = SingleDeviceSharding(topology.devices[0])
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        lowered = jax.jit(function).lower(*args)
+    payload, *_ = serialize_executable.serialize(lowered.compile())
+    return cubin.costs(payload)
+
+
+def main(only: Sequence[str]) -> None:
+    wanted = dict(condition.split("=") for condition in only)
+    found = []
+    for c in CONFIGURATIONS:
+        known = {"target": TARGET, "op": "decode"} | dataclasses.asdict(c)
+        if all(str(known.get(name)) == value for name, value in wanted.items()):
+            found.append(row(c))
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

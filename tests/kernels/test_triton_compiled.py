@@ -1,0 +1,98 @@
+"""The Triton decode kernel compiled for an H100 on this machine: no spills, no costlier."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from turboq_kernels.aot import cubin
+
+ROOT = Path(__file__).parents[2]
+COSTS = ROOT / "experiments" / "results" / "kernel_costs.json"
+
+# Every configuration is recorded; these are compiled again here (each takes 1-2 s).
+COMPILED = {(3, "table", 128, 8), (4, "table", 64, 8), (3, "table", 256, 8), (8, "e4m3", 128, 8)}
+
+
+def key(row):
+    return row["bits"], row["levels"], row["dim"], row["group"]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """A subprocess: the plugin must not meet a JAX that has begun, nor jaxtyping's import hook."""
+    command = (
+        "import json, sys\n"
+        "from turboq_kernels.aot import cuda\n"
+        "if cuda.missing(): sys.exit(cuda.missing())\n"
+        f"wanted = {COMPILED!r}\n"
+        "for c in cuda.CONFIGURATIONS:\n"
+        "    if (c.bits, c.levels, c.dim, c.group) in wanted: print(json.dumps(cuda.row(c)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, text=True, capture_output=True, check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
+    )  # fmt: skip
+    if "the GPU compiler is not installed" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {key(row): row for row in found}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    found = json.loads(COSTS.read_text())
+    return {key(row): row for row in found if row["target"] == "sm_90" and row["op"] == "decode"}
+
+
+def test_compiles_without_spills(rows):
+    assert set(rows) == COMPILED
+    for row in rows.values():
+        assert row["spill_bytes"] == 0, row
+        assert 64 <= row["registers"] <= 255, row
+
+
+def test_costs_have_not_grown(rows, recorded):
+    """5 % room for another compiler; a better kernel is recorded with scripts/kernel_costs.py."""
+    for name, row in rows.items():
+        for field in ("instructions_per_element", "registers"):
+            assert row[field] <= 1.05 * recorded[name][field], (row, recorded[name])
+        # Faster than believable is a loop that was not found.
+        assert row["instructions_per_element"] >= 0.7 * recorded[name]["instructions_per_element"]
+
+
+def test_every_shipped_configuration_is_recorded(recorded):
+    for bits in (2, 3, 4):
+        for dim in (64, 128, 256):
+            for group in (4, 8):
+                assert recorded[bits, "table", dim, group]["spill_bytes"] == 0
+
+
+def test_largest_loop_of_known_code():
+    """Instructions as a disassembler of CUDA 13 shows them: offset and target of three branches."""
+
+    def code(length, branches):
+        out = bytearray(16 * length)
+        for at, text in branches.items():
+            value = int(text, 16)
+            struct.pack_into("<QQ", out, at, value & (1 << 64) - 1, value >> 64)
+        return bytes(out)
+
+    # 0x580: to 0x44a0; 0x4480: back to 0xca0 = 895 instructions; 0x49e0: to itself.
+    known = {
+        0x580: "fea00038000000000003c00c48947",
+        0x4480: "fec000383ffffffffffc800040947",
+        0x49E0: "fc0000383fffffffffffc00fc7947",
+    }
+    assert cubin.largest_loop(code(0x4A0, known)) == 895
+    assert cubin.largest_loop(code(0x4A0, {0x49E0: known[0x49E0]})) == 0
+
+
+def test_executable_without_a_kernel():
+    with pytest.raises(ValueError, match="no ELF in an executable of 9 bytes"):
+        cubin.costs(b"not a file"[:9])
