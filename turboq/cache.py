@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from turboq import packing
 from turboq.codecs.base import Arrays, Codec, Stored
@@ -70,6 +71,10 @@ class Tail:
     k: Any  # float32 [B, R, K, D]
     v: Any  # float32 [B, R, K, E]
     positions: Any  # int32 [B, R]
+
+
+# Encodes x [B, N, T, D] into the slots from positions[:, 0] on, where `valid`.
+Store = Callable[[Codec, Arrays, Stored, Any, Any, Any], Stored]
 
 
 def init(layer: KVLayer, *, batch: int, capacity: int) -> LayerCache:
@@ -137,11 +142,11 @@ def write(
     positions = cache.lengths[:, None] + steps[None, :]
     valid = (steps[None, :] < counts[:, None]) & (positions < cache.capacity)
     groups = tuple(
-        _write_group(layer, g, buffers, k, v, cache.lengths, positions, valid, counts)
+        write_group(layer, g, buffers, k, v, cache.lengths, positions, valid, counts, store)
         for g, buffers in zip(layer.groups, cache.groups, strict=True)
     )
     new = LayerCache(groups=groups, lengths=cache.lengths + counts, capacity=cache.capacity)
-    return new, _tail(layer, cache, new, k, v, positions, valid)
+    return new, tail_of(layer, cache, new, k, v, positions, valid)
 
 
 def _empty(codec: Codec, lead: tuple[int, int], capacity: int) -> Stored:
@@ -156,7 +161,11 @@ def _empty(codec: Codec, lead: tuple[int, int], capacity: int) -> Stored:
     }
 
 
-def _write_group(layer: KVLayer, group, buffers, k, v, start, positions, valid, counts):
+def write_group(
+    layer: KVLayer, group: HeadGroup, buffers: GroupBuffers, k, v, start, positions, valid, counts,
+    store: Store,
+) -> GroupBuffers:  # fmt: skip
+    """Writes tokens to one group: `store` puts encoded ones where this cache keeps them."""
     sinks, ring = layer.policy.sinks, layer.ring
     k, v = (take_heads(x, group.heads).swapaxes(1, 2) for x in (k, v))  # [B, N, T, D]
     from_end = start[:, None] + counts[:, None] - positions
@@ -166,8 +175,8 @@ def _write_group(layer: KVLayer, group, buffers, k, v, start, positions, valid, 
 
     def side(codec, arrays, stored, recent, x):
         if layer.block == 1:
-            return _store(codec, arrays, stored, x, positions, valid)
-        return _store_blocks(layer, codec, arrays, stored, recent, x, start, counts)
+            return store(codec, arrays, stored, x, positions, valid)
+        return _store_blocks(layer, codec, arrays, stored, recent, x, start, counts, store)
 
     return GroupBuffers(
         k=side(group.k, group.k_arrays, buffers.k, buffers.k_recent, k),
@@ -179,7 +188,7 @@ def _write_group(layer: KVLayer, group, buffers, k, v, start, positions, valid, 
     )
 
 
-def _store(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
+def store(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
     """Encodes x [B, N, T, D], whole blocks of it, into slots positions[:, 0] onwards."""
     encoded = jax.vmap(codec.encode, in_axes=(0, 1), out_axes=1)(arrays, x)
     out = {}
@@ -198,8 +207,9 @@ def _store(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) ->
 
 
 def _store_blocks(
-    layer: KVLayer, codec: Codec, arrays: Arrays, stored: Stored, recent, x, start, counts
-) -> Stored:
+    layer: KVLayer, codec: Codec, arrays: Arrays, stored: Stored, recent, x, start, counts,
+    store: Store,
+) -> Stored:  # fmt: skip
     """Encodes the blocks that these tokens complete, from the exact ring and the new tokens."""
     first, end = layer.stored_until(start), layer.stored_until(start + counts)
     length = math.ceil((layer.ring + x.shape[2]) / layer.block) * layer.block
@@ -212,7 +222,7 @@ def _store_blocks(
     complete = positions < end[:, None]
 
     def encode(stored):
-        return _store(codec, arrays, stored, tokens, positions, complete)
+        return store(codec, arrays, stored, tokens, positions, complete)
 
     # Most appended tokens complete no block and encode nothing.
     return jax.lax.cond(jnp.any(end > first), encode, lambda stored: stored, stored)
@@ -234,45 +244,39 @@ def _scatter(
     return jax.vmap(one_sequence)(buffer, rows, slots)
 
 
-def _tail(layer, old: LayerCache, new: LayerCache, k, v, positions, valid) -> Tail:
+def tail_of(layer: KVLayer, old: LayerCache, new: LayerCache, k, v, positions, valid) -> Tail:
+    """Exact tokens that the queries of these new tokens may need."""
     ring, t = layer.ring, k.shape[1]
     if not ring:
         return Tail(k=k[:, :0], v=v[:, :0], positions=positions[:, :0])
     if t == 1:  # the ring already holds everything that the one query may see
-        ring_k, ring_v = _ring(layer, new)
-        return Tail(k=ring_k, v=ring_v, positions=_ring_positions(new.lengths, ring))
-    ring_k, ring_v = _ring(layer, old)
+        ring_k, ring_v = ring_of(layer, new.groups)
+        return Tail(k=ring_k, v=ring_v, positions=ring_positions(new.lengths, ring))
+    ring_k, ring_v = ring_of(layer, old.groups)
     return Tail(
         k=jnp.concatenate([ring_k, round_exact(layer.policy, k)], axis=1),
         v=jnp.concatenate([ring_v, round_exact(layer.policy, v)], axis=1),
         positions=jnp.concatenate(
-            [_ring_positions(old.lengths, ring), jnp.where(valid, positions, -1)], axis=1
+            [ring_positions(old.lengths, ring), jnp.where(valid, positions, -1)], axis=1
         ),
     )
 
 
-def _ring(layer: KVLayer, cache: LayerCache) -> tuple[Array, Array]:
+def ring_of(layer: KVLayer, groups: tuple[GroupBuffers, ...]) -> tuple[Array, Array]:
     """Exact recent keys and values of all heads, [B, ring, K, D], in ring order."""
 
     def gather(parts):
         return in_head_order(layer, jnp.concatenate(parts, axis=1), 1).swapaxes(1, 2)
 
     return (
-        gather([g.k_recent for g in cache.groups]).astype(jnp.float32),
-        gather([g.v_recent for g in cache.groups]).astype(jnp.float32),
+        gather([g.k_recent for g in groups]).astype(jnp.float32),
+        gather([g.v_recent for g in groups]).astype(jnp.float32),
     )
 
 
-def _ring_positions(lengths: Int[Array, "B"], ring: int) -> Int[Array, "B R"]:
+def ring_positions(lengths: Int[Array, "B"], ring: int) -> Int[Array, "B R"]:
     """Position held by each ring slot after `lengths` tokens; -1 for a slot never written."""
     slots = jnp.arange(ring, dtype=jnp.int32)[None, :]
     last = lengths[:, None] - 1
     position = last - (last - slots) % ring
     return jnp.where((lengths[:, None] > 0) & (position >= 0), position, -1)
-
-
-def stored_mask(layer: KVLayer, cache: LayerCache, first: Array, tokens: int) -> Bool[Array, "B S"]:
-    """Which of the slots first .. first + tokens - 1 hold an encoded token."""
-    slots = first + jnp.arange(tokens, dtype=jnp.int32)
-    lengths = cache.lengths if layer.block == 1 else layer.stored_until(cache.lengths)
-    return slots[None, :] < lengths[:, None]

@@ -9,6 +9,10 @@ A page is 256 tokens of one head. Codes are split into bit planes and packed *al
 so one page is [b, 8, C] uint32: b*C/8 bytes per token with no padding for any b (D=128 at 3 bits
 is 48 bytes). Unpacking bit j is the same shift on every lane, so no lane or gather moves are needed
 and the minor axes [8, C] are the tile of a TPU register; appending a token is an OR into zeros.
+
+A pool whose pages are shared between sequences may prefer pages of 64 tokens: the same rule with
+2 rows instead of 8, token 32*rows*page + rows*j + r at row r and bit j. Every function reads the
+number of rows from the words' shape.
 """
 
 from __future__ import annotations
@@ -21,28 +25,34 @@ from jaxtyping import Array, Int, UInt8, UInt32
 PAGE = 256  # tokens per page: ROWS * bits of a word
 ROWS = 8
 WORD_BITS = 32
+PAGE_ROWS = {256: 8, 64: 2}  # page sizes of a pool, and their rows
 
 
-def words_shape(tokens: int, bits: int, channels: int) -> tuple[int, int, int, int]:
-    """Shape (pages, bits, 8, channels) of the words of `tokens` tokens (a multiple of 256).
+def words_shape(
+    tokens: int, bits: int, channels: int, rows: int = ROWS
+) -> tuple[int, int, int, int]:
+    """Shape (pages, bits, rows, channels) of the words of `tokens` tokens (whole pages).
 
     Raises:
-      ValueError: tokens not a multiple of 256, or bits not in 1..8.
+      ValueError: tokens not a multiple of 32 * rows (256), or bits not in 1..8.
     """
-    if tokens < 0 or tokens % PAGE:
-        raise ValueError(f"{tokens=} must be a multiple of {PAGE} (one page)")
+    page = rows * WORD_BITS
+    if tokens < 0 or tokens % page:
+        raise ValueError(f"{tokens=} must be a multiple of {page} (one page)")
     if not 1 <= bits <= 8:
         raise ValueError(f"{bits=} must be 1..8")
-    return tokens // PAGE, bits, ROWS, channels
+    return tokens // page, bits, rows, channels
 
 
-def pack(codes: UInt8[Array, "*n S C"], bits: int) -> UInt32[Array, "*n P b 8 C"]:
-    """Codes to words; bits above `bits` of a code are not stored. S is a multiple of 256."""
+def pack(
+    codes: UInt8[Array, "*n S C"], bits: int, rows: int = ROWS
+) -> UInt32[Array, "*n P b {rows} C"]:
+    """Codes to words; bits above `bits` of a code are not stored. S is a multiple of 32 * rows."""
     *lead, tokens, channels = codes.shape
-    pages = words_shape(tokens, bits, channels)[0]
+    pages = words_shape(tokens, bits, channels, rows)[0]
     # Without the barrier XLA computes the codes anew for every bit plane.
     codes = jax.lax.optimization_barrier(codes)
-    split = codes.reshape(*lead, pages, 1, WORD_BITS, ROWS, channels).astype(jnp.uint32)
+    split = codes.reshape(*lead, pages, 1, WORD_BITS, rows, channels).astype(jnp.uint32)
     planes = _along(jnp.arange(bits, dtype=jnp.uint32), split.ndim, -4)
     shifts = _along(jnp.arange(WORD_BITS, dtype=jnp.uint32), split.ndim, -3)
     one = jnp.uint32(1)
@@ -50,56 +60,57 @@ def pack(codes: UInt8[Array, "*n S C"], bits: int) -> UInt32[Array, "*n P b 8 C"
     return jnp.sum(((split >> planes) & one) << shifts, axis=-3, dtype=jnp.uint32)
 
 
-def unpack(words: UInt32[Array, "*n P b 8 C"]) -> UInt8[Array, "*n S C"]:
+def unpack(words: UInt32[Array, "*n P b r C"]) -> UInt8[Array, "*n S C"]:
     """Words to codes, the inverse of `pack`; the number of bits is read from the shape."""
     *lead, pages, bits, rows, channels = words.shape
-    split = words[..., None, :, :]  # [*n, P, b, 1, 8, C]
+    split = words[..., None, :, :]  # [*n, P, b, 1, r, C]
     shifts = _along(jnp.arange(WORD_BITS, dtype=jnp.uint32), split.ndim - 1, -3)
     one = jnp.uint32(1)
     codes = jnp.zeros((*lead, pages, WORD_BITS, rows, channels), jnp.uint32)
     for p in range(bits):
         codes |= ((split[..., p, :, :, :] >> shifts) & one) << p
-    return codes.astype(jnp.uint8).reshape(*lead, pages * PAGE, channels)
+    return codes.astype(jnp.uint8).reshape(*lead, pages * WORD_BITS * rows, channels)
 
 
 def insert(
-    words: UInt32[Array, "P b 8 C"], codes: UInt8[Array, "T C"], start: Int[Array, ""] | int
-) -> UInt32[Array, "P b 8 C"]:
+    words: UInt32[Array, "P b r C"], codes: UInt8[Array, "T C"], start: Int[Array, ""] | int
+) -> UInt32[Array, "P b r C"]:
     """ORs T tokens into the words at token position `start` (may be traced).
 
     Preconditions the caller keeps (they cannot be checked on traced values): the slots
-    start..start+T-1 are still zero, start < 256 * P, and codes past slot 256 * P are padding,
+    start..start+T-1 are still zero, start < 32 r P, and codes past slot 32 r P are padding,
     which is dropped.
 
     Raises:
-      ValueError: T exceeds the 256 * P tokens that the words hold.
+      ValueError: T exceeds the 32 r P tokens that the words hold.
     """
-    pages, bits, _, channels = words.shape
+    pages, bits, rows, channels = words.shape
+    page = rows * WORD_BITS
     tokens = codes.shape[0]
-    if tokens > pages * PAGE:
-        raise ValueError(f"{tokens=} exceed the {pages * PAGE} slots of {pages=}")
+    if tokens > pages * page:
+        raise ValueError(f"{tokens=} exceed the {pages * page} slots of {pages=}")
     start = jnp.asarray(start, jnp.int32)
     if tokens == 1:
         return _insert_one(words, codes[0], start)
     # Whole pages that surely hold the tokens; moved left at the end of the buffer so that
     # dynamic_slice, which clamps silently, has nothing to clamp.
-    count = min(-(-tokens // PAGE) + 1, pages)
-    first = jnp.minimum(start // PAGE, pages - count)
+    count = min(-(-tokens // page) + 1, pages)
+    first = jnp.minimum(start // page, pages - count)
     # Room for T more: padding of a chunk (zero codes) may reach past the last page and is cut off.
-    block = jnp.zeros((count * PAGE + tokens, channels), jnp.uint8)
-    block = jax.lax.dynamic_update_slice_in_dim(block, codes, start - first * PAGE, axis=0)
-    block = block[: count * PAGE]
+    block = jnp.zeros((count * page + tokens, channels), jnp.uint8)
+    block = jax.lax.dynamic_update_slice_in_dim(block, codes, start - first * page, axis=0)
+    block = block[: count * page]
     old = jax.lax.dynamic_slice_in_dim(words, first, count, axis=0)
-    return jax.lax.dynamic_update_slice_in_dim(words, old | pack(block, bits), first, axis=0)
+    return jax.lax.dynamic_update_slice_in_dim(words, old | pack(block, bits, rows), first, axis=0)
 
 
 def _insert_one(
-    words: UInt32[Array, "P b 8 C"], code: UInt8[Array, "C"], start: Int[Array, ""]
-) -> UInt32[Array, "P b 8 C"]:
+    words: UInt32[Array, "P b r C"], code: UInt8[Array, "C"], start: Int[Array, ""]
+) -> UInt32[Array, "P b r C"]:
     """One token touches one row [b, C] of one page."""
-    _, bits, _, channels = words.shape
-    page, slot = start // PAGE, start % PAGE
-    bit, row = (slot // ROWS).astype(jnp.uint32), slot % ROWS
+    _, bits, rows, channels = words.shape
+    page, slot = start // (rows * WORD_BITS), start % (rows * WORD_BITS)
+    bit, row = (slot // rows).astype(jnp.uint32), slot % rows
     planes = jnp.arange(bits, dtype=jnp.uint32)[:, None]
     new = ((code.astype(jnp.uint32)[None, :] >> planes) & jnp.uint32(1)) << bit
     zero = jnp.zeros((), page.dtype)
@@ -108,12 +119,12 @@ def _insert_one(
     return jax.lax.dynamic_update_slice(words, old | new[None, :, None, :], at)
 
 
-def pack_host(codes: np.ndarray, bits: int) -> np.ndarray:
-    """NumPy twin of `pack`: uint8 [..., S, C] -> uint32 [..., P, b, 8, C]."""
+def pack_host(codes: np.ndarray, bits: int, rows: int = ROWS) -> np.ndarray:
+    """NumPy twin of `pack`: uint8 [..., S, C] -> uint32 [..., P, b, rows, C]."""
     *lead, tokens, channels = codes.shape
-    pages = words_shape(tokens, bits, channels)[0]
-    split = codes.reshape(*lead, pages, WORD_BITS, ROWS, channels)
-    words = np.zeros((*lead, pages, bits, ROWS, channels), np.uint32)
+    pages = words_shape(tokens, bits, channels, rows)[0]
+    split = codes.reshape(*lead, pages, WORD_BITS, rows, channels)
+    words = np.zeros((*lead, pages, bits, rows, channels), np.uint32)
     for p in range(bits):
         for j in range(WORD_BITS):
             plane = (split[..., j, :, :] >> np.uint8(p)) & np.uint8(1)
@@ -122,14 +133,14 @@ def pack_host(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_host(words: np.ndarray) -> np.ndarray:
-    """NumPy twin of `unpack`: uint32 [..., P, b, 8, C] -> uint8 [..., S, C]."""
+    """NumPy twin of `unpack`: uint32 [..., P, b, rows, C] -> uint8 [..., S, C]."""
     *lead, pages, bits, rows, channels = words.shape
     codes = np.zeros((*lead, pages, WORD_BITS, rows, channels), np.uint8)
     for p in range(bits):
         for j in range(WORD_BITS):
             plane = (words[..., p, :, :] >> np.uint32(j)) & np.uint32(1)
             codes[..., j, :, :] |= plane.astype(np.uint8) << np.uint8(p)
-    return codes.reshape(*lead, pages * PAGE, channels)
+    return codes.reshape(*lead, pages * WORD_BITS * rows, channels)
 
 
 def _along(values: Array, ndim: int, axis: int) -> Array:

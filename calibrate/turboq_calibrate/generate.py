@@ -7,7 +7,7 @@ cache they produce the same tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from turboq.errors import TurboqError
 from turboq.layer import KVLayer
 from turboq_calibrate.models import Model, embed_tokens
 from turboq_calibrate.models.decoder import exact_attend, run_head, run_layer, run_layer_donated
-from turboq_calibrate.plugs import Cached, cache_attend
+from turboq_calibrate.plugs import Cached, cached_by
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ def greedy(
     *,
     layers: Sequence[KVLayer] | None = None,
     keep_logits: bool = False,
+    attention: str | None = None,
 ) -> Generation:
     """Appends `steps` tokens to every prompt, each the arg-max (lower token on a tie).
 
@@ -46,6 +47,9 @@ def greedy(
     prompt is prefilled into packed caches and every step appends one token: three compiled
     functions whatever the number of steps. Without, every step runs the whole sequence, padded to
     its final length, through plain attention: slow, without any cache, the reference.
+
+    `attention` names the kernel that reads the caches (`plugs.KERNELS`; None takes the first that
+    supports the case), interpreted where its platform is missing.
 
     Raises:
       TurboqError: empty prompt, no steps, a sequence longer than the model's context, or logits
@@ -66,10 +70,12 @@ def greedy(
         return _plain(model, prompt, steps, keep_logits)
     if len(layers) != len(model.spec.layers):
         raise ValueError(f"{len(layers)=} must be the number of layers, {len(model.spec.layers)}")
-    return _cached(model, prompt, steps, layers, keep_logits)
+    return _cached(model, prompt, steps, layers, keep_logits, cached_by(attention))
 
 
-def _cached(model: Model, prompt, steps: int, layers, keep_logits: bool) -> Generation:
+def _cached(
+    model: Model, prompt, steps: int, layers, keep_logits: bool, attend: Callable
+) -> Generation:
     batch, length = prompt.shape
     # The last token is returned but never written, hence one token less.
     states = [
@@ -81,7 +87,7 @@ def _cached(model: Model, prompt, steps: int, layers, keep_logits: bool) -> Gene
         for layer in layers
     ]
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    logits = _step(model, jnp.asarray(prompt), positions, states)
+    logits = _step(model, jnp.asarray(prompt), positions, states, attend)
     tokens, kept = [], []
     for step in range(steps):
         token = _choose(logits, step)
@@ -90,19 +96,21 @@ def _cached(model: Model, prompt, steps: int, layers, keep_logits: bool) -> Gene
             kept.append(np.asarray(logits))
         if step + 1 < steps:
             where = jnp.full((batch, 1), length + step, jnp.int32)
-            logits = _step(model, jnp.asarray(token)[:, None], where, states)
+            logits = _step(model, jnp.asarray(token)[:, None], where, states, attend)
     return _generation(tokens, kept, sum(s.cache.nbytes for s in states))
 
 
 def _step(
-    model: Model, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], states: list[Any]
+    model: Model,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    states: list[Any],
+    attend: Callable,
 ) -> Float[Array, "B V"]:
     """Writes the tokens into the caches (`states` is updated), returns the last one's logits."""
     x = embed_tokens(model, tokens)
     for i, spec in enumerate(model.spec.layers):
-        x, states[i] = run_layer_donated(
-            spec, model.layer(i), x, positions, cache_attend, states[i]
-        )
+        x, states[i] = run_layer_donated(spec, model.layer(i), x, positions, attend, states[i])
     return run_head(model.spec, model.head_params(), x[:, -1:])[:, 0]
 
 

@@ -7,6 +7,8 @@ shapes); what differs between layers (arrays, buffers) travels in the state.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboq import cache as caches
+from turboq.errors import TurboqError
 from turboq.layer import KVLayer
 from turboq.simulate import round_exact, simulate, simulated_attention
 from turboq_calibrate.models import rope
@@ -22,6 +25,9 @@ from turboq_calibrate.models.spec import LayerSpec
 from turboq_kernels.attention import cache_attention
 
 HIGHEST = jax.lax.Precision.HIGHEST
+
+# Which kernel reads the packed cache, by name; elsewhere than on its platform it is interpreted.
+KERNELS = {"xla": ("cpu", "gpu", "tpu"), "mosaic_tpu": ("tpu",), "triton": ("gpu",)}
 
 
 @jax.tree_util.register_dataclass
@@ -59,11 +65,22 @@ def packed_attend(
     state: Any,
 ) -> tuple[Float[Array, "B T H E"], Any]:
     """Like `simulated_attend`, but through a fresh packed cache: one prefill of T tokens."""
-    if state is None:
-        return exact_attend(spec, q, k, v, positions, None)
-    empty = caches.init(state, batch=k.shape[0], capacity=k.shape[1])
-    out, _ = cache_attend(spec, q, k, v, positions, Cached(layer=state, cache=empty))
-    return out, head_errors(state, q, k, v, spec.scale)
+    return packed_by(None)(spec, q, k, v, positions, state)
+
+
+@functools.cache
+def packed_by(implementation: str | None) -> Callable[..., tuple[Array, Any]]:
+    """`packed_attend` with a named kernel (`KERNELS`), interpreted where it cannot run."""
+    attend = cached_by(implementation)
+
+    def plug(spec: LayerSpec, q, k, v, positions, state):
+        if state is None:
+            return exact_attend(spec, q, k, v, positions, None)
+        empty = caches.init(state, batch=k.shape[0], capacity=k.shape[1])
+        out, _ = attend(spec, q, k, v, positions, Cached(layer=state, cache=empty))
+        return out, head_errors(state, q, k, v, spec.scale)
+
+    return plug
 
 
 def pre_rope_attend(
@@ -109,12 +126,30 @@ def cache_attend(
     state: Cached,
 ) -> tuple[Float[Array, "B T H E"], Cached]:
     """Plug: append K and V to the packed cache, then attend to all it holds (prefill or a step)."""
-    cache, tail = caches.write(state.layer, state.cache, k, v)
-    out = cache_attention(
-        q, state.layer, cache, tail, q_positions=positions,
-        scale=spec.scale, window=spec.window, softcap=spec.softcap,
-    )  # fmt: skip
-    return out, Cached(layer=state.layer, cache=cache)
+    return cached_by(None)(spec, q, k, v, positions, state)
+
+
+@functools.cache
+def cached_by(implementation: str | None) -> Callable[..., tuple[Array, Cached]]:
+    """`cache_attend` with a named kernel (`KERNELS`), interpreted where it cannot run.
+
+    Raises:
+      TurboqError: an unknown name.
+    """
+    if implementation not in (None, *KERNELS):
+        raise TurboqError(f"{implementation=} must be None or one of {tuple(KERNELS)}")
+    interpret = jax.default_backend() not in KERNELS[implementation or "xla"]
+
+    def plug(spec: LayerSpec, q, k, v, positions, state: Cached):
+        cache, tail = caches.write(state.layer, state.cache, k, v)
+        out = cache_attention(
+            q, state.layer, cache, tail, q_positions=positions,
+            scale=spec.scale, window=spec.window, softcap=spec.softcap,
+            implementation=implementation, interpret=interpret,
+        )  # fmt: skip
+        return out, Cached(layer=state.layer, cache=cache)
+
+    return plug
 
 
 def head_errors(

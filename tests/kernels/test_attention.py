@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import kernel_oracle
 import kv_cases as cases
 import numpy as np
 import pytest
@@ -12,37 +13,16 @@ from tolerances import TOL
 import turboq_kernels
 from turboq import cache as kv_cache
 from turboq.attention import attention
-from turboq.codecs import TurboQuantMSE
+from turboq.codecs import Transform, TurboQuantMSE
 from turboq.layer import KVLayer, TokenPolicy, uniform_layer
 from turboq.packing import PAGE
-from turboq.simulate import round_exact, simulate, simulated_attention
+from turboq.simulate import simulate, simulated_attention
 
 SCALE, GROUP = 0.3, 3
 
 
-def oracle(layer, q, k, v, *, window=None, softcap=None):
-    """Float64, query by query: decoded keys and values, exact where the policy says so."""
-    policy = layer.policy
-    k_hat, v_hat = (np.asarray(x, np.float64) for x in simulate(layer, k, v))
-    k_exact, v_exact = (np.asarray(round_exact(policy, x), np.float64) for x in (k, v))
-    batch, t, heads, _ = q.shape
-    out = np.zeros((batch, t, heads, v.shape[-1]))
-    for i in range(t):
-        s = np.arange(i + 1)
-        stored = max(i + 1 - policy.recent, 0) // layer.block * layer.block
-        exact = (s < policy.sinks) | (s >= stored)
-        keep = s > i - window if window else np.ones(i + 1, bool)
-        for h in range(heads):
-            kv = h // (heads // k.shape[2])
-            pick = exact[None, :, None]
-            keys = np.where(pick, k_exact[:, : i + 1, kv], k_hat[:, : i + 1, kv])[:, keep]
-            values = np.where(pick, v_exact[:, : i + 1, kv], v_hat[:, : i + 1, kv])[:, keep]
-            logits = np.einsum("bd,bsd->bs", np.asarray(q, np.float64)[:, i, h], keys) * SCALE
-            if softcap:
-                logits = softcap * np.tanh(logits / softcap)
-            p = np.exp(logits - logits.max(-1, keepdims=True))
-            out[:, i, h] = np.einsum("bs,bsd->bd", p / p.sum(-1, keepdims=True), values)
-    return out
+def oracle(layer, q, k, v, **options):
+    return kernel_oracle.policy_attention(layer, q, k, v, scale=SCALE, **options)
 
 
 def run(layer, q, k, v, sizes, *, capacity=2 * PAGE, **options):
@@ -221,3 +201,42 @@ def test_refuses_unknown_implementation_and_heads(rng):
         )
     with pytest.raises(ValueError, match="5 query heads"):
         turboq_kernels.cache_attention(q[:, :, :5], layer, cache, tail, q_positions=at, scale=1.0)
+
+
+def test_output_projection_with_the_inverse_transform_folded_in(rng):
+    """V never turned back: the same as attention, then W_o (means, rotations, exact tokens)."""
+    layer = cases.make_layer("mixed", rng)
+    q, k, v = inputs(rng, layer, 9)
+    w_o = jnp.asarray(rng.standard_normal((q.shape[2], cases.DIM, 20)), jnp.float32) / 16
+    cache, tail = kv_cache.write(layer, kv_cache.init(layer, batch=2, capacity=PAGE), k, v)
+    at = {"q_positions": jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9)), "scale": SCALE}
+    folded = turboq_kernels.fold_output(layer, w_o)
+    got = turboq_kernels.projected_attention(q, layer, cache, tail, folded, **at)
+    out = np.asarray(turboq_kernels.cache_attention(q, layer, cache, tail, **at), np.float64)
+    want = np.einsum("bthe,hef->btf", out, np.asarray(w_o, np.float64))
+    np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
+    with pytest.raises(ValueError, match="heads=4 of w_o"):
+        turboq_kernels.fold_output(layer, w_o[:4])
+
+
+def test_segments_of_several_widths_with_coded_gains(rng):
+    """`transform`: coordinates at 4 and 2 bits, others not stored, gains that are codes."""
+    codec = Transform(dim=32, segments=((8, 4), (16, 2)), gain="code", gain_bits=3)
+    turn, _ = np.linalg.qr(rng.standard_normal((2, 32, 32)))
+    arrays = {
+        "mean": rng.standard_normal((2, 32)),
+        "analysis": turn[:, :24],
+        "synthesis": turn[:, :24].swapaxes(1, 2),
+        "gains": np.sort(rng.uniform(0.3, 2.0, (2, 8)), axis=-1),
+    }
+    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
+    layer = uniform_layer(
+        kv_heads=2, k=codec, v=codec, policy=TokenPolicy(sinks=2, recent=3),
+        k_arrays=arrays, v_arrays=arrays,
+    )  # fmt: skip
+    k, v = rng.standard_normal((2, 2, 14, 2, 32)).astype(np.float32)
+    q = jnp.asarray(rng.standard_normal((2, 14, 4, 32)), jnp.float32)
+    assert codec.reading is not None
+    got = run(layer, q, jnp.asarray(k), jnp.asarray(v), (14,))
+    want = oracle(layer, q, jnp.asarray(k), jnp.asarray(v))
+    np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])

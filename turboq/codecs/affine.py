@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.minifloat import divide
+from turboq.codecs.reading import Part, Reading
 from turboq.codecs.transformed import TransformedCodec
 
 
@@ -84,6 +85,20 @@ class TokenAffine(TransformedCodec):
             Field(name="scale", width=self.groups, bits=bits, dtype=self.scale_dtype),
             Field(name="minimum", width=self.groups, bits=bits, dtype=self.scale_dtype),
         )
+
+    @property
+    def reading(self) -> Reading | None:
+        """One affine part; None with several groups of channels, which a kernel does not know."""
+        if self.groups > 1:
+            return None
+        part = Part(
+            field="codes", width=self.dim, bits=self.bits, levels="affine",
+            scale="scale", offset="minimum",
+        )  # fmt: skip
+        return Reading(parts=(part,))
+
+    def level_tables(self, arrays: Arrays) -> tuple[Float[Array, "L"], ...]:
+        return (jnp.ones((1,), jnp.float32),) if self.reading else super().level_tables(arrays)
 
     def quantize(self, arrays: Arrays, y: Float[Array, "*n D"]) -> Stored:
         split = y.reshape(*y.shape[:-1], self.groups, -1)

@@ -18,6 +18,9 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Array, Float
 
+from turboq.codecs.reading import Reading
+from turboq.errors import TurboqError
+
 Arrays = dict[str, Array]  # fitted arrays of one head (or of K heads, with a leading K axis)
 Stored = dict[str, Array]  # what is stored: field name -> [..., S, width]
 
@@ -127,6 +130,32 @@ class Codec(abc.ABC):
         `mass` is the probability that the weights put on *stored* tokens (exact tokens keep their
         mean, so it is below one when sinks or a recent window exist).
         """
+
+    @property
+    def reading(self) -> Reading | None:
+        """How a kernel reads the stored words; None: only this codec's own methods can."""
+        return None
+
+    def level_tables(self, arrays: Arrays) -> tuple[Float[Array, "L"], ...]:
+        """Levels of every part of `reading` for one head, float32 (`turboq.codecs.reading`).
+
+        [2**bits] ascending for a part of kind "table"; for other kinds one static gain, [1].
+
+        Raises:
+          TurboqError: the codec has no `reading`.
+        """
+        raise TurboqError(f"codec {self.name!r} as configured has no reading for kernels")
+
+    def reading_query(
+        self, arrays: Arrays, q: Float[Array, "T D"]
+    ) -> tuple[Float[Array, "T C"], Float[Array, "T"] | None]:
+        """The folded query in the coordinates of `reading`, and its offset (None: zero)."""
+        folded = self.fold_query(arrays, q)
+        return folded["q"], folded.get("offset")
+
+    def row_values(self, arrays: Arrays, name: str, entries: Array) -> Float[Array, "*n"]:
+        """Scales or offsets [*n] in float32 from the entries [*n] of the field `name`."""
+        return entries.astype(np.float32)
 
     @property
     def bits_per_vector(self) -> int:

@@ -13,6 +13,7 @@ from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.bitstream import as_bytes, check_width, from_bytes
 from turboq.codecs.minifloat import E4M3, E5M2, MiniFloat, divide
+from turboq.codecs.reading import Part, Reading
 from turboq.codecs.transformed import TransformedCodec
 
 FORMATS = {"e4m3": E4M3, "e5m2": E5M2}
@@ -34,7 +35,7 @@ class FP8(TransformedCodec):
 
     Bits per channel at D = 64, 128, 256: 8, 8, 8, with scale="token" 8.5, 8.25, 8.125. Static
     except "token" and "none". A static scale cannot show NaN or saturation in what it stores: check
-    inputs before. Kernels read it through `dequantize`.
+    inputs before. Kernels read the bytes (`reading`), a static scale folded into query and output.
 
     Raises:
       ValueError: unknown format or scale.
@@ -78,6 +79,16 @@ class FP8(TransformedCodec):
     @property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"scale": ()} if self.scale in ("tensor", "head") else {}
+
+    @property
+    def reading(self) -> Reading | None:
+        scale = "scale" if self.scale == "token" else None
+        part = Part(field="codes", width=self.dim, bits=8, levels=self.format, scale=scale)
+        return Reading(parts=(part,))
+
+    def level_tables(self, arrays: Arrays) -> tuple[Float[Array, "L"], ...]:
+        """The static scale of the head is the part's gain."""
+        return (arrays["scale"][None] if self.array_shapes else jnp.ones((1,), jnp.float32),)
 
     def quantize(self, arrays: Arrays, y: Float[Array, "*n D"]) -> Stored:
         if self.scale == "none":

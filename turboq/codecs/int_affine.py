@@ -18,8 +18,8 @@ class IntAffine(TokenAffine):
     and minimum, no clipping, codes nearest for the *stored* scale.
 
     All-in bits per channel at D = 64, 128, 256 with group 0: bits + 0.5, 0.25, 0.125; with a group
-    of g channels bits + 32 / g. Dynamic. A kernel can read it directly (q . y_hat is an integer
-    product, one scale and one sum of q per group); none does yet.
+    of g channels bits + 32 / g. Dynamic. Kernels read it with one group (`reading`): q . y_hat
+    is an integer product, one scale and one sum of q; with several groups only XLA does.
     """
 
     name: ClassVar[str] = "int_affine"

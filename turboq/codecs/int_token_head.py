@@ -16,6 +16,7 @@ from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.bitstream import as_bytes, check_width, from_bytes, pack_bits, unpack_bits
 from turboq.codecs.fp8 import MIN_SCALE, token_scale
 from turboq.codecs.minifloat import divide
+from turboq.codecs.reading import Part, Reading
 from turboq.codecs.transformed import TransformedCodec
 
 _SCALE = Field(name="scale", width=1, bits=32, dtype="float32")
@@ -27,7 +28,7 @@ class Int8TokenHead(TransformedCodec):
 
     vLLM's int8_per_token_head since it rounds (earlier releases cut towards zero). Codes are
     stored as the byte of the int8: D + 4 bytes, so 8.5, 8.25, 8.125 bits per channel at D = 64,
-    128, 256. Dynamic. Kernels read it through `dequantize`.
+    128, 256. Dynamic. Kernels read the bytes (`reading`).
     """
 
     name: ClassVar[str] = "int8_token_head"
@@ -39,6 +40,14 @@ class Int8TokenHead(TransformedCodec):
     @property
     def fields(self) -> tuple[Field, ...]:
         return (Field(name="codes", width=self.dim, bits=8, dtype="codes"), _SCALE)
+
+    @property
+    def reading(self) -> Reading | None:
+        part = Part(field="codes", width=self.dim, bits=8, levels="int8", scale="scale")
+        return Reading(parts=(part,))
+
+    def level_tables(self, arrays: Arrays) -> tuple[Float[Array, "L"], ...]:
+        return (jnp.ones((1,), jnp.float32),)
 
     def quantize(self, arrays: Arrays, y: Float[Array, "*n D"]) -> Stored:
         scale = token_scale(y, 127.0)

@@ -41,8 +41,8 @@ class Oscar(TokenAffine):
     fewer than (100 - p) % non-zero entries after T therefore decodes to zero.
 
     All-in bits per channel at D = 64, 128, 256 with one group: bits + 0.5, 0.25, 0.125; OSCAR's
-    group of 128 at D = 256: bits + 0.25. Static transform, dynamic scales. A kernel can read it
-    directly (as `int_affine`); none does yet. Exact tokens (`SINKS`, `RECENT`) are the plan's.
+    group of 128 at D = 256: bits + 0.25. Static transform, dynamic scales. Kernels read
+    it as `int_affine`. Exact tokens (`SINKS`, `RECENT`) are the plan's.
 
     Arrays of one head, float32: transform [D, D], rows are the new axes.
     """

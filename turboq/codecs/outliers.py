@@ -19,6 +19,7 @@ from turboq import rotation as rotations
 from turboq import scale as scales
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
+from turboq.codecs.reading import Part, Reading
 from turboq.codecs.turboquant_mse import TurboQuantMSE
 
 RECIPES = {"2.5": (3, 2), "3.5": (4, 3)}  # bits of outliers and of the rest
@@ -36,8 +37,8 @@ class TurboQuantOutliers(Codec):
     bit more. `outliers` is their number, a multiple of 8; 0 means a quarter of dim, rounded up to
     one. Calibrated: the array outlier [D] holds a score per channel (1 for outliers, 0 for others
     from `choose_outliers`); the `outliers` highest are taken, lower channels first among equals.
-    Dynamic otherwise. No kernel reads it directly. Error for iid channels: the mean of both parts'
-    `turboquant_mse` errors, weighted by their channels.
+    Dynamic otherwise. Kernels read both parts (`reading`). Error for iid channels: the mean
+    of both parts' `turboquant_mse` errors, weighted by their channels.
 
     Source: TurboQuant, arXiv 2504.19874, section 4.3 (recipes: `RECIPES`).
 
@@ -105,6 +106,28 @@ class TurboQuantOutliers(Codec):
             for which, part in zip(("outlier", "other"), self.parts, strict=True)
             for f in part.fields
         )
+
+    @property
+    def reading(self) -> Reading | None:
+        return Reading(
+            parts=tuple(
+                Part(
+                    field=f"{which}_codes", width=part.dim, bits=part.bits, levels="table",
+                    scale=f"{which}_scale",
+                )
+                for which, part in zip(("outlier", "other"), self.parts, strict=True)
+            )
+        )  # fmt: skip
+
+    def level_tables(self, arrays: Arrays) -> tuple[Float[Array, "L"], ...]:
+        high, low = self.parts
+        return high.codebook_of({}), low.codebook_of({})
+
+    def reading_query(
+        self, arrays: Arrays, q: Float[Array, "T D"]
+    ) -> tuple[Float[Array, "T C"], Float[Array, "T"] | None]:
+        folded = self.fold_query(arrays, q)
+        return jnp.concatenate([folded["outlier"], folded["other"]], axis=-1), None
 
     @property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from turboq import codebook as codebooks
 from turboq import fitting
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
+from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import ScalarCodec
 
 
@@ -21,8 +22,8 @@ class PerHead(ScalarCodec):
     """x_hat = mean + scale R^T c with the head's own mean [D] and codebook [2**bits].
 
     At D = 64, 128, 256: bits + 0.25, 0.125, 0.0625 with a scale per vector, exactly bits with one
-    per head. Static: fitted by `turboq_calibrate.fit`. The block-wise XLA attention reads it with a
-    folded query; no Pallas kernel does yet.
+    per head. Static: fitted by `turboq_calibrate.fit`. Kernels read it with a folded query, a level
+    table per head (`reading`).
 
     K: one fixed mean for all tokens shifts all logits of a query alike, so it is exact under
     softmax; it is folded into the query. V: the mean is added back once per output, times the
@@ -62,6 +63,18 @@ class PerHead(ScalarCodec):
 
     def codebook_of(self, arrays: Arrays) -> Float[Array, "levels"]:
         return arrays["codebook"]
+
+    @property
+    def reading(self) -> Reading | None:
+        if self.scale == "vector":
+            return super().reading
+        part = Part(field="codes", width=self.dim, bits=self.bits, levels="table")
+        return Reading(parts=(part,))
+
+    def level_tables(self, arrays: Arrays) -> tuple[Float[Array, "L"], ...]:
+        """The codebook, times the head's scale where none is stored."""
+        table = arrays["codebook"]
+        return (table if self.scale == "vector" else table * arrays["scale"],)
 
     def scale_of(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n"]:
         if self.scale == "vector":

@@ -21,6 +21,7 @@ from turboq import rotation as rotations
 from turboq import scale as scales
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
+from turboq.codecs.reading import Part, Reading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,14 @@ class ScalarCodec(Codec):
     @property
     def fields(self) -> tuple[Field, ...]:
         return (self.codes_field(self.bits), self.scalar_field("scale"))
+
+    @property
+    def reading(self) -> Reading | None:
+        part = Part(field="codes", width=self.dim, bits=self.bits, levels="table", scale="scale")
+        return Reading(parts=(part,))
+
+    def level_tables(self, arrays: Arrays) -> tuple[Float[Array, "L"], ...]:
+        return (self.codebook_of(arrays),)
 
     def codes_field(self, bits: int, name: str = "codes") -> Field:
         return Field(name=name, width=self.dim, bits=bits, dtype="codes")

@@ -19,8 +19,8 @@ from turboq.codecs.scalar import ScalarCodec
 class TurboQuantMSE(ScalarCodec):
     """x_hat = scale R^T c; bits + 16/D bits per channel with a 16-bit scale.
 
-    At D = 64, 128, 256: bits + 0.25, 0.125, 0.0625. Dynamic: nothing is fitted. The block-wise XLA
-    attention reads it with a folded query; no Pallas kernel does yet.
+    At D = 64, 128, 256: bits + 0.25, 0.125, 0.0625. Dynamic: nothing is fitted. Kernels read
+    it with a folded query, as one run of level look-ups (`reading`).
 
     `codebook`: "sphere" (exact for a rotated vector of this dim) or "gaussian" (its limit, about
     0.1-0.3 % more error at D=128). Error for unit-norm x: `distortion(codebook)`, e.g. 0.03397 at

@@ -17,6 +17,7 @@ from turboq import codebook as codebooks
 from turboq import residual, scale
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
+from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import ScalarCodec, dot
 
 
@@ -24,8 +25,8 @@ from turboq.codecs.scalar import ScalarCodec, dot
 class TurboQuantProd(ScalarCodec):
     """x_hat = R^T (scale c + a gamma S^T z), unbiased in <q, x_hat>; bits + 32/D bits per channel.
 
-    At D = 64, 128, 256: bits + 0.5, 0.25, 0.125. Dynamic: nothing is fitted. The block-wise XLA
-    attention reads it with a folded query; no Pallas kernel does yet.
+    At D = 64, 128, 256: bits + 0.5, 0.25, 0.125. Dynamic: nothing is fitted. Kernels read it
+    with two folded queries side by side, one for the codes and one for the signs (`reading`).
 
     `bits` counts both stages: bits-1 for the codes and one for the signs z; bits=1 is the sketch
     alone (QJL), with no codes and no scale. The residual is taken from what is decoded, rounded
@@ -63,6 +64,28 @@ class TurboQuantProd(ScalarCodec):
         if self.bits == 1:
             return sketch
         return (self.codes_field(self.bits - 1), self.scalar_field("scale"), *sketch)
+
+    @property
+    def reading(self) -> Reading | None:
+        signs = Part(field="signs", width=self.dim, bits=1, levels="sign", scale="gamma")
+        if self.bits == 1:
+            return Reading(parts=(signs,))
+        codes = Part(
+            field="codes", width=self.dim, bits=self.bits - 1, levels="table", scale="scale"
+        )
+        return Reading(parts=(codes, signs))
+
+    def level_tables(self, arrays: Arrays) -> tuple[Float[Array, "L"], ...]:
+        one = jnp.ones((1,), jnp.float32)
+        return (one,) if self.bits == 1 else (self.codebook_of(arrays), one)
+
+    def reading_query(
+        self, arrays: Arrays, q: Float[Array, "T D"]
+    ) -> tuple[Float[Array, "T C"], Float[Array, "T"] | None]:
+        folded = self.fold_query(arrays, q)
+        if self.bits == 1:
+            return folded["sketch"], None
+        return jnp.concatenate([folded["q"], folded["sketch"]], axis=-1), None
 
     @property
     def tables(self) -> dict[str, np.ndarray]:

@@ -27,6 +27,7 @@ from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.bitstream import as_bytes, check_width, from_bytes, pack_bits, unpack_bits
 from turboq.codecs.fp8 import FP8
 from turboq.codecs.minifloat import divide
+from turboq.codecs.reading import Part, Reading
 from turboq.codecs.transformed import TransformedCodec
 
 PRESETS = {  # name: (bits of K, bits of V)
@@ -127,6 +128,17 @@ class VLLMTurboQuantValue(TransformedCodec):
     @property
     def fields(self) -> tuple[Field, ...]:
         return (_codes(self), _half("scale"), _half("minimum"))
+
+    @property
+    def reading(self) -> Reading | None:
+        part = Part(
+            field="codes", width=self.dim, bits=self.bits, levels="affine",
+            scale="scale", offset="minimum",
+        )  # fmt: skip
+        return Reading(parts=(part,))
+
+    def level_tables(self, arrays: Arrays) -> tuple[Float[Array, "L"], ...]:
+        return (jnp.ones((1,), jnp.float32),)
 
     def quantize(self, arrays: Arrays, y: Float[Array, "*n D"]) -> Stored:
         top = 2**self.bits - 1

@@ -38,8 +38,10 @@ def define(values: flags.FlagValues) -> None:
     common.text(values, "topics:heldout", windows=8, length=1024)
     common.out(values, "Folder for quality.json, quality.csv and run.json.")
     flags.DEFINE_enum(
-        "attention", "simulated", ("simulated", "packed"), "Quantize and dequantize in one pass, "
-        "or prefill the packed cache.", flag_values=values,
+        "attention", "simulated", ("simulated", "packed", "xla", "mosaic_tpu", "triton"),
+        "Quantize and dequantize in one pass, or prefill the packed cache; by name, the kernel "
+        "that reads it (interpreted, and slow, where its platform is missing).",
+        flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
         "context", None, "Tokens at which all-in bits are also counted; the model's by default.",

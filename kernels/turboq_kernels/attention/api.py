@@ -1,4 +1,4 @@
-"""Dispatch: which implementation reads the packed cache."""
+"""Attention over the packed cache: the call a model makes, prefill or decode."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ import functools
 import jax
 from jaxtyping import Array, Float, Int
 
-from turboq import packing
 from turboq.cache import LayerCache, Tail
 from turboq.layer import KVLayer
+from turboq.paged_cache import PagedView
 from turboq_kernels.attention import base
+from turboq_kernels.decode.api import IMPLEMENTATIONS as IMPLEMENTATIONS
 
-IMPLEMENTATIONS = ("xla",)
+STATIC = (
+    "scale", "window", "softcap", "implementation", "interpret", "splits", "block_tokens",
+)  # fmt: skip
 
 
-@functools.partial(
-    jax.jit, static_argnames=("scale", "window", "softcap", "implementation", "block_tokens")
-)
+@functools.partial(jax.jit, static_argnames=STATIC)
 def cache_attention(
     q: Float[Array, "B T H D"],
     layer: KVLayer,
-    cache: LayerCache,
+    cache: LayerCache | PagedView,
     tail: Tail,
     *,
     q_positions: Int[Array, "B T"],
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Float[Array, "H"] | None = None,
     implementation: str | None = None,
+    interpret: bool = False,
+    splits: int | None = None,
     block_tokens: int = 1024,
 ) -> Float[Array, "B T H E"]:
     """Causal attention of T queries per sequence over a packed cache, sinks and recent window.
@@ -36,29 +40,39 @@ def cache_attention(
     softmax(softcap(scale * q . k_hat)) v_hat with one softmax over exact and quantized tokens.
     Query t (at position q_positions[b, t]) sees token s exactly if s < sinks or
     s > t - recent, quantized otherwise, never beyond itself or `window`. The queries' own
-    keys and values must have been written: `cache, tail = turboq.cache.write(...)`.
+    keys and values must have been written: `cache, tail = turboq.cache.write(...)`, or
+    `turboq.paged_cache.write` and its `view` for sequences of a shared pool.
 
     Temporary memory is one block: `block_tokens` unpacked K and V rows and logits per head.
     A query that sees no key gets zeros; unwritten slots never contribute.
 
     Args:
-      implementation: "xla", or None for the first that supports the case. A named one never
-        falls back.
-      block_tokens: tokens unpacked at a time, reduced to a divisor of the capacity.
+      sink_logits: a logit per query head that joins the denominator and no output (gpt-oss).
+      implementation: "xla", "mosaic_tpu", "triton", or None for the first that supports the case
+        on this platform. A named one never falls back.
+      interpret: run the named Pallas kernel in interpret mode (checks on a CPU).
+      splits: parts of the sequence read in parallel; None lets the implementation choose.
+      block_tokens: tokens unpacked at a time by "xla".
 
     Raises:
-      ValueError: unknown implementation, or heads that do not match the layer.
+      ValueError: unknown implementation, one that does not support the case, or heads that do not
+        match the layer.
     """
+    check(q, layer, implementation)
+    options = base.Options(
+        scale=scale, window=window, softcap=softcap, implementation=implementation,
+        interpret=interpret, splits=splits, block_tokens=block_tokens,
+    )  # fmt: skip
+    return base.cache_attention(
+        q, layer, cache, tail, q_positions=q_positions, options=options, sink_logits=sink_logits
+    )
+
+
+def check(q: Float[Array, "B T H D"], layer: KVLayer, implementation: str | None) -> None:
+    """Refuses an unknown implementation and query heads that the layer's heads do not divide."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} must be None or one of {IMPLEMENTATIONS}")
     if q.shape[2] % layer.kv_heads:
         raise ValueError(
             f"{q.shape[2]} query heads must be a multiple of the layer's {layer.kv_heads} KV heads"
         )
-    pages = cache.capacity // packing.PAGE
-    wanted = max(1, block_tokens // packing.PAGE)
-    block_pages = max(d for d in range(1, min(wanted, pages) + 1) if pages % d == 0)
-    return base.cache_attention(
-        q, layer, cache, tail, q_positions=q_positions, scale=scale, window=window,
-        softcap=softcap, block_pages=block_pages,
-    )  # fmt: skip

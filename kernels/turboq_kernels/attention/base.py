@@ -1,177 +1,226 @@
-"""Attention that reads packed words block by block in plain XLA: the oracle and the fallback.
+"""One softmax over stored tokens, exact sinks, exact recent tokens and logit sinks.
 
-Online softmax over blocks of pages (Milakov & Gimelshein 2018; FlashAttention's recurrence): only
-one block is ever unpacked, keys meet a folded query, values are summed in code space, and the
-inverse transform of V is applied once at the end. Exact sinks and the exact tail join the same
-softmax. Bytes read per token: the packed cache's, once per call.
+Stored tokens are read by a decode implementation (`turboq_kernels.decode`); what is exact joins
+afterwards by one safe merge, and the inverse transform of V is applied once at the end.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from turboq import packing
-from turboq.attention import HIGHEST, soft_cap
-from turboq.cache import GroupBuffers, LayerCache, Tail, stored_mask
-from turboq.codecs.base import Codec, Stored
+from turboq.cache import LayerCache, Tail
 from turboq.layer import HeadGroup, KVLayer, in_head_order
+from turboq.paged_cache import PagedView
 from turboq.simulate import take_heads
+from turboq_kernels import decode as kernels
+from turboq_kernels import merge, sides, views
+from turboq_kernels.decode import codec as codec_decode
+from turboq_kernels.decode.types import Partial
+
+KERNEL_ROWS = 64  # query rows of a KV head that every kernel takes at once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is the same for all heads: the softmax, and how stored tokens are read."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    implementation: str | None = None
+    interpret: bool = False
+    splits: int | None = None
+    block_tokens: int = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A group's attention before the inverse transform of V: [B, N, M, ...], normalised.
+
+    `stored` is in the space of V's codes, `exact` in that of V; `mass` is the probability that
+    stored tokens have (what a removed mean of V is multiplied by).
+    """
+
+    stored: Float[Array, "B N M C"]
+    mass: Float[Array, "B N M"]
+    exact: Float[Array, "B N M E"] | None  # None: no token is exact
 
 
 def cache_attention(
     q: Float[Array, "B T H D"],
     layer: KVLayer,
-    cache: LayerCache,
+    cache: LayerCache | PagedView,
     tail: Tail,
     *,
     q_positions: Int[Array, "B T"],
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    block_pages: int,
+    options: Options,
+    sink_logits: Float[Array, "H"] | None = None,
+    own: bool = False,
 ) -> Float[Array, "B T H E"]:
-    """See `turboq_kernels.attention.cache_attention`."""
+    """See `turboq_kernels.attention.cache_attention` and `turboq_kernels.prefill`."""
     outs = []
     for group, buffers in zip(layer.groups, cache.groups, strict=True):
-        per_kv = q.shape[2] // layer.kv_heads
-        heads = tuple(h * per_kv + g for h in group.heads for g in range(per_kv))
-        outs.append(
-            _group(
-                take_heads(q, heads), layer, cache, group, buffers, tail,
-                q_positions=q_positions, scale=scale, window=window, softcap=softcap,
-                block_pages=block_pages,
-            )
+        parts = group_parts(
+            q, layer, cache, group, buffers, tail,
+            q_positions=q_positions, options=options, sink_logits=sink_logits, own=own,
         )  # fmt: skip
-    joined = jnp.concatenate(outs, axis=2)
-    batch, t, heads, dim = joined.shape
-    by_kv = joined.reshape(batch, t, layer.kv_heads, heads // layer.kv_heads, dim)
-    return in_head_order(layer, by_kv, 2).reshape(batch, t, heads, dim)
+        out = sides.of_heads(group.v.unfold_output)(group.v_arrays, parts.stored, parts.mass)
+        out = out if parts.exact is None else out + parts.exact
+        outs.append(from_rows(out, q.shape[1]))
+    return join_groups(layer, outs)
 
 
-def _group(
-    q, layer, cache, group: HeadGroup, buffers: GroupBuffers, tail: Tail,
-    *, q_positions, scale, window, softcap, block_pages,
-):  # fmt: skip
-    policy, n = layer.policy, len(group.heads)
-    batch, t, heads, dim = q.shape
-    per_kv = heads // n
-    # Queries of one KV head lie together: [B, N, T * G, D].
-    q = q.reshape(batch, t, n, per_kv, dim).transpose(0, 2, 1, 3, 4)
-    q = q.reshape(batch, n, t * per_kv, dim).astype(jnp.float32)
-    at = jnp.repeat(q_positions, per_kv, axis=1)[:, None, :, None]  # [B, 1, TG, 1]
+def group_parts(
+    q: Float[Array, "B T H D"],
+    layer: KVLayer,
+    cache: LayerCache | PagedView,
+    group: HeadGroup,
+    buffers: Any,
+    tail: Tail,
+    *,
+    q_positions: Int[Array, "B T"],
+    options: Options,
+    sink_logits: Float[Array, "H"] | None = None,
+    own: bool = False,
+) -> Parts:
+    """The attention of one head group, its query rows token by token: row t * G + g."""
+    policy, per_kv = layer.policy, q.shape[2] // layer.kv_heads
+    view = views.of_group(cache, group, buffers)
+    rows = to_rows(q, group.heads, layer.kv_heads)
+    at = jnp.repeat(q_positions, per_kv, axis=1)  # [B, M]
+    packed_until = layer.stored_until(at + 1) if layer.ring else at + 1
+    lengths = cache.lengths if layer.block == 1 else layer.stored_until(cache.lengths)
+    if own:  # the tail holds the queries' own tokens: what is not stored yet is exact
+        packed_until = jnp.minimum(packed_until, lengths[:, None])
+    low = jnp.zeros_like(at) if options.window is None else at - options.window + 1
+    starts = jnp.maximum(low, policy.sinks)
+    ends = jnp.minimum(packed_until, lengths[:, None])
+    parts = [_stored(rows, group, view, starts, ends, options)]
 
-    def seen(slots):  # slots [B, S] -> [B, 1, TG, S]
-        s = slots[:, None, None, :]
-        mask = (s >= 0) & (s <= at)
-        return mask if window is None else mask & (s > at - window)
+    def exact(k, v, positions, seen):
+        s = positions[:, None, :]
+        seen = seen & (s >= 0) & (s <= at[..., None]) & (s >= low[..., None])
+        parts.append(merge.exact(rows, k, v, seen, scale=options.scale, softcap=options.softcap))
 
-    def exact(state, k, v, mask):
-        """Adds exact keys and values [B, N, S, D] to the running softmax."""
-        raw = jnp.einsum("bntd,bnsd->bnts", q, k.astype(jnp.float32), precision=HIGHEST)
-        p, state = _rescale(state, soft_cap(raw * scale, softcap), mask)
-        top, total, mass, stored_sum, exact_sum = state
-        exact_sum += jnp.einsum("bnts,bnsd->bntd", p, v.astype(jnp.float32), precision=HIGHEST)
-        return top, total + jnp.sum(p, axis=-1), mass, stored_sum, exact_sum
-
-    folded = _heads(group.k.fold_query)(group.k_arrays, q)
-    tokens = block_pages * packing.PAGE
-
-    def block(i, state):
-        stored = stored_mask(layer, cache, i * tokens, tokens)
-        k = _slice(group.k, buffers.k, i, block_pages, stored)
-        v = _slice(group.v, buffers.v, i, block_pages, stored)
-        slots = jnp.broadcast_to(i * tokens + jnp.arange(tokens, dtype=jnp.int32), stored.shape)
-        mask = seen(slots) & stored[:, None, None, :] & (slots >= policy.sinks)[:, None, None, :]
-        if layer.ring:
-            mask &= slots[:, None, None, :] < layer.stored_until(at + 1)
-        raw = _heads(group.k.logits)(group.k_arrays, folded, k)
-        p, state = _rescale(state, soft_cap(raw * scale, softcap), mask)
-        top, total, mass, stored_sum, exact_sum = state
-        here = jnp.sum(p, axis=-1)
-        stored_sum += _heads(group.v.accumulate)(group.v_arrays, p, v)
-        return top, total + here, mass + here, stored_sum, exact_sum
-
-    rows = (batch, n, t * per_kv)
-    value_dim = group.v.dim
-    state = (
-        jnp.full(rows, -jnp.inf, jnp.float32),  # running maximum
-        jnp.zeros(rows, jnp.float32),  # sum of exponentials
-        jnp.zeros(rows, jnp.float32),  # its part on stored tokens
-        _zero_sum(group, buffers, rows, block_pages),
-        jnp.zeros((*rows, value_dim), jnp.float32),
-    )
     if policy.sinks:
-        slots = jnp.broadcast_to(jnp.arange(policy.sinks, dtype=jnp.int32), (batch, policy.sinks))
-        slots = jnp.where(slots < cache.lengths[:, None], slots, -1)
-        mask = seen(slots)
-        state = exact(state, buffers.k_sinks, buffers.v_sinks, mask)
-    if layer.ring:
+        slots = jnp.arange(policy.sinks, dtype=jnp.int32)[None, :]
+        held = slots < cache.lengths[:, None]
+        exact(view.k_sinks, view.v_sinks, jnp.where(held, slots, -1), held[:, None])
+    if tail.positions.shape[1]:
         k, v = (take_heads(x, group.heads).swapaxes(1, 2) for x in (tail.k, tail.v))
-        s = tail.positions[:, None, None, :]
-        mask = seen(tail.positions) & (s >= layer.stored_until(at + 1)) & (s >= policy.sinks)
-        empty = (tail.positions < 0)[:, None, :, None]
-        state = exact(state, k, jnp.where(empty, 0.0, v), mask)
-    needed = -(-(jnp.max(q_positions) + 1) // tokens)
-    blocks = jnp.minimum(needed, cache.capacity // tokens)
-    _, total, mass, stored_sum, exact_sum = jax.lax.fori_loop(0, blocks, block, state)
-    out = _heads(group.v.unfold_output)(group.v_arrays, stored_sum, mass) + exact_sum
-    out /= jnp.where(total > 0, total, 1.0)[..., None]
-    out = out.reshape(batch, n, t, per_kv, value_dim).transpose(0, 2, 1, 3, 4)
-    return out.reshape(batch, t, heads, value_dim)
+        s = tail.positions[:, None, :]
+        # The first tokens are among the sinks, unless they are being written now.
+        first = jnp.minimum(cache.lengths, policy.sinks) if own else jnp.int32(policy.sinks)
+        recent = (s >= packed_until[..., None]) & (s >= first.reshape(-1, 1, 1))
+        exact(k, v, tail.positions, recent)
+    if sink_logits is not None:
+        per_head = take_heads(sink_logits[None, None, :, None], _query_heads(group.heads, per_kv))
+        per_row = jnp.tile(per_head.reshape(-1, per_kv), (1, q.shape[1]))  # [N, M]
+        parts.append(merge.sink(per_row, q.shape[0], group.v.dim))
+    return _normalise(parts)
 
 
-def _rescale(state, logits, mask):
-    """Online softmax: weights of the new logits, and the state scaled to the new maximum."""
-    top, total, mass, stored_sum, exact_sum = state
-    logits = jnp.where(mask, logits, -jnp.inf)
-    new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
-    base = jnp.where(jnp.isfinite(new_top), new_top, 0.0)  # rows that saw nothing stay at zero
-    p = jnp.exp(logits - base[..., None])
-    old = jnp.exp(top - base)
-    return p, (
-        new_top,
-        total * old,
-        mass * old,
-        stored_sum * old[..., None],
-        exact_sum * old[..., None],
+def _stored(rows, group: HeadGroup, view: views.GroupView, starts, ends, options) -> Partial:
+    count = len(group.heads)
+    read = {"scale": options.scale, "softcap": options.softcap, "splits": options.splits}
+    if group.k.reading is None or group.v.reading is None:
+        if options.implementation not in (None, "xla"):
+            missing = group.k if group.k.reading is None else group.v
+            raise ValueError(
+                f"implementation={options.implementation!r} cannot run this case: codec"
+                f" {missing.name!r} as configured has no reading for kernels; use 'xla' or None"
+            )
+        return codec_decode.decode(
+            rows, (group.k, group.k_arrays, view.k), (group.v, group.v_arrays, view.v),
+            view.pages, starts, ends, page=view.page, block_tokens=options.block_tokens, **read,
+        )  # fmt: skip
+    folded, bias = sides.fold(group.k, group.k_arrays, rows)
+    k_side = sides.side(group.k, group.k_arrays, view.k, view.heads, count)
+    v_side = sides.side(group.v, group.v_arrays, view.v, view.heads, count)
+
+    def call(folded, bias, starts, ends):
+        return kernels.decode(
+            folded, k_side, v_side, view.pages, starts, ends, bias=bias,
+            implementation=options.implementation, interpret=options.interpret,
+            block_tokens=options.block_tokens, **read,
+        )  # fmt: skip
+
+    on_kernel = options.implementation not in (None, "xla") or jax.default_backend() != "cpu"
+    if on_kernel and rows.shape[2] > KERNEL_ROWS:
+        partial = _in_row_blocks(call, folded, bias, starts, ends)
+    else:
+        partial = call(folded, bias, starts, ends)
+    gain = sides.gains(group.v, group.v_arrays, count)
+    if gain is None:
+        return partial
+    return dataclasses.replace(partial, acc=partial.acc * gain[None, :, None])
+
+
+def _in_row_blocks(call, folded, bias, starts, ends) -> Partial:
+    """A long chunk's query rows, a block that fits a kernel at a time; padding rows see nothing."""
+    batch, heads, m, _ = folded.shape
+    blocks = -(-m // KERNEL_ROWS)
+
+    def split(x, axis):
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, blocks * KERNEL_ROWS - m)
+        shape = (*x.shape[:axis], blocks, KERNEL_ROWS, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(x, pad).reshape(shape), axis, 0)
+
+    bias = jnp.zeros((batch, heads, m), jnp.float32) if bias is None else bias
+    out = jax.lax.map(
+        lambda x: call(*x), (split(folded, 2), split(bias, 2), split(starts, 1), split(ends, 1))
     )
 
+    def joined(x):  # [blocks, B, N, rows, ...]
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(batch, heads, blocks * KERNEL_ROWS, *x.shape[4:])[:, :, :m]
 
-def _heads(method):
-    """A method of one head -> all sequences and heads: arrays [N, ...], the rest [B, N, ...]."""
-
-    def run(arrays, *rest):
-        each = (0,) * len(rest)
-        return jax.vmap(jax.vmap(method, in_axes=(0, *each)), in_axes=(None, *each))(arrays, *rest)
-
-    return run
+    return jax.tree.map(joined, out)
 
 
-def _slice(codec: Codec, stored: Stored, i, block_pages: int, valid) -> Stored:
-    """Unpacked fields of one block of pages, [B, N, tokens, width]; unwritten slots are zero."""
-    out = {}
-    for field in codec.fields:
-        every = codec.block if field.per_block else 1
-        unit = block_pages if field.packed else block_pages * packing.PAGE // every
-        part = jax.lax.dynamic_slice_in_dim(stored[field.name], i * unit, unit, axis=2)
-        if field.packed:
-            out[field.name] = packing.unpack(part)
-        else:
-            # A NaN in a slot nobody wrote must not reach the sums as 0 * NaN.
-            held = valid[:, None, ::every, None]
-            out[field.name] = jnp.where(held, part, jnp.zeros((), part.dtype))
-    return out
+def _normalise(parts: list[Partial]) -> Parts:
+    """Joins the stored tokens (first) and exact parts; rows that saw nothing become zero."""
+    tops, totals = (jnp.stack(x) for x in ([p.top for p in parts], [p.total for p in parts]))
+    factors, _ = merge.factors(tops, totals)
+    total = jnp.sum(totals * factors, axis=0)
+    factors = factors / jnp.where(total > 0, total, 1.0)[None]
+    stored = parts[0].acc * factors[0][..., None]
+    exact = None
+    for part, factor in zip(parts[1:], factors[1:], strict=True):
+        acc = part.acc * factor[..., None]
+        exact = acc if exact is None else exact + acc
+    return Parts(stored=stored, mass=parts[0].total * factors[0], exact=exact)
 
 
-def _zero_sum(group: HeadGroup, buffers: GroupBuffers, rows, block_pages: int):
-    """Zeros in the shape in which this V codec accumulates (its code space)."""
+def _query_heads(kv_heads: tuple[int, ...], per_kv: int) -> tuple[int, ...]:
+    return tuple(h * per_kv + g for h in kv_heads for g in range(per_kv))
 
-    def shape():
-        valid = jnp.ones((rows[0], block_pages * packing.PAGE), bool)
-        v = _slice(group.v, buffers.v, 0, block_pages, valid)
-        p = jnp.zeros((*rows, block_pages * packing.PAGE), jnp.float32)
-        return _heads(group.v.accumulate)(group.v_arrays, p, v)
 
-    return jnp.zeros(jax.eval_shape(shape).shape, jnp.float32)
+def to_rows(
+    q: Float[Array, "B T H D"], heads: tuple[int, ...], kv_heads: int
+) -> Float[Array, "B N M D"]:
+    """Queries of the given KV heads, row t * G + g of head n being query head heads[n] * G + g."""
+    batch, t, all_heads, dim = q.shape
+    per_kv = all_heads // kv_heads
+    q = take_heads(q, _query_heads(heads, per_kv)).astype(jnp.float32)
+    q = q.reshape(batch, t, len(heads), per_kv, dim).transpose(0, 2, 1, 3, 4)
+    return q.reshape(batch, len(heads), t * per_kv, dim)
+
+
+def from_rows(out: Float[Array, "B N M E"], tokens: int) -> Float[Array, "B T N G E"]:
+    """The inverse of `to_rows` for outputs."""
+    batch, n, m, dim = out.shape
+    return out.reshape(batch, n, tokens, m // tokens, dim).transpose(0, 2, 1, 3, 4)
+
+
+def join_groups(layer: KVLayer, outs: list[Array]) -> Float[Array, "B T H E"]:
+    """Outputs [B, T, N, G, E] of all groups in the order of the model's heads."""
+    joined = in_head_order(layer, jnp.concatenate(outs, axis=2), 2)
+    batch, t, n, per_kv, dim = joined.shape
+    return joined.reshape(batch, t, n * per_kv, dim)

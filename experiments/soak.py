@@ -1,0 +1,200 @@
+"""Random sessions over a pool of shared pages: does anything leak, is anything overwritten?
+
+    python experiments/soak.py --minutes=10
+
+Sequences are created, extended by one token or a chunk, forked, truncated and dropped at random;
+when the pool is full the ones used longest ago are evicted. After every --every operations one
+living sequence is compared with a fresh cache that is given the same tokens at once: its attention
+output must be equal bit by bit. At the end all are dropped, and every page and row must be free.
+
+Expected: `0 leaked pages, 0 differences`, exit code 0.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+import turboq_kernels
+from turboq.codecs import IntAffine, PerHead
+from turboq.errors import TurboqError
+from turboq.layer import HeadGroup, KVLayer, TokenPolicy
+from turboq.paging import drop_least_recent
+from turboq.pool import Pool
+
+DIM, GROUP = 16, 2
+OPERATIONS = {"extend": 0.55, "create": 0.15, "fork": 0.15, "drop": 0.1, "truncate": 0.05}
+
+
+def layer_of(policy: TokenPolicy) -> KVLayer:
+    """Two groups with different codecs, bits and arrays.
+
+    None of them sums in its encoder: a float16 scale from a sum may differ in its last bit when XLA
+    compiles the same sum for another number of tokens (1 in about 10^5 seen), which is no matter
+    of pages.
+    """
+    rng = np.random.default_rng(7)
+    fitted = {
+        "mean": jnp.asarray(rng.standard_normal((1, DIM)), jnp.float32),
+        "codebook": jnp.asarray(np.sort(rng.standard_normal((1, 8))), jnp.float32),
+        "scale": jnp.ones((1,), jnp.float32),
+    }
+    static = PerHead(dim=DIM, bits=3, scale="head", rotation="identity")
+    two, three, four = (IntAffine(dim=DIM, bits=b, rotation="identity") for b in (2, 3, 4))
+    groups = (
+        HeadGroup(heads=(1,), k=static, v=two, k_arrays=fitted, v_arrays={}),
+        HeadGroup(heads=(0,), k=four, v=three, k_arrays={}, v_arrays={}),
+    )
+    return KVLayer(groups=groups, policy=policy)
+
+
+@dataclasses.dataclass
+class Soak:
+    """A pool under random load, and what every living sequence was given."""
+
+    rng: np.random.Generator
+    page: int = 64
+    pages: int = 24
+    per_sequence: int = 6
+    rows: int = 7
+    chunks: tuple[int, ...] = (1, 9, 100)  # few sizes, so that little is compiled
+    together: int = 2  # sequences of one step, at most
+    layer: KVLayer = dataclasses.field(default_factory=lambda: layer_of(TokenPolicy(sinks=3)))
+
+    def __post_init__(self):
+        self.pool = self._pool(self._evict)
+        self.tokens: dict[int, np.ndarray] = {}  # k and v of each sequence: [2, t, K, D]
+        self.done: collections.Counter[str] = collections.Counter()
+
+    def _pool(self, evict) -> Pool:
+        return Pool(
+            [self.layer], pages=self.pages, rows=self.rows, per_sequence=self.per_sequence,
+            page=self.page, evict=evict,
+        )  # fmt: skip
+
+    def _evict(self, pager, pages, rows, keep):
+        drop_least_recent(pager, pages, rows, keep)
+        for name in set(self.tokens) - set(pager.sequences):
+            del self.tokens[name]
+            self.done["evicted"] += 1
+
+    def operate(self) -> None:
+        """One random operation."""
+        kind = str(self.rng.choice(list(OPERATIONS), p=list(OPERATIONS.values())))
+        names = list(self.tokens)
+        if not names or kind == "create":
+            kind, names = "create", [self.pool.pager.create()]
+            self.tokens[names[0]] = np.zeros((2, 0, 2, DIM), np.float32)
+        name = int(self.rng.choice(names))
+        length = self.tokens[name].shape[1]
+        if kind == "extend":
+            self._extend(self._some(names))
+        elif kind == "fork":
+            cut = length if self.layer.policy.recent else int(self.rng.integers(0, length + 1))
+            child = self.pool.pager.fork(name, cut)
+            self.tokens[child] = self.tokens[name][:, :cut]
+        elif kind == "truncate" and not self.layer.policy.recent:
+            cut = int(self.rng.integers(max(length - 20, 0), length + 1))
+            self.pool.pager.truncate(name, cut)
+            self.tokens[name] = self.tokens[name][:, :cut]
+        elif kind == "drop":
+            self.pool.pager.drop(name)
+            del self.tokens[name]
+        self.done[kind] += 1
+        self.pool.pager.check()
+
+    def _some(self, names: list[int]) -> list[int]:
+        count = min(int(self.rng.integers(1, self.together + 1)), len(names))
+        return [int(n) for n in self.rng.choice(names, count, replace=False)]
+
+    def _extend(self, names: list[int]) -> None:
+        chunk = int(self.rng.choice(self.chunks))
+        room = self.per_sequence * self.page
+        counts = [
+            min(int(self.rng.integers(1, chunk + 1)), room - self.tokens[n].shape[1]) for n in names
+        ]
+        try:
+            where = self.pool.step(names, counts)
+        except TurboqError:  # what is extended may need more than all others leave
+            self.done["refused"] += 1
+            return
+        new = self.rng.standard_normal((2, len(names), chunk, 2, DIM)).astype(np.float32)
+        self.pool.write(0, where, jnp.asarray(new[0]), jnp.asarray(new[1]))
+        for i, (name, count) in enumerate(zip(names, counts, strict=True)):
+            self.tokens[name] = np.concatenate([self.tokens[name], new[:, i, :count]], axis=1)
+
+    def differs(self) -> bool:
+        """Whether some sequence's attention is not that of a fresh cache with the same tokens."""
+        names = [n for n, t in self.tokens.items() if t.shape[1]]
+        if not names:
+            return False
+        name = int(self.rng.choice(names))
+        k, v = self.tokens[name]
+        room = self.per_sequence * self.page
+        fresh = self._pool(None)
+        where = fresh.step([fresh.pager.create()], [len(k)])
+        padded = np.zeros((2, 1, room, 2, DIM), np.float32)
+        padded[0, 0, : len(k)], padded[1, 0, : len(k)] = k, v
+        fresh.write(0, where, jnp.asarray(padded[0]), jnp.asarray(padded[1]))
+        q = jnp.asarray(self.rng.standard_normal((1, 1, 2 * GROUP, DIM)), jnp.float32)
+        outs = [_attend(p, n, q) for p, n in ((self.pool, name), (fresh, fresh.pager.sequences[0]))]
+        self.done["compared"] += 1
+        return not np.array_equal(outs[0], outs[1])
+
+    def leaked(self) -> int:
+        """Drops everything; pages and rows that are still not free."""
+        for name in list(self.tokens):
+            self.pool.pager.drop(name)
+        pager = self.pool.pager
+        return self.pages - pager.pool.free + self.rows - pager.row_pool.free
+
+
+def _attend(pool: Pool, name: int, q) -> np.ndarray:
+    """The newest token's query over all that a sequence holds; nothing is written."""
+    where = pool.step([name], [0])
+    nothing = jnp.zeros((1, 1, 2, DIM), jnp.float32)
+    tail = pool.write(0, where, nothing, nothing)  # no token is real: only the ring is read
+    positions = jnp.asarray([[pool.pager.length(name) - 1]], jnp.int32)
+    out = turboq_kernels.cache_attention(
+        q, pool.layers[0], pool.view(0, where), tail, q_positions=positions, scale=0.3
+    )
+    return np.asarray(out)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    rng = np.random.default_rng(flags.FLAGS.seed)
+    end = time.monotonic() + 60 * flags.FLAGS.minutes
+    total, leaked, different, cycles = collections.Counter(), 0, 0, 0
+    while time.monotonic() < end:  # alternately with and without a recent window, either page size
+        soak = Soak(
+            rng,
+            page=(64, 256)[cycles % 2],
+            layer=layer_of(TokenPolicy(sinks=3, recent=cycles // 2 % 2 * 5)),
+        )
+        for i in range(2000):
+            soak.operate()
+            if i % flags.FLAGS.every == 0:
+                different += soak.differs()
+            if time.monotonic() > end:
+                break
+        report, residency = soak.pool.pager.report(), soak.pool.residency()
+        leaked += soak.leaked()
+        total += soak.done
+        cycles += 1
+    print(f"{dict(total)}\nlast pool: {report}\n{residency}")
+    print(f"{leaked} leaked pages, {different} differences")
+    if leaked or different:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_float("minutes", 10.0, "How long.", lower_bound=0.0)
+    flags.DEFINE_integer("seed", 0, "Seed of all random choices.")
+    flags.DEFINE_integer("every", 20, "Operations between comparisons.", lower_bound=1)
+    app.run(main)

@@ -1,0 +1,83 @@
+"""Decode in XLA through the codec's own methods: for codecs that no kernel reads.
+
+Block codecs (scales per channel over a run of tokens), trellis codes, exact vectors, formats of
+other engines: whatever has `logits` and `accumulate`, block of pages by block of pages.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from turboq import packing
+from turboq.codecs.base import Arrays, Codec, Stored
+from turboq_kernels.decode import base
+from turboq_kernels.decode.types import Pages, Partial
+from turboq_kernels.sides import of_heads
+
+
+def decode(
+    q: Float[Array, "B N M D"],
+    k: tuple[Codec, Arrays, Stored],
+    v: tuple[Codec, Arrays, Stored],
+    pages: Pages,
+    starts: Int[Array, "B M"],
+    ends: Int[Array, "B M"],
+    *,
+    page: int,
+    scale: float,
+    softcap: float | None,
+    splits: int | None = None,
+    block_tokens: int | None = None,
+) -> Partial:
+    """As `turboq_kernels.decode.decode`, of queries that are not folded yet.
+
+    `k` and `v` are codec, arrays [N, ...] and head-pages (`turboq_kernels.sides`).
+    """
+    heads, count = q.shape[1], pages.table.shape[1]
+    block = max(1, min((block_tokens or base.BLOCK_TOKENS) // page, count))
+    (k_codec, k_arrays, k_stored), (v_codec, v_arrays, v_stored) = k, v
+    folded = of_heads(k_codec.fold_query)(k_arrays, q.astype(jnp.float32))
+
+    def logits(first, valid):
+        fields = fetch(k_codec, k_stored, pages, heads, first, block, valid)
+        return of_heads(k_codec.logits)(k_arrays, folded, fields)
+
+    def sums(p, first, valid):
+        fields = fetch(v_codec, v_stored, pages, heads, first, block, valid)
+        return of_heads(v_codec.accumulate)(v_arrays, p, fields)
+
+    def width():
+        p = jnp.zeros((*q.shape[:3], block * page), jnp.float32)
+        return sums(p, jnp.int32(0), jnp.ones((q.shape[0], block * page), bool))
+
+    return base.online_softmax(
+        logits, sums, starts, ends,
+        heads=heads, width=jax.eval_shape(width).shape[-1], page=page, pages=count, block=block,
+        scale=scale, softcap=softcap, splits=splits,
+    )  # fmt: skip
+
+
+def fetch(
+    codec: Codec,
+    stored: Stored,
+    pages: Pages,
+    heads: int,
+    first: Int[Array, ""],
+    block: int,
+    valid: Bool[Array, "B S"],
+) -> Stored:
+    """Unpacked fields [B, N, S, width] of one block of pages; rows that nobody sees are zero."""
+    out = {}
+    for field in codec.fields:
+        part = base.take_pages(stored[field.name], pages, first, block, heads)
+        if field.packed:
+            out[field.name] = packing.unpack(part)
+            continue
+        every = codec.block if field.per_block else 1
+        rows = part.reshape(*part.shape[:2], -1, part.shape[-1])
+        # A NaN in a slot that nobody wrote must not reach the sums as 0 * NaN.
+        held = jnp.any(valid.reshape(valid.shape[0], -1, every), axis=-1)[:, None, :, None]
+        out[field.name] = jnp.where(held, rows, jnp.zeros((), rows.dtype))
+    return out

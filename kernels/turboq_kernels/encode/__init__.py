@@ -1,0 +1,3 @@
+"""Encode: new keys and values into the packed cache, one token or a chunk; `api` dispatches."""
+
+from turboq_kernels.encode.api import encode as encode

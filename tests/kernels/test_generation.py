@@ -1,0 +1,63 @@
+"""Generation on the kernels, interpreted on a CPU: the tokens of the XLA path."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tolerances import TOL
+
+from turboq.codecs import Exact, TurboQuantMSE, TurboQuantProd
+from turboq.errors import TurboqError
+from turboq.layer import TokenPolicy
+from turboq.plan import uniform_plan
+from turboq_calibrate import evaluate, plugs
+from turboq_calibrate.generate import greedy
+from turboq_calibrate.models import load_model
+from turboq_calibrate.plans import model_geometry
+from turboq_kernels.decode.api import IMPLEMENTATIONS
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(GOLDEN / "llama3")
+
+
+@pytest.fixture(scope="module")
+def prompt(model):
+    return np.random.default_rng(3).integers(0, model.spec.vocab, (2, 7)).astype(np.int32)
+
+
+def layers_of(model, k, v):
+    policy = TokenPolicy(sinks=2, recent=3, exact_dtype="float32")
+    return uniform_plan(model_geometry(model), k=k, v=v, policy=policy).kv_layers({})
+
+
+@pytest.fixture(scope="module")
+def wanted(model, prompt):
+    layers = layers_of(model, TurboQuantProd(dim=16, bits=3), TurboQuantMSE(dim=16, bits=3))
+    return layers, greedy(model, prompt, 4, layers=layers, keep_logits=True, attention="xla")
+
+
+@pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic_tpu", marks=pytest.mark.slow)])
+def test_a_kernel_generates_the_same_tokens(model, prompt, wanted, kernel):
+    layers, want = wanted
+    got = greedy(model, prompt, 4, layers=layers, keep_logits=True, attention=kernel)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    assert len(np.unique(want.tokens)) > 2
+    np.testing.assert_allclose(got.logits, want.logits, rtol=0, atol=TOL["kernel_logits"])
+    assert np.any(got.logits != want.logits)  # another kernel did run
+
+
+def test_a_named_kernel_refuses_a_codec_without_a_reading(model, prompt):
+    layers = layers_of(model, Exact(dim=16), Exact(dim=16))
+    with pytest.raises(ValueError, match="codec 'exact' as configured has no reading"):
+        greedy(model, prompt, 2, layers=layers, attention="triton")
+
+
+def test_names_are_those_of_the_kernels():
+    assert tuple(plugs.KERNELS) == IMPLEMENTATIONS
+    assert set(IMPLEMENTATIONS) < set(evaluate.PLUGS)
+    with pytest.raises(TurboqError, match="implementation='cuda'"):
+        plugs.cached_by("cuda")

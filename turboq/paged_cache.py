@@ -1,0 +1,322 @@
+"""The packed cache of one layer over a pool of pages that sequences share: arrays of JAX.
+
+Per head group, with N heads, the buffers are those of `turboq.cache` with pages outside:
+
+    packed field     uint32 [pages, N, bits, page / 32, width]
+    raw field        dtype  [pages, N, page, width]              (per block: page / block)
+    exact sinks      dtype  [rows, N, sinks, D]
+    exact recent     dtype  [rows, N, ring, D]
+
+`turboq.paging.Pager` decides on the host which page and row belongs to which sequence; all layers
+of a model share one pager. A step is
+
+    step = pager.plan(names, counts)                       # host: pages, copies
+    caches = [copy(cache, step) for cache in caches]       # copy-on-write, once per layer
+    where = locate(step)
+    cache, tail = write(layer, cache, where, k, v)         # per layer, jitted
+    out = turboq_kernels.cache_attention(q, layer, view(cache, where), tail, q_positions=...)
+
+A page needs no clearing: what lies behind the tokens of its sequence is dropped when it is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from turboq import cache as caches
+from turboq import packing
+from turboq.cache import GroupBuffers, LayerCache, Tail
+from turboq.codecs.base import Arrays, Codec, Stored
+from turboq.layer import KVLayer
+from turboq.paging import PoolReport, Step
+from turboq.simulate import check_heads
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedCache:
+    """Pool buffers of one layer."""
+
+    groups: tuple[GroupBuffers, ...]
+    page: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole pool, free pages and rows included."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.groups))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Where:
+    """A `turboq.paging.Step` on the device: where B sequences write and read."""
+
+    table: Any  # int32 [B, P]
+    rows: Any  # int32 [B]
+    starts: Any  # int32 [B]
+    counts: Any  # int32 [B]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedView:
+    """Some sequences of a pool, as attention reads them. `k` and `v` of the groups are the pool's.
+
+    The exact buffers are those sequences' own: [B, N, tokens, D].
+    """
+
+    groups: tuple[GroupBuffers, ...]
+    table: Any  # int32 [B, P]
+    lengths: Any  # int32 [B]
+    page: int = dataclasses.field(metadata={"static": True})
+
+
+def init(layer: KVLayer, *, pages: int, rows: int, page: int = packing.PAGE) -> PagedCache:
+    """Empty buffers for `pages` pages and `rows` sequences.
+
+    Raises:
+      ValueError: a count that is not positive, an unknown page size, or one that a codec's blocks
+        do not divide.
+    """
+    if pages < 1 or rows < 1:
+        raise ValueError(f"{pages=} and {rows=} must be at least 1")
+    if page not in packing.PAGE_ROWS:
+        raise ValueError(f"{page=} must be one of {tuple(packing.PAGE_ROWS)}")
+    if page % layer.block:
+        raise ValueError(
+            f"{page=} must be a multiple of the layer's blocks of {layer.block} tokens"
+        )
+
+    def stored(codec: Codec, heads: int) -> Stored:
+        return {
+            f.name: jnp.zeros((pages, heads, f.bits, packing.PAGE_ROWS[page], f.width), jnp.uint32)
+            if f.packed
+            else jnp.zeros(
+                (pages, heads, page // codec.block if f.per_block else page, f.width),
+                jnp.dtype(f.dtype),
+            )
+            for f in codec.fields
+        }
+
+    def exact(codec: Codec, heads: int, tokens: int) -> Array:
+        return jnp.zeros((rows, heads, tokens, codec.dim), jnp.dtype(layer.policy.exact_dtype))
+
+    return PagedCache(
+        groups=tuple(
+            GroupBuffers(
+                k=stored(g.k, len(g.heads)),
+                v=stored(g.v, len(g.heads)),
+                k_sinks=exact(g.k, len(g.heads), layer.policy.sinks),
+                v_sinks=exact(g.v, len(g.heads), layer.policy.sinks),
+                k_recent=exact(g.k, len(g.heads), layer.ring),
+                v_recent=exact(g.v, len(g.heads), layer.ring),
+            )
+            for g in layer.groups
+        ),
+        page=page,
+    )
+
+
+def locate(step: Step) -> Where:
+    """The step's arrays on the device."""
+    arrays = (step.table, step.rows, step.starts, step.counts)
+    table, rows, starts, counts = (jnp.asarray(x, jnp.int32) for x in arrays)
+    return Where(table=table, rows=rows, starts=starts, counts=counts)
+
+
+def copy(cache: PagedCache, step: Step) -> PagedCache:
+    """The copies that a step owes (copy-on-write pages, rows of forks); often none."""
+    if not len(step.pages_copied) and not len(step.rows_copied):
+        return cache
+    return _copy(cache, *_padded(step.pages_copied), *_padded(step.rows_copied))
+
+
+@jax.jit
+def _copy(cache: PagedCache, page_from, page_to, row_from, row_to) -> PagedCache:
+    def pages(x):
+        return x.at[page_to].set(x[page_from], mode="drop")
+
+    def rows(x):
+        return x.at[row_to].set(x[row_from], mode="drop")
+
+    groups = tuple(
+        GroupBuffers(
+            k=jax.tree.map(pages, g.k),
+            v=jax.tree.map(pages, g.v),
+            k_sinks=rows(g.k_sinks),
+            v_sinks=rows(g.v_sinks),
+            k_recent=rows(g.k_recent),
+            v_recent=rows(g.v_recent),
+        )
+        for g in cache.groups
+    )
+    return PagedCache(groups=groups, page=cache.page)
+
+
+def _padded(copies: np.ndarray) -> tuple[Array, Array]:
+    """(from, to) of a power-of-two length, so that few are compiled; the padding goes nowhere."""
+    size = 1 << max(len(copies) - 1, 0).bit_length()
+    out = np.full((size, 2), (0, np.iinfo(np.int32).max), np.int32)
+    out[: len(copies)] = copies
+    return jnp.asarray(out[:, 0]), jnp.asarray(out[:, 1])
+
+
+@jax.jit
+def write(
+    layer: KVLayer,
+    cache: PagedCache,
+    where: Where,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+) -> tuple[PagedCache, Tail]:
+    """Encodes and stores the next T tokens of B sequences, the first where.counts[b] being real.
+
+    As `turboq.cache.write`: equal bytes in every page, whatever the chunks. Pages must be the
+    sequences' own from their first new token on, which `Pager.plan` and `copy` see to.
+    """
+    check_heads(layer, k.shape[2])
+    steps = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+    positions = where.starts[:, None] + steps
+    capacity = where.table.shape[1] * cache.page
+    valid = (steps < where.counts[:, None]) & (positions < capacity)
+    store = functools.partial(_store, cache.page, where.table)
+    old = _exact_of(cache, where.rows)
+    new = tuple(
+        caches.write_group(
+            layer, g, buffers, k, v, where.starts, positions, valid, where.counts, store
+        )
+        for g, buffers in zip(layer.groups, old, strict=True)
+    )
+    tail = caches.tail_of(
+        layer,
+        LayerCache(groups=old, lengths=where.starts, capacity=capacity),
+        LayerCache(groups=new, lengths=where.starts + where.counts, capacity=capacity),
+        k, v, positions, valid,
+    )  # fmt: skip
+    groups = tuple(
+        GroupBuffers(
+            k=n.k,
+            v=n.v,
+            k_sinks=o.k_sinks.at[where.rows].set(n.k_sinks),
+            v_sinks=o.v_sinks.at[where.rows].set(n.v_sinks),
+            k_recent=o.k_recent.at[where.rows].set(n.k_recent),
+            v_recent=o.v_recent.at[where.rows].set(n.v_recent),
+        )
+        for n, o in zip(new, cache.groups, strict=True)
+    )
+    return PagedCache(groups=groups, page=cache.page), tail
+
+
+def view(cache: PagedCache, where: Where, *, before: bool = False) -> PagedView:
+    """The sequences of `where` after its tokens were written, or as they were `before`."""
+    lengths = where.starts if before else where.starts + where.counts
+    return PagedView(
+        groups=_exact_of(cache, where.rows), table=where.table, lengths=lengths, page=cache.page
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Residency:
+    """Bytes of a pool over all layers.
+
+    `reserved` is allocated, `active` its pages in use, `shared` the pages in use that have several
+    owners, `saved` what those owners would need besides without sharing; `exact` holds sinks and
+    recent windows of living sequences (`exact_reserved` of all rows).
+    """
+
+    reserved: int
+    active: int
+    shared: int
+    saved: int
+    exact: int
+    exact_reserved: int
+    fragmentation: float
+
+
+def residency(cache_list: list[PagedCache], report: PoolReport) -> Residency:
+    """What a pool's pages and rows cost, from the live buffers of all layers and `Pager.report`."""
+    pooled = [x for c in cache_list for g in c.groups for x in jax.tree.leaves((g.k, g.v))]
+    exact = [
+        x for c in cache_list for g in c.groups
+        for x in (g.k_sinks, g.v_sinks, g.k_recent, g.v_recent)
+    ]  # fmt: skip
+    pool, rows = sum(x.nbytes for x in pooled), sum(x.nbytes for x in exact)
+    per_page = pool // report.pages
+    per_row = rows // exact[0].shape[0] if exact else 0
+    return Residency(
+        reserved=pool + rows,
+        active=report.active * per_page,
+        shared=report.shared * per_page,
+        saved=report.saved * per_page,
+        exact=report.sequences * per_row,
+        exact_reserved=rows,
+        fragmentation=report.fragmentation,
+    )
+
+
+def _exact_of(cache: PagedCache, rows: Int[Array, "B"]) -> tuple[GroupBuffers, ...]:
+    """The pool, with the exact buffers of the given rows only."""
+    return tuple(
+        GroupBuffers(
+            k=g.k,
+            v=g.v,
+            k_sinks=g.k_sinks[rows],
+            v_sinks=g.v_sinks[rows],
+            k_recent=g.k_recent[rows],
+            v_recent=g.v_recent[rows],
+        )
+        for g in cache.groups
+    )
+
+
+def _store(
+    page: int, table: Int[Array, "B P"], codec: Codec, arrays: Arrays, stored: Stored,
+    x, positions, valid,
+) -> Stored:  # fmt: skip
+    """`turboq.cache.store` on the few pages that the tokens touch, taken out and put back."""
+    batch, width = table.shape
+    count = min((x.shape[2] - 1) // page + (2 if x.shape[2] > 1 else 1), width)
+    start = positions[:, 0]
+    end = start + jnp.sum(valid, axis=1, dtype=jnp.int32)
+    first = jnp.minimum(start // page, width - count)
+    which = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]  # [B, count]
+    pages = jnp.take_along_axis(table, which, axis=1)
+    here = start - first * page
+    taken = {}
+    for field in codec.fields:
+        local = stored[field.name][pages].swapaxes(1, 2)  # [B, N, count, ...]
+        if field.packed:
+            keep = _before(here, count, local.shape[-2])[:, None, :, None, :, None]
+            taken[field.name] = local & keep
+        else:
+            taken[field.name] = local.reshape(*local.shape[:2], -1, local.shape[-1])
+    local_positions = positions - (first * page)[:, None]
+    written = caches.store(codec, arrays, taken, x, local_positions, valid)
+    touched = (end[:, None] > which * page) & (start[:, None] < (which + 1) * page)
+    touched &= (end > start)[:, None]
+    out = {}
+    for field in codec.fields:
+        old = stored[field.name]
+        new = written[field.name].reshape(batch, -1, count, *old.shape[2:]).swapaxes(1, 2)
+        target = jnp.where(touched, pages, old.shape[0])
+        out[field.name] = old.at[target].set(new, mode="drop")
+    return out
+
+
+def _before(start: Int[Array, "B"], pages: int, rows: int) -> Array:
+    """uint32 [B, pages, rows]: which bits of each row belong to slots below `start`."""
+    slot = (
+        jnp.arange(pages, dtype=jnp.int32)[:, None, None] * (rows * packing.WORD_BITS)
+        + jnp.arange(packing.WORD_BITS, dtype=jnp.int32)[None, None, :] * rows
+        + jnp.arange(rows, dtype=jnp.int32)[None, :, None]
+    )  # [pages, rows, 32]
+    bit = jnp.uint32(1) << jnp.arange(packing.WORD_BITS, dtype=jnp.uint32)
+    kept = slot[None] < start[:, None, None, None]
+    return jnp.sum(jnp.where(kept, bit[None, None, None, :], jnp.uint32(0)), -1, dtype=jnp.uint32)

@@ -1,0 +1,88 @@
+"""All layers of a model over one pool of pages: sequences that come, grow, fork and go.
+
+pool = Pool(layers, pages=1024, rows=64, per_sequence=32, page=256)
+a = pool.pager.create()
+where = pool.step([a], [512])                         # the prompt's pages
+for i in range(len(layers)):                          # in the model's forward pass
+    tail = pool.write(i, where, k, v)
+    out = turboq_kernels.cache_attention(q, layers[i], pool.view(i, where), tail, ...)
+b = pool.pager.fork(a)                                # shares the prompt's pages
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+from jaxtyping import Array, Float
+
+from turboq import paged_cache
+from turboq.cache import Tail
+from turboq.layer import KVLayer
+from turboq.packing import PAGE
+from turboq.paged_cache import PagedCache, PagedView, Residency, Where
+from turboq.paging import Evict, Pager
+
+# The old pool's buffers are given up: a step changes a few pages and copies none.
+_write = functools.partial(jax.jit, donate_argnums=1)(paged_cache.write)
+
+
+class Pool:
+    """A pager and the paged caches of all layers, which share page and row numbers.
+
+    Args: those of `turboq.paging.Pager`, and one `KVLayer` per layer.
+
+    Raises:
+      ValueError: no layer, or a page size that does not suit one.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[KVLayer],
+        *,
+        pages: int,
+        rows: int,
+        per_sequence: int,
+        page: int = PAGE,
+        evict: Evict | None = None,
+    ):
+        if not layers:
+            raise ValueError(f"{len(layers)=} must be at least 1")
+        self.layers = list(layers)
+        self.pager = Pager(
+            pages=pages,
+            rows=rows,
+            per_sequence=per_sequence,
+            page=page,
+            recent=max(layer.ring for layer in layers),
+            evict=evict,
+        )
+        self.caches: list[PagedCache] = [
+            paged_cache.init(layer, pages=pages, rows=rows, page=page) for layer in layers
+        ]
+
+    def step(self, names: Sequence[int], counts: Sequence[int]) -> Where:
+        """Makes room for `counts[i]` more tokens of each sequence, copying what is shared.
+
+        Raises:
+          TurboqError: as `Pager.plan`.
+        """
+        step = self.pager.plan(names, counts)
+        self.caches = [paged_cache.copy(cache, step) for cache in self.caches]
+        return paged_cache.locate(step)
+
+    def write(
+        self, i: int, where: Where, k: Float[Array, "B T K D"], v: Float[Array, "B T K E"]
+    ) -> Tail:
+        """Stores the step's tokens in layer i (`turboq.paged_cache.write`)."""
+        self.caches[i], tail = _write(self.layers[i], self.caches[i], where, k, v)
+        return tail
+
+    def view(self, i: int, where: Where) -> PagedView:
+        """The step's sequences in layer i, its tokens included, for attention."""
+        return paged_cache.view(self.caches[i], where)
+
+    def residency(self) -> Residency:
+        """Bytes of all layers: reserved, active, shared, exact tokens, fragmentation."""
+        return paged_cache.residency(self.caches, self.pager.report())
