@@ -8,7 +8,7 @@ import pytest
 from codec_rows import HEADS, ROWS, cell
 from tolerances import TOL
 
-from turboq.codecs import FP8, IntAffine, TurboQuantMSE
+from turboq.codecs import FP8, IntAffine, PerHead, TurboQuantMSE
 from turboq.codecs.reading import Part, Reading
 from turboq.errors import TurboqError
 
@@ -57,6 +57,23 @@ def test_reading_says_what_the_codec_reads(name):
         out = np.asarray(jax.jit(codec.unfold_output)(arrays, acc, mass))
         scale = np.abs(c["decoded"][h]).max()
         assert np.max(np.abs(out - c["output"][h])) / scale < TOL["product_f32"]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_symmetric_tables_are_symmetric_to_the_last_bit(name):
+    c = cell(name, 64)
+    for h in range(HEADS):
+        tables = c["codec"].level_tables(of_head(c["arrays"], h))
+        for part, table in zip(c["codec"].reading.parts, tables, strict=True):
+            if part.symmetric:
+                np.testing.assert_array_equal(np.asarray(table), -np.asarray(table)[::-1])
+
+
+def test_data_free_codebooks_are_said_to_be_symmetric():
+    assert TurboQuantMSE(dim=64, bits=3).reading.parts[0].symmetric
+    assert not PerHead(dim=64, bits=3).reading.parts[0].symmetric
+    with pytest.raises(ValueError, match="said of tables"):
+        Part(field="a", width=8, bits=4, levels="affine", symmetric=True)
 
 
 def test_most_codecs_of_the_main_road_have_a_reading():

@@ -113,7 +113,7 @@ class TurboQuantOutliers(Codec):
             parts=tuple(
                 Part(
                     field=f"{which}_codes", width=part.dim, bits=part.bits, levels="table",
-                    scale=f"{which}_scale",
+                    scale=f"{which}_scale", symmetric=True,
                 )
                 for which, part in zip(("outlier", "other"), self.parts, strict=True)
             )

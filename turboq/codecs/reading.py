@@ -33,7 +33,9 @@ class Part:
     """One run of coordinates: the packed field of its codes, and fields of its scale and offset.
 
     `field` is a packed `Field` of this width and bits; `scale` and `offset` name raw fields of
-    width 1 (several parts may share them), or None.
+    width 1 (several parts may share them), or None. `symmetric` promises of every head's table
+    level(~code) = -level(code), as of a Lloyd-Max codebook of a symmetric density: a kernel may
+    then do with half the work.
 
     Raises:
       ValueError: unknown levels, or bits that do not fit them.
@@ -45,6 +47,7 @@ class Part:
     levels: str
     scale: str | None = None
     offset: str | None = None
+    symmetric: bool = False
 
     def __post_init__(self):
         if self.levels not in LEVELS:
@@ -53,6 +56,8 @@ class Part:
             raise ValueError(
                 f"{self.bits=} must be {_BITS.get(self.levels, '1..8')} for {self.levels=}"
             )
+        if self.symmetric and self.levels != "table":
+            raise ValueError(f"{self.symmetric=} is said of tables, not of {self.levels=}")
         if self.width < 1:
             raise ValueError(f"{self.width=} must be at least 1")
 

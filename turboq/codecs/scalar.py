@@ -68,7 +68,10 @@ class ScalarCodec(Codec):
 
     @property
     def reading(self) -> Reading | None:
-        part = Part(field="codes", width=self.dim, bits=self.bits, levels="table", scale="scale")
+        part = Part(
+            field="codes", width=self.dim, bits=self.bits, levels="table", scale="scale",
+            symmetric="codebook" not in self.array_shapes,  # a fitted one need not be
+        )  # fmt: skip
         return Reading(parts=(part,))
 
     def level_tables(self, arrays: Arrays) -> tuple[Float[Array, "L"], ...]:

@@ -149,10 +149,13 @@ class Transform(Codec):
         gain = None if self.gain == "none" else "gain"
         return Reading(
             parts=tuple(
-                Part(field=f"codes{i}", width=width, bits=bits, levels="table", scale=gain)
+                Part(
+                    field=f"codes{i}", width=width, bits=bits, levels="table", scale=gain,
+                    symmetric=self.codebook == "gaussian",
+                )
                 for i, (width, bits) in enumerate(self.segments)
             )
-        )
+        )  # fmt: skip
 
     def row_values(self, arrays: Arrays, name: str, entries: Array) -> Float[Array, "*n"]:
         """The gains of codes, or stored gains as they are."""

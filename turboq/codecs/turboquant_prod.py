@@ -71,8 +71,9 @@ class TurboQuantProd(ScalarCodec):
         if self.bits == 1:
             return Reading(parts=(signs,))
         codes = Part(
-            field="codes", width=self.dim, bits=self.bits - 1, levels="table", scale="scale"
-        )
+            field="codes", width=self.dim, bits=self.bits - 1, levels="table", scale="scale",
+            symmetric=True,
+        )  # fmt: skip
         return Reading(parts=(codes, signs))
 
     def level_tables(self, arrays: Arrays) -> tuple[Float[Array, "L"], ...]:

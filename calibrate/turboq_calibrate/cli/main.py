@@ -36,6 +36,7 @@ COMMANDS = {
     "plan": "fit codecs to statistics and write a plan",
     "evaluate": "measure plans on held-out text: KL, top-1, perplexity, bytes",
     "report": "draw a run folder as one self-contained HTML page",
+    "export": "write a plan as files and flags of an engine: vLLM, llama.cpp, ONNX Runtime, ...",
     "inspect": "say what a plan, a statistics folder or a checkpoint holds",
     "memory": "bytes per token, cache size and longest context of a plan or a codec",
 }

@@ -1,0 +1,342 @@
+"""Compiles the decode kernel for TPU generations on a machine without one, and reads its schedule.
+
+    python -m turboq_kernels.aot.tpu                      # rows of all configurations, as JSON
+    python -m turboq_kernels.aot.tpu target=v5e bits=3    # those that match
+
+Needs libtpu (the extra `tpu`) and JAX_PLATFORMS=cpu: the compiler inside libtpu needs no chip. The
+cost is the number of VLIW bundles of the main loop in the final schedule, per 256 tokens of one KV
+head: K, softmax, V and the start of all copies. A bundle issues in one cycle if nothing stalls;
+stalls (memory, results not ready) are not in the schedule. No time is measured here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+from turboq.codecs.reading import Part, Reading
+from turboq.packing import PAGE, ROWS
+from turboq_kernels.decode import mosaic_tpu, types
+
+KERNEL = "turboq_decode"
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+INTEGER_UNIT = ("v5e", "v5p", "v6e")  # the others multiply bfloat16 and fp8 only
+MIB = 2**20
+# What one core has (jax's pltpu.get_tpu_info; exceeding it is a compile error).
+VMEM_LIMIT = {
+    "v4": 16 * MIB,
+    "v5e": 128 * MIB,
+    "v5p": 64 * MIB,
+    "v6e": 128 * MIB,
+    "tpu7x": 64 * MIB,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """What is compiled: K and V alike, pages of 256 tokens, long sequences.
+
+    `levels` are those of `turboq.codecs.reading`, or "symmetric" for a table with
+    level(~code) = -level(code). `tokens` query tokens of `group` heads share one pass.
+    """
+
+    target: str
+    bits: int
+    levels: str
+    dim: int
+    group: int
+    tokens: int = 1
+    cache: str = "contiguous"  # or "paged": a page table of any order
+
+    def __post_init__(self):
+        if self.target not in TOPOLOGIES:
+            raise ValueError(f"{self.target=} must be one of {tuple(TOPOLOGIES)}")
+        if self.cache not in ("contiguous", "paged"):
+            raise ValueError(f"{self.cache=} must be 'contiguous' or 'paged'")
+
+
+def _at(target: str, bits: int, levels: str, **changes) -> Configuration:
+    usual = Configuration(target=target, bits=bits, levels=levels, dim=128, group=8)
+    return dataclasses.replace(usual, **changes)
+
+
+CONFIGURATIONS = (
+    *(_at("v5e", bits, "symmetric") for bits in (3, 2, 4)),
+    *(_at("v5e", bits, "table") for bits in (3, 2)),
+    _at("v5e", 3, "affine"),
+    _at("v5e", 3, "symmetric", cache="paged"),
+    _at("v5e", 3, "symmetric", tokens=2),
+    _at("v5e", 3, "symmetric", dim=64),
+    _at("v5e", 3, "symmetric", dim=256),
+    _at("v5e", 8, "int8"),
+    *(_at(target, 3, "symmetric") for target in ("v6e", "v5p", "v4", "tpu7x")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What the final schedule says.
+
+    `vmem_bytes` are the kernel's own, without windows of operands; `busy` is, for each kind of
+    slot, the part of the loop's issue slots that are used.
+    """
+
+    loop_bundles: int
+    total_bundles: int
+    vmem_bytes: int
+    busy: dict[str, float]
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if importlib.util.find_spec("libtpu"):
+        return None
+    return "the TPU compiler is not installed: pip install 'turboq[tpu]' (jax[tpu], for libtpu)"
+
+
+def environment_of_compiler() -> dict[str, str]:
+    """Environment of a subprocess that compiles: no chip is looked for, and several may run."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+
+
+def arguments(configuration: Configuration) -> tuple[Any, ...]:
+    """Shapes of a decode call: 8 sequences of 128 Ki tokens, 8 KV heads."""
+    c, batch, heads, count = configuration, 8, 8, 512
+    levels = "table" if c.levels == "symmetric" else c.levels
+
+    def struct(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    total = batch * heads * count
+    part = Part(
+        field="codes", width=c.dim, bits=c.bits, levels=levels, scale="scale",
+        offset="offset" if levels == "affine" else None,
+    )  # fmt: skip
+    row = struct(total, PAGE, dtype=jnp.float16)
+    side = types.Side(
+        words=(struct(total, c.bits, ROWS, c.dim, dtype=jnp.uint32),),
+        scales=(row,), offsets=(row if levels == "affine" else None,),
+        tables=(struct(heads, 2**c.bits) if levels == "table" else None,),
+        reading=Reading(parts=(part,)),
+    )  # fmt: skip
+    contiguous = c.cache == "contiguous"
+    pages = types.Pages(
+        table=struct(batch, count, dtype=jnp.int32),
+        stride_page=1 if contiguous else heads,
+        stride_head=count if contiguous else 1,
+        contiguous=contiguous,
+    )
+    rows = c.group * c.tokens
+    seen = struct(batch, rows, dtype=jnp.int32)
+    return struct(batch, heads, rows, c.dim), side, side, pages, seen, seen
+
+
+def compile_decode(configuration: Configuration, **options):
+    """The compiled executable (which cannot run here).
+
+    Raises:
+      whatever the compiler raises, and ValueError for a case that the kernel does not support.
+    """
+    shapes = arguments(configuration)
+    reason = mosaic_tpu.unsupported(*shapes[:4])
+    if reason is not None:
+        raise ValueError(f"{configuration}: {reason}")
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=TOPOLOGIES[configuration.target]
+    )
+    device = topology.devices[0]
+    place = SingleDeviceSharding(device)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    mesh = AbstractMesh(
+        (), (),
+        abstract_device=AbstractDevice(
+            device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
+        ),
+    )  # fmt: skip
+    symmetric = configuration.levels == "symmetric"
+
+    def run(q, k, v, pages, starts, ends):
+        return mosaic_tpu.decode(
+            q, k, v, pages, starts, ends, bias=None, scale=configuration.dim**-0.5,
+            softcap=None, splits=None, symmetric=symmetric, **options,
+        )  # fmt: skip
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(run).lower(*args).compile()
+
+
+def row(configuration: Configuration, dump: pathlib.Path) -> dict[str, Any]:
+    """One row; `dump` is the empty folder the compiler writes its schedule to."""
+    executable = compile_decode(configuration)
+    shapes = arguments(configuration)
+    cost = read_cost(dump)
+    q, k, v, pages, *_ = shapes
+    spec, _ = mosaic_tpu.specify(
+        q, k, v, pages,
+        int8=configuration.target in INTEGER_UNIT, symmetric=configuration.levels == "symmetric",
+    )  # fmt: skip
+    given = sum(
+        x.size * x.dtype.itemsize
+        for side in (k, v)
+        for x in (*side.words, *side.scales, *side.offsets)
+        if x is not None
+    )
+    analysis = executable.memory_analysis()
+    if analysis is None:
+        raise RuntimeError("the compiler reports no memory analysis")
+    named = dataclasses.asdict(configuration)
+    return {"op": "decode"} | named | {
+        "bundles_per_256_tokens": round(cost.loop_bundles * PAGE / spec.step.tokens, 1),
+        "loop_bundles": cost.loop_bundles,
+        "loop_tokens": spec.step.tokens,
+        "slots_used": cost.busy,
+        # With the windows of the operands, which the compiler may allocate outside the kernel.
+        "vmem_bytes": max(mosaic_tpu.vmem_bytes(spec), cost.vmem_bytes),
+        # Arguments on the chip over their bytes: one means that no tile is padded.
+        "padding": round(analysis.argument_size_in_bytes / given, 3),
+    }  # fmt: skip
+
+
+def read_cost(dump: pathlib.Path) -> Cost:
+    """The cost of the kernel whose schedule lies in `dump`.
+
+    Raises:
+      RuntimeError: no schedule, or one this reader does not understand.
+    """
+    bundles = _one(dump, r"-\d+-final_bundles\.txt")
+    depths, text = [], []
+    for line in bundles.read_text().splitlines():
+        found = re.match(r"\s*(?:0x[0-9a-f]+|\d+)\s+[A-Z ]*:\s*(>*)", line)
+        if found:
+            depths.append(len(found[1]))
+            text.append(line)
+    loop = _main_loop(depths, text)
+    used = _one(dump, r"-\d+-final_hlo-static-per-bundle-utilization\.txt").read_text()
+    capacity, table = used.split("== UTILIZATION:")
+    names, slots = capacity.strip().splitlines()[-2:]
+    names = [x.strip() for x in names.split(",")]
+    slots = [int(x) for x in slots.split()]
+    rows = [[int(x) for x in line.split()] for line in table.strip().splitlines()]
+    if len(rows) != len(depths):
+        raise RuntimeError(f"{len(rows)} rows of utilization for {len(depths)} bundles in {dump}")
+    busy = {
+        name: round(sum(rows[i][column] for i in loop) / (len(loop) * slots[column]), 2)
+        for column, name in enumerate(names)
+        if ":" not in name
+    }
+    return Cost(len(loop), len(depths), _vmem(dump), busy)
+
+
+def _main_loop(depths: list[int], text: list[str]) -> list[int]:
+    """Indices of the bundles of the loop that multiplies: the longest run inside a loop."""
+    runs: list[list[int]] = [[]]
+    # Grid steps are loops too: what is inside them once more is the kernel's own.
+    inner = max(d for d, line in zip(depths, text, strict=True) if "vmatmul" in line)
+    for i, depth in enumerate(depths):
+        if depth >= inner:
+            runs[-1].append(i)
+        elif depth and runs[-1]:
+            runs.append([])
+    loop = max(runs, key=len)
+    if not any("vmatmul" in text[i] for i in loop):
+        raise RuntimeError("no matrix product in the longest loop of the schedule")
+    return loop
+
+
+def _vmem(dump: pathlib.Path) -> int:
+    """Bytes of VMEM that the compiler allocates inside the kernel."""
+    text = _one(dump, r"-\d+-pre-finalize-registers-and-allocations\.txt").read_text()
+    sizes = re.findall(r"#allocation\d+ \[[^\n]*space=vmem, size = (0x[0-9a-f]+|\d+)", text)
+    if not sizes:
+        raise RuntimeError(f"no allocation in VMEM found in {dump}")
+    return sum(int(x, 0) for x in sizes)
+
+
+def _one(dump: pathlib.Path, ending: str) -> pathlib.Path:
+    found = [p for p in dump.iterdir() if KERNEL in p.name and re.search(ending + "$", p.name)]
+    found = [p for p in found if "schedule-analysis" not in p.name]
+    if len(found) != 1:
+        raise RuntimeError(f"{len(found)} files match {ending} of {KERNEL} in {dump}; expected one")
+    return found[0]
+
+
+def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Costs of the configurations, one by one, each compiled in a subprocess of its own.
+
+    (A kernel that the compiler cannot handle may abort the process.)
+
+    Args:
+      only: conditions like "bits=3" that a row must all meet.
+
+    Raises:
+      RuntimeError: the compiler is missing or failed.
+    """
+    reason = missing()
+    if reason is not None:
+        raise RuntimeError(reason)
+    for configuration in select(only):
+        yield _in_subprocess(configuration)
+
+
+def select(only: Sequence[str]) -> list[Configuration]:
+    """The configurations that meet all conditions.
+
+    Raises:
+      ValueError: none does.
+    """
+    wanted = dict(condition.split("=") for condition in only)
+    found = [c for c in CONFIGURATIONS if all(str(getattr(c, k)) == v for k, v in wanted.items())]
+    if not found:
+        raise ValueError(f"no configuration has {only}")
+    return found
+
+
+def _in_subprocess(configuration: Configuration) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as dump:
+        environment = environment_of_compiler() | {
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+        }
+        named = json.dumps(dataclasses.asdict(configuration))
+        done = subprocess.run(
+            [sys.executable, "-m", "turboq_kernels.aot.tpu", "--one", named, dump],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"compiling {configuration} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(arguments: Sequence[str]) -> None:
+    if arguments[:1] == ["--one"]:
+        configuration = Configuration(**json.loads(arguments[1]))
+        print(json.dumps(row(configuration, pathlib.Path(arguments[2]))))
+        return
+    print(json.dumps(list(rows(arguments)), indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

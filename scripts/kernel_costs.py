@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Writes experiments/results/kernel_costs.json: what the compilers say the decode kernels cost."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from turboq.files import atomic_write  # noqa: E402
+
+RESULTS = ROOT / "experiments" / "results" / "kernel_costs.json"
+PLATFORMS = ("tpu", "cuda")
+# What makes two rows the same measurement.
+KEYS = ("target", "op", "bits", "levels", "dim", "group", "tokens", "cache")
+
+HELP = """\
+Compiles the decode kernels for chips that are not here and writes their static costs: VLIW bundles
+of the main loop per 256 tokens on TPU, instructions per element, registers and spills on sm_90.
+Rows of a platform or of conditions that were not asked for stay as they are in the file.
+
+Needs, on any CPU machine:
+  tpu    pip install 'turboq[tpu]'     jax[tpu], whose libtpu holds the compiler
+  cuda   pip install jax-cuda13-plugin jax-cuda13-pjrt     of the version of jax
+"""
+
+
+def key(row: dict) -> tuple:
+    return tuple(str(row.get(k)) for k in KEYS)
+
+
+def merged(old: list[dict], new: list[dict]) -> list[dict]:
+    """New rows in place of old ones of the same key; sorted."""
+    rows = {key(row): row for row in old} | {key(row): row for row in new}
+    return [rows[k] for k in sorted(rows)]
+
+
+def written(rows: list[dict]) -> str:
+    """One row per line."""
+    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--platform", choices=PLATFORMS, action="append", help="default: all")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("only", nargs="*", metavar="KEY=VALUE", help="e.g. bits=3 target=v5e")
+    given = parser.parse_args(arguments)
+    modules = {
+        name: importlib.import_module(f"turboq_kernels.aot.{name}")
+        for name in given.platform or PLATFORMS
+    }
+    missing = [reason for m in modules.values() if (reason := m.missing()) is not None]
+    if missing:
+        print("\n".join(missing), file=sys.stderr)
+        return 1
+    for module in modules.values():
+        for row in module.rows(given.only):
+            # After every row: a run of many compilations may be cut off.
+            old = json.loads(given.out.read_text()) if given.out.exists() else []
+            atomic_write(given.out, written(merged(old, [row])))
+            print(json.dumps(row), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,287 @@
+"""Exports as files: report, atomicity, refusals, and the command."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from plan_cases import geometry, hybrid, random_fit
+
+from turboq.codecs import FP8, Exact, Ggml, Int8TokenHead, KiviKey, KiviValue, TurboQuantMSE
+from turboq.errors import TurboqError
+from turboq.export import ENGINES, Options, engine, export, write
+from turboq.export.base import Held, entries, status_of
+from turboq.export.report import PLAN_FOLDER, engine_plan, make_report
+from turboq.export.same import canonical, same
+from turboq.layer import TokenPolicy
+from turboq.plan import Measurement, Quality, collect_arrays, head_plan, load, save, uniform_plan
+from turboq_calibrate.cli import main as cli
+from turboq_calibrate.models import load_model
+from turboq_calibrate.plans import model_geometry
+
+MODEL = geometry(layers=3, kv_heads=2, k_dim=64, v_dim=64)
+Q8 = Ggml(dim=64, type="q8_0", rotation="walsh", rotation_block=64)
+
+
+def plan_of(k, v=None, **more):
+    plan = uniform_plan(MODEL, k=k, v=v or k, **more)
+    return plan, collect_arrays(plan, random_fit(MODEL))
+
+
+def files_of(folder):
+    """Everything below a folder: name -> bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_report_counts_bytes_and_drops(tmp_path):
+    policy = TokenPolicy(sinks=4)
+    plan, arrays = plan_of(TurboQuantMSE(dim=64, bits=4), Exact(dim=64), policy=policy)
+    report = export(plan, arrays, ENGINES["llama.cpp"], tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "export_report.json").read_text())
+    assert stored == json.loads(json.dumps(report.document()))
+    assert stored["engine"] == "llama.cpp"
+    assert stored["status"] == "approximated"
+    assert stored["counts"] == {"exact": 6, "approximated": 6, "unsupported": 0}
+    # q4_0 is 18 bytes per 32 channels, bfloat16 2 per channel; 3 layers of 2 heads.
+    assert stored["engine_bytes_per_token"] == 3 * 2 * (36 + 128)
+    assert stored["plan_bytes_per_token"] == 3 * 2 * (34 + 128)
+    head = stored["layers"][1]["k"][1]
+    assert (head["head"], head["plan_bits"], head["engine_bits"]) == (1, 272, 288)
+    assert "codec turboquant_mse -> q4_0 rotated" in head["dropped"]
+    assert stored["layers"][1]["v"][0]["dropped"] == []
+    assert stored["tokens_dropped"] == ["first 4 tokens exact -> 0"]
+    assert set(stored["files"]) == set(files_of(tmp_path / "out"))
+
+
+def test_quality_is_never_invented(tmp_path):
+    quality = Quality(measured=(Measurement(text="held out", kl_mean=0.25),))
+    exact, nothing = plan_of(Int8TokenHead(dim=64), quality=quality), plan_of(Q8)
+    reordered = plan_of(Q8, quality=quality)
+
+    def kl(name, pair):
+        folder = tmp_path / f"{name} {pair[0].layers[0].k.codec.name}"
+        return export(*pair, ENGINES[name], folder).kl
+
+    found = kl("vllm", exact)
+    assert (found.plan, found.source, found.change) == (0.25, "held out", 0.0)
+    found = kl("llama.cpp", exact)
+    assert (found.plan, found.change) == (0.25, None)
+    assert "turboq evaluate" in found.how
+    # GGUF files of llama models permute K, so even the same codec has other values there.
+    found = kl("llama.cpp", reordered)
+    assert (found.plan, found.change) == (0.25, None)
+    assert "order" in found.how
+    assert (
+        make_report(
+            *nothing, ENGINES["ollama"], ENGINES["ollama"].project(*nothing, Options()), []
+        ).kl.plan
+        is None
+    )
+
+
+def test_engine_plan_is_what_the_engine_runs(tmp_path):
+    plan, arrays = plan_of(TurboQuantMSE(dim=64, bits=4))
+    export(plan, arrays, ENGINES["llama.cpp"], tmp_path / "out")
+    runs, _ = load(tmp_path / "out" / PLAN_FOLDER)
+    assert runs.layers[0].k.codec == dataclasses.replace(Q8, type="q4_0")
+    assert runs.model == plan.model
+    assert runs.tokens.sinks == 0
+    assert runs.quality is None
+
+
+def test_engine_plan_has_the_arrays_of_overridden_heads():
+    def choose(layer, side, head):
+        return FP8(dim=64, scale="head") if head else Exact(dim=64)
+
+    plan = head_plan(MODEL, choose)
+    arrays = collect_arrays(plan, random_fit(MODEL))
+    found = engine_plan(plan, arrays, ENGINES["reader"].project(plan, arrays, Options()))
+    assert found is not None
+    assert found[1].keys() == arrays.keys()
+    assert all(np.array_equal(found[1][name], arrays[name]) for name in arrays)
+
+
+def test_an_earlier_export_of_the_same_plan_is_replaced(tmp_path):
+    pair, out = plan_of(Q8), tmp_path / "out"
+    export(*pair, ENGINES["llama.cpp"], out)
+    first = files_of(out)
+    (out / "stray").write_text("left over")
+    export(*pair, ENGINES["llama.cpp"], out)
+    assert files_of(out) == first
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("what", ["other plan", "other engine", "other files", "a file"])
+def test_a_folder_with_something_else_is_refused(tmp_path, what):
+    out = tmp_path / "out"
+    if what == "a file":
+        out.write_text("x")
+    elif what == "other files":
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+    else:
+        other = plan_of(Int8TokenHead(dim=64)) if what == "other plan" else plan_of(Q8)
+        export(*other, ENGINES["ollama" if what == "other engine" else "llama.cpp"], out)
+    before = files_of(tmp_path)
+    with pytest.raises(TurboqError, match="choose another --out"):
+        export(*plan_of(Q8), ENGINES["llama.cpp"], out)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_write_that_fails_leaves_nothing_or_the_earlier_export(tmp_path, monkeypatch, again):
+    pair, out = plan_of(Q8), tmp_path / "out"
+    if again:
+        export(*pair, ENGINES["lmstudio"], out)
+    before = files_of(tmp_path)
+
+    def full(*arguments):
+        raise TurboqError("cannot write: No space left on device")
+
+    monkeypatch.setattr(write, "save", full)
+    with pytest.raises(TurboqError, match="No space"):
+        export(*pair, ENGINES["lmstudio"], out)
+    assert files_of(tmp_path) == before
+    assert os.listdir(tmp_path) == (["out"] if again else [])
+
+
+def test_a_swap_that_fails_puts_the_earlier_export_back(tmp_path, monkeypatch):
+    pair, out = plan_of(Q8), tmp_path / "out"
+    export(*pair, ENGINES["lmstudio"], out)
+    before, replace = files_of(tmp_path), os.replace
+
+    def failing(source, target):
+        if str(target) == str(out) and "old" not in str(source):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(write.os, "replace", failing)
+    with pytest.raises(TurboqError, match="No space"):
+        export(*pair, ENGINES["lmstudio"], out)
+    assert files_of(tmp_path) == before
+
+
+def test_unknown_engines_name_the_nearest():
+    with pytest.raises(TurboqError, match=r"did you mean vllm\?.*llama\.cpp"):
+        engine("vlm")
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "says"),
+    [
+        ("ort-genai", TurboQuantMSE(dim=64, bits=4), "per_channel"),
+        ("modelopt", Int8TokenHead(dim=64), "static ranges"),
+        ("qwix", TurboQuantMSE(dim=64, bits=4), "a QArray cannot hold"),
+        ("sglang", KiviKey(dim=64, bits=4), None),
+    ],
+)
+def test_plans_that_an_engine_cannot_hold(name, codec, says, tmp_path):
+    pair = plan_of(codec, KiviValue(dim=64, bits=4) if isinstance(codec, KiviKey) else None)
+    if says is None:
+        assert export(*pair, ENGINES[name], tmp_path / "out").status == "approximated"
+        return
+    with pytest.raises(TurboqError, match=says):
+        export(*pair, ENGINES[name], tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_engine_that_would_quantize_nothing_is_refused(tmp_path):
+    model = geometry(layers=2, kv_heads=1, k_dim=80, v_dim=80)
+    plan = uniform_plan(model, k=TurboQuantMSE(dim=80, bits=4), v=TurboQuantMSE(dim=80, bits=4))
+    with pytest.raises(TurboqError, match="head dim 80 is no multiple of ggml's blocks of 32"):
+        export(plan, {}, ENGINES["llama.cpp"], tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_status():
+    plan, arrays = plan_of(FP8(dim=64, scale="head"))
+    entry = entries(plan, arrays)[0]
+    other = {"scale": np.asarray(entry.arrays["scale"] * np.float32(2))}
+    tensor = FP8(dim=64, scale="tensor")
+    assert status_of(entry, Held(format="", codec=tensor, arrays=entry.arrays)) == "exact"
+    assert status_of(entry, Held(format="", codec=tensor, arrays=other)) == "approximated"
+    plain = Held(format="", codec=Exact(dim=64))
+    assert status_of(entry, plain) == "approximated"
+    assert status_of(entry, dataclasses.replace(plain, reduced=False)) == "unsupported"
+
+
+def test_equal_codecs_of_different_descriptions():
+    f16 = Ggml(dim=64, type="f16")
+    assert same(f16, {}, Exact(dim=64, dtype="float16"), {})
+    assert not same(dataclasses.replace(f16, rotation="walsh"), {}, f16, {})
+    assert canonical(Q8) == canonical(dataclasses.replace(Q8, rotation_block=0, seed=5))
+    assert canonical(Q8) != canonical(dataclasses.replace(Q8, rotation="hadamard"))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_says_what_it_is_and_survives_odd_models(name):
+    found = ENGINES[name]
+    assert found.name == name
+    assert found.title
+    assert found.versions
+    assert found.checked
+    model = hybrid()  # head dims 16, 24 and 8, a window, a layer without a cache, a borrower
+    plan = uniform_plan(model, k=Exact(dim=16), v=Exact(dim=8))
+    try:
+        report = make_report(plan, {}, found, found.project(plan, {}, Options()), [])
+    except TurboqError:
+        return
+    assert report.counts["unsupported"] == 0
+    assert [layer.index for layer in report.layers] == [0, 2]
+
+
+def turboq(*arguments):
+    return cli.run([str(a) for a in arguments])
+
+
+def test_command(tmp_path, capsys):
+    plan, arrays = plan_of(Q8)
+    save(plan, arrays, tmp_path / "plan")
+    out = tmp_path / "out"
+    command = ("export", "--engine=llama.cpp", f"--plan={tmp_path}/plan", f"--out={out}")
+    assert turboq(*command) == 0
+    printed = capsys.readouterr().out
+    assert "llama-server -m MODEL.gguf -ctk q8_0 -ctv q8_0 -fa on" in printed
+    assert (out / "export_report.json").is_file()
+    assert turboq("export", "--engine=list") == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ENGINES)
+    assert turboq("export", "--engine=vlm", f"--plan={tmp_path}/plan", "--out=x") == 1
+    assert "did you mean vllm?" in capsys.readouterr().err
+    assert turboq("export", "--engine=vllm", f"--plan={tmp_path}/plan") == 1
+    assert "--out" in capsys.readouterr().err
+    assert turboq("export", "--engine=vllm", "--plan=nowhere", f"--out={out}") == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_command_checks_the_checkpoint(tmp_path, capsys):
+    source = Path(__file__).resolve().parents[1] / "golden" / "llama3"
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(source, folder)
+    model = model_geometry(load_model(str(folder), resident=False))
+    plan = uniform_plan(model, k=FP8(dim=16, scale="head"), v=FP8(dim=16, scale="head"))
+    save(plan, collect_arrays(plan, random_fit(model)), tmp_path / "plan")
+    start = ("export", "--engine=vllm", f"--plan={tmp_path}/plan", f"--checkpoint={folder}")
+    assert turboq(*start, f"--out={tmp_path}/out") == 0
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    raw = bytearray((folder / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(raw)
+    assert turboq(*start, f"--out={tmp_path}/other") == 1
+    assert "another model" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_options_that_mean_nothing_to_an_engine_are_refused(tmp_path):
+    for option in ({"tensor_parallel": 2}, {"rope_envelope": True}, {"checkpoint": tmp_path}):
+        with pytest.raises(TurboqError, match="means nothing to ollama"):
+            export(*plan_of(Q8), ENGINES["ollama"], tmp_path / "out", Options(**option))
+    with pytest.raises(TurboqError, match="dtype='int8'"):
+        Options(dtype="int8")
+    with pytest.raises(TurboqError, match="prefer='speed'"):
+        Options(prefer="speed")
+    with pytest.raises(TurboqError, match="tensor_parallel=0"):
+        Options(tensor_parallel=0)

@@ -1,0 +1,34 @@
+"""Ollama: one type for the whole server, by environment variable."""
+
+from __future__ import annotations
+
+from turboq.export.base import Projection
+from turboq.export.llama_cpp import DISABLE, Chosen, Uniform
+from turboq.plan import Plan
+
+
+class Ollama(Uniform):
+    """`OLLAMA_KV_CACHE_TYPE`, K and V alike.
+
+    Whether the runner rotates depends on which one loads the model; `LLAMA_ATTN_ROT_DISABLE=1`
+    makes it the plain types either way, so those count as exact.
+    """
+
+    name = "ollama"
+    title = "Ollama"
+    versions = "0.5 and later (OLLAMA_KV_CACHE_TYPE)"
+    checked = "documentation and issue threads; not run here"
+    types = ("f16", "q8_0", "q4_0")
+    same_types = True
+    rotation = (False,)
+
+    def finish(self, plan: Plan, chosen: Chosen) -> Projection:
+        env = {"OLLAMA_FLASH_ATTENTION": "1", "OLLAMA_KV_CACHE_TYPE": chosen.k}
+        if chosen.quantized:
+            env[DISABLE] = "1"
+        return Projection(
+            held=chosen.held,
+            flags=(" ".join([*(f"{k}={v}" for k, v in env.items()), "ollama serve"]),),
+            env=env,
+            notes=("The setting holds for every model of the server.",),
+        )

@@ -1,0 +1,80 @@
+"""Any engine: the plan, a reader of 100 lines without dependencies, and a page to test with."""
+
+from __future__ import annotations
+
+import importlib.resources
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from turboq.constraints import Constraints
+from turboq.export.base import (
+    Entry,
+    Exporter,
+    Formats,
+    Held,
+    Options,
+    Projection,
+    Tensors,
+    entries,
+)
+from turboq.packing import PAGE, pack_host
+from turboq.plan import ModelGeometry, Plan
+
+SCRIPT, GOLDEN = "read_plan.py", "page.npz"
+
+
+def page(entry: Entry, seed: int = 0) -> dict[str, np.ndarray]:
+    """One page of one head: random vectors x, what is stored of them, and what that decodes to.
+
+    Packed fields are words [1, bits, 8, width], others one row per token (or block of tokens).
+    """
+    x = np.random.default_rng(seed).normal(size=(PAGE, entry.dim)).astype(np.float32)
+    arrays = {name: jnp.asarray(values) for name, values in entry.arrays.items()}
+    stored = jax.jit(entry.codec.encode)(arrays, jnp.asarray(x))
+    out = {"x": x, "decoded": np.asarray(jax.jit(entry.codec.decode)(arrays, stored))}
+    for field in entry.codec.fields:
+        values = np.asarray(stored[field.name])
+        if field.packed:
+            values = pack_host(values.astype(np.uint8), field.bits)
+        elif field.dtype == "bfloat16":
+            values = values.astype(np.float32)
+        out[field.name] = values
+    return out
+
+
+class Reader(Exporter):
+    """Everything is exact: the plan is handed over as it is."""
+
+    name = "reader"
+    title = "any engine: plan, dependency-free reader, golden page"
+    versions = "plan schema 1"
+    checked = "run by the tests"
+
+    def formats(self, model: ModelGeometry, options: Options) -> Formats:
+        return {}
+
+    def constraints(
+        self, model: ModelGeometry, options: Options | None = None
+    ) -> tuple[Constraints, ...]:
+        return (Constraints(),)
+
+    def policy(self, wanted):
+        return wanted
+
+    def project(self, plan: Plan, arrays: Tensors, options: Options) -> Projection:
+        found = entries(plan, arrays)
+        buffer = io.BytesIO()
+        np.savez(buffer, **page(found[0]))  # pyright: ignore[reportArgumentType]
+        source = importlib.resources.files("turboq.export").joinpath("reader_example.py")
+        return Projection(
+            held={
+                e.place: Held(format=e.codec.name, codec=e.codec, arrays=e.arrays) for e in found
+            },
+            files={SCRIPT: source.read_bytes(), GOLDEN: buffer.getvalue()},
+            flags=("plan, tensors = read_plan.read_plan('engine_plan')",),
+            notes=(f"{GOLDEN} is a page of {found[0]}: words, scales, and what they decode to.",),
+            policy=plan.tokens,
+        )

@@ -1,0 +1,95 @@
+"""Reads plan.json, plan.safetensors and packed pages with Python's library and NumPy alone.
+
+Meant to be read and ported to C++ or CUDA: nothing here imports turboq. Three steps:
+
+    plan, tensors = read_plan("folder")               JSON, and a safetensors file by hand
+    codes = unpack(words)                             bit planes -> one code per token and channel
+    x = decode(codec, arrays, fields)                 codes -> numbers
+
+A page is 256 tokens of one KV head: words uint32 [bits, 8, C]; bit j of words[p, r, c] is bit p of
+the code of token 8 j + r, channel c. Pages follow each other; a field that is not packed has one
+row per token. The two codecs below cover every codec with a rotation and a codebook or with
+symmetric integers; another codec's formula stands in its file.
+"""
+
+import json
+import pathlib
+import struct
+
+import numpy as np
+
+
+def read_safetensors(path):
+    """Name -> array. The file: 8 bytes little-endian length, that much JSON, then raw data."""
+    raw = pathlib.Path(path).read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header, start = json.loads(raw[8 : 8 + length]), 8 + length
+    header.pop("__metadata__", None)
+    kinds = {"F32": "<f4", "F16": "<f2", "I32": "<i4", "U32": "<u4", "U8": "u1"}
+    out = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        data = np.frombuffer(raw[start + first : start + last], kinds[entry["dtype"]])
+        out[name] = data.reshape(entry["shape"])
+    return out
+
+
+def read_plan(folder):
+    """(plan.json as it is, every tensor of its side file)."""
+    folder = pathlib.Path(folder)
+    plan = json.loads((folder / "plan.json").read_text("utf-8"))
+    if plan["schema_version"] != 1:
+        raise ValueError(f"schema_version {plan['schema_version']} is not 1")
+    return plan, read_safetensors(folder / plan["arrays"]["file"])
+
+
+def codec_of(plan, layer, side, head):
+    """The codec of one KV head: the side's own, or its override under "heads"."""
+    chosen = next(entry for entry in plan["layers"] if entry["index"] == layer)[side]
+    config = chosen.get("heads", {}).get(str(head), chosen)
+    return {key: value for key, value in config.items() if key != "heads"}
+
+
+def arrays_of(plan, tensors, layer, side, head):
+    """Fitted arrays of one head (per head under overrides, else a row of a stack), and its tables.
+
+    Tables are constants that follow from the codec's description; the file holds them so that a
+    reader need not know how to make a rotation.
+    """
+    config = codec_of(plan, layer, side, head)
+    start = f"layers.{layer}.{side}."
+    out = {}
+    for name, values in tensors.items():
+        if name.startswith(f"{start}heads.{head}."):
+            out[name.rpartition(".")[2]] = values
+        elif name.startswith(start) and ".heads." not in name:
+            out[name[len(start) :]] = values[head]
+    for use in plan["tables"]:
+        if use["codec"] == config:
+            out |= {table: tensors[name] for table, name in use["tensors"].items()}
+    return out
+
+
+def unpack(words):
+    """uint32 [pages, bits, 8, C] -> uint8 [256 * pages, C]."""
+    pages, bits, rows, channels = words.shape
+    codes = np.zeros((pages, 32, rows, channels), np.uint8)
+    for plane in range(bits):
+        for j in range(32):
+            bit = (words[:, plane] >> np.uint32(j)) & np.uint32(1)
+            codes[:, j] |= (bit << np.uint32(plane)).astype(np.uint8)
+    return codes.reshape(pages * 32 * rows, channels)
+
+
+def decode(codec, arrays, codes, scale=None):
+    """Numbers [tokens, D] from codes [tokens, D] and, if stored, the scale of each token [tokens].
+
+    per_head, turboquant_mse    x = mean + scale * R^T codebook[code]
+    per_channel (symmetric)     x = channel_scale * (code - 2^(bits - 1))
+    """
+    if codec["codec"] in ("per_head", "turboquant_mse"):
+        scale = arrays["scale"] if scale is None else np.asarray(scale, np.float32)[:, None]
+        return (arrays["codebook"][codes] @ arrays["rotation"]) * scale + arrays.get("mean", 0)
+    if codec["codec"] == "per_channel" and codec["form"] == "symmetric":
+        return (codes.astype(np.float32) - 2 ** (codec["bits"] - 1)) * arrays["channel_scale"]
+    raise ValueError(f"codec {codec['codec']!r} is not in this example")

@@ -1,0 +1,144 @@
+"""Writing an export: everything checked first, then one folder, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from turboq.codecs.exact import Exact
+from turboq.errors import TurboqError
+from turboq.export import checkpoint as checkpoints
+from turboq.export.base import Exporter, Options, Projection, Tensors, entries, json_file
+from turboq.export.report import (
+    FILE,
+    PLAN_FOLDER,
+    ExportReport,
+    engine_plan,
+    make_report,
+)
+from turboq.files import atomic_write, make_folder
+from turboq.plan import Plan, check_arrays, save
+from turboq.plan.document import fingerprint
+
+
+def export(
+    plan: Plan,
+    arrays: Tensors,
+    exporter: Exporter,
+    out: str | os.PathLike[str],
+    options: Options | None = None,
+) -> ExportReport:
+    """Writes what `exporter` makes of a plan to the folder `out`, and returns the report.
+
+    The folder then holds the engine's files, `export_report.json`, and in `engine_plan/` the plan
+    that the engine will really run where turboq has its codecs. An earlier export of the same plan
+    to the same engine is replaced.
+
+    Raises:
+      TurboqError: the engine cannot hold the plan even approximately, the checkpoint is another
+        model's, or the folder holds something else. Nothing is written then.
+    """
+    options = options or Options()
+    _check_options(exporter, options)
+    out = Path(out)
+    arrays = check_arrays(plan, arrays)
+    if options.checkpoint is not None:
+        config = checkpoints.read_config(options.checkpoint)
+        checkpoints.check_config(plan, config, options.checkpoint)
+    _check_folder(out, plan, exporter)
+    projection = exporter.project(plan, arrays, options)
+    runs = engine_plan(plan, arrays, projection)
+    names = [*projection.files, FILE]
+    if runs is not None:
+        names += [f"{PLAN_FOLDER}/plan.json", f"{PLAN_FOLDER}/plan.safetensors"]
+    report = make_report(plan, arrays, exporter, projection, names)
+    _check_holds(plan, arrays, exporter, projection)
+    parent = make_folder(out.absolute().parent)
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise TurboqError(f"cannot write to {parent}: {error.strerror or error}") from error
+    try:
+        temporary.chmod(0o755)
+        for name, data in projection.files.items():
+            atomic_write(temporary / name, data)
+        if runs is not None:
+            save(*runs, temporary / PLAN_FOLDER)
+        atomic_write(temporary / FILE, json_file(report.document()))
+        _replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return report
+
+
+def _check_options(exporter: Exporter, options: Options) -> None:
+    """Refuses an option that the engine would silently leave aside."""
+    default = Options()
+    for name in ("checkpoint", "tensor_parallel", "rope_envelope"):
+        if getattr(options, name) != getattr(default, name) and name not in exporter.uses:
+            raise TurboqError(f"--{name} means nothing to {exporter.name}: leave it out")
+
+
+def _check_holds(plan: Plan, arrays: Tensors, exporter: Exporter, projection: Projection) -> None:
+    """Refuses an export that would quantize nothing of what the plan quantizes."""
+    quantized = [e for e in entries(plan, arrays) if not isinstance(e.codec, Exact)]
+    if not quantized:
+        return
+    held = [projection.held[e.place] for e in quantized]
+    if not all(isinstance(h.codec, Exact) for h in held):
+        return
+    why = next((h.note for h in held if not h.reduced and h.note), "")
+    if not why:
+        why = f"nothing holds {quantized[0]} and the others in as many bits (--prefer=size)"
+    raise TurboqError(
+        f"{exporter.name} cannot hold this plan even approximately, all would stay"
+        f" {held[0].format}: {why}; choose another --engine, or plan with --engine={exporter.name}"
+    )
+
+
+def _check_folder(out: Path, plan: Plan, exporter: Exporter) -> None:
+    """Refuses a folder that holds anything but this plan's export to this engine."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise TurboqError(f"output folder {out} is a file: choose another --out")
+    if not any(out.iterdir()):
+        return
+    try:
+        report = json.loads((out / FILE).read_text("utf-8"))
+        engine, held = report["engine"], report["plan_hash"]
+        model = report["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise TurboqError(
+            f"output folder {out} holds other files: choose another --out, or empty it"
+        ) from None
+    if (engine, held) != (exporter.name, fingerprint(plan)):
+        raise TurboqError(
+            f"output folder {out} holds the export of another plan ({model}, for {engine},"
+            f" {str(held)[:23]}): choose another --out, or delete it"
+        )
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    """Puts the finished folder in place of an earlier one; if that fails, the earlier one stays."""
+    old = None
+    try:
+        if out.exists():
+            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+            os.replace(out, old / "export")
+        try:
+            os.replace(temporary, out)
+        except OSError:
+            if old is not None:
+                os.replace(old / "export", out)
+            raise
+    except OSError as error:
+        raise TurboqError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        if old is not None:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(old)
