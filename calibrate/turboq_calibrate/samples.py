@@ -12,7 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from turboq.codecs import FP8, NUQ, NVFP4, Codec, Oscar, PerChannel, PerHead, TurboQuantOutliers
+from turboq.codecs import (
+    FP8,
+    NUQ,
+    NVFP4,
+    Codec,
+    HadamardPerHead,
+    Oscar,
+    PerChannel,
+    PerHead,
+    RopeBlock,
+    TurboQuantOutliers,
+)
+from turboq.codecs.fit_hadamard import fit_hadamard
+from turboq.codecs.fit_rope_block import fit_rope_block
 from turboq.codecs.fit_scale import fit_scale
 from turboq.codecs.nuq import fit_nuq
 from turboq.codecs.oscar import fit_oscar
@@ -92,6 +105,12 @@ def fit_samples(codec: Codec, samples: LayerSamples, side: str) -> dict[str, np.
         return _each(lambda head: fit_per_channel(codec, head, rope_layout=layout), x)
     if isinstance(codec, PerHead):
         return _each(lambda head: fit_per_head(codec, head), x)
+    if isinstance(codec, RopeBlock | HadamardPerHead):
+        metric = moment if side == "k" else np.broadcast_to(np.eye(codec.dim), moment.shape)
+        pairs = zip(x, metric, strict=True)
+        if isinstance(codec, RopeBlock):
+            return _stack([fit_rope_block(codec, head, m) for head, m in pairs])
+        return _stack([fit_hadamard(codec, head, m) for head, m in pairs])
     if isinstance(codec, NUQ):
         few = x[:, :: max(1, x.shape[1] // 256)]  # 256 * D values: plenty for 2^bits levels
         return _each(lambda head: fit_nuq(codec, head), few)
@@ -124,5 +143,8 @@ def _moment(x: Float[np.ndarray, "K N D"]) -> Float[np.ndarray, "K D D"]:
 
 
 def _each(fit: Callable[[np.ndarray], dict], heads: np.ndarray) -> dict[str, np.ndarray]:
-    fitted = [fit(head) for head in heads]
+    return _stack([fit(head) for head in heads])
+
+
+def _stack(fitted: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([f[name] for f in fitted]) for name in fitted[0]}
