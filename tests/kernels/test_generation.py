@@ -1,4 +1,4 @@
-"""Generation on the kernels, interpreted on a CPU: the tokens of the XLA path."""
+"""Generation on a kernel, interpreted on a CPU: the tokens of the XLA path."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def prompt(model):
-    return np.random.default_rng(3).integers(0, model.spec.vocab, (2, 7)).astype(np.int32)
+    return np.random.default_rng(7).integers(0, model.spec.vocab, (2, 7)).astype(np.int32)
 
 
 def layers_of(model, k, v):
@@ -34,20 +34,18 @@ def layers_of(model, k, v):
     return uniform_plan(model_geometry(model), k=k, v=v, policy=policy).kv_layers({})
 
 
-@pytest.fixture(scope="module")
-def wanted(model, prompt):
-    layers = layers_of(model, TurboQuantProd(dim=16, bits=3), TurboQuantMSE(dim=16, bits=3))
-    return layers, greedy(model, prompt, 4, layers=layers, keep_logits=True, attention="xla")
-
-
-@pytest.mark.parametrize("kernel", ["triton", pytest.param("mosaic_tpu", marks=pytest.mark.slow)])
-def test_a_kernel_generates_the_same_tokens(model, prompt, wanted, kernel):
-    layers, want = wanted
-    got = greedy(model, prompt, 4, layers=layers, keep_logits=True, attention=kernel)
+def check(model, prompt, layers, steps, kernel):
+    want = greedy(model, prompt, steps, layers=layers, keep_logits=True, attention="xla")
+    got = greedy(model, prompt, steps, layers=layers, keep_logits=True, attention=kernel)
     np.testing.assert_array_equal(got.tokens, want.tokens)
-    assert len(np.unique(want.tokens)) > 2
+    assert len(np.unique(want.tokens)) >= steps  # not one token over and over
     np.testing.assert_allclose(got.logits, want.logits, rtol=0, atol=TOL["kernel_logits"])
     assert np.any(got.logits != want.logits)  # another kernel did run
+
+
+def test_triton_generates_the_same_tokens(model, prompt):
+    layers = layers_of(model, TurboQuantProd(dim=16, bits=3), TurboQuantMSE(dim=16, bits=3))
+    check(model, prompt, layers, 4, "triton")
 
 
 def test_a_named_kernel_refuses_a_codec_without_a_reading(model, prompt):
