@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
@@ -79,8 +80,9 @@ def run(out: Path) -> None:
         data.load_text("topics:calibration"), model.tokenizer, length=LENGTH.value,
         count=WINDOWS.value, spread=True,
     ).tokens  # fmt: skip
-    x, positions = embed_tokens(model, tokens), decoder.default_positions(tokens)
-    bare(model, x, positions), captured(model, x, positions)  # compile
+    x, positions = embed_tokens(model, tokens), decoder.default_positions(jnp.asarray(tokens))
+    for compiled in (bare, captured):
+        compiled(model, x, positions)
     pairs = [
         (bare(model, x, positions), captured(model, x, positions)) for _ in range(REPEATS.value)
     ]

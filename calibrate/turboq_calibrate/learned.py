@@ -164,7 +164,7 @@ def fit_transform(
         if bits_per_vector is None:
             raise ValueError("options need bits_per_vector, how many bits to store")
         dim = len(fits[0].basis.mean)
-        table = cost_rates(sum(f.costs for f in fits), runs=options.runs)
+        table = cost_rates(np.sum([f.costs for f in fits], axis=0), runs=options.runs)
         segments = table.segments[table.at(bits_per_vector - options.overhead(dim))]
         codec = options.codec(dim, segments)
     x = samples.k if side == "k" else samples.v

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from turboq.codecs.base import Codec
 from turboq.codecs.transform import Transform
 from turboq.codecs.water_filling import Rates, cost_rates, share
 from turboq.layer import TokenPolicy
@@ -83,7 +84,8 @@ def learned_plan(
             chosen[layer, side, head] = options.codec(dim, table.segments[pick])
     plan = head_plan(geometry, lambda *unit: chosen[unit], policy=policy)
 
-    def arrays(layer: int, side: str, codec: Transform) -> Arrays:
+    def arrays(layer: int, side: str, codec: Codec) -> Arrays:
+        assert isinstance(codec, Transform)
         return stack([arrays_of(codec, fit, None) for fit in fits[layer, side]])
 
     return plan, collect_arrays(plan, arrays)

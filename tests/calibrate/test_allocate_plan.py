@@ -153,3 +153,33 @@ def test_default_candidates_lie_around_the_budget(layout):
         assert len(labels) == 9
     high = [m.label for m in default_makers(Budget.parse("16bpc"), layout)]
     assert high[-1] == "transform 8"
+
+
+def test_exact_tokens_are_chosen_with_their_bytes_counted(tmp_path, capsys):
+    """More exact tokens leave fewer bits: what wins is the least KL, and the plan says which."""
+    flags = ("--candidates=turboquant_mse:2,3,4", "--granularity=uniform")
+    policies = "--policies=0:0,4:0,4:16"
+    assert turboq("--budget=700@150KiB", policies, *flags, *SMALL, f"--out={tmp_path}") == 0
+    lines = capsys.readouterr().out.splitlines()[:3]
+    kl = {line.split(":")[0]: float(line.split()[-1]) for line in lines}
+    assert set(kl) == {"sinks 0, recent 0", "sinks 4, recent 0", "sinks 4, recent 16"}
+    plan, _ = load(tmp_path)
+    best = min(kl, key=lambda name: kl[name])
+    assert best == f"sinks {plan.tokens.sinks}, recent {plan.tokens.recent}"
+    assert plan.residency(700).total <= 150 * 1024
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--budget=3bpc", "--policies=4:0,4:32"), "has no context"),
+        (("--budget=700@150KiB", "--policies=4"), "must be SINKS:RECENT"),
+        (("--budget=700@150KiB", "--policies=4:0,4:0"), "name one twice"),
+        (("--budget=700@150KiB", "--policies=4:0", "--sinks=2"), "--policies names"),
+        (("--policies=4:0",), "needs --budget"),
+    ],
+)
+def test_bad_policies_are_one_line(tmp_path, capsys, flags, message):
+    assert turboq(*flags, "--candidates=turboquant_mse:2,3", *SMALL, f"--out={tmp_path}/p") == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "p" / "plan.json").exists()

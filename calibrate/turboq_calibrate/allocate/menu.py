@@ -43,10 +43,11 @@ def _makers(word: str, geometry: ModelGeometry) -> list[Maker]:
     name, _, rest = word.partition(":")
     field, equals, listed = rest.rpartition("=")
     values = [value.strip() for value in listed.split(",")] if listed else []
-    if name == "transform":
+    if name in ("transform", "trellis"):
         if equals or not values:
-            raise TurboqError(f"candidates {word!r}: name bits per channel, as in transform:2,2.5")
-        return [learned(f"transform {v}", _number(word, v)) for v in values]
+            raise TurboqError(f"candidates {word!r}: name bits per channel, as in {name}:2,2.5")
+        quantizer = "scalar" if name == "transform" else "trellis"
+        return [learned(f"{name} {v}", _number(word, v), quantizer=quantizer) for v in values]
     if name not in CODECS:
         raise TurboqError(f"candidates {word!r}: known codecs are {', '.join(sorted(CODECS))}")
     if not values:

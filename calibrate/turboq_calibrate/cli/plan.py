@@ -11,11 +11,16 @@ closest within it:
   --budget=3.25bpc         bits per channel of one more token, scales included
   --budget=131072@4GiB     all memory of one sequence of 131072 tokens (131072x8@40GiB: of eight)
 
-Candidates are --candidates=transform:2,2.5,3 or per_head:2,3,4 or ggml:type=q4_0,q8_0 or exact
-(several --candidates add up), by default learned transforms around the budget; with --engine=NAME
+Candidates are --candidates=transform:2,2.5,3 (bits per channel; trellis:2,2.5,3 errs less, but only
+XLA reads it) or per_head:2,3,4 or ggml:type=q4_0,q8_0 or exact (several --candidates add up), by
+default learned transforms around the budget, fitted to gradients; with --engine=NAME
 what that engine holds, in the combinations it can load (`turboq export --engine=list`). They are
 fitted to and measured on --text; the last --check_windows only decide whether the plan is better
 than the best uniform one, which is kept otherwise.
+
+--policies=4:0,4:32,4:128 (exact sinks : exact recent tokens) also chooses the exact tokens: each
+is solved with its own bytes counted at the budget's context, and the least KL on the check windows
+wins.
 """
 
 from __future__ import annotations
@@ -59,6 +64,10 @@ def define(values: flags.FlagValues) -> None:
         "check_windows", 1, "--budget: the last windows, held back for the check.", lower_bound=1,
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_list(
+        "policies", [], "--budget at a context: SINKS:RECENT exact tokens to choose among.",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_integer(
         "rounds", 1, "--budget: refinements by KL measured around the plan.", lower_bound=0,
         flag_values=values,
@@ -76,7 +85,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
 def _check(values: flags.FlagValues) -> None:
     """Flags of one of the two ways are errors in the other, not ignored."""
     chosen = ("granularity", "engine", "candidates", "text", "windows", "window_length")
-    chosen += ("check_windows", "rounds")
+    chosen += ("check_windows", "rounds", "policies")
     fixed = ("codec", "k_codec", "v_codec", "bits", "k_bits", "v_bits", "field", "seed")
     fixed += (*common.CODEC_FIELDS, "statistics")
     wrong = chosen if values.budget is None else fixed
@@ -85,8 +94,12 @@ def _check(values: flags.FlagValues) -> None:
         raise TurboqError(f"{', '.join(given)}: needs --budget")
     if given:
         raise TurboqError(f"{', '.join(given)}: --budget chooses codecs, name --candidates")
+    if values.policies:
+        for flag in ("sinks", "recent"):
+            if values[flag].present:
+                raise TurboqError(f"--{flag}: --policies names the exact tokens")
     if values.engine is not None:
-        for flag in ("granularity", "candidates"):
+        for flag in ("granularity", "candidates", "policies"):
             if values[flag].present:
                 raise TurboqError(f"--{flag}: --engine={values.engine} decides that")
 
@@ -119,12 +132,13 @@ def _within_budget(values: flags.FlagValues) -> None:
     from turboq.plan import save, summary
     from turboq_calibrate.allocate.budget import Budget
     from turboq_calibrate.allocate.menu import default_makers, engine_menu, makers_of
+    from turboq_calibrate.allocate.policies import best_policy, policies_of
     from turboq_calibrate.allocate.search import plan_of, search
     from turboq_calibrate.allocate.within import report
     from turboq_calibrate.candidates import build_table
+    from turboq_calibrate.fisher import collect_gradient_samples
     from turboq_calibrate.models import load_model
     from turboq_calibrate.plans import model_geometry
-    from turboq_calibrate.samples import collect_samples
 
     budget = Budget.parse(values.budget)
     model = load_model(values.model)
@@ -148,7 +162,16 @@ def _within_budget(values: flags.FlagValues) -> None:
             raise TurboqError(
                 f"--windows={len(windows.tokens)} must be more than {values.check_windows=}"
             )
-        table = build_table(geometry, makers, collect_samples(model, fit, skip=policy.sinks))
+        policies = policies_of(values.policies, policy)
+        skip = max(p.sinks for p in policies)
+        table = build_table(geometry, makers, collect_gradient_samples(model, fit, skip=skip))
+        held_back, folder = values.check_windows, make_folder(values.out) / "measured"
+        if len(policies) > 1:
+            policy, tried = best_policy(
+                model, table, windows.tokens, budget, constraints, policies, held_back=held_back
+            )
+            for line in tried:
+                print(line)
         found = search(
             model,
             table,
@@ -156,9 +179,9 @@ def _within_budget(values: flags.FlagValues) -> None:
             budget,
             constraints,
             policy=policy,
-            held_back=values.check_windows,
+            held_back=held_back,
             rounds=values.rounds,
-            folder=make_folder(values.out) / "measured",
+            folder=folder,
         )
         plan, arrays = plan_of(found, table, geometry, windows, policy)
     saved = save(plan, arrays, values.out)
