@@ -82,9 +82,9 @@ def test_basis_of_a_head_that_never_varies():
     assert all(np.all(np.isfinite(x)) for x in (basis.analysis, basis.synthesis, basis.variances))
 
 
-@pytest.mark.parametrize("bad", [np.full((8, 8), np.nan), np.eye(16), np.triu(np.ones((8, 8)))])
+@pytest.mark.parametrize("bad", [np.full((8, 8), np.nan), np.triu(np.ones((8, 8)))])
 def test_basis_refuses(bad):
-    with pytest.raises(ValueError, match=r"metric|one dim"):
+    with pytest.raises(ValueError, match="metric"):
         fit_basis(np.zeros(8), np.eye(8), bad)
 
 
