@@ -17,6 +17,7 @@ is recompiled as it grows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -121,20 +122,27 @@ def check_room(cache: LayerCache, tokens: int) -> None:
         )
 
 
-@jax.jit
 def write(
     layer: KVLayer,
     cache: LayerCache,
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     counts: Int[Array, "B"] | None = None,
+    store: Store | None = None,
 ) -> tuple[LayerCache, Tail]:
     """Encodes and stores the next T tokens (one, or a prefill chunk) of every sequence.
 
     Only the first `counts[b]` of them are real (default: all); the rest is padding and leaves no
     trace. Tokens past the capacity are not stored, and `check_room` is the way to refuse them
     beforehand: inside jit no length is known. Writing one by one or in chunks gives equal bytes.
+
+    `store` encodes and writes (default: XLA, through the codec's own `encode`).
     """
+    return _write(layer, cache, k, v, counts, store or store_encoded)
+
+
+@functools.partial(jax.jit, static_argnames=("store",))
+def _write(layer: KVLayer, cache: LayerCache, k, v, counts, store: Store):
     check_heads(layer, k.shape[2])
     batch, t = k.shape[:2]
     steps = jnp.arange(t, dtype=jnp.int32)
@@ -188,11 +196,18 @@ def write_group(
     )
 
 
-def store(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
+def store_encoded(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
     """Encodes x [B, N, T, D], whole blocks of it, into slots positions[:, 0] onwards."""
     encoded = jax.vmap(codec.encode, in_axes=(0, 1), out_axes=1)(arrays, x)
+    return put(codec, encoded, stored, positions, valid)
+
+
+def put(codec: Codec, encoded: Stored, stored: Stored, positions, valid) -> Stored:
+    """The fields that are in `encoded` [B, N, T, ...], written into slots positions[:, 0] on."""
     out = {}
     for field in codec.fields:
+        if field.name not in encoded:
+            continue
         new, old = encoded[field.name], stored[field.name]
         if field.packed:
             new = jnp.where(valid[:, None, :, None], new, jnp.uint8(0))  # OR with 0: no trace

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -168,29 +169,35 @@ def _padded(copies: np.ndarray) -> tuple[Array, Array]:
     return jnp.asarray(out[:, 0]), jnp.asarray(out[:, 1])
 
 
-@jax.jit
+# Encodes x [B, N, T, D] into the pages table [B, P] of a pool, from slots positions[:, 0] on.
+PoolStore = Callable[[int, Any, Codec, Arrays, Stored, Any, Any, Any], Stored]
+
+
+@functools.partial(jax.jit, static_argnames=("store",))
 def write(
     layer: KVLayer,
     cache: PagedCache,
     where: Where,
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
+    store: PoolStore | None = None,
 ) -> tuple[PagedCache, Tail]:
     """Encodes and stores the next T tokens of B sequences, the first where.counts[b] being real.
 
     As `turboq.cache.write`: equal bytes in every page, whatever the chunks. Pages must be the
-    sequences' own from their first new token on, which `Pager.plan` and `copy` see to.
+    sequences' own from their first new token on, which `Pager.plan` and `copy` see to. `store`
+    encodes and writes (default: XLA, through the codec's own `encode`).
     """
     check_heads(layer, k.shape[2])
     steps = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
     positions = where.starts[:, None] + steps
     capacity = where.table.shape[1] * cache.page
     valid = (steps < where.counts[:, None]) & (positions < capacity)
-    store = functools.partial(_store, cache.page, where.table)
+    into_pages = functools.partial(store or _store, cache.page, where.table)
     old = _exact_of(cache, where.rows)
     new = tuple(
         caches.write_group(
-            layer, g, buffers, k, v, where.starts, positions, valid, where.counts, store
+            layer, g, buffers, k, v, where.starts, positions, valid, where.counts, into_pages
         )
         for g, buffers in zip(layer.groups, old, strict=True)
     )
@@ -280,17 +287,27 @@ def _store(
     page: int, table: Int[Array, "B P"], codec: Codec, arrays: Arrays, stored: Stored,
     x, positions, valid,
 ) -> Stored:  # fmt: skip
-    """`turboq.cache.store` on the few pages that the tokens touch, taken out and put back."""
+    encoded = jax.vmap(codec.encode, in_axes=(0, 1), out_axes=1)(arrays, x)
+    return put(page, table, codec, encoded, stored, positions, valid)
+
+
+def put(
+    page: int, table: Int[Array, "B P"], codec: Codec, encoded: Stored, stored: Stored,
+    positions, valid,
+) -> Stored:  # fmt: skip
+    """`turboq.cache.put` on the few pages that the tokens touch, taken out and put back."""
     batch, width = table.shape
-    count = min((x.shape[2] - 1) // page + (2 if x.shape[2] > 1 else 1), width)
+    tokens = positions.shape[1]
+    count = min((tokens - 1) // page + (2 if tokens > 1 else 1), width)
     start = positions[:, 0]
     end = start + jnp.sum(valid, axis=1, dtype=jnp.int32)
     first = jnp.minimum(start // page, width - count)
     which = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]  # [B, count]
     pages = jnp.take_along_axis(table, which, axis=1)
     here = start - first * page
+    fields = [f for f in codec.fields if f.name in encoded]
     taken = {}
-    for field in codec.fields:
+    for field in fields:
         local = stored[field.name][pages].swapaxes(1, 2)  # [B, N, count, ...]
         if field.packed:
             keep = _before(here, count, local.shape[-2])[:, None, :, None, :, None]
@@ -298,11 +315,11 @@ def _store(
         else:
             taken[field.name] = local.reshape(*local.shape[:2], -1, local.shape[-1])
     local_positions = positions - (first * page)[:, None]
-    written = caches.store(codec, arrays, taken, x, local_positions, valid)
+    written = caches.put(codec, encoded, taken, local_positions, valid)
     touched = (end[:, None] > which * page) & (start[:, None] < (which + 1) * page)
     touched &= (end > start)[:, None]
     out = {}
-    for field in codec.fields:
+    for field in fields:
         old = stored[field.name]
         new = written[field.name].reshape(batch, -1, count, *old.shape[2:]).swapaxes(1, 2)
         target = jnp.where(touched, pages, old.shape[0])

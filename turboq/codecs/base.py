@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from turboq.codecs.reading import Reading
+from turboq.codecs.writing import WriteTables, Writing
 from turboq.errors import TurboqError
 
 Arrays = dict[str, Array]  # fitted arrays of one head (or of K heads, with a leading K axis)
@@ -156,6 +157,19 @@ class Codec(abc.ABC):
     def row_values(self, arrays: Arrays, name: str, entries: Array) -> Float[Array, "*n"]:
         """Scales or offsets [*n] in float32 from the entries [*n] of the field `name`."""
         return entries.astype(np.float32)
+
+    @property
+    def writing(self) -> Writing | None:
+        """How a kernel encodes; None: only `encode` can."""
+        return None
+
+    def write_tables(self, arrays: Arrays) -> WriteTables:
+        """The arrays of `writing` for one head, float32 (`turboq.codecs.writing`).
+
+        Raises:
+          TurboqError: the codec has no `writing`.
+        """
+        raise TurboqError(f"codec {self.name!r} as configured has no writing for kernels")
 
     @property
     def bits_per_vector(self) -> int:

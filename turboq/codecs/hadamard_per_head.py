@@ -14,8 +14,10 @@ from turboq import rotation as rotations
 from turboq import scale as scales
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
+from turboq.codecs.per_head import inverse
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import dot, lead
+from turboq.codecs.writing import Run, WriteTables, Writing
 
 SCALES = ("vector", "head")
 
@@ -95,6 +97,23 @@ class HadamardPerHead(Codec):
         table = jnp.asarray(self.table, jnp.float32)
         return (table if self.scale == "vector" else table * arrays["scale"],)
 
+    @property
+    def writing(self) -> Writing | None:
+        part = Run(field="codes", width=self.dim, bits=self.bits)
+        if self.scale == "head":
+            return Writing(parts=(part,))
+        return Writing(
+            parts=(part,), gain="rms", rule=self.scale_rule, scale="scale", dtype=self.scale_dtype
+        )
+
+    def write_tables(self, arrays: Arrays) -> WriteTables:
+        turn = self.rotate(arrays, jnp.eye(self.dim, dtype=jnp.float32)).T
+        return WriteTables(
+            matrix=turn * inverse(arrays["scale"]) if self.scale == "head" else turn,
+            mean=arrays["mean"],
+            levels=(jnp.asarray(self.table, jnp.float32),),
+        )
+
     def rotate(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
         """R x, for vectors and queries alike (R is orthogonal)."""
         order = arrays["order"].astype(jnp.int32)
@@ -110,9 +129,9 @@ class HadamardPerHead(Codec):
         x = x.astype(jnp.float32) - lead(arrays["mean"], x.ndim)
         table = jnp.asarray(self.table, jnp.float32)
         if self.scale == "head":
-            # A head that never varies has scale 0: everything it stores decodes to the mean.
-            inverse = jnp.where(arrays["scale"] > 0, 1.0 / arrays["scale"], 0.0)
-            return {"codes": codebooks.nearest(table, self.rotate(arrays, x) * inverse)}
+            return {
+                "codes": codebooks.nearest(table, self.rotate(arrays, x) * inverse(arrays["scale"]))
+            }
         unit, rms = scales.unit_rms(x)
         u = self.rotate(arrays, unit)
         codes = codebooks.nearest(table, u)

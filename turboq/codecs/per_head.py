@@ -15,6 +15,7 @@ from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import ScalarCodec
+from turboq.codecs.writing import Run, WriteTables, Writing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,19 @@ class PerHead(ScalarCodec):
         table = arrays["codebook"]
         return (table if self.scale == "vector" else table * arrays["scale"],)
 
+    @property
+    def writing(self) -> Writing | None:
+        if self.scale == "vector":
+            return super().writing
+        return Writing(parts=(Run(field="codes", width=self.dim, bits=self.bits),))
+
+    def write_tables(self, arrays: Arrays) -> WriteTables:
+        """A divided by the head's scale where none is stored."""
+        tables = super().write_tables(arrays)
+        if self.scale == "vector":
+            return tables
+        return dataclasses.replace(tables, matrix=tables.matrix * inverse(arrays["scale"]))
+
     def scale_of(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n"]:
         if self.scale == "vector":
             return super().scale_of(arrays, stored)
@@ -85,9 +99,12 @@ class PerHead(ScalarCodec):
         if self.scale == "vector":
             return super().encode(arrays, x)
         y = self.turn.apply(self.centered(arrays, x))
-        # A head that never varies has scale 0: everything it stores decodes to the mean.
-        inverse = jnp.where(arrays["scale"] > 0, 1.0 / arrays["scale"], 0.0)
-        return {"codes": codebooks.nearest(arrays["codebook"], y * inverse)}
+        return {"codes": codebooks.nearest(arrays["codebook"], y * inverse(arrays["scale"]))}
+
+
+def inverse(scale: Float[Array, ""]) -> Float[Array, ""]:
+    """1 / scale; 0 for a head that never varies: all it stores decodes to the mean."""
+    return jnp.where(scale > 0, 1.0 / scale, 0.0)
 
 
 def default_arrays(codec: PerHead) -> dict[str, np.ndarray]:

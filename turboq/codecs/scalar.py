@@ -22,6 +22,7 @@ from turboq import scale as scales
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
 from turboq.codecs.reading import Part, Reading
+from turboq.codecs.writing import Run, WriteTables, Writing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,18 @@ class ScalarCodec(Codec):
 
     def level_tables(self, arrays: Arrays) -> tuple[Float[Array, "L"], ...]:
         return (self.codebook_of(arrays),)
+
+    @property
+    def writing(self) -> Writing | None:
+        run = Run(field="codes", width=self.dim, bits=self.bits)
+        return Writing(
+            parts=(run,), gain="rms", rule=self.scale_rule, scale="scale", dtype=self.scale_dtype
+        )
+
+    def write_tables(self, arrays: Arrays) -> WriteTables:
+        mean = arrays.get("mean", jnp.zeros((self.dim,), jnp.float32))
+        matrix = jnp.asarray(self.turn.matrix, jnp.float32)
+        return WriteTables(matrix=matrix, mean=mean, levels=(self.codebook_of(arrays),))
 
     def codes_field(self, bits: int, name: str = "codes") -> Field:
         return Field(name=name, width=self.dim, bits=bits, dtype="codes")

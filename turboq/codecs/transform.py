@@ -17,6 +17,7 @@ from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import dot, lead
+from turboq.codecs.writing import Run, WriteTables, Writing
 
 Segments = tuple[tuple[int, int], ...]
 
@@ -155,6 +156,28 @@ class Transform(Codec):
                 )
                 for i, (width, bits) in enumerate(self.segments)
             )
+        )  # fmt: skip
+
+    @property
+    def writing(self) -> Writing | None:
+        """One part per segment; None for a trellis, whose path is a search."""
+        if self.quantizer == "trellis":
+            return None
+        runs = tuple(
+            Run(field=f"codes{i}", width=width, bits=bits)
+            for i, (width, bits) in enumerate(self.segments)
+        )
+        return Writing(
+            parts=runs,
+            gain={"none": "none", "code": "code", "float16": "rms"}[self.gain],
+            scale=None if self.gain == "none" else "gain",
+            gain_bits=self.gain_bits if self.gain == "code" else 0,
+        )
+
+    def write_tables(self, arrays: Arrays) -> WriteTables:
+        return WriteTables(
+            matrix=self.analysis_of(arrays), mean=arrays["mean"],
+            levels=self.level_tables(arrays), gains=arrays.get("gains"),
         )  # fmt: skip
 
     def row_values(self, arrays: Arrays, name: str, entries: Array) -> Float[Array, "*n"]:

@@ -19,6 +19,7 @@ from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import ScalarCodec, dot
+from turboq.codecs.writing import Run, WriteTables, Writing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,23 @@ class TurboQuantProd(ScalarCodec):
         if self.bits == 1:
             return folded["sketch"], None
         return jnp.concatenate([folded["q"], folded["sketch"]], axis=-1), None
+
+    @property
+    def writing(self) -> Writing | None:
+        run = Run(field="codes", width=self.dim, bits=self.bits - 1)
+        return Writing(
+            parts=(run,) if self.bits > 1 else (),
+            gain="rms", rule=self.scale_rule, scale="scale" if self.bits > 1 else None,
+            signs="signs", gamma="gamma", dtype=self.scale_dtype,
+        )  # fmt: skip
+
+    def write_tables(self, arrays: Arrays) -> WriteTables:
+        return WriteTables(
+            matrix=jnp.asarray(self.turn.matrix, jnp.float32),
+            mean=jnp.zeros((self.dim,), jnp.float32),
+            levels=(self.codebook_of(arrays),) if self.bits > 1 else (),
+            sketch=jnp.asarray(self.signs_of.matrix, jnp.float32),
+        )
 
     @property
     def tables(self) -> dict[str, np.ndarray]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from turboq import cache as caches
-from turboq import paged_cache
+from turboq import packing, paged_cache
 from turboq.cache import LayerCache, Tail
 from turboq.layer import KVLayer
 from turboq.paged_cache import PagedCache, Where
+from turboq_kernels.encode import store
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "mosaic_tpu", "triton")
+# What None tries, in order, by the platform that runs the arrays.
+_PREFERENCE = {"tpu": ("mosaic_tpu",), "gpu": ("triton",)}
 
 
 def encode(
@@ -22,25 +26,59 @@ def encode(
     counts: Int[Array, "B"] | None = None,
     where: Where | None = None,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> tuple[LayerCache | PagedCache, Tail]:
     """Appends T tokens (one, or a prefill chunk) to every sequence of a cache.
 
-    Words that are already written are never encoded again: new codes are ORed into their own bits,
-    so appending one by one and in chunks gives equal bytes. Of a contiguous cache's tokens the
-    first counts[b] are real; a pool is told by `where` (`turboq.paged_cache.locate`).
+    Slots that are already written keep their bits. One by one and in chunks gives equal bytes. Of a
+    contiguous cache's tokens the first counts[b] are real (default: all); a pool is told by `where`
+    (`turboq.paged_cache.locate`). A kernel writes words in place if the cache is donated to the
+    jitted function around this, and leaves scales, exact sinks and recent windows to XLA.
 
     Args:
-      implementation: "xla", or None. A named one never falls back.
+      implementation: a name of `IMPLEMENTATIONS` never falls back; None takes the present
+        platform's kernel if it can encode all codecs of the layer, else "xla".
+      interpret: run the named Pallas kernel in interpret mode (for tests on a CPU).
 
     Raises:
-      ValueError: unknown implementation, or a pool without `where` (or the other way round).
+      ValueError: unknown implementation, or a named one that cannot encode a codec of the layer;
+        a pool without `where` (or the other way round).
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"{implementation=} must be None or one of {IMPLEMENTATIONS} to encode")
     if isinstance(cache, LayerCache):
         if where is not None:
             raise ValueError("where is for a pool; a contiguous cache takes counts")
-        return caches.write(layer, cache, k, v, counts)
+        name = choose(layer, packing.PAGE, implementation, interpret)
+        by = None if name == "xla" else store.contiguous(name, interpret)
+        return caches.write(layer, cache, k, v, counts, by)
     if where is None or counts is not None:
         raise ValueError("a pool takes where (turboq.paged_cache.locate), which holds the counts")
-    return paged_cache.write(layer, cache, where, k, v)
+    name = choose(layer, cache.page, implementation, interpret)
+    by = None if name == "xla" else store.pool(name, interpret)
+    return paged_cache.write(layer, cache, where, k, v, by)
+
+
+def choose(layer: KVLayer, page: int, implementation: str | None, interpret: bool = False) -> str:
+    """The implementation that `encode` takes.
+
+    Raises:
+      ValueError: unknown, or named and not able to.
+    """
+    codecs = [c for group in layer.groups for c in (group.k, group.v)]
+
+    def unable(name: str) -> str | None:
+        if name == "xla":
+            return None
+        reasons = (store.unsupported(name, codec, page) for codec in codecs)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    if implementation is None:
+        if interpret:
+            raise ValueError(f"{interpret=} needs a named implementation: 'mosaic_tpu' or 'triton'")
+        order = (*_PREFERENCE.get(jax.default_backend(), ()), "xla")
+        return next(name for name in order if unable(name) is None)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{implementation=} must be None or one of {IMPLEMENTATIONS} to encode")
+    reason = unable(implementation)
+    if reason is not None:
+        raise ValueError(f"{implementation=} cannot encode this case: {reason}; use 'xla' or None")
+    return implementation

@@ -1,0 +1,104 @@
+"""A kernel as the `store` of a cache: words by the kernel in place, row numbers by XLA."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from turboq import cache as caches
+from turboq import packing, paged_cache
+from turboq.codecs.base import Arrays, Codec, Stored
+from turboq.codecs.writing import WriteTables, Writing
+from turboq_kernels.decode.types import Pages, contiguous_pages, pool_pages
+from turboq_kernels.encode.types import word_fields
+
+MODULES = {
+    "mosaic_tpu": "turboq_kernels.encode.mosaic_tpu",
+    "triton": "turboq_kernels.encode.triton",
+}
+
+
+def unsupported(name: str, codec: Codec, page: int) -> str | None:
+    """Why a kernel cannot encode with a codec into pages of `page` tokens, or None."""
+    if codec.writing is None:
+        return f"codec {codec.name!r} as configured has no writing for kernels"
+    try:
+        module = importlib.import_module(MODULES[name])
+    except ImportError as error:
+        return f"it cannot be imported here ({error})"
+    return module.unsupported(codec.writing, codec.dim, page)
+
+
+# Cached, so that one setting is one function: `turboq.cache.write` compiles once for each.
+@functools.cache
+def contiguous(name: str, interpret: bool) -> caches.Store:
+    """The store of `turboq.cache.write` by the kernels of `name`."""
+
+    def store(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
+        batch, heads = x.shape[:2]
+        count = stored[word_fields(_writing(codec))[0]].shape[2]
+        pages = contiguous_pages(batch, heads, count)
+        words, rows = _run(name, interpret, codec, arrays, stored, x, pages, positions, valid)
+        return words | caches.put(codec, rows, stored, positions, valid)
+
+    return store
+
+
+@functools.cache
+def pool(name: str, interpret: bool) -> paged_cache.PoolStore:
+    """The store of `turboq.paged_cache.write` by the kernels of `name`."""
+
+    def store(
+        page: int, table: Int[Array, "B P"], codec: Codec, arrays: Arrays, stored: Stored,
+        x, positions, valid,
+    ) -> Stored:  # fmt: skip
+        pages = pool_pages(table, x.shape[1])
+        words, rows = _run(name, interpret, codec, arrays, stored, x, pages, positions, valid)
+        return words | paged_cache.put(page, table, codec, rows, stored, positions, valid)
+
+    return store
+
+
+def _run(
+    name: str, interpret: bool, codec: Codec, arrays: Arrays, stored: Stored,
+    x: Float[Array, "B N T D"], pages: Pages, positions, valid,
+) -> tuple[Stored, Stored]:  # fmt: skip
+    """New words of every packed field that the kernel writes, and the entries of all others."""
+    writing, heads = _writing(codec), x.shape[1]
+    names = word_fields(writing)
+    shapes = [stored[n].shape for n in names]
+    reason = unsupported(name, codec, shapes[0][-2] * packing.WORD_BITS)
+    if reason is not None:
+        raise ValueError(
+            f"implementation={name!r} cannot encode this case: {reason}; use 'xla' or None"
+        )
+    words, rows = importlib.import_module(MODULES[name]).write(
+        x, writing, tables_of(codec, arrays, heads),
+        tuple(stored[n].reshape(-1, *s[-3:]) for n, s in zip(names, shapes, strict=True)),
+        pages, positions[:, 0], jnp.sum(valid, axis=1, dtype=jnp.int32), interpret=interpret,
+    )  # fmt: skip
+    new = {n: w.reshape(s) for n, w, s in zip(names, words, shapes, strict=True)}
+    kinds = {f.name: "uint8" if f.packed else f.dtype for f in codec.fields}
+    entries = {
+        n: row.astype(kinds[n])[..., None] for n, row in zip(writing.rows, rows, strict=True)
+    }
+    return new, entries
+
+
+def tables_of(codec: Codec, arrays: Arrays, heads: int) -> WriteTables:
+    """`Codec.write_tables` of all heads; a data-free codec repeats its own."""
+    if arrays:
+        return jax.vmap(codec.write_tables)(arrays)
+    return jax.tree.map(
+        lambda t: jnp.broadcast_to(t, (heads, *t.shape)), codec.write_tables(arrays)
+    )
+
+
+def _writing(codec: Codec) -> Writing:
+    if codec.writing is None:
+        raise ValueError(f"codec {codec.name!r} as configured has no writing for kernels")
+    return codec.writing
