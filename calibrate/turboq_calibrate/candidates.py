@@ -16,10 +16,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from turboq.codecs import Codec
+from turboq.codecs.transform import Transform
+from turboq.codecs.transform_padded import one_kind, pad_side
 from turboq.errors import TurboqError
 from turboq.layer import TokenPolicy
 from turboq.plan import (
@@ -81,6 +84,15 @@ class Option:
             out.append((codec, heads, {n: np.stack([self.arrays[h][n] for h in heads])
                                        for n in names}))  # fmt: skip
         return tuple(out)
+
+    @functools.cached_property
+    def padded(self) -> tuple[Codec, dict[str, Array]] | None:
+        """One codec and arrays [K, ...] that simulate all heads, if they are transforms."""
+        if not one_kind(self.codecs):
+            return None
+        codecs = [codec for codec in self.codecs if isinstance(codec, Transform)]
+        rows = [{n: jnp.asarray(x)[None] for n, x in row.items()} for row in self.arrays]
+        return pad_side(codecs, rows)
 
     @property
     def bits(self) -> tuple[int, ...]:

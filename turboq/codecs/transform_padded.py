@@ -151,12 +151,7 @@ def shared_layer(layer: KVLayer) -> KVLayer:
     sides = {}
     for side in ("k", "v"):
         codecs = [getattr(g, side) for g in layer.groups]
-        if not all(isinstance(c, Transform) for c in codecs):
-            return layer
-        if (
-            len({(c.dim, c.quantizer, c.states, c.free_start, c.gain, c.gain_bits) for c in codecs})
-            > 1
-        ):
+        if not one_kind(codecs):
             return layer
         sides[side] = pad_side(codecs, [getattr(g, f"{side}_arrays") for g in layer.groups])
     group = HeadGroup(
@@ -167,6 +162,14 @@ def shared_layer(layer: KVLayer) -> KVLayer:
         v_arrays=sides["v"][1],
     )
     return KVLayer(groups=(group,), policy=layer.policy)
+
+
+def one_kind(codecs: Sequence[Codec]) -> bool:
+    """Whether these are `transform`s that differ in segments and codebooks at most."""
+    if not all(isinstance(c, Transform) for c in codecs):
+        return False
+    fields = ("dim", "quantizer", "states", "free_start", "gain", "gain_bits")
+    return len({tuple(getattr(c, f) for f in fields) for c in codecs}) == 1
 
 
 def pad_side(

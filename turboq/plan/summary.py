@@ -40,11 +40,15 @@ def summary(plan: Plan, context: int = 32768) -> str:
 
 
 def codec_label(codec: Codec) -> str:
-    """Short name: codec, bits (or type), rotation and scale where they are chosen."""
+    """Short name: codec, bits (or type), rotation and scale where they are chosen.
+
+    Of a codec with several widths, the bits of a channel with all that is stored.
+    """
     config = codec.config()
     parts = [config["codec"]]
     kind = config.get("dtype") or config.get("type") or config.get("format") or ""
-    parts.append(f"{config['bits']}b" if "bits" in config else kind)
+    bits = codec.bits_per_channel if "segments" in config else config.get("bits")
+    parts.append(kind if bits is None else f"{bits:.4g}b")
     for key, usual in (("rotation", "hadamard"), ("scale_rule", "raw"), ("scale", "vector")):
         if config.get(key, usual) != usual:
             parts.append(f"{key}={config[key]}")
@@ -52,11 +56,13 @@ def codec_label(codec: Codec) -> str:
 
 
 def _side(side: SidePlan) -> str:
-    groups: dict[Codec, list[int]] = {}
+    usual = codec_label(side.codec)
+    groups: dict[str, list[int]] = {}
     for head in sorted(side.heads):
-        groups.setdefault(side.heads[head], []).append(head)
-    others = [f"heads {','.join(map(str, hs))}: {codec_label(c)}" for c, hs in groups.items()]
-    return "; ".join([codec_label(side.codec), *others])
+        groups.setdefault(codec_label(side.heads[head]), []).append(head)
+    groups.pop(usual, None)  # codecs may differ in what a label does not say
+    others = [f"heads {','.join(map(str, heads))}: {label}" for label, heads in groups.items()]
+    return "; ".join([usual, *others])
 
 
 def _runs(plan: Plan) -> list[tuple[int, int]]:

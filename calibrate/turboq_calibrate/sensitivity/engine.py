@@ -45,7 +45,12 @@ _quantize = jax.jit(quantize_dequantize, static_argnames=("codec",))
 
 
 def quantized(option: Option, x: Float[Array, "B T K D"]) -> Float[Array, "B T K D"]:
-    """decode(encode(x)) of every head with its own codec; one compile per codec and shape."""
+    """decode(encode(x)) of every head with its own codec; one compile per codec and shape.
+
+    Learned transforms differ in every head, and are one program together.
+    """
+    if option.padded is not None:
+        return _quantize(option.padded[0], option.padded[1], x)
     heads = x.shape[2]
     parts, order = [], []
     for codec, members, arrays in option.groups:
