@@ -291,10 +291,11 @@ def _large(seed: int) -> Problem:
     [
         (Constraints(), 1.0, 1e-4),  # 0.03 s measured
         (Constraints(max_formats=3), 10.0, 1e-4),  # 0.4 s
-        (Constraints(max_head_formats=2), 10.0, 1e-3),  # 2 s
+        (Constraints(max_head_formats=2), 10.0, 1e-4),  # 0.4 s
+        (Constraints(max_formats=3, max_head_formats=2), 10.0, 1e-4),  # 1.4 s
         (Constraints(granularity="per_kv"), 1.0, 1e-4),
     ],
-    ids=["free", "three formats", "two per layer", "per_kv"],
+    ids=["free", "three formats", "two per layer", "both", "per_kv"],
 )
 def test_a_large_model_in_the_time_that_is_promised(constraints, seconds, gap):
     of = _large(0)

@@ -45,17 +45,42 @@ def allocate(
 ) -> Answer:
     """The best answer over all subsets of `most` counted columns, with a bound that holds for all.
 
+    Raises:
+      Infeasible: with the smallest size over all subsets.
+    """
+    usable = np.flatnonzero(np.isfinite(costs).any(axis=0))
+    subsets = subsets_of(usable, counted, most)
+    return best(costs, sizes, limit, subsets, gap=gap, seconds=seconds)
+
+
+def subsets_of(
+    usable: Int[np.ndarray, "R"], counted: Bool[np.ndarray, "C"], most: int
+) -> Int[np.ndarray, "S n"]:
+    """`most` of the usable columns that are counted (or all), with all that are not."""
+    free = usable[~counted[usable]]
+    usable = usable[counted[usable]]
+    take = min(most, len(usable))
+    subsets = np.array(list(itertools.combinations(usable.tolist(), take)), int)
+    return np.hstack([subsets.reshape(-1, take), np.tile(free, (len(subsets), 1))])
+
+
+def best(
+    costs: Costs,
+    sizes: Sizes,
+    limit: int,
+    subsets: Int[np.ndarray, "S n"],
+    *,
+    gap: float,
+    seconds: float,
+) -> Answer:
+    """The best answer of all subsets of columns, with a bound that holds for all.
+
     Subsets are solved in order of their bound, so the first that cannot win ends the search; a gap
     wider than `gap` is closed subset by subset, the total time being at most about `seconds`.
 
     Raises:
       Infeasible: with the smallest size over all subsets.
     """
-    usable = np.flatnonzero(counted & np.isfinite(costs).any(axis=0))
-    free = np.flatnonzero(~counted)
-    take = min(most, len(usable))
-    subsets = np.array(list(itertools.combinations(usable.tolist(), take)), int)
-    subsets = np.hstack([subsets.reshape(-1, take), np.tile(free, (len(subsets), 1))])
     if not subsets.size:
         raise Infeasible(None)
     fits, least = _least(costs, sizes, limit, subsets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from turboq.constraints import Constraints, FirstLast
-from turboq_calibrate.allocate import exact, first_last, formats, hull
+from turboq_calibrate.allocate import exact, first_last, formats, hull, places
 from turboq_calibrate.allocate.decide import Decisions, decide
 from turboq_calibrate.allocate.hull import Answer
 from turboq_calibrate.allocate.problem import Infeasible, Problem, shown
@@ -25,7 +26,8 @@ class Allocation:
 
     No choice within the limit and the constraints costs less than `bound`; `gap` is the relative
     distance to it. `used` and `limit` are in the unit of the sizes that were solved for. `method`
-    names the way: hull, hull+milp, milp, formats (subsets enumerated), first_last (all shapes).
+    names the way: hull, hull+milp, milp, formats (subsets enumerated), places (also per layer's
+    side), first_last (all shapes).
     """
 
     chosen: Int[np.ndarray, "U"]
@@ -127,31 +129,40 @@ def _solve(
         return exact.close(costs, sizes, limit, answer, seconds=seconds), "hull+milp"
     until, start = time.monotonic() + seconds, None
     rules = [*heads] if everywhere is None else [everywhere, *heads]
-    if everywhere is not None and formats.countable(costs, rows.counted, everywhere.most):
-        relaxed = formats.allocate(
-            costs, sizes, limit, rows.counted, everywhere.most, gap=gap, seconds=seconds
-        )
-        if not heads:
-            return relaxed, "formats"
-        start = _narrowed(rows, limit, heads, relaxed, gap, until)
+    if not heads and everywhere is not None:
+        if formats.countable(costs, rows.counted, everywhere.most):
+            return formats.allocate(
+                costs, sizes, limit, rows.counted, everywhere.most, gap=gap, seconds=seconds
+            ), "formats"
+    elif heads:
+        start = _by_places(rows, limit, heads, everywhere, gap, seconds)
         if start is not None and relative_gap(start.cost, start.bound) <= gap:
-            return start, "formats+milp"
+            return start, "places"
     return _search(costs, sizes, limit, rules, gap, until, start), "milp"
 
 
-def _narrowed(
-    rows: Decisions, limit: int, heads, relaxed: Answer, gap: float, until: float
-) -> Answer | None:
-    """With the formats that are best without the rules about heads; None if they do not fit."""
-    used = ~rows.counted
-    used[relaxed.chosen] = True
-    try:
-        found = _search(
-            np.where(used, rows.costs, np.inf), rows.sizes, limit, heads, gap, until, None
-        )
-    except Infeasible:
+def _by_places(
+    rows: Decisions, limit: int, heads: list[exact.Distinct], everywhere: exact.Distinct | None,
+    gap: float, seconds: float,
+) -> Answer | None:  # fmt: skip
+    """All combinations of formats per place; None if they are too many."""
+    most, columns = heads[0].most, rows.costs.shape[1]
+    counted = int(rows.counted.sum())
+    subsets = 1
+    if everywhere is not None:
+        subsets = math.comb(counted, everywhere.most)
+        if everywhere.most + columns - counted < most:
+            return None
+    names = list(zip(rows.layer.tolist(), rows.side, strict=True))
+    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    place = np.array([order[name] for name in names])
+    if not places.countable(place, columns, most, subsets):
         return None
-    return dataclasses.replace(found, bound=min(relaxed.bound, found.cost))
+    return places.allocate(
+        rows.costs, rows.sizes, limit, place, most,
+        counted=rows.counted, everywhere=None if everywhere is None else everywhere.most,
+        gap=gap, seconds=seconds,
+    )  # fmt: skip
 
 
 def _search(
