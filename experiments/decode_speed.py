@@ -2,11 +2,12 @@
 
     scripts/on_gpu                    # sets paths and a time limit; or --tiny on a CPU
 
-First every reading of tests/kernel_cases.py runs through the kernel and is compared with the
-float64 oracle. Then one decode step (one query token, 8 KV heads of 4 query heads, D = 128) is
-timed at B = 1, 8, 32 and S = 4k .. 128k for bfloat16 caches (`jax.nn.dot_product_attention` by
-cuDNN and by XLA, tokamax where installed; the best one is the baseline) and for the packed ones:
-int8, fp8 (e4m3), 4, 3 and 2 bits. Last, a few tunings of the 3-bit kernel.
+First the kernels of decode, prefill and encode are compared with float64 (`device_checks`). Then
+one decode step (one query token, 8 KV heads of 4 query heads, D = 128) is timed at B = 1, 8, 32 and
+S = 4k .. 128k for bfloat16 caches (`jax.nn.dot_product_attention` by cuDNN and by XLA, tokamax
+where installed; the best one is the baseline) and for the packed ones: int8, fp8 (e4m3), 4, 3 and 2
+bits; and a prefill chunk (T query tokens) over its history by the same methods. Last, a few tunings
+of the 3-bit decode kernel.
 
 Timing: kernels/turboq_kernels/bench/timing.py. GB/s counts the bytes that must be read (codes and
 scales); `of_copy` is that over the card's own copy rate, measured in the same run. The launch floor
@@ -39,30 +40,21 @@ from turboq.files import atomic_write
 from turboq.version import __version__
 from turboq_kernels.bench import methods, timing
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path[:0] = [
+    str(Path(__file__).resolve().parent),
+    str(Path(__file__).resolve().parents[1] / "tests"),
+]
+device_checks: Any = importlib.import_module("device_checks")
 
 OUT = flags.DEFINE_string("out", "runs/on_gpu/decode_speed.json", "JSON file to write.")
 SECONDS = flags.DEFINE_float("seconds", 420.0, "Nothing new begins after this long.")
 TINY = flags.DEFINE_bool("tiny", False, "Interpret mode and one tiny shape: a test of the program.")
 
 BATCHES, LENGTHS = (1, 8, 32), (4096, 16384, 32768, 131072)
-# (reading, options of kernel_cases.make): what runs on the device before anything is timed.
-CHECKS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("turboquant_3", {"dim": 128, "group": 4}),
-    ("turboquant_3", {"dim": 128, "page": 64, "paged": True, "lengths": (300, 7, 0, 64)}),
-    ("turboquant_2", {"dim": 64, "group": 16, "softcap": 1.5}),
-    ("turboquant_4", {"dim": 128, "tokens": 2, "sinks": 2, "window": 100}),
-    ("turboquant_4", {"dim": 256, "group": 1, "page": 64}),
-    ("static_scale", {"dim": 128}),
-    ("prod", {"dim": 128, "bias": True}),
-    ("affine", {"dim": 128, "lengths": (700, 257)}),
-    ("affine_4", {"dim": 64, "scale_dtype": "float32"}),
-    ("segments", {"dim": 128, "lengths": (256, 255)}),
-    ("int8", {"dim": 128}),
-    ("e4m3", {"dim": 128, "paged": True}),
-    ("mixed", {"dim": 128, "tokens": 3, "group": 8}),
+CHUNKS = (
+    methods.Shape(batch=1, tokens=16384, chunk=2048),
+    methods.Shape(batch=8, tokens=4096, chunk=512),
 )
-TINY_CHECKS = (("turboquant_3", {"dim": 16, "heads": 1, "page": 64, "lengths": (70, 7)}),)
 TUNINGS = [
     {"tile_rows": rows, "num_warps": warps, "num_stages": stages, "programs": programs}
     for rows, warps in ((4, 4), (8, 8))
@@ -98,12 +90,14 @@ def main(argv: list[str]) -> None:
     _checks(run)
     _floors(run)
     if TINY.value:
-        shapes = [methods.Shape(batch=1, tokens=512, heads=1, group=2, dim=16)]
+        one = methods.Shape(batch=1, tokens=512, heads=1, group=2, dim=16)
+        shapes = [one, dataclasses.replace(one, chunk=40)]
         chosen = [
             m for m in methods.all_methods(interpret=True) if m.name in ("bf16 xla", "3 bits")
         ]
     else:
         shapes = [methods.Shape(batch=b, tokens=s) for s in LENGTHS for b in BATCHES]
+        shapes[6:6] = CHUNKS  # while there is time
         chosen = methods.all_methods()
     for shape in shapes:
         _bench(run, shape, chosen)
@@ -141,32 +135,16 @@ def _header(device) -> dict[str, Any]:
 
 
 def _checks(run: Run) -> None:
-    """The kernel against the float64 oracle, level tables rounded to bfloat16."""
-    cases: Any = importlib.import_module("kernel_cases")  # of tests/
-
-    for name, options in TINY_CHECKS if TINY.value else CHECKS:
-        case = cases.make(name, **options)
-        sides = [
-            dataclasses.replace(
-                side,
-                tables=tuple(
-                    None if t is None else t.astype(jnp.bfloat16).astype(jnp.float32)
-                    for t in side.tables
-                ),
-            )
-            for side in (case.k, case.v)
-        ]
-        case = case.replace(k=sides[0], v=sides[1])
+    """Every kernel against float64 (`device_checks`)."""
+    for op, name, options, check in device_checks.checks(TINY.value):
         error = ""
         try:
-            got = case.run(implementation="triton", interpret=TINY.value)
-            rows = case.q.shape[2]
-            tolerance = "decode_triton" if rows <= 16 else "decode_bfloat16"
-            cases.check(case, got, tolerance=tolerance)
+            check()
         except Exception as problem:  # everything that goes wrong is a result
             error = f"{type(problem).__name__}: {problem}"[:600]
-        run.report["checks"].append({"reading": name, "options": repr(options), "error": error})
-        print(f"check {name} {options}: {error or 'ok'}", flush=True)
+        found = {"op": op, "reading": name, "options": repr(options), "error": error}
+        run.report["checks"].append(found)
+        print(f"check {op} {name} {options}: {error or 'ok'}", flush=True)
         run.write()
 
 
@@ -200,7 +178,7 @@ def _bench(run: Run, shape: methods.Shape, chosen: list[methods.Method]) -> None
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 64 * 2**30)
 
     def skip(name, reason):
-        text = f"{name} B={shape.batch} S={shape.tokens}: {reason}"
+        text = f"{name} B={shape.batch} S={shape.tokens} T={shape.chunk}: {reason}"
         run.report["skipped"].append(text)
         print("skipped", text, flush=True)
 
@@ -230,11 +208,13 @@ def _bench(run: Run, shape: methods.Shape, chosen: list[methods.Method]) -> None
             "method": method.name,
             "batch": shape.batch,
             "tokens": shape.tokens,
+            "chunk": shape.chunk,
             "us": round(found.seconds * 1e6, 2),
             "us_range": [round(found.least * 1e6, 2), round(found.largest * 1e6, 2)],
             "bytes": job.nbytes,
             "gb_per_s": round(job.nbytes / found.seconds / 1e9, 1),
             "elements_per_s": round(shape.elements / found.seconds),
+            "tflop_per_s": round(shape.flop / found.seconds / 1e12, 1),
             "of_copy": round(job.nbytes / found.seconds / 1e9 / run.report["copy_gb_per_s"], 3),
             "vs_bf16": round(baseline / found.seconds, 2) if baseline else None,
         }
@@ -264,9 +244,9 @@ def _tunings(run: Run) -> None:
 
 def _line(row: dict[str, Any]) -> str:
     return (
-        f"{row['batch']:>3} {row['tokens']:>7} {row['method']:<13}{row['us']:>10.1f}"
-        f"{row['gb_per_s']:>8.0f}{row['of_copy']:>8.0%}{row['elements_per_s'] / 1e12:>8.2f}"
-        f"{row['vs_bf16'] or 0:>8.2f}"
+        f"{row['batch']:>3} {row['tokens']:>7} {row['chunk']:>5} {row['method']:<13}"
+        f"{row['us']:>10.1f}{row['gb_per_s']:>8.0f}{row['of_copy']:>8.0%}"
+        f"{row['elements_per_s'] / 1e12:>8.2f}{row['tflop_per_s']:>8.1f}{row['vs_bf16'] or 0:>8.2f}"
     )
 
 
@@ -274,8 +254,8 @@ def table(report: dict[str, Any]) -> str:
     """The report as text."""
     head = f"{report['device']}, {report['date']}, {report['versions']}\n"
     head += f"copy {report['copy_gb_per_s']} GB/s, launch floor {report['floor_us']} us\n"
-    names = f"{'B':>3} {'S':>7} {'method':<13}{'us':>10}{'GB/s':>8}{'of copy':>8}"
-    names += f"{'Telem/s':>8}{'x bf16':>8}"
+    names = f"{'B':>3} {'S':>7} {'T':>5} {'method':<13}{'us':>10}{'GB/s':>8}{'of copy':>8}"
+    names += f"{'Telem/s':>8}{'TFLOP/s':>8}{'x bf16':>8}"
     lines = [head + names, *(_line(row) for row in report["rows"])]
     lines += [
         f"tuning B={t['batch']} S={t['tokens']} tile {t['tile_rows']} warps {t['num_warps']} "

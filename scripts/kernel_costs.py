@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes experiments/results/kernel_costs.json: what the compilers say the decode kernels cost."""
+"""Writes experiments/results/kernel_costs.json: what the compilers say the kernels cost."""
 
 from __future__ import annotations
 
@@ -16,12 +16,22 @@ from turboq.files import atomic_write  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results" / "kernel_costs.json"
 PLATFORMS = ("tpu", "cuda")
+# Modules of turboq_kernels.aot by platform and operation.
+MODULES = {
+    ("tpu", "decode"): "tpu",
+    ("tpu", "encode"): "tpu_encode",
+    ("tpu", "prefill"): "tpu_prefill",
+    ("cuda", "decode"): "cuda",
+    ("cuda", "prefill"): "cuda_prefill",
+    ("cuda", "encode"): "cuda_encode",
+}
 # What makes two rows the same measurement.
 KEYS = ("target", "op", "bits", "levels", "dim", "group", "tokens", "cache")
 
 HELP = """\
-Compiles the decode kernels for chips that are not here and writes their static costs: VLIW bundles
-of the main loop per 256 tokens on TPU, instructions per element, registers and spills on sm_90.
+Compiles the kernels for chips that are not here and writes their static costs: VLIW bundles of the
+main loop per 256 tokens on TPU, instructions per element, registers and spills on sm_90. Conditions
+choose rows, e.g. op=encode bits=3; those other than op must be met by some row of every operation.
 Rows of a platform or of conditions that were not asked for stay as they are in the file.
 
 Needs, on any CPU machine:
@@ -53,16 +63,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("only", nargs="*", metavar="KEY=VALUE", help="e.g. bits=3 target=v5e")
     given = parser.parse_args(arguments)
-    modules = {
-        name: importlib.import_module(f"turboq_kernels.aot.{name}")
-        for name in given.platform or PLATFORMS
-    }
-    missing = [reason for m in modules.values() if (reason := m.missing()) is not None]
+    wanted = dict(condition.split("=") for condition in given.only)
+    op = wanted.pop("op", None)
+    only = [f"{k}={v}" for k, v in wanted.items()]
+    modules = [
+        importlib.import_module(f"turboq_kernels.aot.{name}")
+        for (platform, its_op), name in MODULES.items()
+        if platform in (given.platform or PLATFORMS) and op in (None, its_op)
+    ]
+    missing = sorted({reason for m in modules if (reason := m.missing()) is not None})
     if missing:
         print("\n".join(missing), file=sys.stderr)
         return 1
-    for module in modules.values():
-        for row in module.rows(given.only):
+    for module in modules:
+        for row in module.rows(only):
             # After every row: a run of many compilations may be cut off.
             old = json.loads(given.out.read_text()) if given.out.exists() else []
             atomic_write(given.out, written(merged(old, [row])))

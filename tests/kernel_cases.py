@@ -114,6 +114,19 @@ def make(
     return Case(jnp.asarray(q), k, v, pages, starts, ends, options)
 
 
+def symmetric(case: Case) -> Case:
+    """The case with tables of level(~code) = -level(code), of which its parts know."""
+
+    def changed(side):
+        parts = tuple(
+            dataclasses.replace(p, symmetric=p.levels == "table") for p in side.reading.parts
+        )
+        tables = tuple(None if t is None else (t - t[:, ::-1]) / 2 for t in side.tables)
+        return dataclasses.replace(side, tables=tables, reading=Reading(parts=parts))
+
+    return case.replace(k=changed(case.k), v=changed(case.v))
+
+
 def visible(lengths, tokens: int, group: int, *, sinks: int = 0, window: int | None = None):
     """(starts, ends) int32 [B, tokens * group], token-major: row t * group + g is query token t."""
     ends = np.asarray(lengths)[:, None] - tokens + 1 + np.arange(tokens)[None, :]

@@ -225,8 +225,15 @@ TOL: dict[str, float] = {
     # The same with queries and probabilities cut to 16 bits (two bfloat16, 2**-16 each, one sign):
     # logits off by 2**-16 sum |q k| (<= 4), hence p by 6e-5; the cut of p itself adds 2**-16.
     "decode_triton": 8e-5,
+    # TPU prefill: weights p times scale are rounded to one bfloat16 (2**-8 at most), levels are not:
+    # 2**-8 of sum p |v|. With offsets (up to 1.5, |v| averages 0.6) of sum p |v - offset|: 3.5 times.
+    "prefill_mosaic": 4e-3,
+    "prefill_mosaic_offsets": 1.4e-2,
     # One bfloat16 each (2**-9): the same sums with random signs, 2**-9 * 4 at most.
     "decode_bfloat16": 8e-3,
+    # Exact tokens with every factor two bfloat16 (2**-17) and without the product of the two small
+    # parts (2**-18): logits off by 3 * 2**-17 sum |q k| (<= 4) at random signs, 4e-5; p as much.
+    "own_pairs": 8e-5,
     # Sums of squares of float32 gradients and errors on tiny models: gradients through 2-3 layers
     # err by ~30 eps of their largest entry, errors x_hat - x by eps |x| / |e| ~ 1e-6, both twice in
     # a square and averaged over thousands of terms.
@@ -274,4 +281,17 @@ TOL: dict[str, float] = {
     "rotation_gradient": 1e-4,
     # A S of float32 matrices of condition up to 10: 16 products of 6e-8 each way.
     "rotated_pair": 2e-5,
+    # Encoding in float32: sums of <= 256 products in blocks of 16 or more lanes err by 16 * 6e-8 of
+    # |A_j| (|x| + |mean|); gain, division and comparison by a few eps of u.
+    "encode_f32": 1e-6,
+    # Six of nine products of cut bfloat16 parts (2**-7 and 2**-15 of the whole): the other three
+    # are at most 2 * 2**-22 + 2**-30 = 4.8e-7 of a term; 8 roundings of 6e-8 in the sums.
+    "split_product": 1e-6,
+    # Norms of vectors near 1e-35 in float32 that takes numbers below 1.2e-38 for zero, times the
+    # effect of "matched", |u| / |c| at 3 bits: up to 1.1 / sqrt(1 - 0.035) in one vector of 64.
+    "encode_tiny": 0.1,
+    # Words that differ because one number in some 1e4 lies within 1e-6 of one of <= 15 thresholds
+    # (density of numbers times width below 1e-6 each, twice): 0.3 expected; one code is up to 4
+    # planes, one differing scale up to 64 signs, of which those within 2**-11 of zero: 0.05.
+    "unclear_words": 4,
 }

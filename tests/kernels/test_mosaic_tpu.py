@@ -60,6 +60,15 @@ def test_matches_float64(name, made, options, monkeypatch):
     cases.check(case, run(case, **options), tolerance="decode_mosaic")
 
 
+def test_symmetric_tables_need_half_the_planes():
+    """Parts that promise symmetry are read by four planes instead of seven."""
+    case = cases.make("turboquant_3", dim=128, heads=1, lengths=(700,), paged=True, tokens=2)
+    case = cases.symmetric(case)
+    spec, _ = mosaic_tpu.specify(case.q, case.k, case.v, case.pages)
+    assert [len(p.planes) for p in (*spec.k, *spec.v)] == [4, 4]
+    cases.check(case, run(case), tolerance="decode_mosaic")
+
+
 def test_no_races_and_nothing_out_of_bounds(capfd):
     """Copies as late as their waits allow, memory that starts as NaN, every access checked.
 

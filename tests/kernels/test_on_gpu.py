@@ -21,15 +21,19 @@ def test_tiny_run(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(out.read_text())
-    assert [check["error"] for check in report["checks"]] == [""]
+    assert {check["op"]: check["error"] for check in report["checks"]} == dict.fromkeys(
+        ("decode", "history", "own", "encode"), ""
+    )
     assert report["copy_gb_per_s"] > 0
     assert report["floor_us"] > 0
-    exact, packed = report["rows"]
+    exact, packed, *chunk = report["rows"]
     assert (exact["method"], packed["method"]) == ("bf16 xla", "3 bits")
     assert exact["bytes"] == 2 * 512 * 16 * 2
     assert packed["bytes"] == 2 * 512 * (16 * 3 // 8 + 2)  # codes and a float16 scale
     assert exact["vs_bf16"] == 1.0
     assert packed["us_range"][0] <= packed["us"] <= packed["us_range"][1]
+    assert [(row["method"], row["chunk"]) for row in chunk] == [("bf16 xla", 40), ("3 bits", 40)]
+    assert chunk[1]["bytes"] == packed["bytes"]
     assert "3 bits" in done.stdout
     assert "launch floor" in done.stdout
 
@@ -42,7 +46,7 @@ def test_no_time_left_is_reported(tmp_path):
         env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "skipped all B=1 S=512: no time left" in done.stdout
+    assert "skipped all B=1 S=512 T=1: no time left" in done.stdout
 
 
 LATE = """

@@ -20,7 +20,7 @@ from turboq.layer import TokenPolicy, uniform_layer
 from turboq.packing import PAGE
 from turboq.pool import Pool
 from turboq_kernels.encode import encode
-from turboq_kernels.prefill import prefill
+from turboq_kernels.prefill.api import prefill
 
 SCALE, GROUP = 0.3, 3
 ROOT = Path(__file__).parents[2]

@@ -141,14 +141,10 @@ def _layer(engine: Engine, i: int, run, g: Array):
     weights = _output_weights(spec, params, parts["g_x"])
     out = []
     for side in SIDES:
-        columns = [
-            jax.device_get(
-                _scores(spec, engine.policy, side, parts, quantized(option, parts[side]), weights)
-            )
-            for option in engine.table.options[i, side]
-        ]
+        new = jnp.stack([quantized(o, parts[side]) for o in engine.table.options[i, side]])
+        scores = jax.device_get(_scores(spec, engine.policy, side, parts, new, weights))
         for name in SCORES:
-            out.append((side, name, np.stack([c[name] for c in columns], 1).astype(np.float64)))
+            out.append((side, name, scores[name].astype(np.float64).T))
     return g, out
 
 
@@ -204,32 +200,37 @@ def _scores(
     policy: TokenPolicy,
     side: str,
     parts: dict[str, Array],
-    x_hat: Array,
+    x_hat: Float[Array, "C W T K D"],
     weights: dict[str, Array],
-) -> dict[str, Float[Array, "K"]]:
-    """All scores of one candidate, summed over windows and tokens, for every head."""
-    x, t = parts[side], x_hat.shape[1]
+) -> dict[str, Float[Array, "C K"]]:
+    """All scores of every candidate, summed over windows and tokens, for every head."""
+    x, t = parts[side], x_hat.shape[2]
     stored = (jnp.arange(t, dtype=jnp.int32) >= policy.sinks).astype(jnp.float32)
     stored = stored[None, :, None, None]
-    error = (x_hat - x) * stored
+    errors = (x_hat - x[None]) * stored[None]
     g = parts[f"g_{side}"]
     count = x.shape[0] * max(t - policy.sinks, 1)
-    moment = jnp.einsum("wtkd,wtke->kde", error, error, precision=HIGHEST)
     hessian = jnp.einsum("wtkd,wtke->kde", g, g, precision=HIGHEST) / count
     centre = jnp.sum(x * stored, axis=(0, 1)) / count
     spread = jnp.sum(jnp.square((x - centre[None, None]) * stored), axis=(0, 1, 3))
-    lost = jnp.sum(jnp.square(error), axis=(0, 1, 3))
+
+    def local(error):
+        moment = jnp.einsum("wtkd,wtke->kde", error, error, precision=HIGHEST)
+        lost = jnp.sum(jnp.square(error), axis=(0, 1, 3))
+        return {
+            "fisher": jnp.sum(jnp.square(g * error), axis=(0, 1, 3)) / 2,
+            "directional": jnp.sum(jnp.square(jnp.sum(g * error, axis=3)), axis=(0, 1)) / 2,
+            "matrix": jnp.sum(hessian * moment, axis=(1, 2)) / 2,
+            "mse": lost / jnp.where(spread > 0, spread, 1.0),
+        }
+
     per_head = jax.tree.map(
         lambda y: jnp.moveaxis(y, 2, 0),
-        {"k": parts["k"], "v": parts["v"], "e": error, "q": _grouped(spec, parts["q"])},
+        {"k": parts["k"], "v": parts["v"], "q": _grouped(spec, parts["q"])},
     )
+    per_head["e"] = jnp.moveaxis(errors, 3, 0)
     reads = jax.lax.map(lambda y: _attention_scores(spec, policy, side, *y), (per_head, weights))
-    return reads | {
-        "fisher": jnp.sum(jnp.square(g * error), axis=(0, 1, 3)) / 2,
-        "directional": jnp.sum(jnp.square(jnp.sum(g * error, axis=3)), axis=(0, 1)) / 2,
-        "matrix": jnp.sum(hessian * moment, axis=(1, 2)) / 2,
-        "mse": lost / jnp.where(spread > 0, spread, 1.0),
-    }
+    return jax.tree.map(jnp.transpose, reads) | jax.lax.map(local, errors)
 
 
 def _grouped(spec: LayerSpec, q: Float[Array, "W T H D"]) -> Float[Array, "W T K G D"]:
@@ -239,7 +240,7 @@ def _grouped(spec: LayerSpec, q: Float[Array, "W T H D"]) -> Float[Array, "W T K
 def _attention_scores(
     spec: LayerSpec, policy: TokenPolicy, side: str, x: dict[str, Array], weights: dict[str, Array]
 ) -> dict[str, Array]:
-    """Scores of one head that need its attention weights p [W, G, T, S]."""
+    """Scores of one head's candidates that need its attention weights p [W, G, T, S]."""
     batch, t = x["k"].shape[:2]
     at = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None, :], (batch, t))
     seen = causal(at, window=spec.window)(at)[:, None]
@@ -251,22 +252,26 @@ def _attention_scores(
 
     exact = scores(x["k"])
     p = jax.nn.softmax(jnp.where(seen, exact, -jnp.inf), axis=-1)
-    if side == "v":
-        change = jnp.einsum("wgts,wse->wtge", p * stored, x["e"], precision=HIGHEST)
-        logit = jnp.zeros(())
-    else:
-        moved = (scores(x["k"] + x["e"]) - exact) * stored
-        mean = jnp.sum(p * moved, axis=-1, keepdims=True)
-        logit = jnp.sum(p * jnp.square(moved - mean)) / 2
-        other = jax.nn.softmax(jnp.where(seen, exact + moved, -jnp.inf), axis=-1)
-        change = jnp.einsum("wgts,wse->wtge", other - p, x["v"], precision=HIGHEST)
-    change = change.reshape(batch * t, -1)
 
-    def quadratic(form):
-        return jnp.sum(jnp.dot(change, form, precision=HIGHEST) * change)
+    def candidate(error):
+        if side == "v":
+            change = jnp.einsum("wgts,wse->wtge", p * stored, error, precision=HIGHEST)
+            logit = jnp.zeros(())
+        else:
+            moved = (scores(x["k"] + error) - exact) * stored
+            mean = jnp.sum(p * moved, axis=-1, keepdims=True)
+            logit = jnp.sum(p * jnp.square(moved - mean)) / 2
+            other = jax.nn.softmax(jnp.where(seen, exact + moved, -jnp.inf), axis=-1)
+            change = jnp.einsum("wgts,wse->wtge", other - p, x["v"], precision=HIGHEST)
+        change = change.reshape(batch * t, -1)
 
-    return {
-        "logit": logit,
-        "output": quadratic(weights["fisher"]) / 2,
-        "output_error": quadratic(weights["plain"]),
-    }
+        def quadratic(form):
+            return jnp.sum(jnp.dot(change, form, precision=HIGHEST) * change)
+
+        return {
+            "logit": logit,
+            "output": quadratic(weights["fisher"]) / 2,
+            "output_error": quadratic(weights["plain"]),
+        }
+
+    return jax.lax.map(candidate, x["e"])

@@ -68,11 +68,12 @@ def missing() -> str | None:
     )
 
 
-def rows(only: Sequence[str] = ()) -> list[dict[str, Any]]:
+def rows(only: Sequence[str] = (), module: str = __name__) -> list[dict[str, Any]]:
     """Costs of the configurations, compiled in a subprocess with JAX_PLATFORMS=cpu.
 
     Args:
       only: conditions like "bits=3" that a row must all meet.
+      module: of `turboq_kernels.aot`, whose `main` prints them.
 
     Raises:
       RuntimeError: the compiler is missing or failed.
@@ -81,7 +82,7 @@ def rows(only: Sequence[str] = ()) -> list[dict[str, Any]]:
     if reason is not None:
         raise RuntimeError(reason)
     done = subprocess.run(
-        [sys.executable, "-m", __name__, *only],
+        [sys.executable, "-m", module, *only],
         env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -111,35 +112,43 @@ def row(configuration: Configuration) -> dict[str, Any]:
 @functools.cache
 def _cost(c: Configuration) -> cubin.Cost:
     """Compiles `decode` over 16 pages of 256 tokens and reads the kernel's cost."""
-    bits, levels, dim, group, page = c.bits, c.levels, c.dim, c.group, 256
-    batch, heads, count = 2, 8, 16
+
+    def run(q, k, v, pages, starts, ends):
+        return api.decode(q, k, v, pages, starts, ends, scale=c.dim**-0.5, implementation="triton")
+
+    return compiled_costs(run, *shapes(c, rows=c.group))[KERNEL]
+
+
+def shapes(c: Configuration, *, rows: int, batch: int = 2, heads: int = 8, count: int = 16):
+    """Arguments (q, k, v, pages, starts, ends) of `rows` query rows over `count` pages of 256."""
+    page = 256
 
     def struct(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     total = batch * heads * count
-    part = Part(field="codes", width=dim, bits=bits, levels=levels, scale="scale")
+    part = Part(field="codes", width=c.dim, bits=c.bits, levels=c.levels, scale="scale")
     side = types.Side(
-        words=(struct(total, bits, page // 32, dim, dtype=jnp.uint32),),
+        words=(struct(total, c.bits, page // 32, c.dim, dtype=jnp.uint32),),
         scales=(struct(total, page, dtype=jnp.float16),), offsets=(None,),
-        tables=(struct(heads, 2**bits) if levels == "table" else None,),
+        tables=(struct(heads, 2**c.bits) if c.levels == "table" else None,),
         reading=Reading(parts=(part,)),
     )  # fmt: skip
     pages = types.Pages(
         table=struct(batch, count, dtype=jnp.int32), stride_page=1, stride_head=count
     )
-    seen = struct(batch, group, dtype=jnp.int32)
-
-    def run(q, k, v, pages, starts, ends):
-        return api.decode(q, k, v, pages, starts, ends, scale=dim**-0.5, implementation="triton")
-
-    return compiled_costs(run, struct(batch, heads, group, dim), side, side, pages, seen, seen)[
-        KERNEL
-    ]
+    seen = struct(batch, rows, dtype=jnp.int32)
+    return struct(batch, heads, rows, c.dim), side, side, pages, seen, seen
 
 
 def compiled_costs(function, *shapes) -> dict[str, cubin.Cost]:
     """Compiles a function of ShapeDtypeStructs for an H100; costs of all its GPU functions."""
+    payload, *_ = serialize_executable.serialize(compile_for(function, *shapes))
+    return cubin.costs(payload)
+
+
+def compile_for(function, *shapes, **options):
+    """The executable of jit(function, **options) on ShapeDtypeStructs for an H100."""
     config = importlib.resources.files("turboq_kernels.aot") / "h100.txtpb"
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="h100", topology="1x1x1", target_config=config.read_text()
@@ -148,18 +157,19 @@ def compiled_costs(function, *shapes) -> dict[str, cubin.Cost]:
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     device = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        lowered = jax.jit(function).lower(*args)
-    payload, *_ = serialize_executable.serialize(lowered.compile())
-    return cubin.costs(payload)
+        return jax.jit(function, **options).lower(*args).compile()
 
 
-def main(only: Sequence[str]) -> None:
+def main(
+    only: Sequence[str], configurations: Sequence[Any] = CONFIGURATIONS, make_row: Any = row
+) -> None:
+    """Prints the rows of those configurations that meet the conditions."""
     wanted = dict(condition.split("=") for condition in only)
     found = []
-    for c in CONFIGURATIONS:
-        known = {"target": TARGET, "op": "decode"} | dataclasses.asdict(c)
+    for c in configurations:
+        known = {"target": TARGET} | dataclasses.asdict(c)
         if all(str(known.get(name)) == value for name, value in wanted.items()):
-            found.append(row(c))
+            found.append(make_row(c))
     print(json.dumps(found, indent=1))
 
 

@@ -98,13 +98,15 @@ class Cost:
     """What the final schedule says.
 
     `vmem_bytes` are the kernel's own, without windows of operands; `busy` is, for each kind of
-    slot, the part of the loop's issue slots that are used.
+    slot, the part of the loop's issue slots that are used. `nested_bundles` of the loop lie in
+    loops inside it.
     """
 
     loop_bundles: int
     total_bundles: int
     vmem_bytes: int
     busy: dict[str, float]
+    nested_bundles: int = 0
 
 
 def missing() -> str | None:
@@ -165,9 +167,20 @@ def compile_decode(configuration: Configuration, **options):
     reason = mosaic_tpu.unsupported(*shapes[:4])
     if reason is not None:
         raise ValueError(f"{configuration}: {reason}")
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=TOPOLOGIES[configuration.target]
-    )
+    symmetric = configuration.levels == "symmetric"
+
+    def run(q, k, v, pages, starts, ends):
+        return mosaic_tpu.decode(
+            q, k, v, pages, starts, ends, bias=None, scale=configuration.dim**-0.5,
+            softcap=None, splits=None, symmetric=symmetric, **options,
+        )  # fmt: skip
+
+    return compile_for(configuration.target, run, shapes)
+
+
+def compile_for(target: str, function, shapes, **options):
+    """The executable of jit(function, **options) on arguments of these shapes for a generation."""
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target])
     device = topology.devices[0]
     place = SingleDeviceSharding(device)
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
@@ -177,16 +190,8 @@ def compile_decode(configuration: Configuration, **options):
             device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
         ),
     )  # fmt: skip
-    symmetric = configuration.levels == "symmetric"
-
-    def run(q, k, v, pages, starts, ends):
-        return mosaic_tpu.decode(
-            q, k, v, pages, starts, ends, bias=None, scale=configuration.dim**-0.5,
-            softcap=None, splits=None, symmetric=symmetric, **options,
-        )  # fmt: skip
-
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(run).lower(*args).compile()
+        return jax.jit(function, **options).lower(*args).compile()
 
 
 def row(configuration: Configuration, dump: pathlib.Path) -> dict[str, Any]:
@@ -221,13 +226,13 @@ def row(configuration: Configuration, dump: pathlib.Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_cost(dump: pathlib.Path) -> Cost:
-    """The cost of the kernel whose schedule lies in `dump`.
+def read_cost(dump: pathlib.Path, kernel: str = KERNEL) -> Cost:
+    """The cost of the kernel of this name whose schedule lies in `dump`.
 
     Raises:
       RuntimeError: no schedule, or one this reader does not understand.
     """
-    bundles = _one(dump, r"-\d+-final_bundles\.txt")
+    bundles = _one(dump, kernel, r"-\d+-final_bundles\.txt")
     depths, text = [], []
     for line in bundles.read_text().splitlines():
         found = re.match(r"\s*(?:0x[0-9a-f]+|\d+)\s+[A-Z ]*:\s*(>*)", line)
@@ -235,7 +240,7 @@ def read_cost(dump: pathlib.Path) -> Cost:
             depths.append(len(found[1]))
             text.append(line)
     loop = _main_loop(depths, text)
-    used = _one(dump, r"-\d+-final_hlo-static-per-bundle-utilization\.txt").read_text()
+    used = _one(dump, kernel, r"-\d+-final_hlo-static-per-bundle-utilization\.txt").read_text()
     capacity, table = used.split("== UTILIZATION:")
     names, slots = capacity.strip().splitlines()[-2:]
     names = [x.strip() for x in names.split(",")]
@@ -248,7 +253,8 @@ def read_cost(dump: pathlib.Path) -> Cost:
         for column, name in enumerate(names)
         if ":" not in name
     }
-    return Cost(len(loop), len(depths), _vmem(dump), busy)
+    nested = sum(depths[i] > min(depths[i] for i in loop) for i in loop)
+    return Cost(len(loop), len(depths), _vmem(dump, kernel), busy, nested)
 
 
 def _main_loop(depths: list[int], text: list[str]) -> list[int]:
@@ -267,20 +273,20 @@ def _main_loop(depths: list[int], text: list[str]) -> list[int]:
     return loop
 
 
-def _vmem(dump: pathlib.Path) -> int:
+def _vmem(dump: pathlib.Path, kernel: str) -> int:
     """Bytes of VMEM that the compiler allocates inside the kernel."""
-    text = _one(dump, r"-\d+-pre-finalize-registers-and-allocations\.txt").read_text()
+    text = _one(dump, kernel, r"-\d+-pre-finalize-registers-and-allocations\.txt").read_text()
     sizes = re.findall(r"#allocation\d+ \[[^\n]*space=vmem, size = (0x[0-9a-f]+|\d+)", text)
     if not sizes:
         raise RuntimeError(f"no allocation in VMEM found in {dump}")
     return sum(int(x, 0) for x in sizes)
 
 
-def _one(dump: pathlib.Path, ending: str) -> pathlib.Path:
-    found = [p for p in dump.iterdir() if KERNEL in p.name and re.search(ending + "$", p.name)]
+def _one(dump: pathlib.Path, kernel: str, ending: str) -> pathlib.Path:
+    found = [p for p in dump.iterdir() if kernel in p.name and re.search(ending + "$", p.name)]
     found = [p for p in found if "schedule-analysis" not in p.name]
     if len(found) != 1:
-        raise RuntimeError(f"{len(found)} files match {ending} of {KERNEL} in {dump}; expected one")
+        raise RuntimeError(f"{len(found)} files match {ending} of {kernel} in {dump}; expected one")
     return found[0]
 
 
@@ -299,30 +305,31 @@ def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     if reason is not None:
         raise RuntimeError(reason)
     for configuration in select(only):
-        yield _in_subprocess(configuration)
+        yield in_subprocess(configuration)
 
 
-def select(only: Sequence[str]) -> list[Configuration]:
+def select(only: Sequence[str], among: Sequence[Any] = CONFIGURATIONS) -> list[Any]:
     """The configurations that meet all conditions.
 
     Raises:
       ValueError: none does.
     """
     wanted = dict(condition.split("=") for condition in only)
-    found = [c for c in CONFIGURATIONS if all(str(getattr(c, k)) == v for k, v in wanted.items())]
+    found = [c for c in among if all(str(getattr(c, k)) == v for k, v in wanted.items())]
     if not found:
         raise ValueError(f"no configuration has {only}")
     return found
 
 
-def _in_subprocess(configuration: Configuration) -> dict[str, Any]:
+def in_subprocess(configuration, module: str = "turboq_kernels.aot.tpu") -> dict[str, Any]:
+    """The row that `python -m module --one configuration folder` prints."""
     with tempfile.TemporaryDirectory() as dump:
         environment = environment_of_compiler() | {
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
         }
         named = json.dumps(dataclasses.asdict(configuration))
         done = subprocess.run(
-            [sys.executable, "-m", "turboq_kernels.aot.tpu", "--one", named, dump],
+            [sys.executable, "-m", module, "--one", named, dump],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
     if done.returncode:

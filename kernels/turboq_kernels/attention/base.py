@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -21,8 +20,9 @@ from turboq_kernels import decode as kernels
 from turboq_kernels import merge, sides, views
 from turboq_kernels.decode import codec as codec_decode
 from turboq_kernels.decode.types import Partial
+from turboq_kernels.prefill import kernels as prefill
 
-KERNEL_ROWS = 64  # query rows of a KV head that every kernel takes at once
+KERNEL_ROWS = 64  # query rows of a KV head up to which decode kernels read; prefill kernels above
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,22 +102,29 @@ def group_parts(
     ends = jnp.minimum(packed_until, lengths[:, None])
     parts = [_stored(rows, group, view, starts, ends, options)]
 
-    def exact(k, v, positions, seen):
-        s = positions[:, None, :]
-        seen = seen & (s >= 0) & (s <= at[..., None]) & (s >= low[..., None])
-        parts.append(merge.exact(rows, k, v, seen, scale=options.scale, softcap=options.softcap))
+    def exact(k, v, positions, lower, options):
+        name = options.implementation if _many(rows) else "xla"
+        parts.append(
+            prefill.own(
+                rows, k, v, positions, lower, at, scale=options.scale, softcap=options.softcap,
+                implementation=name, interpret=options.interpret and name not in (None, "xla"),
+            )
+        )  # fmt: skip
 
     if policy.sinks:
         slots = jnp.arange(policy.sinks, dtype=jnp.int32)[None, :]
-        held = slots < cache.lengths[:, None]
-        exact(view.k_sinks, view.v_sinks, jnp.where(held, slots, -1), held[:, None])
+        held = jnp.where(slots < cache.lengths[:, None], slots, -1)
+        # A few tokens: not worth a kernel.
+        xla = dataclasses.replace(options, implementation="xla")
+        exact(view.k_sinks, view.v_sinks, held, low, xla)
     if tail.positions.shape[1]:
-        k, v = (take_heads(x, group.heads).swapaxes(1, 2) for x in (tail.k, tail.v))
-        s = tail.positions[:, None, :]
+        # Kernels multiply what was rounded to bfloat16 in one piece, float32 in two.
+        dtype = policy.exact_dtype if _many(rows) else "float32"
+        k, v = (take_heads(x, group.heads).swapaxes(1, 2).astype(dtype) for x in (tail.k, tail.v))
         # The first tokens are among the sinks, unless they are being written now.
         first = jnp.minimum(cache.lengths, policy.sinks) if own else jnp.int32(policy.sinks)
-        recent = (s >= packed_until[..., None]) & (s >= first.reshape(-1, 1, 1))
-        exact(k, v, tail.positions, recent)
+        lower = jnp.maximum(jnp.maximum(low, packed_until), first.reshape(-1, 1))
+        exact(k, v, tail.positions, lower, options)
     if sink_logits is not None:
         per_head = take_heads(sink_logits[None, None, :, None], _query_heads(group.heads, per_kv))
         per_row = jnp.tile(per_head.reshape(-1, per_kv), (1, q.shape[1]))  # [N, M]
@@ -143,45 +150,21 @@ def _stored(rows, group: HeadGroup, view: views.GroupView, starts, ends, options
     k_side = sides.side(group.k, group.k_arrays, view.k, view.heads, count)
     v_side = sides.side(group.v, group.v_arrays, view.v, view.heads, count)
 
-    def call(folded, bias, starts, ends):
-        return kernels.decode(
-            folded, k_side, v_side, view.pages, starts, ends, bias=bias,
-            implementation=options.implementation, interpret=options.interpret,
-            block_tokens=options.block_tokens, **read,
-        )  # fmt: skip
-
-    on_kernel = options.implementation not in (None, "xla") or jax.default_backend() != "cpu"
-    if on_kernel and rows.shape[2] > KERNEL_ROWS:
-        partial = _in_row_blocks(call, folded, bias, starts, ends)
-    else:
-        partial = call(folded, bias, starts, ends)
+    run = prefill.history if _many(rows) else kernels.decode
+    partial = run(
+        folded, k_side, v_side, view.pages, starts, ends, bias=bias,
+        implementation=options.implementation, interpret=options.interpret,
+        block_tokens=options.block_tokens, **read,
+    )  # fmt: skip
     gain = sides.gains(group.v, group.v_arrays, count)
     if gain is None:
         return partial
     return dataclasses.replace(partial, acc=partial.acc * gain[None, :, None])
 
 
-def _in_row_blocks(call, folded, bias, starts, ends) -> Partial:
-    """A long chunk's query rows, a block that fits a kernel at a time; padding rows see nothing."""
-    batch, heads, m, _ = folded.shape
-    blocks = -(-m // KERNEL_ROWS)
-
-    def split(x, axis):
-        pad = [(0, 0)] * x.ndim
-        pad[axis] = (0, blocks * KERNEL_ROWS - m)
-        shape = (*x.shape[:axis], blocks, KERNEL_ROWS, *x.shape[axis + 1 :])
-        return jnp.moveaxis(jnp.pad(x, pad).reshape(shape), axis, 0)
-
-    bias = jnp.zeros((batch, heads, m), jnp.float32) if bias is None else bias
-    out = jax.lax.map(
-        lambda x: call(*x), (split(folded, 2), split(bias, 2), split(starts, 1), split(ends, 1))
-    )
-
-    def joined(x):  # [blocks, B, N, rows, ...]
-        x = jnp.moveaxis(x, 0, 2)
-        return x.reshape(batch, heads, blocks * KERNEL_ROWS, *x.shape[4:])[:, :, :m]
-
-    return jax.tree.map(joined, out)
+def _many(rows: Float[Array, "B N M D"]) -> bool:
+    """Whether these query rows are a chunk of a prompt rather than a few tokens."""
+    return rows.shape[2] > KERNEL_ROWS
 
 
 def _normalise(parts: list[Partial]) -> Parts:

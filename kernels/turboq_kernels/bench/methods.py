@@ -1,4 +1,4 @@
-"""What is timed: decode of one token over S cached ones, exact in bfloat16 or packed.
+"""What is timed: one token, or a prefill chunk, over S cached ones, exact in bfloat16 or packed.
 
 A method gives, for a shape, the arrays it reads and a function of (query, arrays) that runs a
 number of dependent calls (each query is the one before plus a trace of its output), so that nothing
@@ -29,10 +29,14 @@ _TRACE = 1e-3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One decode step: B sequences of S cached tokens, N KV heads of G query heads, D."""
+    """B sequences of S cached tokens, N KV heads of G query heads, D, T query tokens.
+
+    All query tokens see all cached ones: the chunk's own tokens are not in here.
+    """
 
     batch: int
     tokens: int
+    chunk: int = 1
     heads: int = 8
     group: int = 4
     dim: int = 128
@@ -41,6 +45,16 @@ class Shape:
     def elements(self) -> int:
         """Numbers of K and V that a call reads."""
         return 2 * self.batch * self.tokens * self.heads * self.dim
+
+    @property
+    def flop(self) -> int:
+        """Operations of the two matrix products of a call."""
+        return 2 * self.chunk * self.group * self.elements
+
+    @property
+    def slower(self) -> int:
+        """How many times longer than its reading a call may take."""
+        return max(1, self.chunk * self.group // 128)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +116,7 @@ def _exact(shape: Shape, attend) -> Job:
     rows = (shape.batch, shape.tokens, shape.heads, shape.dim)
     nbytes = 2 * 2 * math.prod(rows)
     copies = min(-(-timing.COLD_BYTES // nbytes), 16)
-    rounds = -(-timing.count(nbytes) // copies)
+    rounds = -(-timing.count(nbytes * shape.slower) // copies)
 
     def run(q, arrays):
         def step(_, q):
@@ -123,7 +137,7 @@ def _exact(shape: Shape, attend) -> Job:
         return list(zip(arrays[::2], arrays[1::2], strict=True))
 
     query = jax.ShapeDtypeStruct(
-        (shape.batch, 1, shape.heads * shape.group, shape.dim), jnp.bfloat16
+        (shape.batch, shape.chunk, shape.heads * shape.group, shape.dim), jnp.bfloat16
     )
     return Job(
         run=run, query=query, make=make, nbytes=nbytes, calls=rounds * copies,
@@ -133,6 +147,7 @@ def _exact(shape: Shape, attend) -> Job:
 
 def _packed(shape: Shape, bits: int, levels: str, options: dict[str, Any]) -> Job:
     from turboq_kernels.decode import triton
+    from turboq_kernels.prefill import triton as prefill
 
     pages = shape.tokens // PAGE
     total = shape.batch * shape.heads * pages
@@ -142,9 +157,10 @@ def _packed(shape: Shape, bits: int, levels: str, options: dict[str, Any]) -> Jo
     copies = -(-timing.COLD_BYTES // nbytes)
     if options.get("interpret"):
         copies = 2
-    calls = 2 if options.get("interpret") else timing.count(nbytes)
+    calls = 2 if options.get("interpret") else timing.count(nbytes * shape.slower)
     everything = types.contiguous_pages(shape.batch, shape.heads, pages)
-    ends = jnp.full((shape.batch, shape.group), shape.tokens, jnp.int32)
+    ends = jnp.full((shape.batch, shape.chunk * shape.group), shape.tokens, jnp.int32)
+    attend = triton.decode if shape.chunk == 1 else prefill.history
 
     def run(q, arrays):
         k, v = arrays
@@ -152,7 +168,7 @@ def _packed(shape: Shape, bits: int, levels: str, options: dict[str, Any]) -> Jo
         def step(i, q):
             table = everything.table + (i % copies) * total
             here = dataclasses.replace(everything, table=table, contiguous=False)
-            part = triton.decode(
+            part = attend(
                 q, k, v, here, jnp.zeros_like(ends), ends,
                 bias=None, scale=shape.dim**-0.5, softcap=None, splits=None, **options,
             )  # fmt: skip
@@ -163,7 +179,8 @@ def _packed(shape: Shape, bits: int, levels: str, options: dict[str, Any]) -> Jo
     def make():
         return tuple(_side(jax.random.key(i), reading, total, copies, shape) for i in (1, 2))
 
-    query = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.group, shape.dim), jnp.float32)
+    rows = (shape.batch, shape.heads, shape.chunk * shape.group, shape.dim)
+    query = jax.ShapeDtypeStruct(rows, jnp.float32)
     return Job(
         run=run, query=query, make=make, nbytes=nbytes, calls=calls, resident=copies * nbytes
     )

@@ -64,7 +64,7 @@ def decode(
       ValueError: shapes that do not match, an unknown implementation, or a named one that does not
         support the case (the message says why).
     """
-    _check(q, k, v, pages, starts, ends)
+    check(q, k, v, pages, starts, ends)
     name = choose(q, k, v, pages, implementation, interpret)
     module = importlib.import_module(_MODULES[name])
     options = {"block_tokens": block_tokens} if name == "xla" else {"interpret": interpret}
@@ -113,7 +113,8 @@ def unsupported(
     return module.unsupported(q, k, v, pages)
 
 
-def _check(q, k: Side, v: Side, pages: Pages, starts, ends) -> None:
+def check(q, k: Side, v: Side, pages: Pages, starts, ends) -> None:
+    """Refuses shapes that do not match, for every kernel over stored tokens."""
     batch, heads, m, width = q.shape
     if width != k.reading.width:
         raise ValueError(f"q has {width} coordinates, the keys {k.reading.width}")

@@ -132,12 +132,9 @@ def scale_rows(buffer: jax.Array) -> jax.Array:
 
     Two 16-bit entries share a word, the first in its low half.
     """
-    flat = buffer.reshape(-1)
-    if buffer.dtype.itemsize == 2:
-        pairs = jax.lax.bitcast_convert_type(flat, jnp.uint16).reshape(-1, 2).astype(jnp.uint32)
-        flat = pairs[:, 0] | (pairs[:, 1] << 16)
-    else:
-        flat = jax.lax.bitcast_convert_type(flat, jnp.uint32)
+    if buffer.dtype.itemsize == 2:  # an array [-1, 2] would be padded to 128 lanes, 64 times
+        buffer = buffer.reshape(buffer.shape[0], -1, 2)
+    flat = jax.lax.bitcast_convert_type(buffer, jnp.uint32).reshape(-1)
     return jnp.pad(flat, (0, -flat.shape[0] % LANES)).reshape(-1, LANES)
 
 

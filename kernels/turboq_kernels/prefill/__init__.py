@@ -1,3 +1,5 @@
-"""Prefill: a chunk of queries over the packed history and its own exact keys; `api` dispatches."""
+"""Prefill: a chunk of queries over the packed history and its own exact keys.
 
-from turboq_kernels.prefill.api import prefill as prefill
+`api.prefill` is the call (`turboq_kernels.prefill_attention`), `kernels` dispatches. Nothing is
+imported here: `attention` needs `kernels`, and `api` needs `attention`.
+"""

@@ -43,8 +43,8 @@ def prefill(
     The history is read as `cache_attention` reads it: packed outside of sinks and of each query's
     recent window. `cache_attention` after `turboq.cache.write` differs in that queries see the
     older tokens of their own chunk packed; here what enters the cache is not read back from it,
-    which is what a prompt's quality wants and what costs least. Memory: T * (T + recent) logits
-    per head, so long prompts go in chunks.
+    which is what a prompt's quality wants and what costs least. Memory: "xla" holds T * (T +
+    recent) logits per head, so long prompts go in chunks; kernels hold tiles.
 
     The first counts[b] tokens are real (a pool: `where.counts`); outputs of others are arbitrary.
 
@@ -73,7 +73,10 @@ def prefill(
         q, layer, history, _tail(layer, history, k, v, jnp.where(valid, positions, -1)),
         q_positions=positions, options=options, sink_logits=sink_logits, own=True,
     )  # fmt: skip
-    new, _ = encode(layer, cache, k, v, counts=counts, where=where)
+    new, _ = encode(
+        layer, cache, k, v, counts=counts, where=where,
+        implementation=implementation, interpret=interpret,
+    )  # fmt: skip
     return out, new
 
 
