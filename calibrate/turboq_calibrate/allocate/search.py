@@ -59,7 +59,7 @@ def search(
     *,
     policy: TokenPolicy,
     held_back: int = 1,
-    sensitivity_windows: int = 2,
+    sensitivity_windows: int = 1,
     rounds: int = 1,
     seed: int = 0,
     folder: Path | None = None,

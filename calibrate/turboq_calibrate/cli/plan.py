@@ -59,7 +59,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "candidates", [], "--budget: NAME[:[FIELD=]VALUE,...], see above.", flag_values=values
     )
-    common.text(values, "topics:calibration", windows=4, length=512)
+    common.text(values, "topics:calibration", windows=9, length=1024)
     flags.DEFINE_integer(
         "check_windows", 1, "--budget: the last windows, held back for the check.", lower_bound=1,
         flag_values=values,

@@ -1,0 +1,157 @@
+"""Compiles the encode kernel for an H100 on a machine without a GPU or driver, and counts its cost.
+
+    python -m turboq_kernels.aot.cuda_encode                 # rows of all configurations, as JSON
+    python -m turboq_kernels.aot.cuda_encode bits=3 dim=128  # those that match
+
+As `turboq_kernels.aot.cuda`. Instructions are those that one program of the grid goes through, its
+loops over the coordinates counted as often as they run, times its threads, per coordinate of the
+tokens that it encodes: one of the 16 columns at `tokens=1`, all 32 in a chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from turboq import cache as caches
+from turboq.codecs import TurboQuantMSE, TurboQuantProd
+from turboq.codecs.base import Codec
+from turboq.layer import KVLayer
+from turboq.packing import PAGE, ROWS, WORD_BITS
+from turboq_kernels.aot import cubin, cuda
+from turboq_kernels.aot.cuda import TARGET
+from turboq_kernels.aot.cuda import missing as missing
+from turboq_kernels.decode.types import contiguous_pages
+from turboq_kernels.encode import api, store
+from turboq_kernels.encode.types import word_fields
+
+KERNEL = "turboq_encode"
+BATCH, HEADS, COUNT = 2, 8, 16  # sequences, KV heads, pages of a sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """What is compiled: `tokens` new bfloat16 tokens of 2 sequences, 8 KV heads.
+
+    `levels`: "table" is turboquant_mse; "table+sign" turboquant_prod, whose last bit is the sign.
+    """
+
+    bits: int
+    dim: int
+    tokens: int
+    levels: str = "table"
+
+    @property
+    def codec(self) -> Codec:
+        kind = TurboQuantMSE if self.levels == "table" else TurboQuantProd
+        return kind(dim=self.dim, bits=self.bits)
+
+
+CONFIGURATIONS = tuple(
+    Configuration(bits=bits, dim=dim, tokens=tokens, levels=levels)
+    for dim in (64, 128, 256)
+    for bits, levels in ((2, "table"), (3, "table"), (4, "table"), (3, "table+sign"))
+    for tokens in (1, PAGE)
+)
+
+
+def rows(only: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Costs of the configurations, compiled in a subprocess with JAX_PLATFORMS=cpu.
+
+    Args:
+      only: conditions like "bits=3" that a row must all meet.
+
+    Raises:
+      RuntimeError: the compiler is missing or failed.
+    """
+    reason = missing()
+    if reason is not None:
+        raise RuntimeError(reason)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, *only],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"compiling for {TARGET} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout)
+
+
+def row(configuration: Configuration) -> dict[str, Any]:
+    """One row of `experiments/results/kernel_costs.json`."""
+    from turboq_kernels.encode import triton
+
+    c, cost = configuration, compile_write(configuration)
+    tuned = triton.tuning(c.dim, -(-c.tokens // ROWS))
+    products = 1 if c.levels == "table" else 2
+    again = products * (c.dim // min(tuned.block, c.dim) - 1)
+    executed = cost.instructions + again * cost.loop_instructions
+    encoded = min(c.tokens, WORD_BITS) * c.dim
+    return {"target": TARGET, "op": "encode"} | dataclasses.asdict(c) | {
+        "instructions_per_element": round(executed * 32 * tuned.num_warps / encoded, 1),
+        "registers": cost.registers,
+        "spill_bytes": cost.spill_bytes,
+    }  # fmt: skip
+
+
+def compile_write(configuration: Configuration, page: int = PAGE) -> cubin.Cost:
+    """Compiles the kernel's `write` alone and reads its cost."""
+    from turboq_kernels.encode import triton
+
+    c, codec = configuration, configuration.codec
+    writing = codec.writing
+    assert writing is not None
+
+    def struct(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    bits = {f.name: (f.bits, page // WORD_BITS, f.width) for f in codec.fields if f.packed}
+    words = tuple(
+        struct(BATCH * HEADS * COUNT, *bits[name], dtype=jnp.uint32)
+        for name in word_fields(writing)
+    )
+    tables, pages = jax.eval_shape(
+        lambda: (store.tables_of(codec, {}, HEADS), contiguous_pages(BATCH, HEADS, COUNT))
+    )
+    x = struct(BATCH, HEADS, c.tokens, c.dim, dtype=jnp.bfloat16)
+    seen = struct(BATCH, dtype=jnp.int32)
+
+    def run(x, tables, words, pages, starts, counts):
+        return triton.write(x, writing, tables, words, pages, starts, counts)
+
+    return cuda.compiled_costs(run, x, tables, words, pages, seen, seen)[KERNEL]
+
+
+def compile_layer(layer: KVLayer, *, tokens: int, capacity: int):
+    """The executable of `encode` of a whole layer into a contiguous cache, which is donated."""
+    cache = jax.eval_shape(lambda: caches.init(layer, batch=BATCH, capacity=capacity))
+    k, v = (
+        jax.ShapeDtypeStruct((BATCH, tokens, layer.kv_heads, codec.dim), jnp.bfloat16)
+        for codec in (layer.groups[0].k, layer.groups[0].v)
+    )
+
+    def run(cache, k, v):
+        return api.encode(layer, cache, k, v, implementation="triton")
+
+    return cuda.compile_for(run, cache, k, v, donate_argnums=0)
+
+
+def main(only: Sequence[str]) -> None:
+    wanted = dict(condition.split("=") for condition in only)
+    found = []
+    for c in CONFIGURATIONS:
+        known = {"target": TARGET, "op": "encode"} | dataclasses.asdict(c)
+        if all(str(known.get(name)) == value for name, value in wanted.items()):
+            found.append(row(c))
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,193 @@
+"""Compiles the encode kernel for TPU generations on a machine without one, and reads its schedule.
+
+    python -m turboq_kernels.aot.tpu_encode                    # rows of all configurations, as JSON
+    python -m turboq_kernels.aot.tpu_encode target=v5e bits=3  # those that match
+
+As `turboq_kernels.aot.tpu`. A chunk of a prefill costs the bundles of one step of the kernel, which
+encodes 256 tokens of one head; tokens appended to many sequences cost a step's bundles, those of
+its loops over sequences counted once for each, scaled to 256 tokens. Branches count as taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from turboq.codecs import TurboQuantMSE, TurboQuantProd
+from turboq.codecs.base import Codec
+from turboq.layer import KVLayer
+from turboq.packing import PAGE, ROWS
+from turboq_kernels.aot import tpu
+from turboq_kernels.aot.tpu import missing as missing
+from turboq_kernels.decode.types import Pages
+from turboq_kernels.encode import api, mosaic_tpu, store
+from turboq_kernels.encode.types import word_fields
+
+KERNEL = "turboq_encode"
+BATCH, HEADS, COUNT = 16, 8, 64  # sequences, KV heads, pages of a sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """What is compiled: `tokens` new tokens of 16 sequences, 8 KV heads, bfloat16, a pool of pages.
+
+    `levels`: "table" is turboquant_mse; "table+sign" turboquant_prod, whose last bit is the sign.
+    """
+
+    target: str
+    bits: int
+    dim: int
+    tokens: int
+    levels: str = "table"
+
+    def __post_init__(self):
+        if self.target not in tpu.TOPOLOGIES:
+            raise ValueError(f"{self.target=} must be one of {tuple(tpu.TOPOLOGIES)}")
+        if self.levels not in ("table", "table+sign"):
+            raise ValueError(f"{self.levels=} must be 'table' or 'table+sign'")
+
+    @property
+    def codec(self) -> Codec:
+        kind = TurboQuantMSE if self.levels == "table" else TurboQuantProd
+        return kind(dim=self.dim, bits=self.bits)
+
+
+CONFIGURATIONS = tuple(
+    Configuration(target=target, bits=bits, dim=128, tokens=tokens, levels=levels)
+    for target in ("v5e", "v6e")
+    for bits, levels in ((2, "table"), (3, "table"), (4, "table"), (3, "table+sign"))
+    for tokens in (1, 256)
+)
+
+
+def compile_write(configuration: Configuration, page: int = PAGE):
+    """The executable of the kernel's `write` alone; the words are donated."""
+    c, codec, rows = configuration, configuration.codec, page // 32
+    writing = codec.writing
+    assert writing is not None
+
+    def struct(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    bits = {f.name: (f.bits, rows, f.width) for f in codec.fields if f.packed}
+    words = tuple(
+        struct(BATCH * HEADS * COUNT, *bits[name], dtype=jnp.uint32)
+        for name in word_fields(writing)
+    )
+    tables = jax.eval_shape(lambda: store.tables_of(codec, {}, HEADS))
+    pages = Pages(table=struct(BATCH, COUNT, dtype=jnp.int32), stride_page=HEADS, stride_head=1)
+    seen = struct(BATCH, dtype=jnp.int32)
+
+    def run(words, x, tables, pages, starts, counts):
+        return mosaic_tpu.write(x, writing, tables, words, pages, starts, counts)
+
+    x = struct(BATCH, HEADS, c.tokens, c.dim, dtype=jnp.bfloat16)
+    return tpu.compile_for(c.target, run, (words, x, tables, pages, seen, seen), donate_argnums=0)
+
+
+def compile_layer(target: str, layer: KVLayer, cache: Any, tokens: int):
+    """The executable of `encode` of a whole layer into a contiguous cache, which is donated.
+
+    Args:
+      cache: shapes of a `turboq.cache.LayerCache`.
+    """
+    batch, heads = len(cache.lengths), layer.kv_heads
+    k, v = (
+        jax.ShapeDtypeStruct((batch, tokens, heads, codec.dim), jnp.bfloat16)
+        for codec in (layer.groups[0].k, layer.groups[0].v)
+    )
+
+    def run(cache, k, v):
+        return api.encode(layer, cache, k, v, implementation="mosaic_tpu")
+
+    return tpu.compile_for(target, run, (cache, k, v), donate_argnums=0)
+
+
+def row(configuration: Configuration, dump: pathlib.Path) -> dict[str, Any]:
+    """One row; `dump` is the empty folder the compiler writes its schedule to."""
+    analysis = compile_write(configuration).memory_analysis()
+    if analysis is None:
+        raise RuntimeError("the compiler reports no memory analysis")
+    cost, c = tpu.read_cost(dump, KERNEL), configuration
+    words = BATCH * HEADS * COUNT * c.bits * ROWS * c.dim * 4
+    bundles, tokens = cost.loop_bundles, PAGE
+    if c.tokens <= mosaic_tpu.APPEND:
+        sequences = min(BATCH, mosaic_tpu.SEQUENCES)
+        bundles += (sequences - 1) * cost.nested_bundles
+        tokens = sequences * c.tokens
+    return {"op": "encode"} | dataclasses.asdict(c) | {
+        "bundles_per_256_tokens": round(bundles * PAGE / tokens, 1),
+        "loop_bundles": bundles,
+        "loop_tokens": tokens,
+        "slots_used": cost.busy,
+        "vmem_bytes": cost.vmem_bytes,
+        # Donated words are written in place, and no tile of theirs is padded: one.
+        "padding": round(analysis.alias_size_in_bytes / words, 3),
+    }  # fmt: skip
+
+
+def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Costs of the configurations, one by one, each compiled in a subprocess of its own.
+
+    Args:
+      only: conditions like "bits=3" that a row must all meet.
+
+    Raises:
+      RuntimeError: the compiler is missing or failed.
+    """
+    reason = missing()
+    if reason is not None:
+        raise RuntimeError(reason)
+    for configuration in select(only):
+        yield _in_subprocess(configuration)
+
+
+def select(only: Sequence[str]) -> list[Configuration]:
+    """The configurations that meet all conditions.
+
+    Raises:
+      ValueError: none does.
+    """
+    wanted = dict(condition.split("=") for condition in only)
+    found = [
+        c for c in CONFIGURATIONS if all(str(getattr(c, k, None)) == v for k, v in wanted.items())
+    ]
+    if not found:
+        raise ValueError(f"no configuration has {only}")
+    return found
+
+
+def _in_subprocess(configuration: Configuration) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as dump:
+        environment = tpu.environment_of_compiler() | {
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+        }
+        named = json.dumps(dataclasses.asdict(configuration))
+        done = subprocess.run(
+            [sys.executable, "-m", "turboq_kernels.aot.tpu_encode", "--one", named, dump],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"compiling {configuration} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(arguments: Sequence[str]) -> None:
+    if arguments[:1] == ["--one"]:
+        configuration = Configuration(**json.loads(arguments[1]))
+        print(json.dumps(row(configuration, pathlib.Path(arguments[2]))))
+        return
+    print(json.dumps(list(rows(arguments)), indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

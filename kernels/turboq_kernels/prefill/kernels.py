@@ -1,0 +1,147 @@
+"""Dispatch of the prefill kernels: many query rows over stored tokens, and over exact ones.
+
+`history` means what `turboq_kernels.decode.decode` does, for hundreds to thousands of rows; `own`
+is flash attention over exact keys and values. Both return one part of a softmax; "xla" reads stored
+tokens by `decode.base` and keeps all logits of exact ones in memory (`merge.exact`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from turboq_kernels import merge
+from turboq_kernels.decode import api as decoding
+from turboq_kernels.decode.types import Pages, Partial, Side
+
+IMPLEMENTATIONS = decoding.IMPLEMENTATIONS
+_MODULES = {
+    "mosaic_tpu": "turboq_kernels.prefill.mosaic_tpu",
+    "triton": "turboq_kernels.prefill.triton",
+}
+# What None tries before "xla", by the platform that runs the arrays.
+_PREFERENCE = {"tpu": "mosaic_tpu", "gpu": "triton"}
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("scale", "softcap", "splits", "implementation", "interpret", "block_tokens"),
+)
+def history(
+    q: Float[Array, "B N M C"],
+    k: Side,
+    v: Side,
+    pages: Pages,
+    starts: Int[Array, "B M"],
+    ends: Int[Array, "B M"],
+    *,
+    bias: Float[Array, "B N M"] | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    splits: int | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+    block_tokens: int | None = None,
+) -> Partial:
+    """Attention of M query rows over the stored tokens each may see; any M.
+
+    Arguments and result are those of `turboq_kernels.decode.decode`. A kernel unpacks a page once
+    for a tile of rows and skips pages that no row of the tile sees: consecutive rows should see
+    about the same slots. `splits` and `block_tokens` are for "xla".
+
+    Raises:
+      ValueError: shapes that do not match, an unknown implementation, or a named one that does not
+        support the case (the message says why).
+    """
+    decoding.check(q, k, v, pages, starts, ends)
+    name = choose(q, k, v, pages, implementation, interpret)
+    if name == "xla":
+        return decoding.decode(
+            q, k, v, pages, starts, ends, bias=bias, scale=scale, softcap=softcap, splits=splits,
+            implementation="xla", block_tokens=block_tokens,
+        )  # fmt: skip
+    return importlib.import_module(_MODULES[name]).history(
+        q, k, v, pages, starts, ends, bias=bias, scale=scale, softcap=softcap, interpret=interpret
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "implementation", "interpret"))
+def own(
+    q: Float[Array, "B N M D"],
+    k: Float[Array, "B N R D"],
+    v: Float[Array, "B N R E"],
+    positions: Int[Array, "B R"],
+    lower: Int[Array, "B M"],
+    upper: Int[Array, "B M"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Partial:
+    """Attention of M query rows over R exact keys and values.
+
+    Row m sees entry r iff 0 <= positions[b, r] and lower[b, m] <= positions[b, r] <= upper[b, m].
+    Entries that no row sees may hold anything, NaN included. A kernel takes every shape and keeps
+    no M x R array; it skips tiles of entries that no row of a tile of rows sees, so positions
+    should be about ascending.
+
+    Raises:
+      ValueError: an unknown implementation, or a named one that is not available here.
+    """
+    name = _choose(implementation, interpret, _unavailable)
+    if name == "xla":
+        s = positions[:, None, :]
+        seen = (s >= 0) & (s >= lower[..., None]) & (s <= upper[..., None])
+        return merge.exact(q, k, v, seen, scale=scale, softcap=softcap)
+    return importlib.import_module(_MODULES[name]).own(
+        q, k, v, positions, lower, upper, scale=scale, softcap=softcap, interpret=interpret
+    )
+
+
+def choose(
+    q: Float[Array, "B N M C"],
+    k: Side,
+    v: Side,
+    pages: Pages,
+    implementation: str | None,
+    interpret: bool = False,
+) -> str:
+    """The implementation that `history` takes.
+
+    Raises:
+      ValueError: unknown, or named and not able to.
+    """
+
+    def unable(name: str) -> str | None:
+        missing = _unavailable(name)
+        if missing is not None:
+            return missing
+        return importlib.import_module(_MODULES[name]).unsupported(q, k, v, pages)
+
+    return _choose(implementation, interpret, unable)
+
+
+def _choose(implementation: str | None, interpret: bool, unable) -> str:
+    if implementation is None:
+        if interpret:
+            raise ValueError(f"{interpret=} needs a named implementation: 'mosaic_tpu' or 'triton'")
+        name = _PREFERENCE.get(jax.default_backend(), "xla")
+        return "xla" if name == "xla" or unable(name) is not None else name
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{implementation=} must be None or one of {IMPLEMENTATIONS}")
+    reason = None if implementation == "xla" else unable(implementation)
+    if reason is not None:
+        raise ValueError(f"{implementation=} cannot run this case: {reason}; use 'xla' or None")
+    return implementation
+
+
+def _unavailable(name: str) -> str | None:
+    try:
+        importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        return f"it cannot be imported here ({error})"
+    return None

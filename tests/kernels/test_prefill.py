@@ -1,0 +1,133 @@
+"""Prefill: who computes what, "xla" against float64, and a whole prompt on interpreted kernels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import prefill_cases as cases
+import pytest
+from tolerances import TOL
+
+from turboq import cache as kv_cache
+from turboq import paged_cache
+from turboq.codecs import TurboQuantMSE
+from turboq.layer import TokenPolicy, uniform_layer
+from turboq.packing import PAGE
+from turboq.pool import Pool
+from turboq_kernels import prefill_attention
+from turboq_kernels.attention import base
+from turboq_kernels.prefill import kernels
+
+# A program is run once or twice: it compiles faster without optimization.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+TOKENS, GROUP = 24, 4
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("prod", {"window": 90, "sinks": 2, "recent": 3, "padding": 2, "lengths": (257, 0)}),
+        ("affine", {"page": 64, "paged": True, "bias": True, "softcap": 2.0}),
+    ],
+)
+def test_xla_history_matches_float64(name, options):
+    case = cases.history(name, dim=16, **options)
+    cases.check(case, cases.run(case, implementation="xla"), tolerance="decode_stored")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ring": 9, "starts": (3, 700), "counts": (40, 0), "window": 7, "v_dim": 8},
+        {"softcap": 2.0, "dtype": "bfloat16"},
+    ],
+)
+def test_xla_own_matches_float64(options):
+    case = cases.own(dim=16, **options)
+    cases.check(case, case.run(), tolerance="decode_stored")
+
+
+@pytest.mark.parametrize("bad", ["lower", "upper", "positions"])
+def test_the_checker_sees_one_entry_more_or_less(bad):
+    case = cases.own(dim=16, window=5, starts=(9,), ring=5)
+    wrong = case.replace(**{bad: getattr(case, bad) + 1})
+    wrong = wrong.replace(k=jnp.nan_to_num(wrong.k), v=jnp.nan_to_num(wrong.v))
+    with pytest.raises(AssertionError):
+        cases.check(case, wrong.run(), tolerance="decode_stored")
+
+
+def chosen(case, implementation):
+    return kernels.choose(case.q, case.k, case.v, case.pages, implementation)
+
+
+def test_named_kernels_never_fall_back():
+    case = cases.history("turboquant_3", dim=24, lengths=(3,), heads=1, tokens=1)
+    own = cases.own(tokens=2, dim=16)
+    for call in (functools.partial(cases.run, case), own.run):
+        with pytest.raises(ValueError, match="implementation='cuda'"):
+            call(implementation="cuda")
+        with pytest.raises(ValueError, match="interpret=True needs a named implementation"):
+            call(interpret=True)
+    with pytest.raises(ValueError, match="'triton' cannot run this case: 24 coordinates"):
+        cases.run(case, implementation="triton")
+    with pytest.raises(ValueError, match="the keys 24"):
+        cases.run(case.replace(q=case.q[..., :8]))
+    assert chosen(case, None) == "xla"
+
+
+def test_kernels_of_a_platform(monkeypatch):
+    """None takes the platform's kernel where it supports the case, else "xla"."""
+    fine, odd = (cases.history("turboquant_3", dim=d, lengths=(3,), tokens=1) for d in (64, 24))
+    for platform, names in {"tpu": ("mosaic_tpu", "mosaic_tpu"), "gpu": ("triton", "xla")}.items():
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        got = tuple(chosen(case, None) for case in (fine, odd))
+        assert got == names
+    monkeypatch.setitem(kernels._MODULES, "triton", "turboq_kernels.prefill.missing")
+    assert chosen(fine, None) == "xla"
+    with pytest.raises(ValueError, match="cannot be imported here"):
+        chosen(fine, "triton")
+
+
+def make(rng):
+    layer = uniform_layer(
+        kv_heads=1, k=TurboQuantMSE(dim=64, bits=3), v=TurboQuantMSE(dim=64, bits=2),
+        policy=TokenPolicy(sinks=3, recent=5),
+    )  # fmt: skip
+    k, v = rng.standard_normal((2, 2, 2 * TOKENS, 1, 64)).astype(np.float32)
+    q = rng.standard_normal((2, 2 * TOKENS, GROUP, 64)).astype(np.float32)
+    return layer, jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+
+
+def two_chunks(layer, q, k, v, paged: bool, **options):
+    """A prompt in two chunks; the second sequence's last tokens of each are padding."""
+    run = jax.jit(functools.partial(prefill_attention, scale=0.2, **options), compiler_options=FAST)
+    pool = Pool([layer], pages=4, rows=2, per_sequence=2, page=64)
+    names = [pool.pager.create(), pool.pager.create()]
+    cache = pool.caches[0] if paged else kv_cache.init(layer, batch=2, capacity=PAGE)
+    counts, outs = [TOKENS, TOKENS - 5], []
+    for chunk in range(2):
+        part = slice(chunk * TOKENS, (chunk + 1) * TOKENS)
+        if paged:
+            told = {"where": paged_cache.locate(pool.pager.plan(names, counts))}
+        else:
+            told = {"counts": jnp.asarray(counts, jnp.int32)}
+        out, cache = run(q[:, part], k[:, part], v[:, part], layer, cache, **told)
+        outs += [out[0], out[1, : counts[1]]]
+    return outs, cache
+
+
+@pytest.mark.parametrize(("name", "paged"), [("mosaic_tpu", False), ("triton", True)])
+def test_a_prompt_on_kernels(rng, name, paged):
+    """History, own tokens and encoding, each by the kernel: outputs and words of "xla"."""
+    inputs = make(rng)
+    assert TOKENS * GROUP > base.KERNEL_ROWS
+    got, cache = two_chunks(*inputs, paged, implementation=name, interpret=True)
+    want, plain = two_chunks(*inputs, paged, implementation="xla")
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOL["decode_bfloat16"])
+        assert np.any(np.asarray(a) != np.asarray(b))  # another kernel did run
+    for side in ("k", "v"):
+        ours, theirs = (getattr(c.groups[0], side)["codes"] for c in (cache, plain))
+        assert np.sum(np.asarray(ours) != np.asarray(theirs)) <= TOL["unclear_words"]
+        assert np.any(np.asarray(theirs))
