@@ -17,6 +17,8 @@ from turboq_kernels.encode.types import word_fields
 
 # A program is run once: it compiles faster without optimization.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# Cases for kernels: here they differ from others in numbers only.
+ALIKE = ("mse_1", "mse_2", "mse_4", "prod_float32", "hadamard_head", "transform_none")
 encoded = jax.jit(base.encode, static_argnums=0, compiler_options=FAST)
 
 
@@ -25,7 +27,7 @@ def test_every_codec_with_a_writing_has_a_case():
     assert made == {name for name, codec in CODECS.items() if codec.writing is not Codec.writing}
 
 
-@pytest.mark.parametrize("name", cases.CODECS)
+@pytest.mark.parametrize("name", [name for name in cases.CODECS if name not in ALIKE])
 def test_base_and_codec(name):
     """Both are float64's up to rounding, so they differ only where that decides."""
     case = cases.make_case(name, tokens=40, starts=(0, 0))

@@ -56,7 +56,7 @@ def run(case, interpret: bool | pltpu.InterpretParams = True):
         ("prod_1", {"tokens": 150, "starts": (63, 64), "page": 64, "paged": True}),
         ("per_head_head", {"dim": 256, "tokens": 9, "starts": (0,), "dtype": "bfloat16"}),
         ("prod_bfloat16", {"tokens": 20, "starts": (5,), "heads": 1}),
-        ("mse_matched", {"dim": 128, "tokens": 10, "starts": (1,), "heads": 1}),
+        ("mse_least_squares", {"dim": 128, "tokens": 10, "starts": (1,), "heads": 1}),
     ],
 )
 def test_matches_float64(name, made):
@@ -65,7 +65,7 @@ def test_matches_float64(name, made):
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes"), [("prod_3", (1,) * 10), ("transform_code", (5, 5)), ("mse_3", (9, 1))]
+    ("name", "sizes"), [("prod_3", (1,) * 10), ("transform_code", (5, 5))]
 )
 def test_chunks_of_any_size_give_equal_bytes(name, sizes):
     """Ten tokens at once, one by one, and in pieces: the same pages.
@@ -118,9 +118,9 @@ def test_no_races_and_nothing_out_of_bounds(made, capfd):
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize("tokens", [8, 10])
-def test_special_vectors(tokens):
+def test_special_vectors():
     """Inf and NaN show in their own row number only; huge, tiny and zero vectors keep theirs."""
+    tokens = 10
     case = cases.make_case("mse_unbiased", tokens=tokens, starts=(0,), heads=1)
     x = np.array(case.x)
     x[0, 0, 0, 3], x[0, 0, 1, 5], x[0, 0, 2, 7] = np.nan, np.inf, -np.inf

@@ -104,7 +104,7 @@ def bounds(
 ) -> Int[Array, "B tiles 2"]:
     """First and one past the last tile of entries that some row of each tile of rows may see.
 
-    By the smallest and largest position of every tile: M / 64 * R / 64 comparisons.
+    By the smallest and largest position of every tile: one comparison per pair of tiles.
     """
     seen = upper >= lower
     low = _by_tile(jnp.where(seen, lower, _FAR), tuned.rows, _FAR).min(axis=2)
