@@ -6,16 +6,16 @@ First the kernels of decode, prefill and encode are compared with float64 (`devi
 one decode step (one query token, 8 KV heads of 4 query heads, D = 128) is timed at B = 1, 8, 32 and
 S = 4k .. 128k for bfloat16 caches (`jax.nn.dot_product_attention` by cuDNN and by XLA, tokamax
 where installed; the best one is the baseline) and for the packed ones: int8, fp8 (e4m3), 4, 3 and 2
-bits; and a prefill chunk (T query tokens) over its history by the same methods. Last, a few tunings
-of the 3-bit decode kernel.
+bits; and a prefill chunk (T query tokens) over its history by the same methods. Then encoding, and
+a few tunings of the 3-bit decode kernel.
 
 Timing: kernels/turboq_kernels/bench/timing.py. GB/s counts the bytes that must be read (codes and
 scales); `of_copy` is that over the card's own copy rate, measured in the same run. The launch floor
 is the same loop over a single page per sequence.
 
 Writes one JSON after every shape, {device, versions, date, copy_gb_per_s, floor_us, checks, rows,
-skipped}, and prints one table. Ends by itself: what --seconds does not suffice for is listed as
-skipped. Exit status 1 if a check failed.
+encode, tunings, skipped}, and prints one table. Ends by itself: what --seconds does not suffice for
+is listed as skipped. Exit status 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def main(argv: list[str]) -> None:
     for shape in shapes:
         _bench(run, shape, chosen)
         run.write()
+    _encoders(run)
     if not TINY.value:
         _tunings(run)
     run.report["seconds"] = round(time.monotonic() - begin, 1)
@@ -130,6 +131,7 @@ def _header(device) -> dict[str, Any]:
         "rows": [],
         "skipped": [],
         "tunings": [],
+        "encode": [],
     }
 
 
@@ -241,6 +243,24 @@ def _tunings(run: Run) -> None:
         run.write()
 
 
+def _encoders(run: Run) -> None:
+    """Encoding of one side's tokens at 3 bits."""
+    shapes = [methods.Shape(batch=32, tokens=4096), methods.Shape(batch=8, tokens=4096, chunk=512)]
+    if TINY.value:
+        shapes = [methods.Shape(batch=1, tokens=512, heads=1, dim=16)]
+    for shape in shapes:
+        if run.late():
+            run.report["skipped"].append(f"encode B={shape.batch} T={shape.chunk}: no time left")
+            continue
+        try:
+            job = methods.encoder(shape, 1 if TINY.value else 3, interpret=TINY.value)
+            us = round(_timed(job).seconds * 1e6, 2)
+        except Exception as problem:  # as above
+            us = f"{type(problem).__name__}: {problem}"[:200]
+        run.report["encode"].append({"batch": shape.batch, "chunk": shape.chunk, "us": us})
+        run.write()
+
+
 def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['batch']:>3} {row['tokens']:>7} {row['chunk']:>5} {row['method']:<13}"
@@ -256,6 +276,7 @@ def table(report: dict[str, Any]) -> str:
     names = f"{'B':>3} {'S':>7} {'T':>5} {'method':<13}{'us':>10}{'GB/s':>8}{'of copy':>8}"
     names += f"{'Telem/s':>8}{'TFLOP/s':>8}{'x bf16':>8}"
     lines = [head + names, *(_line(row) for row in report["rows"])]
+    lines += [f"encode B={e['batch']} T={e['chunk']}: {e['us']} us" for e in report["encode"]]
     lines += [
         f"tuning B={t['batch']} S={t['tokens']} tile {t['tile_rows']} warps {t['num_warps']} "
         f"stages {t['num_stages']} programs {t['programs']}: {t['us']} us"

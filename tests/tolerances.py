@@ -225,10 +225,15 @@ TOL: dict[str, float] = {
     # The same with queries and probabilities cut to 16 bits (two bfloat16, 2**-16 each, one sign):
     # logits off by 2**-16 sum |q k| (<= 4), hence p by 6e-5; the cut of p itself adds 2**-16.
     "decode_triton": 8e-5,
-    # TPU prefill: weights p times scale are rounded to one bfloat16 (2**-8 at most), levels are not:
-    # 2**-8 of sum p |v|. With offsets (up to 1.5, |v| averages 0.6) of sum p |v - offset|: 3.5 times.
+    # TPU prefill: weights p times scale are rounded to one bfloat16 (2**-8 at most), levels are
+    # not: 2**-8 of sum p |v|. With offsets (up to 1.5, |v| averages 0.6) of sum p |v - offset|,
+    # which is 3.5 times that.
     "prefill_mosaic": 4e-3,
     "prefill_mosaic_offsets": 1.4e-2,
+    # A prompt with queries, levels and weights in one bfloat16 each (1.6e-3 of each, rms): logits
+    # of scale 0.2 and 64 products of order 1 err by 0.2 * 8 * 1.6e-3 = 2.6e-3, the largest of 1e4
+    # by four times that, which is relative to p and to outputs of order 1; weights add 2**-8.
+    "prompt_bfloat16": 2e-2,
     # One bfloat16 each (2**-9): the same sums with random signs, 2**-9 * 4 at most.
     "decode_bfloat16": 8e-3,
     # Exact tokens with every factor two bfloat16 (2**-17) and without the product of the two small

@@ -63,7 +63,7 @@ def test_every_generation_compiles():
 
 @NEEDED
 def test_a_donated_cache_is_not_copied():
-    """`encode` of a layer: what is allocated beside the cache is far below it."""
+    """Beside the cache little is allocated: `encode` of a layer, and folded words at D = 64."""
     printed = in_a_process(
         "import jax\n"
         "from turboq import cache\n"
@@ -79,9 +79,14 @@ def test_a_donated_cache_is_not_copied():
         "for tokens in (1, 256):\n"
         "    done = tpu_encode.compile_layer('v5e', layer, shapes, tokens).memory_analysis()\n"
         "    print('sizes', size, done.alias_size_in_bytes, done.temp_size_in_bytes)\n"
+        "c = tpu_encode.Configuration(target='v5e', bits=3, dim=64, tokens=1)\n"
+        "for page in (64, 256):\n"
+        "    size = 16 * 8 * 64 * page * 3 * 64 // 8\n"
+        "    done = tpu_encode.compile_write(c, page).memory_analysis()\n"
+        "    print('sizes', size, done.alias_size_in_bytes, done.temp_size_in_bytes)\n"
     )
     lines = [line.split()[1:] for line in printed.splitlines() if line.startswith("sizes")]
-    assert len(lines) == 2
+    assert len(lines) == 4
     for cache, aliased, temporary in (map(int, line) for line in lines):
         assert aliased >= cache
         assert temporary < cache / 10, (cache, aliased, temporary)

@@ -34,6 +34,8 @@ def test_tiny_run(tmp_path):
     assert packed["us_range"][0] <= packed["us"] <= packed["us_range"][1]
     assert [(row["method"], row["chunk"]) for row in chunk] == [("bf16 xla", 40), ("3 bits", 40)]
     assert chunk[1]["bytes"] == packed["bytes"]
+    (encode,) = report["encode"]
+    assert encode["us"] > 0, encode
     assert "3 bits" in done.stdout
     assert "launch floor" in done.stdout
 

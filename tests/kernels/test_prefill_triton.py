@@ -159,17 +159,17 @@ def test_own_reads_only_tiles_that_are_seen():
 
 
 def test_history_reads_only_pages_that_are_seen():
-    """A window of 70 slots behind 600 tokens: a tile of rows reads up to three pages of 64."""
+    """A window of 49 slots up to the 600th: a tile of rows reads up to three pages of 64."""
     plan = triton_kernel.Plan(
         k=(), v=(), strides=(1, 1), rows=2, m=64, tiles=3, tile_rows=2, splits=2, steps=12,
         scale=1.0, softcap=None, interpret=True, asm=False,
     )  # fmt: skip
     at = np.arange(170)
-    starts, ends = (jnp.asarray(x, jnp.int32)[None] for x in (at + 400, np.minimum(at + 470, 600)))
+    starts, ends = (jnp.asarray(x, jnp.int32)[None] for x in (at + 400, np.minimum(at + 449, 600)))
     first, last = np.moveaxis(np.asarray(triton_kernel.bounds(starts, ends, plan)), -1, 0)[:, 0]
     for tile in range(3):
         rows = slice(64 * tile, 64 * (tile + 1))
-        low, high = at[rows][0] + 400, min(at[rows][-1] + 470, 600)
+        low, high = at[rows][0] + 400, min(at[rows][-1] + 449, 600)
         read = {s for a, b in zip(first[tile], last[tile], strict=True) for s in range(a, b)}
         assert read == set(range(low // 64, -(-high // 64)))
         assert sum(last[tile] - first[tile]) == len(read) <= 3
@@ -191,7 +191,7 @@ def test_tuning_covers_all_that_is_supported():
     empty = cases.history("turboquant_3", lengths=(1,), tokens=1, group=1, heads=1).k
     for dim in (16, 64, 96, 128, 256, 512):
         for bits in (1, 4, 8):
-            part = Part(field="codes", width=dim, bits=bits, levels="affine")
+            part = Part(field="codes", width=dim, bits=bits, levels="affine", offset="offset")
             side = dataclasses.replace(empty, reading=Reading(parts=(part,)))
             numbers, rows = triton.tuning(side, side)
             assert numbers.tile_rows in (1, 2, 4, 8)

@@ -127,10 +127,14 @@ def shapes(c: Configuration, *, rows: int, batch: int = 2, heads: int = 8, count
         return jax.ShapeDtypeStruct(shape, dtype)
 
     total = batch * heads * count
-    part = Part(field="codes", width=c.dim, bits=c.bits, levels=c.levels, scale="scale")
+    offset = "offset" if c.levels == "affine" else None
+    part = Part(
+        field="codes", width=c.dim, bits=c.bits, levels=c.levels, scale="scale", offset=offset
+    )
+    scales = struct(total, page, dtype=jnp.float16)
     side = types.Side(
         words=(struct(total, c.bits, page // 32, c.dim, dtype=jnp.uint32),),
-        scales=(struct(total, page, dtype=jnp.float16),), offsets=(None,),
+        scales=(scales,), offsets=(scales if offset else None,),
         tables=(struct(heads, 2**c.bits) if c.levels == "table" else None,),
         reading=Reading(parts=(part,)),
     )  # fmt: skip

@@ -38,6 +38,7 @@ class Configuration(cuda.Configuration):
 
 CONFIGURATIONS = (
     *(Configuration(bits=bits, dim=dim) for dim in (64, 128, 256) for bits in (2, 3, 4)),
+    *(Configuration(bits=3, levels="affine", dim=dim) for dim in (64, 128)),
     Configuration(bits=8, levels="int8"),
     Configuration(bits=8, levels="e4m3"),
     *(

@@ -70,7 +70,7 @@ CONFIGURATIONS = tuple(
 
 
 def compile_write(configuration: Configuration, page: int = PAGE):
-    """The executable of the kernel's `write` alone; the words are donated."""
+    """The executable of the kernel's `write` alone; the words are donated, and kept folded."""
     c, codec, rows = configuration, configuration.codec, page // 32
     writing = codec.writing
     assert writing is not None
@@ -79,16 +79,20 @@ def compile_write(configuration: Configuration, page: int = PAGE):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     bits = {f.name: (f.bits, rows, f.width) for f in codec.fields if f.packed}
+    shapes = [(BATCH * HEADS * COUNT, *bits[name]) for name in word_fields(writing)]
+    folds = mosaic_tpu.specify(writing, c.dim, page, 1).fields
     words = tuple(
-        struct(BATCH * HEADS * COUNT, *bits[name], dtype=jnp.uint32)
-        for name in word_fields(writing)
+        struct(shape[0], *field.block, dtype=jnp.uint32)
+        for shape, field in zip(shapes, folds, strict=True)
     )
     tables = jax.eval_shape(lambda: store.tables_of(codec, {}, HEADS))
     pages = Pages(table=struct(BATCH, COUNT, dtype=jnp.int32), stride_page=HEADS, stride_head=1)
     seen = struct(BATCH, dtype=jnp.int32)
 
-    def run(words, x, tables, pages, starts, counts):
-        return mosaic_tpu.write(x, writing, tables, words, pages, starts, counts)
+    def run(kept, x, tables, pages, starts, counts):
+        words = tuple(w.reshape(shape) for w, shape in zip(kept, shapes, strict=True))
+        words, numbers = mosaic_tpu.write(x, writing, tables, words, pages, starts, counts)
+        return tuple(w.reshape(k.shape) for w, k in zip(words, kept, strict=True)), numbers
 
     x = struct(BATCH, HEADS, c.tokens, c.dim, dtype=jnp.bfloat16)
     return tpu.compile_for(c.target, run, (words, x, tables, pages, seen, seen), donate_argnums=0)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from turboq.codecs import TurboQuantMSE
 from turboq.codecs.reading import Part, Reading
 from turboq_kernels.bench import timing
 from turboq_kernels.decode import types
@@ -184,6 +185,42 @@ def _packed(shape: Shape, bits: int, levels: str, options: dict[str, Any]) -> Jo
     return Job(
         run=run, query=query, make=make, nbytes=nbytes, calls=calls, resident=copies * nbytes
     )
+
+
+def encoder(shape: Shape, bits: int, *, interpret: bool = False) -> Job:
+    """The Triton kernel that encodes T tokens of one side, turboquant_mse, into caches of S.
+
+    Bytes are float32 vectors read and codes written; calls go through the cache.
+    """
+    from turboq_kernels.encode import store, triton
+
+    codec = TurboQuantMSE(dim=shape.dim, bits=bits)
+    writing, tables = codec.writing, store.tables_of(codec, {}, shape.heads)
+    assert writing is not None
+    everything = types.contiguous_pages(shape.batch, shape.heads, shape.tokens // PAGE)
+    words = jax.ShapeDtypeStruct(
+        (everything.table.size * shape.heads, bits, 8, shape.dim), "uint32"
+    )
+    counts = jnp.full((shape.batch,), shape.chunk, jnp.int32)
+    nbytes = shape.batch * shape.heads * shape.chunk * shape.dim * (32 + bits) // 8
+    calls = 2 if interpret else timing.count(nbytes)
+
+    def run(x, words):
+        def step(i, carry):
+            x, words = carry
+            starts = jnp.full_like(counts, i * shape.chunk % (shape.tokens - shape.chunk))
+            words, rows = triton.write(
+                x, writing, tables, words, everything, starts, counts, interpret=interpret
+            )
+            return x + rows[0][..., None] * _TRACE, words
+
+        return jax.lax.fori_loop(0, calls, step, (x, words))[0]
+
+    query = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.chunk, shape.dim), jnp.float32)
+    return Job(
+        run=run, query=query, make=lambda: (jnp.zeros(words.shape, words.dtype),), nbytes=nbytes,
+        calls=calls, resident=4 * math.prod(words.shape),
+    )  # fmt: skip
 
 
 def _side(key: Array, reading: Reading, total: int, copies: int, shape: Shape) -> types.Side:

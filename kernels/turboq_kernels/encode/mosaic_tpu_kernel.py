@@ -206,9 +206,8 @@ def append_kernel(spec: Spec, sequences: int, tokens: int, *refs):
         @pl.when(some)
         def _():
             def add(t, words):
-                slot = low + t
-                inside = (slot >= 0) & (slot < spec.page)
-                here = (sublane == (slot & (spec.rows - 1))) & inside
+                slot = low + t  # outside the page or past the count: `merge` drops it
+                here = sublane == (slot & (spec.rows - 1))
                 bit = ((slot >> (spec.rows.bit_length() - 1)) & 31).astype(jnp.uint32)
                 row = code[pl.ds(s * tokens + t, 1), :]
                 fresh = [((row >> p) & jnp.uint32(1)) << bit for p in range(spec.planes)]

@@ -46,7 +46,12 @@ class FieldSpec:
 
 
 def fold(words: Array, field: FieldSpec) -> Array:
-    """[R, bits, rows, width] as stored; the bytes stay where they are."""
+    """[R, bits, rows, width] as stored; the bytes stay where they are.
+
+    Below 128 coordinates XLA gives an array of the unfolded shape a layout of its own on a TPU
+    (padded lanes, or pages along lanes) and copies it here: a cache that is to be written in place
+    is kept in the folded shape and reshaped inside the jitted function.
+    """
     return words.reshape(words.shape[0], *field.block)
 
 

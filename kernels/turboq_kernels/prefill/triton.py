@@ -32,13 +32,15 @@ def _table() -> dict[str, Any]:
 def tuning(*sides: Side) -> tuple[Tuning, int]:
     """The tuned numbers for the widest of these sides, and the query rows of a tile.
 
-    Look-up tables of 16 levels take registers that 256 coordinates do not leave.
+    Look-up tables of 16 levels take registers that 256 coordinates do not leave, as do offsets.
     """
     dim = max(side.reading.width for side in sides)
     parts = [part for side in sides for part in side.reading.parts]
     bits = max(part.bits if part.bits <= NIBBLE_BITS else 0 for part in parts)
+    offsets = any(part.offset is not None for part in parts)
     for entry in _table()["history"]:
-        if dim <= entry["dim_up_to"] and bits <= entry.get("lookup_bits_up_to", NIBBLE_BITS):
+        fits = bits <= entry.get("lookup_bits_up_to", NIBBLE_BITS)
+        if dim <= entry["dim_up_to"] and fits and offsets <= entry.get("offsets", True):
             return decoding.from_entry(Tuning, entry), entry["rows"]
     raise ValueError(f"no tuning for {dim=}")
 
