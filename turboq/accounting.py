@@ -16,7 +16,7 @@ import numpy as np
 
 from turboq.codecs.base import Codec
 from turboq.layer import KVLayer
-from turboq.packing import PAGE, words_shape
+from turboq.packing import PAGE, kept_shape
 
 BASELINE_BITS = 16  # an exact bfloat16 cache
 
@@ -134,7 +134,7 @@ def buffers(layer: KVLayer, *, batch: int, context: int) -> dict[str, Buffer]:
 
 def _stored(codec: Codec, lead: tuple[int, int], tokens: int) -> dict[str, Buffer]:
     return {
-        f.name: Buffer(shape=lead + words_shape(tokens, f.bits, f.width), dtype="uint32")
+        f.name: Buffer(shape=(*lead, tokens // PAGE, *kept_shape(f.bits, f.width)), dtype="uint32")
         if f.packed
         else Buffer(
             shape=(*lead, tokens // codec.block if f.per_block else tokens, f.width), dtype=f.dtype

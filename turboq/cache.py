@@ -5,7 +5,7 @@ the first `sinks` and the last `recent` tokens are *also* kept exact; a codec th
 of tokens does so when a whole block has left the recent window. What is encoded is never touched
 again. Per head group the buffers are
 
-    packed field     uint32 [B, N, capacity / 256, bits, 8, width]   (`turboq.packing`)
+    packed field     uint32 [B, N, capacity / 256, bits, 8, width]   (folded: `turboq.packing`)
     raw field        dtype  [B, N, capacity, width]                  (per block: capacity / block)
     exact sinks      dtype  [B, N, sinks, D]
     exact recent     dtype  [B, N, ring, D]                          at position mod ring
@@ -159,7 +159,9 @@ def _write(layer: KVLayer, cache: LayerCache, k, v, counts, store: Store):
 
 def _empty(codec: Codec, lead: tuple[int, int], capacity: int) -> Stored:
     return {
-        f.name: jnp.zeros(lead + packing.words_shape(capacity, f.bits, f.width), jnp.uint32)
+        f.name: jnp.zeros(
+            (*lead, capacity // packing.PAGE, *packing.kept_shape(f.bits, f.width)), jnp.uint32
+        )
         if f.packed
         else jnp.zeros(
             (*lead, capacity // codec.block if f.per_block else capacity, f.width),
@@ -212,7 +214,8 @@ def put(codec: Codec, encoded: Stored, stored: Stored, positions, valid) -> Stor
         if field.packed:
             new = jnp.where(valid[:, None, :, None], new, jnp.uint8(0))  # OR with 0: no trace
             insert = jax.vmap(packing.insert, in_axes=(0, 0, None))  # heads
-            out[field.name] = jax.vmap(insert)(old, new, positions[:, 0])
+            words = packing.kept(old, field.width)
+            out[field.name] = packing.keep(jax.vmap(insert)(words, new, positions[:, 0]))
         else:
             every = codec.block if field.per_block else 1
             rows = positions[:, ::every] // every

@@ -13,6 +13,11 @@ and the minor axes [8, C] are the tile of a TPU register; appending a token is a
 A pool whose pages are shared between sequences may prefer pages of 64 tokens: the same rule with
 2 rows instead of 8, token 32*rows*page + rows*j + r at row r and bit j. Every function reads the
 number of rows from the words' shape.
+
+A cache keeps the words of narrow fields folded: where 2, 4 or 8 rows of C channels are exactly 128,
+[b, rows, C] is kept as [b, rows / fold, 128], the same words in the same order. A TPU register is
+128 lanes wide, and arrays of fewer are padded or laid out anew by its compiler, which then copies
+the cache in every call.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from jaxtyping import Array, Int, UInt8, UInt32
 
 PAGE = 256  # tokens per page: ROWS * bits of a word
 ROWS = 8
+LANES = 128
 WORD_BITS = 32
 PAGE_ROWS = {256: 8, 64: 2}  # page sizes of a pool, and their rows
 
@@ -42,6 +48,24 @@ def words_shape(
     if not 1 <= bits <= 8:
         raise ValueError(f"{bits=} must be 1..8")
     return tokens // page, bits, rows, channels
+
+
+def kept_shape(bits: int, channels: int, rows: int = ROWS) -> tuple[int, int, int]:
+    """Shape in which a cache keeps the words [bits, rows, channels] of one page."""
+    fold = next((f for f in (8, 4, 2) if f <= rows and channels * f == LANES), 1)
+    return bits, rows // fold, channels * fold
+
+
+def keep(words: UInt32[Array, "*n b r C"]) -> UInt32[Array, "*n b f l"]:
+    """Words as a cache keeps them: the same words in the same order."""
+    *lead, bits, rows, channels = words.shape
+    return words.reshape(*lead, *kept_shape(bits, channels, rows))
+
+
+def kept(words: UInt32[Array, "*n b f l"], channels: int) -> UInt32[Array, "*n b r C"]:
+    """The words [..., bits, rows, channels] of what a cache keeps, folded or not."""
+    *lead, bits, rows, lanes = words.shape
+    return words.reshape(*lead, bits, rows * lanes // channels, channels)
 
 
 def pack(

@@ -2,7 +2,7 @@
 
 Per head group, with N heads, the buffers are those of `turboq.cache` with pages outside:
 
-    packed field     uint32 [pages, N, bits, page / 32, width]
+    packed field     uint32 [pages, N, bits, page / 32, width]           (folded: `turboq.packing`)
     raw field        dtype  [pages, N, page, width]              (per block: page / block)
     exact sinks      dtype  [rows, N, sinks, D]
     exact recent     dtype  [rows, N, ring, D]
@@ -97,7 +97,10 @@ def init(layer: KVLayer, *, pages: int, rows: int, page: int = packing.PAGE) -> 
 
     def stored(codec: Codec, heads: int) -> Stored:
         return {
-            f.name: jnp.zeros((pages, heads, f.bits, packing.PAGE_ROWS[page], f.width), jnp.uint32)
+            f.name: jnp.zeros(
+                (pages, heads, *packing.kept_shape(f.bits, f.width, packing.PAGE_ROWS[page])),
+                jnp.uint32,
+            )
             if f.packed
             else jnp.zeros(
                 (pages, heads, page // codec.block if f.per_block else page, f.width),
@@ -310,8 +313,9 @@ def put(
     for field in fields:
         local = stored[field.name][pages].swapaxes(1, 2)  # [B, N, count, ...]
         if field.packed:
-            keep = _before(here, count, local.shape[-2])[:, None, :, None, :, None]
-            taken[field.name] = local & keep
+            words = packing.kept(local, field.width)
+            before = _before(here, count, words.shape[-2])[:, None, :, None, :, None]
+            taken[field.name] = words & before
         else:
             taken[field.name] = local.reshape(*local.shape[:2], -1, local.shape[-1])
     local_positions = positions - (first * page)[:, None]

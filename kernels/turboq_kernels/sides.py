@@ -2,7 +2,7 @@
 
 Buffers are *paged*: every field of a head group lies in head-pages along one leading axis R,
 
-    packed field  uint32 [R, bits, rows, width]
+    packed field  uint32 [R, bits, rows, width]     (kept folded in caches, `turboq.packing`)
     raw field     dtype  [R, page, width]            (per block of tokens: [R, page / block, width])
 """
 
@@ -33,7 +33,8 @@ def flat(stored: Stored, codec: Codec, page: int) -> Stored:
     for field in codec.fields:
         x = stored[field.name]
         if field.packed:
-            out[field.name] = x.reshape(-1, *x.shape[-3:])
+            words = packing.kept(x, field.width)
+            out[field.name] = words.reshape(-1, *words.shape[-3:])
         else:
             rows = page // codec.block if field.per_block else page
             out[field.name] = x.reshape(-1, rows, x.shape[-1])

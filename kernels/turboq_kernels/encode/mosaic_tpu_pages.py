@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from turboq import packing
 from turboq.packing import WORD_BITS
 from turboq_kernels.decode.mosaic_tpu_layout import LANES
 
@@ -34,24 +35,16 @@ class FieldSpec:
     @property
     def fold(self) -> int:
         """Rows that lie side by side; 1 where lanes would have to be added."""
-        for fold in (8, 4, 2):
-            if fold <= self.rows and self.width * fold == LANES:
-                return fold
-        return 1
+        return self.block[2] // self.width
 
     @property
     def block(self) -> tuple[int, int, int]:
         """Shape of a stored page."""
-        return self.bits, self.rows // self.fold, self.width * self.fold
+        return packing.kept_shape(self.bits, self.width, self.rows)
 
 
 def fold(words: Array, field: FieldSpec) -> Array:
-    """[R, bits, rows, width] as stored; the bytes stay where they are.
-
-    Below 128 coordinates XLA gives an array of the unfolded shape a layout of its own on a TPU
-    (padded lanes, or pages along lanes) and copies it here: a cache that is to be written in place
-    is kept in the folded shape and reshaped inside the jitted function.
-    """
+    """[R, bits, rows, width] as a cache keeps them; the bytes stay where they are."""
     return words.reshape(words.shape[0], *field.block)
 
 

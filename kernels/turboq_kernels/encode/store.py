@@ -70,19 +70,20 @@ def _run(
     """New words of every packed field that the kernel writes, and the entries of all others."""
     writing, heads = _writing(codec), x.shape[1]
     names = word_fields(writing)
-    shapes = [stored[n].shape for n in names]
-    reason = unsupported(name, codec, shapes[0][-2] * packing.WORD_BITS)
+    fields = {f.name: f for f in codec.fields}
+    old = {n: packing.kept(stored[n], fields[n].width) for n in names}
+    reason = unsupported(name, codec, old[names[0]].shape[-2] * packing.WORD_BITS)
     if reason is not None:
         raise ValueError(
             f"implementation={name!r} cannot encode this case: {reason}; use 'xla' or None"
         )
     words, rows = importlib.import_module(MODULES[name]).write(
         x, writing, tables_of(codec, arrays, heads),
-        tuple(stored[n].reshape(-1, *s[-3:]) for n, s in zip(names, shapes, strict=True)),
+        tuple(words.reshape(-1, *words.shape[-3:]) for words in old.values()),
         pages, positions[:, 0], jnp.sum(valid, axis=1, dtype=jnp.int32), interpret=interpret,
     )  # fmt: skip
-    new = {n: w.reshape(s) for n, w, s in zip(names, words, shapes, strict=True)}
-    kinds = {f.name: "uint8" if f.packed else f.dtype for f in codec.fields}
+    new = {n: w.reshape(stored[n].shape) for n, w in zip(names, words, strict=True)}
+    kinds = {n: "uint8" if f.packed else f.dtype for n, f in fields.items()}
     entries = {
         n: row.astype(kinds[n])[..., None] for n, row in zip(writing.rows, rows, strict=True)
     }
