@@ -18,11 +18,14 @@ from jaxtyping import Array, Float, Int
 from turboq import cache as caches
 from turboq.errors import TurboqError
 from turboq.layer import KVLayer
+from turboq.packing import PAGE
 from turboq.simulate import round_exact, simulate, simulated_attention
 from turboq_calibrate.models import rope
 from turboq_calibrate.models.decoder import exact_attend
 from turboq_calibrate.models.spec import LayerSpec
 from turboq_kernels.attention import cache_attention
+from turboq_kernels.encode import api as encoding
+from turboq_kernels.encode import encode
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -133,6 +136,9 @@ def cache_attend(
 def cached_by(implementation: str | None) -> Callable[..., tuple[Array, Cached]]:
     """`cache_attend` with a named kernel (`KERNELS`), interpreted where it cannot run.
 
+    The kernel reads the cache; it also writes it if it can encode all codecs of the layer (XLA does
+    otherwise, and writes the same up to the rounding of sums).
+
     Raises:
       TurboqError: an unknown name.
     """
@@ -140,8 +146,14 @@ def cached_by(implementation: str | None) -> Callable[..., tuple[Array, Cached]]
         raise TurboqError(f"{implementation=} must be None or one of {tuple(KERNELS)}")
     interpret = jax.default_backend() not in KERNELS[implementation or "xla"]
 
+    def writer(layer: KVLayer) -> dict[str, Any]:
+        if implementation is None or encoding.unsupported(layer, PAGE, implementation) is None:
+            return {"implementation": implementation, "interpret": interpret}
+        return {"implementation": "xla"}
+
     def plug(spec: LayerSpec, q, k, v, positions, state: Cached):
-        cache, tail = caches.write(state.layer, state.cache, k, v)
+        cache, tail = encode(state.layer, state.cache, k, v, **writer(state.layer))
+        assert isinstance(cache, caches.LayerCache)  # as it came
         out = cache_attention(
             q, state.layer, cache, tail, q_positions=positions,
             scale=spec.scale, window=spec.window, softcap=spec.softcap,

@@ -63,22 +63,23 @@ def choose(layer: KVLayer, page: int, implementation: str | None, interpret: boo
     Raises:
       ValueError: unknown, or named and not able to.
     """
-    codecs = [c for group in layer.groups for c in (group.k, group.v)]
-
-    def unable(name: str) -> str | None:
-        if name == "xla":
-            return None
-        reasons = (store.unsupported(name, codec, page) for codec in codecs)
-        return next((reason for reason in reasons if reason is not None), None)
-
     if implementation is None:
         if interpret:
             raise ValueError(f"{interpret=} needs a named implementation: 'mosaic_tpu' or 'triton'")
         order = (*_PREFERENCE.get(jax.default_backend(), ()), "xla")
-        return next(name for name in order if unable(name) is None)
+        return next(name for name in order if unsupported(layer, page, name) is None)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} must be None or one of {IMPLEMENTATIONS} to encode")
-    reason = unable(implementation)
+    reason = unsupported(layer, page, implementation)
     if reason is not None:
         raise ValueError(f"{implementation=} cannot encode this case: {reason}; use 'xla' or None")
     return implementation
+
+
+def unsupported(layer: KVLayer, page: int, name: str) -> str | None:
+    """Why an implementation cannot encode some codec of a layer, or None."""
+    if name == "xla":
+        return None
+    codecs = (codec for group in layer.groups for codec in (group.k, group.v))
+    reasons = (store.unsupported(name, codec, page) for codec in codecs)
+    return next((reason for reason in reasons if reason is not None), None)
