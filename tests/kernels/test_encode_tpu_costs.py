@@ -106,9 +106,12 @@ def test_recorded_rows(recorded):
 
 
 def test_conditions():
-    assert {c.tokens for c in tpu_encode.select(["target=v6e", "bits=2"])} == {1, 256}
+    assert {c.tokens for c in tpu.select(["target=v6e", "bits=2"], tpu_encode.CONFIGURATIONS)} == {
+        1,
+        256,
+    }
     with pytest.raises(ValueError, match="bits=9"):
-        tpu_encode.select(["bits=9"])
+        tpu.select(["bits=9"], tpu_encode.CONFIGURATIONS)
     with pytest.raises(ValueError, match="target='v9'"):
         tpu_encode.Configuration(target="v9", bits=2, dim=128, tokens=1)
     with pytest.raises(ValueError, match="levels='affine'"):

@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -301,11 +301,20 @@ def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     Raises:
       RuntimeError: the compiler is missing or failed.
     """
+    return each_in_a_subprocess(select(only), "turboq_kernels.aot.tpu")
+
+
+def each_in_a_subprocess(configurations: Sequence[Any], module: str) -> Iterator[dict[str, Any]]:
+    """The rows that `python -m module --one configuration folder` prints.
+
+    Raises:
+      RuntimeError: the compiler is missing or failed.
+    """
     reason = missing()
     if reason is not None:
         raise RuntimeError(reason)
-    for configuration in select(only):
-        yield in_subprocess(configuration)
+    for configuration in configurations:
+        yield _in_subprocess(configuration, module)
 
 
 def select(only: Sequence[str], among: Sequence[Any] = CONFIGURATIONS) -> list[Any]:
@@ -321,8 +330,7 @@ def select(only: Sequence[str], among: Sequence[Any] = CONFIGURATIONS) -> list[A
     return found
 
 
-def in_subprocess(configuration, module: str = "turboq_kernels.aot.tpu") -> dict[str, Any]:
-    """The row that `python -m module --one configuration folder` prints."""
+def _in_subprocess(configuration: Any, module: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as dump:
         environment = environment_of_compiler() | {
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
@@ -337,13 +345,14 @@ def in_subprocess(configuration, module: str = "turboq_kernels.aot.tpu") -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str], kind: type, row: Callable, rows: Callable) -> None:
+    """The program of a module of costs: all rows that match, or with --one a single one."""
     if arguments[:1] == ["--one"]:
-        configuration = Configuration(**json.loads(arguments[1]))
+        configuration = kind(**json.loads(arguments[1]))
         print(json.dumps(row(configuration, pathlib.Path(arguments[2]))))
         return
     print(json.dumps(list(rows(arguments)), indent=1))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], Configuration, row, rows)

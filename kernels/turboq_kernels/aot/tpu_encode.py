@@ -11,11 +11,8 @@ its loops over sequences counted once for each, scaled to 256 tokens. Branches c
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -148,50 +145,10 @@ def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     Raises:
       RuntimeError: the compiler is missing or failed.
     """
-    reason = missing()
-    if reason is not None:
-        raise RuntimeError(reason)
-    for configuration in select(only):
-        yield _in_subprocess(configuration)
-
-
-def select(only: Sequence[str]) -> list[Configuration]:
-    """The configurations that meet all conditions.
-
-    Raises:
-      ValueError: none does.
-    """
-    wanted = dict(condition.split("=") for condition in only)
-    found = [
-        c for c in CONFIGURATIONS if all(str(getattr(c, k, None)) == v for k, v in wanted.items())
-    ]
-    if not found:
-        raise ValueError(f"no configuration has {only}")
-    return found
-
-
-def _in_subprocess(configuration: Configuration) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as dump:
-        environment = tpu.environment_of_compiler() | {
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-        }
-        named = json.dumps(dataclasses.asdict(configuration))
-        done = subprocess.run(
-            [sys.executable, "-m", "turboq_kernels.aot.tpu_encode", "--one", named, dump],
-            env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"compiling {configuration} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def main(arguments: Sequence[str]) -> None:
-    if arguments[:1] == ["--one"]:
-        configuration = Configuration(**json.loads(arguments[1]))
-        print(json.dumps(row(configuration, pathlib.Path(arguments[2]))))
-        return
-    print(json.dumps(list(rows(arguments)), indent=1))
+    return tpu.each_in_a_subprocess(
+        tpu.select(only, CONFIGURATIONS), "turboq_kernels.aot.tpu_encode"
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    tpu.main(sys.argv[1:], Configuration, row, rows)

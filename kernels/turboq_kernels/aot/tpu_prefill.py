@@ -10,7 +10,6 @@ tokens, read by the kernel `own`; its bundles are those of one step of the grid.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -123,20 +122,10 @@ def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     Raises:
       RuntimeError: the compiler is missing or failed.
     """
-    reason = missing()
-    if reason is not None:
-        raise RuntimeError(reason)
-    for configuration in tpu.select(only, CONFIGURATIONS):
-        yield tpu.in_subprocess(configuration, "turboq_kernels.aot.tpu_prefill")
-
-
-def main(arguments: Sequence[str]) -> None:
-    if arguments[:1] == ["--one"]:
-        configuration = Configuration(**json.loads(arguments[1]))
-        print(json.dumps(row(configuration, pathlib.Path(arguments[2]))))
-        return
-    print(json.dumps(list(rows(arguments)), indent=1))
+    return tpu.each_in_a_subprocess(
+        tpu.select(only, CONFIGURATIONS), "turboq_kernels.aot.tpu_prefill"
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    tpu.main(sys.argv[1:], Configuration, row, rows)
