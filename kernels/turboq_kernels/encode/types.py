@@ -21,7 +21,8 @@ class Write(Protocol):
 
     words  one buffer [R, bits, rows, width] per `word_fields(writing)`, donated (aliased)
     tables leading axis N
-    returns words, and one float32 [B, N, T] per `writing.rows` (rounded to `writing.dtype` or not)
+    returns words, and one float32 [B, N, T] per `writing.rows` (rounded to `writing.dtype` or not;
+            of padding tokens arbitrary)
     """
 
     def __call__(
@@ -29,13 +30,13 @@ class Write(Protocol):
         x: Float[Array, "B N T D"],
         writing: Writing,
         tables: WriteTables,
-        words: tuple[UInt32[Array, "R b r w"], ...],
+        words: tuple[UInt32[Array, "R _ r _"], ...],
         pages: Pages,
         starts: Int[Array, "B"],
         counts: Int[Array, "B"],
         *,
         interpret: bool = False,
-    ) -> tuple[tuple[UInt32[Array, "R b r w"], ...], tuple[Float[Array, "B N T"], ...]]: ...
+    ) -> tuple[tuple[UInt32[Array, "R _ r _"], ...], tuple[Float[Array, "B N T"], ...]]: ...
 
 
 def word_fields(writing: Writing) -> tuple[str, ...]:
