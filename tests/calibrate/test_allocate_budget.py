@@ -63,6 +63,13 @@ def test_bits_of_a_token_are_never_rounded_up():
         Budget.parse("9@1MiB").bits(64)
 
 
+def test_default_candidates_lie_around_the_bits_of_a_context():
+    assert Budget.parse("3.1bpc").bits_near(64) == 198
+    # Whole pages: 257 tokens take the room of 512, in each of three sequences.
+    assert Budget.parse("257@512B").bits_near(64) == 8
+    assert Budget.parse("257x3@3072B").bits_near(64) == 16
+
+
 @pytest.mark.parametrize("kind", ["none", "uniform", "two_formats", "one_per_layer", "skip_list"])
 def test_a_refusal_names_a_budget_that_is_just_enough(kind):
     of = random_problem(3, 2, 2)
