@@ -16,17 +16,18 @@ from turboq.constraints import Constraints
 from turboq.errors import TurboqError
 from turboq.layer import TokenPolicy
 from turboq_calibrate.allocate.budget import Budget
-from turboq_calibrate.allocate.search import search
+from turboq_calibrate.allocate.search import Found, search
 from turboq_calibrate.candidates import Table
 from turboq_calibrate.models import Model
+from turboq_calibrate.refine import Costs
 
 
-def policies_of(words: Sequence[str], default: TokenPolicy) -> list[TokenPolicy]:
+def policies_of(words: Sequence[str], default: TokenPolicy, budget: Budget) -> list[TokenPolicy]:
     """Policies from "SINKS:RECENT" words, the exact type taken from `default`, which alone is left
     without words.
 
     Raises:
-      TurboqError: a word of another form, or one given twice.
+      TurboqError: a word of another form, one given twice, or several without a context.
     """
     if not words:
         return [default]
@@ -38,6 +39,11 @@ def policies_of(words: Sequence[str], default: TokenPolicy) -> list[TokenPolicy]
         found.append(dataclasses.replace(default, sinks=int(sinks), recent=int(recent)))
     if len(set(found)) != len(found):
         raise TurboqError(f"policies {','.join(words)} name one twice")
+    if len(found) > 1 and budget.context is None:
+        raise TurboqError(
+            f"{budget.text} has no context, at which exact tokens could be counted: give a budget "
+            "like 131072@4GiB to choose among policies"
+        )
     return found
 
 
@@ -50,21 +56,17 @@ def best_policy(
     policies: Sequence[TokenPolicy],
     *,
     held_back: int = 1,
-) -> tuple[TokenPolicy, list[str]]:
-    """The policy whose plan has the least KL on the windows held back, and a line on each.
+) -> tuple[TokenPolicy, Costs, list[str]]:
+    """The policy whose plan has the least KL on the windows held back, the costs [U, C] of its
+    candidates (for `search`), and a line on each.
 
     Each policy gets its own plan within the budget at the budget's context, exact tokens counted.
     A policy that leaves too little for any plan is said to, and is out.
 
     Raises:
-      TurboqError: the budget has no context, or no policy leaves room for a plan.
+      TurboqError: no policy leaves room for a plan.
     """
-    if budget.context is None:
-        raise TurboqError(
-            f"{budget.text} has no context, at which exact tokens could be counted: give a budget "
-            "like 131072@4GiB to choose among policies"
-        )
-    kl: dict[TokenPolicy, float] = {}
+    tried: dict[TokenPolicy, Found] = {}
     lines = []
     for policy in policies:
         name = f"sinks {policy.sinks}, recent {policy.recent}"
@@ -82,8 +84,9 @@ def best_policy(
         except TurboqError as error:
             lines.append(f"{name}: {error}")
             continue
-        kl[policy] = found.checked[found.kept]
-        lines.append(f"{name}: KL on the windows held back {kl[policy]:.6g}")
-    if not kl:
+        tried[policy] = found
+        lines.append(f"{name}: KL on the windows held back {found.checked[found.kept]:.6g}")
+    if not tried:
         raise TurboqError("; ".join(lines))
-    return min(kl, key=lambda policy: kl[policy]), lines
+    best = min(tried, key=lambda policy: tried[policy].checked[tried[policy].kept])
+    return best, tried[best].problem.costs, lines

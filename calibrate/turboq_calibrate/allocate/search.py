@@ -61,6 +61,7 @@ def search(
     held_back: int = 1,
     sensitivity_windows: int = 1,
     rounds: int = 1,
+    costs: Costs | None = None,
     seed: int = 0,
     folder: Path | None = None,
     progress: bool = True,
@@ -71,6 +72,7 @@ def search(
       tokens: windows; the last `held_back` only check, the first ones are measured on.
       sensitivity_windows: how many windows activations are scored on.
       rounds: of refinement around the solved plan (`refine`), on one window; 0 for none.
+      costs: of an earlier search under the same policy; None scores activations.
       folder: for finished measurements, so that an interrupted call continues.
 
     Raises:
@@ -79,9 +81,10 @@ def search(
     if not 1 <= held_back < len(tokens):
         raise TurboqError(f"{len(tokens)} windows: need {held_back} to check and one more at least")
     fit, check = tokens[:-held_back], tokens[-held_back:]
-    few = fit[:sensitivity_windows]
-    scores = activation_costs(model, table, few, policy=policy, seed=seed, progress=progress)
-    costs = scores[SCORE]
+    if costs is None:
+        few = fit[:sensitivity_windows]
+        scores = activation_costs(model, table, few, policy=policy, seed=seed, progress=progress)
+        costs = scores[SCORE]
 
     seen: dict[bytes, Allocation] = {}
 

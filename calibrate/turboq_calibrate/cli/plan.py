@@ -156,18 +156,19 @@ def _within_budget(values: flags.FlagValues) -> None:
             makers = makers_of(values.candidates, geometry)
         else:
             makers = default_makers(budget, geometry)
+        policies = policies_of(values.policies, policy, budget)
         windows = common.windows_of(values, model.tokenizer)
         fit = windows.tokens[: -values.check_windows]
         if not len(fit):
             raise TurboqError(
                 f"--windows={len(windows.tokens)} must be more than {values.check_windows=}"
             )
-        policies = policies_of(values.policies, policy)
         skip = max(p.sinks for p in policies)
         table = build_table(geometry, makers, collect_gradient_samples(model, fit, skip=skip))
         held_back, folder = values.check_windows, make_folder(values.out) / "measured"
+        costs = None
         if len(policies) > 1:
-            policy, tried = best_policy(
+            policy, costs, tried = best_policy(
                 model, table, windows.tokens, budget, constraints, policies, held_back=held_back
             )
             for line in tried:
@@ -181,6 +182,7 @@ def _within_budget(values: flags.FlagValues) -> None:
             policy=policy,
             held_back=held_back,
             rounds=values.rounds,
+            costs=costs,
             folder=folder,
         )
         plan, arrays = plan_of(found, table, geometry, windows, policy)

@@ -11,9 +11,6 @@ tokens that it encodes: one of the 16 columns at `tokens=1`, all 32 in a chunk.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -64,24 +61,8 @@ CONFIGURATIONS = tuple(
 
 
 def rows(only: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Costs of the configurations, compiled in a subprocess with JAX_PLATFORMS=cpu.
-
-    Args:
-      only: conditions like "bits=3" that a row must all meet.
-
-    Raises:
-      RuntimeError: the compiler is missing or failed.
-    """
-    reason = missing()
-    if reason is not None:
-        raise RuntimeError(reason)
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, *only],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"compiling for {TARGET} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout)
+    """See `turboq_kernels.aot.cuda.rows`."""
+    return cuda.rows(only, module=__name__)
 
 
 def row(configuration: Configuration) -> dict[str, Any]:
@@ -143,15 +124,5 @@ def compile_layer(layer: KVLayer, *, tokens: int, capacity: int):
     return cuda.compile_for(run, cache, k, v, donate_argnums=0)
 
 
-def main(only: Sequence[str]) -> None:
-    wanted = dict(condition.split("=") for condition in only)
-    found = []
-    for c in CONFIGURATIONS:
-        known = {"target": TARGET, "op": "encode"} | dataclasses.asdict(c)
-        if all(str(known.get(name)) == value for name, value in wanted.items()):
-            found.append(row(c))
-    print(json.dumps(found, indent=1))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    cuda.main(sys.argv[1:], CONFIGURATIONS, row)
