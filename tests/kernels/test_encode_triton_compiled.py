@@ -1,12 +1,10 @@
 """The Triton encode kernel compiled for an H100 on this machine: no spills, no copies, its cost."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from gpu_compiler import printed
 
 from turboq_kernels.aot.cuda_encode import CONFIGURATIONS
 
@@ -47,15 +45,7 @@ def key(row):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """A subprocess: the plugin must not meet a JAX that has begun, nor jaxtyping's import hook."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND], cwd=ROOT, text=True, capture_output=True, check=False,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
-    )  # fmt: skip
-    if "the GPU compiler is not installed" in done.stderr:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(printed(COMMAND).splitlines()[-1])
     return found | {"rows": {key(row): row for row in found["rows"]}}
 
 

@@ -1,12 +1,10 @@
 """The Triton prefill kernels compiled for an H100 on this machine: no spills, no costlier."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from gpu_compiler import printed
 
 ROOT = Path(__file__).parents[2]
 COSTS = ROOT / "experiments" / "results" / "kernel_costs.json"
@@ -24,7 +22,6 @@ def key(row):
 
 @pytest.fixture(scope="module")
 def rows():
-    """A subprocess: the plugin must not meet a JAX that has begun, nor jaxtyping's import hook."""
     command = (
         "import json, sys\n"
         "from turboq_kernels.aot import cuda_prefill\n"
@@ -33,14 +30,7 @@ def rows():
         "for c in cuda_prefill.CONFIGURATIONS:\n"
         "    if (c.bits, c.levels, c.dim) in wanted: print(json.dumps(cuda_prefill.row(c)))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", command], cwd=ROOT, text=True, capture_output=True, check=False,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
-    )  # fmt: skip
-    if "the GPU compiler is not installed" in done.stderr:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in printed(command).splitlines()]
     return {key(row): row for row in found}
 
 

@@ -1,13 +1,11 @@
 """The Triton decode kernel compiled for an H100 on this machine: no spills, no costlier."""
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from gpu_compiler import printed
 
 from turboq_kernels.aot import cubin
 
@@ -24,7 +22,6 @@ def key(row):
 
 @pytest.fixture(scope="module")
 def rows():
-    """A subprocess: the plugin must not meet a JAX that has begun, nor jaxtyping's import hook."""
     command = (
         "import json, sys\n"
         "from turboq_kernels.aot import cuda\n"
@@ -33,14 +30,7 @@ def rows():
         "for c in cuda.CONFIGURATIONS:\n"
         "    if (c.bits, c.levels, c.dim, c.group) in wanted: print(json.dumps(cuda.row(c)))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", command], cwd=ROOT, text=True, capture_output=True, check=False,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
-    )  # fmt: skip
-    if "the GPU compiler is not installed" in done.stderr:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in printed(command).splitlines()]
     return {key(row): row for row in found}
 
 
