@@ -25,12 +25,13 @@ from absl import app, flags, logging
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq.rotation import Rotation
-from turboq_calibrate import data, sweeps
-from turboq_calibrate import statistics as st
+from turboq.numbers.rotation import Rotation
 from turboq_calibrate.models import decoder, load_model
 from turboq_calibrate.models.model import Model, embed_tokens
-from turboq_calibrate.reduce import to_host
+from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe import sweeps
+from turboq_calibrate.observe import texts as data
+from turboq_calibrate.observe.reduce import to_host
 
 MODEL = flags.DEFINE_string("model", "embedded", "A folder, a .gguf file, or 'embedded'.")
 WINDOWS = flags.DEFINE_integer("windows", 4, "Windows of a chunk.", lower_bound=1)

@@ -40,7 +40,7 @@ from turboq.codecs import CODECS
 from turboq.conformance import ours
 from turboq.errors import TurboqError
 from turboq.files import atomic_write
-from turboq.rotation import Rotation, product
+from turboq.numbers.rotation import Rotation, product
 from turboq.version import __version__
 
 OUT = flags.DEFINE_string("out", None, "JSON file to write (its folder must exist).", required=True)

@@ -27,19 +27,20 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec, Exact, PerHead, TurboQuantMSE, TurboQuantProd
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq.layer import TokenPolicy
 from turboq.plan import Measurement, Plan, Quality, document, save
 from turboq.version import __version__
-from turboq_calibrate import data, quality
-from turboq_calibrate.capture import CaptureRecipe, capture
-from turboq_calibrate.evaluate import evaluate
-from turboq_calibrate.memory import peak_rss
+from turboq_calibrate.fit.plan import make_plan, model_geometry
+from turboq_calibrate.measure import quality_table as quality
+from turboq_calibrate.measure.evaluate import evaluate
+from turboq_calibrate.measure.html_page import write_report
 from turboq_calibrate.models import Model, load_model
-from turboq_calibrate.plans import make_plan, model_geometry
-from turboq_calibrate.report import write_report
+from turboq_calibrate.observe import texts as data
+from turboq_calibrate.observe.capture import CaptureRecipe, capture
+from turboq_calibrate.run.peak_memory import peak_rss
 
 OUT = flags.DEFINE_string("out", "runs/demo", "Where everything is written.")
 MODEL = flags.DEFINE_string("model", "embedded", "A folder, a .gguf file, or 'embedded'.")

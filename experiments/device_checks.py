@@ -114,9 +114,9 @@ def _encode(name: str, options: dict[str, Any], interpret: bool) -> None:
 
 def _prompt(name: str, options: dict[str, Any], interpret: bool) -> None:
     """Two chunks of a prompt: outputs and words of "xla"."""
-    from turboq import cache as caches
+    from turboq.cache import contiguous as caches
+    from turboq.cache.layer import TokenPolicy, uniform_layer
     from turboq.codecs import from_config
-    from turboq.layer import TokenPolicy, uniform_layer
     from turboq_kernels import prefill_attention
 
     tol, dim, tokens = _tests("tolerances").TOL, options["dim"], options["tokens"]

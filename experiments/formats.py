@@ -24,21 +24,22 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from turboq import codecs as c
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs.ggml import mainline
 from turboq.codecs.oscar import CLIP_PERCENT, RECENT, SINKS
 from turboq.codecs.vllm_turboquant import PRESETS, boundary_layers, preset
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq.layer import TokenPolicy
 from turboq.plan import ModelGeometry, collect_arrays, document
 from turboq.plan.rules import Rule, by_layer, rule_plan, sides, skip_layers
-from turboq_calibrate import data, quality
-from turboq_calibrate.evaluate import evaluate
-from turboq_calibrate.fit import fit_side
+from turboq_calibrate.fit.per_head import fit_side
+from turboq_calibrate.fit.plan import model_geometry
+from turboq_calibrate.measure import quality_table as quality
+from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
-from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.samples import collect_samples, fit_samples
-from turboq_calibrate.statistics_files import load_statistics
+from turboq_calibrate.observe import texts as data
+from turboq_calibrate.observe.samples import collect_samples, fit_samples
+from turboq_calibrate.observe.statistics_files import load_statistics
 
 RUN = flags.DEFINE_string("run", "runs/demo", "Folder that holds `statistics/`.")
 MODEL = flags.DEFINE_string("model", "embedded", "The model they are of.")

@@ -5,7 +5,7 @@
 Rows at the same stored bits per channel, K and V, every head its own, first 4 tokens exact:
 
     joint     `transform` in the joint basis, segments by measured water-filling (the start)
-    trained   the same segments, rotation and scales trained (`turboq_calibrate.rotate`)
+    trained   the same segments, rotation and scales trained (`fit.trained_rotation`)
     blocks    `rope_block`: no dense basis
     plain     `hadamard_per_head` with the signs of seed 0 and no order (TurboQuant with a mean)
     searched  `hadamard_per_head` as found by search
@@ -26,21 +26,21 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags, logging
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import HadamardPerHead
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq.layer import TokenPolicy
-from turboq.rotation import Rotation
-from turboq_calibrate import data
-from turboq_calibrate.candidates import Option, Table
-from turboq_calibrate.evaluate import evaluate
-from turboq_calibrate.fisher import collect_gradients
-from turboq_calibrate.learned import Options, fit_heads, transform_at
-from turboq_calibrate.learned_blocks import fit_blocks, rope_block_at
+from turboq.numbers.rotation import Rotation
+from turboq_calibrate.candidates.table import Option, Table
+from turboq_calibrate.fit.blocks import fit_blocks, rope_block_at
+from turboq_calibrate.fit.plan import model_geometry
+from turboq_calibrate.fit.trained_rotation import Recipe, learn_rotations
+from turboq_calibrate.fit.transform import Options, fit_heads, transform_at
+from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
-from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.rotate import Recipe, learn_rotations
-from turboq_calibrate.samples import collect_samples
+from turboq_calibrate.observe import texts as data
+from turboq_calibrate.observe.gradients import collect_gradients
+from turboq_calibrate.observe.samples import collect_samples
 
 MODEL = flags.DEFINE_string("model", "embedded", "The model to measure.")
 FIT = flags.DEFINE_multi_string("fit", ["topics:calibration"], "Text to fit and train on.")

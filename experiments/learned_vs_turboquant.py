@@ -28,21 +28,22 @@ import numpy as np
 from absl import app, flags, logging
 
 from turboq import codecs as c
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs.oscar import CLIP_PERCENT
 from turboq.codecs.per_head import default_arrays
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq.layer import TokenPolicy
 from turboq.plan import ModelGeometry, collect_arrays, document
 from turboq.plan.rules import rule_plan, sides
-from turboq_calibrate import data, quality
-from turboq_calibrate.evaluate import NamedPlan, evaluate
-from turboq_calibrate.fisher import GradientSamples, collect_gradient_samples
-from turboq_calibrate.learned import HeadFit, Options, fit_heads
-from turboq_calibrate.learned_plans import group_rates, learned_plan
+from turboq_calibrate.fit.learned_plans import group_rates, learned_plan
+from turboq_calibrate.fit.plan import model_geometry
+from turboq_calibrate.fit.transform import HeadFit, Options, fit_heads
+from turboq_calibrate.measure import quality_table as quality
+from turboq_calibrate.measure.evaluate import NamedPlan, evaluate
 from turboq_calibrate.models import Model, load_model
-from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.samples import LayerSamples, fit_samples
+from turboq_calibrate.observe import texts as data
+from turboq_calibrate.observe.gradients import GradientSamples, collect_gradient_samples
+from turboq_calibrate.observe.samples import LayerSamples, fit_samples
 
 MODEL = flags.DEFINE_string("model", "embedded", "Model to quantize.")
 VALID = flags.DEFINE_string("wikitext_valid", "", "WikiText-2 valid, to calibrate on.")

@@ -15,16 +15,17 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags, logging
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import PerHead, TurboQuantMSE
 from turboq.codecs.per_head import default_arrays
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
 from turboq.plan import Plan
-from turboq_calibrate import data, quality
-from turboq_calibrate.evaluate import evaluate
+from turboq_calibrate.fit.plan import make_plan, model_geometry
+from turboq_calibrate.measure import quality_table as quality
+from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
-from turboq_calibrate.plans import make_plan, model_geometry
-from turboq_calibrate.statistics_files import load_statistics
+from turboq_calibrate.observe import texts as data
+from turboq_calibrate.observe.statistics_files import load_statistics
 
 RUN = flags.DEFINE_string("run", "runs/demo", "Folder that holds `statistics/`.")
 MODEL = flags.DEFINE_string("model", "embedded", "The model they are of.")

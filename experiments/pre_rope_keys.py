@@ -16,14 +16,15 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from turboq import codecs as c
+from turboq.cache.layer import TokenPolicy
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
 from turboq.plan import collect_arrays, uniform_plan
-from turboq_calibrate import data, quality
-from turboq_calibrate.evaluate import evaluate
+from turboq_calibrate.fit.plan import model_geometry
+from turboq_calibrate.measure import quality_table as quality
+from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
-from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.samples import collect_samples, fit_samples
+from turboq_calibrate.observe import texts as data
+from turboq_calibrate.observe.samples import collect_samples, fit_samples
 
 MODEL = flags.DEFINE_string("model", "embedded", "A folder, a .gguf file, or 'embedded'.")
 WINDOWS = flags.DEFINE_integer("windows", 2, "Windows of 1024 tokens.", lower_bound=1)

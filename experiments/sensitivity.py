@@ -3,7 +3,7 @@
     python experiments/sensitivity.py --out=runs/sensitivity
 
 For every (layer, KV head, K or V) of the model and one candidate: scores from one forward and one
-backward pass (`turboq_calibrate.sensitivity.activation`) and the true KL with only that unit
+backward pass (`turboq_calibrate.cost.predicted`) and the true KL with only that unit
 quantized, on the same window of --text; then the rank correlation of each score with the KL, over
 units, at that candidate. Candidates are fitted on other windows (--fit). Writes sensitivity.json
 and sensitivity.svg. Finished passes are kept in --out, and the same command continues. Measured:
@@ -20,23 +20,23 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags, logging
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import TurboQuantMSE
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq.layer import TokenPolicy
-from turboq_calibrate import data
-from turboq_calibrate.candidates import Maker, Table, build_table, data_free, learned
-from turboq_calibrate.models import load_model
-from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.samples import collect_samples
-from turboq_calibrate.sensitivity import (
+from turboq_calibrate.candidates.table import Maker, Table, build_table, data_free, learned
+from turboq_calibrate.cost import (
     Engine,
     activation_costs,
     isolated_costs,
     measure,
     unit_moves,
 )
-from turboq_calibrate.sensitivity.report import compare_scores, format_scores
+from turboq_calibrate.cost.agreement import compare_scores, format_scores
+from turboq_calibrate.fit.plan import model_geometry
+from turboq_calibrate.models import load_model
+from turboq_calibrate.observe import texts as data
+from turboq_calibrate.observe.samples import collect_samples
 
 MODEL = flags.DEFINE_string("model", "embedded", "The model to measure.")
 FIT = flags.DEFINE_multi_string(

@@ -21,11 +21,11 @@ import numpy as np
 from absl import app, flags
 
 import turboq_kernels
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
+from turboq.cache.pager import drop_least_recent
+from turboq.cache.pool import Pool
 from turboq.codecs import IntAffine, PerHead
 from turboq.errors import TurboqError
-from turboq.layer import HeadGroup, KVLayer, TokenPolicy
-from turboq.paging import drop_least_recent
-from turboq.pool import Pool
 
 DIM, GROUP = 16, 2
 OPERATIONS = {"extend": 0.55, "create": 0.15, "fork": 0.15, "drop": 0.1, "truncate": 0.05}

@@ -9,10 +9,10 @@ import numpy as np
 from plan_cases import unchecked
 
 from turboq.codecs import FP8, Codec, Exact, Ggml, TurboQuantMSE
-from turboq.constraints import Boundary, Constraints, FirstLast, Scheme, match
-from turboq.violations import violations_of
-from turboq_calibrate.allocate.problem import Problem
-from turboq_calibrate.candidates import Unit
+from turboq.plan.constraints import Boundary, Constraints, FirstLast, Scheme, match
+from turboq.plan.violations import violations_of
+from turboq_calibrate.candidates.table import Unit
+from turboq_calibrate.choose.solver.problem import Problem
 
 DIM = 32
 PALETTE: dict[str, Codec] = {

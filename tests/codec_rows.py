@@ -18,7 +18,6 @@ import numpy as np
 from scipy import special
 from tolerances import TOL
 
-from turboq import codebook
 from turboq.codecs import (
     E8,
     FP8,
@@ -55,6 +54,7 @@ from turboq.codecs.nuq import fit_nuq
 from turboq.codecs.oscar import fit_oscar
 from turboq.codecs.outliers import choose_outliers
 from turboq.codecs.per_channel import fit_per_channel
+from turboq.numbers import codebook
 
 HEADS, TOKENS, QUERIES = 2, 1024, 3
 

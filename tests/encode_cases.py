@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from tolerances import TOL
 
-from turboq import packing
 from turboq.codecs import PerHead, TurboQuantMSE, TurboQuantProd
 from turboq.codecs.base import Codec
 from turboq.codecs.hadamard_per_head import HadamardPerHead
 from turboq.codecs.rope_block import RopeBlock
 from turboq.codecs.transform import Transform
 from turboq.codecs.writing import WriteTables, Writing
+from turboq.numbers import packing
 from turboq_kernels.decode import types as reading
 from turboq_kernels.encode import store
 from turboq_kernels.encode.types import word_fields

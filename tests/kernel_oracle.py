@@ -1,6 +1,6 @@
 """Independent oracle of the decode kernels: float64 NumPy, bit by bit and query row by query row.
 
-It shares nothing with the implementations but the documented layout (`turboq.packing`, docstring)
+It shares nothing with the implementations but the documented layout (`numbers.packing`, docstring)
 and formulas (`turboq.codecs.reading`, `turboq_kernels.decode.api.decode`, docstrings).
 """
 
@@ -11,7 +11,7 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from turboq.simulate import round_exact, simulate
+from turboq.cache.simulate import round_exact, simulate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
 from turboq.codecs import Exact, PerHead, TurboQuantMSE, TurboQuantProd
 from turboq.codecs.base import Codec, Field
-from turboq.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
 
 DIM = 16
 

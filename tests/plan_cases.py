@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import jaxtyping
 import numpy as np
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec, Exact, PerHead, TurboQuantMSE, TurboQuantProd
-from turboq.layer import TokenPolicy
 from turboq.plan import (
     LayerGeometry,
     Measurement,

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from turboq.rotation import Rotation
-from turboq_calibrate import reduce
-from turboq_calibrate import statistics as st
-from turboq_calibrate.data import Windows
+from turboq.numbers.rotation import Rotation
+from turboq_calibrate.observe import reduce
+from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe.texts import Windows
 
 _moments = jax.jit(reduce.moments)
 _codes = jax.jit(reduce.codes, static_argnames="rotation")

@@ -13,8 +13,8 @@ import pytest
 from turboq import codecs
 from turboq.codecs import Exact
 from turboq.plan import LayerGeometry, ModelGeometry
-from turboq_calibrate.fisher import GradientSamples, LayerGradients
-from turboq_calibrate.samples import LayerSamples
+from turboq_calibrate.observe.gradients import GradientSamples, LayerGradients
+from turboq_calibrate.observe.samples import LayerSamples
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "experiments" / "ablations"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import TurboQuantMSE
-from turboq.layer import TokenPolicy
 from turboq.plan import LayerGeometry, ModelGeometry, save, uniform_plan
 from turboq_calibrate.cli import main as cli
-from turboq_calibrate.memory_report import COLUMNS
+from turboq_calibrate.what_fits.text import COLUMNS
 
 GOLDEN = Path(__file__).parent / "golden" / "llama3"
 GIB = 2**30

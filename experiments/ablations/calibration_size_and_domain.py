@@ -10,8 +10,8 @@ suffice; `transform`, which learns a covariance, needs more and loses more acros
 from study import POLICY, Arm, Bench, run
 
 from turboq.codecs import PerHead
-from turboq_calibrate.learned import Options, fit_heads
-from turboq_calibrate.learned_plans import learned_plan
+from turboq_calibrate.fit.learned_plans import learned_plan
+from turboq_calibrate.fit.transform import Options, fit_heads
 
 DOMAINS = ("topics:calibration", "source:calibration")
 OPTIONS = Options(quantizer="trellis")

@@ -12,8 +12,8 @@ import functools
 import numpy as np
 from study import Arm, Bench, run
 
-from turboq.codebook import lloyd_max
 from turboq.codecs import PerHead
+from turboq.numbers.codebook import lloyd_max
 
 
 def arms(bench: Bench) -> list[Arm]:

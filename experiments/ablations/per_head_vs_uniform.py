@@ -10,8 +10,8 @@ layer below uniform, most at few bits.
 
 from study import POLICY, Arm, Bench, run
 
-from turboq_calibrate.learned import Options, fit_heads
-from turboq_calibrate.learned_plans import GRANULARITIES, learned_plan
+from turboq_calibrate.fit.learned_plans import GRANULARITIES, learned_plan
+from turboq_calibrate.fit.transform import Options, fit_heads
 
 TEXTS = ["topics:calibration", "source:calibration"]
 BASELINE = {"per_layer": "uniform", "per_head": "per_layer"}

@@ -9,7 +9,7 @@
 from study import Arm, Bench, run
 
 from turboq.codecs import TurboQuantMSE
-from turboq.scale import RULES
+from turboq.numbers.scale import RULES
 
 
 def arms(bench: Bench) -> list[Arm]:

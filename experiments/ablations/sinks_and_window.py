@@ -9,8 +9,8 @@ window matter most; beyond 4 sinks nothing.
 
 from study import Arm, Bench, run
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import PerHead
-from turboq.layer import TokenPolicy
 
 
 def arms(bench: Bench) -> list[Arm]:

@@ -22,19 +22,19 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags, logging
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq.layer import TokenPolicy
 from turboq.plan import ModelGeometry, Plan, collect_arrays, document
 from turboq.plan.rules import Rule, rule_plan
-from turboq_calibrate import data
-from turboq_calibrate.evaluate import evaluate
-from turboq_calibrate.fisher import GradientSamples, collect_gradient_samples
-from turboq_calibrate.metrics import bootstrap_ci
+from turboq_calibrate.cost.metrics import bootstrap_ci
+from turboq_calibrate.fit.plan import model_geometry
+from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import Model, load_model
-from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.samples import LayerSamples, collect_samples, fit_samples
+from turboq_calibrate.observe import texts as data
+from turboq_calibrate.observe.gradients import GradientSamples, collect_gradient_samples
+from turboq_calibrate.observe.samples import LayerSamples, collect_samples, fit_samples
 
 Arrays = dict[str, np.ndarray]
 POLICY = TokenPolicy(sinks=4)

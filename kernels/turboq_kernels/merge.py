@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from turboq.attention import HIGHEST, soft_cap
+from turboq.cache.exact_attention import HIGHEST, soft_cap
 from turboq_kernels.decode.types import Partial
 
 

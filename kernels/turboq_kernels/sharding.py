@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from turboq.cache import LayerCache, Tail
-from turboq.layer import HeadGroup, KVLayer, in_head_order
-from turboq.simulate import take_heads
+from turboq.cache.contiguous import LayerCache, Tail
+from turboq.cache.layer import HeadGroup, KVLayer, in_head_order
+from turboq.cache.simulate import take_heads
 from turboq_kernels.attention import cache_attention
 from turboq_kernels.decode import Partial, Side, contiguous_pages, decode
 from turboq_kernels.merge import factors

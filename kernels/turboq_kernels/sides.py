@@ -2,7 +2,7 @@
 
 Buffers are *paged*: every field of a head group lies in head-pages along one leading axis R,
 
-    packed field  uint32 [R, bits, rows, width]     (kept folded in caches, `turboq.packing`)
+    packed field  uint32 [R, bits, rows, width]     (kept folded in caches, `numbers.packing`)
     raw field     dtype  [R, page, width]            (per block of tokens: [R, page / block, width])
 """
 
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from turboq import packing
 from turboq.codecs.base import Arrays, Codec, Stored
+from turboq.numbers import packing
 from turboq_kernels.decode.types import Side
 
 

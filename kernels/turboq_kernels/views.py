@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from turboq import packing
-from turboq.cache import GroupBuffers, LayerCache
-from turboq.layer import HeadGroup, Leaves
-from turboq.paged_cache import PagedView
+from turboq.cache.contiguous import GroupBuffers, LayerCache
+from turboq.cache.layer import HeadGroup, Leaves
+from turboq.cache.paged import PagedView
+from turboq.numbers import packing
 from turboq_kernels import sides
 from turboq_kernels.decode.types import Pages, contiguous_pages, pool_pages
 

@@ -13,9 +13,9 @@ import sys
 import jax
 import numpy as np
 
-from turboq_calibrate.capture import CaptureRecipe, capture
-from turboq_calibrate.data import Windows
 from turboq_calibrate.models import load_model
+from turboq_calibrate.observe.capture import CaptureRecipe, capture
+from turboq_calibrate.observe.texts import Windows
 
 
 def case(vocab: int) -> tuple[Windows, CaptureRecipe]:

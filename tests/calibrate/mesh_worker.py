@@ -23,13 +23,13 @@ def main(out: str, process: int, processes: int, port: str, axis: int, event: st
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
     from turboq.codecs import PerHead
     from turboq.plan import uniform_plan
-    from turboq_calibrate.capture import CaptureRecipe, capture
-    from turboq_calibrate.data import Windows
-    from turboq_calibrate.fit import fit_side
-    from turboq_calibrate.fit_shared import collect_shared
+    from turboq_calibrate.fit.per_head import fit_side
+    from turboq_calibrate.fit.plan import model_geometry
+    from turboq_calibrate.fit.shared import collect_shared
     from turboq_calibrate.models import load_model
-    from turboq_calibrate.placement import make_mesh
-    from turboq_calibrate.plans import model_geometry
+    from turboq_calibrate.observe.capture import CaptureRecipe, capture
+    from turboq_calibrate.observe.placement import make_mesh
+    from turboq_calibrate.observe.texts import Windows
 
     seen = 0
 

@@ -22,11 +22,11 @@ from allocate_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turboq.constraints import Constraints
 from turboq.errors import TurboqError
-from turboq_calibrate.allocate import exact, formats, hull, solve
-from turboq_calibrate.allocate.problem import Infeasible, Problem
-from turboq_calibrate.allocate.solve import allocate
+from turboq.plan.constraints import Constraints
+from turboq_calibrate.choose.solver import exact, formats, hull, solve
+from turboq_calibrate.choose.solver.problem import Infeasible, Problem
+from turboq_calibrate.choose.solver.solve import allocate
 
 FLOAT = 1e-9  # relative: HiGHS proves optima to its tolerances, sums are rounded
 

@@ -12,14 +12,14 @@ import pytest
 from allocate_cases import KINDS, random_problem
 from plan_cases import geometry, random_fit, unchecked
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, PerHead, TurboQuantMSE
-from turboq.constraints import Constraints, match
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
-from turboq_calibrate.allocate.budget import Budget
-from turboq_calibrate.allocate.problem import Problem
-from turboq_calibrate.allocate.within import record, report, within
-from turboq_calibrate.candidates import Maker, Option, build_table, data_free
+from turboq.plan.constraints import Constraints, match
+from turboq_calibrate.candidates.table import Maker, Option, build_table, data_free
+from turboq_calibrate.choose.budget import Budget
+from turboq_calibrate.choose.solver.problem import Problem
+from turboq_calibrate.choose.within import record, report, within
 
 POLICY = TokenPolicy(sinks=4, recent=16)
 

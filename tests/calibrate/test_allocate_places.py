@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from turboq_calibrate.allocate import places
-from turboq_calibrate.allocate.problem import Infeasible
+from turboq_calibrate.choose.solver import places
+from turboq_calibrate.choose.solver.problem import Infeasible
 
 FLOAT = 1e-9  # relative: sums in another order; HiGHS to its tolerances
 PLACE = np.array([0, 0, 0, 1, 1, 1])

@@ -9,18 +9,18 @@ import pytest
 from allocate_cases import units
 from plan_cases import geometry
 
+from turboq.cache.layer import TokenPolicy
 from turboq.errors import TurboqError
 from turboq.export import ENGINES, Options
-from turboq.layer import TokenPolicy
 from turboq.plan import load
-from turboq.violations import violations, violations_of
-from turboq_calibrate.allocate.budget import Budget
-from turboq_calibrate.allocate.menu import default_makers, engine_menu, makers_of
-from turboq_calibrate.allocate.problem import Infeasible, Problem
-from turboq_calibrate.allocate.solve import allocate
+from turboq.plan.violations import violations, violations_of
+from turboq_calibrate.candidates.makers import default_makers, engine_menu, makers_of
+from turboq_calibrate.choose.budget import Budget
+from turboq_calibrate.choose.solver.problem import Infeasible, Problem
+from turboq_calibrate.choose.solver.solve import allocate
 from turboq_calibrate.cli import main as cli
+from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.models import load_model
-from turboq_calibrate.plans import model_geometry
 
 MODEL = Path(__file__).parents[1] / "golden" / "llama3"
 SMALL = ("--windows=2", "--window_length=24", "--rounds=0")

@@ -7,13 +7,13 @@ from kv_cases import BlockMax
 from plan_cases import geometry, hybrid
 from tolerances import TOL
 
+from turboq.cache.layer import TokenPolicy
+from turboq.cache.simulate import simulate
 from turboq.codecs import Exact, PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
 from turboq.plan import Provenance, array_shapes, collect_arrays, uniform_plan
-from turboq.simulate import simulate
-from turboq_calibrate import candidates as c
-from turboq_calibrate.samples import LayerSamples, fit_samples
+from turboq_calibrate.candidates import table as c
+from turboq_calibrate.observe.samples import LayerSamples, fit_samples
 
 POLICY = TokenPolicy(sinks=2)
 

@@ -19,13 +19,14 @@ from stat_cases import random_windows
 from tolerances import TOL
 
 from turboq.errors import TurboqError
-from turboq_calibrate import capture as capture_module
-from turboq_calibrate import estimate, statistics
-from turboq_calibrate import recipe as recipe_module
-from turboq_calibrate.capture import CaptureRecipe, capture
-from turboq_calibrate.data import Windows
 from turboq_calibrate.models import load_model
-from turboq_calibrate.statistics_files import load_statistics
+from turboq_calibrate.observe import capture as capture_module
+from turboq_calibrate.observe import dry_run as estimate
+from turboq_calibrate.observe import recipe as recipe_module
+from turboq_calibrate.observe import statistics
+from turboq_calibrate.observe.capture import CaptureRecipe, capture
+from turboq_calibrate.observe.statistics_files import load_statistics
+from turboq_calibrate.observe.texts import Windows
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 WORKER = Path(__file__).parent / "capture_worker.py"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from turboq.errors import TurboqError
-from turboq_calibrate.data import load_text, topic_split, windows
+from turboq_calibrate.observe.texts import load_text, topic_split, windows
 
 
 class Letters:

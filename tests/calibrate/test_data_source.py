@@ -3,7 +3,7 @@
 import pytest
 
 from turboq.errors import TurboqError
-from turboq_calibrate.data import load_text, topic_split
+from turboq_calibrate.observe.texts import load_text, topic_split
 
 
 def paragraphs(text):

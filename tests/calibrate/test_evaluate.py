@@ -11,15 +11,18 @@ import pytest
 from plan_cases import random_fit
 from tolerances import TOL
 
-from turboq import accounting
+from turboq.cache import accounting
+from turboq.cache.layer import TokenPolicy
+from turboq.cache.simulate import simulate, simulated_attention
 from turboq.codecs import Exact, PerHead, TurboQuantMSE, TurboQuantProd
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
 from turboq.plan import collect_arrays, head_plan, uniform_plan
-from turboq.simulate import simulate, simulated_attention
-from turboq_calibrate import evaluate as evaluation
-from turboq_calibrate import metrics, quality
-from turboq_calibrate.evaluate import evaluate
+from turboq_calibrate.cost import metrics
+from turboq_calibrate.fit.plan import model_geometry
+from turboq_calibrate.measure import evaluate as evaluation
+from turboq_calibrate.measure import quality_table as quality
+from turboq_calibrate.measure.attention_plugs import head_errors
+from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import (
     decoder,
     default_positions,
@@ -29,8 +32,6 @@ from turboq_calibrate.models import (
     load_model,
     run_layer,
 )
-from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.plugs import head_errors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 POLICY = TokenPolicy(sinks=2, recent=3, exact_dtype="float32")

@@ -9,11 +9,11 @@ import pytest
 from stat_cases import moments_of, statistics_of, with_codes
 from tolerances import TOL
 
-from turboq.codebook import distortion, fit_samples, lloyd_max
 from turboq.codecs import PerHead
 from turboq.errors import TurboqError
-from turboq.rotation import Rotation
-from turboq_calibrate.fit import fit_side, predicted_distortion
+from turboq.numbers.codebook import distortion, fit_samples, lloyd_max
+from turboq.numbers.rotation import Rotation
+from turboq_calibrate.fit.per_head import fit_side, predicted_distortion
 
 DIM = 32
 

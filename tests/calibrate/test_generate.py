@@ -8,15 +8,15 @@ import pytest
 from plan_cases import random_fit
 from tolerances import TOL
 
-from turboq import accounting
+from turboq.cache import accounting
+from turboq.cache.layer import TokenPolicy
+from turboq.cache.simulate import simulated_attention
 from turboq.codecs import Exact, PerHead, TurboQuantMSE, TurboQuantProd
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
 from turboq.plan import collect_arrays, head_plan, uniform_plan
-from turboq.simulate import simulated_attention
-from turboq_calibrate.generate import greedy
+from turboq_calibrate.fit.plan import model_geometry
+from turboq_calibrate.measure.generate import greedy
 from turboq_calibrate.models import decoder, forward, load_model
-from turboq_calibrate.plans import model_geometry
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 POLICY = TokenPolicy(sinks=2, recent=3, exact_dtype="float32")

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq.codebook import fit_histogram
-from turboq_calibrate.histogram import CodeBins, FloatBins, scatter
-from turboq_calibrate.statistics import CODE_BINS
+from turboq.numbers.codebook import fit_histogram
+from turboq_calibrate.observe.histogram import CodeBins, FloatBins, scatter
+from turboq_calibrate.observe.statistics import CODE_BINS
 
 
 def histogram(bins, x):

@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from turboq.cache.layer import TokenPolicy
+from turboq.cache.simulate import simulate
 from turboq.codecs.fit_transform import measured_costs, token_weights, weighted_moments
 from turboq.codecs.transform import Transform
 from turboq.codecs.water_filling import distortion_curve
-from turboq.layer import TokenPolicy
-from turboq.simulate import simulate
-from turboq_calibrate.fisher import GradientSamples, LayerGradients, collect_gradients
-from turboq_calibrate.learned import Options, fit_heads, fit_transform, transform_at
-from turboq_calibrate.learned_plans import learned_plan, predicted_cost
+from turboq_calibrate.fit.learned_plans import learned_plan, predicted_cost
+from turboq_calibrate.fit.plan import model_geometry
+from turboq_calibrate.fit.transform import Options, fit_heads, fit_transform, transform_at
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.decoder import default_positions, exact_attend, run_head, run_layer
 from turboq_calibrate.models.model import embed_tokens
-from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.samples import LayerSamples, collect_samples
+from turboq_calibrate.observe.gradients import GradientSamples, LayerGradients, collect_gradients
+from turboq_calibrate.observe.samples import LayerSamples, collect_samples
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "llama3"
 
@@ -100,7 +100,7 @@ def test_measured_costs_are_the_closed_form_on_a_gaussian_and_stretch_for_a_heav
     assert np.all(spreads[1, 2:] > 1)
     assert np.all(costs[1, 2:] > 2 * costs[0, 2:])
     # What is claimed is what the quantizer does.
-    from turboq.codebook import lloyd_max
+    from turboq.numbers.codebook import lloyd_max
 
     c = lloyd_max("gaussian", 3) * spreads[1, 3]
     nearest = c[np.argmin(np.abs(y[:, 1, None] - c), axis=1)]
@@ -161,7 +161,7 @@ def test_one_codec_for_all_heads_decodes_near_its_samples(fitted):
     assert isinstance(codec, Transform)
     again, _ = fit_transform(codec, layer, "v")
     assert again == codec
-    from turboq.layer import uniform_layer
+    from turboq.cache.layer import uniform_layer
 
     stored = uniform_layer(
         kv_heads=heads, k=codec, v=codec, policy=TokenPolicy(),

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq_calibrate import statistics as st
-from turboq_calibrate.placement import make_mesh
-from turboq_calibrate.statistics_files import load_statistics
+from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe.placement import make_mesh
+from turboq_calibrate.observe.statistics_files import load_statistics
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
 ROOT = Path(__file__).parent.parent.parent

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq_calibrate import metrics
+from turboq_calibrate.cost import metrics
 
 
 def log_softmax_f64(logits):

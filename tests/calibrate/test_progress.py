@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from turboq_calibrate import progress
-from turboq_calibrate.progress import Progress, clock
+from turboq_calibrate.run import progress
+from turboq_calibrate.run.progress import Progress, clock
 
 
 class Clock:

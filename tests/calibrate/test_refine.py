@@ -8,19 +8,19 @@ import pytest
 from plan_cases import geometry
 from tolerances import TOL
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import TurboQuantMSE
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
 from turboq.plan import Provenance, load, save
-from turboq_calibrate import candidates as c
-from turboq_calibrate import refine as r
-from turboq_calibrate import sensitivity as s
-from turboq_calibrate.evaluate import evaluate
-from turboq_calibrate.fisher import collect_gradient_samples
-from turboq_calibrate.learn import default_makers, learn_plan, plan_kl
+from turboq_calibrate import cost as s
+from turboq_calibrate.candidates import table as c
+from turboq_calibrate.choose import refine as r
+from turboq_calibrate.choose.learn import default_makers, learn_plan, plan_kl
+from turboq_calibrate.fit.plan import model_geometry
+from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
-from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.samples import collect_samples
+from turboq_calibrate.observe.gradients import collect_gradient_samples
+from turboq_calibrate.observe.samples import collect_samples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 POLICY = TokenPolicy(sinks=2)
@@ -194,7 +194,7 @@ def test_uniform_is_kept_where_it_is_better(model, windows, table, monkeypatch):
         order = good[:, :1].sum() / good[:, :1]
         return {"output": good[:, :1] * order**2 / np.array([[1.0, 4, 16]])}
 
-    monkeypatch.setattr("turboq_calibrate.learn.activation_costs", upside_down)
+    monkeypatch.setattr("turboq_calibrate.choose.learn.activation_costs", upside_down)
     report = learn_plan(
         model, 3.4, fit=windows[:1], check=windows[2:], policy=POLICY, table=table, rounds=0,
         progress=False,

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from turboq.errors import TurboqError
-from turboq_calibrate import pictures, quality, report
+from turboq_calibrate.measure import html_page as report
+from turboq_calibrate.measure import pictures
+from turboq_calibrate.measure import quality_table as quality
 
 NASTY = 'x <script>alert(1)</script> & "$\\frac$"'
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq import codebook
 from turboq.errors import TurboqError
-from turboq_calibrate import rotate
-from turboq_calibrate.fisher import LayerGradients
-from turboq_calibrate.learned import Options, fit_heads, transform_at
-from turboq_calibrate.orthogonal import cayley, cayley_host
-from turboq_calibrate.rotate import Recipe, learn_rotations
-from turboq_calibrate.samples import LayerSamples
+from turboq.numbers import codebook
+from turboq_calibrate.fit.orthogonal import cayley, cayley_host
+from turboq_calibrate.fit.per_head import trained_rotation as rotate
+from turboq_calibrate.fit.trained_rotation import Recipe, learn_rotations
+from turboq_calibrate.fit.transform import Options, fit_heads, transform_at
+from turboq_calibrate.observe.gradients import LayerGradients
+from turboq_calibrate.observe.samples import LayerSamples
 
 DIM, HEADS = 16, 2
 RECIPE = Recipe(steps=20, batch=128, every=10, learning_rate=0.02)

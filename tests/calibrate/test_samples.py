@@ -8,15 +8,15 @@ import pytest
 from tolerances import TOL
 
 from turboq import codecs as c
+from turboq.cache.layer import TokenPolicy, uniform_layer
+from turboq.cache.simulate import simulate
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy, uniform_layer
-from turboq.simulate import simulate
-from turboq_calibrate import samples as module
+from turboq_calibrate.measure.attention_plugs import pre_rope_attend
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.decoder import exact_attend
 from turboq_calibrate.models.rope import inverse_frequencies
-from turboq_calibrate.plugs import pre_rope_attend
-from turboq_calibrate.samples import LayerSamples, collect_samples, fit_samples
+from turboq_calibrate.observe import samples as module
+from turboq_calibrate.observe.samples import LayerSamples, collect_samples, fit_samples
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "llama3"
 

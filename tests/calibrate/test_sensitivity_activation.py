@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, TurboQuantMSE
-from turboq.layer import TokenPolicy
-from turboq_calibrate import candidates as c
-from turboq_calibrate import sensitivity as s
+from turboq_calibrate import cost as s
+from turboq_calibrate.candidates import table as c
+from turboq_calibrate.cost import agreement as report
+from turboq_calibrate.cost.side_by_side import quantized
+from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.model import forward
-from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.samples import collect_samples
-from turboq_calibrate.sensitivity import report
-from turboq_calibrate.sensitivity.engine import quantized
+from turboq_calibrate.observe.samples import collect_samples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SINKS, SEED = 2, 3

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, TurboQuantMSE
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
-from turboq_calibrate import candidates as c
-from turboq_calibrate import sensitivity as s
-from turboq_calibrate.evaluate import evaluate
+from turboq_calibrate import cost as s
+from turboq_calibrate.candidates import table as c
+from turboq_calibrate.cost import measured as divergence
+from turboq_calibrate.fit.plan import model_geometry
+from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
-from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.samples import collect_samples
-from turboq_calibrate.sensitivity import divergence
+from turboq_calibrate.observe.samples import collect_samples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 POLICY = TokenPolicy(sinks=2, recent=3, exact_dtype="float32")

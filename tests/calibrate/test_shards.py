@@ -10,12 +10,12 @@ import pytest
 from stat_cases import random_windows
 
 from turboq.errors import TurboqError
-from turboq_calibrate import statistics as st
-from turboq_calibrate.capture import CaptureRecipe, capture
 from turboq_calibrate.cli.main import run as turboq
 from turboq_calibrate.models import load_model
-from turboq_calibrate.recipe import Shard
-from turboq_calibrate.shards import merge_shards
+from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe.capture import CaptureRecipe, capture
+from turboq_calibrate.observe.merge_shards import merge_shards
+from turboq_calibrate.observe.recipe import Shard
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "qwen3"
 RECIPE = CaptureRecipe(skip=2, windows_per_chunk=2, center="pilot")

@@ -8,9 +8,9 @@ from stat_cases import moments_of, statistics_of, with_codes
 from tolerances import TOL
 
 from turboq.errors import TurboqError
-from turboq.rotation import Rotation
-from turboq_calibrate import statistics as st
-from turboq_calibrate import statistics_files as files
+from turboq.numbers.rotation import Rotation
+from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe import statistics_files as files
 
 ROTATION = Rotation(kind="hadamard", dim=12, seed=3)
 

@@ -12,9 +12,9 @@ sys.path.insert(0, __file__.rsplit("/", 2)[0])  # tests/
 import kernel_cases
 import kv_cases
 
-from turboq import cache as kv_cache
+from turboq.cache import contiguous as kv_cache
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
 from turboq.codecs import PerHead, TurboQuantMSE
-from turboq.layer import HeadGroup, KVLayer, TokenPolicy
 from turboq_kernels import cache_attention, sharding
 
 

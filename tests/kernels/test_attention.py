@@ -11,12 +11,12 @@ import pytest
 from tolerances import TOL
 
 import turboq_kernels
-from turboq import cache as kv_cache
-from turboq.attention import attention
+from turboq.cache import contiguous as kv_cache
+from turboq.cache.exact_attention import attention
+from turboq.cache.layer import KVLayer, TokenPolicy, uniform_layer
+from turboq.cache.simulate import simulate, simulated_attention
 from turboq.codecs import Transform, TurboQuantMSE
-from turboq.layer import KVLayer, TokenPolicy, uniform_layer
-from turboq.packing import PAGE
-from turboq.simulate import simulate, simulated_attention
+from turboq.numbers.packing import PAGE
 
 SCALE, GROUP = 0.3, 3
 

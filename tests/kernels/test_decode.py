@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq import packing
 from turboq.codecs.reading import Part, Reading
+from turboq.numbers import packing
 from turboq_kernels import decode as kernels
 from turboq_kernels import merge
 from turboq_kernels.decode import api, base

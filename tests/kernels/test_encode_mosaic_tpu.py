@@ -11,11 +11,11 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from tolerances import TOL
 
-from turboq import cache as caches
-from turboq import paged_cache
+from turboq.cache import contiguous as caches
+from turboq.cache import paged as paged_cache
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
+from turboq.cache.pager import Pager
 from turboq.codecs import Exact, PerHead, TurboQuantMSE, TurboQuantProd
-from turboq.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
-from turboq.paging import Pager
 from turboq_kernels.encode import encode, mosaic_tpu
 from turboq_kernels.encode import mosaic_tpu_codes as arithmetic
 

@@ -68,7 +68,7 @@ def test_a_donated_cache_is_not_copied():
         "import jax\n"
         "from turboq import cache\n"
         "from turboq.codecs import TurboQuantMSE, TurboQuantProd\n"
-        "from turboq.layer import TokenPolicy, uniform_layer\n"
+        "from turboq.cache.layer import TokenPolicy, uniform_layer\n"
         "from turboq_kernels.aot import tpu_encode\n"
         "for dim in (128, 64, 16):\n"
         "    layer = uniform_layer(\n"

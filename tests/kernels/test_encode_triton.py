@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq import cache as caches
+from turboq.cache import contiguous as caches
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
+from turboq.cache.pool import Pool
 from turboq.codecs import TurboQuantMSE, TurboQuantProd
 from turboq.codecs.transform import Transform
-from turboq.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
-from turboq.pool import Pool
 from turboq_kernels.encode import encode, triton
 from turboq_kernels.encode import triton_steps as steps
 

@@ -20,7 +20,7 @@ COMPILED = {
 COMMAND = f"""
 import json, sys
 from turboq.codecs import PerHead, TurboQuantMSE, TurboQuantProd
-from turboq.layer import TokenPolicy, uniform_layer
+from turboq.cache.layer import TokenPolicy, uniform_layer
 from turboq_kernels.aot import cuda_encode as aot
 if aot.missing(): sys.exit(aot.missing())
 rows = [

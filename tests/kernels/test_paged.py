@@ -13,12 +13,12 @@ import pytest
 from tolerances import TOL
 
 import turboq_kernels
-from turboq import cache as kv_cache
-from turboq import paged_cache
+from turboq.cache import contiguous as kv_cache
+from turboq.cache import paged as paged_cache
+from turboq.cache.layer import TokenPolicy, uniform_layer
+from turboq.cache.pool import Pool
 from turboq.codecs import IntAffine
-from turboq.layer import TokenPolicy, uniform_layer
-from turboq.packing import PAGE
-from turboq.pool import Pool
+from turboq.numbers.packing import PAGE
 from turboq_kernels.encode import encode
 from turboq_kernels.prefill.api import prefill
 
@@ -70,7 +70,7 @@ def test_matches_float64(rng, name, page):
 
 
 def test_pages_hold_the_bytes_of_the_contiguous_cache(rng):
-    """At once, and a chunk and one by one; pages of 256 are those of `turboq.cache`, bit by bit."""
+    """At once, and a chunk and one by one; pages of 256 are those of `cache.contiguous`."""
     layer = cases.make_layer("per_head", rng, TokenPolicy(sinks=2))
     _, k, v = inputs(rng, layer, 261)
     flat, _ = kv_cache.write(layer, kv_cache.init(layer, batch=2, capacity=512), k, v)

@@ -9,12 +9,12 @@ import prefill_cases as cases
 import pytest
 from tolerances import TOL
 
-from turboq import cache as kv_cache
-from turboq import paged_cache
+from turboq.cache import contiguous as kv_cache
+from turboq.cache import paged as paged_cache
+from turboq.cache.layer import TokenPolicy, uniform_layer
+from turboq.cache.pool import Pool
 from turboq.codecs import IntAffine, TurboQuantMSE
-from turboq.layer import TokenPolicy, uniform_layer
-from turboq.packing import PAGE
-from turboq.pool import Pool
+from turboq.numbers.packing import PAGE
 from turboq_kernels import prefill_attention
 from turboq_kernels.attention import base
 from turboq_kernels.prefill import kernels

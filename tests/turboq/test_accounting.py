@@ -8,9 +8,10 @@ import plan_cases
 import pytest
 from tolerances import TOL
 
-from turboq import accounting, cache
+from turboq.cache import accounting
+from turboq.cache import contiguous as cache
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
 from turboq.codecs import TCQ, Exact, KiviKey, KVarN, PerHead, TurboQuantMSE, TurboQuantProd
-from turboq.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
 from turboq.plan import uniform_plan
 
 DIMS = (64, 80, 96, 128, 256)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq.attention import attention
+from turboq.cache.exact_attention import attention
 
 
 def attention64(q, k, v, *, scale, window=None, softcap=None, q_positions=None, k_positions=None):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from kv_cases import DIM, LAYERS, make_layer, tokens
 
-from turboq import cache as kv_cache
+from turboq.cache import contiguous as kv_cache
+from turboq.cache.layer import TokenPolicy, uniform_layer
 from turboq.codecs import TurboQuantMSE
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy, uniform_layer
-from turboq.packing import PAGE
+from turboq.numbers.packing import PAGE
 
 
 def equal_bytes(a, b):

@@ -10,7 +10,8 @@ import pytest
 from scipy import special
 from tolerances import TOL
 
-from turboq import codebook, fitting
+from turboq.numbers import codebook
+from turboq.numbers import codebook_fitting as fitting
 
 # Independent golden constants: positive centroids in unit-variance scale (two inner and two outer
 # ones at 6 bits), distortion, entropy in bits.

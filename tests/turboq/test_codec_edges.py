@@ -9,7 +9,6 @@ import pytest
 from codec_rows import ROWS, arrays_of, lloyd
 from tolerances import TOL
 
-from turboq import codebook, scale
 from turboq.codecs import (
     CODECS,
     PerHead,
@@ -19,6 +18,7 @@ from turboq.codecs import (
     from_config,
 )
 from turboq.errors import TurboqError
+from turboq.numbers import codebook, scale
 
 
 @pytest.mark.parametrize("dim", [80, 128])

@@ -11,13 +11,13 @@ import pytest
 from codec_rows import HEADS, ROWS, TOKENS, cell, run, variable
 from tolerances import TOL
 
-from turboq import codebook, distortion, packing
 from turboq.codecs import (
     Codec,
     Exact,
     from_config,
 )
 from turboq.codecs.scalar import ScalarCodec
+from turboq.numbers import codebook, distortion, packing
 
 DIMS = (64, 80, 96, 128, 256)
 # Time is compilation, so only the codecs of the main road run at every dim; the other formats run

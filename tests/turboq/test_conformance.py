@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from scipy import special
 
-from turboq import codebook as codebooks
 from turboq import conformance
 from turboq.codecs import CODECS
 from turboq.conformance import Claims, __main__, adapters, checks_bytes, ours, run
-from turboq.rotation import Rotation
+from turboq.numbers import codebook as codebooks
+from turboq.numbers.rotation import Rotation
 
 DIM, VECTORS = 64, 2048
 

@@ -9,7 +9,9 @@ import pytest
 from plan_cases import geometry
 
 from turboq.codecs import FP8, Codec, Exact, Ggml, TurboQuantMSE
-from turboq.constraints import (
+from turboq.errors import TurboqError
+from turboq.plan import head_plan
+from turboq.plan.constraints import (
     Boundary,
     Constraints,
     FirstLast,
@@ -19,10 +21,8 @@ from turboq.constraints import (
     from_config,
     match,
 )
-from turboq.errors import TurboqError
-from turboq.plan import head_plan
 from turboq.plan.rules import boundary, resolve, sides, skip_layers
-from turboq.violations import violations, violations_of
+from turboq.plan.violations import violations, violations_of
 
 DIM = 32
 Q8, Q4 = Ggml(dim=DIM, type="q8_0"), Ggml(dim=DIM, type="q4_0")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq import distortion
 from turboq.codecs import e8
+from turboq.numbers import distortion
 
 
 def test_the_codebook_is_the_lowest_norms_of_e8():

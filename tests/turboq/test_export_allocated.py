@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from plan_cases import geometry, unchecked
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import FP8, Exact, PerChannel, TurboQuantMSE
 from turboq.export import ENGINES, Options
 from turboq.export.base import entries
 from turboq.export.report import make_report
-from turboq.layer import TokenPolicy
 from turboq.plan.build import at_dim
-from turboq.violations import violations
-from turboq_calibrate.allocate.problem import Infeasible, Problem
-from turboq_calibrate.allocate.solve import allocate
-from turboq_calibrate.candidates import Option, Table
+from turboq.plan.violations import violations
+from turboq_calibrate.candidates.table import Option, Table
+from turboq_calibrate.choose.solver.problem import Infeasible, Problem
+from turboq_calibrate.choose.solver.solve import allocate
 
 FOREIGN = {
     "foreign 3": (TurboQuantMSE(dim=64, bits=3),) * 2,

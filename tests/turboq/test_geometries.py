@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 import turboq
-from turboq import geometries
 from turboq.errors import TurboqError
-from turboq.memory import formula, head_bits
+from turboq.what_fits import formula, geometries, head_bits
 
-ENTRIES = json.loads((Path(turboq.__file__).parent / "geometries.json").read_text())["geometries"]
+ENTRIES = json.loads((Path(turboq.__file__).parent / "what_fits" / "geometries.json").read_text())[
+    "geometries"
+]
 F16 = head_bits("f16", "f16")
 
 # Bytes per token in 16 bits: (all layers, once windows are full), written out from model cards as

@@ -14,12 +14,12 @@ import pytest
 from tolerances import TOL
 
 import turboq_kernels
-from turboq import cache as kv_cache
+from turboq.cache import contiguous as kv_cache
+from turboq.cache.layer import TokenPolicy, uniform_layer
+from turboq.cache.simulate import simulated_attention
 from turboq.codecs import check_finite_stored, ggml_blocks
 from turboq.codecs.ggml import KINDS, Ggml, attn_rot, mainline
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy, uniform_layer
-from turboq.simulate import simulated_attention
 
 DIM = 64
 TYPES = [kind for kind in KINDS if kind != "f16"]

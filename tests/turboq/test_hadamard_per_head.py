@@ -10,10 +10,10 @@ import pytest
 from scipy import linalg
 from tolerances import TOL
 
-from turboq import codebook
 from turboq.codecs import HadamardPerHead
 from turboq.codecs.fit_hadamard import fit_hadamard, search
-from turboq.rotation import Rotation
+from turboq.numbers import codebook
+from turboq.numbers.rotation import Rotation
 
 DIM = 16
 

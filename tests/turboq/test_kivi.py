@@ -8,10 +8,10 @@ import pytest
 from tolerances import TOL
 
 import turboq_kernels
-from turboq import cache as kv_cache
+from turboq.cache import contiguous as kv_cache
+from turboq.cache.layer import TokenPolicy, uniform_layer
+from turboq.cache.simulate import simulated_attention
 from turboq.codecs.kivi import KiviKey, KiviValue
-from turboq.layer import TokenPolicy, uniform_layer
-from turboq.simulate import simulated_attention
 
 encode = jax.jit(lambda codec, arrays, x: codec.encode(arrays, x), static_argnums=0)
 decode = jax.jit(lambda codec, arrays, stored: codec.decode(arrays, stored), static_argnums=0)

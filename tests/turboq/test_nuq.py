@@ -7,8 +7,8 @@ import oracle_affine
 import pytest
 from tolerances import TOL
 
-from turboq import codebook
 from turboq.codecs.nuq import NUQ, fit_nuq
+from turboq.numbers import codebook
 
 encode = jax.jit(lambda codec, arrays, x: codec.encode(arrays, x), static_argnums=0)
 decode = jax.jit(lambda codec, arrays, stored: codec.decode(arrays, stored), static_argnums=0)

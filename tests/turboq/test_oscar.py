@@ -8,9 +8,9 @@ import pytest
 from scipy import linalg
 from tolerances import TOL
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import oscar
 from turboq.codecs.oscar import Oscar, bit_reversal, fit_oscar, score_weighted_moment
-from turboq.layer import TokenPolicy
 
 encode = jax.jit(lambda codec, arrays, x: codec.encode(arrays, x), static_argnums=0)
 decode = jax.jit(lambda codec, arrays, stored: codec.decode(arrays, stored), static_argnums=0)

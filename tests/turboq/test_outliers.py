@@ -9,9 +9,9 @@ import pytest
 from codec_rows import lloyd
 from tolerances import TOL
 
-from turboq import distortion
 from turboq.codecs import TurboQuantMSE
 from turboq.codecs.outliers import RECIPES, TurboQuantOutliers, choose_outliers
+from turboq.numbers import distortion
 
 encode = jax.jit(lambda codec, arrays, x: codec.encode(arrays, x), static_argnums=0)
 decode = jax.jit(lambda codec, arrays, stored: codec.decode(arrays, stored), static_argnums=0)

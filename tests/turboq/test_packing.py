@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 
-from turboq import packing
+from turboq.numbers import packing
 
 
 def codes_of(rng, bits, shape):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from turboq.cache.pager import PagePool, Pager, PoolFull, drop_least_recent
 from turboq.errors import TurboqError
-from turboq.paging import PagePool, Pager, PoolFull, drop_least_recent
 
 
 def make(pages=8, rows=4, per_sequence=4, **options):

@@ -9,9 +9,9 @@ import numpy as np
 import plan_cases
 import pytest
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
 from turboq.plan import (
     LayerGeometry,
     LayerPlan,

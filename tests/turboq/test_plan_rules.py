@@ -7,9 +7,9 @@ import dataclasses
 import plan_cases
 import pytest
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec, Exact, PerHead, TurboQuantMSE, TurboQuantProd
 from turboq.codecs.ggml import Ggml, mainline
-from turboq.layer import TokenPolicy
 from turboq.plan import LayerGeometry, ModelGeometry, load, save
 from turboq.plan.rules import (
     TokenBytes,

@@ -2,10 +2,10 @@
 
 import pytest
 
-from turboq import accounting
+from turboq.cache import accounting
+from turboq.cache.layer import TokenPolicy, uniform_layer
 from turboq.codecs import Exact, PerHead, TurboQuantMSE
-from turboq.layer import TokenPolicy, uniform_layer
-from turboq.planner import max_context
+from turboq.what_fits.max_context import max_context
 
 GIB = 2**30
 

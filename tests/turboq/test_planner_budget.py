@@ -3,8 +3,7 @@
 import pytest
 
 from turboq.errors import TurboqError
-from turboq.geometries import geometry
-from turboq.memory import (
+from turboq.what_fits import (
     GIB,
     Budget,
     Formula,
@@ -19,6 +18,7 @@ from turboq.memory import (
     head_bits,
     weights_bytes,
 )
+from turboq.what_fits.geometries import geometry
 
 K32 = 32768
 LLAMA = geometry("llama-3-8b")

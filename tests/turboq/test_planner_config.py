@@ -7,7 +7,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from turboq.errors import TurboqError
-from turboq.memory import CacheLayer, from_config, from_metadata
+from turboq.what_fits import CacheLayer, from_config, from_metadata
 
 Shape = tuple[str, int, int, int | None]  # kind, KV heads, dim, window
 

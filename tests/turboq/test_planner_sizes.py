@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from turboq import accounting
+from turboq.cache import accounting
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, Ggml, TurboQuantMSE, VLLMTurboQuantKey, VLLMTurboQuantValue
 from turboq.codecs.ggml_blocks import TYPES
 from turboq.errors import TurboqError
-from turboq.geometries import geometry
-from turboq.layer import TokenPolicy
-from turboq.memory import (
+from turboq.what_fits import (
     CacheGeometry,
     CacheLayer,
     Formula,
@@ -22,7 +21,8 @@ from turboq.memory import (
     of_codecs,
     of_formats,
 )
-from turboq.memory.storage import kv_layers
+from turboq.what_fits.geometries import geometry
+from turboq.what_fits.storage import kv_layers
 
 GIB = 2**30
 K32 = 32768

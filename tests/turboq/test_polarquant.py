@@ -11,8 +11,8 @@ import pytest
 from scipy import integrate, stats
 from tolerances import TOL
 
-from turboq import distortion
 from turboq.codecs.polarquant import PolarQuant, angle_codebook
+from turboq.numbers import distortion
 
 
 def cells(level):

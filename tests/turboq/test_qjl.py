@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq import distortion
 from turboq.codecs.qjl import QJL
+from turboq.numbers import distortion
 
 
 def estimates(kind, dim, rows, cosine, seeds):

@@ -9,10 +9,10 @@ import oracles
 import pytest
 from tolerances import TOL
 
-from turboq import distortion
 from turboq.codecs import TurboQuantProd
 from turboq.errors import TurboqError
-from turboq.residual import KINDS, Sketch
+from turboq.numbers import distortion
+from turboq.numbers.sign_sketch import KINDS, Sketch
 
 SEEDS = 96
 

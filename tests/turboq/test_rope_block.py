@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq import codebook
 from turboq.codecs import RopeBlock, from_config
 from turboq.codecs.fit_rope_block import (
     block_moments,
@@ -23,6 +22,7 @@ from turboq.codecs.fit_rope_block import (
 from turboq.codecs.rope_block import block_channels
 from turboq.codecs.transform_padded import pad_side
 from turboq.codecs.water_filling import rates
+from turboq.numbers import codebook
 
 DIM = 32
 SEGMENTS = ((8, 4), (16, 2))  # 8 coordinates are dropped
@@ -83,7 +83,7 @@ def test_follows_float64(layout, rope_dim, gain, rng):
 
 
 def turn(width):
-    from turboq.rotation import Rotation
+    from turboq.numbers.rotation import Rotation
 
     return Rotation(kind="hadamard", dim=width).matrix
 

@@ -9,7 +9,7 @@ import oracles
 import pytest
 from tolerances import TOL
 
-from turboq.rotation import KINDS, Rotation, haar_matrix, random_normals, random_words
+from turboq.numbers.rotation import KINDS, Rotation, haar_matrix, random_normals, random_words
 
 DIMS = (64, 80, 96, 128, 256)
 

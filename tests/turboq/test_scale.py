@@ -9,7 +9,7 @@ import oracles
 import pytest
 from tolerances import TOL
 
-from turboq import codebook, distortion, scale
+from turboq.numbers import codebook, distortion, scale
 
 
 def coded(rng, n, dim, bits):

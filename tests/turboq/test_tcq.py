@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq import distortion, trellis, trellis_fit
 from turboq.codecs.tcq import TCQ
+from turboq.numbers import distortion, trellis, trellis_fit
 
 # Gaussian SNR in dB: long sequences, and 128 coordinates with a free start state.
 LONG = {(8, 2): 10.714, (8, 3): 16.361, (256, 2): 11.048, (256, 3): 16.699}

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq import codebook, trellis
 from turboq.codecs import from_config
 from turboq.codecs.fit_transform import fit_arrays, fit_basis
 from turboq.codecs.transform import Transform, unit_table
+from turboq.numbers import codebook, trellis
 
 SEGMENTS = ((8, 4), (16, 2), (8, 1))  # of 40: 8 coordinates are dropped
 DIM = 40

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
+from turboq.cache.simulate import simulate
 from turboq.codecs import TurboQuantMSE
 from turboq.codecs.fit_transform import fit_arrays, fit_basis, weighted_moments
 from turboq.codecs.transform import Transform
 from turboq.codecs.transform_padded import PaddedTransform, shared_layer
-from turboq.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
-from turboq.simulate import simulate
 
 DIM = 24
 

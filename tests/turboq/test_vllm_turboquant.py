@@ -12,7 +12,6 @@ import pytest
 import scipy.linalg
 from tolerances import TOL
 
-from turboq import codebook
 from turboq.codecs import check_finite_stored
 from turboq.codecs.fp8 import FP8
 from turboq.codecs.vllm_turboquant import (
@@ -27,6 +26,7 @@ from turboq.codecs.vllm_turboquant import (
     slot_to_bytes,
 )
 from turboq.errors import TurboqError
+from turboq.numbers import codebook
 
 SLOTS = {  # bytes by the engine's own arithmetic: k8v4, 4bit, k3v4, 3bit
     64: (100, 70, 62, 54),

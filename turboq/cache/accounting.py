@@ -3,7 +3,7 @@
 Two numbers answer two questions. *Bytes per token* is the price of one more quantized token: codes
 and scales of K and V, all heads, all layers. *Residency* is everything in memory at one context
 length: whole pages, exact sinks and recent window, fitted arrays and static tables.
-`buffers` lists exactly what `turboq.cache.init` allocates, so live `nbytes` can be compared.
+`buffers` lists exactly what `cache.contiguous.init` allocates, so live `nbytes` can be compared.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from turboq.cache.layer import KVLayer
 from turboq.codecs.base import Codec
-from turboq.layer import KVLayer
-from turboq.packing import PAGE, kept_shape
+from turboq.numbers.packing import PAGE, kept_shape
 
 BASELINE_BITS = 16  # an exact bfloat16 cache
 
@@ -113,7 +113,7 @@ def capacity(context: int) -> int:
 
 
 def buffers(layer: KVLayer, *, batch: int, context: int) -> dict[str, Buffer]:
-    """Every buffer that `turboq.cache.init(layer, batch=batch, capacity=context)` allocates.
+    """Every buffer that `cache.contiguous.init(layer, batch=batch, capacity=context)` allocates.
 
     Names are "{group}.{k|v}.{field}", "{group}.{k|v}.sinks" and "{group}.{k|v}.recent".
     """

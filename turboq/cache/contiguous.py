@@ -5,7 +5,7 @@ the first `sinks` and the last `recent` tokens are *also* kept exact; a codec th
 of tokens does so when a whole block has left the recent window. What is encoded is never touched
 again. Per head group the buffers are
 
-    packed field     uint32 [B, N, capacity / 256, bits, 8, width]   (folded: `turboq.packing`)
+    packed field     uint32 [B, N, capacity / 256, bits, 8, width]   (folded: `numbers.packing`)
     raw field        dtype  [B, N, capacity, width]                  (per block: capacity / block)
     exact sinks      dtype  [B, N, sinks, D]
     exact recent     dtype  [B, N, ring, D]                          at position mod ring
@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from turboq import packing
+from turboq.cache.layer import HeadGroup, KVLayer, Leaves, in_head_order
+from turboq.cache.simulate import check_heads, round_exact, take_heads
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.errors import TurboqError
-from turboq.layer import HeadGroup, KVLayer, Leaves, in_head_order
-from turboq.simulate import check_heads, round_exact, take_heads
+from turboq.numbers import packing
 
 
 @jax.tree_util.register_dataclass

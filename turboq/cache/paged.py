@@ -1,13 +1,13 @@
 """The packed cache of one layer over a pool of pages that sequences share: arrays of JAX.
 
-Per head group, with N heads, the buffers are those of `turboq.cache` with pages outside:
+Per head group, with N heads, the buffers are those of `turboq.cache.contiguous` with pages outside:
 
-    packed field     uint32 [pages, N, bits, page / 32, width]           (folded: `turboq.packing`)
+    packed field     uint32 [pages, N, bits, page / 32, width]           (folded: `numbers.packing`)
     raw field        dtype  [pages, N, page, width]              (per block: page / block)
     exact sinks      dtype  [rows, N, sinks, D]
     exact recent     dtype  [rows, N, ring, D]
 
-`turboq.paging.Pager` decides on the host which page and row belongs to which sequence; all layers
+`cache.pager.Pager` decides on the host which page and row belongs to which sequence; all layers
 of a model share one pager. A step is
 
     step = pager.plan(names, counts)                       # host: pages, copies
@@ -31,13 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from turboq import cache as caches
-from turboq import packing
-from turboq.cache import GroupBuffers, LayerCache, Tail
+from turboq.cache import contiguous as caches
+from turboq.cache.contiguous import GroupBuffers, LayerCache, Tail
+from turboq.cache.layer import KVLayer
+from turboq.cache.pager import PoolReport, Step
+from turboq.cache.simulate import check_heads
 from turboq.codecs.base import Arrays, Codec, Stored
-from turboq.layer import KVLayer
-from turboq.paging import PoolReport, Step
-from turboq.simulate import check_heads
+from turboq.numbers import packing
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +57,7 @@ class PagedCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Where:
-    """A `turboq.paging.Step` on the device: where B sequences write and read."""
+    """A `turboq.cache.pager.Step` on the device: where B sequences write and read."""
 
     table: Any  # int32 [B, P]
     rows: Any  # int32 [B]
@@ -187,7 +187,7 @@ def write(
 ) -> tuple[PagedCache, Tail]:
     """Encodes and stores the next T tokens of B sequences, the first where.counts[b] being real.
 
-    As `turboq.cache.write`: equal bytes in every page, whatever the chunks. Pages must be the
+    As `cache.contiguous.write`: equal bytes in every page, whatever the chunks. Pages must be the
     sequences' own from their first new token on, which `Pager.plan` and `copy` see to. `store`
     encodes and writes (default: XLA, through the codec's own `encode`).
     """
@@ -298,7 +298,7 @@ def put(
     page: int, table: Int[Array, "B P"], codec: Codec, encoded: Stored, stored: Stored,
     positions, valid,
 ) -> Stored:  # fmt: skip
-    """`turboq.cache.put` on the few pages that the tokens touch, taken out and put back."""
+    """`cache.contiguous.put` on the few pages that the tokens touch, taken out and put back."""
     batch, width = table.shape
     tokens = positions.shape[1]
     count = min((tokens - 1) // page + (2 if tokens > 1 else 1), width)

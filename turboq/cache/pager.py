@@ -7,7 +7,7 @@ written: the writer takes a copy first (copy-on-write), which only happens to a 
 page. Exact sinks and recent tokens are small and live in one *row* per sequence.
 
 The pager only keeps books. `plan` says what a step will write where, and which pages and rows the
-device has to copy first (`turboq.paged_cache` does both).
+device has to copy first (`turboq.cache.paged` does both).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from turboq.errors import TurboqError
-from turboq.packing import PAGE_ROWS
+from turboq.numbers.packing import PAGE_ROWS
 
 # Makes room in a pager until `pages` pages and `rows` rows are free, sparing the sequences `keep`.
 Evict = Callable[["Pager", int, int, frozenset[int]], None]

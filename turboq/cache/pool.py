@@ -17,12 +17,12 @@ from collections.abc import Sequence
 import jax
 from jaxtyping import Array, Float
 
-from turboq import paged_cache
-from turboq.cache import Tail
-from turboq.layer import KVLayer
-from turboq.packing import PAGE
-from turboq.paged_cache import PagedCache, PagedView, Residency, Where
-from turboq.paging import Evict, Pager
+from turboq.cache import paged as paged_cache
+from turboq.cache.contiguous import Tail
+from turboq.cache.layer import KVLayer
+from turboq.cache.paged import PagedCache, PagedView, Residency, Where
+from turboq.cache.pager import Evict, Pager
+from turboq.numbers.packing import PAGE
 
 # The old pool's buffers are given up: a step changes a few pages and copies none.
 _write = functools.partial(jax.jit, donate_argnums=1)(paged_cache.write)
@@ -31,7 +31,7 @@ _write = functools.partial(jax.jit, donate_argnums=1)(paged_cache.write)
 class Pool:
     """A pager and the paged caches of all layers, which share page and row numbers.
 
-    Args: those of `turboq.paging.Pager`, and one `KVLayer` per layer.
+    Args: those of `turboq.cache.pager.Pager`, and one `KVLayer` per layer.
 
     Raises:
       ValueError: no layer, or a page size that does not suit one.
@@ -75,7 +75,7 @@ class Pool:
     def write(
         self, i: int, where: Where, k: Float[Array, "B T K D"], v: Float[Array, "B T K E"]
     ) -> Tail:
-        """Stores the step's tokens in layer i (`turboq.paged_cache.write`)."""
+        """Stores the step's tokens in layer i (`turboq.cache.paged.write`)."""
         self.caches[i], tail = _write(self.layers[i], self.caches[i], where, k, v)
         return tail
 

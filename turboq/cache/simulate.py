@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from turboq.attention import attention_over_segments, causal
+from turboq.cache.exact_attention import attention_over_segments, causal
+from turboq.cache.layer import KVLayer, TokenPolicy, in_head_order
 from turboq.codecs.base import Arrays, Codec
-from turboq.layer import KVLayer, TokenPolicy, in_head_order
 
 
 def quantize_dequantize(

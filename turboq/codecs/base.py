@@ -4,7 +4,7 @@ A codec is a frozen, hashable description (what was chosen) plus a dict of fitte
 learned). Its methods are pure functions of *one* head's arrays; many heads are one `jax.vmap` over
 a leading axis of both, so adding a codec never means writing a loop over heads.
 
-    x --encode--> {field: array} --packing--> words        (turboq.packing knows the bit layout)
+    x --encode--> {field: array} --packing--> words        (numbers.packing knows the bit layout)
     logits(fold_query(q), fields)           ~=  q . x       keys are never decoded
     unfold_output(accumulate(p, fields), mass)  ~=  p @ x   values are never decoded
 """
@@ -32,7 +32,7 @@ class Field:
 
     With `per_block` the entries belong to a block of `Codec.block` tokens, not to each vector.
 
-    `dtype == "codes"`: unsigned codes below 2**bits, uint8 in memory until `turboq.packing` turns
+    `dtype == "codes"`: unsigned codes below 2**bits, uint8 in memory until `numbers.packing` turns
     them into exactly `bits` bits each. Otherwise `dtype` is the NumPy name the entries keep in the
     cache ("float16", "bfloat16", "float32") and `bits` is its width.
     """

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from turboq.codecs.base import Stored
 from turboq.errors import TurboqError
-from turboq.rotation import MAX_DIM
+from turboq.numbers.rotation import MAX_DIM
 
 DTYPE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 DTYPES = tuple(DTYPE_BITS)

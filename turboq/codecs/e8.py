@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
-from turboq import scale as scales
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.scalar import dot
 from turboq.codecs.transformed import TransformedCodec
+from turboq.numbers import scale as scales
 
 COUNT = 1 << 16
 STEP = 0.975  # lattice scale for unit-variance coordinates: least error for a Gaussian source
@@ -167,7 +167,7 @@ class E8(TransformedCodec):
     directly. Decoding needs one table of 256 KiB; encoding also searches it. No array grows beyond
     a few times the input.
 
-    `scale_rule` is one of `turboq.scale.RULES`.
+    `scale_rule` is one of `turboq.numbers.scale.RULES`.
 
     Source: Conway and Sloane, "Fast quantizing and decoding algorithms" (1982); as a KV or weight
     codebook QuIP# (arXiv 2402.04396) and NexusQuant.

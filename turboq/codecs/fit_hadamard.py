@@ -14,9 +14,9 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-from turboq import codebook as codebooks
-from turboq import rotation as rotations
 from turboq.codecs.hadamard_per_head import HadamardPerHead
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import rotation as rotations
 
 _FACTORS = {
     "raw": lambda u, c: 1.0,

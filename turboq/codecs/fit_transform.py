@@ -19,8 +19,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
-from turboq.codebook import distortion, lloyd_max
 from turboq.codecs.transform import Transform, unit_table
+from turboq.numbers.codebook import distortion, lloyd_max
 
 
 @dataclasses.dataclass(frozen=True)

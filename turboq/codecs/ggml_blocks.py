@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8, UInt32
 
-from turboq import codebook
 from turboq.codecs.base import Stored
+from turboq.numbers import codebook
 
 BLOCK = 32
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

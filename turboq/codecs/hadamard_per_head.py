@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq import codebook as codebooks
-from turboq import rotation as rotations
-from turboq import scale as scales
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
 from turboq.codecs.per_head import inverse
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import dot, lead
 from turboq.codecs.writing import Run, WriteTables, Writing
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import rotation as rotations
+from turboq.numbers import scale as scales
 
 SCALES = ("vector", "head")
 
@@ -26,7 +26,7 @@ SCALES = ("vector", "head")
 class HadamardPerHead(Codec):
     """x_hat = mean + scale R^T c,  R = H diag(signs) P,  c the Gaussian Lloyd-Max point.
 
-    H is `turboq.rotation.hadamard_matrix`; P puts channel order[j] at place j; signs [D] are +-1.
+    H is `numbers.rotation.hadamard_matrix`; P puts channel order[j] at place j; signs [D] are +-1.
     A random choice of both is TurboQuant with a mean; here a search over many chooses
     (`turboq.codecs.fit_hadamard`).
 

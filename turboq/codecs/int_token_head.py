@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq.codebook import materialized
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.bitstream import as_bytes, check_width, from_bytes, pack_bits, unpack_bits
 from turboq.codecs.fp8 import MIN_SCALE, token_scale
 from turboq.codecs.minifloat import divide
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.transformed import TransformedCodec
+from turboq.numbers.codebook import materialized
 
 _SCALE = Field(name="scale", width=1, bits=32, dtype="float32")
 
@@ -83,7 +83,7 @@ class Int4TokenHead(TransformedCodec):
     round is half away from zero. `vllm_signs` are vLLM's. A vector whose y are all of one sign
     has its zero point clipped, so it loses range: that is the format's. vLLM rotates in the
     model's dtype; here y is float32. Power-of-two D in vLLM; other D take H (x) C of
-    `turboq.rotation`, times sqrt(D).
+    `turboq.numbers.rotation`, times sqrt(D).
 
     D / 2 + 4 bytes: 4.5, 4.25, 4.125 bits per channel at D = 64, 128, 256. Dynamic. Kernels read
     it through `dequantize`.

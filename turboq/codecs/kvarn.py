@@ -14,7 +14,7 @@ minimum + scale code. As published, stds (over n - 1) are held within 1e-3..1e3 
 
 What the description leaves open and is chosen here: the limits apply to the block over its rms, so
 that coding commutes with the size of the vectors (published: to the block as it is); any of the
-rotations of `turboq.rotation`, the unsigned Hadamard by default; codes are nearest for the stored
+rotations of `numbers.rotation`, the unsigned Hadamard by default; codes are nearest for the stored
 numbers. Published presets are keys 4 bits with values 2 bits, group 128 (or 64).
 """
 
@@ -27,12 +27,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from turboq import scale as scales
 from turboq.codecs import affine, checks
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.kivi import check_group, split_tokens
 from turboq.codecs.minifloat import divide
 from turboq.codecs.transformed import TransformedCodec
+from turboq.numbers import scale as scales
 
 AXES = ("channel", "token")
 STD_LIMITS = (1e-3, 1e3)

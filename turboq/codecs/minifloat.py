@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from turboq.codebook import materialized
+from turboq.numbers.codebook import materialized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

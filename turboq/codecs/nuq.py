@@ -6,7 +6,7 @@
 with m = ceil(D outlier_permille / 1000): 1, 2, 3 at D = 64, 128, 256 for KVQuant's 1 %.
 
 What is done: per-channel normalisation to [-1, 1] over the central 99 % of calibration samples, one
-codebook per head, optimal weighted k-means (`turboq.fitting`), optionally weighted by sensitivity
+codebook per head, optimal weighted k-means, optionally weighted by sensitivity
 (KVQuant: the squared gradient); outliers dense and sparse. What is not: KVQuant's count of outliers
 varies per vector (compressed sparse rows) where this one is fixed; its Q-Norm (mean and deviation
 of the codebook corrected afterwards) and its per-token, dynamic normalisation of values are left
@@ -27,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq import codebook as codebooks
-from turboq import fitting
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.minifloat import divide
 from turboq.codecs.scalar import lead
 from turboq.codecs.transformed import TransformedCodec
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import codebook_fitting as fitting
 
 MAX_DIM = 256  # indices are codes of at most 8 bits
 DEAD = 1e-30  # stands for scale 0: any deviation of a channel that never varied is an outlier

@@ -10,7 +10,7 @@ the order of falling eigenvalues.
 
 What the description leaves open and is chosen here: one transform per KV head (the first release
 had one per layer); second moments, no mean removed; at D = 2^k m with odd m > 1, where OSCAR is not
-defined, H is that of `turboq.rotation` and P reverses the bits of the index over m; scale and
+defined, H is that of `numbers.rotation` and P reverses the bits of the index over m; scale and
 minimum in float16 instead of scale and zero point; codes nearest for the stored scale. P changes
 which channels share a group and nothing else: with one group per token it has no effect.
 """
@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq import rotation as rotations
 from turboq.codecs.affine import TokenAffine
 from turboq.codecs.base import Arrays, Stored
+from turboq.numbers import rotation as rotations
 
 SINKS, RECENT = 64, 256  # OSCAR's exact tokens, for the plan's TokenPolicy
 CLIP_PERCENT = {"k": 96, "v": 92}

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from turboq import codebook as codebooks
-from turboq import rotation as rotations
-from turboq import scale as scales
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.turboquant_mse import TurboQuantMSE
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import rotation as rotations
+from turboq.numbers import scale as scales
 
 RECIPES = {"2.5": (3, 2), "3.5": (4, 3)}  # bits of outliers and of the rest
 

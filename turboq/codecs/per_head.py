@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq import codebook as codebooks
-from turboq import fitting
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import ScalarCodec
 from turboq.codecs.writing import Run, WriteTables, Writing
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import codebook_fitting as fitting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class PerHead(ScalarCodec):
     """x_hat = mean + scale R^T c with the head's own mean [D] and codebook [2**bits].
 
     At D = 64, 128, 256: bits + 0.25, 0.125, 0.0625 with a scale per vector, exactly bits with one
-    per head. Static: fitted by `turboq_calibrate.fit`. Kernels read it with a folded query, a level
+    per head. Static: fitted by `fit.per_head`. Kernels read it with a folded query, a level
     table per head (`reading`).
 
     K: one fixed mean for all tokens shifts all logits of a query alike, so it is exact under
@@ -115,9 +115,9 @@ def default_arrays(codec: PerHead) -> dict[str, np.ndarray]:
 
 
 def fit_per_head(codec: PerHead, x: Float[np.ndarray, "n D"]) -> dict[str, np.ndarray]:
-    """Arrays of one head from its vectors x [n, D], as `turboq_calibrate.fit` has from statistics.
+    """Arrays of one head from its vectors x [n, D], as `fit.per_head` has from statistics.
 
-    mean = E[x]; codebook: the best one (`turboq.fitting`) for y / rms(y) or y / scale,
+    mean = E[x]; codebook: the best one (`numbers.codebook_fitting`) for y / rms(y) or y / scale,
     y = R (x - mean), on every (n D / 2^15)-th coordinate.
 
     Raises:

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from turboq import codebook as codebooks
-from turboq import scale as scales
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.transformed import TransformedCodec
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import scale as scales
 
 
 @functools.lru_cache(maxsize=64)

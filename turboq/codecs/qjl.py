@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq import residual
-from turboq import rotation as rotations
-from turboq import scale as scales
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
 from turboq.codecs.scalar import dot
+from turboq.numbers import rotation as rotations
+from turboq.numbers import scale as scales
+from turboq.numbers import sign_sketch as residual
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class QJL(Codec):
     orthogonal ("orthogonal", as QJL's code orthogonalises its rows: Haar, a = E-constant / r) or
     iid N(0, 1) ("gaussian", the paper's analysis, a = sqrt(pi/2) / rows). Variance of the estimate:
     [(pi/2) |q|^2 |x|^2 - <q, x>^2] / rows (gaussian); for orthogonal S about pi/2 - 1 in place of
-    pi/2 (`turboq.distortion.sketch_variance` / r).
+    pi/2 (`turboq.numbers.distortion.sketch_variance` / r).
 
     (rows + 16) / D bits per channel with a 16-bit norm: with rows = 2 D 2.25 (D=64), 2.125 (128),
     2.0625 (256). Dynamic. No kernel reads it directly. The norm is stored as |x| / sqrt(D). QJL's

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from turboq import rotation as rotations
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays
 from turboq.codecs.transform import Transform
+from turboq.numbers import rotation as rotations
 
 LAYOUTS = ("half", "interleaved")
 

@@ -16,20 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq import codebook as codebooks
-from turboq import rotation as rotations
-from turboq import scale as scales
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.writing import Run, WriteTables, Writing
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import rotation as rotations
+from turboq.numbers import scale as scales
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalarCodec(Codec):
     """Rotation + scalar codebook + one stored scale per vector.
 
-    `bits` are stored bits per coordinate; `scale_rule` is one of `turboq.scale.RULES`;
+    `bits` are stored bits per coordinate; `scale_rule` is one of `turboq.numbers.scale.RULES`;
     `scale_dtype` holds the scale, a root-mean-square (norm / sqrt(D)) in units of x.
 
     Raises:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq import scale as scales
-from turboq import trellis
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.transformed import TransformedCodec
+from turboq.numbers import scale as scales
+from turboq.numbers import trellis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class TCQ(TransformedCodec):
     At 8 states and 3 bits 3.297 (D=64), 3.148 (128), 3.074 (256). Gaussian SNR at 2 and 3 bits,
     D=128: 10.78 and 16.41 dB with 8 states, 11.23 and 16.88 with 256, against 9.30 and 14.62 of
     Lloyd-Max and 12.04 and 18.06 of Shannon's bound. Dynamic: nothing is fitted to data. No kernel
-    reads it directly; decoding needs no recursion (`turboq.trellis.decode`).
+    reads it directly; decoding needs no recursion (`turboq.numbers.trellis.decode`).
 
-    `scale_rule` is one of `turboq.scale.RULES`.
+    `scale_rule` is one of `turboq.numbers.scale.RULES`.
 
     Source: Marcellin and Fischer (1990) with Ungerboeck's codes (1982); for KV caches buun, QTIP.
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq import codebook as codebooks
-from turboq import scale as scales
-from turboq import trellis, trellis_runs
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import dot, lead
 from turboq.codecs.writing import Run, WriteTables, Writing
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import scale as scales
+from turboq.numbers import trellis, trellis_runs
 
 Segments = tuple[tuple[int, int], ...]
 
@@ -47,7 +47,7 @@ class Transform(Codec):
                bits choose one of the fitted `gains`. "float16": the root mean square of y, 16 bits.
 
     Static unless gain is stored; without one, NaN does not show in what is stored. Fitted by
-    `turboq_calibrate.learned`. A kernel reads a scalar one as runs of table lookups with a folded
+    `fit.transform`. A kernel reads a scalar one as runs of table lookups with a folded
     query (`reading`); trellis codes are read by XLA.
 
     Arrays of one head, float32: mean [D], analysis [C, D], synthesis [D, C]; "fitted": codebook{i}

@@ -3,7 +3,7 @@
 A learned plan has other segments in almost every head. Compiled as they are, that is a program per
 layer and plan; here the points of every coordinate are an array, padded to a common number, and a
 dropped coordinate has the single point 0. What comes out of `decode(encode(x))` is the same.
-For simulation only (`turboq.simulate`): nothing is packed.
+For simulation only (`turboq.cache.simulate`): nothing is packed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq import scale as scales
-from turboq import trellis
+from turboq.cache.layer import HeadGroup, KVLayer
 from turboq.codecs.base import Arrays, Codec, Field, Stored
 from turboq.codecs.scalar import dot, lead
 from turboq.codecs.transform import Transform
-from turboq.layer import HeadGroup, KVLayer
+from turboq.numbers import scale as scales
+from turboq.numbers import trellis
 
 # Stands for "no such point": its square is finite in float32 and far above any real distance.
 _FAR = 1e6
@@ -123,7 +123,7 @@ def _nearest(points: Float[Array, "D P"], u: Float[Array, "N D"]) -> Float[Array
 def _path(
     states: int, free: bool, points: Float[Array, "D P"], u: Float[Array, "N D"]
 ) -> Float[Array, "N D"]:
-    """Values of the path of least squared error (`turboq.trellis_runs.encode`)."""
+    """Values of the path of least squared error (`turboq.numbers.trellis_runs.encode`)."""
     columns = u.T
     left = jnp.stack([_residual(points[:, z::4], columns) for z in range(4)], axis=1)
     left = jax.lax.optimization_barrier(left)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq import rotation as rotations
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.codecs.scalar import dot, lead
+from turboq.numbers import rotation as rotations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

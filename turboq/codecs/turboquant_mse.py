@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq import codebook as codebooks
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays
 from turboq.codecs.scalar import ScalarCodec
+from turboq.numbers import codebook as codebooks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq import codebook as codebooks
-from turboq import residual, scale
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import ScalarCodec, dot
 from turboq.codecs.writing import Run, WriteTables, Writing
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import scale
+from turboq.numbers import sign_sketch as residual
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class TurboQuantProd(ScalarCodec):
     alone (QJL), with no codes and no scale. The residual is taken from what is decoded, rounded
     scale included, and sketched in rotated space (S R is again Gaussian or Haar). gamma is stored
     as |r| / sqrt(D), so it has the range of `scale`. E[<q, x_hat>] = <q, x> over the sketch, with
-    variance `turboq.distortion.sketch_variance`.
+    variance `turboq.numbers.distortion.sketch_variance`.
 
     Source: TurboQuant, arXiv 2504.19874, Algorithm 2; QJL, arXiv 2406.03482.
     """

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq.codebook import lookup, materialized
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.bitstream import as_bytes, check_width, from_bytes, pack_bits, unpack_bits
 from turboq.codecs.fp8 import FP8
 from turboq.codecs.minifloat import divide
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.transformed import TransformedCodec
+from turboq.numbers.codebook import lookup, materialized
 
 PRESETS = {  # name: (bits of K, bits of V)
     "turboquant_k8v4": (8, 4),
@@ -46,7 +46,7 @@ class VLLMTurboQuantKey(TransformedCodec):
     H is Sylvester's Hadamard matrix over sqrt(D), without signs; v are `centroids(D, bits)`; n is
     stored as float16. bits*D/8 + 2 bytes: at 4 bits 4.25, 4.125, 4.0625 and at 3 bits 3.25, 3.125,
     3.0625 bits per channel at D = 64, 128, 256. Dynamic. Kernels read it through `dequantize`.
-    vLLM needs a power-of-two D; other D take H (x) C of `turboq.rotation`.
+    vLLM needs a power-of-two D; other D take H (x) C of `turboq.numbers.rotation`.
 
     Raises:
       ValueError: bits not 3 or 4.

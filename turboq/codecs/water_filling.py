@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from turboq import codebook as codebooks
-from turboq import trellis, trellis_fit, trellis_runs
 from turboq.codecs.transform import MAX_SEGMENTS, QUANTIZERS, Segments
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import trellis, trellis_fit, trellis_runs
 
 BLOCK = 8
 SCALAR_BITS = 8

@@ -3,7 +3,7 @@
 Of the codecs with scalar codebooks, what is stored of a vector x is
 
     y = A (x - mean)                                   A [C, D]: rotation, transform, static scale
-    g = rms(y)                                         gain "rms": `turboq.scale.unit_rms`
+    g = rms(y)                                         gain "rms": `turboq.numbers.scale.unit_rms`
     g = gains[#{i: sqrt(gains_i gains_i+1) < rms(y)}]  gain "code"; its index is stored
     g = 1                                              gain "none"
     u = y / g,  code_j = #{i: t_i < u_j}               t_i midway between the levels of j's part
@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from turboq import scale as scales
+from turboq.numbers import scale as scales
 
 GAINS = ("none", "rms", "code")
 

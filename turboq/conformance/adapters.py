@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from turboq.errors import TurboqError
-from turboq.scale import RULES
+from turboq.numbers.scale import RULES
 
 SKETCHES = ("gaussian_sketch", "orthogonal_sketch")
 CLAIMED_RULES = (*RULES, *SKETCHES)

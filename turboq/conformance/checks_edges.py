@@ -7,7 +7,7 @@ import numpy as np
 from turboq.conformance.adapters import SKETCHES
 from turboq.conformance.sample import Sample, squared
 from turboq.conformance.verdict import Verdict, judge, not_claimed
-from turboq.rotation import hadamard_matrix
+from turboq.numbers.rotation import hadamard_matrix
 
 # A vector's error depends on where its coordinates fall in their cells: a one-hot vector under a
 # Hadamard has all of them at 1, 2.3 times the mean error at 2 bits; (h/2)^2 is 3 times h^2/12.

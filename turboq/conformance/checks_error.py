@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from scipy import special
 
-from turboq import codebook as codebooks
-from turboq import distortion
 from turboq.conformance.adapters import SKETCHES, Adapter, codebook_bits
 from turboq.conformance.sample import QUERIES, Sample, ratio, squared
 from turboq.conformance.verdict import Verdict, judge, not_claimed
 from turboq.errors import TurboqError
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import distortion
 
 ERRORS = 4.0  # standard errors: a right implementation misses one such gate in 16,000
 FLOAT32_BITS = 24.0  # inputs hold no more bits per channel than this

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from scipy import special
 
-from turboq import codebook as codebooks
 from turboq.conformance.adapters import codebook_bits
 from turboq.conformance.sample import Sample
 from turboq.conformance.verdict import Verdict, judge, not_claimed
+from turboq.numbers import codebook as codebooks
 
 # Any table within this of the least distortion is as good as exact: the Gaussian table costs 0.1
 # to 0.3 % at D=128 (0.7 % at D=64, 4 bits), the mistakes below cost 3 to 100 %.

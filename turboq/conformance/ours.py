@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from turboq import codebook as codebooks
-from turboq import packing
 from turboq.codecs import (
     CODECS,
     Arrays,
@@ -31,6 +29,8 @@ from turboq.codecs import per_head as per_heads
 from turboq.conformance import checks_error
 from turboq.conformance.adapters import Claims
 from turboq.errors import TurboqError
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import packing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,15 +17,15 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs.base import Codec
 from turboq.codecs.exact import Exact
 from turboq.codecs.int_affine import IntAffine
 from turboq.codecs.kivi import KiviKey, KiviValue
-from turboq.constraints import Constraints, Match, Scheme
 from turboq.errors import TurboqError
 from turboq.export.same import same
-from turboq.layer import TokenPolicy
 from turboq.plan import LayerGeometry, ModelGeometry, Plan, array_name
+from turboq.plan.constraints import Constraints, Match, Scheme
 from turboq.plan.document import pretty
 from turboq.plan.rules import nominal_bits
 

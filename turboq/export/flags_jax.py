@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from turboq.codecs.exact import Exact
 from turboq.codecs.fp8 import FP8
-from turboq.constraints import Constraints
 from turboq.export import choose
 from turboq.export.base import (
     Entry,
@@ -27,6 +26,7 @@ from turboq.export.base import (
     schemes,
 )
 from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Constraints
 
 MAXTEXT = {"int8": 8, "int4": 4, "fp8": 8}
 TPU = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs.exact import Exact
 from turboq.codecs.fp8 import FP8
 from turboq.codecs.kivi import KiviKey
-from turboq.constraints import Constraints, Scheme
 from turboq.errors import TurboqError
 from turboq.export import choose, quanto
 from turboq.export.base import (
@@ -36,8 +36,8 @@ from turboq.export.base import (
 )
 from turboq.export.hf_template import FILE, render
 from turboq.export.static import static_fp8
-from turboq.layer import TokenPolicy
 from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Constraints, Scheme
 
 WINDOW_NOTE = "layers with a sliding window stay in the model's type"
 

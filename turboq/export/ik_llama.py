@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from turboq.constraints import Constraints, FirstLast
 from turboq.export import choose
 from turboq.export.base import (
     SIDES,
@@ -24,6 +23,7 @@ from turboq.export.base import (
 )
 from turboq.export.llama_cpp import FLOATS, QUANTS, ggml_formats, ggml_hold, reordered
 from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Constraints, FirstLast
 
 Ends = tuple[str, int, str, int, str]  # base, first N, its type, last M, its type
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs.int_affine import IntAffine
 from turboq.codecs.kivi import GROUPS, KiviKey, KiviValue
-from turboq.constraints import Constraints
 from turboq.errors import TurboqError
 from turboq.export import choose, quanto
 from turboq.export.base import (
@@ -35,8 +35,8 @@ from turboq.export.base import (
     sides_of,
 )
 from turboq.export.quanto import groups_of, quanto_codec, residual
-from turboq.layer import TokenPolicy
 from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Constraints
 from turboq.plan.rules import nominal_bits
 
 BITS = {"quanto": quanto.BITS, "vanilla": (2, 4, 8)}

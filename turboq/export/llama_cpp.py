@@ -15,7 +15,6 @@ from typing import ClassVar
 from turboq.codecs.base import Codec
 from turboq.codecs.exact import Exact
 from turboq.codecs.ggml import Ggml, attn_rot
-from turboq.constraints import Constraints
 from turboq.export import choose
 from turboq.export.base import (
     SIDES,
@@ -35,6 +34,7 @@ from turboq.export.base import (
     status_of,
 )
 from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Constraints
 
 INTERLEAVED = ("llama", "mistral", "mixtral")  # families that the converter permutes
 FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}

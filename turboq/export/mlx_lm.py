@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from turboq.codecs import checks
 from turboq.codecs.exact import Exact
-from turboq.constraints import Constraints
 from turboq.errors import TurboqError
 from turboq.export import choose
 from turboq.export.base import (
@@ -28,6 +27,7 @@ from turboq.export.base import (
     schemes,
 )
 from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Constraints
 from turboq.plan.document import fingerprint
 
 FILE = "turboq_cache.py"

@@ -13,7 +13,6 @@ from turboq.codecs.exact import Exact
 from turboq.codecs.fp8 import FP8
 from turboq.codecs.minifloat import E4M3
 from turboq.codecs.nvfp4 import NVFP4
-from turboq.constraints import Constraints
 from turboq.errors import TurboqError
 from turboq.export import choose
 from turboq.export.base import (
@@ -35,6 +34,7 @@ from turboq.export.base import (
 )
 from turboq.export.static import peaks, scale_of, shared_scale, static_fp8
 from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Constraints
 from turboq.plan.tensors import write_bytes
 from turboq.version import __version__
 

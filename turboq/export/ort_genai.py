@@ -18,7 +18,6 @@ import numpy as np
 from turboq.codecs.exact import Exact
 from turboq.codecs.fp8 import FP8
 from turboq.codecs.per_channel import PerChannel
-from turboq.constraints import Constraints
 from turboq.errors import TurboqError
 from turboq.export import choose
 from turboq.export.base import (
@@ -41,6 +40,7 @@ from turboq.export.base import (
 )
 from turboq.export.static import has_envelope, peaks, rope_envelope, scale_of, static_fp8
 from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Constraints
 
 FILE = "kv_scales.json"
 QMAX = {"int8": 128.0, "int4": 8.0, "fp8": 448.0}

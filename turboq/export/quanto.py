@@ -7,10 +7,10 @@ axis -1   groups of consecutive tokens of one channel        kivi_key
 
 from __future__ import annotations
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs.int_affine import IntAffine
 from turboq.codecs.kivi import GROUPS, KiviKey, KiviValue
 from turboq.export.base import Side
-from turboq.layer import TokenPolicy
 from turboq.plan import ModelGeometry
 
 BITS = (2, 4)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from turboq.cache.layer import KVLayer
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.codecs.exact import Exact
 from turboq.codecs.fp8 import FP8
@@ -25,7 +26,6 @@ from turboq.codecs.int_token_head import Int4TokenHead, Int8TokenHead
 from turboq.codecs.minifloat import E2M1, E4M3
 from turboq.codecs.nvfp4 import NVFP4
 from turboq.codecs.per_channel import PerChannel
-from turboq.constraints import Constraints, match
 from turboq.errors import TurboqError
 from turboq.export.base import (
     Exporter,
@@ -38,8 +38,8 @@ from turboq.export.base import (
     exact_held,
     model_dtype,
 )
-from turboq.layer import KVLayer
 from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Constraints, match
 
 FILE = "turboq_qarrays.py"
 WHY = "a float minimum or a table of values"

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from turboq.constraints import Constraints
 from turboq.export.base import (
     Entry,
     Exporter,
@@ -20,8 +19,9 @@ from turboq.export.base import (
     Tensors,
     entries,
 )
-from turboq.packing import PAGE, pack_host
+from turboq.numbers.packing import PAGE, pack_host
 from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Constraints
 
 SCRIPT, GOLDEN = "read_plan.py", "page.npz"
 

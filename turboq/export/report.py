@@ -13,7 +13,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from turboq import accounting
+from turboq.cache import accounting
+from turboq.cache.layer import TokenPolicy
 from turboq.export.base import (
     SIDES,
     STATUSES,
@@ -27,7 +28,6 @@ from turboq.export.base import (
     status_of,
 )
 from turboq.export.same import differences
-from turboq.layer import TokenPolicy
 from turboq.plan import Plan, Producer, head_plan
 from turboq.plan.document import fingerprint, to_json
 from turboq.plan.summary import codec_label

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from turboq.codecs.exact import Exact
 from turboq.codecs.fp8 import FP8
-from turboq.constraints import Constraints
 from turboq.export import choose
 from turboq.export.base import (
     Entry,
@@ -31,6 +30,7 @@ from turboq.export.base import (
 )
 from turboq.export.static import scale_of, shared_scale, static_fp8
 from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Constraints
 
 FILE = "kv_cache_scales.json"
 # Model classes that load the file; others run with scales of 1.0.

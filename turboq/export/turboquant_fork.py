@@ -10,7 +10,6 @@ import dataclasses
 
 import numpy as np
 
-from turboq.constraints import Constraints
 from turboq.export import choose
 from turboq.export.base import (
     SIDES,
@@ -28,6 +27,7 @@ from turboq.export.base import (
 )
 from turboq.export.llama_cpp import DISABLE, FLOATS, QUANTS, ggml_formats, ggml_hold, reordered
 from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Constraints
 
 TURBO = {"turbo2": 34, "turbo3": 50, "turbo4": 68}  # bytes of a block of 128 channels
 TYPES = ("f16", "bf16", *QUANTS, *TURBO)

@@ -15,7 +15,6 @@ import numpy as np
 from turboq.codecs.exact import Exact
 from turboq.codecs.fp8 import FP8
 from turboq.codecs.vllm_turboquant import slot_bytes
-from turboq.constraints import Boundary, Constraints, Match
 from turboq.export import choose, vllm_rules, vllm_scales
 from turboq.export.base import (
     Entry,
@@ -35,6 +34,7 @@ from turboq.export.base import (
 )
 from turboq.export.static import static_fp8
 from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Boundary, Constraints, Match
 
 AUTO = "auto"
 STATIC = "fp8_e4m3 with scales"

@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from scipy import special
 
-from turboq.fitting import fit_histogram as fit_histogram
-from turboq.fitting import fit_samples as fit_samples
+from turboq.numbers.codebook_fitting import fit_histogram as fit_histogram
+from turboq.numbers.codebook_fitting import fit_samples as fit_samples
 
 SOURCES = ("sphere", "gaussian")
 MAX_BITS = 8

@@ -1,7 +1,7 @@
 """Closed forms that codecs must reach, and the Shannon bound that none may beat.
 
 Notation: D_b is the mean squared error per unit-variance coordinate of the codebook
-(`turboq.codebook.distortion`); errors are relative to |x|^2 unless said otherwise.
+(`turboq.numbers.codebook.distortion`); errors are relative to |x|^2 unless said otherwise.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 from scipy import special
 
 from turboq.errors import TurboqError
-from turboq.scale import RULES
+from turboq.numbers.scale import RULES
 
 PANTER_DITE = np.sqrt(3) * np.pi / 2  # D_b / 4**-b tends to this 2.7207 from below (Gaussian)
 

@@ -7,7 +7,7 @@
     orthogonal  S Haar             a = sqrt(pi) Gamma((D+1)/2) / (D Gamma(D/2)) = 1 / (D E|X|)
                                    with X one coordinate of a uniform point of the sphere
 
-Both are unbiased over S. Variances (`turboq.distortion.sketch_variance`): the orthogonal one is
+Both are unbiased over S. Variances (`numbers.distortion.sketch_variance`): the orthogonal one is
 (pi/2 - 1) / (pi/2), about a third, of the Gaussian one for a query orthogonal to r.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from scipy import special
 
-from turboq.rotation import check_dim_and_seed, haar_matrix, product, random_normals
+from turboq.numbers.rotation import check_dim_and_seed, haar_matrix, product, random_normals
 
 KINDS = ("gaussian", "orthogonal")
 

@@ -52,9 +52,9 @@ def step(states: int, state: np.ndarray, z1: np.ndarray) -> np.ndarray:
 def codebooks() -> dict[str, np.ndarray]:
     """The committed tables "{states}-{bits}", float64, ascending, unit-variance scale.
 
-    Written by `python -m turboq.trellis_fit`: a generalised Lloyd iteration on Gaussian samples.
+    Written by `turboq.numbers.trellis_fit`: generalised Lloyd iteration, Gaussian samples.
     """
-    text = resources.files("turboq").joinpath("trellis_codebooks.json").read_text("utf-8")
+    text = resources.files("turboq.numbers").joinpath("trellis_codebooks.json").read_text("utf-8")
     return {name: np.asarray(values, np.float64) for name, values in json.loads(text).items()}
 
 

@@ -1,8 +1,8 @@
-"""Fits the codebooks of `turboq.trellis` and writes them: `python -m turboq.trellis_fit`.
+"""Fits the codebooks of `numbers.trellis` and writes them: `python -m turboq.numbers.trellis_fit`.
 
 Generalised Lloyd iteration on Gaussian samples: Viterbi-encode, then move every point to the mean
 of the samples it stands for. Neither step can raise the error. Samples are normals of the
-documented Philox stream (`turboq.rotation`) with the stream number below, so a run can be repeated.
+documented Philox stream (`numbers.rotation`) with the stream number below: repeatable.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy import special
 
-from turboq import codebook as codebooks
-from turboq import trellis
 from turboq.files import atomic_write
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import trellis
 
 STREAM = 16
 LENGTH = 1024
@@ -63,7 +63,7 @@ def fit(states: int, bits: int, u: np.ndarray, rounds: int) -> tuple[np.ndarray,
 
 
 def main() -> None:
-    """Writes turboq/trellis_codebooks.json beside this file."""
+    """Writes trellis_codebooks.json beside this file."""
     tables = {}
     for states in trellis.POLYNOMIALS:
         u = samples(1024)

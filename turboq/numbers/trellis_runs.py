@@ -1,6 +1,6 @@
 """One trellis path over runs of coordinates that have different codebooks.
 
-The code of `turboq.trellis`, but the points change from run to run: a run of b bits deals 2^(b+1)
+The code of `numbers.trellis`, but the points change from run to run: a run of b bits deals 2^(b+1)
 points out to the same four subsets, and the state walks on across the border. So a transform code
 with several bit widths pays for one start state, or for none: `free=False` starts in state 0, which
 costs no bits and leaves the first log2(states) steps fewer paths to choose from.
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from turboq import trellis
+from turboq.numbers import trellis
 
 Runs = tuple[tuple[Array, int], ...]  # points [2**(bits+1)] and number of coordinates of each run
 

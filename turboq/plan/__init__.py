@@ -1,6 +1,6 @@
 """Plans: types, strict reading, saving, and what they cost. See `turboq.plan.types`."""
 
-from turboq.layer import TokenPolicy as TokenPolicy
+from turboq.cache.layer import TokenPolicy as TokenPolicy
 from turboq.plan.build import collect_arrays as collect_arrays
 from turboq.plan.build import head_plan as head_plan
 from turboq.plan.build import uniform_plan as uniform_plan

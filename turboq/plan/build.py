@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs.base import Codec
-from turboq.layer import TokenPolicy
 from turboq.plan.errors import PlanConflict
 from turboq.plan.geometry import ModelGeometry
 from turboq.plan.provenance import Provenance, Quality

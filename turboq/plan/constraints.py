@@ -1,7 +1,7 @@
 """What a plan may look like: the rules of an engine, or of whoever asks for a plan.
 
 A `Constraints` says which codecs keys and values may have and which choices must agree. The
-allocator (`turboq plan --budget`) searches inside it, `turboq.violations` checks a finished plan
+allocator (`turboq plan --budget`) searches inside it, `plan.violations` checks a finished plan
 against it, and exporters declare their engine's with it:
 
     fp8 = Scheme(name="fp8", k=(match("fp8"),), v=(match("fp8"),))

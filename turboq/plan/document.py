@@ -10,9 +10,9 @@ import json
 from importlib import resources
 from typing import Any
 
-from turboq import accounting
+from turboq.cache import accounting
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs.base import Codec
-from turboq.layer import TokenPolicy
 from turboq.plan.canonical import digest
 from turboq.plan.errors import PlanConflict, PlanError, member, shown
 from turboq.plan.geometry import MAX_LAYERS, ModelGeometry

@@ -14,9 +14,9 @@ import bisect
 import dataclasses
 from collections.abc import Collection, Mapping
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs.base import Codec
 from turboq.codecs.exact import Exact
-from turboq.layer import TokenPolicy
 from turboq.plan.build import Choice, Side, at_dim, head_plan
 from turboq.plan.geometry import ModelGeometry
 from turboq.plan.types import Plan

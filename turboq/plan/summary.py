@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turboq.accounting import BASELINE_BITS, readable
+from turboq.cache.accounting import BASELINE_BITS, readable
 from turboq.codecs.base import Codec
 from turboq.plan.document import fingerprint
 from turboq.plan.types import LayerPlan, Plan, SidePlan

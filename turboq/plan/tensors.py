@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from turboq.accounting import distinct_codecs
+from turboq.cache.accounting import distinct_codecs
 from turboq.plan.document import TableUse, table_uses
 from turboq.plan.errors import PlanConflict, PlanError, member, shown
 from turboq.plan.types import SIDES, Plan, TensorSpec, array_name

@@ -18,9 +18,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from turboq import accounting
+from turboq.cache import accounting
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
 from turboq.codecs.base import Codec
-from turboq.layer import HeadGroup, KVLayer, TokenPolicy
 from turboq.plan.errors import PlanConflict, PlanError, member
 from turboq.plan.geometry import MAX_HEADS, ModelGeometry, check_range
 from turboq.plan.provenance import Provenance, Quality, check_sha256
@@ -120,7 +120,7 @@ class ArrayFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bytes:
-    """The price of one more quantized token (`turboq.accounting`), for readers without codecs."""
+    """The price of one more quantized token (`cache.accounting`), for readers without codecs."""
 
     layer_bits_per_token: tuple[int, ...]
     bits_per_token: int
@@ -176,7 +176,7 @@ class Plan:
         return tuple(chosen.of(h) for h in range(self.model.layers[index].kv_heads))
 
     def kv_layer(self, index: int, arrays: Mapping[str, Any]) -> KVLayer:
-        """Layer `index` ready for `turboq.cache`: heads grouped by codecs, arrays gathered.
+        """Layer `index` ready for `cache.contiguous`: heads grouped by codecs, arrays gathered.
 
         Raises:
           PlanError: that layer owns no cache, or an array is missing.
@@ -201,7 +201,7 @@ class Plan:
 
     @property
     def storage(self) -> tuple[KVLayer, ...]:
-        """The layers without arrays: all that `turboq.accounting` needs."""
+        """The layers without arrays: all that `turboq.cache.accounting` needs."""
         out = []
         for layer in self.layers:
             k, v = self.codecs(layer.index, "k"), self.codecs(layer.index, "v")

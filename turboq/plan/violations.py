@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from turboq.codecs import Codec
-from turboq.constraints import Constraints, FirstLast, format_of
+from turboq.plan.constraints import Constraints, FirstLast, format_of
 from turboq.plan.types import SIDES, Plan
 
 Place = tuple[int, str, int]  # layer, "k" or "v", KV head

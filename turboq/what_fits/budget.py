@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 
 from turboq.errors import TurboqError
-from turboq.memory.sizes import Cache
+from turboq.what_fits.sizes import Cache
 
 GIB = 2**30
 CARDS = (8, 16, 24, 32, 48, 80)  # GB as cards are sold, which are GiB
@@ -25,7 +25,7 @@ class Budget:
     """One way of storing the cache, and everything else that takes memory.
 
     Args:
-      cache: a view of the cache (`turboq.memory.sizes`).
+      cache: a view of the cache (`turboq.what_fits.sizes`).
       sessions: sequences held at once.
       prefix: first tokens that all sessions have in common and store once.
       weights, working: bytes of weights and of activations, buffers and runtime.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from turboq.errors import TurboqError
-from turboq.memory.budget import Budget
+from turboq.what_fits.budget import Budget
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

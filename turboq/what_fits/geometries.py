@@ -1,7 +1,7 @@
 """Named geometries of common models, for counting caches without a checkpoint.
 
 `geometries.json` holds the fields of each model's `config.json` that decide its cache, with their
-source; they are read by the same reader as a file (`turboq.memory.hf_config`).
+source; they are read by the same reader as a file (`turboq.what_fits.hf_config`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import json
 import re
 
 from turboq.errors import TurboqError
-from turboq.memory.hf_config import from_config
-from turboq.memory.layers import MAX_DIM, MAX_HEADS, MAX_LAYERS, CacheGeometry, CacheLayer
+from turboq.what_fits.hf_config import from_config
+from turboq.what_fits.layers import MAX_DIM, MAX_HEADS, MAX_LAYERS, CacheGeometry, CacheLayer
 
 _SHAPE = re.compile(r"(\d{1,9})x(\d{1,9})x(\d{1,9})")
 
@@ -23,7 +23,9 @@ _SHAPE = re.compile(r"(\d{1,9})x(\d{1,9})x(\d{1,9})")
 @functools.cache
 def _table() -> dict[str, dict]:
     """Every entry by each of its names."""
-    text = (importlib.resources.files("turboq") / "geometries.json").read_text(encoding="utf-8")
+    text = (importlib.resources.files("turboq.what_fits") / "geometries.json").read_text(
+        encoding="utf-8"
+    )
     entries = json.loads(text)["geometries"]
     return {name: e for e in entries for name in (e["name"], *e.get("aliases", ()))}
 

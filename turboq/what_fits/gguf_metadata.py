@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turboq.errors import TurboqError
-from turboq.memory.layers import (
+from turboq.what_fits.layers import (
     MAX_DIM,
     MAX_HEADS,
     MAX_LAYERS,

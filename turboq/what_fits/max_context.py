@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from turboq import accounting
-from turboq.layer import KVLayer
-from turboq.packing import PAGE
+from turboq.cache import accounting
+from turboq.cache.layer import KVLayer
+from turboq.numbers.packing import PAGE
 
 
 def max_context(layers: Sequence[KVLayer], *, nbytes: int, batch: int = 1) -> int:

@@ -4,7 +4,7 @@
 
     bytes = sum over layers of bits_per_token * min(context, window + slack) / 8
 
-exact for any context, with the allocator's page as an input. `Ours` is what `turboq.cache` holds:
+exact for any context and page. `Ours` is what `cache.contiguous` holds:
 whole pages of 256 tokens, exact sinks and recent window besides, every token of a sliding-window
 layer. `Formula` at `page_tokens=256` and `Ours` agree where there are no exact tokens and no
 windows; `differences` says what the rest is made of.
@@ -17,14 +17,14 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from turboq.memory.formats import HeadBits
-from turboq.memory.layers import CacheGeometry, CacheLayer
+from turboq.what_fits.formats import HeadBits
+from turboq.what_fits.layers import CacheGeometry, CacheLayer
 
 if TYPE_CHECKING:
-    from turboq.layer import KVLayer
+    from turboq.cache.layer import KVLayer
     from turboq.plan import ModelGeometry, Plan
 
-OUR_PAGE = 256  # turboq.packing.PAGE, which would import jax
+OUR_PAGE = 256  # turboq.numbers.packing.PAGE, which would import jax
 
 
 @runtime_checkable
@@ -107,7 +107,7 @@ class Formula:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ours:
-    """What `turboq.cache` allocates for a plan's layers, from `turboq.accounting`."""
+    """What `cache.contiguous` allocates for a plan's layers, from `cache.accounting`."""
 
     page_bytes: int
     exact_bytes: int  # sinks and recent window of one sequence
@@ -116,7 +116,7 @@ class Ours:
 
     @classmethod
     def of(cls, layers: Sequence[KVLayer]) -> Ours:
-        from turboq import accounting
+        from turboq.cache import accounting
 
         at = accounting.residency(layers, context=OUR_PAGE)
         return cls(

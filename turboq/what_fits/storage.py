@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from turboq.errors import TurboqError
-from turboq.memory.formats import EDGE, FORMATS, head_bits, known, plain_name
-from turboq.memory.layers import CacheGeometry
-from turboq.memory.sizes import Cache, Formula, Ours, formula, plan_formula
+from turboq.what_fits.formats import EDGE, FORMATS, head_bits, known, plain_name
+from turboq.what_fits.layers import CacheGeometry
+from turboq.what_fits.sizes import Cache, Formula, Ours, formula, plan_formula
 
 if TYPE_CHECKING:
+    from turboq.cache.layer import KVLayer, TokenPolicy
     from turboq.codecs.base import Codec
-    from turboq.layer import KVLayer, TokenPolicy
     from turboq.plan import Plan
 
 View = Literal["engine", "ours"]
@@ -28,7 +28,7 @@ CodecAt = Callable[[str, int], "Codec"]  # (side "k" or "v", dim) -> codec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Storage:
-    """One way of storing a model's cache. `layers` makes what turboq.cache would hold."""
+    """One way of storing a model's cache. `layers` makes what cache.contiguous would hold."""
 
     name: str
     engine: Formula
@@ -36,7 +36,7 @@ class Storage:
 
     @functools.cached_property
     def ours(self) -> Ours:
-        """What `turboq.cache` holds.
+        """What `turboq.cache.contiguous` holds.
 
         Raises:
           TurboqError: turboq has no such cache.
@@ -62,7 +62,7 @@ def of_formats(
     page_tokens: int = 1,
     window_slack: int = 0,
 ) -> Storage:
-    """Keys and values in formats of `turboq.memory.formats`.
+    """Keys and values in formats of `turboq.what_fits.formats`.
 
     Raises:
       TurboqError: unknown format, or one that does not fit the heads.
@@ -165,12 +165,12 @@ def check_plan(plan: Plan, geometry: CacheGeometry) -> None:
 def kv_layers(
     geometry: CacheGeometry, at: CodecAt, policy: TokenPolicy | None = None
 ) -> tuple[KVLayer, ...]:
-    """Layers of `turboq.cache` for every layer that keeps K and V.
+    """Layers of `turboq.cache.contiguous` for every layer that keeps K and V.
 
     Raises:
-      TurboqError: the model keeps latent vectors, which turboq.cache does not store.
+      TurboqError: the model keeps latent vectors, which turboq.cache.contiguous does not store.
     """
-    from turboq.layer import TokenPolicy, uniform_layer
+    from turboq.cache.layer import TokenPolicy, uniform_layer
 
     if any(layer.kind == "latent" for layer in geometry.layers):
         raise TurboqError(

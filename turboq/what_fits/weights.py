@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 
 from turboq.errors import TurboqError
-from turboq.memory.layers import CacheGeometry
+from turboq.what_fits.layers import CacheGeometry
 
 BITS: dict[str, float] = {
     "f32": 32, "f16": 16, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4,

@@ -12,15 +12,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import CODECS, Codec, from_config
-from turboq.constraints import Constraints
 from turboq.errors import TurboqError
 from turboq.export import Options, engine
-from turboq.layer import TokenPolicy
 from turboq.plan import ModelGeometry
-from turboq_calibrate import learn
-from turboq_calibrate.allocate.budget import Budget
-from turboq_calibrate.candidates import Maker, data_free, fitted, learned
+from turboq.plan.constraints import Constraints
+from turboq_calibrate.candidates.table import Maker, data_free, fitted, learned
+from turboq_calibrate.choose import learn
+from turboq_calibrate.choose.budget import Budget
 
 
 def makers_of(words: Sequence[str], geometry: ModelGeometry) -> list[Maker]:

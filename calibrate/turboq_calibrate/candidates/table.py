@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec
 from turboq.codecs.transform import Transform
 from turboq.codecs.transform_padded import one_kind, pad_side
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
 from turboq.plan import (
     LayerGeometry,
     ModelGeometry,
@@ -37,7 +37,7 @@ from turboq.plan import (
 )
 from turboq.plan.build import Side, at_dim
 from turboq.plan.types import SIDES
-from turboq_calibrate.samples import LayerSamples, fit_samples
+from turboq_calibrate.observe.samples import LayerSamples, fit_samples
 
 Arrays = dict[str, np.ndarray]
 Chosen = Int[np.ndarray, "U"] | Mapping["Unit", int]
@@ -149,7 +149,7 @@ def learned_rates(rates: Mapping[str, float | int], **options: Any) -> list[Make
 
     Fitted to samples with gradients (`fisher.collect_gradient_samples`) they minimise nats.
     """
-    from turboq_calibrate.learned import HeadFit, Options, fit_heads, transform_at
+    from turboq_calibrate.fit.transform import HeadFit, Options, fit_heads, transform_at
 
     known: dict[tuple[int, Side, int], list[HeadFit]] = {}
 

@@ -5,7 +5,7 @@
     131072@4GiB      everything in memory for one sequence of 131072 tokens
     131072x8@40GiB   the same for eight sequences
 
-The last two count what `turboq.accounting.residency` counts: whole pages, exact sinks and recent
+The last two count what `cache.accounting.residency` counts: whole pages, exact sinks and recent
 tokens, fitted arrays, static tables.
 """
 
@@ -18,10 +18,10 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Int
 
-from turboq import accounting
+from turboq.cache import accounting
+from turboq.cache.layer import EXACT_DTYPES, TokenPolicy
 from turboq.errors import TurboqError
-from turboq.layer import EXACT_DTYPES, TokenPolicy
-from turboq_calibrate.allocate.problem import Problem
+from turboq_calibrate.choose.solver.problem import Problem
 
 _UNITS = {"b": 1}
 _UNITS |= {f"{p}ib": 2 ** (10 * (i + 1)) for i, p in enumerate("kmgt")}

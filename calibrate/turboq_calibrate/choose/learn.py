@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from turboq.constraints import Granularity
+from turboq.cache.layer import TokenPolicy
 from turboq.errors import TurboqError
 from turboq.files import make_folder
-from turboq.layer import TokenPolicy
 from turboq.plan import Measurement, Plan, Provenance, Quality
-from turboq_calibrate.candidates import Arrays, Maker, Table, build_table, learned_rates
-from turboq_calibrate.fisher import collect_gradient_samples
+from turboq.plan.constraints import Granularity
+from turboq_calibrate.candidates.table import Arrays, Maker, Table, build_table, learned_rates
+from turboq_calibrate.choose.refine import Chosen, Costs, Refined, refine, solve, total
+from turboq_calibrate.cost import Engine, activation_costs
+from turboq_calibrate.fit.plan import model_geometry, provenance
 from turboq_calibrate.models import Model
-from turboq_calibrate.plans import model_geometry, provenance
-from turboq_calibrate.refine import Chosen, Costs, Refined, refine, solve, total
-from turboq_calibrate.sensitivity import Engine, activation_costs
+from turboq_calibrate.observe.gradients import collect_gradient_samples
 
 SCORE = "output"  # the prediction that ranks units best (`experiments/sensitivity.py`)
 SINKS = TokenPolicy(sinks=4)

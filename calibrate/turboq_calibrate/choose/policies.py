@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from turboq.constraints import Constraints
+from turboq.cache.layer import TokenPolicy
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
-from turboq_calibrate.allocate.budget import Budget
-from turboq_calibrate.allocate.search import Found, search
-from turboq_calibrate.candidates import Table
+from turboq.plan.constraints import Constraints
+from turboq_calibrate.candidates.table import Table
+from turboq_calibrate.choose.budget import Budget
+from turboq_calibrate.choose.refine import Costs
+from turboq_calibrate.choose.search import Found, search
 from turboq_calibrate.models import Model
-from turboq_calibrate.refine import Costs
 
 
 def policies_of(words: Sequence[str], default: TokenPolicy, budget: Budget) -> list[TokenPolicy]:

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from turboq.constraints import GRANULARITIES, Granularity
 from turboq.errors import TurboqError
-from turboq_calibrate.allocate import hull
-from turboq_calibrate.allocate.problem import Infeasible
-from turboq_calibrate.candidates import Table
-from turboq_calibrate.sensitivity import Engine, Move, measure
+from turboq.plan.constraints import GRANULARITIES, Granularity
+from turboq_calibrate.candidates.table import Table
+from turboq_calibrate.choose.solver import hull
+from turboq_calibrate.choose.solver.problem import Infeasible
+from turboq_calibrate.cost import Engine, Move, measure
 
 Costs = Float[np.ndarray, "U C"]
 Chosen = Int[np.ndarray, "U"]

@@ -17,22 +17,22 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from turboq.constraints import Constraints
+from turboq.cache.layer import TokenPolicy
 from turboq.errors import TurboqError
 from turboq.files import make_folder
-from turboq.layer import TokenPolicy
 from turboq.plan import Measurement, ModelGeometry, Plan, Quality, TextSource
-from turboq_calibrate.allocate.budget import Budget
-from turboq_calibrate.allocate.problem import Problem
-from turboq_calibrate.allocate.solve import Allocation
-from turboq_calibrate.allocate.within import record, within
-from turboq_calibrate.candidates import Arrays, Table
-from turboq_calibrate.data import Windows
-from turboq_calibrate.learn import SCORE, plan_kl, rounds_report
+from turboq.plan.constraints import Constraints
+from turboq_calibrate.candidates.table import Arrays, Table
+from turboq_calibrate.choose.budget import Budget
+from turboq_calibrate.choose.learn import SCORE, plan_kl, rounds_report
+from turboq_calibrate.choose.refine import Chosen, Costs, refine
+from turboq_calibrate.choose.solver.problem import Problem
+from turboq_calibrate.choose.solver.solve import Allocation
+from turboq_calibrate.choose.within import record, within
+from turboq_calibrate.cost import Engine, activation_costs
+from turboq_calibrate.fit.plan import provenance
 from turboq_calibrate.models import Model
-from turboq_calibrate.plans import provenance
-from turboq_calibrate.refine import Chosen, Costs, refine
-from turboq_calibrate.sensitivity import Engine, activation_costs
+from turboq_calibrate.observe.texts import Windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from turboq import accounting
-from turboq.constraints import Constraints
+from turboq.cache import accounting
+from turboq.cache.layer import TokenPolicy
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
-from turboq_calibrate.allocate import solve
-from turboq_calibrate.allocate.budget import Budget, Memory
-from turboq_calibrate.allocate.problem import Infeasible, Problem
-from turboq_calibrate.allocate.solve import GAP, SECONDS, Allocation
+from turboq.plan.constraints import Constraints
+from turboq_calibrate.choose.budget import Budget, Memory
+from turboq_calibrate.choose.solver import solve
+from turboq_calibrate.choose.solver.problem import Infeasible, Problem
+from turboq_calibrate.choose.solver.solve import GAP, SECONDS, Allocation
 
 
 def within(

@@ -61,9 +61,9 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.files import make_folder
-    from turboq_calibrate.capture import CaptureRecipe, capture
     from turboq_calibrate.models import load_model
-    from turboq_calibrate.recipe import Shard
+    from turboq_calibrate.observe.capture import CaptureRecipe, capture
+    from turboq_calibrate.observe.recipe import Shard
 
     if values.coordinator is not None:
         join(values)
@@ -80,7 +80,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     model = load_model(values.model, dtype=values.model_dtype, resident=False)
     windows = common.windows_of(values, model.tokenizer)
     if values.dry_run:
-        from turboq_calibrate.estimate import dry_run
+        from turboq_calibrate.observe.dry_run import dry_run
 
         if shard is not None:
             raise TurboqError(f"--dry_run speaks of the whole text, not of --shard={values.shard}")
@@ -111,7 +111,7 @@ def mesh_of(values: flags.FlagValues):
     """The mesh that --mesh describes, or None."""
     if values.mesh is None:
         return None
-    from turboq_calibrate.placement import make_mesh
+    from turboq_calibrate.observe.placement import make_mesh
 
     data, times, model = values.mesh.partition("x")
     if not (times and data.isdecimal() and model.isdecimal()):

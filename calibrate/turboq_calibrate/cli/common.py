@@ -15,10 +15,10 @@ from absl import flags
 from turboq.errors import TurboqError
 
 if TYPE_CHECKING:
+    from turboq.cache.layer import TokenPolicy
     from turboq.codecs import Codec
-    from turboq.layer import TokenPolicy
-    from turboq_calibrate.data import Windows
     from turboq_calibrate.models import Tokenizer
+    from turboq_calibrate.observe.texts import Windows
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Codec fields that have a flag of their own; None leaves the codec's default.
@@ -169,14 +169,14 @@ def _fields(name: str) -> set[str]:
 
 def policy_of(values: flags.FlagValues) -> TokenPolicy:
     """The token policy that the flags describe."""
-    from turboq.layer import TokenPolicy
+    from turboq.cache.layer import TokenPolicy
 
     return TokenPolicy(sinks=values.sinks, recent=values.recent, exact_dtype=values.exact_dtype)
 
 
 def windows_of(values: flags.FlagValues, tokenizer: Tokenizer) -> Windows:
     """The windows of text that the flags describe."""
-    from turboq_calibrate import data
+    from turboq_calibrate.observe import texts as data
 
     return data.windows(
         data.load_text(values.text),

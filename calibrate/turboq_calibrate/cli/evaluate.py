@@ -60,10 +60,10 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.files import make_folder
     from turboq.plan import check_model, load
-    from turboq_calibrate.evaluate import evaluate
+    from turboq_calibrate.fit.plan import model_geometry
+    from turboq_calibrate.measure.evaluate import evaluate
+    from turboq_calibrate.measure.quality_table import format_table, write_quality
     from turboq_calibrate.models import load_model
-    from turboq_calibrate.plans import model_geometry
-    from turboq_calibrate.quality import format_table, write_quality
 
     if not values.plan and not values.baselines:
         raise TurboqError("nothing to evaluate: give --plan or --baselines")
@@ -103,7 +103,7 @@ def _named(entry: str) -> tuple[str, str]:
 
 def _baseline(entry: str, geometry: ModelGeometry, values: flags.FlagValues):
     from turboq.codecs import from_config
-    from turboq_calibrate.plans import make_plan
+    from turboq_calibrate.fit.plan import make_plan
 
     name, colon, bits = entry.partition(":")
     if colon and not bits.isdecimal():

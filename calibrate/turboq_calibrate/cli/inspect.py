@@ -62,7 +62,7 @@ def _plan(path: Path, context: int) -> str:
 
 
 def _statistics(path: Path) -> str:
-    from turboq_calibrate.statistics_files import load_statistics
+    from turboq_calibrate.observe.statistics_files import load_statistics
 
     statistics = load_statistics(path)
     for index in range(len(statistics)):
@@ -87,7 +87,7 @@ def _statistics(path: Path) -> str:
 
 
 def _model(argument: str) -> str:
-    from turboq import accounting
+    from turboq.cache import accounting
     from turboq_calibrate.models.model import open_source
     from turboq_calibrate.models.params import parameter_count
 

@@ -24,9 +24,9 @@ from turboq.errors import TurboqError
 from turboq_calibrate.cli import common
 
 if TYPE_CHECKING:
-    from turboq.memory import CacheGeometry
-    from turboq.memory.storage import Storage, View
-    from turboq_calibrate.memory_plan import Question
+    from turboq.what_fits import CacheGeometry
+    from turboq.what_fits.storage import Storage, View
+    from turboq_calibrate.what_fits.answer import Question
 
 REQUIRED = ()
 RESUME = "run the same command again"
@@ -111,11 +111,11 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
     import json
 
-    from turboq_calibrate import memory_report
-    from turboq_calibrate.memory_plan import answer
+    from turboq_calibrate.what_fits import text as memory_report
+    from turboq_calibrate.what_fits.answer import answer
 
     if values.geometry == "list":
-        from turboq.geometries import names
+        from turboq.what_fits.geometries import names
 
         print("\n".join(names()))
         return
@@ -133,8 +133,8 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
 
 
 def _question(values: flags.FlagValues) -> Question:
-    from turboq.memory import GIB
-    from turboq_calibrate.memory_plan import Question
+    from turboq.what_fits import GIB
+    from turboq_calibrate.what_fits.answer import Question
 
     for name in FLOATS:
         value = values[name].value
@@ -174,9 +174,9 @@ def _subject(values: flags.FlagValues) -> tuple[CacheGeometry, Storage]:
         raise TurboqError("give either --plan, or --model or --geometry with --codec")
     sizes = {"page_tokens": values.page_tokens, "window_slack": values.window_slack}
     if values.plan is not None:
-        from turboq.memory import of_plan, plan_geometry
         from turboq.plan import load
         from turboq.plan.summary import codec_label
+        from turboq.what_fits import of_plan, plan_geometry
 
         plan, _ = load(values.plan)
         labels = dict.fromkeys(
@@ -185,11 +185,11 @@ def _subject(values: flags.FlagValues) -> tuple[CacheGeometry, Storage]:
         )
         return plan_geometry(plan.model), of_plan(plan, ", ".join(labels), **sizes)
     if values.geometry is not None:
-        from turboq.geometries import geometry
+        from turboq.what_fits.geometries import geometry
 
         found = geometry(values.geometry)
     else:
-        from turboq_calibrate.cache_geometry import read_geometry
+        from turboq_calibrate.what_fits.read_geometry import read_geometry
 
         found = read_geometry(values.model)
     return found, _storage(values, found, sizes)
@@ -197,7 +197,7 @@ def _subject(values: flags.FlagValues) -> tuple[CacheGeometry, Storage]:
 
 def _storage(values: flags.FlagValues, geometry: CacheGeometry, sizes: dict[str, int]) -> Storage:
     """The cache that the codec flags describe: formats of engines, or turboq codecs."""
-    from turboq.memory import of_codecs, of_formats
+    from turboq.what_fits import of_codecs, of_formats
 
     names = [values[f"{side}_codec"].value or values.codec for side in ("k", "v")]
     formats = [_format(values, name) for name in names]
@@ -212,7 +212,7 @@ def _storage(values: flags.FlagValues, geometry: CacheGeometry, sizes: dict[str,
 
 def _format(values: flags.FlagValues, name: str) -> str | None:
     """The engine's format that `name` means; None for a turboq codec or one with codec flags."""
-    from turboq.memory import plain_name
+    from turboq.what_fits import plain_name
 
     flagged = [f for f in (*common.CODEC_FIELDS, "seed", "bits", "k_bits", "v_bits", "field")
                if values[f].value not in (None, [])]  # fmt: skip
@@ -227,7 +227,7 @@ def _check_codecs(names: list[str]) -> None:
     import difflib
 
     from turboq.codecs import CODECS
-    from turboq.memory import FORMATS, plain_name
+    from turboq.what_fits import FORMATS, plain_name
 
     for name in names:
         if name in CODECS:
@@ -256,7 +256,7 @@ def _view(values: flags.FlagValues) -> View:
 
 
 def _weights(values: flags.FlagValues, geometry: CacheGeometry) -> tuple[int, str]:
-    from turboq.memory import GIB, weights_bytes
+    from turboq.what_fits import GIB, weights_bytes
 
     if values.weights is not None and values.weights_gib is not None:
         raise TurboqError("give --weights or --weights_gib, not both")
@@ -280,7 +280,7 @@ def _cards(items: list[str]) -> tuple[int | float, ...]:
 
 
 def _options(values: flags.FlagValues, geometry: CacheGeometry) -> tuple[Storage, ...]:
-    from turboq.memory import QUALITY_ORDER, option
+    from turboq.what_fits import QUALITY_ORDER, option
 
     items = [q for item in values.choose for q in (
         QUALITY_ORDER if item in ("llama.cpp", "llamacpp") else (item,)
@@ -303,13 +303,13 @@ def _options(values: flags.FlagValues, geometry: CacheGeometry) -> tuple[Storage
 
 
 def _quality(values: flags.FlagValues) -> list[dict]:
-    from turboq_calibrate.quality import read_quality
+    from turboq_calibrate.measure.quality_table import read_quality
 
     return [row for folder in values.quality for row in read_quality(folder).rows]
 
 
 def _draw(path: str, question: Question) -> None:
-    from turboq_calibrate.memory_picture import context_wall
+    from turboq_calibrate.what_fits.picture import context_wall
 
     stored = question.options or (question.storage,)
     context_wall(

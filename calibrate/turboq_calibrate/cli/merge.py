@@ -23,7 +23,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
-    from turboq_calibrate.shards import merge_shards
+    from turboq_calibrate.observe.merge_shards import merge_shards
 
     if not arguments:
         raise TurboqError("name the folders of all shards")

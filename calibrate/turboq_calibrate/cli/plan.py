@@ -32,7 +32,7 @@ from turboq_calibrate.cli import common
 
 REQUIRED = ("out",)
 RESUME = "an earlier plan is intact, run the same command again"
-GRANULARITIES = ("uniform", "per_layer", "per_kv", "per_head")  # of turboq.constraints
+GRANULARITIES = ("uniform", "per_layer", "per_kv", "per_head")  # of turboq.plan.constraints
 
 
 def define(values: flags.FlagValues) -> None:
@@ -106,9 +106,9 @@ def _check(values: flags.FlagValues) -> None:
 
 def _one_codec(values: flags.FlagValues) -> None:
     from turboq.plan import save, summary
+    from turboq_calibrate.fit.plan import make_plan, model_geometry
     from turboq_calibrate.models import load_model
-    from turboq_calibrate.plans import make_plan, model_geometry
-    from turboq_calibrate.statistics_files import load_statistics
+    from turboq_calibrate.observe.statistics_files import load_statistics
 
     statistics = load_statistics(values.statistics) if values.statistics else None
     geometry = model_geometry(load_model(values.model, resident=False))
@@ -127,18 +127,18 @@ def _one_codec(values: flags.FlagValues) -> None:
 
 
 def _within_budget(values: flags.FlagValues) -> None:
-    from turboq.constraints import Constraints
     from turboq.files import make_folder
     from turboq.plan import save, summary
-    from turboq_calibrate.allocate.budget import Budget
-    from turboq_calibrate.allocate.menu import default_makers, engine_menu, makers_of
-    from turboq_calibrate.allocate.policies import best_policy, policies_of
-    from turboq_calibrate.allocate.search import plan_of, search
-    from turboq_calibrate.allocate.within import report
-    from turboq_calibrate.candidates import build_table
-    from turboq_calibrate.fisher import collect_gradient_samples
+    from turboq.plan.constraints import Constraints
+    from turboq_calibrate.candidates.makers import default_makers, engine_menu, makers_of
+    from turboq_calibrate.candidates.table import build_table
+    from turboq_calibrate.choose.budget import Budget
+    from turboq_calibrate.choose.policies import best_policy, policies_of
+    from turboq_calibrate.choose.search import plan_of, search
+    from turboq_calibrate.choose.within import report
+    from turboq_calibrate.fit.plan import model_geometry
     from turboq_calibrate.models import load_model
-    from turboq_calibrate.plans import model_geometry
+    from turboq_calibrate.observe.gradients import collect_gradient_samples
 
     budget = Budget.parse(values.budget)
     model = load_model(values.model)

@@ -17,6 +17,6 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
-    from turboq_calibrate.report import write_report
+    from turboq_calibrate.measure.html_page import write_report
 
     print(write_report(values.run))

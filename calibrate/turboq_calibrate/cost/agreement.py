@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from turboq_calibrate.candidates import Table
+from turboq_calibrate.candidates.table import Table
 
 PARTS = ("all", "k", "v")
 

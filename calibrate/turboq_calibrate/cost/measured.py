@@ -21,10 +21,10 @@ from jaxtyping import Float, Int
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write
-from turboq_calibrate.candidates import Table
-from turboq_calibrate.progress import Progress
-from turboq_calibrate.recipe import differences
-from turboq_calibrate.sensitivity.engine import EXACT, Engine, Run
+from turboq_calibrate.candidates.table import Table
+from turboq_calibrate.cost.side_by_side import EXACT, Engine, Run
+from turboq_calibrate.observe.recipe import differences
+from turboq_calibrate.run.progress import Progress
 
 FORMAT = 1
 

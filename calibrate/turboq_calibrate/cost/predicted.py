@@ -29,16 +29,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from turboq.attention import causal, soft_cap
-from turboq.layer import TokenPolicy
+from turboq.cache.exact_attention import causal, soft_cap
+from turboq.cache.layer import TokenPolicy
 from turboq.plan.types import SIDES
-from turboq_calibrate import metrics
-from turboq_calibrate.candidates import Table
+from turboq_calibrate.candidates.table import Table
+from turboq_calibrate.cost import metrics
+from turboq_calibrate.cost.side_by_side import Engine, mixed_attention, quantized
 from turboq_calibrate.models import Model
 from turboq_calibrate.models.decoder import Params, feed_forward, head, linear, project_qkv
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
-from turboq_calibrate.progress import Progress
-from turboq_calibrate.sensitivity.engine import Engine, mixed_attention, quantized
+from turboq_calibrate.run.progress import Progress
 
 HIGHEST = jax.lax.Precision.HIGHEST
 SCORES = ("fisher", "directional", "matrix", "output", "output_error", "logit", "mse")

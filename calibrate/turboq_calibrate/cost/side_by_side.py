@@ -2,7 +2,7 @@
 
 A layer is split into three compiled parts, project -> quantize -> finish. Only the middle one knows
 the codecs, so plans of any shape share the two expensive ones. The numbers are those of
-`turboq.simulate` (first `sinks` and last `recent` tokens exact), up to float32 rounding.
+`turboq.cache.simulate` (first `sinks` and last `recent` tokens exact), up to float32 rounding.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from turboq.attention import attention_over_segments, causal
+from turboq.cache.exact_attention import attention_over_segments, causal
+from turboq.cache.layer import TokenPolicy
+from turboq.cache.simulate import quantize_dequantize, round_exact
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
 from turboq.plan.build import Side
 from turboq.plan.types import SIDES
-from turboq.simulate import quantize_dequantize, round_exact
-from turboq_calibrate import metrics
-from turboq_calibrate.candidates import Option, Table
-from turboq_calibrate.evaluate import BLOCK
+from turboq_calibrate.candidates.table import Option, Table
+from turboq_calibrate.cost import metrics
+from turboq_calibrate.measure.evaluate import BLOCK
 from turboq_calibrate.models import Model, default_positions, embed_tokens, exact_attend
 from turboq_calibrate.models.decoder import (
     Params,

@@ -10,9 +10,9 @@ from turboq.codecs.fit_rope_block import block_moments, choose_segments, fit_rop
 from turboq.codecs.fit_transform import token_weights
 from turboq.codecs.hadamard_per_head import HadamardPerHead
 from turboq.codecs.rope_block import RopeBlock
-from turboq_calibrate.fisher import LayerGradients
-from turboq_calibrate.learned import Arrays, Options, stack
-from turboq_calibrate.samples import LayerSamples
+from turboq_calibrate.fit.transform import Arrays, Options, stack
+from turboq_calibrate.observe.gradients import LayerGradients
+from turboq_calibrate.observe.samples import LayerSamples
 
 
 def rope_block_at(

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs.base import Codec
 from turboq.codecs.transform import Transform
 from turboq.codecs.water_filling import Rates, cost_rates, share
-from turboq.layer import TokenPolicy
 from turboq.plan import ModelGeometry, Plan, collect_arrays, head_plan
-from turboq_calibrate.learned import Arrays, HeadFit, Options, arrays_of, stack
+from turboq_calibrate.fit.transform import Arrays, HeadFit, Options, arrays_of, stack
 
 Key = tuple[int, str]  # layer index, "k" or "v"
 GRANULARITIES = ("uniform", "per_layer", "per_head")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from turboq.codebook import fit_histogram, lloyd_max
 from turboq.codecs.per_head import PerHead
-from turboq.distortion import rule_error
 from turboq.errors import TurboqError
-from turboq_calibrate.statistics import CODE_BINS, SideStatistics
+from turboq.numbers.codebook import fit_histogram, lloyd_max
+from turboq.numbers.distortion import rule_error
+from turboq_calibrate.observe.statistics import CODE_BINS, SideStatistics
 
 MIN_PER_LEVEL = 16  # coordinates per codebook level below which a codebook is noise
 

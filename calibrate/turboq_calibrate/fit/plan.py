@@ -8,14 +8,14 @@ import importlib.metadata
 import numpy as np
 
 from turboq import plan as plans
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec, PerHead
 from turboq.errors import TurboqError
-from turboq.layer import TokenPolicy
 from turboq.plan import LayerGeometry, ModelGeometry, Plan, Provenance, TextSource
 from turboq.version import __version__
-from turboq_calibrate.fit import fit_side
+from turboq_calibrate.fit.per_head import fit_side
 from turboq_calibrate.models import LayerSpec, Model, ModelSpec
-from turboq_calibrate.statistics_files import MANIFEST, Statistics
+from turboq_calibrate.observe.statistics_files import MANIFEST, Statistics
 
 Arrays = dict[str, np.ndarray]
 

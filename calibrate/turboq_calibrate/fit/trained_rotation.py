@@ -43,12 +43,12 @@ from turboq.codecs.transform import Transform
 from turboq.codecs.transform_padded import PaddedTransform, pad_side
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq_calibrate.checkpoint import Checkpoints
-from turboq_calibrate.fisher import LayerGradients
-from turboq_calibrate.learned import Arrays, HeadFit
-from turboq_calibrate.orthogonal import cayley, cayley_host
-from turboq_calibrate.progress import Progress
-from turboq_calibrate.samples import LayerSamples
+from turboq_calibrate.fit.orthogonal import cayley, cayley_host
+from turboq_calibrate.fit.transform import Arrays, HeadFit
+from turboq_calibrate.observe.gradients import LayerGradients
+from turboq_calibrate.observe.samples import LayerSamples
+from turboq_calibrate.run.checkpoints import Checkpoints
+from turboq_calibrate.run.progress import Progress
 
 Key = tuple[int, str]  # layer index, "k" or "v"
 Heads = list[tuple[Transform, Arrays]]

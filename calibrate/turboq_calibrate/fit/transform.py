@@ -17,8 +17,8 @@ from turboq.codecs.fit_transform import (
 )
 from turboq.codecs.transform import MAX_SEGMENTS, Segments, Transform
 from turboq.codecs.water_filling import Rates, cost_rates, distortion_curve
-from turboq_calibrate.fisher import GradientSamples, LayerGradients
-from turboq_calibrate.samples import LayerSamples
+from turboq_calibrate.observe.gradients import GradientSamples, LayerGradients
+from turboq_calibrate.observe.samples import LayerSamples
 
 Arrays = dict[str, np.ndarray]
 

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from turboq import cache as caches
+from turboq.cache import contiguous as caches
+from turboq.cache.layer import KVLayer
+from turboq.cache.simulate import round_exact, simulate, simulated_attention
 from turboq.errors import TurboqError
-from turboq.layer import KVLayer
-from turboq.packing import PAGE
-from turboq.simulate import round_exact, simulate, simulated_attention
+from turboq.numbers.packing import PAGE
 from turboq_calibrate.models import rope
 from turboq_calibrate.models.decoder import exact_attend
 from turboq_calibrate.models.spec import LayerSpec

@@ -22,26 +22,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from turboq import accounting
+from turboq.cache import accounting
+from turboq.cache.layer import KVLayer
 from turboq.codecs.transform_padded import shared_layer
 from turboq.errors import TurboqError
-from turboq.layer import KVLayer
 from turboq.plan import Plan, check_model
 from turboq.version import __version__
-from turboq_calibrate import metrics
-from turboq_calibrate.memory import peak_rss
-from turboq_calibrate.models import Model, default_positions, embed_tokens, exact_attend
-from turboq_calibrate.models.decoder import run_head, run_layer
-from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.plugs import (
+from turboq_calibrate.cost import metrics
+from turboq_calibrate.fit.plan import model_geometry
+from turboq_calibrate.measure.attention_plugs import (
     KERNELS,
     packed_attend,
     packed_by,
     pre_rope_attend,
     simulated_attend,
 )
-from turboq_calibrate.progress import Progress
-from turboq_calibrate.quality import SCHEMA, Quality
+from turboq_calibrate.measure.quality_table import SCHEMA, Quality
+from turboq_calibrate.models import Model, default_positions, embed_tokens, exact_attend
+from turboq_calibrate.models.decoder import run_head, run_layer
+from turboq_calibrate.run.peak_memory import peak_rss
+from turboq_calibrate.run.progress import Progress
 
 PLUGS = {
     "simulated": simulated_attend,

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from turboq import cache as caches
+from turboq.cache import contiguous as caches
+from turboq.cache.layer import KVLayer
 from turboq.errors import TurboqError
-from turboq.layer import KVLayer
+from turboq_calibrate.measure.attention_plugs import Cached, cached_by
 from turboq_calibrate.models import Model, embed_tokens
 from turboq_calibrate.models.decoder import exact_attend, run_head, run_layer, run_layer_donated
-from turboq_calibrate.plugs import Cached, cached_by
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

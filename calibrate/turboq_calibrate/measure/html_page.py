@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from turboq.files import atomic_write
-from turboq_calibrate import pictures
-from turboq_calibrate.quality import Quality, display, read_quality
+from turboq_calibrate.measure import pictures
+from turboq_calibrate.measure.quality_table import Quality, display, read_quality
 
 REPORT = "report.html"
 HEAT_MAPS = 4  # plans shown in the heat maps, unless named

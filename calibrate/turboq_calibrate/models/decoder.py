@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from turboq.attention import attention
+from turboq.cache.exact_attention import attention
 from turboq_calibrate.models import rope
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 

@@ -33,26 +33,26 @@ from jax.sharding import Mesh
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq.rotation import Rotation
-from turboq_calibrate import statistics as st
-from turboq_calibrate import statistics_files as files
-from turboq_calibrate.checkpoint import Checkpoints
-from turboq_calibrate.data import Windows
-from turboq_calibrate.hidden import HiddenFile
-from turboq_calibrate.memory import ArrayMeter, peak_rss
+from turboq.numbers.rotation import Rotation
 from turboq_calibrate.models import decoder
 from turboq_calibrate.models.model import Model, embed_tokens
-from turboq_calibrate.placement import MeshPlacement, Placement
-from turboq_calibrate.progress import Progress
-from turboq_calibrate.recipe import (
+from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe import statistics_files as files
+from turboq_calibrate.observe.hidden import HiddenFile
+from turboq_calibrate.observe.placement import MeshPlacement, Placement
+from turboq_calibrate.observe.recipe import (
     CaptureRecipe,
     Shard,
     capture_inputs,
     check_sizes,
     differences,
 )
-from turboq_calibrate.reduce import to_host
-from turboq_calibrate.statistics_files import Statistics, load_statistics
+from turboq_calibrate.observe.reduce import to_host
+from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
+from turboq_calibrate.observe.texts import Windows
+from turboq_calibrate.run.checkpoints import Checkpoints
+from turboq_calibrate.run.peak_memory import ArrayMeter, peak_rss
+from turboq_calibrate.run.progress import Progress
 
 FOLDER = "capture"
 Observer = Callable[[str, dict[str, Any]], None]
@@ -75,7 +75,7 @@ def capture(
 
     Args:
       shard: capture only this part of the windows; needs the recipe's center="pilot". The shards'
-        folders become one with `turboq_calibrate.shards.merge_shards`.
+        folders become one with `turboq_calibrate.observe.merge_shards.merge_shards`.
       mesh: of `placement.make_mesh`: windows and heads are divided over its devices, which may
         belong to several processes that share `out_dir`. All of them call `capture`.
       checkpoint_every: chunks between checkpoints; changes what a kill costs, not the result.

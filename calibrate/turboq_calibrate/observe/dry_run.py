@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from turboq.errors import TurboqError
-from turboq.rotation import Rotation
-from turboq_calibrate import statistics as st
-from turboq_calibrate import sweeps
-from turboq_calibrate.data import Windows
-from turboq_calibrate.memory import nbytes, peak_rss
+from turboq.numbers.rotation import Rotation
 from turboq_calibrate.models import decoder
 from turboq_calibrate.models.model import Model, embed_tokens
-from turboq_calibrate.progress import clock
-from turboq_calibrate.recipe import CaptureRecipe, check_sizes
-from turboq_calibrate.reduce import to_host
+from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe import sweeps
+from turboq_calibrate.observe.recipe import CaptureRecipe, check_sizes
+from turboq_calibrate.observe.reduce import to_host
+from turboq_calibrate.observe.texts import Windows
+from turboq_calibrate.run.peak_memory import nbytes, peak_rss
+from turboq_calibrate.run.progress import clock
 
 TIMED_PASSES = 2  # the first touches memory for the first time
 

@@ -26,7 +26,7 @@ from turboq_calibrate.models import decoder
 from turboq_calibrate.models.decoder import default_positions, exact_attend
 from turboq_calibrate.models.model import Model, embed_tokens
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
-from turboq_calibrate.samples import LayerSamples, collect_samples
+from turboq_calibrate.observe.samples import LayerSamples, collect_samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

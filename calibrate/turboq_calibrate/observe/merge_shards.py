@@ -17,11 +17,11 @@ from pathlib import Path
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq_calibrate import statistics as st
-from turboq_calibrate import statistics_files as files
-from turboq_calibrate.progress import Progress
-from turboq_calibrate.recipe import Shard, differences
-from turboq_calibrate.statistics_files import Statistics, load_statistics
+from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe import statistics_files as files
+from turboq_calibrate.observe.recipe import Shard, differences
+from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
+from turboq_calibrate.run.progress import Progress
 
 
 def merge_shards(

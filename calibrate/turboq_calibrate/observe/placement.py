@@ -24,9 +24,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from turboq_calibrate import sweeps
 from turboq_calibrate.models import decoder
 from turboq_calibrate.models.spec import LayerSpec
+from turboq_calibrate.observe import sweeps
 
 Rows = Callable[[int, int], np.ndarray]
 

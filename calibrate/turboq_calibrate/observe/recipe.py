@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any
 
 from turboq.errors import TurboqError
-from turboq.rotation import Rotation
-from turboq_calibrate import statistics as st
-from turboq_calibrate.data import Windows
+from turboq.numbers.rotation import Rotation
 from turboq_calibrate.models.model import Model
+from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe.texts import Windows
 
 CENTERS = ("all", "pilot")
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from turboq.rotation import Rotation
-from turboq_calibrate import statistics as st
-from turboq_calibrate.histogram import scatter
+from turboq.numbers.rotation import Rotation
+from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe.histogram import scatter
 
 HIGHEST = jax.lax.Precision.HIGHEST
 BLOCK = 256  # tokens summed in one float32 run

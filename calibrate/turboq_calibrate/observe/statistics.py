@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from turboq.errors import TurboqError
-from turboq.rotation import Rotation
-from turboq_calibrate.histogram import CodeBins, FloatBins
+from turboq.numbers.rotation import Rotation
+from turboq_calibrate.observe.histogram import CodeBins, FloatBins
 
 VERSION = 1  # of the meaning of these statistics; older ones are refused
 CHANNEL_BINS = FloatBins(low=-16, high=16)

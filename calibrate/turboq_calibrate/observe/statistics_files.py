@@ -23,8 +23,8 @@ from safetensors import numpy as st_numpy
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write
-from turboq.rotation import Rotation
-from turboq_calibrate import statistics as st
+from turboq.numbers.rotation import Rotation
+from turboq_calibrate.observe import statistics as st
 
 MANIFEST = "manifest.json"
 FOLDER = "statistics"

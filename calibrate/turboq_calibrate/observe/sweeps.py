@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from turboq.rotation import Rotation
-from turboq_calibrate import reduce
+from turboq.numbers.rotation import Rotation
 from turboq_calibrate.models import decoder
 from turboq_calibrate.models.spec import LayerSpec
+from turboq_calibrate.observe import reduce
 
 Sides = dict[str, dict[str, Array]]
 

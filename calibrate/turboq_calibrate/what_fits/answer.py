@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from turboq.errors import TurboqError
-from turboq.memory.budget import CARDS, GIB, Budget, card_table
-from turboq.memory.choice import Option, by_quality, choose
-from turboq.memory.layers import CacheGeometry
-from turboq.memory.roofline import decode_estimate
-from turboq.memory.sizes import Formula, baseline, differences
-from turboq.memory.storage import Storage, View
+from turboq.what_fits.budget import CARDS, GIB, Budget, card_table
+from turboq.what_fits.choice import Option, by_quality, choose
+from turboq.what_fits.layers import CacheGeometry
+from turboq.what_fits.roofline import decode_estimate
+from turboq.what_fits.sizes import Formula, baseline, differences
+from turboq.what_fits.storage import Storage, View
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ def _sessions(q: Question, budget: Budget) -> int | None:
 
 
 def _views(q: Question) -> dict[str, Any]:
-    """The formula, the same in whole pages of 256 tokens, and what turboq.cache holds and why."""
+    """The formula, the same in whole pages of 256 tokens, what ours holds and why."""
     engine = q.storage.engine
     out: dict[str, Any] = {
         "engine": engine.kv_bytes(q.context, q.sessions, q.prefix),

@@ -16,8 +16,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write
-from turboq.memory.budget import GIB, Budget
-from turboq_calibrate.pictures import _STYLE
+from turboq.what_fits.budget import GIB, Budget
+from turboq_calibrate.measure.pictures import _STYLE
 
 FORMATS = (".svg", ".png")
 _INK, _SOFT, _PAPER = "#1d2329", "#8b95a1", "#ffffff"

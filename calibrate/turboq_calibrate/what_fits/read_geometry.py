@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 
 from turboq.errors import TurboqError
-from turboq.memory.gguf_metadata import from_metadata
-from turboq.memory.hf_config import from_config
-from turboq.memory.layers import CacheGeometry
+from turboq.what_fits.gguf_metadata import from_metadata
+from turboq.what_fits.hf_config import from_config
+from turboq.what_fits.layers import CacheGeometry
 from turboq_calibrate.models.config import read_config
 
 MAX_CONFIG_BYTES = 16 << 20  # the largest real ones have a few hundred kB

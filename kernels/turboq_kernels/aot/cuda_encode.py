@@ -18,11 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from turboq import cache as caches
+from turboq.cache import contiguous as caches
+from turboq.cache.layer import KVLayer
 from turboq.codecs import TurboQuantMSE, TurboQuantProd
 from turboq.codecs.base import Codec
-from turboq.layer import KVLayer
-from turboq.packing import PAGE, ROWS, WORD_BITS
+from turboq.numbers.packing import PAGE, ROWS, WORD_BITS
 from turboq_kernels.aot import cubin, cuda
 from turboq_kernels.aot.cuda import TARGET
 from turboq_kernels.aot.cuda import missing as missing

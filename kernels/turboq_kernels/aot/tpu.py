@@ -29,7 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from turboq.codecs.reading import Part, Reading
-from turboq.packing import PAGE, ROWS
+from turboq.numbers.packing import PAGE, ROWS
 from turboq_kernels.decode import mosaic_tpu, types
 
 KERNEL = "turboq_decode"

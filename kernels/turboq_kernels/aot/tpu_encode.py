@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from turboq.cache.layer import KVLayer
 from turboq.codecs import TurboQuantMSE, TurboQuantProd
 from turboq.codecs.base import Codec
-from turboq.layer import KVLayer
-from turboq.packing import PAGE, ROWS
+from turboq.numbers.packing import PAGE, ROWS
 from turboq_kernels.aot import tpu
 from turboq_kernels.aot.tpu import missing as missing
 from turboq_kernels.decode.types import Pages
@@ -99,7 +99,7 @@ def compile_layer(target: str, layer: KVLayer, cache: Any, tokens: int):
     """The executable of `encode` of a whole layer into a contiguous cache, which is donated.
 
     Args:
-      cache: shapes of a `turboq.cache.LayerCache`.
+      cache: shapes of a `turboq.cache.contiguous.LayerCache`.
     """
     batch, heads = len(cache.lengths), layer.kv_heads
     k, v = (

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from turboq.packing import PAGE
+from turboq.numbers.packing import PAGE
 from turboq_kernels.aot import tpu
 from turboq_kernels.aot.tpu import Configuration
 from turboq_kernels.aot.tpu import missing as missing

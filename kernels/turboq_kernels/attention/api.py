@@ -7,9 +7,9 @@ import functools
 import jax
 from jaxtyping import Array, Float, Int
 
-from turboq.cache import LayerCache, Tail
-from turboq.layer import KVLayer
-from turboq.paged_cache import PagedView
+from turboq.cache.contiguous import LayerCache, Tail
+from turboq.cache.layer import KVLayer
+from turboq.cache.paged import PagedView
 from turboq_kernels.attention import base
 from turboq_kernels.decode.api import IMPLEMENTATIONS as IMPLEMENTATIONS
 
@@ -40,8 +40,8 @@ def cache_attention(
     softmax(softcap(scale * q . k_hat)) v_hat with one softmax over exact and quantized tokens.
     Query t (at position q_positions[b, t]) sees token s exactly if s < sinks or
     s > t - recent, quantized otherwise, never beyond itself or `window`. The queries' own
-    keys and values must have been written: `cache, tail = turboq.cache.write(...)`, or
-    `turboq.paged_cache.write` and its `view` for sequences of a shared pool.
+    keys and values must have been written: `cache, tail = turboq.cache.contiguous.write(...)`, or
+    `turboq.cache.paged.write` and its `view` for sequences of a shared pool.
 
     Temporary memory is one block: `block_tokens` unpacked K and V rows and logits per head.
     A query that sees no key gets zeros; unwritten slots never contribute.

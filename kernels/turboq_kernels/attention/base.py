@@ -12,10 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from turboq.cache import LayerCache, Tail
-from turboq.layer import HeadGroup, KVLayer, in_head_order
-from turboq.paged_cache import PagedView
-from turboq.simulate import take_heads
+from turboq.cache.contiguous import LayerCache, Tail
+from turboq.cache.layer import HeadGroup, KVLayer, in_head_order
+from turboq.cache.paged import PagedView
+from turboq.cache.simulate import take_heads
 from turboq_kernels import decode as kernels
 from turboq_kernels import merge, sides, views
 from turboq_kernels.decode import codec as codec_decode

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from turboq.attention import HIGHEST
-from turboq.cache import LayerCache, Tail
-from turboq.layer import KVLayer
-from turboq.paged_cache import PagedView
+from turboq.cache.contiguous import LayerCache, Tail
+from turboq.cache.exact_attention import HIGHEST
+from turboq.cache.layer import KVLayer
+from turboq.cache.paged import PagedView
 from turboq_kernels.attention import base
 from turboq_kernels.attention.api import STATIC, check
 

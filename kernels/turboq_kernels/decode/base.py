@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from turboq import codebook, packing
-from turboq.attention import HIGHEST, soft_cap
+from turboq.cache.exact_attention import HIGHEST, soft_cap
 from turboq.codecs.minifloat import E4M3, E5M2
 from turboq.codecs.reading import Part
+from turboq.numbers import codebook, packing
 from turboq_kernels import merge
 from turboq_kernels.decode.types import Pages, Partial, Side
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from turboq import packing
 from turboq.codecs.base import Arrays, Codec, Stored
+from turboq.numbers import packing
 from turboq_kernels.decode import base
 from turboq_kernels.decode.types import Pages, Partial
 from turboq_kernels.sides import of_heads

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from turboq.codecs.reading import Part
-from turboq.packing import WORD_BITS
+from turboq.numbers.packing import WORD_BITS
 
 LANES = 128
 CHUNK_ROWS = 32  # register rows of one bit plane that meet in one product: four registers

@@ -1,7 +1,7 @@
 """What every decode implementation takes and returns: plain arrays over flat head-pages.
 
 A *head-page* is one page of one head: `rows` * 32 tokens (256 with 8 rows, 64 with 2) of
-`turboq.packing`. All head-pages of a buffer lie along one axis R, and that of (sequence b, head n,
+`numbers.packing`. All head-pages of a buffer lie along one axis R, and that of (sequence b, head n,
 page p) is
 
     pages.table[b, p] * pages.stride_page + n * pages.stride_head
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from turboq.codecs.reading import Reading
-from turboq.packing import WORD_BITS
+from turboq.numbers.packing import WORD_BITS
 
 
 @jax.tree_util.register_dataclass

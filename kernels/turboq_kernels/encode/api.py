@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int
 
-from turboq import cache as caches
-from turboq import packing, paged_cache
-from turboq.cache import LayerCache, Tail
-from turboq.layer import KVLayer
-from turboq.paged_cache import PagedCache, Where
+from turboq.cache import contiguous as caches
+from turboq.cache import paged as paged_cache
+from turboq.cache.contiguous import LayerCache, Tail
+from turboq.cache.layer import KVLayer
+from turboq.cache.paged import PagedCache, Where
+from turboq.numbers import packing
 from turboq_kernels.encode import store
 
 IMPLEMENTATIONS = ("xla", "mosaic_tpu", "triton")
@@ -32,7 +33,7 @@ def encode(
 
     Slots that are already written keep their bits. One by one and in chunks gives equal bytes. Of a
     contiguous cache's tokens the first counts[b] are real (default: all); a pool is told by `where`
-    (`turboq.paged_cache.locate`). A kernel writes words in place if the cache is donated to the
+    (`turboq.cache.paged.locate`). A kernel writes words in place if the cache is donated to the
     jitted function around this, and leaves scales, exact sinks and recent windows to XLA.
 
     Args:
@@ -51,7 +52,7 @@ def encode(
         by = None if name == "xla" else store.contiguous(name, interpret)
         return caches.write(layer, cache, k, v, counts, by)
     if where is None or counts is not None:
-        raise ValueError("a pool takes where (turboq.paged_cache.locate), which holds the counts")
+        raise ValueError("a pool takes where (turboq.cache.paged.locate), which holds the counts")
     name = choose(layer, cache.page, implementation, interpret)
     by = None if name == "xla" else store.pool(name, interpret)
     return paged_cache.write(layer, cache, where, k, v, by)

@@ -1,6 +1,6 @@
 """What the encode kernels compute, in XLA and in their order: the oracle they are tested against.
 
-The XLA path itself is the codec's own `encode` (`turboq.cache.write`); this is the same from a
+The XLA path itself is the codec's own `encode` (`cache.contiguous.write`); this is the same from a
 `turboq.codecs.writing.Writing` alone, as a kernel sees it.
 """
 
@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from turboq import codebook as codebooks
-from turboq import scale as scales
 from turboq.codecs.scalar import dot
 from turboq.codecs.writing import WriteTables, Writing
+from turboq.numbers import codebook as codebooks
+from turboq.numbers import scale as scales
 from turboq_kernels.encode.types import word_fields
 
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.codecs.writing import WriteTables, Writing
-from turboq.packing import WORD_BITS
+from turboq.numbers.packing import WORD_BITS
 from turboq_kernels.decode.types import Pages
 from turboq_kernels.encode import mosaic_tpu_codes as codes
 from turboq_kernels.encode.mosaic_tpu_kernel import Spec, append_kernel, append_spans, chunk_kernel

@@ -181,7 +181,7 @@ def _sum(x):
 def _unit(x):
     """x times a power of two, so that its largest entry is in [4, 8), and one over that power.
 
-    Zero vectors are those of `turboq.scale.unit_rms`; Inf and NaN stay what they are.
+    Zero vectors are those of `turboq.numbers.scale.unit_rms`; Inf and NaN stay what they are.
     """
     peak = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     exponent = jax.lax.bitcast_convert_type(peak, jnp.int32) & (0xFF << 23)
@@ -222,7 +222,7 @@ def _search(bits: int, middles, levels, u):
 
 
 def _factor(rule: str, u, c):
-    """`turboq.scale.vector_scale` over rms."""
+    """`turboq.numbers.scale.vector_scale` over rms."""
     sums = {"matched": (u * u, c * c), "unbiased": (u * u, u * c), "least_squares": (u * c, c * c)}
     top, bottom = (_sum(s) for s in sums[rule])
     if rule == "matched":

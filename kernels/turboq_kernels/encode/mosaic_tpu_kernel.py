@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from turboq.packing import WORD_BITS
+from turboq.numbers.packing import WORD_BITS
 from turboq_kernels.encode import mosaic_tpu_codes as codes
 from turboq_kernels.encode.mosaic_tpu_codes import LANES, CodeSpec
 from turboq_kernels.encode.mosaic_tpu_pages import SUBLANES, FieldSpec, merge

@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from turboq import packing
-from turboq.packing import WORD_BITS
+from turboq.numbers import packing
+from turboq.numbers.packing import WORD_BITS
 from turboq_kernels.decode.mosaic_tpu_layout import LANES
 
 SUBLANES = 8

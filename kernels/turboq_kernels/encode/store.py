@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from turboq import cache as caches
-from turboq import packing, paged_cache
+from turboq.cache import contiguous as caches
+from turboq.cache import paged as paged_cache
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.codecs.writing import WriteTables, Writing
+from turboq.numbers import packing
 from turboq_kernels.decode.types import Pages, contiguous_pages, pool_pages
 from turboq_kernels.encode.types import word_fields
 
@@ -33,10 +34,10 @@ def unsupported(name: str, codec: Codec, page: int) -> str | None:
     return module.unsupported(codec.writing, codec.dim, page)
 
 
-# Cached, so that one setting is one function: `turboq.cache.write` compiles once for each.
+# Cached, so that one setting is one function: `cache.contiguous.write` compiles once for each.
 @functools.cache
 def contiguous(name: str, interpret: bool) -> caches.Store:
-    """The store of `turboq.cache.write` by the kernels of `name`."""
+    """The store of `turboq.cache.contiguous.write` by the kernels of `name`."""
 
     def store(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
         batch, heads = x.shape[:2]
@@ -50,7 +51,7 @@ def contiguous(name: str, interpret: bool) -> caches.Store:
 
 @functools.cache
 def pool(name: str, interpret: bool) -> paged_cache.PoolStore:
-    """The store of `turboq.paged_cache.write` by the kernels of `name`."""
+    """The store of `turboq.cache.paged.write` by the kernels of `name`."""
 
     def store(
         page: int, table: Int[Array, "B P"], codec: Codec, arrays: Arrays, stored: Stored,

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.codecs.writing import WriteTables, Writing
-from turboq.packing import WORD_BITS
+from turboq.numbers.packing import WORD_BITS
 from turboq_kernels.decode.types import Pages
 
 try:

@@ -21,9 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from turboq import scale as scales
 from turboq.codecs.writing import Writing
-from turboq.packing import WORD_BITS
+from turboq.numbers import scale as scales
+from turboq.numbers.packing import WORD_BITS
 from turboq_kernels.encode import triton_steps as steps
 from turboq_kernels.encode.types import word_fields
 

@@ -9,7 +9,7 @@ six, the small ones apart from a0 x0:
 so the product is as exact as sums in float32 are, at six products of the matrix units (tf32 would
 keep 11 bits).
 
-Arrays are [tokens, channels] here: reductions of `turboq.scale` run along the last axis.
+Arrays are [tokens, channels] here: reductions of `turboq.numbers.scale` run along the last axis.
 """
 
 from __future__ import annotations

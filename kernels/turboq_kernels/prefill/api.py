@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from turboq import cache as caches
-from turboq import paged_cache
-from turboq.cache import LayerCache, Tail
-from turboq.layer import KVLayer
-from turboq.paged_cache import PagedCache, PagedView, Where
-from turboq.simulate import round_exact
+from turboq.cache import contiguous as caches
+from turboq.cache import paged as paged_cache
+from turboq.cache.contiguous import LayerCache, Tail
+from turboq.cache.layer import KVLayer
+from turboq.cache.paged import PagedCache, PagedView, Where
+from turboq.cache.simulate import round_exact
 from turboq_kernels.attention import api as attention
 from turboq_kernels.attention import base
 from turboq_kernels.encode import encode
@@ -41,7 +41,7 @@ def prefill(
     """(output, cache) of T new tokens per sequence: they see each other exactly, then are encoded.
 
     The history is read as `cache_attention` reads it: packed outside of sinks and of each query's
-    recent window. `cache_attention` after `turboq.cache.write` differs in that queries see the
+    recent window. `cache_attention` after `cache.contiguous.write` differs in that queries see the
     older tokens of their own chunk packed; here what enters the cache is not read back from it,
     which is what a prompt's quality wants and what costs least. Memory: "xla" holds T * (T +
     recent) logits per head, so long prompts go in chunks; kernels hold tiles.
@@ -63,7 +63,7 @@ def prefill(
         counts_ = jnp.full(q.shape[:1], q.shape[1], jnp.int32) if counts is None else counts
     else:
         if where is None:
-            raise ValueError("a pool takes where (turboq.paged_cache.locate)")
+            raise ValueError("a pool takes where (turboq.cache.paged.locate)")
         history = paged_cache.view(cache, where, before=True)
         capacity, counts_ = where.table.shape[1] * cache.page, where.counts
     steps = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]

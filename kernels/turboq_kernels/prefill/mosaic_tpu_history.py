@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from turboq.codecs.reading import Part
-from turboq.packing import WORD_BITS
+from turboq.numbers.packing import WORD_BITS
 from turboq_kernels.decode.mosaic_tpu_layout import PartLayout, ScaleLayout
 from turboq_kernels.prefill import mosaic_tpu_levels as levels
 from turboq_kernels.prefill import mosaic_tpu_softmax as softmax

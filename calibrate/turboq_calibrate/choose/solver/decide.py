@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from turboq.codecs import Codec
-from turboq.constraints import Constraints
-from turboq_calibrate.allocate.problem import Problem
+from turboq.plan.constraints import Constraints
+from turboq_calibrate.choose.solver.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ import scipy.optimize
 import scipy.sparse
 from jaxtyping import Bool, Int
 
-from turboq_calibrate.allocate.hull import Answer, Chosen, Costs, Sizes, total
-from turboq_calibrate.allocate.problem import Infeasible
+from turboq_calibrate.choose.solver.hull import Answer, Chosen, Costs, Sizes, total
+from turboq_calibrate.choose.solver.problem import Infeasible
 
 _SCALE = 1e5  # of the objective: HiGHS stops at an absolute gap of 1e-6
 _INFEASIBLE = 2  # scipy's status

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from turboq.constraints import FirstLast
-from turboq_calibrate.allocate.problem import Infeasible
+from turboq.plan.constraints import FirstLast
+from turboq_calibrate.choose.solver.problem import Infeasible
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ import time
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from turboq_calibrate.allocate import exact, hull
-from turboq_calibrate.allocate.hull import Answer, Costs, Sizes
-from turboq_calibrate.allocate.problem import Infeasible
+from turboq_calibrate.choose.solver import exact, hull
+from turboq_calibrate.choose.solver.hull import Answer, Costs, Sizes
+from turboq_calibrate.choose.solver.problem import Infeasible
 
 _WORK = 300_000_000  # rows x columns x subsets that are still quick
 _CHUNK = 4_000_000

@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-from turboq_calibrate.allocate.problem import Infeasible
+from turboq_calibrate.choose.solver.problem import Infeasible
 
 Costs = Float[np.ndarray, "N R"]
 Sizes = Int[np.ndarray, "N R"]

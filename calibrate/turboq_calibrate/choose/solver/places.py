@@ -18,9 +18,9 @@ import math
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from turboq_calibrate.allocate import formats, hull
-from turboq_calibrate.allocate.hull import Answer, Costs, Sizes
-from turboq_calibrate.allocate.problem import Infeasible
+from turboq_calibrate.choose.solver import formats, hull
+from turboq_calibrate.choose.solver.hull import Answer, Costs, Sizes
+from turboq_calibrate.choose.solver.problem import Infeasible
 
 _ENTRIES = 20_000_000  # of the larger knapsack, in all subsets
 

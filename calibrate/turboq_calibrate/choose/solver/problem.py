@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from turboq.codecs import Codec
 from turboq.errors import TurboqError
-from turboq_calibrate.candidates import Table, Unit
+from turboq_calibrate.candidates.table import Table, Unit
 
 
 class Infeasible(Exception):

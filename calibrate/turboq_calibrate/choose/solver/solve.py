@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from turboq.constraints import Constraints, FirstLast
-from turboq_calibrate.allocate import exact, first_last, formats, hull, places
-from turboq_calibrate.allocate.decide import Decisions, decide
-from turboq_calibrate.allocate.hull import Answer
-from turboq_calibrate.allocate.problem import Infeasible, Problem, shown
+from turboq.plan.constraints import Constraints, FirstLast
+from turboq_calibrate.choose.solver import exact, first_last, formats, hull, places
+from turboq_calibrate.choose.solver.decide import Decisions, decide
+from turboq_calibrate.choose.solver.hull import Answer
+from turboq_calibrate.choose.solver.problem import Infeasible, Problem, shown
 
 GAP = 1e-4  # relative; a predicted KL is not known so well
 SECONDS = 10.0

@@ -1,0 +1,1 @@
+"""What every (layer, KV head, K or V) may be stored as."""

@@ -1,0 +1,1 @@
+"""Which candidate each of them takes within a budget."""

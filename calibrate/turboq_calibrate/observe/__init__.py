@@ -1,0 +1,1 @@
+"""A model over text, once: everything that any fit needs, kept on disk."""

@@ -1,0 +1,1 @@
+"""How long work behaves: progress, checkpoints, peak memory."""

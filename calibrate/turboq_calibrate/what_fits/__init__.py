@@ -1,0 +1,1 @@
+"""Memory of a cache for people: geometries read from files, text, pictures."""

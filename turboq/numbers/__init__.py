@@ -1,0 +1,1 @@
+"""Rotations, scales, codebooks, packing, trellises: arrays in, arrays out."""
