@@ -258,7 +258,7 @@ def test_command(tmp_path, capsys):
 
 
 def test_command_checks_the_checkpoint(tmp_path, capsys):
-    source = Path(__file__).resolve().parents[1] / "golden" / "llama3"
+    source = Path(__file__).resolve().parents[2] / "golden" / "llama3"
     folder = tmp_path / "checkpoint"
     shutil.copytree(source, folder)
     model = model_geometry(load_model(str(folder), resident=False))

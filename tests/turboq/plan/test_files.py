@@ -22,7 +22,7 @@ from turboq.plan import PlanError, load, save
 from turboq.plan import io as plan_io
 from turboq.plan.document import plan_hash
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from turboq_calibrate.models.rope import inverse_frequencies
 from turboq_calibrate.observe import samples as module
 from turboq_calibrate.observe.samples import LayerSamples, collect_samples, fit_samples
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "llama3"
+GOLDEN = Path(__file__).parent.parent.parent / "golden" / "llama3"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from turboq_calibrate.observe.placement import make_mesh
 from turboq_calibrate.observe.statistics_files import load_statistics
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent.parent
 
 
 def start(out, *, process=0, processes=1, port=0, devices=1, axis=1, event="never", count=1):

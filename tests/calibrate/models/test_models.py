@@ -23,7 +23,7 @@ from turboq_calibrate.models import (
 from turboq_calibrate.models.nnx import Decoder
 from turboq_calibrate.models.params import layer_shapes, parameter_count
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 FAMILIES = (
     "llama",
     "llama3",

@@ -18,7 +18,7 @@ from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure.generate import greedy
 from turboq_calibrate.models import decoder, forward, load_model
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 POLICY = TokenPolicy(sinks=2, recent=3, exact_dtype="float32")
 
 

@@ -22,7 +22,7 @@ from turboq_calibrate.models import load_model
 from turboq_calibrate.observe.gradients import collect_gradient_samples
 from turboq_calibrate.observe.samples import collect_samples
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 POLICY = TokenPolicy(sinks=2)
 
 

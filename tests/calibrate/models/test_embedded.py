@@ -12,7 +12,7 @@ from turboq.errors import TurboqError
 from turboq_calibrate.models import exact_attend, forward, load_model
 from turboq_calibrate.models.model import embedded_path
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 PASSAGE = (GOLDEN / "passage.txt").read_text(encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ from turboq_calibrate.models.model import embed_tokens
 from turboq_calibrate.observe.gradients import GradientSamples, LayerGradients, collect_gradients
 from turboq_calibrate.observe.samples import LayerSamples, collect_samples
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "llama3"
+GOLDEN = Path(__file__).parent.parent.parent / "golden" / "llama3"
 
 
 @pytest.fixture(scope="module")

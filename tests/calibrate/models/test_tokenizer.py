@@ -17,7 +17,7 @@ from turboq.errors import TurboqError
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.tokenizer import PRE_TOKENIZERS, byte_symbols, from_gguf
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 PASSAGE = (GOLDEN / "passage.txt").read_text(encoding="utf-8")
 TEXTS = [
     PASSAGE,

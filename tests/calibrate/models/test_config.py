@@ -14,7 +14,7 @@ from turboq_calibrate.models.params import parameter_count
 from turboq_calibrate.models.rope import inverse_frequencies
 from turboq_calibrate.models.spec import RopeSpec
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "llama3"
+GOLDEN = Path(__file__).parent.parent.parent / "golden" / "llama3"
 
 
 def main(out: str, process: int, processes: int, port: str, axis: int, event: str, last: int):

@@ -17,7 +17,7 @@ from turboq_calibrate.observe.capture import CaptureRecipe, capture
 from turboq_calibrate.observe.merge_shards import merge_shards
 from turboq_calibrate.observe.recipe import Shard
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "qwen3"
+GOLDEN = Path(__file__).parent.parent.parent / "golden" / "qwen3"
 RECIPE = CaptureRecipe(skip=2, windows_per_chunk=2, center="pilot")
 SHARDS = 4
 

@@ -22,7 +22,7 @@ from turboq_calibrate.cli import main as cli
 from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.models import load_model
 
-MODEL = Path(__file__).parents[1] / "golden" / "llama3"
+MODEL = Path(__file__).parents[2] / "golden" / "llama3"
 SMALL = ("--windows=2", "--window_length=24", "--rounds=0")
 
 

@@ -35,7 +35,7 @@ from turboq.export.qwix_arrays import layer_qarrays, parts
 from turboq.export.reader import page
 from turboq.plan import collect_arrays, head_plan, save, uniform_plan
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "export"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "export"
 
 
 def restored(codec, x):

@@ -33,7 +33,7 @@ from turboq_calibrate.models import load_model
 
 D = 64
 MODEL = geometry(layers=6, kv_heads=2, k_dim=D, v_dim=D)
-CHECKPOINT = Path(__file__).resolve().parents[1] / "golden" / "llama3"
+CHECKPOINT = Path(__file__).resolve().parents[2] / "golden" / "llama3"
 EXACT = Exact(dim=D)
 
 

@@ -17,7 +17,7 @@ from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
 from turboq_calibrate.observe.samples import collect_samples
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 POLICY = TokenPolicy(sinks=2, recent=3, exact_dtype="float32")
 NOTHING = 2  # the label that stores float32
 

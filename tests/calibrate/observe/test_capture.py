@@ -28,9 +28,9 @@ from turboq_calibrate.observe.capture import CaptureRecipe, capture
 from turboq_calibrate.observe.statistics_files import load_statistics
 from turboq_calibrate.observe.texts import Windows
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parent.parent.parent / "golden"
 WORKER = Path(__file__).parent / "capture_worker.py"
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent.parent
 
 _spec = importlib.util.spec_from_file_location("capture_worker", WORKER)
 worker = importlib.util.module_from_spec(_spec)

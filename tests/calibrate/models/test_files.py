@@ -16,7 +16,7 @@ from turboq.errors import TurboqError
 from turboq_calibrate.models import embed_tokens, gguf_header, load_model
 from turboq_calibrate.models.gguf_file import GGUFFile
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 

@@ -19,7 +19,7 @@ from turboq_calibrate.models import load_model
 from turboq_calibrate.models.model import forward
 from turboq_calibrate.observe.samples import collect_samples
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 SINKS, SEED = 2, 3
 
 

@@ -33,7 +33,7 @@ from turboq_calibrate.models import (
     run_layer,
 )
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 POLICY = TokenPolicy(sinks=2, recent=3, exact_dtype="float32")
 LENGTH = 21
 

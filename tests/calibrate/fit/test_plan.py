@@ -12,7 +12,7 @@ from turboq_calibrate.fit.plan import make_plan, model_geometry, spec_geometry
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.spec import LayerSpec, RopeSpec
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
 
 def test_geometry_of_a_windowed_model_is_read_from_its_files():
