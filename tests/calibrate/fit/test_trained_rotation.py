@@ -12,8 +12,8 @@ from tolerances import TOL
 
 from turboq.errors import TurboqError
 from turboq.numbers import codebook
-from turboq_calibrate.fit.orthogonal import cayley, cayley_host
 from turboq_calibrate.fit import trained_rotation as rotate
+from turboq_calibrate.fit.orthogonal import cayley, cayley_host
 from turboq_calibrate.fit.trained_rotation import Recipe, learn_rotations
 from turboq_calibrate.fit.transform import Options, fit_heads, transform_at
 from turboq_calibrate.observe.gradients import LayerGradients
