@@ -1,6 +1,7 @@
 """Which candidates a plan is chosen from: named on the command line, or what an engine holds.
 
 transform:2,2.5,3      learned transforms at so many bits per channel, gains included
+trellis:2,2.5,3        the same with trellis codes: less error, slower to encode
 per_head:2,3,4         any codec at several values of its first field after `dim` (bits)
 ggml:type=q4_0,q8_0    or of a field that is named
 exact                  as it is
@@ -9,37 +10,103 @@ exact                  as it is
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import CODECS, Codec, from_config
+from turboq.codecs.fit_transform import HeadFit, TransformOptions, arrays_of, fit_heads, head_rates
+from turboq.codecs.observed import Observed
+from turboq.codecs.water_filling import Rates
 from turboq.errors import TurboqError
 from turboq.export import Options, engine
-from turboq.plan import ModelGeometry
+from turboq.plan import LayerGeometry, ModelGeometry
+from turboq.plan.build import Side, at_dim
 from turboq.plan.constraints import Constraints
-from turboq_calibrate.candidates.table import Maker, data_free, fitted, learned
-from turboq_calibrate.choose import learn
-from turboq_calibrate.choose.budget import Budget
+from turboq_calibrate.candidates.table import Maker, Option
+
+STEP = 0.25  # bits per channel between the default candidates
+AROUND = 3.0  # bits per channel below and above the budget that they reach
+MOST = 8.0
 
 
-def makers_of(words: Sequence[str], geometry: ModelGeometry) -> list[Maker]:
+def named(label: str, k: Codec, v: Codec | None = None) -> Maker:
+    """A codec at each layer's own head dim, which fits itself (`v`: another one for values)."""
+
+    def make(layer: LayerGeometry, side: Side, seen: Observed | None) -> Option:
+        codec = at_dim(k if side == "k" else v or k, layer.k_dim if side == "k" else layer.v_dim)
+        # At once: what was observed is far larger than the arrays, and need not be kept for them.
+        arrays = codec.fit(_needed(label, seen)) if codec.array_shapes else {}
+        return Option.shared(codec, layer.kv_heads, lambda: arrays)
+
+    return Maker(label, make)
+
+
+def learned(
+    rates: Mapping[str, float | int], options: TransformOptions | None = None
+) -> list[Maker]:
+    """`transform` at several sizes (label -> bits per channel), bases fitted once for all.
+
+    Every head takes its own best segments within the size. Costs are known from the fit.
+    """
+    options = TransformOptions() if options is None else options
+    known: dict[tuple[int, Side, int], tuple[list[HeadFit], list[Rates]]] = {}
+
+    def fits_of(layer: int, side: Side, seen: Observed) -> tuple[list[HeadFit], list[Rates]]:
+        key = (layer, side, id(seen))
+        if key not in known:
+            known.clear()  # makers of one side of a layer are called in a row
+            fits = fit_heads(seen, options)
+            known[key] = (fits, head_rates(fits, options))
+        return known[key]
+
+    def maker(label: str, bits: float | int) -> Maker:
+        def make(layer: LayerGeometry, side: Side, seen: Observed | None) -> Option:
+            seen = _needed(label, seen)
+            fits, tables = fits_of(layer.index, side, seen)
+            most = int(bits * seen.dim + 1e-9) - options.overhead(seen.dim)
+            segments = [table.segments[table.at(most)] for table in tables]
+            codecs = tuple(options.codec(seen.dim, s) for s in segments)
+            samples = seen.x if options.samples else [None] * seen.heads
+
+            def fit() -> list[dict[str, np.ndarray]]:
+                each = zip(codecs, fits, samples, strict=True)
+                return [arrays_of(codec, head, x) for codec, head, x in each]
+
+            costs = np.stack([f.cost(s) for f, s in zip(fits, segments, strict=True)])
+            return Option(codecs, fit, costs)
+
+        return Maker(label, make)
+
+    return [maker(label, bits) for label, bits in rates.items()]
+
+
+def _needed(label: str, seen: Observed | None) -> Observed:
+    if seen is None:
+        raise TurboqError(f"candidate {label!r} is fitted to data: run `turboq calibrate` first")
+    return seen
+
+
+def default_makers(bits: float | int, options: TransformOptions | None = None) -> list[Maker]:
+    """`transform` in steps of a quarter bit up to three bits on both sides of the budget."""
+    low, high = max(STEP, bits - AROUND), min(MOST, bits + AROUND)
+    rates = np.arange(np.floor(low / STEP), np.ceil(high / STEP) + 1) * STEP
+    return learned({f"transform {r:g}": float(r) for r in rates if r >= STEP}, options)
+
+
+def makers_of(
+    words: Sequence[str], geometry: ModelGeometry, options: TransformOptions | None = None
+) -> list[Maker]:
     """Makers of candidates that were named.
 
     Raises:
       TurboqError: unknown codec or field, or a value that it does not take.
     """
-    return [maker for word in words for maker in _makers(word, geometry)]
+    return [maker for word in words for maker in _makers(word, geometry, options)]
 
 
-def default_makers(budget: Budget, geometry: ModelGeometry) -> list[Maker]:
-    """`learn.default_makers` around the budget, taken to an eighth of a bit and within 1..6."""
-    channels = sum(x.kv_heads * (x.k_dim + x.v_dim) for x in geometry.cache_layers)
-    bits = budget.bits_near(channels) / channels
-    return learn.default_makers(min(max(math.floor(8 * bits) / 8, 1.0), 6.0))
-
-
-def _makers(word: str, geometry: ModelGeometry) -> list[Maker]:
+def _makers(word: str, geometry: ModelGeometry, options: TransformOptions | None) -> list[Maker]:
     name, _, rest = word.partition(":")
     field, equals, listed = rest.rpartition("=")
     values = [value.strip() for value in listed.split(",")] if listed else []
@@ -47,14 +114,15 @@ def _makers(word: str, geometry: ModelGeometry) -> list[Maker]:
         if equals or not values:
             raise TurboqError(f"candidates {word!r}: name bits per channel, as in {name}:2,2.5")
         quantizer = "scalar" if name == "transform" else "trellis"
-        return [learned(f"{name} {v}", _number(word, v), quantizer=quantizer) for v in values]
+        own = dataclasses.replace(options or TransformOptions(), quantizer=quantizer)
+        return learned({f"{name} {v}": _number(word, v) for v in values}, own)
     if name not in CODECS:
         raise TurboqError(f"candidates {word!r}: known codecs are {', '.join(sorted(CODECS))}")
     if not values:
-        return [_maker(name, *_codecs(geometry, {"codec": name}))]
+        return [named(name, *_codecs(geometry, {"codec": name}))]
     field = field or "bits"
     return [
-        _maker(
+        named(
             f"{name} {value}",
             *_codecs(geometry, {"codec": name, field: int(value) if value.isdecimal() else value}),
         )
@@ -76,10 +144,6 @@ def _codecs(geometry: ModelGeometry, config: dict) -> tuple[Codec, Codec]:
         from_config(config | {"dim": first.k_dim}),
         from_config(config | {"dim": first.v_dim}),
     )
-
-
-def _maker(label: str, k: Codec, v: Codec) -> Maker:
-    return (fitted if k.array_shapes or v.array_shapes else data_free)(label, k, v)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +179,7 @@ def engine_menu(name: str, geometry: ModelGeometry, policy: TokenPolicy) -> Engi
     options = Options()
     formats = exporter.formats(geometry, options)
     blocks = tuple(f for f, pair in formats.items() if any(c.block != 1 for c in pair))
-    makers = [_maker(f, k, v) for f, (k, v) in formats.items() if f not in blocks]
+    makers = [named(f, k, v) for f, (k, v) in formats.items() if f not in blocks]
     if not makers:
         why = f"all store blocks of tokens ({', '.join(blocks)})" if blocks else "there are none"
         raise TurboqError(

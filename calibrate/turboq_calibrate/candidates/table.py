@@ -1,6 +1,6 @@
-"""What every (layer, KV head, K or V) may be stored as: codecs, fitted arrays, exact sizes.
+"""What every (layer, KV head, K or V) may be stored as: codecs, exact sizes, arrays when asked for.
 
-    table = build_table(geometry, [data_free("tq 3", TurboQuantMSE(dim=64, bits=3)), ...], samples)
+    table = build_table(geometry, [named("tq 3", TurboQuantMSE(dim=64, bits=3)), ...], observed)
     plan, arrays = table.to_plan(geometry, chosen)          chosen[u] is a candidate of unit u
 
 Candidate c carries the same label everywhere, so "the same c for all units" is a uniform plan, and
@@ -14,14 +14,14 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec
+from turboq.codecs.observed import Observed
 from turboq.codecs.transform import Transform
 from turboq.codecs.transform_padded import one_kind, pad_side
 from turboq.errors import TurboqError
@@ -35,9 +35,8 @@ from turboq.plan import (
     check_arrays,
     head_plan,
 )
-from turboq.plan.build import Side, at_dim
+from turboq.plan.build import Side
 from turboq.plan.types import SIDES
-from turboq_calibrate.observe.samples import LayerSamples, fit_samples
 
 Arrays = dict[str, np.ndarray]
 Chosen = Int[np.ndarray, "U"] | Mapping["Unit", int]
@@ -54,24 +53,47 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Option:
-    """One candidate for all KV heads of one side of one layer: codec and arrays of every head."""
+    """One candidate for all KV heads of one side of one layer: the codec of every head.
+
+    `fit` gives every head's arrays; it is called once, when they are first needed, so that a
+    table of many candidates holds the arrays of those that are used. `costs` [K, X] is what the
+    fit itself knows they cost, nats per token on each of X texts; None: not known.
+    """
 
     codecs: tuple[Codec, ...]
-    arrays: tuple[Arrays, ...]
+    fit: Callable[[], Sequence[Mapping[str, np.ndarray]]]
+    costs: Float[np.ndarray, "K X"] | None = None
 
     def __post_init__(self):
-        if len(self.codecs) != len(self.arrays) or not self.codecs:
-            raise ValueError(f"{len(self.codecs)=} and {len(self.arrays)=} must be the KV heads")
-        for codec, arrays in zip(self.codecs, self.arrays, strict=True):
-            shapes = {name: values.shape for name, values in arrays.items()}
+        if not self.codecs:
+            raise ValueError("an option needs the codec of every KV head")
+
+    @functools.cached_property
+    def arrays(self) -> tuple[Arrays, ...]:
+        """Fitted arrays of every head, float32.
+
+        Raises:
+          ValueError: the fit's arrays are not those of the codecs.
+        """
+        rows = tuple({n: np.asarray(x, np.float32) for n, x in row.items()} for row in self.fit())
+        if len(rows) != len(self.codecs):
+            raise ValueError(f"arrays of {len(rows)} heads for {len(self.codecs)} codecs")
+        for codec, row in zip(self.codecs, rows, strict=True):
+            shapes = {name: values.shape for name, values in row.items()}
             if shapes != codec.array_shapes:
                 raise ValueError(f"{codec.name}: arrays {shapes} must be {codec.array_shapes}")
+        return rows
 
     @classmethod
-    def shared(cls, codec: Codec, arrays: Mapping[str, np.ndarray], heads: int) -> Option:
-        """One codec for all heads; arrays carry a leading axis of `heads`."""
-        rows = tuple({n: np.asarray(x[h], np.float32) for n, x in arrays.items()}
-                     for h in range(heads))  # fmt: skip
+    def shared(
+        cls, codec: Codec, heads: int, fit: Callable[[], Mapping[str, np.ndarray]]
+    ) -> Option:
+        """One codec for all heads; `fit` gives arrays with a leading axis of `heads`."""
+
+        def rows() -> list[Arrays]:
+            stacked = fit()
+            return [{n: x[h] for n, x in stacked.items()} for h in range(heads)]
+
         return cls((codec,) * heads, rows)
 
     @functools.cached_property
@@ -105,84 +127,20 @@ class Maker:
     """How one label becomes an option of any layer and side."""
 
     label: str
-    make: Callable[[LayerGeometry, Side, LayerSamples | None], Option]
-
-
-def data_free(label: str, k: Codec, v: Codec | None = None) -> Maker:
-    """A codec without arrays, at each layer's own head dim (`v`: another one for values).
-
-    Raises:
-      ValueError: the codec has fitted arrays.
-    """
-    for codec in (k, v or k):
-        if codec.array_shapes:
-            raise ValueError(f"codec {codec.name} has fitted arrays: use `fitted`")
-
-    def make(layer: LayerGeometry, side: Side, samples: LayerSamples | None) -> Option:
-        codec = at_dim(k if side == "k" else v or k, layer.k_dim if side == "k" else layer.v_dim)
-        return Option.shared(codec, {}, layer.kv_heads)
-
-    return Maker(label, make)
-
-
-def fitted(label: str, k: Codec, v: Codec | None = None) -> Maker:
-    """A codec that `samples.fit_samples` fits (per_head, nuq, per_channel, ...)."""
-
-    def make(layer: LayerGeometry, side: Side, samples: LayerSamples | None) -> Option:
-        codec = at_dim(k if side == "k" else v or k, layer.k_dim if side == "k" else layer.v_dim)
-        arrays = fit_samples(codec, _needed(label, samples), side)
-        return Option.shared(codec, arrays, layer.kv_heads)
-
-    return Maker(label, make)
-
-
-def learned(label: str, bits: float | int, **options: Any) -> Maker:
-    """`transform`, every head with its own best segments within `bits` per channel, gain included.
-
-    `options`: quantizer, gain, codebook, ... of `learned.Options`.
-    """
-    return learned_rates({label: bits}, **options)[0]
-
-
-def learned_rates(rates: Mapping[str, float | int], **options: Any) -> list[Maker]:
-    """`learned` at several sizes (label -> bits per channel), bases fitted once for all.
-
-    Fitted to samples with gradients (`fisher.collect_gradient_samples`) they minimise nats.
-    """
-    from turboq_calibrate.fit.transform import HeadFit, Options, fit_heads, transform_at
-
-    known: dict[tuple[int, Side, int], list[HeadFit]] = {}
-
-    def maker(label: str, bits: float | int) -> Maker:
-        def make(layer: LayerGeometry, side: Side, samples: LayerSamples | None) -> Option:
-            samples = _needed(label, samples)
-            key = (layer.index, side, id(samples))
-            if key not in known:
-                known[key] = fit_heads(samples, side, Options(**options))
-            most = int(bits * (layer.k_dim if side == "k" else layer.v_dim) + 1e-9)
-            heads = transform_at(samples, side, most, fits=known[key], **options)
-            return Option(
-                tuple(codec for codec, _ in heads),
-                tuple({n: np.asarray(x, np.float32) for n, x in a.items()} for _, a in heads),
-            )
-
-        return Maker(label, make)
-
-    return [maker(label, bits) for label, bits in rates.items()]
-
-
-def _needed(label: str, samples: LayerSamples | None) -> LayerSamples:
-    if samples is None:
-        raise TurboqError(f"candidate {label!r} is fitted to data: give samples")
-    return samples
+    make: Callable[[LayerGeometry, Side, Observed | None], Option]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Table:
-    """Candidates of all units: `options[layer, side][c]` is labelled `labels[c]`."""
+    """Candidates of all units: `options[layer, side][c]` is labelled `labels[c]`.
+
+    `source` identifies what they are fitted to (a hash), `k_rope` says where keys stand.
+    """
 
     labels: tuple[str, ...]
     options: dict[tuple[int, Side], tuple[Option, ...]]
+    source: str = ""
+    k_rope: str = "after"
 
     def __post_init__(self):
         if not self.labels or len(set(self.labels)) != len(self.labels):
@@ -238,14 +196,12 @@ class Table:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash of all labels, codecs and arrays."""
-        digest = hashlib.sha256(json.dumps(self.labels).encode())
+        """Hash of all labels and codecs (arrays follow from them and from what was observed)."""
+        digest = hashlib.sha256(json.dumps([self.labels, self.source, self.k_rope]).encode())
         for key in sorted(self.options):
             for option in self.options[key]:
-                for codec, arrays in zip(option.codecs, option.arrays, strict=True):
-                    digest.update(json.dumps([key, codec.config()], sort_keys=True).encode())
-                    for name in sorted(arrays):
-                        digest.update(name.encode() + arrays[name].astype("<f4").tobytes())
+                configs = [codec.config() for codec in option.codecs]
+                digest.update(json.dumps([key, configs], sort_keys=True).encode())
         return digest.hexdigest()
 
     def total(self, chosen: Chosen) -> int:
@@ -319,19 +275,22 @@ class Table:
 def build_table(
     geometry: ModelGeometry,
     makers: Sequence[Maker],
-    samples: Sequence[LayerSamples | None] | None = None,
+    observed: Callable[[int, Side], Observed] | None = None,
+    *,
+    source: str = "",
+    k_rope: str = "after",
 ) -> Table:
-    """All candidates of a model, fitted per head.
+    """All candidates of a model; what is fitted is fitted per head, when it is first used.
 
     Args:
-      samples: of every layer of the model (`samples.collect_samples`); None for data-free ones.
+      observed: what was seen of a layer's side; None for data-free candidates.
 
     Raises:
-      TurboqError: a candidate needs samples, or stores blocks of tokens.
+      TurboqError: a candidate needs what was observed, or stores blocks of tokens.
     """
     options: dict[tuple[int, Side], tuple[Option, ...]] = {}
     for layer in geometry.cache_layers:
-        seen = None if samples is None else samples[layer.index]
         for side in SIDES:
+            seen = None if observed is None else observed(layer.index, side)
             options[layer.index, side] = tuple(m.make(layer, side, seen) for m in makers)
-    return Table(tuple(m.label for m in makers), options)
+    return Table(tuple(m.label for m in makers), options, source, k_rope)

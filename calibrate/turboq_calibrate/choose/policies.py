@@ -7,19 +7,12 @@ against bits per token at a stated context.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-
-import numpy as np
-from jaxtyping import Int
+from collections.abc import Callable, Sequence
 
 from turboq.cache.layer import TokenPolicy
 from turboq.errors import TurboqError
-from turboq.plan.constraints import Constraints
-from turboq_calibrate.candidates.table import Table
 from turboq_calibrate.choose.budget import Budget
-from turboq_calibrate.choose.refine import Costs
-from turboq_calibrate.choose.search import Found, search
-from turboq_calibrate.models import Model
+from turboq_calibrate.choose.plan_within import Found
 
 
 def policies_of(words: Sequence[str], default: TokenPolicy, budget: Budget) -> list[TokenPolicy]:
@@ -48,45 +41,30 @@ def policies_of(words: Sequence[str], default: TokenPolicy, budget: Budget) -> l
 
 
 def best_policy(
-    model: Model,
-    table: Table,
-    tokens: Int[np.ndarray, "N T"],
-    budget: Budget,
-    constraints: Sequence[Constraints],
-    policies: Sequence[TokenPolicy],
-    *,
-    held_back: int = 1,
-) -> tuple[TokenPolicy, Costs, list[str]]:
-    """The policy whose plan has the least KL on the windows held back, the costs [U, C] of its
-    candidates (for `search`), and a line on each.
+    policies: Sequence[TokenPolicy], search: Callable[[TokenPolicy], Found]
+) -> tuple[Found, list[str]]:
+    """The plan of the policy with the least KL on the windows held back, and a line on each.
 
-    Each policy gets its own plan within the budget at the budget's context, exact tokens counted.
-    A policy that leaves too little for any plan is said to, and is out.
+    `search` finds and checks the plan of one policy (`plan_within`). A policy that leaves too
+    little for any plan is said to, and is out.
 
     Raises:
       TurboqError: no policy leaves room for a plan.
     """
-    tried: dict[TokenPolicy, Found] = {}
+    tried: list[tuple[float, Found]] = []
     lines = []
     for policy in policies:
         name = f"sinks {policy.sinks}, recent {policy.recent}"
         try:
-            found = search(
-                model,
-                table,
-                tokens,
-                budget,
-                constraints,
-                policy=policy,
-                held_back=held_back,
-                rounds=0,
-            )
+            found = search(policy)
         except TurboqError as error:
             lines.append(f"{name}: {error}")
             continue
-        tried[policy] = found
-        lines.append(f"{name}: KL on the windows held back {found.checked[found.kept]:.6g}")
+        if found.checked is None:
+            raise ValueError("policies are compared by what the check measured")
+        loss = found.checked.loss(found.checked.kept)
+        tried.append((loss, found))
+        lines.append(f"{name}: KL on the windows held back {loss:.6g}")
     if not tried:
         raise TurboqError("; ".join(lines))
-    best = min(tried, key=lambda policy: tried[policy].checked[tried[policy].kept])
-    return best, tried[best].problem.costs, lines
+    return min(tried, key=lambda pair: pair[0])[1], lines

@@ -19,11 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from turboq.errors import TurboqError
-from turboq.plan.constraints import GRANULARITIES, Granularity
 from turboq_calibrate.candidates.table import Table
-from turboq_calibrate.choose.solver import hull
-from turboq_calibrate.choose.solver.problem import Infeasible
 from turboq_calibrate.cost import Engine, Move, measure
 
 Costs = Float[np.ndarray, "U C"]
@@ -32,46 +28,6 @@ Solve = Callable[[Costs], Chosen]
 
 NOISE = float(np.log(2))  # of the log of a measured ratio: smaller ones are mostly disregarded
 LARGEST = 16.0  # ratios (and changes of the wrong sign) count as no more than this
-
-
-def solve(table: Table, costs: Costs, limit: int, granularity: Granularity = "per_head") -> Chosen:
-    """The cheapest choice of at most `limit` stored bits per token, by convex hull and exchange.
-
-    Units that are decided together share a label: all keys and all values ("uniform"), a layer
-    ("per_layer"), K or V of a layer ("per_kv"), or nothing ("per_head").
-
-    Raises:
-      TurboqError: even the smallest choice is larger; the message says how large.
-    """
-    group = groups(table, granularity)
-    count = group.max() + 1
-    grouped_costs = np.zeros((count, costs.shape[1]))
-    grouped_sizes = np.zeros(grouped_costs.shape, np.int64)
-    np.add.at(grouped_costs, group, costs)
-    np.add.at(grouped_sizes, group, table.sizes)
-    try:
-        answer = hull.greedy(grouped_costs, grouped_sizes, limit)
-    except Infeasible as error:
-        raise TurboqError(
-            f"{limit / table.channels:.4g} bits per channel are too few: the smallest "
-            f"{granularity} plan of these candidates has "
-            f"{(error.smallest or 0) / table.channels:.4g}"
-        ) from None
-    return hull.exchange(grouped_costs, grouped_sizes, limit, answer).chosen[group]
-
-
-def groups(table: Table, granularity: str) -> Int[np.ndarray, "U"]:
-    """Number of the decision that each unit belongs to."""
-    keys: dict[str, Callable] = {
-        "uniform": lambda u: u.side,
-        "per_layer": lambda u: u.layer,
-        "per_kv": lambda u: (u.layer, u.side),
-        "per_head": lambda u: u,
-    }
-    if granularity not in keys:
-        raise ValueError(f"{granularity=} must be one of {GRANULARITIES}")
-    order: dict[Any, int] = {}
-    return np.array([order.setdefault(keys[granularity](u), len(order)) for u in table.units])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,3 +168,18 @@ def refit(
         r = np.log(np.clip(m / e, 1 / LARGEST, LARGEST))
         out[table.rows(layer, "k" if side == "k" else "v")] *= np.exp(r**3 / (r**2 + NOISE**2))
     return out
+
+
+def rounds_report(refined: Refined) -> list[dict[str, Any]]:
+    """Predicted and measured KL of every plan on the way, and of the moves around it."""
+    return [
+        {
+            "predicted": r.predicted,
+            "measured": r.measured,
+            "moves": [
+                dict(zip(("layer", "side", "direction", "predicted", "measured"), c, strict=True))
+                for c in r.changes
+            ],
+        }
+        for r in refined.rounds
+    ]

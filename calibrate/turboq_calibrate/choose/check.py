@@ -1,0 +1,197 @@
+"""The check of a plan before it is written: on windows held back, and at another length.
+
+On windows held back from every calibration text all plans that were tried are measured, the best
+uniform `per_head` plan of no more bytes always among them. The best is then measured on longer
+windows than were calibrated on, beside `turboquant_mse` of no more bytes: a plan that loses there
+has learned its text or its positions, and the next best is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from turboq.codecs import Codec, PerHead, TurboQuantMSE
+from turboq.errors import TurboqError
+from turboq.plan import Measurement, ModelGeometry, Plan
+from turboq.plan.build import at_dim
+from turboq_calibrate.candidates.table import Arrays
+from turboq_calibrate.fit.plan import make_plan
+from turboq_calibrate.measure.evaluate import evaluate_texts
+from turboq_calibrate.models import Model
+from turboq_calibrate.observe.statistics_files import Statistics
+
+Plans = Mapping[str, tuple[Plan, Arrays]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rivals:
+    """Uniform plans of no more bytes: more candidates, and what no plan may lose to."""
+
+    candidates: Plans
+    baseline: Plans
+
+
+def uniform_bits(limit: int, channels_k: int, channels_v: int, vectors: int, scale: int = 16):
+    """Bits (K, V) of the largest uniform plan of codes and one `scale`-bit number per vector.
+
+    Keys get the bit that is left over: their errors cost more. None: nothing fits.
+    """
+    best = None
+    for k in range(1, 9):
+        for v in range(max(1, k - 1), min(8, k + 1) + 1):
+            size = k * channels_k + v * channels_v + vectors * scale
+            if size <= limit and (best is None or (size, k) > best[0]):
+                best = ((size, k), (k, v))
+    return None if best is None else best[1]
+
+
+def rivals(statistics: Statistics, geometry: ModelGeometry, plan: Plan, *, k_rope: str) -> Rivals:
+    """The largest `per_head` and `turboquant_mse` plans within the bytes of `plan`."""
+    layers = geometry.cache_layers
+    bits = uniform_bits(
+        plan.bytes.bits_per_token,
+        sum(x.kv_heads * x.k_dim for x in layers),
+        sum(x.kv_heads * x.v_dim for x in layers),
+        2 * sum(x.kv_heads for x in layers),
+    )
+    if bits is None:
+        return Rivals(candidates={}, baseline={})
+    first = layers[0]
+
+    def pair(kind: type[PerHead] | type[TurboQuantMSE]) -> dict[str, Codec]:
+        return {
+            "k": kind(dim=first.k_dim, bits=bits[0]),
+            "v": at_dim(kind(dim=first.v_dim, bits=bits[1]), first.v_dim),
+        }
+
+    own = make_plan(
+        geometry, **pair(PerHead), policy=plan.tokens, statistics=statistics, k_rope=k_rope
+    )
+    free = make_plan(geometry, **pair(TurboQuantMSE), policy=plan.tokens)
+    label = f"{bits[0]}b" if bits[0] == bits[1] else f"{bits[0]}b+{bits[1]}b"
+    return Rivals(candidates={f"per_head {label}": own}, baseline={f"turboquant_mse {label}": free})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What the check found: mean KL in nats per token by plan, text and window length.
+
+    `length` is that of the windows by which plans are compared, `objective` how texts are joined.
+    `refused` are plans that would have been kept and lost at a length: (plan, text, tokens).
+    """
+
+    kept: str
+    kl: dict[str, dict[str, dict[int, float]]]
+    length: int
+    objective: str
+    refused: tuple[tuple[str, str, int], ...] = ()
+
+    def loss(self, name: str) -> float:
+        """Of one plan: mean over the texts, or the worst of them."""
+        each = [at[self.length] for at in self.kl[name].values()]
+        return max(each) if self.objective == "worst" else sum(each) / len(each)
+
+    def report(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "kept": self.kept,
+            "kl": {
+                name: {text: {str(n): v for n, v in at.items()} for text, at in texts.items()}
+                for name, texts in self.kl.items()
+            },
+            "refused": [list(row) for row in self.refused],
+        }
+
+    def measurements(self, name: str) -> tuple[Measurement, ...]:
+        """Of one plan, as a plan carries them."""
+        return tuple(
+            Measurement(text=f"{text} (held back, {n} tokens)", kl_mean=kl)
+            for text, at in self.kl[name].items()
+            for n, kl in at.items()
+        )
+
+    def table(self) -> str:
+        """Plans x (text, length), for people."""
+        columns = list(dict.fromkeys(
+            (text, n) for texts in self.kl.values() for text, at in texts.items() for n in at
+        ))  # fmt: skip
+        head = ["held back, KL", *(f"{text} {n}" for text, n in columns)]
+        lines = [head]
+        for name, texts in self.kl.items():
+            cells = [texts.get(text, {}).get(n) for text, n in columns]
+            mark = " (kept)" if name == self.kept else ""
+            lines.append([name + mark, *("" if x is None else f"{x:.4g}" for x in cells)])
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def check_plans(
+    model: Model,
+    statistics: Statistics,
+    plans: Plans,
+    baseline: Plans,
+    *,
+    objective: str = "mean",
+    folder: Path | None = None,
+    force: bool = False,
+    progress: bool = True,
+    log: Callable[[str], None] = print,
+) -> Checked:
+    """The plan that is kept.
+
+    Raises:
+      TurboqError: statistics hold no check windows; every plan loses to the baseline at a length
+        and `force` is not given.
+    """
+    short, long = statistics.check_windows, statistics.long_windows
+    if not short:
+        raise TurboqError(
+            f"statistics in {statistics.folder} hold no windows to check on: run `turboq "
+            "calibrate` with --check_windows=1 or more, or `turboq plan` with --nocheck"
+        )
+    kl: dict[str, dict[str, dict[int, float]]] = {name: {} for name in (*plans, *baseline)}
+
+    def measured(which: Plans, texts: Mapping[str, Any]) -> None:
+        rows = [(name, plan, arrays) for name, (plan, arrays) in which.items()]
+        found = evaluate_texts(model, rows, texts, folder=folder, progress=progress)
+        for row in found.rows:
+            at = kl[row["name"]].setdefault(row["text"], {})
+            at[texts[row["text"]].shape[1]] = row["kl_mean"]
+
+    measured({**plans, **baseline}, short)
+    if not all(math.isfinite(x) for t in kl.values() for at in t.values() for x in at.values()):
+        raise TurboqError("the check measured a KL that is not finite")
+    length = next(iter(short.values())).shape[1]
+    found = Checked(kept="", kl=kl, length=length, objective=objective)
+    order = sorted(plans, key=found.loss)
+    refused: list[tuple[str, str, int]] = []
+    for name in order:
+        if not (long and baseline):
+            return dataclasses.replace(found, kept=name)
+        measured({name: plans[name], **baseline}, long)
+        (other,) = baseline
+        lost = [
+            (name, text, windows.shape[1])
+            for text, windows in long.items()
+            if kl[name][text][windows.shape[1]] > kl[other][text][windows.shape[1]]
+        ]
+        if not lost:
+            return dataclasses.replace(found, kept=name, refused=tuple(refused))
+        refused += lost
+        for plan, text, tokens in lost:
+            log(f"{plan} loses to {other} at {tokens} tokens of {text}: not kept")
+    if force:
+        log(f"--force: {order[0]} is kept although it loses")
+        return dataclasses.replace(found, kept=order[0], refused=tuple(refused))
+    at = ", ".join(sorted({f"{tokens} tokens of {text}" for _, text, tokens in refused}))
+    raise TurboqError(
+        f"every plan within the budget loses to {next(iter(baseline))} of the same bytes at {at}: "
+        "calibrate on more kinds of text or longer windows, or keep the best with --force"
+    )

@@ -1,0 +1,289 @@
+"""A plan within a budget, from a folder of statistics: the one function behind `turboq plan`.
+
+    table   candidates of every (layer, KV head, K or V), fitted to what was observed
+    costs   nats per token, predicted from the same folder: no model is run
+    choose  the cheapest choice within the budget (and refined by measured KL, if asked for)
+    check   against uniform plans on windows held back from every text, and at another length
+
+Without a model the choice itself takes seconds and nothing is checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from turboq.cache.layer import TokenPolicy
+from turboq.codecs.fit_transform import TransformOptions
+from turboq.codecs.observed import Observed
+from turboq.errors import TurboqError
+from turboq.files import make_folder
+from turboq.plan import Measurement, ModelGeometry, Plan, Quality
+from turboq.plan.build import Side
+from turboq.plan.constraints import Constraints, Granularity
+from turboq_calibrate.candidates.makers import default_makers, engine_menu, makers_of
+from turboq_calibrate.candidates.table import Arrays, Table, build_table
+from turboq_calibrate.choose.budget import Budget
+from turboq_calibrate.choose.check import Checked, check_plans, rivals
+from turboq_calibrate.choose.refine import refine, rounds_report
+from turboq_calibrate.choose.solver.problem import Problem
+from turboq_calibrate.choose.solver.solve import Allocation
+from turboq_calibrate.choose.within import record, within
+from turboq_calibrate.choose.worst_text import least_worst
+from turboq_calibrate.cost.predicted import predicted_costs
+from turboq_calibrate.cost.side_by_side import Engine
+from turboq_calibrate.fit.plan import check_statistics, provenance
+from turboq_calibrate.models import Model
+from turboq_calibrate.observe.statistics_files import Statistics
+
+OBJECTIVES = ("mean", "worst")
+SINKS = TokenPolicy(sinks=4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a plan is chosen within, and how.
+
+    candidates: as on the command line (`candidates.makers`); none: learned transforms around the
+      budget. engine: only what that engine loads, which decides candidates, granularity and k_rope.
+    granularity: what may choose on its own: "uniform" (all K, all V), "per_layer", "per_kv" (K or V
+      of a layer), "per_head".
+    policy: tokens kept exact. k_rope: keys stored "before" or "after" their rotary embedding.
+    objective: least predicted loss over the "mean" of the calibration texts, or on the "worst".
+    options: of the learned transforms.
+    rounds: refinements by KL measured around the plan (need the model).
+    """
+
+    budget: Budget
+    candidates: tuple[str, ...] = ()
+    engine: str | None = None
+    granularity: Granularity = "per_head"
+    policy: TokenPolicy = SINKS
+    k_rope: str = "before"
+    objective: str = "mean"
+    options: TransformOptions = dataclasses.field(default_factory=TransformOptions)
+    rounds: int = 0
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"{self.objective=} must be one of {OBJECTIVES}")
+        if self.rounds < 0:
+            raise ValueError(f"{self.rounds=} must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """A plan, its arrays, and how it came about.
+
+    `checked` is None where no model was given; `problem` and `allocation` are what was solved.
+    """
+
+    plan: Plan
+    arrays: Arrays
+    allocation: Allocation
+    problem: Problem
+    checked: Checked | None
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Menu:
+    """Candidates with predicted costs [U, C, X] by text, and the rules that a choice obeys.
+
+    Depends on the statistics and on what is wanted except for the budget's number, the objective
+    and the granularity: other budgets are solved from it in no time.
+    """
+
+    table: Table
+    costs: Float[np.ndarray, "U C X"]
+    constraints: tuple[Constraints, ...]
+    policy: TokenPolicy
+    notes: tuple[str, ...]
+
+
+def menu(
+    statistics: Statistics, geometry: ModelGeometry, wanted: Wanted, *, progress: bool = True
+) -> Menu:
+    """Fits all candidates and predicts their costs.
+
+    Raises:
+      TurboqError: statistics of another model, or without what a candidate needs.
+    """
+    check_statistics(statistics, geometry)
+    constraints: tuple[Constraints, ...] = (Constraints(granularity=wanted.granularity),)
+    policy, k_rope, notes = wanted.policy, wanted.k_rope, ()
+    if wanted.engine is not None:
+        found = engine_menu(wanted.engine, geometry, policy)
+        makers, constraints, k_rope = found.makers, found.constraints, "after"
+        notes, policy = tuple(found.notes(policy)), found.policy
+    elif wanted.candidates:
+        makers = makers_of(wanted.candidates, geometry, wanted.options)
+    else:
+        channels = sum(x.kv_heads * (x.k_dim + x.v_dim) for x in geometry.cache_layers)
+        makers = default_makers(wanted.budget.bits_near(channels) / channels, wanted.options)
+    if all(layer.rope_layout == "none" for layer in geometry.cache_layers):
+        k_rope = "after"  # no rotary embedding: before and after are the same
+
+    def observed(layer: int, side: Side) -> Observed:
+        return statistics.layers[layer].observed(side, rope=k_rope if side == "k" else "after")
+
+    table = build_table(
+        geometry, makers, observed, source=statistics.sha256, k_rope=k_rope, progress=progress
+    )
+    costs = predicted_costs(table, observed, progress=progress)
+    return Menu(table=table, costs=costs, constraints=constraints, policy=policy, notes=notes)
+
+
+def solve(menu: Menu, wanted: Wanted, constraints: Any = None) -> tuple[Problem, Allocation]:
+    """The cheapest choice within the budget under the objective.
+
+    Raises:
+      TurboqError: nothing fits; the message names the smallest budget that does.
+    """
+    rules = menu.constraints if constraints is None else constraints
+
+    def at(costs: Float[np.ndarray, "U C"]) -> Allocation:
+        return within(Problem.of(menu.table, costs), wanted.budget, rules, policy=menu.policy)
+
+    if wanted.objective == "worst":
+        weights = least_worst(menu.costs, lambda costs: at(costs).chosen)
+    else:
+        weights = np.full(menu.costs.shape[2], 1 / menu.costs.shape[2])
+    costs = menu.costs @ weights
+    return Problem.of(menu.table, costs), at(costs)
+
+
+def plan_within(
+    statistics: Statistics,
+    geometry: ModelGeometry,
+    wanted: Wanted,
+    *,
+    model: Model | None = None,
+    folder: Path | None = None,
+    force: bool = False,
+    prepared: Menu | None = None,
+    progress: bool = True,
+    log: Callable[[str], None] = print,
+) -> Found:
+    """The best plan found within a budget.
+
+    Args:
+      statistics: of that model (`turboq calibrate`).
+      model: to check the plan on (and to refine it); None: the choice alone, unchecked.
+      folder: for finished measurements, so that an interrupted call continues.
+      force: keep a plan that the check refuses, with a line that says so.
+      prepared: of an earlier `menu` under the same candidates.
+
+    Raises:
+      TurboqError: nothing fits the budget; statistics lack what is needed; every plan loses to
+        `turboquant_mse` of the same bytes at a length that was not calibrated on.
+    """
+    ready = menu(statistics, geometry, wanted, progress=progress) if prepared is None else prepared
+    problem, allocation = solve(ready, wanted)
+    tried = {"chosen": allocation}
+    rounds: list[dict[str, Any]] = []
+    if wanted.rounds:
+        if model is None:
+            raise TurboqError("--rounds measures on the model: name --model, or --rounds=0")
+        tried["refined"], rounds = _refined(
+            model, statistics, ready, wanted, problem, folder, progress
+        )
+    same = uniform(ready.constraints)
+    if same and wanted.granularity != "uniform":
+        # Between the smallest plan and the smallest uniform one there is nothing to compare.
+        with contextlib.suppress(TurboqError):
+            tried["uniform"] = solve(ready, wanted, same)[1]
+    plans = {name: ready.table.to_plan(geometry, a.chosen, policy=ready.policy)
+             for name, a in tried.items()}  # fmt: skip
+    kept, checked = "chosen", None
+    if model is not None:
+        others = rivals(statistics, geometry, plans["chosen"][0], k_rope=ready.table.k_rope)
+        checked = check_plans(
+            model, statistics, plans | others.candidates, others.baseline,
+            objective=wanted.objective, folder=folder, force=force, progress=progress, log=log,
+        )  # fmt: skip
+        kept, plans = checked.kept, plans | others.candidates
+    plan, arrays = plans[kept]
+    of_texts = {"predicted_by_text": _by_text(ready, allocation.chosen, statistics.texts)}
+    report = record(tried.get(kept, allocation), wanted.budget) | of_texts | {
+        "objective": wanted.objective,
+        "k_rope": ready.table.k_rope,
+        "kept": kept,
+        "refinement": rounds,
+        "check": None if checked is None else checked.report(),
+    }  # fmt: skip
+    source = provenance(statistics)
+    source = dataclasses.replace(source, recipe=(source.recipe or {}) | {"allocation": report})
+    measured = () if checked is None else checked.measurements(kept)
+    predicted = None
+    if kept in tried:
+        text = ", ".join(statistics.texts)
+        predicted = Measurement(text=text, kl_mean=problem.cost(tried[kept].chosen))
+    plan = dataclasses.replace(
+        plan, provenance=source, quality=Quality(predicted=predicted, measured=measured)
+    )
+    return Found(
+        plan=plan,
+        arrays=arrays,
+        allocation=tried.get(kept, allocation),
+        problem=problem,
+        checked=checked,
+        notes=ready.notes,
+    )
+
+
+def _by_text(ready: Menu, chosen: Int[np.ndarray, "U"], texts: Sequence[str]) -> dict[str, float]:
+    each = ready.costs[np.arange(len(chosen)), chosen].sum(axis=0)
+    return dict(zip(texts, each.tolist(), strict=True))
+
+
+def uniform(constraints: Sequence[Constraints]) -> list[Constraints]:
+    """The same rules with one choice for the whole model, where they have such a plan."""
+    return [
+        dataclasses.replace(
+            one,
+            granularity="uniform",
+            same_k_v=one.tied,
+            first_last=None,
+            max_head_formats=None,
+        )
+        for one in constraints
+        if one.first_last is None or not one.first_last.outer
+    ]
+
+
+def _refined(
+    model: Model, statistics: Statistics, ready: Menu, wanted: Wanted, problem: Problem,
+    folder: Path | None, progress: bool,
+) -> tuple[Allocation, list[dict[str, Any]]]:  # fmt: skip
+    """The choice after refinement on the first calibration window of each text."""
+    seen: dict[bytes, Allocation] = {}
+
+    def solver(costs: Float[np.ndarray, "U C"]) -> Int[np.ndarray, "U"]:
+        found = within(
+            Problem.of(ready.table, costs), wanted.budget, ready.constraints, policy=ready.policy
+        )
+        seen[found.chosen.tobytes()] = found
+        return found.chosen
+
+    engine = Engine(model, ready.table, statistics.windows[:1], ready.policy)
+    place = None if folder is None else make_folder(folder / _key(ready, wanted))
+    refined = refine(
+        engine, problem.costs, solver, rounds=wanted.rounds, folder=place, progress=progress
+    )
+    return seen[refined.chosen.tobytes()], rounds_report(refined)
+
+
+def _key(ready: Menu, wanted: Wanted) -> str:
+    """Name of the measurements of one search, so that another one does not meet them."""
+    rules = [one.config() for one in ready.constraints]
+    what = [ready.table.sha256, wanted.budget.text, rules, wanted.objective]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
