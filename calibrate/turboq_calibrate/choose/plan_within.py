@@ -108,6 +108,14 @@ class Menu:
     policy: TokenPolicy
     notes: tuple[str, ...]
 
+    def under(self, wanted: Wanted) -> Menu:
+        """The same candidates for another granularity, where no engine decides it."""
+        if wanted.engine is not None:
+            return self
+        return dataclasses.replace(
+            self, constraints=(Constraints(granularity=wanted.granularity),)
+        )
+
 
 def menu(
     statistics: Statistics, geometry: ModelGeometry, wanted: Wanted, *, progress: bool = True

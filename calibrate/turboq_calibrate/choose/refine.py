@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from turboq_calibrate.candidates.table import Table
-from turboq_calibrate.cost import Engine, Move, measure
+from turboq_calibrate.cost.measured import Move, measure
+from turboq_calibrate.cost.side_by_side import Engine
 
 Costs = Float[np.ndarray, "U C"]
 Chosen = Int[np.ndarray, "U"]
