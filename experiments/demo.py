@@ -69,8 +69,7 @@ def codecs(dim: int) -> dict[str, Codec]:
 
 
 def text_windows(model: Model, sources: list[str], count: int) -> data.Windows:
-    text = data.load_text(sources)
-    return data.windows(text, model.tokenizer, length=LENGTH.value, count=count, spread=True)
+    return data.mixed_windows(sources, model.tokenizer, length=LENGTH.value, count=count)
 
 
 def demo(out: Path) -> None:

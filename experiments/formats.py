@@ -172,12 +172,10 @@ def run(out: Path) -> None:
     make_folder(out / "parts")
     model = load_model(MODEL.value)
     geometry = model_geometry(model)
-    calibration = data.windows(
-        data.load_text(["topics:calibration"]), model.tokenizer, length=1024,
-        count=SAMPLE_WINDOWS.value, spread=True,
-    )  # fmt: skip
-    text = data.load_text(TEXT.value)
-    windows = data.windows(text, model.tokenizer, length=1024, count=WINDOWS.value, spread=True)
+    calibration = data.mixed_windows(
+        ["topics:calibration"], model.tokenizer, length=1024, count=SAMPLE_WINDOWS.value
+    )
+    windows = data.mixed_windows(TEXT.value, model.tokenizer, length=1024, count=WINDOWS.value)
     statistics = load_statistics(Path(RUN.value) / "statistics")
     rows = plans(geometry, statistics, collect_samples(model, calibration.tokens))
     parts = []

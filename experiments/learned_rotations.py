@@ -70,15 +70,12 @@ def run(out: Path) -> None:
     model = load_model(MODEL.value)
     geometry = model_geometry(model)
     policy = TokenPolicy(sinks=4)
-    source, text = data.load_text(FIT.value), data.load_text(TEXT.value)
     count = FIT_WINDOWS.value + WINDOWS.value
-    every = data.windows(source, model.tokenizer, length=LENGTH.value, count=count, spread=True)
+    every = data.mixed_windows(FIT.value, model.tokenizer, length=LENGTH.value, count=count)
     # Every n-th window is for validation, so that both parts see the whole text.
     held = np.arange(WINDOWS.value) * count // WINDOWS.value
     fit, validation = np.delete(every.tokens, held, axis=0), every.tokens[held]
-    test = data.windows(
-        text, model.tokenizer, length=LENGTH.value, count=WINDOWS.value, spread=True
-    )
+    test = data.mixed_windows(TEXT.value, model.tokenizer, length=LENGTH.value, count=WINDOWS.value)
     samples = collect_samples(model, fit, skip=policy.sinks)
     gradients = None
     if FISHER.value:

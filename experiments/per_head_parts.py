@@ -63,8 +63,7 @@ def part(plan: Plan, arrays: dict, means: str, codebooks: str) -> dict:
 def run() -> None:
     model = load_model(MODEL.value)
     geometry, statistics = model_geometry(model), load_statistics(Path(RUN.value) / "statistics")
-    text = data.load_text(TEXT.value)
-    windows = data.windows(text, model.tokenizer, length=1024, count=WINDOWS.value, spread=True)
+    windows = data.mixed_windows(TEXT.value, model.tokenizer, length=1024, count=WINDOWS.value)
     dim, policy = geometry.cache_layers[0].k_dim, TokenPolicy(sinks=4)
     codec = PerHead(dim=dim, bits=BITS.value)
     plan, arrays = make_plan(geometry, k=codec, v=codec, policy=policy, statistics=statistics)

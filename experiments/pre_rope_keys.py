@@ -45,8 +45,7 @@ def run(out: Path) -> None:
     geometry = model_geometry(model)
 
     def windows(source: str, count: int) -> data.Windows:
-        text = data.load_text([source])
-        return data.windows(text, model.tokenizer, length=1024, count=count, spread=True)
+        return data.mixed_windows([source], model.tokenizer, length=1024, count=count)
 
     calibration, heldout = (
         windows("topics:calibration", 4),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from turboq.numbers.rotation import Rotation
+from turboq.plan import TextSource
 from turboq_calibrate.observe import reduce
 from turboq_calibrate.observe import statistics as st
 from turboq_calibrate.observe.texts import Windows
@@ -49,4 +50,9 @@ def statistics_of(x: np.ndarray, rotation: Rotation, chunks: int = 1) -> st.Side
 def random_windows(vocab: int, count: int = 4, length: int = 16, seed: int = 1) -> Windows:
     """Windows of random tokens."""
     tokens = np.random.default_rng(seed).integers(0, vocab, (count, length), dtype=np.int32)
-    return Windows(tokens=tokens, source="random", text_sha256="1" * 64, available=count)
+    return Windows(
+        tokens=tokens,
+        texts=(TextSource(name="random", sha256="1" * 64),),
+        text=np.zeros(count, np.int32),
+        available=count,
+    )

@@ -73,7 +73,7 @@ class Bench:
         self, text: str = "topics:calibration", windows: int = 8
     ) -> tuple[LayerSamples, ...]:
         found = data.windows(
-            data.load_text([text]), self.model.tokenizer, length=self.length, count=windows,
+            data.load_text(text), self.model.tokenizer, length=self.length, count=windows,
             spread=True,
         )  # fmt: skip
         return tuple(collect_samples(self.model, found.tokens))
@@ -82,7 +82,7 @@ class Bench:
         """Samples with Fisher gradients, `windows` of each text; the seed shifts and draws them."""
         found = [
             data.windows(
-                data.load_text([text]), self.model.tokenizer, length=self.length, count=windows,
+                data.load_text(text), self.model.tokenizer, length=self.length, count=windows,
                 spread=True, start=self.seed * (self.length // 2),
             ).tokens
             for text in texts
@@ -131,7 +131,7 @@ def measure(arms_of: Arms, out: Path) -> dict:
         meta = meta or {arm.name: arm for arm in arms}
         for text in TEXT.value:
             windows = data.windows(
-                data.load_text([text]), model.tokenizer, length=LENGTH.value,
+                data.load_text(text), model.tokenizer, length=LENGTH.value,
                 count=WINDOWS.value, spread=True, start=seed * (LENGTH.value // 2),
             )  # fmt: skip
             key = json.dumps(

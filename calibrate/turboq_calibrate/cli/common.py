@@ -7,6 +7,7 @@ for. Nothing heavy is imported before a subcommand runs.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from turboq.errors import TurboqError
 if TYPE_CHECKING:
     from turboq.cache.layer import TokenPolicy
     from turboq.codecs import Codec
-    from turboq_calibrate.models import Tokenizer
+    from turboq_calibrate.models import Model, Tokenizer
     from turboq_calibrate.observe.texts import Windows
 
+CALIBRATION_TEXT = "topics:calibration,source:calibration"
 DTYPES = ("float32", "bfloat16", "float16")
 # Codec fields that have a flag of their own; None leaves the codec's default.
 CODEC_FIELDS = ("rotation", "scale_rule", "scale", "scale_dtype", "codebook", "sketch", "dtype")
@@ -39,18 +41,29 @@ def model_dtype(values: flags.FlagValues) -> None:
     )  # fmt: skip
 
 
-def text(values: flags.FlagValues, default: str, *, windows: int, length: int) -> None:
+def text(
+    values: flags.FlagValues,
+    default: str = CALIBRATION_TEXT,
+    *,
+    windows: int = 16,
+    length: int = 1024,
+) -> None:
     flags.DEFINE_multi_string(
-        "text", default, "UTF-8 file, topics:calibration or topics:heldout; several are joined.",
-        flag_values=values,
+        "text", default, "Texts, comma-separated or the flag repeated: topics:calibration, "
+        "topics:heldout, source:calibration, source:heldout, self:SEED (written by the model), "
+        "UTF-8 files. Each gets an equal share of the windows.", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
-        "windows", windows, "Windows of text, evenly spaced over it; 0 takes all.", lower_bound=0,
-        flag_values=values,
+        "windows", windows, "Windows of all texts together, evenly spaced over each; 0 takes all.",
+        lower_bound=0, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
         "window_length", length, "Tokens per window.", lower_bound=1, flag_values=values
     )
+    flags.DEFINE_enum(
+        "bos", "auto", ("auto", "yes", "no"), "Begin every window with the BOS token; auto does "
+        "what the model's tokenizer does.", flag_values=values,
+    )  # fmt: skip
 
 
 def out(values: flags.FlagValues, what: str) -> None:
@@ -174,14 +187,34 @@ def policy_of(values: flags.FlagValues) -> TokenPolicy:
     return TokenPolicy(sinks=values.sinks, recent=values.recent, exact_dtype=values.exact_dtype)
 
 
-def windows_of(values: flags.FlagValues, tokenizer: Tokenizer) -> Windows:
-    """The windows of text that the flags describe."""
-    from turboq_calibrate.observe import texts as data
+def sources_of(entries: list[str]) -> list[str]:
+    """The texts that --text names; an entry that is a file is one, commas and all."""
+    return [
+        source
+        for entry in entries
+        for source in ([entry] if os.path.isfile(entry) else entry.split(","))
+    ]
 
-    return data.windows(
-        data.load_text(values.text),
+
+def windows_of(
+    values: flags.FlagValues,
+    tokenizer: Tokenizer,
+    *,
+    model: Model | None = None,
+    folder: str | None = None,
+) -> Windows:
+    """The windows of text that the flags describe.
+
+    `model` writes the text of self:SEED, which is refused without it; `folder` keeps what it wrote.
+    """
+    from turboq_calibrate.observe.texts import mixed_windows
+
+    return mixed_windows(
+        sources_of(values.text),
         tokenizer,
         length=values.window_length,
         count=values.windows or None,
-        spread=True,
+        bos={"auto": None, "yes": True, "no": False}[values.bos],
+        model=model,
+        folder=folder,
     )

@@ -75,7 +75,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         plan, arrays = load(path)
         check_model(plan, geometry)
         plans.append((name, plan, arrays))
-    windows = common.windows_of(values, model.tokenizer)
+    windows = common.windows_of(values, model.tokenizer, model=model, folder=values.out)
     make_folder(values.out)  # an unusable folder shows now, not after the evaluation
     quality = evaluate(
         model,

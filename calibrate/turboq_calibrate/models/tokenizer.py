@@ -21,11 +21,16 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """Text to token ids and back. No BOS is added: a window of text starts where it starts."""
+    """Text to token ids and back.
+
+    `encode` adds no special tokens: `adds_bos` says that the model expects `bos_id` in front of a
+    text, and who makes a text of tokens puts it there.
+    """
 
     backend: tokenizers.Tokenizer
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    adds_bos: bool = False
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens only where the text spells them.
@@ -76,8 +81,12 @@ def byte_symbols() -> list[str]:
 def from_folder(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder.
 
+    BOS and EOS are those of `generation_config.json` or `config.json`. Text begins with BOS where
+    `add_bos_token` of `tokenizer_config.json` says so or, without that field, where the
+    post-processor of `tokenizer.json` adds it.
+
     Raises:
-      TurboqError: `tokenizer.json` is absent or not readable as one.
+      TurboqError: `tokenizer.json` is absent or not readable as one; a configuration is no JSON.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -89,22 +98,37 @@ def from_folder(folder: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exception for every kind of bad file
         raise TurboqError(f"{path} is not a readable tokenizer: {_line(error)}") from error
+    # The file may ask for both, and a long text would lose its end without a word.
+    backend.no_truncation()
+    backend.no_padding()
     ids: dict[str, list[int]] = {"bos": [], "eos": []}
     for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise TurboqError(f"{file} is not valid JSON: {error}") from error
+        settings = _settings(folder / name)
         for key, found in ids.items():
             value = settings.get(f"{key}_token_id")
             if not found and value is not None:
                 found += value if isinstance(value, list) else [value]
-    return Tokenizer(
-        backend=backend, bos_id=ids["bos"][0] if ids["bos"] else None, eos_ids=tuple(ids["eos"])
-    )
+    bos = ids["bos"][0] if ids["bos"] else None
+    file = folder / "tokenizer_config.json"
+    adds_bos = _settings(file).get("add_bos_token")
+    if adds_bos is None:
+        adds_bos = bos is not None and backend.encode("a").ids[:1] == [bos]
+    if type(adds_bos) is not bool:
+        raise TurboqError(f"{file}: add_bos_token={adds_bos!r} must be true or false")
+    return Tokenizer(backend=backend, bos_id=bos, eos_ids=tuple(ids["eos"]), adds_bos=adds_bos)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """A JSON file's fields; none when there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TurboqError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise TurboqError(f"{file} must hold a JSON object")
+    return settings
 
 
 def _split_words(digits: int) -> str:
@@ -142,6 +166,11 @@ PRE_TOKENIZERS = {
 }
 
 
+# Where `tokenizer.ggml.add_bos_token` is absent, llama.cpp begins a text with BOS for every
+# tokenizer of model "llama" and, of model "gpt2", for these pre-tokenizers.
+PRE_ADDS_BOS = ("llama-bpe",)
+
+
 def from_gguf(metadata: dict[str, Any], path: Path) -> Tokenizer:
     """The tokenizer that GGUF metadata describes.
 
@@ -170,10 +199,17 @@ def from_gguf(metadata: dict[str, Any], path: Path) -> Tokenizer:
     ]
     backend.add_tokens(added)
     bos, *eos = (_token_id(metadata, name, path) for name in ("bos", "eos", "eot", "eom"))
+    default = kind == "llama" or metadata.get("tokenizer.ggml.pre") in PRE_ADDS_BOS
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", default)
+    if type(adds_bos) is not bool:
+        raise TurboqError(
+            f"{path}: tokenizer.ggml.add_bos_token={adds_bos!r} must be true or false"
+        )
     return Tokenizer(
         backend=backend,
         bos_id=bos,
         eos_ids=tuple(dict.fromkeys(e for e in eos if e is not None)),
+        adds_bos=adds_bos,
     )
 
 

@@ -1,15 +1,23 @@
 """Text in, windows of tokens out: where calibration and evaluation text comes from.
 
-A source is `topics:calibration` or `topics:heldout` (the Python language reference that every
-interpreter carries in `pydoc_data.topics`, split by topic into two parts without a common
-paragraph), `source:calibration` or `source:heldout` (the same of the standard library's Python
-source, split by module) or the path of a UTF-8 file. Windows do not overlap and get no BOS token.
+A source is one of
+
+    topics:calibration, topics:heldout    the Python language reference that every interpreter
+                                          carries in `pydoc_data.topics`, split by topic into two
+                                          parts without a common paragraph
+    source:calibration, source:heldout    the same of the standard library's source, by module
+    self:SEED                             text that the model itself writes (`self_text`)
+    anything else                         the path of a UTF-8 file (./a:b where a name has a colon)
+
+Each is a text of its own: windows do not overlap, and none holds tokens of two texts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import re
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -20,21 +28,29 @@ import numpy as np
 from jaxtyping import Int
 
 from turboq.errors import TurboqError
+from turboq.plan import TextSource
+from turboq_calibrate.models import Model
+from turboq_calibrate.observe.self_text import seed_of, self_windows, text_source
 
 HELDOUT_ONE_IN = 4
 SPLITS = ("calibration", "heldout")
+# "kind:rest"; one letter before the colon is a drive.
+KIND = re.compile(r"([A-Za-z_]\w+):")
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What `windows` needs of a tokenizer."""
+    """What windows need of a tokenizer; `models.Tokenizer` is one."""
+
+    bos_id: int | None
+    adds_bos: bool
 
     def encode(self, text: str) -> list[int]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
-    """One stretch of text and the hash that identifies it."""
+    """One stretch of text, its name (of a file without its folder) and the hash of its bytes."""
 
     source: str
     text: str
@@ -43,12 +59,39 @@ class Text:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Windows:
-    """N windows of T consecutive tokens; `available` is how many the text holds."""
+    """N windows of T tokens, window i from `texts[text[i]]`.
+
+    available: windows of this length that the shortest text holds. What a model writes has no end:
+      it counts as what was taken of it.
+    bos: every window begins with the tokenizer's BOS token, followed by T - 1 tokens of text.
+
+    Raises:
+      ValueError: not one text per window, or a text that is not in `texts`.
+    """
 
     tokens: Int[np.ndarray, "N T"]
-    source: str
-    text_sha256: str
+    texts: tuple[TextSource, ...]
+    text: Int[np.ndarray, "N"]
     available: int
+    bos: bool = False
+
+    def __post_init__(self):
+        if self.text.shape != self.tokens.shape[:1]:
+            raise ValueError(f"{self.text.shape=} must be one text per window {self.tokens.shape}")
+        if self.text.size and not 0 <= self.text.min() <= self.text.max() < len(self.texts):
+            raise ValueError(f"texts {set(self.text.tolist())} must be in 0..{len(self.texts) - 1}")
+
+    @property
+    def source(self) -> str:
+        """The names of the texts."""
+        return ", ".join(t.name for t in self.texts)
+
+    @property
+    def text_sha256(self) -> str:
+        """The text's hash; of several, the hash of their hashes in order."""
+        if len(self.texts) == 1:
+            return self.texts[0].sha256
+        return hashlib.sha256(",".join(t.sha256 for t in self.texts).encode()).hexdigest()
 
     @property
     def sha256(self) -> str:
@@ -66,29 +109,45 @@ def topic_split(name: str) -> str:
     return "heldout" if digest % HELDOUT_ONE_IN == 0 else "calibration"
 
 
-def load_text(sources: str | Sequence[str | Path]) -> Text:
-    """One text from one or several sources, joined by blank lines in the order given.
+def load_text(source: str | Path) -> Text:
+    """The text of one source.
 
     Raises:
-      TurboqError: a source is missing, a folder, unreadable, empty, binary or not UTF-8.
+      TurboqError: an unknown kind or part; a file that is missing, a folder, unreadable, empty,
+        binary, not UTF-8 or JSON lines; `self:SEED`, which only `mixed_windows` can make.
     """
-    names = [sources] if isinstance(sources, str) else [str(s) for s in sources]
-    if not names:
-        raise TurboqError("no text given: name a UTF-8 file, or topics:calibration")
-    parts = [_part(n) for n in names]
-    text = "\n\n".join(parts)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Text(source=",".join(names), text=text, sha256=digest)
+    name = source
+    if isinstance(source, str) and (kind := kind_of(source)) is not None:
+        if kind == "self":
+            raise TurboqError(f"text {source} is written by a model, and none is given here")
+        split = source.partition(":")[2]
+        if split not in SPLITS:
+            choices = ", ".join(f"{kind}:{s}" for s in SPLITS)
+            raise TurboqError(f"unknown text source {source!r}: choose from {choices}")
+        text = _side(_topics() if kind == "topics" else _modules(), split)
+    else:
+        path = Path(source)
+        name, text = path.name, _file(path)  # where a file lies says nothing about its text
+    return Text(source=str(name), text=text, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
-def _part(name: str) -> str:
-    kind, _, split = name.partition(":")
-    if kind not in ("topics", "source"):
-        return _file(Path(name))
-    if split not in SPLITS:
-        choices = ", ".join(f"{kind}:{s}" for s in SPLITS)
-        raise TurboqError(f"unknown text source {name!r}: choose from {choices}")
-    return _side(_topics() if kind == "topics" else _modules(), split)
+def kind_of(source: str) -> str | None:
+    """What stands before the colon of a source; None for a path.
+
+    Raises:
+      TurboqError: a kind that does not exist, or no name at all.
+    """
+    if not source:
+        raise TurboqError("a text without a name: give a UTF-8 file, or topics:calibration")
+    match = KIND.match(source)
+    if match is None:
+        return None
+    if match[1] not in ("topics", "source", "self"):
+        raise TurboqError(
+            f"unknown kind of text {match[1]!r} in {source!r}: known are topics, source and self "
+            f"(a file of that name is ./{source})"
+        )
+    return match[1]
 
 
 def _side(texts: dict[str, str], split: str) -> str:
@@ -133,6 +192,11 @@ def _words(paragraph: str) -> str:
 
 
 def _file(path: Path) -> str:
+    if path.suffix.lower() == ".jsonl":
+        raise TurboqError(
+            f"text file {path} is JSON lines, which are not read as conversations yet: give plain "
+            "text"
+        )
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -159,31 +223,138 @@ def windows(
     count: int | None = None,
     start: int = 0,
     spread: bool = False,
+    bos: bool | None = None,
 ) -> Windows:
-    """Window i holds tokens [start + i*length, start + (i+1)*length) of the text.
+    """Window i holds tokens [start + i*n, start + (i+1)*n) of the text.
 
-    `count` windows are the first ones, or with `spread` evenly spaced ones, window
+    n is `length`, or with `bos` one less behind a BOS token; None does what the model's tokenizer
+    does. `count` windows are the first ones, or with `spread` evenly spaced ones, window
     floor(i * available / count), so that a small sample sees the whole text. None takes all.
 
     Raises:
-      TurboqError: the text is shorter than one window, or holds fewer than `count` windows.
+      TurboqError: the text is shorter than one window, or holds fewer than `count` windows; BOS is
+        asked for and the tokenizer has none.
       ValueError: length, count or start make no sense.
     """
     if length < 1 or start < 0 or (count is not None and count < 1):
         raise ValueError(f"{length=} and {count=} must be 1 or more, {start=} 0 or more")
+    first = _bos(tokenizer, bos)
+    each = length - len(first)
+    if each < 1:
+        raise TurboqError("windows of 1 token hold nothing behind BOS: make them longer")
     ids = np.asarray(tokenizer.encode(text.text), dtype=np.int32)[start:]
-    available = len(ids) // length
+    available = len(ids) // each
     if available == 0:
         raise TurboqError(
             f"text {text.source} has {len(ids)} tokens after token {start}, less than one window "
-            f"of {length}: give more text or shorter windows"
+            f"of {each}: give more text or shorter windows"
         )
     if count is not None and count > available:
         raise TurboqError(
             f"text {text.source} holds {available} windows of {length} tokens, {count} were asked "
             f"for: give more text, fewer or shorter windows"
         )
-    every = ids[: available * length].reshape(available, length)
+    every = ids[: available * each].reshape(available, each)
     if count is not None:
         every = every[np.arange(count) * available // count] if spread else every[:count]
-    return Windows(tokens=every, source=text.source, text_sha256=text.sha256, available=available)
+    begin = np.broadcast_to(np.asarray(first, np.int32), (len(every), len(first)))
+    return Windows(
+        tokens=np.concatenate([begin, every], axis=1),
+        texts=(TextSource(name=text.source, sha256=text.sha256),),
+        text=np.zeros(len(every), np.int32),
+        available=available,
+        bos=bool(first),
+    )
+
+
+def _bos(tokenizer: Tokenizer, bos: bool | None) -> list[int]:
+    """What windows begin with: BOS or nothing."""
+    if not (tokenizer.adds_bos if bos is None else bos):
+        return []
+    if tokenizer.bos_id is None:
+        why = "bos=yes" if bos else "the model's tokenizer begins every text with BOS"
+        raise TurboqError(f"{why}, but names no BOS token: use bos=no")
+    return [tokenizer.bos_id]
+
+
+def mixed_windows(
+    sources: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    count: int | None,
+    spread: bool = True,
+    bos: bool | None = None,
+    model: Model | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Windows:
+    """`count` windows shared as equally as can be between the texts, in turn.
+
+    Window i is of text i mod n as long as each lasts, so that every prefix, chunk and shard holds
+    all texts. None takes all windows of all texts. Of each text: `windows`.
+
+    Args:
+      model: writes the text of `self:SEED`; without it such a source is refused.
+      folder: keeps what the model wrote (`self_text.self_windows`).
+
+    Raises:
+      TurboqError: fewer windows than texts; a text twice, or one that holds too few windows;
+        whatever `load_text` and `windows` refuse.
+    """
+    if not sources:
+        raise TurboqError("no text given: name a UTF-8 file, or topics:calibration")
+    n = len(sources)
+    if count is not None and count < n:
+        raise TurboqError(f"{count} windows of {n} texts: take at least one window of each")
+    own = [kind_of(source) == "self" for source in sources]
+    for i, source in enumerate(sources):
+        if source in sources[:i]:
+            raise TurboqError(f"text {source} is given twice: name each text once")
+        if own[i] and (model is None or count is None):
+            what = "a model to write it" if model is None else "a number of windows"
+            raise TurboqError(f"text {source} needs {what}, and none is given here")
+    parts: dict[int, Windows] = {}
+    for i in sorted(range(n), key=own.__getitem__):  # cheap errors first: a model writes for hours
+        share = None if count is None else (count + n - 1 - i) // n
+        if own[i]:
+            parts[i] = _own_windows(model, sources[i], length, share, folder, progress)
+        else:
+            text = load_text(sources[i])
+            parts[i] = windows(text, tokenizer, length=length, count=share, spread=spread, bos=bos)
+    return _in_turn([parts[i] for i in range(n)])
+
+
+def _own_windows(
+    model: Model, source: str, length: int, count: int, folder, progress: bool
+) -> Windows:
+    seed = seed_of(source)
+    tokens = self_windows(
+        model, seed=seed, length=length, count=count, folder=folder, progress=progress
+    )
+    return Windows(
+        tokens=tokens,
+        texts=(text_source(model, seed),),
+        text=np.zeros(count, np.int32),
+        available=count,
+        bos=bool((tokens[:, 0] == model.tokenizer.bos_id).all()),
+    )
+
+
+def _in_turn(parts: Sequence[Windows]) -> Windows:
+    """Window j of every part, for j = 0, 1, ..."""
+    texts = tuple(p.texts[0] for p in parts)
+    for i, text in enumerate(texts):
+        same = [t.name for t in texts[:i] if t.sha256 == text.sha256]
+        if same:
+            raise TurboqError(f"texts {same[0]} and {text.name} are the same: name each text once")
+    turn = np.concatenate([np.arange(len(p.tokens)) for p in parts])
+    text = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p.tokens) for p in parts])
+    order = np.lexsort((text, turn))
+    return Windows(
+        tokens=np.concatenate([p.tokens for p in parts])[order],
+        texts=texts,
+        text=text[order],
+        available=min(p.available for p in parts),
+        bos=all(p.bos for p in parts),
+    )

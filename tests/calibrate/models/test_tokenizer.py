@@ -182,6 +182,89 @@ def test_qwen2_equals_the_transformers_class():
         assert ours.encode(text) == reference(text, add_special_tokens=False)["input_ids"]
 
 
+# ---- BOS
+
+
+@pytest.mark.parametrize(
+    ("changes", "adds"),
+    [
+        ({}, True),  # llama-bpe: llama.cpp's default
+        ({"add_bos_token": False}, False),
+        ({"pre": "gpt-2"}, False),
+        ({"pre": "smollm"}, False),
+        ({"pre": "qwen2"}, False),
+        ({"pre": "qwen2", "add_bos_token": True}, True),
+    ],
+)
+def test_gguf_says_whether_text_begins_with_bos(changes, adds):
+    tokenizer = from_gguf(metadata_of("llama3", **changes), Path("x.gguf"))
+    assert (tokenizer.bos_id, tokenizer.adds_bos) == (0, adds)
+    assert 0 not in tokenizer.encode(PASSAGE)  # and encode adds it nowhere
+
+
+def test_sentencepiece_begins_with_bos_unless_the_file_says_no():
+    assert from_gguf(sentencepiece_metadata(), Path("x.gguf")).adds_bos
+    metadata = sentencepiece_metadata(add_bos_token=False)
+    assert not from_gguf(metadata, Path("x.gguf")).adds_bos
+
+
+def folder_with(tmp_path, config, *, template=None, **fields):
+    """A copy of the golden folder with a tokenizer_config.json and changes to tokenizer.json."""
+    folder = tmp_path / "m"
+    shutil.copytree(GOLDEN / "llama3", folder)
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if template is not None:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[("<|begin|>", 0), ("<|end|>", 1)]
+        )
+    saved = json.loads(backend.to_str()) | fields
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "template", "adds"),
+    [
+        (None, None, False),
+        ({}, None, False),
+        ({"add_bos_token": True}, None, True),
+        (None, "<|begin|> $A", True),
+        ({}, "<|begin|> $A <|end|>", True),
+        (None, "$A <|end|>", False),
+        ({"add_bos_token": False}, "<|begin|> $A", False),
+    ],
+)
+def test_folder_says_whether_text_begins_with_bos(tmp_path, config, template, adds):
+    folder = folder_with(tmp_path, config, template=template)
+    tokenizer = load_model(folder, resident=False).tokenizer
+    assert (tokenizer.bos_id, tokenizer.adds_bos) == (0, adds)
+    plain = load_model(GOLDEN / "llama3", resident=False).tokenizer
+    assert tokenizer.encode(PASSAGE) == plain.encode(PASSAGE)  # whatever the template
+
+
+def test_truncation_and_padding_of_the_file_do_not_touch_a_text(tmp_path):
+    cut = {"max_length": 8, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+    pad = {"strategy": {"Fixed": 4096}, "direction": "Right", "pad_to_multiple_of": None,
+           "pad_id": 1, "pad_type_id": 0, "pad_token": "<|end|>"}  # fmt: skip
+    folder = folder_with(tmp_path, None, truncation=cut, padding=pad)
+    tokenizer = load_model(folder, resident=False).tokenizer
+    plain = load_model(GOLDEN / "llama3", resident=False).tokenizer
+    assert tokenizer.encode(PASSAGE) == plain.encode(PASSAGE)
+
+
+def test_bad_bos_settings_are_named(tmp_path):
+    with pytest.raises(TurboqError, match=r"some\.gguf: tokenizer\.ggml\.add_bos_token=1 must be"):
+        from_gguf(metadata_of("llama3", add_bos_token=1), Path("some.gguf"))
+    folder = folder_with(tmp_path, {"add_bos_token": "yes"})
+    with pytest.raises(TurboqError, match=r"tokenizer_config\.json: add_bos_token='yes' must be"):
+        _ = load_model(folder, resident=False).tokenizer
+    (folder / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(TurboqError, match=r"tokenizer_config\.json must hold a JSON object"):
+        _ = load_model(folder, resident=False).tokenizer
+
+
 # ---- SentencePiece-style
 
 

@@ -13,6 +13,7 @@ import sys
 import jax
 import numpy as np
 
+from turboq.plan import TextSource
 from turboq_calibrate.models import load_model
 from turboq_calibrate.observe.capture import CaptureRecipe, capture
 from turboq_calibrate.observe.texts import Windows
@@ -21,7 +22,9 @@ from turboq_calibrate.observe.texts import Windows
 def case(vocab: int) -> tuple[Windows, CaptureRecipe]:
     """Seven windows in chunks of two: the last chunk is a short one."""
     tokens = np.random.default_rng(11).integers(0, vocab, (7, 20), dtype=np.int32)
-    windows = Windows(tokens=tokens, source="random", text_sha256="0" * 64, available=7)
+    source = TextSource(name="random", sha256="0" * 64)
+    text = np.zeros(7, np.int32)
+    windows = Windows(tokens=tokens, texts=(source,), text=text, available=7)
     return windows, CaptureRecipe(skip=2, windows_per_chunk=2)
 
 

@@ -22,7 +22,7 @@ def main(out: str, process: int, processes: int, port: str, axis: int, event: st
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
     from turboq.codecs import PerHead
-    from turboq.plan import uniform_plan
+    from turboq.plan import TextSource, uniform_plan
     from turboq_calibrate.fit.per_head import fit_side
     from turboq_calibrate.fit.plan import model_geometry
     from turboq_calibrate.fit.shared import collect_shared
@@ -41,7 +41,9 @@ def main(out: str, process: int, processes: int, port: str, axis: int, event: st
 
     model = load_model(GOLDEN, resident=False)
     tokens = np.random.default_rng(7).integers(0, model.spec.vocab, (18, 12), dtype=np.int32)
-    windows = Windows(tokens=tokens, source="random", text_sha256="0" * 64, available=18)
+    source = TextSource(name="random", sha256="0" * 64)
+    text = np.zeros(18, np.int32)
+    windows = Windows(tokens=tokens, texts=(source,), text=text, available=18)
     recipe = CaptureRecipe(skip=2, windows_per_chunk=8)
     mesh = make_mesh(model=axis) if axis else None
     found = capture(model, windows, out, recipe, mesh=mesh, progress=False, observer=observer)

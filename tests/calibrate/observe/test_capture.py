@@ -19,6 +19,7 @@ from stat_cases import random_windows
 from tolerances import TOL
 
 from turboq.errors import TurboqError
+from turboq.plan import TextSource
 from turboq_calibrate.models import load_model
 from turboq_calibrate.observe import capture as capture_module
 from turboq_calibrate.observe import dry_run as estimate
@@ -64,7 +65,9 @@ def test_statistics_are_those_of_what_transformers_sees(name, tmp_path, monkeypa
     golden = np.load(GOLDEN / name / "golden.npz")
     model = load_model(GOLDEN / name, resident=False)
     tokens = golden["tokens"]
-    windows = Windows(tokens=tokens, source="golden", text_sha256="2" * 64, available=len(tokens))
+    source = TextSource(name="golden", sha256="2" * 64)
+    text = np.zeros(len(tokens), np.int32)
+    windows = Windows(tokens=tokens, texts=(source,), text=text, available=len(tokens))
     recipe = CaptureRecipe(skip=3, rotation="haar", seed=5)
     where = jnp.asarray(golden["positions"])
     monkeypatch.setattr(capture_module.decoder, "default_positions", lambda tokens: where)
@@ -222,7 +225,7 @@ def test_other_inputs_are_refused_field_by_field(model, tmp_path, monkeypatch):
     with pytest.raises(Stop):
         quiet(model, windows, tmp_path, recipe, observer=stop_after(6))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    other_text = dataclasses.replace(windows, text_sha256="f" * 64, source="b.txt")
+    other_text = dataclasses.replace(windows, texts=(TextSource(name="b.txt", sha256="f" * 64),))
     for arguments, fields in (
         ((model, other_text, recipe), {"text.sha256", "text.source"}),
         (
