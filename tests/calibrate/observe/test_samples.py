@@ -14,7 +14,6 @@ from turboq.errors import TurboqError
 from turboq_calibrate.measure.attention_plugs import pre_rope_attend
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.decoder import exact_attend
-from turboq_calibrate.models.rope import inverse_frequencies
 from turboq_calibrate.observe import samples as module
 from turboq_calibrate.observe.samples import LayerSamples, collect_samples, fit_samples
 
