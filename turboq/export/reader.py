@@ -1,4 +1,4 @@
-"""Any engine: the plan, a reader of 100 lines without dependencies, and a page to test with."""
+"""Any engine: the plan, a reader of 150 lines without dependencies, and a page to test with."""
 
 from __future__ import annotations
 

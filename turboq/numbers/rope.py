@@ -128,7 +128,8 @@ def tables(
     rope: Rope, positions: Int[Array, "*n"]
 ) -> tuple[Float[Array, "*n H"], Float[Array, "*n H"]]:
     """cos and sin of every position's angles, float32; H = dim // 2 pairs."""
-    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(inverse_frequencies(rope))
+    inv_freq = inverse_frequencies(rope).reshape((1,) * positions.ndim + (-1,))
+    angles = positions.astype(jnp.float32)[..., None] * inv_freq
     return jnp.cos(angles), jnp.sin(angles)
 
 

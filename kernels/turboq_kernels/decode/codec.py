@@ -51,7 +51,7 @@ def decode(
         if rope is None:
             return of_heads(k_codec.logits)(k_arrays, folded, fields)
         slots = first * page + jnp.arange(block * page, dtype=jnp.int32)
-        keys = rotate(rope, of_heads(k_codec.decode)(k_arrays, fields), slots)
+        keys = rotate(rope, of_heads(k_codec.decode)(k_arrays, fields), slots[None, None, :])
         return jnp.einsum("bnmd,bnsd->bnms", q, keys, precision=HIGHEST)
 
     def sums(p, first, valid):

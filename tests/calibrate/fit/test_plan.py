@@ -41,6 +41,7 @@ def test_layers_that_own_no_cache_get_no_plan():
     assert geometry.layers[1].borrows_cache_of == 0
     assert geometry.layers[2].rope_layout == "none"
     assert geometry.layers[3].rope_dim == owner.head_dim // 2
+    assert [layer.rope for layer in geometry.layers] == [x.rope for x in layers]
     codec = TurboQuantMSE(dim=owner.head_dim, bits=2)
     plan, arrays = make_plan(geometry, k=codec, v=codec)
     assert [layer.index for layer in plan.layers] == [0, 3]

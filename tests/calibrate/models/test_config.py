@@ -1,15 +1,12 @@
 """Hugging Face configurations: real models' geometry, v4 and v5 key names, and refusals."""
 
-import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tolerances import TOL
 
 from turboq.errors import TurboqError
-from turboq.numbers.rope import Rope, Scaling, inverse_frequencies
+from turboq.numbers.rope import Rope
 from turboq_calibrate.models.config import FAMILIES, model_spec
 from turboq_calibrate.models.params import parameter_count
 
@@ -235,39 +232,3 @@ def test_neutral_values_of_refused_fields_pass():
 
 def test_supported_families_are_the_documented_ones():
     assert FAMILIES == ("llama", "mistral", "qwen2", "qwen3")
-
-
-def test_llama3_frequencies_follow_the_published_rule():
-    """By wavelength: short kept, long divided, and between the two a linear mix."""
-    scaling = Scaling(
-        type="llama3",
-        factor=8.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_context=8192.0,
-    )
-    rope = Rope(theta=500000.0, dim=128, scaling=scaling)
-    got = inverse_frequencies(rope)
-    plain = 500000.0 ** (-np.arange(64) / 64)
-    expected, seen = [], set()
-    for f in plain:
-        wavelength = 2 * np.pi / f
-        if wavelength < 8192 / 4:
-            expected.append(f)
-            seen.add("short")
-        elif wavelength > 8192 / 1:
-            expected.append(f / 8)
-            seen.add("long")
-        else:
-            mix = (8192 / wavelength - 1) / (4 - 1)
-            expected.append((1 - mix) * f / 8 + mix * f)
-            seen.add("between")
-    assert seen == {"short", "long", "between"}
-    np.testing.assert_allclose(got, expected, rtol=TOL["rope_frequency"], atol=0)
-
-
-def test_explicit_frequencies_win_and_are_counted():
-    rope = Rope(theta=10000.0, dim=4, inv_freq=(1.0, 0.25))
-    np.testing.assert_array_equal(inverse_frequencies(rope), np.float32([1.0, 0.25]))
-    with pytest.raises(ValueError, match="of 2 frequencies does not fit dim=6"):
-        dataclasses.replace(rope, dim=6)
