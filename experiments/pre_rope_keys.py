@@ -19,6 +19,7 @@ from turboq import codecs as c
 from turboq.cache.layer import TokenPolicy
 from turboq.errors import TurboqError
 from turboq.plan import collect_arrays, uniform_plan
+from turboq.plan.geometry import RopeForm
 from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure import quality_table as quality
 from turboq_calibrate.measure.evaluate import evaluate
@@ -53,14 +54,17 @@ def run(out: Path) -> None:
     )
     dim, rows = geometry.cache_layers[0].k_dim, []
     table, cost = {}, {}
-    for label, attention in (("post-RoPE", "simulated"), ("pre-RoPE", "pre_rope")):
-        samples = collect_samples(model, calibration.tokens, pre_rope=attention == "pre_rope")
+    forms: tuple[tuple[str, RopeForm], ...] = (("post-RoPE", "after"), ("pre-RoPE", "before"))
+    for label, form in forms:
+        samples = collect_samples(model, calibration.tokens, pre_rope=form == "before")
         plans = []
         for name, codec in codecs(dim).items():
-            plan = uniform_plan(geometry, k=codec, v=c.Exact(dim=dim), policy=TokenPolicy(sinks=4))
+            plan = uniform_plan(
+                geometry, k=codec, v=c.Exact(dim=dim), k_rope=form, policy=TokenPolicy(sinks=4)
+            )
             arrays = collect_arrays(plan, lambda i, side, k, s=samples: fit_samples(k, s[i], side))
             plans.append((f"{name} {label}", plan, arrays))
-        measured = evaluate(model, plans, heldout.tokens, text=heldout.source, attention=attention)
+        measured = evaluate(model, plans, heldout.tokens, text=heldout.source)
         table, cost = measured.table, measured.run
         rows += measured.rows
     rows.sort(key=lambda row: row["name"])

@@ -128,15 +128,17 @@ def _to_host(side):
 
 
 def policy_attention(
-    layer, q, k, v, *, scale, window=None, softcap=None, own_from=None, sink_logits=None
-) -> np.ndarray:
+    layer, q, k, v, *, scale, window=None, softcap=None, own_from=None, sink_logits=None,
+    stored_values=None,
+) -> np.ndarray:  # fmt: skip
     """Causal attention [B, T, H, E] of a window of tokens by the layer's policy, in float64.
 
     Query by query: decoded keys and values, exact where the policy says so (sinks, recent tokens),
     and where `own_from[t]` says from which position on query t has exact tokens beside it.
+    `stored_values`: what quantized tokens decode to, if not as `simulate` says.
     """
     policy = layer.policy
-    k_hat, v_hat = (np.asarray(x, np.float64) for x in simulate(layer, k, v))
+    k_hat, v_hat = (np.asarray(x, np.float64) for x in stored_values or simulate(layer, k, v))
     k_exact, v_exact = (np.asarray(round_exact(policy, x), np.float64) for x in (k, v))
     batch, t, heads, _ = q.shape
     out = np.zeros((batch, t, heads, v.shape[-1]))

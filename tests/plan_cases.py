@@ -11,6 +11,7 @@ import numpy as np
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec, Exact, PerHead, TurboQuantMSE, TurboQuantProd
+from turboq.numbers.rope import Rope, Scaling
 from turboq.plan import (
     LayerGeometry,
     Measurement,
@@ -48,6 +49,11 @@ def geometry(layers: int = 2, kv_heads: int = 3, k_dim: int = 16, v_dim: int = 8
 
 def hybrid() -> ModelGeometry:
     """Layers with a window, without a cache, with other dims, and one that borrows."""
+    llama3 = Scaling(
+        type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64.0
+    )
+    frequencies = (1.0, 0.5, 0.25, 0.0)
+    partial = Rope(dim=8, theta=1e4, layout="interleaved", inv_freq=frequencies)
 
     def layer(index: int, **other) -> LayerGeometry:
         usual = {"kv_heads": 3, "q_heads": 6, "k_dim": 16, "v_dim": 8}
@@ -58,9 +64,9 @@ def hybrid() -> ModelGeometry:
         family="hybrid",
         name="all kinds",
         layers=(
-            layer(0, window=512, rope_layout="interleaved", rope_dim=8),
+            layer(0, window=512, rope_layout="interleaved", rope_dim=8, rope=partial),
             layer(1, kv_heads=0, q_heads=0, k_dim=0, v_dim=0, rope_layout="none", rope_dim=0),
-            layer(2, kv_heads=4, q_heads=4, k_dim=24),
+            layer(2, kv_heads=4, q_heads=4, k_dim=24, rope=Rope(dim=24, theta=1e4, scaling=llama3)),
             layer(3, borrows_cache_of=0),
         ),
     )
@@ -91,7 +97,7 @@ def plain() -> tuple[Plan, Fitted]:
 
 
 def rich() -> tuple[Plan, Fitted]:
-    """Overrides, every codec, data-free tables, provenance, quality and `x-` fields."""
+    """Overrides, every codec, tables, keys before RoPE, provenance, quality and `x-` fields."""
 
     def choose(index: int, side: str, head: int) -> Codec:
         if side == "v":
@@ -105,6 +111,7 @@ def rich() -> tuple[Plan, Fitted]:
     plan = head_plan(
         hybrid(),
         choose,
+        k_rope=lambda index: "before" if index == 2 else "after",
         policy=TokenPolicy(sinks=4, recent=16, exact_dtype="float16"),
         provenance=Provenance(
             texts=(TextSource(name="topics", sha256="ab" * 32),),

@@ -32,6 +32,8 @@ JUNK: tuple[Any, ...] = (
     "haar",
     "sphere",
     "head",
+    "before",
+    "after",
     "../../etc/passwd",
     "a\nb",
     "\U0001f600 \u2028",
@@ -44,7 +46,10 @@ JUNK: tuple[Any, ...] = (
     {"x-a": 1},
     {"0": {}},
 )
-KEYS = ("x-fuzz", "extra", "", "heads", "codec", "bits", "0", "2", "1023", "1024", "seed", "a\nb")
+KEYS = (
+    *("x-fuzz", "extra", "", "heads", "codec", "bits", "0", "2", "1023", "1024", "seed", "a\nb"),
+    *("rope", "inv_freq", "scaling"),
+)
 
 
 def containers(value: Any) -> Iterator[Any]:

@@ -14,6 +14,12 @@ TOL: dict[str, float] = {
     "model_golden": 1e-5,
     # Rotary frequencies computed in float64 and rounded once to float32: half an ulp, 6e-8.
     "rope_frequency": 6e-8,
+    # Rotation at positions <= 300 against float64: the float32 product position * frequency errs by
+    # half an ulp of 300, 1.5e-5, times |pair| <= 5, and cos, sin and three roundings: 8e-5.
+    "rope_rotate": 1e-4,
+    # Turned and turned back by the same float32 cos and sin: c^2 + s^2 = 1 within 2 eps, six
+    # roundings of 6e-8 on values <= 5.
+    "rope_inverse": 2e-6,
     # SmolLM2-135M, 30 layers, logits up to 40, against transformers: ~20 roundings of 2 eps per
     # layer add as random errors, sqrt(30 * 20) * 1.2e-7 = 3e-6 relative, times 40: 1.2e-4.
     "embedded_logits": 1.2e-4,

@@ -47,7 +47,7 @@ def split_layer(layer: KVLayer, shards: int) -> KVLayer:
                 k_arrays=group.k_arrays, v_arrays=group.v_arrays,
             )
         )  # fmt: skip
-    return KVLayer(groups=tuple(groups), policy=layer.policy)
+    return dataclasses.replace(layer, groups=tuple(groups))
 
 
 def device_order(layer: KVLayer, shards: int) -> tuple[int, ...]:

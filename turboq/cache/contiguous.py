@@ -10,8 +10,9 @@ again. Per head group the buffers are
     exact sinks      dtype  [B, N, sinks, D]
     exact recent     dtype  [B, N, ring, D]                          at position mod ring
 
-with N heads in the group and ring = recent + block - 1. Appending never changes a shape, so nothing
-is recompiled as it grows.
+with N heads in the group and ring = recent + block - 1. A layer with `rope` has its keys encoded as
+they were before it, unrotated at their slot's position; exact ones stay rotated. Appending never
+changes a shape, so nothing is recompiled as it grows.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from turboq.cache.simulate import check_heads, round_exact, take_heads
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.errors import TurboqError
 from turboq.numbers import packing
+from turboq.numbers.rope import Rope, unrotate
 
 
 @jax.tree_util.register_dataclass
@@ -134,7 +136,8 @@ def write(
 
     Only the first `counts[b]` of them are real (default: all); the rest is padding and leaves no
     trace. Tokens past the capacity are not stored, and `check_room` is the way to refuse them
-    beforehand: inside jit no length is known. Writing one by one or in chunks gives equal bytes.
+    beforehand: inside jit no length is known. Writing one by one or in chunks gives equal bytes
+    (with `layer.rope` up to the float32 rounding of turning keys back, which may move a code).
 
     `store` encodes and writes (default: XLA, through the codec's own `encode`).
     """
@@ -183,19 +186,30 @@ def write_group(
     # Of a chunk longer than the ring only its last tokens are written: slots stay unique.
     slot = jnp.where(valid & (from_end <= ring), positions % max(ring, 1), ring)
 
-    def side(codec, arrays, stored, recent, x):
+    def side(codec, arrays, stored, recent, x, store):
         if layer.block == 1:
             return store(codec, arrays, stored, x, positions, valid)
         return _store_blocks(layer, codec, arrays, stored, recent, x, start, counts, store)
 
+    k_store = store if layer.rope is None else _before(layer.rope, store)
     return GroupBuffers(
-        k=side(group.k, group.k_arrays, buffers.k, buffers.k_recent, k),
-        v=side(group.v, group.v_arrays, buffers.v, buffers.v_recent, v),
+        k=side(group.k, group.k_arrays, buffers.k, buffers.k_recent, k, k_store),
+        v=side(group.v, group.v_arrays, buffers.v, buffers.v_recent, v, store),
         k_sinks=_scatter(buffers.k_sinks, k, sink),
         v_sinks=_scatter(buffers.v_sinks, v, sink),
         k_recent=_scatter(buffers.k_recent, k, slot),
         v_recent=_scatter(buffers.v_recent, v, slot),
     )
+
+
+def _before(rope: Rope, store: Store) -> Store:
+    """`store` of keys as they were before their rotary embedding."""
+
+    def unrotated(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
+        x = unrotate(rope, x, positions[:, None, :])
+        return store(codec, arrays, stored, x, positions, valid)
+
+    return unrotated
 
 
 def store_encoded(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from turboq.codecs.base import Arrays, Codec
+from turboq.numbers.rope import Rope
 
 # In a pytree's place JAX may put shapes, shardings or tracers: arrays are checked where used.
 Leaves = dict[str, Any]
@@ -54,10 +55,16 @@ class HeadGroup:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVLayer:
-    """One layer of a plan: every KV head is in exactly one group."""
+    """One layer of a plan: every KV head is in exactly one group.
+
+    With `rope`, quantized keys are stored before that rotary embedding: unrotated when encoded,
+    rotated again when read, at their index in the sequence. Keys come and go rotated, exact tokens
+    (sinks, recent window) are kept as they come. None: all keys are stored as they come.
+    """
 
     groups: tuple[HeadGroup, ...]
     policy: TokenPolicy = dataclasses.field(metadata={"static": True})
+    rope: Rope | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def kv_heads(self) -> int:
@@ -102,9 +109,10 @@ def uniform_layer(
     policy: TokenPolicy,
     k_arrays: Arrays | None = None,
     v_arrays: Arrays | None = None,
+    rope: Rope | None = None,
 ) -> KVLayer:
     """All heads in one group; arrays (leading axis kv_heads) default to none (data-free codecs)."""
     group = HeadGroup(
         heads=tuple(range(kv_heads)), k=k, v=v, k_arrays=k_arrays or {}, v_arrays=v_arrays or {}
     )
-    return KVLayer(groups=(group,), policy=policy)
+    return KVLayer(groups=(group,), policy=policy, rope=rope)

@@ -10,11 +10,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from turboq.cache.exact_attention import attention_over_segments, causal
 from turboq.cache.layer import KVLayer, TokenPolicy, in_head_order
 from turboq.codecs.base import Arrays, Codec
+from turboq.numbers.rope import rotate, unrotate
 
 
 def quantize_dequantize(
@@ -35,11 +36,16 @@ def quantize_dequantize(
 
 @jax.jit
 def simulate(
-    layer: KVLayer, k: Float[Array, "B T K D"], v: Float[Array, "B T K E"]
+    layer: KVLayer,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    positions: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]]:
     """Keys and values as a cache of this layer would return them (every token quantized).
 
-    A layer that encodes blocks takes its tokens from the exact ring, so rounded to its dtype.
+    With `layer.rope`, k_hat = R decode(encode(R^-1 k)), R turning a key to its position (default:
+    0..T-1, the index in its row). A layer that encodes blocks takes its tokens from the exact ring,
+    so rounded to its dtype.
 
     Raises:
       ValueError: the number of heads differs from the layer's.
@@ -47,6 +53,10 @@ def simulate(
     check_heads(layer, k.shape[2])
     if layer.block > 1:
         k, v = round_exact(layer.policy, k), round_exact(layer.policy, v)
+    if positions is None:
+        positions = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+    if layer.rope is not None:
+        k = unrotate(layer.rope, k, positions[:, :, None])
     parts = [
         (
             quantize_dequantize(g.k, g.k_arrays, take_heads(k, g.heads)),
@@ -56,6 +66,8 @@ def simulate(
     ]
     k_hat = jnp.concatenate([p[0] for p in parts], axis=2)
     v_hat = jnp.concatenate([p[1] for p in parts], axis=2)
+    if layer.rope is not None:
+        k_hat = rotate(layer.rope, k_hat, positions[:, :, None])
     return in_head_order(layer, k_hat, 2), in_head_order(layer, v_hat, 2)
 
 

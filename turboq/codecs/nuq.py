@@ -12,9 +12,8 @@ varies per vector (compressed sparse rows) where this one is fixed; its Q-Norm (
 of the codebook corrected afterwards) and its per-token, dynamic normalisation of values are left
 out; first tokens exact is TokenPolicy(sinks=1).
 
-Keys before RoPE: KVQuant codes those and rotates when reading. A cache here holds what attention
-consumes, keys after RoPE. The codec itself does not care: give keys from before RoPE to `fit_nuq`,
-`encode` and `decode` and rotate what comes back, to evaluate that variant outside a cache.
+Keys before RoPE: KVQuant codes those and rotates when reading; here a plan says so for any codec
+(`turboq.plan.SidePlan.rope`). The codec itself does not care: fit it to the keys that are stored.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def shared_layer(layer: KVLayer) -> KVLayer:
         k_arrays=sides["k"][1],
         v_arrays=sides["v"][1],
     )
-    return KVLayer(groups=(group,), policy=layer.policy)
+    return dataclasses.replace(layer, groups=(group,))
 
 
 def one_kind(codecs: Sequence[Codec]) -> bool:

@@ -27,6 +27,7 @@ from turboq.export.same import same
 from turboq.plan import LayerGeometry, ModelGeometry, Plan, array_name
 from turboq.plan.constraints import Constraints, Match, Scheme
 from turboq.plan.document import pretty
+from turboq.plan.geometry import RopeForm
 from turboq.plan.rules import nominal_bits
 
 Side = Literal["k", "v"]
@@ -71,12 +72,16 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Entry:
-    """One head's K or V in the plan, with its fitted arrays."""
+    """One head's K or V in the plan, with its fitted arrays.
+
+    With `rope` "before", codec and arrays are those of keys before their rotary embedding.
+    """
 
     place: Place
     layer: LayerGeometry
     codec: Codec
     arrays: dict[str, np.ndarray]
+    rope: RopeForm = "after"
 
     @property
     def side(self) -> Side:
@@ -98,7 +103,8 @@ class Held:
     `format` is the engine's own name. `codec` with `arrays` gives the same values in turboq; None
     where turboq has no such codec, and then `bits` says how many a vector takes in all, `codes` how
     many of them are codes. `reduced` is False where the engine cannot quantize this head at all and
-    keeps the model's type. `note` says what is not plain from plan and format.
+    keeps the model's type. `note` says what is not plain from plan and format. `rope`: engines
+    store keys after their rotary embedding, unless they say otherwise.
     """
 
     format: str
@@ -108,6 +114,7 @@ class Held:
     codes: int | None = None
     reduced: bool = True
     note: str = ""
+    rope: RopeForm = "after"
 
     @property
     def stored_bits(self) -> int:
@@ -202,6 +209,7 @@ def entries(plan: Plan, arrays: Tensors) -> list[Entry]:
             layer=plan.model.layers[layer.index],
             codec=codec,
             arrays=_head_arrays(plan, arrays, layer.index, side, head),
+            rope=layer.side(side).rope,
         )
         for layer in plan.layers
         for side in SIDES
@@ -222,7 +230,8 @@ def _head_arrays(
 
 def status_of(entry: Entry, held: Held) -> Status:
     """How one head fares: `unsupported` is one to be quantized that stays in the model's type."""
-    if held.codec is not None and same(entry.codec, entry.arrays, held.codec, held.arrays):
+    equal = held.codec is not None and held.rope == entry.rope
+    if equal and same(entry.codec, entry.arrays, held.codec, held.arrays):
         return "exact"
     if not held.reduced and not isinstance(entry.codec, Exact):
         return "unsupported"

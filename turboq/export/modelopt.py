@@ -47,7 +47,7 @@ def nvfp4_hold(entry: Entry) -> Held | None:
     """A head in NVFP4 under its own global scale; None without a range or at an odd head dim."""
     if entry.dim % 16:
         return None
-    if isinstance(entry.codec, NVFP4):
+    if isinstance(entry.codec, NVFP4) and entry.rope == "after":
         return Held(format="nvfp4", codec=entry.codec, arrays=entry.arrays)
     peak = peaks(entry)
     if peak is None:

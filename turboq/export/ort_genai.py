@@ -51,7 +51,7 @@ def int_held(entry: Entry, bits: int, envelope: bool) -> Held | None:
     """A head in symmetric integers with a scale per channel; None without ranges."""
     name = f"int{bits}_per_channel"
     codec = PerChannel(dim=entry.dim, bits=bits)
-    if not envelope and isinstance(entry.codec, PerChannel) and entry.codec == codec:
+    if not envelope and entry.codec == codec and entry.rope == "after":
         return Held(format=name, codec=codec, arrays=entry.arrays)
     peak = peaks(entry)
     if peak is None:

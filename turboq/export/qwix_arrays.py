@@ -129,8 +129,11 @@ def layer_qarrays(
     """K and V of one layer, quantized, as QArrays [B, S, K, D] that `tokamax` takes.
 
     Raises:
-      TurboqError: the heads of the layer have different codecs, or one that a QArray cannot hold.
+      TurboqError: the heads of the layer have different codecs, or one that a QArray cannot hold,
+        or its keys are stored before their rotary embedding.
     """
+    if layer.rope is not None:
+        raise TurboqError("keys before RoPE: attention over a QArray takes keys as they are stored")
     if len(layer.groups) != 1:
         raise TurboqError("heads of one layer must share their codecs: a QArray holds one format")
     (group,) = layer.groups
@@ -173,7 +176,10 @@ class Qwix(Exporter):
         dtype = model_dtype(plan, options)
         held = {}
         for e in entries(plan, arrays):
-            if representable(e.codec):
+            if e.rope == "before" and e.arrays:
+                note = "its arrays were fitted to keys before RoPE"
+                held[e.place] = exact_held(e, dtype, reduced=False, note=note)
+            elif representable(e.codec):
                 held[e.place] = Held(format="QArray", codec=e.codec, arrays=e.arrays)
             elif isinstance(e.codec, Exact):
                 held[e.place] = Held(format=e.codec.dtype, codec=e.codec)

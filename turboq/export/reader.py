@@ -1,4 +1,4 @@
-"""Any engine: the plan, a reader of 100 lines without dependencies, and a page to test with."""
+"""Any engine: the plan, a reader of 150 lines without dependencies, and a page to test with."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from turboq.export.base import (
     entries,
 )
 from turboq.numbers.packing import PAGE, pack_host
+from turboq.numbers.rope import rotate
 from turboq.plan import ModelGeometry, Plan
 from turboq.plan.constraints import Constraints
+from turboq.plan.geometry import ROPE_FORMS
 
 SCRIPT, GOLDEN = "read_plan.py", "page.npz"
 
@@ -30,11 +32,16 @@ def page(entry: Entry, seed: int = 0) -> dict[str, np.ndarray]:
     """One page of one head: random vectors x, what is stored of them, and what that decodes to.
 
     Packed fields are words [1, bits, 8, width], others one row per token (or block of tokens).
+    Keys stored before RoPE have `rotated` besides: what was decoded, at positions 0, 1, ...
     """
     x = np.random.default_rng(seed).normal(size=(PAGE, entry.dim)).astype(np.float32)
     arrays = {name: jnp.asarray(values) for name, values in entry.arrays.items()}
     stored = jax.jit(entry.codec.encode)(arrays, jnp.asarray(x))
     out = {"x": x, "decoded": np.asarray(jax.jit(entry.codec.decode)(arrays, stored))}
+    if entry.rope == "before":
+        assert entry.layer.rope is not None  # plans are refused without
+        at = jnp.arange(PAGE, dtype=jnp.int32)
+        out["rotated"] = np.asarray(rotate(entry.layer.rope, jnp.asarray(out["decoded"]), at))
     for field in entry.codec.fields:
         values = np.asarray(stored[field.name])
         if field.packed:
@@ -59,7 +66,7 @@ class Reader(Exporter):
     def constraints(
         self, model: ModelGeometry, options: Options | None = None
     ) -> tuple[Constraints, ...]:
-        return (Constraints(),)
+        return (Constraints(k_rope=ROPE_FORMS),)
 
     def policy(self, wanted):
         return wanted
@@ -71,7 +78,8 @@ class Reader(Exporter):
         source = importlib.resources.files("turboq.export").joinpath("reader_example.py")
         return Projection(
             held={
-                e.place: Held(format=e.codec.name, codec=e.codec, arrays=e.arrays) for e in found
+                e.place: Held(format=e.codec.name, codec=e.codec, arrays=e.arrays, rope=e.rope)
+                for e in found
             },
             files={SCRIPT: source.read_bytes(), GOLDEN: buffer.getvalue()},
             flags=("plan, tensors = read_plan.read_plan('engine_plan')",),

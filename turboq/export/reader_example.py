@@ -1,10 +1,12 @@
 """Reads plan.json, plan.safetensors and packed pages with Python's library and NumPy alone.
 
-Meant to be read and ported to C++ or CUDA: nothing here imports turboq. Three steps:
+Meant to be read and ported to C++ or CUDA: nothing here imports turboq. Three steps, and a fourth
+for keys that the plan stores before their rotary embedding ("rope": "before" in a layer's k):
 
     plan, tensors = read_plan("folder")               JSON, and a safetensors file by hand
     codes = unpack(words)                             bit planes -> one code per token and channel
     x = decode(codec, arrays, fields)                 codes -> numbers
+    x = rotate(rope_of(plan, layer), x, positions)    if there is a rope
 
 A page is 256 tokens of one KV head: words uint32 [bits, 8, C]; bit j of words[p, r, c] is bit p of
 the code of token 8 j + r, channel c. Pages follow each other; a field that is not packed has one
@@ -47,7 +49,7 @@ def codec_of(plan, layer, side, head):
     """The codec of one KV head: the side's own, or its override under "heads"."""
     chosen = next(entry for entry in plan["layers"] if entry["index"] == layer)[side]
     config = chosen.get("heads", {}).get(str(head), chosen)
-    return {key: value for key, value in config.items() if key != "heads"}
+    return {key: value for key, value in config.items() if key not in ("heads", "rope")}
 
 
 def arrays_of(plan, tensors, layer, side, head):
@@ -93,3 +95,35 @@ def decode(codec, arrays, codes, scale=None):
     if codec["codec"] == "per_channel" and codec["form"] == "symmetric":
         return (codes.astype(np.float32) - 2 ** (codec["bits"] - 1)) * arrays["channel_scale"]
     raise ValueError(f"codec {codec['codec']!r} is not in this example")
+
+
+def rope_of(plan, layer):
+    """How keys of a layer are rotated after decoding; None: they are stored rotated."""
+    chosen = next(entry for entry in plan["layers"] if entry["index"] == layer)["k"]
+    return plan["model"]["layers"][layer]["rope"] if "rope" in chosen else None
+
+
+def inverse_frequencies(rope):
+    """Radians per token of every rotary pair, float32 [dim / 2]."""
+    if "inv_freq" in rope:
+        return np.asarray(rope["inv_freq"], np.float32)
+    turns = rope["theta"] ** -(np.arange(0, rope["dim"], 2) / rope["dim"])
+    scaling = rope.get("scaling", {"type": "linear", "factor": 1.0})
+    kept = 0.0  # 1 for pairs that turn too often within the original context to be slowed down
+    if scaling["type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        often = scaling["original_context"] * turns / (2 * np.pi)
+        kept = np.clip((often - low) / (high - low), 0, 1)
+    return (turns * ((1 - kept) / scaling["factor"] + kept)).astype(np.float32)
+
+
+def rotate(rope, x, positions):
+    """Keys [tokens, D] turned to their positions [tokens], the index of each in its sequence."""
+    angle = np.asarray(positions, np.float32)[:, None] * inverse_frequencies(rope)
+    cos, sin, dim = np.cos(angle), np.sin(angle), rope["dim"]
+    first = slice(0, dim // 2) if rope["layout"] == "half" else slice(0, dim, 2)
+    second = slice(dim // 2, dim) if rope["layout"] == "half" else slice(1, dim, 2)
+    out = np.array(x, np.float32)
+    out[:, first] = x[:, first] * cos - x[:, second] * sin
+    out[:, second] = x[:, second] * cos + x[:, first] * sin
+    return out

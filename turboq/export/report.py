@@ -170,7 +170,13 @@ def engine_plan(
         assert codec is not None
         return codec
 
-    out = head_plan(plan.model, choose, policy=projection.policy, provenance=plan.provenance)
+    out = head_plan(
+        plan.model,
+        choose,
+        k_rope=lambda index: held[index, "k", 0].rope,
+        policy=projection.policy,
+        provenance=plan.provenance,
+    )
     return out, _arrays_of(out, projection)
 
 
@@ -212,6 +218,8 @@ def _head(entry: Entry, held: Held) -> HeadReport:
 
 def _dropped(entry: Entry, held: Held) -> Iterable[str]:
     """What of the plan is lost, in words."""
+    if held.rope != entry.rope:
+        yield f"keys {entry.rope} RoPE -> {held.rope}"
     changed = [] if held.codec is None else differences(entry.codec, held.codec)
     if changed:
         yield from changed

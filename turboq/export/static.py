@@ -21,7 +21,15 @@ from turboq.export.base import Entry, Held
 
 
 def peaks(entry: Entry) -> np.ndarray | None:
-    """Largest |x| [D] per channel that does not saturate, float64; None if the plan knows none."""
+    """Largest |x| [D] per channel that does not saturate, float64; None if the plan knows none.
+
+    Of a plan that stores keys before RoPE, the ranges that those keys cannot leave after it.
+    """
+    peak = _peaks(entry)
+    return peak if peak is None or entry.rope == "after" else _norms(entry, peak)
+
+
+def _peaks(entry: Entry) -> np.ndarray | None:
     codec, arrays = entry.codec, entry.arrays
     if isinstance(codec, FP8 | NVFP4) and "scale" in arrays:
         return np.full(codec.dim, float(arrays["scale"]) * codec.range)
@@ -39,8 +47,12 @@ def rope_envelope(entry: Entry, peak: np.ndarray) -> np.ndarray:
 
     An upper bound of the pair norms that were seen; values and channels without RoPE keep theirs.
     """
-    if entry.side == "v":
+    if entry.side == "v" or entry.rope == "before":  # `peaks` has done it
         return peak
+    return _norms(entry, peak)
+
+
+def _norms(entry: Entry, peak: np.ndarray) -> np.ndarray:
     pairs = rope_pairs(entry.layer.rope_layout, _rope_dim(entry), entry.dim)
     out = peak.copy()
     out[pairs] = np.hypot(peak[pairs[:, 0]], peak[pairs[:, 1]])[:, None]
@@ -67,7 +79,8 @@ def static_fp8(entry: Entry) -> Held | None:
       TurboqError: a scale of zero, which engines divide by.
     """
     codec = entry.codec
-    if isinstance(codec, FP8) and codec.format == "e4m3" and codec.scale != "token":
+    static = isinstance(codec, FP8) and codec.format == "e4m3" and codec.scale != "token"
+    if static and entry.rope == "after":
         if "scale" in entry.arrays and not entry.arrays["scale"] > 0:
             raise TurboqError(f"{entry}: scale is 0 and would be divided by: fit the plan again")
         return Held(format="fp8_e4m3", codec=codec, arrays=entry.arrays)

@@ -12,13 +12,14 @@ import numpy as np
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs.base import Codec
 from turboq.plan.errors import PlanConflict
-from turboq.plan.geometry import ModelGeometry
+from turboq.plan.geometry import LayerGeometry, ModelGeometry, RopeForm
 from turboq.plan.provenance import Provenance, Quality
 from turboq.plan.tensors import Tensors, check_arrays
 from turboq.plan.types import SIDES, LayerPlan, Plan, SidePlan, array_name
 
 Side = Literal["k", "v"]
 Choice = Callable[[int, Side, int], Codec]  # (layer index, side, KV head) -> codec
+KRope = RopeForm | Callable[[int], RopeForm]  # the same in every layer, or by layer index
 Fit = Callable[[int, Side, Codec], Mapping[str, Any]]  # -> array -> [K, *shape]
 
 
@@ -27,6 +28,7 @@ def uniform_plan(
     *,
     k: Codec,
     v: Codec,
+    k_rope: KRope = "after",
     policy: TokenPolicy | None = None,
     arrays: Mapping[str, Any] | None = None,
     provenance: Provenance | None = None,
@@ -34,18 +36,19 @@ def uniform_plan(
 ) -> Plan:
     """One codec for all keys and one for all values.
 
-    `k` and `v` are templates: a layer of another head dim takes them at its own. With `arrays`
-    given, they are checked against the plan.
+    `k` and `v` are templates: a layer of another head dim takes them at its own. `k_rope` "before"
+    stores keys before their rotary embedding in every layer that has one. With `arrays` given, they
+    are checked against the plan.
 
     Raises:
-      PlanConflict: the arrays are not the plan's.
+      PlanConflict: the arrays are not the plan's, or the geometry lacks the `rope` of a layer.
       ValueError: a codec does not exist at a layer's head dim.
     """
     layers = tuple(
         LayerPlan(
             index=layer.index,
             path=layer.path,
-            k=SidePlan(codec=at_dim(k, layer.k_dim)),
+            k=SidePlan(codec=at_dim(k, layer.k_dim), rope=_form(k_rope, layer)),
             v=SidePlan(codec=at_dim(v, layer.v_dim)),
         )
         for layer in geometry.cache_layers
@@ -66,6 +69,7 @@ def head_plan(
     geometry: ModelGeometry,
     choose: Choice,
     *,
+    k_rope: KRope = "after",
     policy: TokenPolicy | None = None,
     provenance: Provenance | None = None,
     quality: Quality | None = None,
@@ -73,6 +77,7 @@ def head_plan(
     """The codec that `choose(layer, side, head)` gives for every KV head.
 
     The commonest codec of a side becomes its default (the first of equals), the others overrides.
+    `k_rope` as in `uniform_plan`.
     """
     layers = []
     for layer in geometry.cache_layers:
@@ -81,7 +86,8 @@ def head_plan(
             codecs = [choose(layer.index, side, head) for head in range(layer.kv_heads)]
             common = collections.Counter(codecs).most_common(1)[0][0]
             heads = {h: codec for h, codec in enumerate(codecs) if codec != common}
-            sides[side] = SidePlan(codec=common, heads=heads)
+            rope = _form(k_rope, layer) if side == "k" else "after"
+            sides[side] = SidePlan(codec=common, heads=heads, rope=rope)
         layers.append(LayerPlan(index=layer.index, path=layer.path, **sides))
     return Plan(
         model=geometry,
@@ -90,6 +96,13 @@ def head_plan(
         provenance=provenance,
         quality=quality,
     )
+
+
+def _form(k_rope: KRope, layer: LayerGeometry) -> RopeForm:
+    """A layer's own choice; of a choice for all, "before" is for layers that rotate keys."""
+    if callable(k_rope):
+        return k_rope(layer.index)
+    return "after" if layer.rope_layout == "none" or layer.rope_dim == 0 else k_rope
 
 
 def at_dim(codec: Codec, dim: int) -> Codec:

@@ -14,13 +14,15 @@ _MAX_SHOWN = 4
 
 
 def check_model(plan: Plan, geometry: ModelGeometry) -> None:
-    """Refuses a plan that was made for another model. The `name` is free to differ.
+    """Refuses a plan that was made for another model.
+
+    The `name` is free to differ, and a layer's `rope` may be known on one side only.
 
     Raises:
       PlanConflict: one line with the fields that differ, plan against model.
     """
     ours, theirs = to_json(plan.model), to_json(geometry)
-    found = [d for d in differences(ours, theirs, "model") if d[0] != "model.name"]
+    found = [d for d in differences(ours, theirs, "model") if not _free(*d)]
     if not found:
         return
     lines = [f"{path}: plan {shown(a)}, model {shown(b)}" for path, a, b in found[:_MAX_SHOWN]]
@@ -28,6 +30,10 @@ def check_model(plan: Plan, geometry: ModelGeometry) -> None:
     raise PlanConflict(
         "", f"the plan is for another model ({plan.model.name}): {'; '.join(lines)}{more}"
     )
+
+
+def _free(path: str, a: Any, b: Any) -> bool:
+    return path == "model.name" or (path.endswith(".rope") and None in (a, b))
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

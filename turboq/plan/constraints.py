@@ -20,6 +20,7 @@ import json
 from typing import Any, Literal
 
 from turboq.codecs import CODECS, Codec
+from turboq.plan.geometry import ROPE_FORMS, RopeForm
 from turboq.plan.read import read
 
 Granularity = Literal["uniform", "per_layer", "per_kv", "per_head"]
@@ -121,7 +122,7 @@ class FirstLast:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constraints:
-    """Rules that hold together. The default allows everything.
+    """Rules that hold together. The default allows everything but keys before their RoPE.
 
     granularity: what is decided on its own.
       uniform    one format for all keys, one for all values
@@ -141,6 +142,7 @@ class Constraints:
       names: schemes by name, or codecs by name where there are no schemes. A pair counts once where
       K and V are decided at once.
     max_head_formats: at most so many distinct formats among the heads of one layer and side.
+    k_rope: how keys may be stored, after or before their rotary embedding.
 
     Raises:
       ValueError: fields that contradict each other.
@@ -157,6 +159,7 @@ class Constraints:
     max_formats: int | None = None
     uncounted: tuple[str, ...] = ()
     max_head_formats: int | None = None
+    k_rope: tuple[RopeForm, ...] = ("after",)
 
     def __post_init__(self):
         if self.granularity not in GRANULARITIES:
@@ -167,6 +170,8 @@ class Constraints:
                 raise ValueError(f"{name}={value} must be at least 1, or None")
         if self.min_bits is not None and not 0 <= self.min_bits < float("inf"):
             raise ValueError(f"min_bits={self.min_bits} must be 0 or more bits per channel")
+        if not self.k_rope or not set(self.k_rope) <= set(ROPE_FORMS):
+            raise ValueError(f"k_rope={self.k_rope} must name some of {ROPE_FORMS}")
         names = [scheme.name for scheme in self.schemes]
         if len(set(names)) < len(names):
             raise ValueError(f"schemes {names} must have names of their own")

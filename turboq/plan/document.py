@@ -116,7 +116,8 @@ def to_json(value: Any) -> Any:
         return {key: to_json(item) for key, item in value.config().items()}
     if isinstance(value, SidePlan):
         heads = {str(h): to_json(value.heads[h]) for h in sorted(value.heads)}
-        return to_json(value.codec) | ({"heads": heads} if heads else {})
+        rope = {} if value.rope == "after" else {"rope": value.rope}
+        return to_json(value.codec) | rope | ({"heads": heads} if heads else {})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         skip = {n for n in optional_fields(type(value)) if getattr(value, n) in (None, (), {})}
         names = [f.name for f in dataclasses.fields(value) if f.name not in skip]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from turboq.numbers.rope import Rope
 from turboq.plan.errors import PlanConflict
 
 MAX_LAYERS = 1024
 MAX_HEADS = 1024
 MAX_DIM = 1024  # of a head; the largest known is the 576 of latent attention
 ROPE_LAYOUTS = ("half", "interleaved", "none")
+RopeForm = Literal["after", "before"]  # keys are stored after or before their rotary embedding
+ROPE_FORMS: tuple[RopeForm, ...] = ("after", "before")
 
 
 def check_range(name: str, value: int, low: int, high: int) -> None:
@@ -33,7 +36,8 @@ class LayerGeometry:
     tokens (the query's own included), `rope_layout` how rotary pairs lie in a head: "half" pairs
     channel i with i + rope_dim/2, "interleaved" 2i with 2i+1. `rope_dim` counts the leading
     rotated channels of keys (None: all). `borrows_cache_of` names an earlier layer whose cache
-    this one reads instead of its own.
+    this one reads instead of its own. `rope` says how far keys turn per token, which only plans
+    that store keys before their rotary embedding need (None: not known, or none).
     """
 
     derived: ClassVar[tuple[str, ...]] = ("owns_cache",)
@@ -48,6 +52,7 @@ class LayerGeometry:
     rope_layout: str = "half"
     rope_dim: int | None = None
     borrows_cache_of: int | None = None
+    rope: Rope | None = dataclasses.field(default=None, metadata={"optional": True})
 
     def __post_init__(self):
         check_range("index", self.index, 0, MAX_LAYERS - 1)
@@ -69,6 +74,8 @@ class LayerGeometry:
     def _check_together(self):
         if self.rope_dim is not None and self.rope_dim > self.k_dim:
             raise PlanConflict("rope_dim", f"{self.rope_dim} exceeds k_dim {self.k_dim}")
+        if self.rope is not None:
+            self._check_rope(self.rope)
         if self.kv_heads == 0:
             if self.borrows_cache_of is not None:
                 raise PlanConflict("borrows_cache_of", "a layer without KV heads reads no cache")
@@ -79,6 +86,15 @@ class LayerGeometry:
             )
         if not (self.k_dim and self.v_dim):
             raise PlanConflict("k_dim" if not self.k_dim else "v_dim", "0 in a layer with KV heads")
+
+    def _check_rope(self, rope: Rope):
+        dim = self.k_dim if self.rope_dim is None else self.rope_dim
+        if rope.layout != self.rope_layout:
+            raise PlanConflict(
+                "rope.layout", f"{rope.layout!r}, but rope_layout is {self.rope_layout!r}"
+            )
+        if rope.dim != dim:
+            raise PlanConflict("rope.dim", f"{rope.dim}, but {dim} channels of keys are rotated")
 
     @property
     def owns_cache(self) -> bool:

@@ -1,7 +1,7 @@
 """JSON values -> frozen dataclasses, driven by their type hints, with a path in every error.
 
 One rule for every object with named fields: all fields are present, `null` where there is nothing;
-those marked `optional()` may be left out; `x-` fields are kept; any other field is an error.
+those marked optional are left out instead; `x-` fields are kept; any other field is an error.
 Ranges are checked by the dataclasses themselves; their ValueError gets the path here.
 """
 
@@ -57,6 +57,9 @@ def read_object(cls: type, value: Any, path: str, extra: Extra) -> Any:
     """A dataclass from an object with its fields; `cls.derived` properties are given and agree."""
     known, derived = fields_of(cls), getattr(cls, "derived", ())
     check_fields(value, path, (*known, *derived), optional=optional_fields(cls), extra=extra)
+    for name in optional_fields(cls):
+        if name in value and value[name] is None:
+            raise PlanError(member(path, name), "null: leave the field out")
     values = {
         name: read(hint, value[name], member(path, name), extra)
         for name, hint in known.items()
@@ -108,7 +111,8 @@ def _guarded(make, names: tuple[str, ...], path: str) -> Any:
     except ValueError as error:
         reason = " ".join(str(error).replace("self.", "").split())
         named = [name for name in names if re.search(rf"\b{re.escape(name)}=", reason)]
-        raise PlanError(member(path, named[0]) if len(named) == 1 else path, reason) from None
+        kind = PlanConflict if len(named) > 1 else PlanError
+        raise kind(member(path, named[0]) if len(named) == 1 else path, reason) from None
 
 
 def check_object(value: Any, path: str) -> None:

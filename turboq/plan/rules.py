@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs.base import Codec
 from turboq.codecs.exact import Exact
-from turboq.plan.build import Choice, Side, at_dim, head_plan
+from turboq.plan.build import Choice, KRope, Side, at_dim, head_plan
 from turboq.plan.geometry import ModelGeometry
 from turboq.plan.types import Plan
 
@@ -26,13 +26,19 @@ Rule = Codec | Choice
 SLIDING_WINDOW = "sliding_window"
 
 
-def rule_plan(geometry: ModelGeometry, rule: Rule, *, policy: TokenPolicy | None = None) -> Plan:
-    """The plan of a rule: `head_plan` with `resolve`.
+def rule_plan(
+    geometry: ModelGeometry,
+    rule: Rule,
+    *,
+    k_rope: KRope = "after",
+    policy: TokenPolicy | None = None,
+) -> Plan:
+    """The plan of a rule: `head_plan` with `resolve`; `k_rope` as in `uniform_plan`.
 
     Raises:
       ValueError: the rule has no codec for a layer, or a codec does not exist at its head dim.
     """
-    return head_plan(geometry, resolve(geometry, rule), policy=policy)
+    return head_plan(geometry, resolve(geometry, rule), k_rope=k_rope, policy=policy)
 
 
 def resolve(geometry: ModelGeometry, rule: Rule) -> Choice:

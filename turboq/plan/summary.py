@@ -62,7 +62,8 @@ def _side(side: SidePlan) -> str:
         groups.setdefault(codec_label(side.heads[head]), []).append(head)
     groups.pop(usual, None)  # codecs may differ in what a label does not say
     others = [f"heads {','.join(map(str, heads))}: {label}" for label, heads in groups.items()]
-    return "; ".join([usual, *others])
+    form = ["before RoPE"] if side.rope == "before" else []
+    return "; ".join([usual, *others, *form])
 
 
 def _runs(plan: Plan) -> list[tuple[int, int]]:

@@ -21,8 +21,15 @@ import numpy as np
 from turboq.cache import accounting
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
 from turboq.codecs.base import Codec
-from turboq.plan.errors import PlanConflict, PlanError, member
-from turboq.plan.geometry import MAX_HEADS, ModelGeometry, check_range
+from turboq.plan.errors import PlanConflict, PlanError, member, shown
+from turboq.plan.geometry import (
+    MAX_HEADS,
+    ROPE_FORMS,
+    LayerGeometry,
+    ModelGeometry,
+    RopeForm,
+    check_range,
+)
 from turboq.plan.provenance import Provenance, Quality, check_sha256
 from turboq.plan.read import Extra, build, read_codec, read_heads
 from turboq.version import __version__
@@ -42,12 +49,20 @@ class Producer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SidePlan:
-    """K or V of one layer: the codec of every head, except those that `heads` overrides."""
+    """K or V of one layer: the codec of every head, except those that `heads` overrides.
+
+    `rope` says whether keys are stored after their rotary embedding, as attention consumes them,
+    or before it: unrotated when encoded, rotated again at their position when read. It holds for
+    all heads of the side; the document has it only where it is "before".
+    """
 
     codec: Codec
     heads: dict[int, Codec] = dataclasses.field(default_factory=dict)
+    rope: RopeForm = "after"
 
     def __post_init__(self):
+        if self.rope not in ROPE_FORMS:
+            raise ValueError(f"rope={self.rope!r} must be one of {ROPE_FORMS}")
         for head, codec in self.heads.items():
             check_range("heads", head, 0, MAX_HEADS - 1)
             if codec == self.codec:
@@ -55,11 +70,17 @@ class SidePlan:
 
     @classmethod
     def read_json(cls, value: Any, path: str, extra: Extra) -> SidePlan:
-        """Reads the codec's flat fields and `heads` from one object."""
-        codec = read_codec(value, path, extra, also=("heads",))
+        """Reads the codec's flat fields, `rope` and `heads` from one object."""
+        codec = read_codec(value, path, extra, also=("rope", "heads"))
+        rope = value.get("rope", "before")
+        if rope != "before":
+            raise PlanError(
+                member(path, "rope"), f'{shown(rope)} must be "before", or be left out (after)'
+            )
         where = member(path, "heads")
         heads = read_heads(value["heads"], where, extra) if "heads" in value else {}
-        return build(cls, {"codec": codec, "heads": heads}, path)
+        form = "before" if "rope" in value else "after"
+        return build(cls, {"codec": codec, "heads": heads, "rope": form}, path)
 
     def of(self, head: int) -> Codec:
         """Codec of one head."""
@@ -193,7 +214,8 @@ class Plan:
             )
             for heads in _groups(k, v)
         )
-        return KVLayer(groups=groups, policy=self.tokens)
+        rope = self.model.layers[index].rope if plan.k.rope == "before" else None
+        return KVLayer(groups=groups, policy=self.tokens, rope=rope)
 
     def kv_layers(self, arrays: Mapping[str, Any]) -> tuple[KVLayer, ...]:
         """Every layer that owns a cache, in order."""
@@ -249,8 +271,10 @@ def array_name(index: int, side: str, array: str, head: int | None = None) -> st
     return f"layers.{index}.{side}." + (array if head is None else f"heads.{head}.{array}")
 
 
-def _check_side(path: str, side: SidePlan, geometry, name: str) -> None:
+def _check_side(path: str, side: SidePlan, geometry: LayerGeometry, name: str) -> None:
     dim = geometry.k_dim if name == "k" else geometry.v_dim
+    if side.rope == "before":
+        _check_before(f"{path}.rope", geometry, name)
     if side.codec.dim != dim:
         raise PlanConflict(f"{path}.dim", f"{side.codec.dim}, but the model's {name}_dim is {dim}")
     for head, codec in side.heads.items():
@@ -264,6 +288,17 @@ def _check_side(path: str, side: SidePlan, geometry, name: str) -> None:
             )
     if len(side.heads) == geometry.kv_heads:
         raise PlanConflict(f"{path}.heads", "every head is overridden, the side's codec is unused")
+
+
+def _check_before(path: str, geometry: LayerGeometry, name: str) -> None:
+    """Refuses "before" where nothing is rotated, or where nobody knows how."""
+    if name == "v":
+        raise PlanConflict(path, "values have no rotary embedding: only k may be stored before it")
+    if geometry.rope_layout == "none" or geometry.rope_dim == 0:
+        raise PlanConflict(path, f"layer {geometry.index} has no rotary embedding")
+    if geometry.rope is None:
+        due = f"model.layers[{geometry.index}].rope"
+        raise PlanConflict(path, f"needs {due}, by which keys are turned back")
 
 
 def _groups(k: tuple[Codec, ...], v: tuple[Codec, ...]) -> list[tuple[int, ...]]:

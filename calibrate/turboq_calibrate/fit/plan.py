@@ -46,9 +46,10 @@ def _layer(index: int, path: str, spec: LayerSpec) -> LayerGeometry:
         k_dim=spec.head_dim,
         v_dim=spec.v_head_dim,
         window=spec.window,
-        rope_layout="none" if rope is None else "half",
+        rope_layout="none" if rope is None else rope.layout,
         rope_dim=None if rope is None or rope.dim == spec.head_dim else rope.dim,
         borrows_cache_of=spec.borrows_cache_of,
+        rope=rope,
     )
 
 

@@ -17,10 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from turboq.cache import contiguous as caches
 from turboq.cache.layer import KVLayer
-from turboq.cache.simulate import round_exact, simulate, simulated_attention
+from turboq.cache.simulate import simulate, simulated_attention
 from turboq.errors import TurboqError
 from turboq.numbers.packing import PAGE
-from turboq_calibrate.models import rope
 from turboq_calibrate.models.decoder import exact_attend
 from turboq_calibrate.models.spec import LayerSpec
 from turboq_kernels.attention import cache_attention
@@ -86,40 +85,6 @@ def packed_by(implementation: str | None) -> Callable[..., tuple[Array, Any]]:
     return plug
 
 
-def pre_rope_attend(
-    spec: LayerSpec,
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K E"],
-    positions: Int[Array, "B T"],
-    state: Any,
-) -> tuple[Float[Array, "B T H E"], Any]:
-    """Like `simulated_attend`, but K is quantized as it was before its rotary embedding.
-
-    k_hat = RoPE(decode(encode(RoPE^-1(k)))): what a cache of pre-RoPE keys returns (KVQuant, arXiv
-    2401.18079, section 3.2). For study: no packed cache of ours rotates keys as it reads them.
-
-    Raises:
-      ValueError: the layer has no rotary embedding, a window, or an exact recent window.
-    """
-    if state is None:
-        return exact_attend(spec, q, k, v, positions, None)
-    if spec.rope is None or spec.window is not None or state.ring:
-        raise ValueError(
-            f"pre-RoPE keys need a {spec.rope=}, no {spec.window=} and no recent window "
-            f"({state.ring=})"
-        )
-    cos, sin = rope.tables(spec.rope, positions)
-    k = k.astype(jnp.float32)
-    k_hat, v_hat = simulate(state, rope.apply(k, cos, -sin), v)
-    k_hat = rope.apply(k_hat, cos, sin)
-    errors = _errors(state, q, k, v.astype(jnp.float32), k_hat, v_hat, spec.scale)
-    sink = (positions < state.policy.sinks)[:, :, None, None]
-    k_hat = jnp.where(sink, round_exact(state.policy, k), k_hat)
-    v_hat = jnp.where(sink, round_exact(state.policy, v), v_hat)
-    return exact_attend(spec, q, k_hat, v_hat, positions, None)[0], errors
-
-
 def cache_attend(
     spec: LayerSpec,
     q: Float[Array, "B T H D"],
@@ -182,10 +147,6 @@ def head_errors(
     """
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     k_hat, v_hat = simulate(layer, k, v)
-    return _errors(layer, q, k, v, k_hat, v_hat, scale)
-
-
-def _errors(layer: KVLayer, q, k, v, k_hat, v_hat, scale: float) -> dict[str, Array]:
     batch, tokens, kv_heads = k.shape[:3]
     stored = jnp.arange(tokens, dtype=jnp.int32) >= layer.policy.sinks
     weight = jnp.broadcast_to(stored.astype(jnp.float32)[None, :, None, None], (1, tokens, 1, 1))

@@ -34,7 +34,6 @@ from turboq_calibrate.measure.attention_plugs import (
     KERNELS,
     packed_attend,
     packed_by,
-    pre_rope_attend,
     simulated_attend,
 )
 from turboq_calibrate.measure.quality_table import SCHEMA, Quality
@@ -46,7 +45,6 @@ from turboq_calibrate.run.progress import Progress
 PLUGS = {
     "simulated": simulated_attend,
     "packed": packed_attend,
-    "pre_rope": pre_rope_attend,
 } | {name: packed_by(name) for name in KERNELS}
 BLOCK = 256  # positions whose logits exist at the same time
 LEVEL = 0.95
@@ -84,8 +82,7 @@ def evaluate(
       text: what the windows are, for the table.
       attention: "simulated" (quantize and dequantize, one parallel pass) or "packed" (prefill of
         the packed cache): the same numbers up to float32 rounding, layer by layer; "xla",
-        "mosaic_tpu" or "triton" (packed, read by that kernel, interpreted where it cannot run); or
-        "pre_rope" (simulated, keys quantized before their rotary embedding).
+        "mosaic_tpu" or "triton" (packed, read by that kernel, interpreted where it cannot run).
       context: tokens at which `bits_per_channel_at_context` counts sinks, recent window, whole
         pages and static arrays; the model's context by default.
       window_batch: windows that run together; memory grows with it.

@@ -11,7 +11,7 @@ from turboq_calibrate.models.decoder import (
     run_layer,
 )
 from turboq_calibrate.models.model import Model, embed_tokens, forward, load_model
-from turboq_calibrate.models.spec import LayerSpec, ModelSpec, RopeSpec
+from turboq_calibrate.models.spec import LayerSpec, ModelSpec, Rope
 from turboq_calibrate.models.tokenizer import Tokenizer
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "Model",
     "ModelSpec",
     "Params",
-    "RopeSpec",
+    "Rope",
     "Tokenizer",
     "default_positions",
     "embed_tokens",

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from turboq.errors import TurboqError
-from turboq_calibrate.models.spec import LayerSpec, ModelSpec, RopeSpec
+from turboq.numbers.rope import Rope, Scaling
+from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 
 MAX_LAYERS = 10_000
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -224,7 +225,7 @@ def _windows(read: _Reader, family: str, count: int) -> list[int | None]:
     return [window if t == "sliding_attention" else None for t in types]
 
 
-def _rope(read: _Reader, head_dim: int, context: int) -> RopeSpec:
+def _rope(read: _Reader, head_dim: int, context: int) -> Rope:
     config = read.config
     fields = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(fields, dict) or any(isinstance(v, dict) for v in fields.values()):
@@ -243,13 +244,16 @@ def _rope(read: _Reader, head_dim: int, context: int) -> RopeSpec:
         case "default":
             scaling = None
         case "linear":
-            scaling = ("linear", need("factor"))
+            scaling = Scaling(type="linear", factor=need("factor"))
         case "llama3":
             low, high = need("low_freq_factor"), need("high_freq_factor")
             if low >= high:
                 raise TurboqError(f"{read.where}: rope {low=} must be below {high=}")
             original = need("original_max_position_embeddings", context)
-            scaling = ("llama3", need("factor"), low, high, original)
+            scaling = Scaling(
+                type="llama3", factor=need("factor"), low_freq_factor=low, high_freq_factor=high,
+                original_context=original,
+            )  # fmt: skip
         case _:
             raise TurboqError(
                 f"{read.where}: rope type {kind!r} is not supported (supported: default, linear, "
@@ -257,4 +261,4 @@ def _rope(read: _Reader, head_dim: int, context: int) -> RopeSpec:
             )
     if head_dim % 2:
         raise TurboqError(f"{read.where}: head_dim={head_dim} must be even for rotary embedding")
-    return RopeSpec(theta=theta, dim=head_dim, scaling=scaling)
+    return Rope(theta=theta, dim=head_dim, scaling=scaling)

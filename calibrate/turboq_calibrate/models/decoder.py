@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboq.cache.exact_attention import attention
-from turboq_calibrate.models import rope
+from turboq.numbers import rope
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 
 Params = dict[str, Array]
@@ -59,8 +59,9 @@ def project_qkv(
         q = rms_norm(q, params["q_norm"], spec.norm_eps)
         k = rms_norm(k, params["k_norm"], spec.norm_eps)
     if spec.rope is not None:
-        cos, sin = rope.tables(spec.rope, positions)
-        q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
+        cos, sin = rope.tables(spec.rope, positions[:, :, None])
+        layout = spec.rope.layout
+        q, k = rope.apply(q, cos, sin, layout), rope.apply(k, cos, sin, layout)
     return q, k, v
 
 

@@ -14,10 +14,11 @@ import gguf
 import numpy as np
 
 from turboq.errors import TurboqError
+from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models import gguf_header
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config import positive
-from turboq_calibrate.models.spec import LayerSpec, ModelSpec, RopeSpec
+from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 LAYER_TENSORS = {
@@ -209,7 +210,7 @@ class GGUFFile:
             window=self._integer("attention.sliding_window") if window else None,
         )
 
-    def _rope(self, head_dim: int) -> RopeSpec:
+    def _rope(self, head_dim: int) -> Rope:
         theta = self._positive("rope.freq_base", 10000.0)
         rotated = self._integer("rope.dimension_count", head_dim)
         if rotated != head_dim or head_dim % 2:
@@ -223,16 +224,18 @@ class GGUFFile:
                 f"{self.path}: rope scaling type {kind!r} is not supported (supported: none, "
                 "linear, and rope_freqs.weight as Llama 3 has it)"
             )
-        scaling = ("linear", self._positive("rope.scaling.factor")) if kind == "linear" else None
+        scaling = None
+        if kind == "linear":
+            scaling = Scaling(type="linear", factor=self._positive("rope.scaling.factor"))
         if "rope_freqs.weight" not in self._tensors:
-            return RopeSpec(theta=theta, dim=head_dim, scaling=scaling)
+            return Rope(theta=theta, dim=head_dim, scaling=scaling)
         if scaling is not None:
             raise TurboqError(f"{self.path}: both rope_freqs.weight and linear rope scaling")
         divisors = self._read("rope_freqs.weight", (head_dim // 2,)).astype(np.float64)
         if not (divisors > 0).all():
             raise TurboqError(f"{self.path}: tensor rope_freqs.weight must be positive")
         inv_freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim) / divisors
-        return RopeSpec(theta=theta, dim=head_dim, inv_freq=tuple(float(f) for f in inv_freq))
+        return Rope(theta=theta, dim=head_dim, inv_freq=tuple(float(f) for f in inv_freq))
 
     def _check_tensors(self) -> None:
         """Every tensor the decoder needs is there with its shape, and no tensor is left over."""

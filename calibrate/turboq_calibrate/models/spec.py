@@ -8,20 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeSpec:
-    """Rotary embedding: inverse frequencies of `dim` leading channels, half-rotation layout.
-
-    `scaling` is None or ("llama3", factor, low_freq_factor, high_freq_factor, original_context)
-    or ("linear", factor). `inv_freq` (per-pair divisors already applied) overrides both when a
-    file carries the frequencies themselves (GGUF `rope_freqs`).
-    """
-
-    theta: float
-    dim: int
-    scaling: tuple | None = None
-    inv_freq: tuple[float, ...] | None = None
+from turboq.numbers.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +22,7 @@ class LayerSpec:
     head_dim: int  # of q and k
     v_head_dim: int
     norm_eps: float
-    rope: RopeSpec | None
+    rope: Rope | None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False

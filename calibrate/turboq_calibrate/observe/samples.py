@@ -33,7 +33,7 @@ from turboq.codecs.outliers import choose_outliers
 from turboq.codecs.per_channel import fit_per_channel
 from turboq.codecs.per_head import fit_per_head
 from turboq.errors import TurboqError
-from turboq_calibrate.models import rope
+from turboq.numbers.rope import unrotate
 from turboq_calibrate.models.decoder import exact_attend
 from turboq_calibrate.models.model import Model, forward
 
@@ -128,8 +128,7 @@ def _keep(spec, q, k, v, positions, state):
 def _keep_pre_rope(spec, q, k, v, positions, state):
     out, (k, v, q) = _keep(spec, q, k, v, positions, state)
     if spec.rope is not None:
-        cos, sin = rope.tables(spec.rope, positions)
-        k, q = rope.apply(k, cos, -sin), rope.apply(q, cos, -sin)
+        k, q = (unrotate(spec.rope, x, positions[:, :, None]) for x in (k, q))
     return out, (k, v, q)
 
 

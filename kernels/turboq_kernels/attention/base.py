@@ -100,7 +100,7 @@ def group_parts(
     low = jnp.zeros_like(at) if options.window is None else at - options.window + 1
     starts = jnp.maximum(low, policy.sinks)
     ends = jnp.minimum(packed_until, lengths[:, None])
-    parts = [_stored(rows, group, view, starts, ends, options)]
+    parts = [_stored(rows, layer, group, view, starts, ends, options)]
 
     def exact(k, v, positions, lower, options):
         name = options.implementation if _many(rows) else "xla"
@@ -132,19 +132,22 @@ def group_parts(
     return _normalise(parts)
 
 
-def _stored(rows, group: HeadGroup, view: views.GroupView, starts, ends, options) -> Partial:
+def _stored(
+    rows, layer: KVLayer, group: HeadGroup, view: views.GroupView, starts, ends, options
+) -> Partial:
     count = len(group.heads)
     read = {"scale": options.scale, "softcap": options.softcap, "splits": options.splits}
-    if group.k.reading is None or group.v.reading is None:
+    reason = unsupported(layer, group)
+    if reason is not None:
         if options.implementation not in (None, "xla"):
-            missing = group.k if group.k.reading is None else group.v
             raise ValueError(
-                f"implementation={options.implementation!r} cannot run this case: codec"
-                f" {missing.name!r} as configured has no reading for kernels; use 'xla' or None"
+                f"implementation={options.implementation!r} cannot run this case: {reason};"
+                " use 'xla' or None"
             )
         return codec_decode.decode(
             rows, (group.k, group.k_arrays, view.k), (group.v, group.v_arrays, view.v),
-            view.pages, starts, ends, page=view.page, block_tokens=options.block_tokens, **read,
+            view.pages, starts, ends, page=view.page, rope=layer.rope,
+            block_tokens=options.block_tokens, **read,
         )  # fmt: skip
     folded, bias = sides.fold(group.k, group.k_arrays, rows)
     k_side = sides.side(group.k, group.k_arrays, view.k, view.heads, count)
@@ -160,6 +163,16 @@ def _stored(rows, group: HeadGroup, view: views.GroupView, starts, ends, options
     if gain is None:
         return partial
     return dataclasses.replace(partial, acc=partial.acc * gain[None, :, None])
+
+
+def unsupported(layer: KVLayer, group: HeadGroup) -> str | None:
+    """Why no kernel reads a group's stored tokens at all, or None."""
+    if layer.rope is not None:
+        return "keys before RoPE: XLA reads them"
+    for codec in (group.k, group.v):
+        if codec.reading is None:
+            return f"codec {codec.name!r} as configured has no reading for kernels"
+    return None
 
 
 def _many(rows: Float[Array, "B N M D"]) -> bool:

@@ -81,6 +81,8 @@ def unsupported(layer: KVLayer, page: int, name: str) -> str | None:
     """Why an implementation cannot encode some codec of a layer, or None."""
     if name == "xla":
         return None
+    if layer.rope is not None:
+        return "keys before RoPE: XLA writes them"
     codecs = (codec for group in layer.groups for codec in (group.k, group.v))
     reasons = (store.unsupported(name, codec, page) for codec in codecs)
     return next((reason for reason in reasons if reason is not None), None)

@@ -10,7 +10,7 @@ from turboq.errors import TurboqError
 from turboq.plan import PlanConflict, check_model
 from turboq_calibrate.fit.plan import make_plan, model_geometry, spec_geometry
 from turboq_calibrate.models import load_model
-from turboq_calibrate.models.spec import LayerSpec, RopeSpec
+from turboq_calibrate.models.spec import LayerSpec, Rope
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
@@ -32,7 +32,7 @@ def test_geometry_of_a_windowed_model_is_read_from_its_files():
 def test_layers_that_own_no_cache_get_no_plan():
     spec = load_model(GOLDEN / "llama3", resident=False).spec
     owner = spec.layers[0]
-    partial = dataclasses.replace(owner, rope=RopeSpec(theta=1e4, dim=owner.head_dim // 2))
+    partial = dataclasses.replace(owner, rope=Rope(theta=1e4, dim=owner.head_dim // 2))
     borrower = dataclasses.replace(owner, borrows_cache_of=0)
     linear = dataclasses.replace(owner, kv_heads=0, rope=None)
     layers: tuple[LayerSpec, ...] = (owner, borrower, linear, partial)
@@ -41,6 +41,7 @@ def test_layers_that_own_no_cache_get_no_plan():
     assert geometry.layers[1].borrows_cache_of == 0
     assert geometry.layers[2].rope_layout == "none"
     assert geometry.layers[3].rope_dim == owner.head_dim // 2
+    assert [layer.rope for layer in geometry.layers] == [x.rope for x in layers]
     codec = TurboQuantMSE(dim=owner.head_dim, bits=2)
     plan, arrays = make_plan(geometry, k=codec, v=codec)
     assert [layer.index for layer in plan.layers] == [0, 3]

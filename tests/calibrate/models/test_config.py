@@ -1,18 +1,14 @@
 """Hugging Face configurations: real models' geometry, v4 and v5 key names, and refusals."""
 
-import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tolerances import TOL
 
 from turboq.errors import TurboqError
+from turboq.numbers.rope import Rope
 from turboq_calibrate.models.config import FAMILIES, model_spec
 from turboq_calibrate.models.params import parameter_count
-from turboq_calibrate.models.rope import inverse_frequencies
-from turboq_calibrate.models.spec import RopeSpec
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 LLAMA3_ROPE = {
@@ -154,7 +150,7 @@ def test_absent_fields_take_the_family_defaults():
     spec = model_spec(minimal, "x")
     assert spec.layers[0].kv_heads == 4
     assert spec.layers[0].norm_eps == 1e-6
-    assert spec.layers[0].rope == RopeSpec(theta=10000.0, dim=16)
+    assert spec.layers[0].rope == Rope(theta=10000.0, dim=16)
     assert not spec.tied_embeddings
     assert model_spec(config("mistral"), "x").layers[0].window == 4096
     assert model_spec(config("mistral", sliding_window=None), "x").layers[0].window is None
@@ -236,36 +232,3 @@ def test_neutral_values_of_refused_fields_pass():
 
 def test_supported_families_are_the_documented_ones():
     assert FAMILIES == ("llama", "mistral", "qwen2", "qwen3")
-
-
-def test_llama3_frequencies_follow_the_published_rule():
-    """By wavelength: short kept, long divided, and between the two a linear mix."""
-    rope = RopeSpec(theta=500000.0, dim=128, scaling=("llama3", 8.0, 1.0, 4.0, 8192.0))
-    got = inverse_frequencies(rope)
-    plain = 500000.0 ** (-np.arange(64) / 64)
-    expected, seen = [], set()
-    for f in plain:
-        wavelength = 2 * np.pi / f
-        if wavelength < 8192 / 4:
-            expected.append(f)
-            seen.add("short")
-        elif wavelength > 8192 / 1:
-            expected.append(f / 8)
-            seen.add("long")
-        else:
-            mix = (8192 / wavelength - 1) / (4 - 1)
-            expected.append((1 - mix) * f / 8 + mix * f)
-            seen.add("between")
-    assert seen == {"short", "long", "between"}
-    np.testing.assert_allclose(got, expected, rtol=TOL["rope_frequency"], atol=0)
-
-
-def test_explicit_frequencies_win_and_are_counted():
-    rope = RopeSpec(theta=10000.0, dim=4, inv_freq=(1.0, 0.25))
-    np.testing.assert_array_equal(inverse_frequencies(rope), np.float32([1.0, 0.25]))
-    with pytest.raises(TurboqError, match="2 rope frequencies for 6 rotary channels"):
-        inverse_frequencies(dataclasses.replace(rope, dim=6))
-    with pytest.raises(TurboqError, match="rotary dimension 5 must be even"):
-        inverse_frequencies(RopeSpec(theta=10000.0, dim=5))
-    with pytest.raises(TurboqError, match=r"rope scaling .'yarn', 4.0. is not supported"):
-        inverse_frequencies(RopeSpec(theta=10000.0, dim=4, scaling=("yarn", 4.0)))

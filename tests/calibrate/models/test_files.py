@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from turboq.errors import TurboqError
+from turboq.numbers.rope import Scaling
 from turboq_calibrate.models import embed_tokens, gguf_header, load_model
 from turboq_calibrate.models.gguf_file import GGUFFile
 
@@ -349,7 +350,7 @@ def test_linear_scaling_and_windows_are_read(tmp_path):
         "qwen3.attention.sliding_window": 6,
     }
     layer = GGUFFile(write(tmp_path / "m.gguf", fields=fields)).spec.layers[0]
-    assert layer.rope.scaling == ("linear", 4.0)
+    assert layer.rope.scaling == Scaling(type="linear", factor=4.0)
     assert layer.window == 6
 
 

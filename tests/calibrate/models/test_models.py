@@ -11,6 +11,7 @@ from flax import nnx
 from tolerances import TOL
 
 from turboq.errors import TurboqError
+from turboq.numbers.rope import Scaling
 from turboq_calibrate.models import (
     decoder,
     embed_tokens,
@@ -79,8 +80,8 @@ def test_golden_families_cover_what_they_claim():
         *["qwen2"] * 2,
         "qwen3",
     ]
-    assert first["llama3"].rope.scaling[0] == "llama3"
-    assert first["llama_bias"].rope.scaling == ("linear", 2.5)
+    assert first["llama3"].rope.scaling.type == "llama3"
+    assert first["llama_bias"].rope.scaling == Scaling(type="linear", factor=2.5)
     assert first["llama_bias"].qkv_bias
     assert first["llama_bias"].o_bias
     assert first["llama_bias"].mlp_bias

@@ -6,11 +6,11 @@ import dataclasses
 import json
 
 import pytest
-from plan_cases import geometry
+from plan_cases import geometry, hybrid
 
 from turboq.codecs import FP8, Codec, Exact, Ggml, TurboQuantMSE
 from turboq.errors import TurboqError
-from turboq.plan import head_plan
+from turboq.plan import head_plan, uniform_plan
 from turboq.plan.constraints import (
     Boundary,
     Constraints,
@@ -114,6 +114,7 @@ def test_json_round_trip():
         Constraints(),
         Constraints(granularity="per_kv", first_last=FirstLast(last=2, outer=(Q8_OR_Q4,))),
         Constraints(max_head_formats=3),
+        Constraints(k_rope=("before",)),
     ):
         assert from_config(json.loads(json.dumps(one.config()))) == one
     bad = full.config()
@@ -213,6 +214,16 @@ def test_first_and_last(rule, row, fits):
     plain = [Q4] * len(row) if not (rule.first or rule.last) else [palette[c] for c in row]
     found = violations_of(constraints, rows([palette[c] for c in row], plain))
     assert (not found) is fits
+
+
+def test_keys_before_rope_are_allowed_by_name_only():
+    plan = uniform_plan(hybrid(), k=TQ3, v=TQ3, k_rope="before")
+    says = ["layer 0 k: stored before RoPE is not allowed"]
+    assert violations(Constraints(), plan)[:1] == says
+    assert violations(Constraints(k_rope=("after", "before")), plan) == []
+    for wrong in ((), ("never",)):
+        with pytest.raises(ValueError, match="k_rope="):
+            Constraints(k_rope=wrong)
 
 
 def test_together_shares_the_numbers_of_layers():

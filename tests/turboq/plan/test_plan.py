@@ -12,6 +12,7 @@ import pytest
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
+from turboq.numbers.rope import Rope
 from turboq.plan import (
     LayerGeometry,
     LayerPlan,
@@ -37,6 +38,7 @@ from turboq.plan import (
     uniform_plan,
 )
 from turboq.plan.document import parse, plan_hash
+from turboq.plan.rules import rule_plan, sides
 
 CASES = pytest.mark.parametrize("make", [plan_cases.plain, plan_cases.rich])
 
@@ -219,6 +221,7 @@ def put(path, value):
 
 K = ("layers", 1, "k")
 G = ("model", "layers", 3)
+R = ("model", "layers", 2, "rope")
 FIELD_ERRORS = [
     (put(("schema_version",), 2), "schema_version: 2 is not supported: this turboq reads 1"),
     (put(("schema_version",), "1"), 'schema_version: "1" must be an integer'),
@@ -258,6 +261,20 @@ FIELD_ERRORS = [
     ),
     (put(("model", "layers", 0, "window"), 0), "model.layers[0].window: window=0 must be at least"),
     (put(("model", "layers", 0, "rope_dim"), 17), "layers[0].rope_dim: 17 exceeds k_dim 16"),
+    (put((*K, "rope"), "after"), 'layers[1].k.rope: "after" must be "before", or be left out'),
+    (put((*K, "rope"), None), 'layers[1].k.rope: null must be "before"'),
+    (put(("layers", 1, "v", "rope"), "before"), "layers[1].v.rope: values have no rotary"),
+    (put((*R,), put), "layers[1].k.rope: needs model.layers[2].rope"),
+    (put((*R,), None), "model.layers[2].rope: null: leave the field out"),
+    (put((*R, "dim"), 22), "model.layers[2].rope.dim: 22, but 24 channels of keys are rotated"),
+    (put((*R, "dim"), 23), "model.layers[2].rope.dim: rotary dim=23 must be even"),
+    (put((*R, "layout"), "interleaved"), "rope.layout: 'interleaved', but rope_layout is 'half'"),
+    (put((*R, "theta"), 0), "model.layers[2].rope.theta: theta=0.0 must be a positive"),
+    (put((*R, "thetas"), 0), "rope.thetas: unknown field; did you mean 'theta'?"),
+    (put((*R, "inv_freq"), [1.0]), "model.layers[2].rope: inv_freq= of 1 frequencies does not fit"),
+    (put((*R, "scaling", "type"), "yarn"), 'rope.scaling.type: "yarn" must be one of linear'),
+    (put((*R, "scaling", "type"), "linear"), "scaling.low_freq_factor: low_freq_factor=1.0 is for"),
+    (put((*R, "scaling", "low_freq_factor"), 9.0), "model.layers[2].rope.scaling: low_freq_factor"),
     (put((*G, "borrows_cache_of"), 3), "model.layers[3].borrows_cache_of: 3 is not an earlier"),
     (put((*G, "borrows_cache_of"), 1), "borrows_cache_of: layer 1 has no cache of its own"),
     (put((*G, "borrows_cache_of"), 2), "(3, 16, 8) differ from (4, 24, 8) there"),
@@ -410,6 +427,7 @@ def test_summary_shows_the_plan_on_one_screen():
         ),
         (lambda: SidePlan(codec=Exact(dim=8), heads={1: Exact(dim=8)}), "heads.1: repeats"),
         (lambda: plan_cases.geometry(kv_heads=0), "no layer keeps a KV cache"),
+        (lambda: SidePlan(codec=Exact(dim=8), rope="never"), "rope='never' must be one of"),
     ],
 )
 def test_plans_made_in_code_are_checked_too(make, message):
@@ -431,3 +449,52 @@ def test_layer_plan_sides():
     plan, _ = plan_cases.plain()
     layer: LayerPlan = plan.layers[0]
     assert (layer.side("k"), layer.side("v")) == (layer.k, layer.v)
+
+
+def test_keys_before_rope_are_a_choice_per_layer(tmp_path):
+    model = plan_cases.hybrid()
+    k, v = TurboQuantMSE(dim=16, bits=3), Exact(dim=8)
+    plan = uniform_plan(model, k=k, v=v, k_rope="before")
+    assert [layer.k.rope for layer in plan.layers] == ["before", "before"]
+    assert [layer.rope for layer in plan.kv_layers({})] == [model.layers[i].rope for i in (0, 2)]
+    mixed = uniform_plan(model, k=k, v=v, k_rope=lambda i: "before" if i == 2 else "after")
+    assert [layer.rope for layer in mixed.kv_layers({})] == [None, model.layers[2].rope]
+    assert "rope" not in document(mixed)["layers"][0]["k"]
+    assert document(mixed)["layers"][1]["k"]["rope"] == "before"
+    saved = save(mixed, {}, tmp_path)
+    assert load(tmp_path)[0] == saved
+    assert load(tmp_path)[0].layers == mixed.layers
+    assert mixed.bytes == plan.bytes == uniform_plan(model, k=k, v=v).bytes
+    rule = sides(k=k, v=v)
+    assert rule_plan(model, rule, k_rope="before") == plan
+    shown = summary(mixed).splitlines()
+    assert [line for line in shown if "before RoPE" in line] == [shown[5]]
+
+
+def test_before_needs_a_rotary_embedding_that_is_known():
+    k, v = Exact(dim=16), Exact(dim=8)
+    plain = plan_cases.geometry()
+    with pytest.raises(PlanConflict, match=r"layers\[0\].k.rope: needs model.layers\[0\].rope"):
+        uniform_plan(plain, k=k, v=v, k_rope="before")
+    layers = tuple(dataclasses.replace(x, rope_layout="none") for x in plain.layers)
+    unrotated = dataclasses.replace(plain, layers=layers)
+    # Of a choice for all layers, those without a rotary embedding keep their keys as they are.
+    assert uniform_plan(unrotated, k=k, v=v, k_rope="before").layers[0].k.rope == "after"
+    with pytest.raises(PlanConflict, match=r"layers\[0\].k.rope: layer 0 has no rotary"):
+        uniform_plan(unrotated, k=k, v=v, k_rope=lambda index: "before")
+    with pytest.raises(PlanConflict, match=r"rope.layout: .half., but rope_layout"):
+        dataclasses.replace(unrotated.layers[0], rope=Rope(dim=16, theta=1e4))
+
+
+def test_a_rope_may_be_known_on_one_side_only():
+    """Plans from before geometries had one stay good for their model."""
+    known = plan_cases.hybrid()
+    layers = tuple(dataclasses.replace(layer, rope=None) for layer in known.layers)
+    old = dataclasses.replace(known, layers=layers)
+    k, v = Exact(dim=16), Exact(dim=8)
+    check_model(uniform_plan(old, k=k, v=v), known)
+    check_model(uniform_plan(known, k=k, v=v), old)
+    other = dataclasses.replace(known.layers[2], rope=Rope(dim=24, theta=2e4))
+    changed = dataclasses.replace(known, layers=(*known.layers[:2], other, known.layers[3]))
+    with pytest.raises(PlanConflict, match=r"rope.theta: plan 10000.0, model 20000.0"):
+        check_model(uniform_plan(known, k=k, v=v), changed)
