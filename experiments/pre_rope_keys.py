@@ -24,7 +24,7 @@ from turboq_calibrate.measure import quality_table as quality
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
 from turboq_calibrate.observe import texts as data
-from turboq_calibrate.observe.samples import collect_samples, fit_samples
+from turboq_calibrate.observe.observe import observe
 
 MODEL = flags.DEFINE_string("model", "embedded", "A folder, a .gguf file, or 'embedded'.")
 WINDOWS = flags.DEFINE_integer("windows", 2, "Windows of 1024 tokens.", lower_bound=1)
@@ -54,13 +54,19 @@ def run(out: Path) -> None:
     )
     dim, rows = geometry.cache_layers[0].k_dim, []
     table, cost = {}, {}
-    for label, attention in (("post-RoPE", "simulated"), ("pre-RoPE", "pre_rope")):
-        samples = collect_samples(model, calibration.tokens, pre_rope=attention == "pre_rope")
+    statistics = observe(model, calibration, out)
+    for label, attention, rope in (
+        ("post-RoPE", "simulated", "after"),
+        ("pre-RoPE", "pre_rope", "before"),
+    ):
+
+        def fit(index: int, side: str, codec: c.Codec, rope: str = rope):
+            return codec.fit(statistics.layers[index].observed(side, rope=rope))
+
         plans = []
         for name, codec in codecs(dim).items():
             plan = uniform_plan(geometry, k=codec, v=c.Exact(dim=dim), policy=TokenPolicy(sinks=4))
-            arrays = collect_arrays(plan, lambda i, side, k, s=samples: fit_samples(k, s[i], side))
-            plans.append((f"{name} {label}", plan, arrays))
+            plans.append((f"{name} {label}", plan, collect_arrays(plan, fit)))
         measured = evaluate(model, plans, heldout.tokens, text=heldout.source, attention=attention)
         table, cost = measured.table, measured.run
         rows += measured.rows

@@ -197,7 +197,7 @@ ROWS = {
 
 
 def arrays_of(codec: Codec, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Arrays of HEADS heads: a large mean, the source's own codebook, different scales; or a fit."""
+    """Of HEADS heads: a large mean, the source's own codebook, different scales; or a fit."""
     source = "gaussian" if getattr(codec, "scale", "") == "head" else "sphere"
     made = {
         "mean": lambda: rng.normal(size=(HEADS, codec.dim)) * 20,

@@ -64,7 +64,7 @@ def rope_block_at(
     shared = {
         name: getattr(options, name)
         for name in ("quantizer", "states", "free_start", "codebook", "gain", "gain_bits")
-    } | {"layout": layout, "rope_dim": seen.rope_dim or 0}
+    } | {"layout": layout, "rope_dim": (seen.rope_dim or 0) % seen.dim}
     mean, covariance = moments(seen, options.emphasis, shrink_mean=options.shrink_mean)
     out = []
     for m, c, metric, x in zip(mean, covariance, seen.metric, seen.x, strict=True):

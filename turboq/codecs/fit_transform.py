@@ -82,6 +82,11 @@ class TransformOptions:
             gain_bits=self.gain_bits,
         )
 
+    @property
+    def samples(self) -> bool:
+        """Whether a codec's arrays need the sample, beyond its fit."""
+        return self.gain == "code" or self.codebook == "fitted"
+
     def overhead(self, dim: int) -> int:
         """Stored bits per vector beside the codes: gain and start state."""
         segments = ((8, 1),)
@@ -97,12 +102,19 @@ class TransformOptions:
 class HeadFit:
     """One head before its segments are chosen: basis, costs and spreads [D, bits + 1].
 
-    Costs are per token in units of the metric: nats where gradients were observed.
+    Costs are per token in units of the metric: nats where gradients were observed. `by_text` has
+    the mean over the tokens of each text (NaN: none was sampled), `costs` that over all.
     """
 
     basis: Basis
     costs: Float[np.ndarray, "D b"]
     spreads: Float[np.ndarray, "D b"]
+    by_text: Float[np.ndarray, "X D b"]
+
+    def cost(self, segments: Segments) -> Float[np.ndarray, "X"]:
+        """Cost per token of these segments, on each text."""
+        dim = self.by_text.shape[1]
+        return self.by_text[:, np.arange(dim), spent(segments, dim)].sum(axis=1)
 
 
 def fit_heads(seen: Observed, options: TransformOptions | None = None) -> list[HeadFit]:
@@ -118,7 +130,7 @@ def fit_heads(seen: Observed, options: TransformOptions | None = None) -> list[H
     seen.require(("moments", "sample"), "a transform's fit", fewest=max(8, seen.dim))
     mean, covariance = moments(seen, options.emphasis, shrink_mean=options.shrink_mean)
     weights = sample_weights(seen, options.ridge).astype(np.float32)
-    out = []
+    tokens, out = np.bincount(seen.text)[:, None, None], []
     for h in range(seen.heads):  # a head at a time: its sums stay in the processor's cache
         basis = fit_basis(
             mean[h], covariance[h], seen.metric[h], ridge=options.ridge, shrink=options.shrink
@@ -129,8 +141,9 @@ def fit_heads(seen: Observed, options: TransformOptions | None = None) -> list[H
             # What the gradient says of each coordinate by itself is exact but noisy: half and half.
             slope = basis.synthesis.T.astype(np.float32) @ seen.g[h].T
             cost = 0.5 * cost + 0.25 * np.square(slope)
-        costs, spreads = measured_costs(y, cost / y.shape[1], options.curve)
-        out.append(HeadFit(basis, costs, spreads))
+        sums, spreads = measured_costs(y, cost, options.curve, seen.text)
+        by_text = np.divide(sums, tokens, out=np.full_like(sums, np.nan), where=tokens > 0)
+        out.append(HeadFit(basis, sums.sum(axis=0) / y.shape[1], spreads, by_text))
     return out
 
 

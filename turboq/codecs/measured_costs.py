@@ -26,24 +26,35 @@ _CELLS = 2**14
 
 
 def measured_costs(
-    y: Float[np.ndarray, "C N"], weights: Float[np.ndarray, "C N"], curve: Float[np.ndarray, "b"]
-) -> tuple[Float[np.ndarray, "C b"], Float[np.ndarray, "C b"]]:
-    """Costs and best spreads of coordinates y, one a row; `curve` [bits + 1] of the quantizer."""
-    bins = _bins(len(curve) - 1)
+    y: Float[np.ndarray, "C N"],
+    weights: Float[np.ndarray, "C N"],
+    curve: Float[np.ndarray, "b"],
+    text: Int[np.ndarray, "N"] | None = None,
+) -> tuple[Float[np.ndarray, "X C b"], Float[np.ndarray, "C b"]]:
+    """Costs of coordinates y, one a row, summed over the tokens of each text; and best spreads.
+
+    Spreads are best for all texts together. `curve` [bits + 1] is that of the quantizer; `text`
+    numbers the texts 0..X-1 (None: one).
+    """
+    bins, spreads = _bins(len(curve) - 1), np.array(SPREADS)
     coordinates, count = len(y), len(bins.edges) + 1
-    at = (bins.of(y) + count * np.arange(coordinates)[:, None]).reshape(-1)
+    of = np.zeros(y.shape[1], np.int64) if text is None else text.astype(np.int64)
+    texts = int(of.max(initial=0)) + 1
+    row = of[None, :] * coordinates + np.arange(coordinates)[:, None]
+    at = (bins.of(y) + count * row).reshape(-1)
     w = np.asarray(weights, np.float64)
     s0, s1 = (
-        np.bincount(at, term.reshape(-1), minlength=count * coordinates).reshape(-1, count)
+        np.bincount(at, term.reshape(-1), minlength=count * texts * coordinates).reshape(-1, count)
         for term in (w, w * y)
     )
-    energy = np.sum(w * np.square(y, dtype=np.float64), axis=1)
-    total = energy[:, None] - 2 * (s1 @ bins.points) + s0 @ np.square(bins.points)
-    total = np.maximum(total, 0.0).reshape(coordinates, -1, len(SPREADS))
-    pick = np.argmin(total, axis=2)
-    least = np.take_along_axis(total, pick[:, :, None], axis=2)[:, :, 0] * excess(curve)[1:]
-    costs = np.concatenate([energy[:, None], least], axis=1)
-    return costs, np.concatenate([np.ones((coordinates, 1)), np.array(SPREADS)[pick]], axis=1)
+    square = w * np.square(y, dtype=np.float64)
+    energy = np.stack([square[:, of == t].sum(axis=1) for t in range(texts)])
+    total = s0 @ np.square(bins.points) - 2 * (s1 @ bins.points) + energy.reshape(-1, 1)
+    total = np.maximum(total, 0.0).reshape(texts, coordinates, -1, len(spreads))
+    pick = np.argmin(total.sum(axis=0), axis=2)
+    least = np.take_along_axis(total, pick[None, :, :, None], axis=3)[..., 0] * excess(curve)[1:]
+    costs = np.concatenate([energy[:, :, None], least], axis=2)
+    return costs, np.concatenate([np.ones((coordinates, 1)), spreads[pick]], axis=1)
 
 
 def excess(curve: Float[np.ndarray, "b"]) -> Float[np.ndarray, "b"]:

@@ -5,9 +5,9 @@
 
 R = cayley(X sqrt(min(v_i, v_j) / max(v_i, v_j))) entry by entry: a step of X adds to the smaller
 variance of a pair a share of itself, whatever the larger one is. B is the joint basis of
-`turboq.codecs.fit_basis` (uncorrelated, variances v), M its metric: the second moment of the head's queries
-for K (e^T M e is the squared logit error), W_o^T W_o or, with gradients, the Fisher information for
-both sides, and tokens weighted by what they cost; for V that is the squared error of the attention
+`turboq.codecs.fit_basis` (uncorrelated, variances v), M its metric: with gradients the Fisher
+information, and tokens weighted by what they cost; without, the second moment of the head's queries
+for K (e^T M e is the squared logit error); for V that is the squared error of the attention
 output, E[p^2] weights included, for errors that are uncorrelated between tokens. Free are X and s,
 starting at 0; segments and bits are fixed.
 

@@ -1,4 +1,4 @@
-"""Every calibrated codec fits itself from what was observed: the matrix of `codec_rows`, at one dim."""
+"""Every calibrated codec fits itself from what was observed: the rows of `codec_rows`."""
 
 from __future__ import annotations
 
