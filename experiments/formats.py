@@ -4,11 +4,10 @@
 
 For every format: keys only, values only (the other side exact bf16) and both quantized, KL to the
 model's own exact cache on held-out text; first 4 tokens exact for all, except where a row names its
-own token policy. Calibrated formats are fitted on `topics:calibration` (statistics of the demo, or
-a few windows of samples). Writes quality.json (sorted by bits per channel), quality.csv and
-formats.svg. Rows are measured in batches, and a finished batch is not repeated after an
-interruption. Expected: about half an hour on two cores; `per_head` and trellis codes lowest at
-equal bits, INT2 without calibration highest.
+own token policy. Calibrated formats are fitted to the statistics of the demo. Writes quality.json
+(sorted by bits per channel), quality.csv and formats.svg. Rows are measured in batches, and a
+finished batch is not repeated after an interruption. Expected: about half an hour on two cores;
+`per_head` and trellis codes lowest at equal bits, INT2 without calibration highest.
 """
 
 from __future__ import annotations
@@ -32,20 +31,17 @@ from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
 from turboq.plan import ModelGeometry, collect_arrays, document
 from turboq.plan.rules import Rule, by_layer, rule_plan, sides, skip_layers
-from turboq_calibrate.fit.per_head import fit_side
 from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure import quality_table as quality
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
 from turboq_calibrate.observe import texts as data
-from turboq_calibrate.observe.samples import collect_samples, fit_samples
-from turboq_calibrate.observe.statistics_files import load_statistics
+from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
 
 RUN = flags.DEFINE_string("run", "runs/demo", "Folder that holds `statistics/`.")
 MODEL = flags.DEFINE_string("model", "embedded", "The model they are of.")
 TEXT = flags.DEFINE_multi_string("text", ["topics:heldout"], "Text to measure on.")
 WINDOWS = flags.DEFINE_integer("windows", 2, "Windows of 1024 tokens.", lower_bound=1)
-SAMPLE_WINDOWS = flags.DEFINE_integer("sample_windows", 4, "Windows to fit on.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 12, "Rows measured together.", lower_bound=1)
 ONLY = flags.DEFINE_string("only", "", "Only rows whose name contains this.")
 OUT = flags.DEFINE_string("out", "runs/formats", "Folder for the table.")
@@ -144,16 +140,14 @@ def formats(geometry: ModelGeometry) -> dict[str, Row]:
     return rows
 
 
-def plans(geometry: ModelGeometry, statistics, samples) -> list[tuple]:
+def plans(geometry: ModelGeometry, statistics: Statistics) -> list[tuple]:
     """(name, plan, arrays) of all rows: both sides, then keys only and values only."""
     dim = geometry.cache_layers[0].k_dim
     exact = c.Exact(dim=dim)
 
     @functools.cache  # both sides, keys only and values only share their fits
     def fit(index: int, side: str, codec: c.Codec):
-        if isinstance(codec, c.PerHead):
-            return fit_side(getattr(statistics.layers[index], side), codec)
-        return fit_samples(codec, samples[index], side)
+        return codec.fit(statistics.layers[index].observed(side))
 
     out = []
     for name, row in formats(geometry).items():
@@ -172,12 +166,9 @@ def run(out: Path) -> None:
     make_folder(out / "parts")
     model = load_model(MODEL.value)
     geometry = model_geometry(model)
-    calibration = data.mixed_windows(
-        ["topics:calibration"], model.tokenizer, length=1024, count=SAMPLE_WINDOWS.value
-    )
     windows = data.mixed_windows(TEXT.value, model.tokenizer, length=1024, count=WINDOWS.value)
     statistics = load_statistics(Path(RUN.value) / "statistics")
-    rows = plans(geometry, statistics, collect_samples(model, calibration.tokens))
+    rows = plans(geometry, statistics)
     parts = []
     for start in range(0, len(rows), BATCH.value):
         batch = rows[start : start + BATCH.value]

@@ -18,6 +18,7 @@ below joint on training text; whether it is on other text is the question.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -28,26 +29,25 @@ from absl import app, flags, logging
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import HadamardPerHead
+from turboq.codecs.fit_rope_block import rope_block_at
+from turboq.codecs.fit_transform import TransformOptions, fit_heads, transform_at
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
 from turboq.numbers.rotation import Rotation
 from turboq_calibrate.candidates.table import Option, Table
-from turboq_calibrate.fit.blocks import fit_blocks, rope_block_at
 from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.fit.trained_rotation import Recipe, learn_rotations
-from turboq_calibrate.fit.transform import Options, fit_heads, transform_at
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
 from turboq_calibrate.observe import texts as data
-from turboq_calibrate.observe.gradients import collect_gradients
-from turboq_calibrate.observe.samples import collect_samples
+from turboq_calibrate.observe.observe import observe
+from turboq_calibrate.observe.recipe import ObserveRecipe
 
 MODEL = flags.DEFINE_string("model", "embedded", "The model to measure.")
 FIT = flags.DEFINE_multi_string("fit", ["topics:calibration"], "Text to fit and train on.")
 TEXT = flags.DEFINE_multi_string("text", ["topics:heldout"], "Text to measure on.")
 BITS = flags.DEFINE_integer("bits", 3, "Bits of codes; 16 per vector come on top, as a gain.")
 GAIN = flags.DEFINE_enum("gain", "float16", ["none", "code", "float16"], "Gain of `transform`.")
-FISHER = flags.DEFINE_bool("fisher", True, "Metric from gradients, not from query moments.")
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a window.", lower_bound=64)
 FIT_WINDOWS = flags.DEFINE_integer("fit_windows", 4, "Windows to fit on.", lower_bound=1)
 WINDOWS = flags.DEFINE_integer("windows", 2, "Windows of each text to measure.", lower_bound=1)
@@ -76,36 +76,26 @@ def run(out: Path) -> None:
     held = np.arange(WINDOWS.value) * count // WINDOWS.value
     fit, validation = np.delete(every.tokens, held, axis=0), every.tokens[held]
     test = data.mixed_windows(TEXT.value, model.tokenizer, length=LENGTH.value, count=WINDOWS.value)
-    samples = collect_samples(model, fit, skip=policy.sinks)
-    gradients = None
-    if FISHER.value:
-        gradients = collect_gradients(model, fit, skip=policy.sinks, seed=SEED.value)
-    lap("samples")
+    windows = dataclasses.replace(every, tokens=fit, text=np.delete(every.text, held))
+    statistics = observe(model, windows, out, ObserveRecipe(skip=policy.sinks, seed=SEED.value))
+    lap("observe")
     keys = [(layer.index, side) for layer in geometry.cache_layers for side in ("k", "v")]
-    options = Options(gain=GAIN.value)
-    grads = {layer: None if gradients is None else gradients[layer] for layer, _ in keys}
-    fits = {k: fit_heads(samples[k[0]], k[1], options, gradients=grads[k[0]]) for k in keys}
-    starts = {}
-    for key, own in fits.items():
-        starts[key] = transform_at(
-            samples[key[0]], key[1], stored(own[0]), fits=own, gain=GAIN.value
-        )
+    options = TransformOptions(gain=GAIN.value)
+    seen = {(layer, side): statistics.layers[layer].observed(side) for layer, side in keys}
+    fits = {key: fit_heads(seen[key], options) for key in keys}
+    starts = {
+        key: transform_at(seen[key], stored(own[0]), options, fits=own) for key, own in fits.items()
+    }
     lap("joint")
     recipe = Recipe(steps=STEPS.value, learning_rate=RATE.value, seed=SEED.value)
-    rotated = learn_rotations(
-        samples, starts, fits, out / "rotations", gradients=gradients, recipe=recipe
-    )
+    rotated = learn_rotations(seen, starts, fits, out / "rotations", recipe=recipe)
     lap("trained")
     made = {}
     for key in keys:
-        layer, side = key
-        bits = stored(fits[key][0])
-        blocks = rope_block_at(samples[layer], side, bits, gradients=grads[layer], gain=GAIN.value)
-        dim = samples[layer].k.shape[-1] if side == "k" else samples[layer].v.shape[-1]
+        blocks = rope_block_at(seen[key], stored(fits[key][0]), options)
+        dim = seen[key].dim
         codec = HadamardPerHead(dim=dim, bits=BITS.value)
-        found = fit_blocks(
-            codec, samples[layer], side, gradients=grads[layer], candidates=8, swaps=16
-        )
+        found = codec.fit(seen[key])
         signs = np.broadcast_to(Rotation(kind="hadamard", dim=dim).signs, found["signs"].shape)
         order = np.broadcast_to(np.arange(dim), found["order"].shape)
         plain = found | {"signs": signs, "order": order}
@@ -114,11 +104,11 @@ def run(out: Path) -> None:
             option(starts[key]),
             option(rotated[key].heads),
             option(blocks),
-            Option.shared(codec, plain, heads),
-            Option.shared(codec, found, heads),
+            Option.shared(codec, heads, lambda plain=plain: plain),
+            Option.shared(codec, heads, lambda found=found: found),
         )
     lap("blocks and signs")
-    table = Table(LABELS, made)
+    table = Table(LABELS, made, "", "after")
     plans = [(n, *table.to_plan(geometry, table.uniform(i, i), policy=policy))
              for i, n in enumerate(LABELS)]  # fmt: skip
     tables = {
@@ -140,7 +130,6 @@ def run(out: Path) -> None:
         "test": text.source,
         "sinks": policy.sinks,
         "gain": GAIN.value,
-        "fisher": FISHER.value,
         "recipe": {"steps": recipe.steps, "learning_rate": recipe.learning_rate,
                    "batch": recipe.batch, "seed": recipe.seed},
         "heads": len(start),
@@ -165,7 +154,7 @@ def stored(fit) -> int:
 
 
 def option(heads) -> Option:
-    return Option(tuple(c for c, _ in heads), tuple(a for _, a in heads))
+    return Option(tuple(c for c, _ in heads), lambda: [a for _, a in heads])
 
 
 def mean(rotated, name: str, side: str) -> float:

@@ -25,7 +25,7 @@ from turboq_calibrate.measure import quality_table as quality
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
 from turboq_calibrate.observe import texts as data
-from turboq_calibrate.observe.samples import collect_samples, fit_samples
+from turboq_calibrate.observe.observe import observe
 
 MODEL = flags.DEFINE_string("model", "embedded", "A folder, a .gguf file, or 'embedded'.")
 WINDOWS = flags.DEFINE_integer("windows", 2, "Windows of 1024 tokens.", lower_bound=1)
@@ -54,16 +54,19 @@ def run(out: Path) -> None:
     )
     dim, rows = geometry.cache_layers[0].k_dim, []
     table, cost = {}, {}
+    statistics = observe(model, calibration, out)
     forms: tuple[tuple[str, RopeForm], ...] = (("post-RoPE", "after"), ("pre-RoPE", "before"))
     for label, form in forms:
-        samples = collect_samples(model, calibration.tokens, pre_rope=form == "before")
+
+        def fit(index: int, side: str, codec: c.Codec, form: RopeForm = form):
+            return codec.fit(statistics.layers[index].observed(side, rope=form))
+
         plans = []
         for name, codec in codecs(dim).items():
             plan = uniform_plan(
                 geometry, k=codec, v=c.Exact(dim=dim), k_rope=form, policy=TokenPolicy(sinks=4)
             )
-            arrays = collect_arrays(plan, lambda i, side, k, s=samples: fit_samples(k, s[i], side))
-            plans.append((f"{name} {label}", plan, arrays))
+            plans.append((f"{name} {label}", plan, collect_arrays(plan, fit)))
         measured = evaluate(model, plans, heldout.tokens, text=heldout.source)
         table, cost = measured.table, measured.run
         rows += measured.rows

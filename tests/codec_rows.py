@@ -47,13 +47,7 @@ from turboq.codecs import (
     VLLMTurboQuantKey,
     VLLMTurboQuantValue,
 )
-from turboq.codecs.fit_hadamard import fit_hadamard
-from turboq.codecs.fit_rope_block import fit_rope_block
-from turboq.codecs.fit_transform import fit_arrays, fit_basis, weighted_moments
-from turboq.codecs.nuq import fit_nuq
-from turboq.codecs.oscar import fit_oscar
-from turboq.codecs.outliers import choose_outliers
-from turboq.codecs.per_channel import fit_per_channel
+from turboq.codecs.observed import Observed
 from turboq.numbers import codebook
 
 HEADS, TOKENS, QUERIES = 2, 1024, 3
@@ -202,28 +196,8 @@ ROWS = {
 }
 
 
-# Codecs whose arrays are fitted to samples [n, D] of the source.
-FITS: dict[str, Callable[[Any, np.ndarray], dict[str, np.ndarray]]] = {
-    "hadamard_per_head": lambda codec, x: fit_hadamard(codec, x, candidates=2, sweeps=0),
-    "nuq": fit_nuq,
-    "oscar": lambda codec, x: fit_oscar(x.T @ x / len(x)),
-    "per_channel": fit_per_channel,
-    "rope_block": fit_rope_block,
-    "transform": lambda codec, x: fit_arrays(
-        codec, fit_basis(*weighted_moments(x), np.eye(codec.dim), shrink=0.5), x
-    ),
-    "turboquant_outliers": lambda codec, x: {
-        "outlier": choose_outliers(np.mean(x * x, axis=0), codec.split)
-    },
-}
-
-
 def arrays_of(codec: Codec, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Arrays of HEADS heads: a large mean, the source's own codebook, different scales."""
-    if codec.name in FITS:
-        samples = [rng.normal(size=(64, codec.dim)) * scale for scale in (0.25, 3.0)]
-        fitted = [FITS[codec.name](codec, x) for x in samples]
-        return {name: np.stack([f[name] for f in fitted]) for name in codec.array_shapes}
+    """Of HEADS heads: a large mean, the source's own codebook, different scales; or a fit."""
     source = "gaussian" if getattr(codec, "scale", "") == "head" else "sphere"
     made = {
         "mean": lambda: rng.normal(size=(HEADS, codec.dim)) * 20,
@@ -232,7 +206,10 @@ def arrays_of(codec: Codec, rng: np.random.Generator) -> dict[str, np.ndarray]:
         ),
         "scale": lambda: np.array([0.25, 3.0]),
     }
-    return {name: made[name]().astype(np.float32) for name in codec.array_shapes}
+    if set(codec.array_shapes) <= set(made):
+        return {name: made[name]().astype(np.float32) for name in codec.array_shapes}
+    samples = rng.normal(size=(HEADS, 512, codec.dim)) * np.array([0.25, 3.0])[:, None, None]
+    return codec.fit(Observed.of(samples.astype(np.float32)))
 
 
 def run(codec: Codec, arrays: Any, x: Any, q: Any, weights: Any) -> dict[str, Any]:

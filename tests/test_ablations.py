@@ -12,9 +12,8 @@ import pytest
 
 from turboq import codecs
 from turboq.codecs import Exact
+from turboq.codecs.observed import Observed
 from turboq.plan import LayerGeometry, ModelGeometry
-from turboq_calibrate.observe.gradients import GradientSamples, LayerGradients
-from turboq_calibrate.observe.samples import LayerSamples
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "experiments" / "ablations"
@@ -31,7 +30,7 @@ def study():
 
 @pytest.fixture(scope="module")
 def bench(study):
-    """A bench over random samples instead of a model's."""
+    """A bench over random vectors instead of a model's."""
     geometry = ModelGeometry(
         fingerprint="0" * 64,
         family="llama",
@@ -44,28 +43,16 @@ def bench(study):
             for i in range(LAYERS)
         ),
     )  # fmt: skip
-    rng = np.random.default_rng(3)
 
     class Made(study.Bench):
-        def _samples(self, text="topics:calibration", windows=8):
-            shift = len(text)
-            k, v = (rng.standard_normal((HEADS, 64, DIM)) + shift for _ in range(2))
-            moment = np.broadcast_to(np.eye(DIM), (HEADS, DIM, DIM))
-            k, v = k.astype(np.float32), v.astype(np.float32)
-            return (LayerSamples(k=k, v=v, q_moment=moment),) * LAYERS
+        def observed(self, index, side, *, texts=study.CALIBRATION, windows=8):
+            rng = np.random.default_rng([index, side == "v", windows, *map(len, texts)])
+            x, g = rng.standard_normal((2, HEADS, 64, DIM)).astype(np.float32)
+            # A layer twice as sensitive as the one before, so that granularities differ.
+            g *= 2.0**index * np.array([1.0, 4.0], np.float32)[:, None, None]
+            return Observed.of(x + len(texts[0]), g if side == "k" else g / 8)
 
-        def gradient_samples(self, texts, windows):
-            out = []
-            for layer in range(LAYERS):
-                found = self._samples(texts[0])[0]
-                # A layer twice as sensitive as the one before, so that granularities differ.
-                g = 2.0**layer * rng.standard_normal((2, HEADS, 64, DIM)).astype(np.float32)
-                g[:, 1] *= 4
-                gradients = LayerGradients(k=g[0], v=g[1] / 8)
-                out.append(GradientSamples(**vars(found), gradients=gradients))
-            return out
-
-    return Made(None, geometry, 0, 64)
+    return Made(None, geometry, 0, 64, Path())
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -7,19 +7,16 @@ documentation or of source code, measured on both domains. Expected: means from 
 suffice; `transform`, which learns a covariance, needs more and loses more across domains.
 """
 
-from study import POLICY, Arm, Bench, run
+from study import Arm, Bench, run
 
 from turboq.codecs import PerHead
-from turboq_calibrate.fit.learned_plans import learned_plan
-from turboq_calibrate.fit.transform import Options, fit_heads
 
 DOMAINS = ("topics:calibration", "source:calibration")
-OPTIONS = Options(quantizer="trellis")
 
 
 def arms(bench: Bench) -> list[Arm]:
     codec = PerHead(dim=bench.dim, bits=3, seed=bench.seed)
-    out, layers = [], [layer.index for layer in bench.geometry.cache_layers]
+    out = []
     for domain in DOMAINS:
         short = domain.split(":")[0]
         for windows in (8, 2, 1):
@@ -27,12 +24,11 @@ def arms(bench: Bench) -> list[Arm]:
             out.append(
                 bench.arm(
                     f"per_head {short} {windows}", codec, group=f"per_head {short}",
-                    baseline=base and f"per_head {base}", text=domain, windows=windows,
+                    baseline=base and f"per_head {base}", texts=(domain,),
+                    windows=windows,
                 )
             )  # fmt: skip
-            samples = bench.gradient_samples([domain], windows)
-            fits = {(i, s): fit_heads(samples[i], s, OPTIONS) for i in layers for s in ("k", "v")}
-            plan, arrays = learned_plan(bench.geometry, fits, OPTIONS, 3.25, policy=POLICY)
+            plan, arrays = bench.learned(3.25, texts=(domain,), windows=windows)
             out.append(
                 Arm(
                     name=f"transform {short} {windows}", plan=plan, arrays=arrays,

@@ -36,7 +36,7 @@ def arms(bench: Bench) -> list[Arm]:
                           baseline=baseline)
             )  # fmt: skip
         own = bench.arm(f"{bits}b own data", codec, group=f"{bits}b", baseline=base)
-        other = bench.arm("other", codec, text="source:calibration")
+        other = bench.arm("other", codec, texts=("source:calibration",))
         mixed = {n: (other.arrays if n.endswith("codebook") else own.arrays)[n] for n in own.arrays}
         name = f"{bits}b other domain"
         out += [

@@ -24,19 +24,31 @@ from absl import app, flags, logging
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec
+from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
 from turboq.plan import ModelGeometry, Plan, collect_arrays, document
+from turboq.plan.constraints import Constraints
 from turboq.plan.rules import Rule, rule_plan
+from turboq_calibrate.candidates.makers import makers_of
+from turboq_calibrate.candidates.table import build_table
+from turboq_calibrate.choose.budget import Budget
+from turboq_calibrate.choose.plan_within import Menu, Wanted, solve
 from turboq_calibrate.cost.metrics import bootstrap_ci
+from turboq_calibrate.cost.predicted import predicted_costs
 from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import Model, load_model
 from turboq_calibrate.observe import texts as data
-from turboq_calibrate.observe.gradients import GradientSamples, collect_gradient_samples
-from turboq_calibrate.observe.samples import LayerSamples, collect_samples, fit_samples
+from turboq_calibrate.observe.observe import observe
+from turboq_calibrate.observe.recipe import ObserveRecipe
+from turboq_calibrate.observe.statistics_files import Statistics
 
 Arrays = dict[str, np.ndarray]
+Texts = tuple[str, ...]
+CALIBRATION = ("topics:calibration",)
+# Sizes of trellis transforms that `Bench.learned` shares a budget between.
+SIZES = "trellis:" + ",".join(f"{quarters / 4:g}" for quarters in range(4, 25))
 POLICY = TokenPolicy(sinks=4)
 
 MODEL = flags.DEFINE_string("model", "embedded", "A folder, a .gguf file, or 'embedded'.")
@@ -61,40 +73,56 @@ class Arm:
 
 
 class Bench:
-    """The model, one seed, and samples of calibration text that arms are fitted to."""
+    """The model, one seed, and what was observed on calibration texts that arms are fitted to."""
 
-    def __init__(self, model: Model, geometry: ModelGeometry, seed: int, length: int):
+    def __init__(self, model: Model, geometry: ModelGeometry, seed: int, length: int, out: Path):
         self.model, self.geometry, self.seed, self.length = model, geometry, seed, length
-        self.dim = geometry.cache_layers[0].k_dim
-        self.samples = functools.cache(self._samples)
+        self.dim, self.out = geometry.cache_layers[0].k_dim, out
+        self.statistics, self.menu = functools.cache(self._statistics), functools.cache(self._menu)
         self._fits: dict[tuple, Arrays] = {}
 
-    def _samples(
-        self, text: str = "topics:calibration", windows: int = 8
-    ) -> tuple[LayerSamples, ...]:
-        found = data.windows(
-            data.load_text(text), self.model.tokenizer, length=self.length, count=windows,
-            spread=True,
+    def _statistics(self, texts: Texts, windows: int) -> Statistics:
+        """Of so many windows of each text; the seed shifts them and draws the labels."""
+        found = data.mixed_windows(
+            list(texts), self.model.tokenizer, length=self.length, count=windows * len(texts),
+            start=self.seed * (self.length // 2),
         )  # fmt: skip
-        return tuple(collect_samples(self.model, found.tokens))
+        name = "+".join(texts).replace(":", "_")
+        folder = self.out / "observed" / f"{name}.{windows}.{self.seed}"
+        return observe(self.model, found, folder, ObserveRecipe(seed=self.seed), progress=False)
 
-    def gradient_samples(self, texts: list[str], windows: int) -> list[GradientSamples]:
-        """Samples with Fisher gradients, `windows` of each text; the seed shifts and draws them."""
-        found = [
-            data.windows(
-                data.load_text(text), self.model.tokenizer, length=self.length, count=windows,
-                spread=True, start=self.seed * (self.length // 2),
-            ).tokens
-            for text in texts
-        ]  # fmt: skip
-        return collect_gradient_samples(self.model, np.concatenate(found), seed=self.seed)
+    def observed(
+        self, index: int, side: str, *, texts: Texts = CALIBRATION, windows: int = 8
+    ) -> Observed:
+        """What was seen of one layer's side."""
+        return self.statistics(texts, windows).layers[index].observed(side)
 
     def fit(self, index: int, side: str, codec: Codec, **source) -> Arrays:
-        """Arrays of one layer's side, fitted to samples once per study."""
+        """Arrays of one layer's side, fitted once per study."""
         key = (index, side, codec, *sorted(source.items()))
         if key not in self._fits:
-            self._fits[key] = fit_samples(codec, self.samples(**source)[index], side)
+            self._fits[key] = codec.fit(self.observed(index, side, **source))
         return self._fits[key]
+
+    def _menu(self, texts: Texts, windows: int) -> Menu:
+        observed = functools.partial(self.observed, texts=texts, windows=windows)
+        table = build_table(self.geometry, makers_of([SIZES], self.geometry), observed)
+        costs = predicted_costs(table, observed)
+        return Menu(table=table, costs=costs, constraints=(), policy=POLICY, notes=())
+
+    def learned(
+        self,
+        bits: float,
+        *,
+        granularity: str = "per_head",
+        texts: Texts = CALIBRATION,
+        windows: int = 8,
+    ) -> tuple[Plan, Arrays]:
+        """Trellis transforms that share `bits` per channel for the least predicted loss."""
+        menu = self.menu(texts, windows)
+        wanted = Wanted(budget=Budget.parse(f"{bits:g}bpc"), policy=POLICY, k_rope="after")
+        _, chosen = solve(menu, wanted, (Constraints(granularity=granularity),))
+        return menu.table.to_plan(self.geometry, chosen.chosen, policy=POLICY)
 
     def arm(
         self,
@@ -127,7 +155,7 @@ def measure(arms_of: Arms, out: Path) -> dict:
     cells: dict[tuple[str, str], list[dict]] = {}
     meta: dict[str, Arm] = {}
     for seed in range(SEEDS.value):
-        arms = arms_of(Bench(model, geometry, seed, LENGTH.value))
+        arms = arms_of(Bench(model, geometry, seed, LENGTH.value, out))
         meta = meta or {arm.name: arm for arm in arms}
         for text in TEXT.value:
             windows = data.windows(

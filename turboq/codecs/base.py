@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Array, Float
 
+from turboq.codecs.observed import Observed
 from turboq.codecs.reading import Reading
 from turboq.codecs.writing import WriteTables, Writing
 from turboq.errors import TurboqError
@@ -59,13 +60,19 @@ class Field:
         return self.width * self.bits
 
 
+def stack(heads: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of single heads with a leading head axis."""
+    return {name: np.stack([h[name] for h in heads]) for name in heads[0]}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codec(abc.ABC):
     """Base of all codecs. Subclasses are frozen dataclasses registered in `turboq.codecs`."""
 
     name: ClassVar[str]
-    calibrated: ClassVar[bool] = False
     source: ClassVar[str] = ""
+    # What `fit` reads: some of `turboq.codecs.observed.PARTS`.
+    needs: ClassVar[tuple[str, ...]] = ()
 
     dim: int
 
@@ -90,9 +97,39 @@ class Codec(abc.ABC):
         return {}
 
     @property
+    def calibrated(self) -> bool:
+        """Whether `fit` has something to learn."""
+        return bool(self.array_shapes)
+
+    @property
     def tables(self) -> dict[str, np.ndarray]:
         """Constants that follow from the description alone (rotation, codebook), for exporters."""
         return {}
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Tokens below which `fit` refuses: what it would learn is noise."""
+        return 8
+
+    def fit(self, seen: Observed) -> dict[str, np.ndarray]:
+        """Arrays [K, ...] of all KV heads, float32, by name as in `array_shapes`; {} if data-free.
+
+        Deterministic, and each head by itself unless the codec shares an array between heads.
+
+        Raises:
+          TurboqError: `seen` is of another dim, too few tokens, or lacks what the codec needs.
+        """
+        if not self.array_shapes:
+            return {}
+        if seen.dim != self.dim:
+            raise TurboqError(f"codec {self.name!r} has {self.dim=}, but vectors have {seen.dim}")
+        seen.require(self.needs, f"codec {self.name!r}", fewest=self.fewest_tokens)
+        fitted = self._fit(seen)
+        return {name: np.asarray(fitted[name], np.float32) for name in self.array_shapes}
+
+    def _fit(self, seen: Observed) -> dict[str, np.ndarray]:
+        """The arrays of `fit`, in any precision; `seen` has been checked."""
+        raise NotImplementedError(f"codec {self.name!r} has array_shapes and must have a _fit")
 
     @abc.abstractmethod
     def encode(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Stored:

@@ -14,7 +14,9 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
+from turboq.codecs.fit_basis import EMPHASIS, sample_weights
 from turboq.codecs.hadamard_per_head import HadamardPerHead
+from turboq.codecs.observed import Observed
 from turboq.numbers import codebook as codebooks
 from turboq.numbers import rotation as rotations
 
@@ -68,6 +70,7 @@ def search(
     metric: Float[np.ndarray, "D D"] | None = None,
     *,
     weights: Float[np.ndarray, "N"] | None = None,
+    mean: Float[np.ndarray, "D"] | None = None,
     candidates: int = 16,
     swaps: int = 32,
     sweeps: int = 1,
@@ -78,6 +81,7 @@ def search(
 
     Args:
       metric: M [D, D] (None: 1); its mean eigenvalue times 1e-6 is added.
+      mean: what is removed from x (None: the mean of x).
       candidates: random choices tried, half of them with a random order too.
       swaps: pairs of places tried per sweep; a sweep also tries all D signs.
       most: tokens of each part that are used.
@@ -85,7 +89,7 @@ def search(
     Raises:
       ValueError: x or metric not finite or of other shapes, fewer than 8 tokens.
     """
-    _, score = _score(codec, x, metric, weights)
+    score = _score(codec, x, metric, weights, mean)
     cut = len(score.z) - max(4, int(len(score.z) * validation))
     if cut < 4:
         raise ValueError(f"{len(score.z)=} tokens: 8 or more are needed")
@@ -113,37 +117,37 @@ def search(
     return Found(signs, order, start, error)
 
 
-def fit_hadamard(
-    codec: HadamardPerHead,
-    x: Float[np.ndarray, "N D"],
-    metric: Float[np.ndarray, "D D"] | None = None,
-    *,
-    weights: Float[np.ndarray, "N"] | None = None,
-    **options,
-) -> dict[str, np.ndarray]:
-    """Arrays of one head, float32; `options` and errors are those of `search`."""
-    found = search(codec, x, metric, weights=weights, **options)
-    mean, score = _score(codec, x, metric, weights)
-    arrays = {"mean": mean, "signs": found.signs, "order": found.order}
+def fit_observed(codec: HadamardPerHead, seen: Observed, **options) -> dict[str, np.ndarray]:
+    """`Codec.fit`; `options` are those of `search`, with tokens counted by what they cost."""
+    mean, weights = seen.mean, 1 - EMPHASIS + EMPHASIS * sample_weights(seen)
+    found = [
+        search(codec, x, m, weights=w, mean=center, **options)
+        for x, m, w, center in zip(seen.x, seen.metric, weights, mean, strict=True)
+    ]
+    arrays = {
+        "mean": mean,
+        "signs": np.stack([f.signs for f in found]),
+        "order": np.stack([f.order for f in found]),
+    }
     if codec.scale == "head":
-        arrays["scale"] = np.sqrt(np.mean(score.z**2))
-    return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
+        energy = np.trace(seen.covariance, axis1=1, axis2=2)
+        arrays["scale"] = np.sqrt(np.maximum(energy, 0.0) / codec.dim)
+    return arrays
 
 
-def _score(codec, x, metric, weights) -> tuple[np.ndarray, _Score]:
+def _score(codec, x, metric, weights, mean) -> _Score:
     x = np.asarray(x, np.float64)
     metric = np.eye(codec.dim) if metric is None else np.asarray(metric, np.float64)
     if x.ndim != 2 or x.shape[1] != codec.dim or metric.shape != (codec.dim, codec.dim):
         raise ValueError(f"{x.shape=} must be [N, {codec.dim}] and {metric.shape=} [D, D]")
     if not (np.all(np.isfinite(x)) and np.all(np.isfinite(metric))):
         raise ValueError("x and metric must be finite: NaN or Inf found")
-    mean = x.mean(axis=0)
-    z = x - mean
+    z = x - (x.mean(axis=0) if mean is None else mean)
     axis = None if codec.scale == "head" else 1
     scale = np.sqrt(np.mean(z * z, axis=axis, keepdims=True)) * np.ones((len(z), 1))
     root = np.linalg.cholesky(metric + 1e-6 * np.trace(metric) / codec.dim * np.eye(codec.dim))
     w = np.ones(len(z)) if weights is None else np.asarray(weights, np.float64)
-    return mean, _Score(codec, z, np.where(scale > 0, scale, 1.0), w, root)
+    return _Score(codec, z, np.where(scale > 0, scale, 1.0), w, root)
 
 
 def _signs(dim: int, seed: int) -> np.ndarray:

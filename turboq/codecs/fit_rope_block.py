@@ -18,38 +18,95 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from turboq.codecs.fit_transform import Basis, fit_arrays, weighted_moments
+from turboq.codecs.base import stack
+from turboq.codecs.fit_basis import RIDGE, Basis, moments
+from turboq.codecs.fit_transform import TransformOptions, fit_arrays
+from turboq.codecs.observed import Observed
 from turboq.codecs.rope_block import RopeBlock, block_channels
 from turboq.codecs.transform import MAX_SEGMENTS, Segments
 from turboq.codecs.water_filling import distortion_curve, rates
+from turboq.errors import TurboqError
+
+Arrays = dict[str, np.ndarray]
+
+
+def fit_observed(codec: RopeBlock, seen: Observed) -> Arrays:
+    """`Codec.fit`; heads have their own order and scales, and share the segments.
+
+    Raises:
+      TurboqError: the vectors turn in other blocks than the codec's.
+    """
+    theirs = (seen.rope_layout, seen.rope_dim or seen.dim)
+    if seen.rope_layout != "none" and theirs != (codec.layout, codec.rope_dim or codec.dim):
+        raise TurboqError(
+            f"codec {codec.name!r} has {codec.layout=} and {codec.rope_dim=}, but these keys turn "
+            f"with layout={seen.rope_layout!r} and rope_dim={seen.rope_dim or 0}"
+        )
+    mean, covariance = moments(seen)
+    heads = zip(mean, covariance, seen.metric, seen.x, strict=True)
+    return stack([fit_rope_block(codec, *head) for head in heads])
+
+
+def rope_block_at(
+    seen: Observed, bits_per_vector: int, options: TransformOptions | None = None
+) -> list[tuple[RopeBlock, Arrays]]:
+    """Every KV head's own best `rope_block` within `bits_per_vector` stored bits: (codec, arrays).
+
+    Blocks are those that keys turn in; of values, halves. `options.shrink` does not apply.
+
+    Raises:
+      TurboqError: moments or the sample are missing.
+      ValueError: the size is below the smallest.
+    """
+    options = options or TransformOptions()
+    seen.require(("moments", "sample"), "rope_block", fewest=max(8, seen.dim))
+    layout = "half" if seen.rope_layout == "none" else seen.rope_layout
+    shared = {
+        name: getattr(options, name)
+        for name in ("quantizer", "states", "free_start", "codebook", "gain", "gain_bits")
+    } | {"layout": layout, "rope_dim": (seen.rope_dim or 0) % seen.dim}
+    mean, covariance = moments(seen, options.emphasis, shrink_mean=options.shrink_mean)
+    out = []
+    for m, c, metric, x in zip(mean, covariance, seen.metric, seen.x, strict=True):
+        v, w = block_moments(
+            c, metric, layout=layout, rope_dim=seen.rope_dim or 0, ridge=options.ridge
+        )
+        segments = choose_segments(
+            v * w,
+            bits_per_vector - options.overhead(seen.dim),
+            quantizer=options.quantizer,
+            states=options.states,
+            runs=options.runs,
+        )
+        codec = RopeBlock(dim=seen.dim, segments=segments, **shared)
+        out.append((codec, fit_rope_block(codec, m, c, metric, x, ridge=options.ridge)))
+    return out
 
 
 def block_moments(
-    x: Float[np.ndarray, "N D"],
+    covariance: Float[np.ndarray, "D D"],
     metric: Float[np.ndarray, "D D"],
     *,
     layout: str = "half",
     rope_dim: int = 0,
-    weights: Float[np.ndarray, "N"] | None = None,
-    ridge: float = 1e-2,
-) -> tuple[Float[np.ndarray, "D"], Float[np.ndarray, "H"], Float[np.ndarray, "H"]]:
-    """Mean [D], and of each block the variance v and the metric w, float64 and positive.
+    ridge: float = RIDGE,
+) -> tuple[Float[np.ndarray, "H"], Float[np.ndarray, "H"]]:
+    """Variance v and metric w of each block, float64 and positive.
 
-    `weights` [N] of mean 1 count tokens; `ridge` adds that fraction of the mean of w.
+    `ridge` adds that fraction of the mean of w.
 
     Raises:
-      ValueError: x or metric not finite or of other shapes.
+      ValueError: covariance or metric not finite or of other shapes.
     """
-    x, metric = np.asarray(x), np.asarray(metric, np.float64)
-    if x.ndim != 2 or not len(x) or metric.shape != (x.shape[1],) * 2:
-        raise ValueError(f"{x.shape=} must be [N, D] with N > 0 and {metric.shape=} [D, D]")
-    if not (np.all(np.isfinite(x)) and np.all(np.isfinite(metric))):
-        raise ValueError("x and metric must be finite: NaN or Inf found")
-    mean, covariance = weighted_moments(x, weights)
-    pairs = block_channels(x.shape[1], layout, rope_dim)
-    v, w = (np.diagonal(m)[pairs].mean(axis=1) for m in (covariance, metric))
+    c, metric = np.asarray(covariance, np.float64), np.asarray(metric, np.float64)
+    if c.ndim != 2 or c.shape != (len(c),) * 2 or c.shape != metric.shape:
+        raise ValueError(f"{c.shape=} and {metric.shape=} must be [D, D]")
+    if not (np.all(np.isfinite(c)) and np.all(np.isfinite(metric))):
+        raise ValueError("covariance and metric must be finite: NaN or Inf found")
+    pairs = block_channels(len(c), layout, rope_dim)
+    v, w = (np.diagonal(m)[pairs].mean(axis=1) for m in (c, metric))
     v = np.maximum(v, 1e-12 * max(v.max(), 1e-30))
-    return mean, v, np.maximum(w + ridge * w.mean(), 1e-30)
+    return v, np.maximum(w + ridge * w.mean(), 1e-30)
 
 
 def choose_segments(
@@ -72,20 +129,20 @@ def choose_segments(
 
 def fit_rope_block(
     codec: RopeBlock,
-    x: Float[np.ndarray, "N D"],
-    metric: Float[np.ndarray, "D D"] | None = None,
+    mean: Float[np.ndarray, "D"],
+    covariance: Float[np.ndarray, "D D"],
+    metric: Float[np.ndarray, "D D"],
+    x: Float[np.ndarray, "N D"] | None = None,
     *,
-    weights: Float[np.ndarray, "N"] | None = None,
-    ridge: float = 1e-2,
-) -> dict[str, np.ndarray]:
-    """Arrays of one head, float32, from vectors x and what errors cost (None: all alike).
+    ridge: float = RIDGE,
+) -> Arrays:
+    """Arrays of one head, float32; `x` is needed for gains and fitted codebooks.
 
     Raises:
-      ValueError: x or metric not finite or of other shapes.
+      ValueError: covariance or metric not finite or of other shapes, or samples that are missing.
     """
-    metric = np.eye(codec.dim) if metric is None else metric
-    mean, v, w = block_moments(
-        x, metric, layout=codec.layout, rope_dim=codec.rope_dim, weights=weights, ridge=ridge
+    v, w = block_moments(
+        covariance, metric, layout=codec.layout, rope_dim=codec.rope_dim, ridge=ridge
     )
     order = np.argsort(-(v * w), kind="stable")
     scale, start = (v / w) ** 0.25, 0

@@ -1,15 +1,10 @@
-"""Fits `transform`: the basis that makes a weighted error diagonal, gains and codebooks. NumPy.
+"""Fits `transform`: bases of the heads, segments at a size, gains and codebooks. NumPy.
 
-With C the covariance of x and M the metric (errors cost e^T M e, so tr(M E[e e^T]) is minimised):
+    fits = fit_heads(seen, options)                 one basis and its measured costs per KV head
+    head_rates(fits, options)                       the best segments of each at every size
+    arrays_of(codec, fit, x)                        what a codec of such segments stores
 
-    M^1/2 C M^1/2 = V diag(v) V^T,   A = v^-1/2 V^T M^1/2,   S = M^-1/2 V v^1/2
-
-y = A (x - mean) is uncorrelated with unit variances, and an error of variance d_i in y_i costs
-v_i d_i: bits follow v alone. For K, M is the second moment of the queries that read the head
-(q^T e squared is the logit error) or its Fisher information; for V, W_o^T W_o or the Fisher
-information; M = 1 is the plain Karhunen-Loeve basis.
-
-Source: mathematics of joint diagonalisation, transform coding with a weighted error (Goyal 2001).
+`transform_at` is all three at one size, and `held_out_cost` what such codecs cost on other tokens.
 """
 
 from __future__ import annotations
@@ -17,139 +12,223 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from turboq.codecs.transform import Transform, unit_table
-from turboq.numbers.codebook import distortion, lloyd_max
+from turboq.codecs.base import stack
+from turboq.codecs.fit_basis import (
+    EMPHASIS,
+    RIDGE,
+    Basis,
+    fit_basis,
+    moments,
+    sample_weights,
+)
+from turboq.codecs.measured_costs import excess, measured_costs, remains
+from turboq.codecs.observed import Observed
+from turboq.codecs.transform import MAX_SEGMENTS, Segments, Transform, unit_table
+from turboq.codecs.water_filling import Rates, batched_rates, distortion_curve
+from turboq.numbers.codebook_fitting import lloyd
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformOptions:
+    """What `transform` codecs have in common when their segments are still free.
+
+    The last four guard against over-fitting: `emphasis` of the moments (0 counts tokens alike, 1 by
+    what they cost), `shrink_mean` towards zero and `shrink` of the covariance towards isotropic
+    (0..1), `ridge` added to the metric, as a fraction of its mean eigenvalue.
+
+    Raises:
+      ValueError: a guard out of range.
+    """
+
+    quantizer: str = "scalar"
+    states: int = 8
+    free_start: bool = False
+    codebook: str = "gaussian"
+    gain: str = "none"
+    gain_bits: int = 4
+    runs: int = MAX_SEGMENTS
+    ridge: float = RIDGE
+    shrink: float = 0.0
+    shrink_mean: float = 0.0
+    emphasis: float = EMPHASIS
+
+    def __post_init__(self):
+        for name in ("shrink", "shrink_mean", "emphasis"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be 0 to 1")
+        if not self.ridge >= 0:
+            raise ValueError(f"{self.ridge=} must be 0 or more")
+
+    @classmethod
+    def of(cls, codec: Transform) -> TransformOptions:
+        """The options of a codec whose segments are given."""
+        names = ("quantizer", "states", "free_start", "codebook", "gain", "gain_bits")
+        return cls(**{name: getattr(codec, name) for name in names})
+
+    def codec(self, dim: int, segments: Segments) -> Transform:
+        """The codec of these segments."""
+        return Transform(
+            dim=dim,
+            segments=segments,
+            quantizer=self.quantizer,
+            states=self.states,
+            free_start=self.free_start,
+            codebook=self.codebook,
+            gain=self.gain,
+            gain_bits=self.gain_bits,
+        )
+
+    @property
+    def samples(self) -> bool:
+        """Whether a codec's arrays need the sample, beyond its fit."""
+        return self.gain == "code" or self.codebook == "fitted"
+
+    def overhead(self, dim: int) -> int:
+        """Stored bits per vector beside the codes: gain and start state."""
+        segments = ((8, 1),)
+        return self.codec(dim, segments).bits_per_vector - 8
+
+    @property
+    def curve(self) -> np.ndarray:
+        """Distortion curve of the quantizer."""
+        return distortion_curve(self.quantizer, self.states, self.free_start)
 
 
 @dataclasses.dataclass(frozen=True)
-class Basis:
-    """One head: mean [D], A [D, D], S [D, D], and weighted variances v [D], falling."""
+class HeadFit:
+    """One head before its segments are chosen: basis, costs and spreads [D, bits + 1].
 
-    mean: Float[np.ndarray, "D"]
-    analysis: Float[np.ndarray, "D D"]
-    synthesis: Float[np.ndarray, "D D"]
-    variances: Float[np.ndarray, "D"]
+    Costs are per token in units of the metric: nats where gradients were observed. `by_text` has
+    the mean over the tokens of each text (NaN: none was sampled), `costs` that over all.
+    """
+
+    basis: Basis
+    costs: Float[np.ndarray, "D b"]
+    spreads: Float[np.ndarray, "D b"]
+    by_text: Float[np.ndarray, "X D b"]
+
+    def cost(self, segments: Segments) -> Float[np.ndarray, "X"]:
+        """Cost per token of these segments, on each text."""
+        dim = self.by_text.shape[1]
+        return self.by_text[:, np.arange(dim), spent(segments, dim)].sum(axis=1)
 
 
-def fit_basis(
-    mean: Float[np.ndarray, "D"],
-    covariance: Float[np.ndarray, "D D"],
-    metric: Float[np.ndarray, "D D"],
-    *,
-    ridge: float = 1e-3,
-    shrink: float = 0.0,
-) -> Basis:
-    """The joint basis of one head, float64 inside, float32 arrays out of `fit_arrays`.
+def fit_heads(seen: Observed, options: TransformOptions | None = None) -> list[HeadFit]:
+    """Joint basis and measured costs of every KV head.
 
-    `ridge` adds that fraction of the mean eigenvalue to the metric's diagonal (directions that no
-    query of the calibration used must still be decoded), `shrink` moves the covariance that far
-    towards the isotropic one of equal trace.
+    With gradients costs are nats per token, comparable between heads, layers and sides, and tokens
+    count by what an error costs there. Without, tokens count alike.
 
     Raises:
-      ValueError: not symmetric, not finite, or of different sizes.
+      TurboqError: moments or the sample are missing, or fewer tokens than dimensions.
     """
-    c, m = _symmetric("covariance", covariance), _symmetric("metric", metric)
-    if c.shape != m.shape or np.shape(mean) != c.shape[:1]:
-        raise ValueError(f"{np.shape(mean)=}, {c.shape=} and {m.shape=} must be of one dim")
-    dim = len(c)
-    c = (1 - shrink) * c + np.eye(dim) * (shrink + 1e-9) * max(np.trace(c) / dim, 1e-30)
-    m = m + np.eye(dim) * (ridge + 1e-9) * max(np.trace(m) / dim, 1e-30)
-    values, vectors = np.linalg.eigh(m)
-    root = (vectors * np.sqrt(values)) @ vectors.T
-    inverse = (vectors / np.sqrt(values)) @ vectors.T
-    variances, basis = np.linalg.eigh(root @ c @ root)
-    variances, basis = np.maximum(variances[::-1], variances[-1] * 1e-12), basis[:, ::-1]
-    deviation = np.sqrt(variances)
-    return Basis(
-        mean=np.asarray(mean, np.float64),
-        analysis=(root @ basis / deviation).T,
-        synthesis=(inverse @ basis) * deviation,
-        variances=variances,
-    )
+    options = options or TransformOptions()
+    seen.require(("moments", "sample"), "a transform's fit", fewest=max(8, seen.dim))
+    mean, covariance = moments(seen, options.emphasis, shrink_mean=options.shrink_mean)
+    weights = sample_weights(seen, options.ridge).astype(np.float32)
+    tokens, out = np.bincount(seen.text)[:, None, None], []
+    for h in range(seen.heads):  # a head at a time: its sums stay in the processor's cache
+        basis = fit_basis(
+            mean[h], covariance[h], seen.metric[h], ridge=options.ridge, shrink=options.shrink
+        )
+        y = basis.analysis.astype(np.float32) @ (seen.x[h] - mean[h].astype(np.float32)).T
+        cost = basis.variances[:, None].astype(np.float32) * weights[h]
+        if seen.g is not None:
+            # What the gradient says of each coordinate by itself is exact but noisy: half and half.
+            slope = basis.synthesis.T.astype(np.float32) @ seen.g[h].T
+            cost = 0.5 * cost + 0.25 * np.square(slope)
+        sums, spreads = measured_costs(y, cost, options.curve, seen.text)
+        by_text = np.divide(sums, tokens, out=np.full_like(sums, np.nan), where=tokens > 0)
+        out.append(HeadFit(basis, sums.sum(axis=0) / y.shape[1], spreads, by_text))
+    return out
 
 
-def _symmetric(name: str, matrix: np.ndarray) -> np.ndarray:
-    m = np.asarray(matrix, np.float64)
-    if m.ndim != 2 or m.shape[0] != m.shape[1]:
-        raise ValueError(f"{name} {m.shape=} must be [D, D]")
-    if not np.all(np.isfinite(m)) or not np.allclose(
-        m, m.T, rtol=1e-4, atol=1e-5 * np.max(np.abs(m), initial=0.0)
-    ):
-        raise ValueError(f"{name} must be finite and symmetric")
-    return (m + m.T) / 2
+def head_rates(fits: list[HeadFit], options: TransformOptions) -> list[Rates]:
+    """The best segments of each head at every size; sizes without `options.overhead`."""
+    return batched_rates(np.stack([f.costs for f in fits]), runs=options.runs)
 
 
-def token_weights(
-    gradients: Float[np.ndarray, "N D"], metric: Float[np.ndarray, "D D"], *, ridge: float = 1e-2
-) -> Float[np.ndarray, "N"]:
-    """g^T M^-1 g of every token over its mean: what an error costs there, against the average.
+def shared_rates(fits: list[HeadFit], options: TransformOptions) -> Rates:
+    """The same for heads that share their segments, by the sum of their costs."""
+    return batched_rates(np.sum([f.costs for f in fits], axis=0)[None], runs=options.runs)[0]
 
-    Errors of the joint basis have a covariance close to M^-1, so this is the token's part of the
-    loss. A few tokens that most queries attend to can have most of it, and they are unlike the
-    others: a basis, a spread or a codebook that ignores them clips just these.
+
+def transform_at(
+    seen: Observed,
+    bits_per_vector: int,
+    options: TransformOptions | None = None,
+    *,
+    fits: list[HeadFit] | None = None,
+) -> list[tuple[Transform, Arrays]]:
+    """Every KV head's own best `transform` within `bits_per_vector` stored bits: (codec, arrays).
+
+    `fits` of an earlier `fit_heads` with the same options save their repetition.
+
+    Raises:
+      TurboqError: as `fit_heads`.
+      ValueError: the size is below the smallest.
     """
-    g = np.asarray(gradients, np.float32)
-    m = np.asarray(metric, np.float64)
-    m = m + np.eye(len(m)) * max(ridge * np.trace(m) / len(m), 1e-30)
-    inverse = np.linalg.inv(m / (np.trace(m) / len(m))).astype(np.float32)
-    w = np.einsum("nd,nd->n", g @ inverse, g).astype(np.float64)
-    mean = w.mean()
-    return w / mean if mean > 0 else np.ones(len(w))
+    options = options or TransformOptions()
+    fits = fits or fit_heads(seen, options)
+    out = []
+    for fit, table, x in zip(fits, head_rates(fits, options), seen.x, strict=True):
+        segments = table.segments[table.at(bits_per_vector - options.overhead(seen.dim))]
+        codec = options.codec(seen.dim, segments)
+        out.append((codec, arrays_of(codec, fit, x)))
+    return out
 
 
-def weighted_moments(
-    x: Float[np.ndarray, "N D"], weights: Float[np.ndarray, "N"] | None = None
-) -> tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D D"]]:
-    """Mean and covariance with weights of mean 1 (None: all alike), float64."""
-    x = np.asarray(x, np.float32)
-    w = np.ones(len(x), np.float32) if weights is None else weights.astype(np.float32)
-    mean = np.mean(x * w[:, None], axis=0, dtype=np.float64)
-    centred = x - mean.astype(np.float32)
-    return mean, ((centred * w[:, None]).T @ centred).astype(np.float64) / len(x)
+def fit_observed(codec: Transform, seen: Observed) -> Arrays:
+    """`Codec.fit` of a codec whose segments are given."""
+    fits = fit_heads(seen, TransformOptions.of(codec))
+    return stack([arrays_of(codec, f, x) for f, x in zip(fits, seen.x, strict=True)])
 
 
-SPREADS = (1.0, 1.15, 1.35, 1.6, 2.0, 2.5)
+def held_out_cost(
+    fits: list[HeadFit], seen: Observed, bits_per_channel: float, options: TransformOptions
+) -> float:
+    """Cost per token on the sample of `seen`, all heads, of the best segments at that size.
 
+        sum over heads of E[w e^T M e] / 2 + E[(g . e)^2] / 4,   e = x - x_hat
 
-def measured_costs(
-    y: Float[np.ndarray, "N D"],
-    weights: Float[np.ndarray, "N D"],
-    curve: Float[np.ndarray, "b"],
-) -> tuple[Float[np.ndarray, "D b"], Float[np.ndarray, "D b"]]:
-    """costs[i, b] = min over spreads m of sum_n weights_ni (y_ni - m Q_b(y_ni / m))^2, and that m.
+    nats, with M the metric and w the token weights of `seen`; without gradients E[e^T M e]. Errors
+    of a trellis are taken to be those of Lloyd-Max, scaled to its curve; gains are not modelled.
 
-    Q_b is Lloyd-Max at b bits; the cost of another quantizer is taken to be in the ratio of its
-    Gaussian curve to Lloyd-Max's. A coordinate with a heavy or heavily weighted tail so costs more
-    than v_i d(b), and is stretched or given more bits. Exact in O(N log N + levels) per coordinate.
+    Raises:
+      ValueError: the size is below the smallest.
     """
-    order = np.argsort(y, axis=0)
-    y = np.take_along_axis(y, order, axis=0).astype(np.float64)
-    w = np.take_along_axis(weights, order, axis=0).astype(np.float64)
-    zero = np.zeros((1, y.shape[1]))
-    sums = [np.concatenate([zero, np.cumsum(w * y**p, axis=0)]) for p in range(3)]
-    spreads = np.array(SPREADS)
-    books = [lloyd_max("gaussian", b) for b in range(1, len(curve))]
-    gains = [curve[b] / distortion("gaussian", c) for b, c in enumerate(books, start=1)]
-    edges = [np.outer(spreads, 0.5 * (c[1:] + c[:-1])).reshape(-1) for c in books]
-    ends = np.cumsum([0, *(len(e) for e in edges)])
-    every = np.concatenate(edges)
-    costs, best = np.empty((2, y.shape[1], len(curve)))
-    costs[:, 0], best[:, 0] = sums[2][-1], 1.0
-    for i in range(y.shape[1]):
-        at = np.searchsorted(y[:, i], every)
-        for b, c in enumerate(books, start=1):
-            inner = at[ends[b - 1] : ends[b]].reshape(len(spreads), -1)
-            cells = np.pad(inner, ((0, 0), (1, 0)))
-            cells = np.concatenate([cells, np.full((len(spreads), 1), len(y))], axis=1)
-            s0, s1, s2 = (np.diff(s[cells, i], axis=1) for s in sums)
-            values = spreads[:, None] * c[None, :]
-            total = np.sum(s2 - 2 * values * s1 + values**2 * s0, axis=1)
-            pick = int(np.argmin(total))
-            best[i, b] = spreads[pick]
-            costs[i, b] = max(total[pick], 0.0) * gains[b - 1]
-    return costs, best
+    size = int(bits_per_channel * seen.dim + 1e-6) - options.overhead(seen.dim)
+    weights = sample_weights(seen, options.ridge)
+    more = np.sqrt(excess(options.curve))
+    total = 0.0
+    for h, (fit, table) in enumerate(zip(fits, head_rates(fits, options), strict=True)):
+        bits = spent(table.segments[table.at(size)], seen.dim)
+        basis, spreads = fit.basis, fit.spreads[np.arange(seen.dim), bits]
+        y = basis.analysis.astype(np.float32) @ (seen.x[h] - basis.mean.astype(np.float32)).T
+        left = remains(y, bits, spreads) * more[bits, None]
+        e = (basis.synthesis @ left).T
+        quadratic = np.sum((e @ seen.metric[h]) * e, axis=1)
+        if seen.g is None:
+            total += np.mean(quadratic)
+        else:
+            slope = np.sum(seen.g[h] * e, axis=1)
+            total += 0.5 * np.mean(weights[h] * quadratic) + 0.25 * np.mean(np.square(slope))
+    return float(total)
+
+
+def spent(segments: Segments, dim: int) -> Int[np.ndarray, "D"]:
+    """Bits of each coordinate, 0 where it is dropped."""
+    bits = np.repeat([b for _, b in segments], [width for width, _ in segments])
+    return np.pad(bits, (0, dim - len(bits)))
+
+
+def arrays_of(codec: Transform, fit: HeadFit, x: Float[np.ndarray, "N D"] | None) -> Arrays:
+    """Arrays of one head at these segments; `x` is needed for gains and fitted codebooks."""
+    return fit_arrays(codec, fit.basis, x, spreads=fit.spreads)
 
 
 def fit_arrays(
@@ -158,7 +237,7 @@ def fit_arrays(
     samples: Float[np.ndarray, "N D"] | None = None,
     *,
     spreads: Float[np.ndarray, "D b"] | None = None,
-) -> dict[str, np.ndarray]:
+) -> Arrays:
     """Arrays of one head, float32. `samples` of x are needed for gains and fitted codebooks.
 
     `spreads` of `measured_costs` stretch each coordinate by what is best at its bits.
@@ -169,8 +248,7 @@ def fit_arrays(
     coded = codec.coded
     stretch = np.ones(coded)
     if spreads is not None:
-        bits = np.repeat([b for _, b in codec.segments], [width for width, _ in codec.segments])
-        stretch = spreads[np.arange(coded), bits]
+        stretch = spreads[np.arange(coded), spent(codec.segments, coded)]
     arrays = {
         "mean": basis.mean,
         "analysis": basis.analysis[:coded] / stretch[:, None],
@@ -203,22 +281,14 @@ def fit_gains(rms: Float[np.ndarray, "N"], levels: int) -> np.ndarray:
     return np.geomspace(low, high * (high / low) ** (0.5 / max(levels - 1, 1)), levels)
 
 
-def fit_codebooks(codec: Transform, u: Float[np.ndarray, "N C"]) -> dict[str, np.ndarray]:
+def fit_codebooks(codec: Transform, u: Float[np.ndarray, "N C"]) -> Arrays:
     """codebook{i} of each segment: Lloyd's iteration from the Gaussian points on coordinates u."""
-    if codec.quantizer == "trellis":
-        return {
-            f"codebook{i}": unit_table(codec, bits) for i, (_, bits) in enumerate(codec.segments)
-        }
     books, start = {}, 0
     for i, (width, bits) in enumerate(codec.segments):
-        x = np.sort(u[:, start : start + width].reshape(-1))
+        table = unit_table(codec, bits)
+        if codec.quantizer == "scalar":
+            x = np.sort(u[:, start : start + width].reshape(-1))
+            table = lloyd(x, table, 50)
+        books[f"codebook{i}"] = table
         start += width
-        sums = np.concatenate([[0.0], np.cumsum(x)])
-        c = unit_table(codec, bits)
-        for _ in range(50):
-            edges = np.searchsorted(x, 0.5 * (c[1:] + c[:-1]))
-            edges = np.concatenate([[0], edges, [len(x)]])
-            n = np.diff(edges)
-            c = np.where(n > 0, np.diff(sums[edges]) / np.maximum(n, 1), c)
-        books[f"codebook{i}"] = np.sort(c)
     return books

@@ -13,6 +13,7 @@ from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.bitstream import as_bytes, check_width, from_bytes
 from turboq.codecs.minifloat import E4M3, E5M2, MiniFloat, divide
+from turboq.codecs.observed import Observed
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.transformed import TransformedCodec
 
@@ -43,6 +44,7 @@ class FP8(TransformedCodec):
 
     name: ClassVar[str] = "fp8"
     source: ClassVar[str] = "Micikevicius et al., FP8 formats, arXiv 2209.05433; vLLM fp8 caches"
+    needs: ClassVar[tuple[str, ...]] = ("sample",)
     rotation: ClassVar[str] = "identity"
     rotation_block: ClassVar[int] = 0
     seed: ClassVar[int] = 0
@@ -54,11 +56,6 @@ class FP8(TransformedCodec):
         super().__post_init__()
         checks.check_choice("format", self.format, tuple(FORMATS))
         checks.check_choice("scale", self.scale, SCALES)
-
-    @property
-    def calibrated(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether a scale must be fitted."""
-        return bool(self.array_shapes)
 
     @property
     def number(self) -> MiniFloat:
@@ -79,6 +76,11 @@ class FP8(TransformedCodec):
     @property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"scale": ()} if self.scale in ("tensor", "head") else {}
+
+    def _fit(self, seen: Observed) -> dict[str, np.ndarray]:
+        from turboq.codecs.fit_scale import fit_scale
+
+        return fit_scale(self, seen.x, "mse")
 
     @property
     def reading(self) -> Reading | None:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
+from turboq.codecs.observed import Observed
 from turboq.codecs.per_head import inverse
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import dot, lead
@@ -43,8 +44,8 @@ class HadamardPerHead(Codec):
     """
 
     name: ClassVar[str] = "hadamard_per_head"
-    calibrated: ClassVar[bool] = True
     source: ClassVar[str] = "TurboQuant (arXiv 2504.19874) with chosen Hadamard signs and order"
+    needs: ClassVar[tuple[str, ...]] = ("moments", "sample")
 
     bits: int
     scale: str = "vector"
@@ -75,6 +76,11 @@ class HadamardPerHead(Codec):
         row = (self.dim,)
         shapes: dict[str, tuple[int, ...]] = {"mean": row, "signs": row, "order": row}
         return shapes | ({"scale": ()} if self.scale == "head" else {})
+
+    def _fit(self, seen: Observed) -> dict[str, np.ndarray]:
+        from turboq.codecs.fit_hadamard import fit_observed
+
+        return fit_observed(self, seen)
 
     @property
     def table(self) -> np.ndarray:

@@ -27,14 +27,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from turboq.codecs import checks
-from turboq.codecs.base import Arrays, Field, Stored
+from turboq.codecs.base import Arrays, Field, Stored, stack
 from turboq.codecs.minifloat import divide
+from turboq.codecs.observed import Observed
 from turboq.codecs.scalar import lead
 from turboq.codecs.transformed import TransformedCodec
 from turboq.numbers import codebook as codebooks
 from turboq.numbers import codebook_fitting as fitting
 
 MAX_DIM = 256  # indices are codes of at most 8 bits
+GROUPS = 2**13  # values that a codebook's fit merges its samples into: 32 for each of 256 levels
 DEAD = 1e-30  # stands for scale 0: any deviation of a channel that never varied is an outlier
 
 
@@ -54,8 +56,8 @@ class NUQ(TransformedCodec):
     """
 
     name: ClassVar[str] = "nuq"
-    calibrated: ClassVar[bool] = True
     source: ClassVar[str] = "KVQuant (arXiv 2401.18079) sections 3.1, 3.3, 3.4"
+    needs: ClassVar[tuple[str, ...]] = ("sample",)
 
     bits: int
     outlier_permille: int = 10
@@ -96,6 +98,9 @@ class NUQ(TransformedCodec):
             "channel_scale": (self.dim,),
             "codebook": (2**self.bits,),
         }
+
+    def _fit(self, seen: Observed) -> dict[str, np.ndarray]:
+        return stack([fit_nuq(self, x) for x in seen.x])
 
     def quantize(self, arrays: Arrays, y: Float[Array, "*n D"]) -> Stored:
         scale = arrays["channel_scale"]
@@ -153,7 +158,7 @@ def fit_nuq(
     arrays = {"channel_center": center, "channel_scale": scale}
     if np.any(inside):
         u = ((x - center) / np.where(scale > 0, scale, 1.0))[inside]
-        table = fitting.fit_samples(u, (w * scale**2)[inside], 2**codec.bits)
+        table = fitting.fit_samples(u, (w * scale**2)[inside], 2**codec.bits, most=GROUPS)
     else:  # a head that never varies: every code decodes to its center
         table = np.zeros(2**codec.bits)
     return {k: v.astype(np.float32) for k, v in (arrays | {"codebook": table}).items()}

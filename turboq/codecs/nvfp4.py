@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.bitstream import check_width, pack_bits, unpack_bits
 from turboq.codecs.minifloat import E2M1, E4M3, divide
+from turboq.codecs.observed import Observed
 from turboq.codecs.transformed import TransformedCodec
 
 BLOCK = 16
@@ -34,8 +35,8 @@ class NVFP4(TransformedCodec):
     """
 
     name: ClassVar[str] = "nvfp4"
-    calibrated: ClassVar[bool] = True
     source: ClassVar[str] = "NVIDIA NVFP4 (two-level scales), as ModelOpt and vLLM caches use it"
+    needs: ClassVar[tuple[str, ...]] = ("sample",)
     rotation: ClassVar[str] = "identity"
     rotation_block: ClassVar[int] = 0
     seed: ClassVar[int] = 0
@@ -60,6 +61,11 @@ class NVFP4(TransformedCodec):
     @property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"scale": ()}
+
+    def _fit(self, seen: Observed) -> dict[str, np.ndarray]:
+        from turboq.codecs.fit_scale import fit_scale
+
+        return fit_scale(self, seen.x, "mse")
 
     def quantize(self, arrays: Arrays, y: Float[Array, "*n D"]) -> Stored:
         blocks = y.reshape(*y.shape[:-1], -1, BLOCK)

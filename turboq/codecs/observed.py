@@ -9,7 +9,16 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+
+from turboq.errors import TurboqError
+
+# What a fit may need, and what to do where it was not observed.
+PARTS = {
+    "moments": "observe more text (`turboq calibrate --windows`)",
+    "sample": "observe again and keep a sample of tokens (`turboq calibrate`)",
+    "gradients": "observe again with gradients (`turboq calibrate`)",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,20 @@ class Observed:
     def dim(self) -> int:
         return self.x.shape[2]
 
+    def require(self, parts: tuple[str, ...], who: str, *, fewest: int = 1) -> None:
+        """Raises TurboqError unless all `parts` were observed, over at least `fewest` tokens.
+
+        Parts are "moments", "sample" and "gradients"; `who` is named in the message.
+        """
+        n = self.x.shape[1]
+        tokens = {"moments": self.tokens, "sample": n, "gradients": n if self.gradients else 0}
+        for part in parts:
+            if tokens[part] < fewest:
+                have = f"{tokens[part]} tokens are too few" if tokens[part] else "none was observed"
+                raise TurboqError(
+                    f"{who} needs {part} of {fewest} tokens or more, {have}: {PARTS[part]}"
+                )
+
     @classmethod
     def of(
         cls,
@@ -83,6 +106,20 @@ class Observed:
             weighted_covariance=weighted_covariance, queries=queries, rope_layout=rope_layout,
             rope_dim=rope_dim,
         )  # fmt: skip
+
+
+def subset(seen: Observed, keep: Bool[np.ndarray, "N"]) -> Observed:
+    """Of the sampled tokens where `keep` only; moments are theirs, as `Observed.of` has them.
+
+    Raises:
+      ValueError: no token is kept.
+    """
+    if not np.any(keep):
+        raise ValueError(f"{len(keep)=} tokens, and none is kept")
+    return Observed.of(
+        seen.x[:, keep], None if seen.g is None else seen.g[:, keep], text=seen.text[keep],
+        queries=seen.queries, rope_layout=seen.rope_layout, rope_dim=seen.rope_dim,
+    )  # fmt: skip
 
 
 def _moments(x: np.ndarray, weights: Float[np.ndarray, "K N"]) -> tuple[np.ndarray, np.ndarray]:

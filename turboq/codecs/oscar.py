@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from turboq.codecs.affine import TokenAffine
 from turboq.codecs.base import Arrays, Stored
+from turboq.codecs.observed import Observed
 from turboq.numbers import rotation as rotations
 
 SINKS, RECENT = 64, 256  # OSCAR's exact tokens, for the plan's TokenPolicy
@@ -48,8 +49,8 @@ class Oscar(TokenAffine):
     """
 
     name: ClassVar[str] = "oscar"
-    calibrated: ClassVar[bool] = True
     source: ClassVar[str] = "OSCAR (arXiv 2605.17757) section 3"
+    needs: ClassVar[tuple[str, ...]] = ("moments",)
 
     bits: int = 2
     clip_percent: int = 96
@@ -64,6 +65,11 @@ class Oscar(TokenAffine):
     @property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"transform": (self.dim, self.dim)}
+
+    def _fit(self, seen: Observed) -> dict[str, np.ndarray]:
+        """From the queries where they were observed (keys), else from the vectors themselves."""
+        own = seen.covariance + seen.mean[:, :, None] * seen.mean[:, None, :]
+        return fit_oscar(own if seen.queries is None else seen.queries)
 
     def quantize(self, arrays: Arrays, y: Float[Array, "*n D"]) -> Stored:
         if self.clip_percent < 100:

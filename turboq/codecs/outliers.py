@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
+from turboq.codecs.observed import Observed
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.turboquant_mse import TurboQuantMSE
 from turboq.numbers import codebook as codebooks
@@ -47,8 +48,8 @@ class TurboQuantOutliers(Codec):
     """
 
     name: ClassVar[str] = "turboquant_outliers"
-    calibrated: ClassVar[bool] = True
     source: ClassVar[str] = "arXiv 2504.19874, section 4.3"
+    needs: ClassVar[tuple[str, ...]] = ("moments",)
 
     bits: int
     outlier_bits: int
@@ -132,6 +133,10 @@ class TurboQuantOutliers(Codec):
     @property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"outlier": (self.dim,)}
+
+    def _fit(self, seen: Observed) -> dict[str, np.ndarray]:
+        variance = np.diagonal(seen.covariance, axis1=1, axis2=2)
+        return {"outlier": choose_outliers(variance + np.square(seen.mean), self.split)}
 
     @property
     def tables(self) -> dict[str, np.ndarray]:

@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from turboq.codecs import checks
-from turboq.codecs.base import Arrays, Field, Stored
+from turboq.codecs.base import Arrays, Field, Stored, stack
 from turboq.codecs.minifloat import divide
+from turboq.codecs.observed import Observed
 from turboq.codecs.scalar import lead
 from turboq.codecs.transformed import TransformedCodec
 
@@ -44,8 +45,8 @@ class PerChannel(TransformedCodec):
     """
 
     name: ClassVar[str] = "per_channel"
-    calibrated: ClassVar[bool] = True
     source: ClassVar[str] = "ONNX Runtime GenAI int8/int4 per_channel; affine: textbook"
+    needs: ClassVar[tuple[str, ...]] = ("sample",)
 
     bits: int
     form: str = "symmetric"
@@ -63,6 +64,13 @@ class PerChannel(TransformedCodec):
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {"channel_scale": (self.dim,)}
         return shapes | ({"channel_zero": (self.dim,)} if self.form == "affine" else {})
+
+    def _fit(self, seen: Observed) -> dict[str, np.ndarray]:
+        """Keys after their rotary embedding get envelopes; a rotation, which mixes pairs, none."""
+        layout = seen.rope_layout if self.rotation == "identity" else "none"
+        return stack(
+            [fit_per_channel(self, x, rope_layout=layout, rope_dim=seen.rope_dim) for x in seen.x]
+        )
 
     @property
     def _offset(self) -> int:

@@ -11,11 +11,14 @@ from jaxtyping import Array, Float
 
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
+from turboq.codecs.observed import Observed
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import ScalarCodec
 from turboq.codecs.writing import Run, WriteTables, Writing
 from turboq.numbers import codebook as codebooks
 from turboq.numbers import codebook_fitting as fitting
+
+MIN_PER_LEVEL = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,7 @@ class PerHead(ScalarCodec):
     """x_hat = mean + scale R^T c with the head's own mean [D] and codebook [2**bits].
 
     At D = 64, 128, 256: bits + 0.25, 0.125, 0.0625 with a scale per vector, exactly bits with one
-    per head. Static: fitted by `fit.per_head`. Kernels read it with a folded query, a level
+    per head. Static (`fit`). Kernels read it with a folded query, a level
     table per head (`reading`).
 
     K: one fixed mean for all tokens shifts all logits of a query alike, so it is exact under
@@ -40,8 +43,8 @@ class PerHead(ScalarCodec):
     """
 
     name: ClassVar[str] = "per_head"
-    calibrated: ClassVar[bool] = True
     source: ClassVar[str] = "mean removal and Lloyd-Max (1982) fitted per head"
+    needs: ClassVar[tuple[str, ...]] = ("moments", "sample")
 
     scale: str = "vector"
 
@@ -61,6 +64,37 @@ class PerHead(ScalarCodec):
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {"mean": (self.dim,), "codebook": (2**self.bits,)}
         return shapes | ({"scale": ()} if self.scale == "head" else {})
+
+    def _fit(self, seen: Observed) -> dict[str, np.ndarray]:
+        """mean = E[x], and the best codebook for y / rms(y) or y / scale, y = R (x - mean).
+
+        Coordinates are every (N D / 2^15)-th of the sample; a head that never varies has scale 0
+        and the Gaussian codebook.
+        """
+        y = (seen.x - seen.mean[:, None]) @ self.turn.matrix.T
+        spread = np.sqrt(np.maximum(np.trace(seen.covariance, axis1=1, axis2=2), 0.0) / self.dim)
+        arrays = {"mean": seen.mean}
+        if self.scale == "head":
+            arrays["scale"], rms = spread, spread[:, None, None]
+        else:
+            rms = np.sqrt(np.mean(y * y, axis=2, keepdims=True))
+        unit = np.divide(y, rms, out=np.zeros_like(y), where=rms > 0).reshape(len(y), -1)
+        few = np.sort(unit[:, :: max(1, unit.shape[1] >> 15)], axis=1)
+        arrays["codebook"] = np.stack([self._codebook(u) for u in few])
+        return arrays
+
+    def _codebook(self, u: Float[np.ndarray, "n"]) -> Float[np.ndarray, "levels"]:
+        levels = 2**self.bits
+        if not np.any(u):
+            return codebooks.lloyd_max("gaussian", self.bits)
+        # The best of the sample merged into groups, then Lloyd's steps on all of it.
+        best = fitting.fit_samples(u, None, levels, most=max(1024, 8 * levels))
+        return fitting.lloyd(u, best, 10)
+
+    @property
+    def fewest_tokens(self) -> int:
+        """16 coordinates for each level of the codebook, below which it is noise."""
+        return max(super().fewest_tokens, -(-MIN_PER_LEVEL * 2**self.bits // self.dim))
 
     def codebook_of(self, arrays: Arrays) -> Float[Array, "levels"]:
         return arrays["codebook"]
@@ -112,30 +146,3 @@ def default_arrays(codec: PerHead) -> dict[str, np.ndarray]:
     table = codebooks.lloyd_max("sphere", codec.bits, codec.dim).astype(np.float32)
     arrays = {"mean": np.zeros(codec.dim, np.float32), "codebook": table}
     return arrays | ({"scale": np.ones((), np.float32)} if codec.scale == "head" else {})
-
-
-def fit_per_head(codec: PerHead, x: Float[np.ndarray, "n D"]) -> dict[str, np.ndarray]:
-    """Arrays of one head from its vectors x [n, D], as `fit.per_head` has from statistics.
-
-    mean = E[x]; codebook: the best one (`numbers.codebook_fitting`) for y / rms(y) or y / scale,
-    y = R (x - mean), on every (n D / 2^15)-th coordinate.
-
-    Raises:
-      ValueError: x is not [n, D] with n > 0, or not finite.
-    """
-    x = np.asarray(x, np.float64)
-    if x.ndim != 2 or x.shape[1] != codec.dim or not len(x):
-        raise ValueError(f"x {x.shape} must be [n, {codec.dim}] with n > 0")
-    if not np.all(np.isfinite(x)):
-        raise ValueError("x must be finite: NaN or Inf found")
-    mean = x.mean(axis=0)
-    y = (x - mean) @ codec.turn.matrix.T
-    scale = np.sqrt(np.mean(y * y))
-    rms = np.sqrt(np.mean(y * y, axis=1, keepdims=True)) if codec.scale == "vector" else scale
-    unit = np.divide(y, rms, out=np.zeros_like(y), where=rms > 0).reshape(-1)
-    few = unit[:: max(1, unit.size >> 15)]
-    book = codebooks.lloyd_max("gaussian", codec.bits)
-    if scale > 0:
-        book = fitting.fit_samples(few, None, 2**codec.bits)
-    arrays = {"mean": mean.astype(np.float32), "codebook": book.astype(np.float32)}
-    return arrays | ({"scale": np.asarray(scale, np.float32)} if codec.scale == "head" else {})

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays
+from turboq.codecs.observed import Observed
 from turboq.codecs.transform import Transform
 from turboq.numbers import rotation as rotations
 
@@ -69,6 +70,11 @@ class RopeBlock(Transform):
         half = (self.dim // 2,)
         own: dict[str, tuple[int, ...]] = {"mean": (self.dim,), "place": half, "scale": half}
         return own | {n: s for n, s in shapes.items() if n not in ("mean", "analysis", "synthesis")}
+
+    def _fit(self, seen: Observed) -> dict[str, np.ndarray]:
+        from turboq.codecs.fit_rope_block import fit_observed
+
+        return fit_observed(self, seen)
 
     @property
     def turn(self) -> np.ndarray:

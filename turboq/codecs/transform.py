@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
+from turboq.codecs.observed import Observed
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import dot, lead
 from turboq.codecs.writing import Run, WriteTables, Writing
@@ -47,22 +48,22 @@ class Transform(Codec):
                bits choose one of the fitted `gains`. "float16": the root mean square of y, 16 bits.
 
     Static unless gain is stored; without one, NaN does not show in what is stored. Fitted by
-    `fit.transform`. A kernel reads a scalar one as runs of table lookups with a folded
-    query (`reading`); trellis codes are read by XLA.
+    `turboq.codecs.fit_transform`. A kernel reads a scalar one as runs of table lookups with a
+    folded query (`reading`); trellis codes are read by XLA.
 
     Arrays of one head, float32: mean [D], analysis [C, D], synthesis [D, C]; "fitted": codebook{i}
     of each segment, ascending; gain "code": gains [2**gain_bits], ascending and positive.
 
     Source: transform coding with reverse water-filling (Goyal 2001; Cover and Thomas, theorem
-    10.3.3), weighted by what attention does with the vector (`turboq.codecs.fit_transform`).
+    10.3.3), weighted by what attention does with the vector (`turboq.codecs.fit_basis`).
 
     Raises:
       ValueError: a field out of range; the message names it and the allowed values.
     """
 
     name: ClassVar[str] = "transform"
-    calibrated: ClassVar[bool] = True
     source: ClassVar[str] = "transform coding, reverse water-filling; Marcellin and Fischer 1990"
+    needs: ClassVar[tuple[str, ...]] = ("moments", "sample")
 
     segments: Segments
     quantizer: str = "scalar"
@@ -121,6 +122,16 @@ class Transform(Codec):
         if self.gain == "code":
             shapes["gains"] = (2**self.gain_bits,)
         return shapes
+
+    @property
+    def fewest_tokens(self) -> int:
+        """As many as dimensions: a covariance of fewer has no inverse."""
+        return max(super().fewest_tokens, self.dim)
+
+    def _fit(self, seen: Observed) -> dict[str, np.ndarray]:
+        from turboq.codecs.fit_transform import fit_observed
+
+        return fit_observed(self, seen)
 
     @property
     def tables(self) -> dict[str, np.ndarray]:

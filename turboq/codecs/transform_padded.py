@@ -39,7 +39,6 @@ class PaddedTransform(Codec):
     """
 
     name: ClassVar[str] = "padded_transform"
-    calibrated: ClassVar[bool] = True
     source: ClassVar[str] = "transform"
 
     levels: int

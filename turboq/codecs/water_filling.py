@@ -25,6 +25,7 @@ from turboq.numbers import codebook as codebooks
 from turboq.numbers import trellis, trellis_fit, trellis_runs
 
 BLOCK = 8
+MOST_CHOICES = 2**25  # entries of one batch's table of choices, one byte each
 SCALAR_BITS = 8
 
 
@@ -101,7 +102,12 @@ def rates(
 
 
 def cost_rates(costs: Float[np.ndarray, "D b"], *, runs: int = MAX_SEGMENTS) -> Rates:
-    """`rates` where costs[i, b] is what coordinate i costs at b bits, however measured.
+    """`rates` where costs[i, b] is what coordinate i costs at b bits, however measured."""
+    return batched_rates(np.asarray(costs)[None], runs=runs)[0]
+
+
+def batched_rates(costs: Float[np.ndarray, "U D b"], *, runs: int = MAX_SEGMENTS) -> list[Rates]:
+    """`cost_rates` of many units at once.
 
     Exact: dynamic programming over (block, its bits, run number, bits so far).
 
@@ -109,67 +115,68 @@ def cost_rates(costs: Float[np.ndarray, "D b"], *, runs: int = MAX_SEGMENTS) -> 
       ValueError: not whole blocks of 8 coordinates, negative or not finite costs; runs below 1.
     """
     costs = np.asarray(costs, np.float64)
-    if costs.ndim != 2 or len(costs) % BLOCK or not np.all(costs >= 0) or np.isinf(costs).any():
+    if costs.shape[1] % BLOCK or not np.all(costs >= 0) or np.isinf(costs).any():
         raise ValueError(f"{costs.shape=} must be whole blocks of 8 finite costs of 0 or more")
     if runs < 1:
         raise ValueError(f"{runs=} must be at least 1")
-    blocks = costs.reshape(-1, BLOCK, costs.shape[1]).sum(axis=1)
-    n, top = len(blocks), costs.shape[1] - 1
+    blocks = costs.reshape(len(costs), -1, BLOCK, costs.shape[2]).sum(axis=2)
+    # Few enough units at a time that the tables of choices stay small.
+    entries = blocks.shape[1] ** 2 * blocks.shape[2] ** 2 * (runs + 1)
+    at_once = max(1, MOST_CHOICES // entries)
+    parts = [_solve(blocks[i : i + at_once], runs) for i in range(0, len(blocks), at_once)]
+    return [table for part in parts for table in part]
+
+
+def _solve(blocks: Float[np.ndarray, "U n b"], runs: int) -> list[Rates]:
+    units, n, top = len(blocks), blocks.shape[1], blocks.shape[2] - 1
     size = n * top + 1
-    # best[b, r, t]: least error of the blocks so far, the last at b bits in run r, t in all.
-    best = np.full((top + 1, runs + 1, size), np.inf)
-    came = np.zeros((n, top + 1, runs + 1, size), np.int8)  # bits of the block before
-    for j in range(n):
+    # best[b, r, u, t]: least error of the blocks so far, the last at b bits in run r, t in all.
+    best = np.full((top + 1, runs + 1, units, size), np.inf)
+    for b in range(top + 1):
+        best[b, int(b > 0), :, b] = blocks[:, 0, b]
+    came = np.zeros((n, *best.shape), np.int8)  # bits of the block before
+    for j in range(1, n):
         new = np.full_like(best, np.inf)
         for b in range(top + 1):
-            cost = blocks[j, b]
-            for r in range(runs + 1):
-                if r == 0 and b > 0:
-                    continue
-                if j == 0:
-                    if r == (b > 0):
-                        new[b, r, b] = cost
-                    continue
-                # A dropped block keeps the run number of what came before it.
-                ways = {a: best[a, r if a == b or b == 0 else r - 1] for a in range(b, top + 1)}
-                names = np.array(list(ways), np.int8)
-                stack = np.stack(list(ways.values()))
-                pick = np.argmin(stack, axis=0)
-                least = np.take_along_axis(stack, pick[None], axis=0)[0]
-                new[b, r, b:] = least[: size - b] + cost
-                came[j, b, r, b:] = names[pick][: size - b]
+            # From a > b a new run begins; a dropped block keeps the number of what came before it.
+            ways = best[b:].copy()
+            if b:
+                ways[1:, 1:], ways[1:, 0] = best[b + 1 :, :-1], np.inf
+            pick = np.argmin(ways, axis=0)
+            least = np.take_along_axis(ways, pick[None], axis=0)[0]
+            new[b, :, :, b:] = least[..., : size - b] + blocks[:, j, b, None]
+            came[j, b, :, :, b:] = (pick + b)[..., : size - b]
         best = new
-    flat = best.reshape(-1, size)
-    which = np.argmin(flat, axis=0)
-    error = flat[which, np.arange(size)]
-    kept_bits, kept_error, kept_segments = [], [], []
-    lowest = np.inf
-    for t in range(1, size):
-        if not error[t] < lowest:
-            continue
-        lowest = error[t]
-        b, r = divmod(int(which[t]), runs + 1)
-        kept_bits.append(t * BLOCK)
-        kept_error.append(lowest)
-        kept_segments.append(_trace(came, n, b, r, t))
-    return Rates(np.array(kept_bits), np.array(kept_error), tuple(kept_segments))
+    flat = best.reshape(-1, units, size)
+    which, error = np.argmin(flat, axis=0), np.min(flat, axis=0)
+    fewer = np.minimum.accumulate(error[:, 1:-1], axis=1)
+    better = error[:, 1:] < np.pad(fewer, ((0, 0), (1, 0)), constant_values=np.inf)
+    unit, t = np.nonzero(better)
+    t = t + 1
+    levels = _trace(came, *np.divmod(which[unit, t], runs + 1), unit, t)
+    segments = [_segments(row) for row in levels.tolist()]
+    ends = np.searchsorted(unit, np.arange(units + 1))
+    return [
+        Rates(t[a:z] * BLOCK, error[u, t[a:z]], tuple(segments[a:z]))
+        for u, (a, z) in enumerate(itertools.pairwise(ends))
+    ]
 
 
-def _trace(came: np.ndarray, n: int, b: int, r: int, t: int) -> Segments:
+def _trace(came: np.ndarray, b: np.ndarray, r: np.ndarray, unit: np.ndarray, t: np.ndarray):
+    """Bits of every block [R, n], back from where each of R solutions ends."""
     levels = [b]
-    for j in range(n - 1, 0, -1):
-        a = int(came[j, b, r, t])
-        t -= b
-        r = r if a == b or b == 0 else r - 1
+    for j in range(len(came) - 1, 0, -1):
+        a = came[j, b, r, unit, t].astype(np.int64)
+        t = t - b
+        r = np.where((a == b) | (b == 0), r, r - 1)
         b = a
         levels.append(b)
-    runs: list[list[int]] = []
-    for level in reversed(levels):
-        if level and runs and runs[-1][1] == level:
-            runs[-1][0] += BLOCK
-        elif level:
-            runs.append([BLOCK, level])
-    return tuple((width, bits) for width, bits in runs)
+    return np.stack(levels[::-1], axis=1)
+
+
+def _segments(levels: list[int]) -> Segments:
+    groups = ((bits, len(list(blocks))) for bits, blocks in itertools.groupby(levels))
+    return tuple((BLOCK * count, bits) for bits, count in groups if bits)
 
 
 def share(tables: list[Rates], bits: int, *, fixed: int = 0) -> list[int]:

@@ -11,21 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from turboq.codecs import (
-    CODECS,
-    Arrays,
-    Codec,
-    fit_hadamard,
-    fit_rope_block,
-    fit_scale,
-    fit_transform,
-    from_config,
-    nuq,
-    oscar,
-    outliers,
-    per_channel,
-)
-from turboq.codecs import per_head as per_heads
+from turboq.codecs import CODECS, Arrays, Codec, from_config, outliers
+from turboq.codecs.observed import Observed
 from turboq.conformance import checks_error
 from turboq.conformance.adapters import Claims
 from turboq.errors import TurboqError
@@ -35,16 +22,14 @@ from turboq.numbers import packing
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A codec's choices (`config`, without dim), what it claims, and its fitted arrays.
+    """A codec's choices (`config`, without dim) and what it claims.
 
     `claims` are those that differ from the defaults; bits_per_channel is the codec's own count.
     A function among the values of either is called with dim.
-    `arrays` makes the fitted arrays of one head from samples [n, D] of what will be stored.
     """
 
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     claims: dict[str, Any] = dataclasses.field(default_factory=dict)
-    arrays: Callable[[Any, np.ndarray], dict[str, np.ndarray]] | None = None
 
 
 def _scalar(rule: str, **config: Any) -> Setting:
@@ -53,7 +38,7 @@ def _scalar(rule: str, **config: Any) -> Setting:
     return Setting(config=config, claims=claims)
 
 
-def _format(arrays: Any = None, *, static: bool = False, **config: Any) -> Setting:
+def _format(*, static: bool = False, **config: Any) -> Setting:
     """Of a format whose error depends on the direction of x (no random rotation, no closed form).
 
     `static`: a fitted scale, so the norm matters too and NaN cannot show.
@@ -61,41 +46,12 @@ def _format(arrays: Any = None, *, static: bool = False, **config: Any) -> Setti
     claims = {"direction_free": False}
     if static:
         claims |= {"scale_free": False, "nan_visible": False}
-    return Setting(config=config, claims=claims, arrays=arrays)
+    return Setting(config=config, claims=claims)
 
 
 def _rotated(**config: Any) -> Setting:
     """Of a code behind a random rotation, with no closed form here."""
     return Setting(config=config)
-
-
-def _per_head(codec: Any, samples: np.ndarray) -> dict[str, np.ndarray]:
-    return per_heads.default_arrays(codec)
-
-
-def _static_scale(codec: Any, samples: np.ndarray) -> dict[str, np.ndarray]:
-    fitted = fit_scale.fit_scale(codec, samples[None])
-    return {name: np.asarray(v[0]) for name, v in fitted.items()}
-
-
-def _oscar(codec: Any, samples: np.ndarray) -> dict[str, np.ndarray]:
-    return oscar.fit_oscar(samples.T.astype(np.float64) @ samples / len(samples))
-
-
-def _transform(codec: Any, samples: np.ndarray) -> dict[str, np.ndarray]:
-    covariance = fit_transform.weighted_moments(samples)[1]
-    basis = fit_transform.fit_basis(np.zeros(codec.dim), covariance, np.eye(codec.dim))
-    return fit_transform.fit_arrays(codec, basis, samples)
-
-
-def _rope_block(codec: Any, samples: np.ndarray) -> dict[str, np.ndarray]:
-    fitted = fit_rope_block.fit_rope_block(codec, samples)
-    return fitted | {"mean": np.zeros(codec.dim)}
-
-
-def _hadamard(codec: Any, samples: np.ndarray) -> dict[str, np.ndarray]:
-    fitted = fit_hadamard.fit_hadamard(codec, samples, candidates=2, sweeps=0)
-    return fitted | {"mean": np.zeros(codec.dim)}
 
 
 def _runs(dim: int) -> tuple[tuple[int, int], ...]:
@@ -118,12 +74,7 @@ def _outliers(high: int, low: int) -> Setting:
             / dim
         )
 
-    def arrays(codec: Any, samples: np.ndarray) -> dict[str, np.ndarray]:
-        second_moment = np.mean(samples.astype(np.float64) ** 2, axis=0)
-        return {"outlier": outliers.choose_outliers(second_moment, codec.split)}
-
-    config = {"bits": low, "outlier_bits": high}
-    return Setting(config=config, claims={"error": error}, arrays=arrays)
+    return Setting(config={"bits": low, "outlier_bits": high}, claims={"error": error})
 
 
 def _qjl(sketches: int) -> Callable[[int], float]:
@@ -146,9 +97,9 @@ SETTINGS: dict[str, list[Setting]] = {
         *(_scalar("orthogonal_sketch", bits=b, sketch="orthogonal") for b in (3, 1)),
     ],
     "per_head": [
-        dataclasses.replace(_scalar("raw", bits=3), arrays=_per_head),
-        dataclasses.replace(_scalar("unbiased", bits=4, scale_rule="unbiased"), arrays=_per_head),
-        _format(_per_head, static=True, bits=3, scale="head"),
+        _scalar("raw", bits=3),
+        _scalar("unbiased", bits=4, scale_rule="unbiased"),
+        _format(static=True, bits=3, scale="head"),
     ],
     "turboquant_outliers": [_outliers(3, 2), _outliers(4, 3)],
     "ggml": [
@@ -158,10 +109,10 @@ SETTINGS: dict[str, list[Setting]] = {
     ],
     "fp8": [
         *(_format(format=f) for f in ("e4m3", "e5m2")),
-        _format(_static_scale, static=True, scale="head"),
+        _format(static=True, scale="head"),
         _format(static=True, scale="none"),  # saturates, infinity included
     ],
-    "nvfp4": [_format(_static_scale, static=True)],
+    "nvfp4": [_format(static=True)],
     "int8_token_head": [_format()],
     "int4_token_head": [_format()],  # vectors with all y of one sign lose range
     "vllm_turboquant_key": [_format(bits=b) for b in (3, 4)],
@@ -173,34 +124,28 @@ SETTINGS: dict[str, list[Setting]] = {
     "kivi_key": [_format(bits=2), _format(bits=4, group=128)],
     "kivi_value": [_format(bits=2), _format(bits=4, group=64)],
     "kvarn": [_format(bits=2), _format(bits=4, axis="token")],
-    "oscar": [_format(_oscar)],
-    "nuq": [_format(nuq.fit_nuq, static=True, bits=b) for b in (3, 2)],
+    "oscar": [_format()],
+    "nuq": [_format(static=True, bits=b) for b in (3, 2)],
     "per_channel": [
-        _format(per_channel.fit_per_channel, static=True, bits=8),
-        _format(per_channel.fit_per_channel, static=True, bits=4, form="affine"),
+        _format(static=True, bits=8),
+        _format(static=True, bits=4, form="affine"),
     ],
     "tcq": [
         *(_rotated(bits=b) for b in (3, 2, 4, 1)),
         *(_rotated(bits=2, states=s) for s in (4, 16, 256)),
     ],
     "transform": [
-        *(
-            _format(_transform, static=True, segments=_runs, quantizer=q)
-            for q in ("scalar", "trellis")
-        ),
-        _format(_transform, segments=_runs, gain="float16"),
-        _format(_transform, static=True, segments=_runs, gain="code", codebook="fitted"),
+        *(_format(static=True, segments=_runs, quantizer=q) for q in ("scalar", "trellis")),
+        _format(segments=_runs, gain="float16"),
+        _format(static=True, segments=_runs, gain="code", codebook="fitted"),
     ],
     "rope_block": [
-        _format(_rope_block, segments=_runs, gain="float16"),
-        _format(_rope_block, static=True, segments=_runs, layout="interleaved"),
+        _format(segments=_runs, gain="float16"),
+        _format(static=True, segments=_runs, layout="interleaved"),
     ],
     "hadamard_per_head": [
-        *(
-            dataclasses.replace(_scalar(rule, bits=b, scale_rule=rule), arrays=_hadamard)
-            for rule, b in (("raw", 3), ("unbiased", 4))
-        ),
-        _format(_hadamard, static=True, bits=3, scale="head"),
+        *(_scalar(rule, bits=b, scale_rule=rule) for rule, b in (("raw", 3), ("unbiased", 4))),
+        _format(static=True, bits=3, scale="head"),
     ],
     "e8": [_rotated()],
     "polarquant": [_rotated()],
@@ -267,8 +212,12 @@ def adapters(
 def make(name: str, setting: Setting, dim: int) -> CodecAdapter:
     """One adapter; arrays are fitted on Gaussian samples other than those that are measured."""
     codec = from_config({"codec": name, "dim": dim} | _at(setting.config, dim))
-    samples = np.random.default_rng(7).standard_normal((8192, dim)).astype(np.float32)
-    arrays = setting.arrays(codec, samples) if setting.arrays is not None else {}
+    samples = np.random.default_rng(7).standard_normal((1, 8192, dim)).astype(np.float32)
+    seen = Observed.of(samples)
+    arrays = {name: values[0] for name, values in codec.fit(seen).items()}
+    if "mean" in arrays:
+        # Of the source, not of the samples: the claims are about vectors that have no mean.
+        arrays["mean"] = np.zeros_like(arrays["mean"])
     return CodecAdapter(codec, arrays, _at(setting.claims, dim))
 
 

@@ -49,11 +49,13 @@ def fit_histogram(counts: np.ndarray, means: np.ndarray, levels: int) -> np.ndar
     return np.add.reduceat(w * x, edges[:-1]) / np.add.reduceat(w, edges[:-1])
 
 
-def fit_samples(x: np.ndarray, weights: np.ndarray | None, levels: int) -> np.ndarray:
+def fit_samples(
+    x: np.ndarray, weights: np.ndarray | None, levels: int, *, most: int = MAX_SAMPLES
+) -> np.ndarray:
     """`fit_histogram` of raw samples [n] with weights [n] (None: all one).
 
-    Exact up to 65536 distinct values. Above, sorted neighbours are first merged into 65536 groups
-    of nearly equal count, each replaced by its weighted mean.
+    Exact up to `most` distinct values. Above, sorted neighbours are first merged into that many
+    groups of nearly equal count, each replaced by its weighted mean.
     """
     x = np.asarray(x, np.float64).ravel()
     w = np.ones_like(x) if weights is None else np.asarray(weights, np.float64).ravel()
@@ -67,11 +69,24 @@ def fit_samples(x: np.ndarray, weights: np.ndarray | None, levels: int) -> np.nd
     if len(x) == 0:
         raise ValueError(f"{len(x)=} samples with non-zero weight: at least one is needed")
     starts = np.flatnonzero(np.concatenate([[True], x[1:] > x[:-1]]))
-    if len(starts) > MAX_SAMPLES:
-        starts = starts[np.linspace(0, len(starts), MAX_SAMPLES, endpoint=False).astype(np.int64)]
+    if len(starts) > most:
+        starts = starts[np.linspace(0, len(starts), most, endpoint=False).astype(np.int64)]
     mass = np.add.reduceat(w, starts)
     means = np.maximum.accumulate(np.add.reduceat(w * x, starts) / mass)
     return fit_histogram(mass, means, levels)
+
+
+def lloyd(x: np.ndarray, start: np.ndarray, steps: int) -> np.ndarray:
+    """Centroids after `steps` of Lloyd's iteration on ascending x [n] from start [levels].
+
+    Never worse than the start; a level without samples stays where it is.
+    """
+    sums, c = np.concatenate([[0.0], np.cumsum(x, dtype=np.float64)]), np.asarray(start, np.float64)
+    for _ in range(steps):
+        edges = np.concatenate([[0], np.searchsorted(x, 0.5 * (c[1:] + c[:-1])), [len(x)]])
+        n = np.diff(edges)
+        c = np.where(n > 0, np.diff(sums[edges]) / np.maximum(n, 1), c)
+    return np.sort(c)
 
 
 def _checked(counts: np.ndarray, means: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from turboq.cache.simulate import quantize_dequantize
-from turboq.codecs.fit_transform import token_weights
+from turboq.codecs.fit_basis import token_weights
 from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
 from turboq.plan.build import Side

@@ -9,11 +9,11 @@ import numpy as np
 
 from turboq import plan as plans
 from turboq.cache.layer import TokenPolicy
-from turboq.codecs import Codec, PerHead
+from turboq.codecs import Codec
 from turboq.errors import TurboqError
 from turboq.plan import LayerGeometry, ModelGeometry, Plan, Provenance, TextSource
 from turboq.version import __version__
-from turboq_calibrate.fit.per_head import fit_side
+from turboq_calibrate.fit.shared import collect_shared
 from turboq_calibrate.models import LayerSpec, Model, ModelSpec
 from turboq_calibrate.observe.statistics_files import MANIFEST, Statistics
 
@@ -80,12 +80,14 @@ def make_plan(
     v: Codec,
     policy: TokenPolicy | None = None,
     statistics: Statistics | None = None,
+    k_rope: str = "after",
 ) -> tuple[Plan, Arrays]:
     """One codec for all keys and one for all values, fitted per head where the codec is learned.
 
     Args:
       k, v: templates; a layer of another head dim takes them at its own.
       statistics: of the same model; needed by calibrated codecs only.
+      k_rope: keys are fitted "after" or "before" their rotary embedding.
 
     Raises:
       TurboqError: statistics are missing, of another model, or do not serve the codec.
@@ -97,16 +99,15 @@ def make_plan(
         raise TurboqError(f"codec {name} is fitted to data: give statistics (`turboq calibrate`)")
     plan = plans.uniform_plan(geometry, k=k, v=v, policy=policy, provenance=provenance(statistics))
 
-    def fit(index: int, side: str, codec: Codec):
-        if statistics is None or not isinstance(codec, PerHead):
-            raise TurboqError(f"codec {codec.name} cannot be fitted from statistics")
+    def fit(index: int, side: str, codec: Codec) -> Arrays:
+        assert statistics is not None  # checked above: the codec is calibrated
         layer = statistics.layers[index]
         try:
-            return fit_side(layer.k if side == "k" else layer.v, codec)
+            return codec.fit(layer.observed(side, rope=k_rope if side == "k" else "after"))
         except TurboqError as error:
             raise TurboqError(f"layer {index}, {side}: {error}") from error
 
-    return plan, plans.collect_arrays(plan, fit)
+    return plan, collect_shared(plan, fit)
 
 
 def check_statistics(statistics: Statistics, geometry: ModelGeometry) -> None:

@@ -5,9 +5,9 @@
 
 R = cayley(X sqrt(min(v_i, v_j) / max(v_i, v_j))) entry by entry: a step of X adds to the smaller
 variance of a pair a share of itself, whatever the larger one is. B is the joint basis of
-`fit_transform` (uncorrelated, variances v), M its metric: the second moment of the head's queries
-for K (e^T M e is the squared logit error), W_o^T W_o or, with gradients, the Fisher information for
-both sides, and tokens weighted by what they cost; for V that is the squared error of the attention
+`turboq.codecs.fit_basis` (uncorrelated, variances v), M its metric: with gradients the Fisher
+information, and tokens weighted by what they cost; without, the second moment of the head's queries
+for K (e^T M e is the squared logit error); for V that is the squared error of the attention
 output, E[p^2] weights included, for errors that are uncorrelated between tokens. Free are X and s,
 starting at 0; segments and bits are fixed.
 
@@ -27,7 +27,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -38,15 +38,14 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Array, Float
 
-from turboq.codecs.fit_transform import token_weights
+from turboq.codecs.fit_basis import token_weights
+from turboq.codecs.fit_transform import Arrays, HeadFit
+from turboq.codecs.observed import Observed
 from turboq.codecs.transform import Transform
 from turboq.codecs.transform_padded import PaddedTransform, pad_side
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
 from turboq_calibrate.fit.orthogonal import cayley, cayley_host
-from turboq_calibrate.fit.transform import Arrays, HeadFit
-from turboq_calibrate.observe.gradients import LayerGradients
-from turboq_calibrate.observe.samples import LayerSamples
 from turboq_calibrate.run.checkpoints import Checkpoints
 from turboq_calibrate.run.progress import Progress
 
@@ -105,24 +104,22 @@ class Rotated:
 
 
 def learn_rotations(
-    samples: Mapping[int, LayerSamples] | Sequence[LayerSamples],
+    seen: Mapping[Key, Observed],
     starts: Mapping[Key, Heads],
     fits: Mapping[Key, list[HeadFit]],
     folder: Path | str,
     *,
-    gradients: Sequence[LayerGradients] | None = None,
     recipe: Recipe | None = None,
     progress: bool = True,
 ) -> dict[Key, Rotated]:
     """Trained arrays for every (layer, side) of `starts`, never worse there on validation tokens.
 
     Args:
-      samples: of every layer that `starts` names, by its index.
-      starts: codec and arrays of every head, of `learned.transform_at` with these `fits`.
-      fits: of `learned.fit_heads`; their metric and basis are what is trained in.
+      seen: what the fits were made from; gradients, where observed, weigh tokens.
+      starts: codec and arrays of every head, of `transform_at` with these `fits`.
+      fits: of `turboq.codecs.fit_transform.fit_heads`; their metric and basis are trained in.
       folder: finished sides and the state of the unfinished one; the same call continues from it,
         with the same result.
-      gradients: those the fits had; they weigh tokens.
 
     Raises:
       TurboqError: the folder holds results of other inputs, or cannot be written.
@@ -139,9 +136,7 @@ def learn_rotations(
         ) as bar:
             for key in sorted(starts):
                 layer, side = key
-                x = samples[layer].k if side == "k" else samples[layer].v
-                g = None if gradients is None else getattr(gradients[layer], side)
-                job = _job(x, g, starts[key], fits[key], recipe)
+                job = _job(seen[key], starts[key], fits[key], recipe)
                 found = _read(_file(place, key), job.sha256)
                 if found is None:
                     found = _train(job, checkpoints, bar, f"layer {layer} {side}")
@@ -166,7 +161,8 @@ class _Job:
     sha256: str
 
 
-def _job(x, g, heads: Heads, fits: list[HeadFit], recipe: Recipe) -> _Job:
+def _job(seen: Observed, heads: Heads, fits: list[HeadFit], recipe: Recipe) -> _Job:
+    x = seen.x
     cut = x.shape[1] - int(x.shape[1] * recipe.validation)
     if not 0 < cut < x.shape[1]:
         raise ValueError(f"{x.shape[1]=} tokens with {recipe.validation=} leave a part empty")
@@ -176,8 +172,8 @@ def _job(x, g, heads: Heads, fits: list[HeadFit], recipe: Recipe) -> _Job:
         frame = _frame(fit)
         stretch.append(_stretch(codec, arrays, fit))
         z.append((x[h, :cut] - arrays["mean"]) @ frame.T.astype(np.float32))
-        if g is not None:
-            cost = token_weights(g[h], frame.T @ frame)
+        if seen.g is not None:
+            cost = token_weights(seen.g[h], frame.T @ frame)
             weights[h] = (1 - recipe.emphasis) + recipe.emphasis * cost
     padded, arrays = _padded([_surrogate(c) for c, _ in heads], heads)
     data = {name: arrays[name] for name in ("points", "coded", "gains") if name in arrays}

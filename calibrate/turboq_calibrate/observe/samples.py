@@ -6,32 +6,11 @@ Small by design (a few windows): most codecs need statistics only, which stream 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from turboq.codecs import (
-    FP8,
-    NUQ,
-    NVFP4,
-    Codec,
-    HadamardPerHead,
-    Oscar,
-    PerChannel,
-    PerHead,
-    RopeBlock,
-    TurboQuantOutliers,
-)
-from turboq.codecs.fit_hadamard import fit_hadamard
-from turboq.codecs.fit_rope_block import fit_rope_block
-from turboq.codecs.fit_scale import fit_scale
-from turboq.codecs.nuq import fit_nuq
-from turboq.codecs.oscar import fit_oscar
-from turboq.codecs.outliers import choose_outliers
-from turboq.codecs.per_channel import fit_per_channel
-from turboq.codecs.per_head import fit_per_head
 from turboq.errors import TurboqError
 from turboq.numbers.rope import unrotate
 from turboq_calibrate.models.decoder import exact_attend
@@ -88,38 +67,6 @@ def collect_samples(
     return out
 
 
-def fit_samples(codec: Codec, samples: LayerSamples, side: str) -> dict[str, np.ndarray]:
-    """Arrays [K, ...] of a codec that is fitted to samples, one layer, side "k" or "v".
-
-    Raises:
-      TurboqError: no fit from samples is known for this codec.
-    """
-    x = samples.k if side == "k" else samples.v
-    moment = samples.q_moment if side == "k" else _moment(x)
-    if isinstance(codec, FP8 | NVFP4):
-        return fit_scale(codec, x, "mse")
-    if isinstance(codec, Oscar):
-        return fit_oscar(moment)
-    if isinstance(codec, PerChannel):
-        layout = "half" if side == "k" and not samples.pre_rope else "none"
-        return _each(lambda head: fit_per_channel(codec, head, rope_layout=layout), x)
-    if isinstance(codec, PerHead):
-        return _each(lambda head: fit_per_head(codec, head), x)
-    if isinstance(codec, RopeBlock | HadamardPerHead):
-        metric = moment if side == "k" else np.broadcast_to(np.eye(codec.dim), moment.shape)
-        pairs = zip(x, metric, strict=True)
-        if isinstance(codec, RopeBlock):
-            return _stack([fit_rope_block(codec, head, m) for head, m in pairs])
-        return _stack([fit_hadamard(codec, head, m) for head, m in pairs])
-    if isinstance(codec, NUQ):
-        few = x[:, :: max(1, x.shape[1] // 256)]  # 256 * D values: plenty for 2^bits levels
-        return _each(lambda head: fit_nuq(codec, head), few)
-    if isinstance(codec, TurboQuantOutliers):
-        energy = np.mean(np.square(x, dtype=np.float64), axis=1)
-        return {"outlier": choose_outliers(energy, codec.split)}
-    raise TurboqError(f"codec {codec.name} is not fitted to samples")
-
-
 def _keep(spec, q, k, v, positions, state):
     out, _ = exact_attend(spec, q, k, v, positions, None)
     return out, (k.astype(jnp.float32), v.astype(jnp.float32), q.astype(jnp.float32))
@@ -134,16 +81,3 @@ def _keep_pre_rope(spec, q, k, v, positions, state):
 
 def _by_head(x: Float[np.ndarray, "B T K D"]) -> Float[np.ndarray, "K N D"]:
     return np.ascontiguousarray(np.moveaxis(x, 2, 0).reshape(x.shape[2], -1, x.shape[3]))
-
-
-def _moment(x: Float[np.ndarray, "K N D"]) -> Float[np.ndarray, "K D D"]:
-    x = x.astype(np.float64)
-    return np.swapaxes(x, -1, -2) @ x / x.shape[1]
-
-
-def _each(fit: Callable[[np.ndarray], dict], heads: np.ndarray) -> dict[str, np.ndarray]:
-    return _stack([fit(head) for head in heads])
-
-
-def _stack(fitted: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.stack([f[name] for f in fitted]) for name in fitted[0]}

@@ -283,6 +283,7 @@ def mixed_windows(
     *,
     length: int,
     count: int | None,
+    start: int = 0,
     spread: bool = True,
     bos: bool | None = None,
     model: Model | None = None,
@@ -321,7 +322,9 @@ def mixed_windows(
             parts[i] = _own_windows(model, sources[i], length, share, folder, progress)
         else:
             text = load_text(sources[i])
-            parts[i] = windows(text, tokenizer, length=length, count=share, spread=spread, bos=bos)
+            parts[i] = windows(
+                text, tokenizer, length=length, count=share, start=start, spread=spread, bos=bos
+            )
     return _in_turn([parts[i] for i in range(n)])
 
 

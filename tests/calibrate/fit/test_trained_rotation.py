@@ -10,39 +10,35 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
+from turboq.codecs.fit_transform import TransformOptions, fit_heads, transform_at
+from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
 from turboq.numbers import codebook
 from turboq_calibrate.fit import trained_rotation as rotate
 from turboq_calibrate.fit.orthogonal import cayley, cayley_host
 from turboq_calibrate.fit.trained_rotation import Recipe, learn_rotations
-from turboq_calibrate.fit.transform import Options, fit_heads, transform_at
-from turboq_calibrate.observe.gradients import LayerGradients
-from turboq_calibrate.observe.samples import LayerSamples
 
 DIM, HEADS = 16, 2
 RECIPE = Recipe(steps=20, batch=128, every=10, learning_rate=0.02)
 
 
-def layer(seed=0, n=400, structured=True):
+def layer(seed=0, n=400, structured=True, gradients=False):
     """Two heads; independent axes of two values each, hidden by an equal-variance rotation."""
     rng = np.random.default_rng(seed)
-    turns = np.linalg.qr(rng.normal(size=(2, HEADS, DIM, DIM)))[0]
-    shape = (2, HEADS, n, DIM)
+    turns = np.linalg.qr(rng.normal(size=(HEADS, DIM, DIM)))[0]
+    shape = (HEADS, n, DIM)
     y = rng.choice([-1.0, 1.0], shape) if structured else rng.normal(size=shape)
-    x = (y + 0.05 * rng.normal(size=shape)) @ turns + 3.0
-    k, v = x.astype(np.float32)
+    x = ((y + 0.05 * rng.normal(size=shape)) @ turns + 3.0).astype(np.float32)
     half = rng.normal(size=(HEADS, DIM, DIM))
-    moment = half @ np.swapaxes(half, -1, -2) / DIM + np.eye(DIM)
-    return LayerSamples(k=k, v=v, q_moment=moment)
+    queries = None if structured else half @ np.swapaxes(half, -1, -2) / DIM + np.eye(DIM)
+    g = rng.normal(size=shape).astype(np.float32) if gradients else None
+    return Observed.of(x, g, queries=queries)
 
 
-def started(samples, bits=24, sides=("v",), gradients=None, **options):
-    fits, starts = {}, {}
-    for i, s in enumerate(samples):
-        g = None if gradients is None else gradients[i]
-        for side in sides:
-            fits[i, side] = fit_heads(s, side, Options(**options), gradients=g)
-            starts[i, side] = transform_at(s, side, bits, fits=fits[i, side], **options)
+def started(seen, bits=24, **options):
+    chosen = TransformOptions(**options)
+    fits = {key: fit_heads(own, chosen) for key, own in seen.items()}
+    starts = {key: transform_at(own, bits, chosen, fits=fits[key]) for key, own in seen.items()}
     return starts, fits
 
 
@@ -121,10 +117,10 @@ def test_loss_and_gradient_against_finite_differences(gain, rng):
 
 def test_training_finds_hidden_axes(tmp_path):
     """White values of two levels per hidden axis: every basis is joint, one is good at 1 bit."""
-    samples = [layer()]
-    starts, fits = started(samples, bits=DIM)
+    seen = {(0, "v"): layer()}
+    starts, fits = started(seen, bits=DIM)
     recipe = dataclasses.replace(RECIPE, steps=120, every=60, learning_rate=0.05)
-    found = learn_rotations(samples, starts, fits, tmp_path, recipe=recipe, progress=False)[0, "v"]
+    found = learn_rotations(seen, starts, fits, tmp_path, recipe=recipe, progress=False)[0, "v"]
     assert found.accepted.all()
     assert np.all(found.trained < 0.7 * found.start)
     for (codec, arrays), fit in zip(found.heads, fits[0, "v"], strict=True):
@@ -141,16 +137,16 @@ def test_training_finds_hidden_axes(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"gain": "code"}, {"quantizer": "trellis", "states": 4}])
 def test_never_worse_than_the_start_on_validation(options, tmp_path):
     """A learning rate that ruins everything: heads keep the arrays they came with, bit by bit."""
-    samples = [layer(structured=False)]
-    starts, fits = started(samples, sides=("k",), **options)
+    seen = {(0, "k"): layer(structured=False)}
+    starts, fits = started(seen, **options)
     wild = dataclasses.replace(RECIPE, learning_rate=3.0)
-    found = learn_rotations(samples, starts, fits, tmp_path, recipe=wild, progress=False)[0, "k"]
+    found = learn_rotations(seen, starts, fits, tmp_path, recipe=wild, progress=False)[0, "k"]
     assert not found.accepted.any()
     for (_, kept), (_, start) in zip(found.heads, starts[0, "k"], strict=True):
         assert kept is start
     # The reported error is the codec's, by its own encoder and decoder.
     codec, arrays = starts[0, "k"][1]
-    x = samples[0].k[1, 300:]
+    x = seen[0, "k"].x[1, 300:]
     own = {n: jnp.asarray(a) for n, a in arrays.items()}
     e = x - np.asarray(jax.jit(lambda x: codec.decode(own, codec.encode(own, x)))(x), np.float64)
     basis = fits[0, "k"][1].basis
@@ -160,17 +156,13 @@ def test_never_worse_than_the_start_on_validation(options, tmp_path):
 
 
 def test_interrupted_runs_end_the_same_and_other_inputs_are_refused(tmp_path, monkeypatch):
-    samples = [layer(0), layer(1)]
-    rng = np.random.default_rng(2)
-    draw = lambda: rng.normal(size=samples[0].k.shape).astype(np.float32)  # noqa: E731
-    gradients = [LayerGradients(k=draw(), v=draw()) for _ in samples]
-    starts, fits = started(samples, sides=("k", "v"), gradients=gradients)
+    keys = [(i, side) for i in range(2) for side in ("k", "v")]
+    seen = {key: layer(seed, gradients=True) for seed, key in enumerate(keys)}
+    starts, fits = started(seen)
     rotate.advance.clear_cache()
 
     def run(folder, recipe=RECIPE):
-        return learn_rotations(
-            samples, starts, fits, folder, gradients=gradients, recipe=recipe, progress=False
-        )
+        return learn_rotations(seen, starts, fits, folder, recipe=recipe, progress=False)
 
     whole = run(tmp_path / "whole")
     assert rotate.advance._cache_size() == 1  # layers and sides share one program

@@ -23,7 +23,6 @@ def main(out: str, process: int, processes: int, port: str, axis: int, event: st
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
     from turboq.codecs import PerHead
     from turboq.plan import TextSource, uniform_plan
-    from turboq_calibrate.fit.per_head import fit_side
     from turboq_calibrate.fit.plan import model_geometry
     from turboq_calibrate.fit.shared import collect_shared
     from turboq_calibrate.models import load_model
@@ -54,7 +53,7 @@ def main(out: str, process: int, processes: int, port: str, axis: int, event: st
 
     def fit(index: int, side: str, codec: PerHead):
         fitted.append((index, side))
-        return fit_side(getattr(found.layers[index], side), codec)
+        return codec.fit(found.layers[index].observed(side))
 
     arrays = collect_shared(plan, fit)
     np.savez(Path(out) / f"fitted_{process}.npz", fitted=np.array(len(fitted)), **arrays)

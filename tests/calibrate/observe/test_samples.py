@@ -17,7 +17,7 @@ from turboq_calibrate.measure.attention_plugs import packed_attend, simulated_at
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.decoder import exact_attend
 from turboq_calibrate.observe import samples as module
-from turboq_calibrate.observe.samples import LayerSamples, collect_samples, fit_samples
+from turboq_calibrate.observe.samples import collect_samples
 
 GOLDEN = Path(__file__).parent.parent.parent / "golden" / "llama3"
 
@@ -101,46 +101,7 @@ def test_attention_plugs_honour_keys_before_rope(golden):
         assert not np.allclose(errors["k_rel_mse"], other["k_rel_mse"], rtol=0.05)
 
 
-FITTED = [
-    c.FP8(dim=16, format="e4m3", scale="head"),
-    c.FP8(dim=16, format="e5m2", scale="tensor"),
-    c.NVFP4(dim=16),
-    c.Oscar(dim=16, clip_percent=92),
-    c.PerChannel(dim=16, bits=4),
-    c.NUQ(dim=16, bits=3),
-    c.TurboQuantOutliers(dim=16, bits=2, outlier_bits=3),
-]
-
-
-@pytest.mark.parametrize("codec", FITTED, ids=lambda codec: codec.name)
-@pytest.mark.parametrize("side", ["k", "v"])
-def test_fitted_formats_keep_what_they_were_fitted_to(codec, side, layers):
-    """Arrays have the declared shapes, and the samples come back better than as zeros."""
-    arrays = fit_samples(codec, layers[0], side)
-    x = getattr(layers[0], side)
-    assert {n: a.shape for n, a in arrays.items()} == {
-        n: (len(x), *shape) for n, shape in codec.array_shapes.items()
-    }
-    for head in range(len(x)):
-        mine = {n: jnp.asarray(a[head]) for n, a in arrays.items()}
-        back = np.asarray(codec.decode(mine, codec.encode(mine, jnp.asarray(x[head]))))
-        assert np.sum((back - x[head]) ** 2) < 0.5 * np.sum(x[head] ** 2)
-
-
-def test_keys_take_query_moments_and_rope_envelopes(layers):
-    """K of OSCAR diagonalises the queries' moment; channels of a rotary pair share one scale."""
-    layer = layers[0]
-    transform = fit_samples(c.Oscar(dim=16, clip_percent=96), layer, "k")["transform"][0]
-    other = LayerSamples(k=layer.v, v=layer.k, q_moment=layer.q_moment)
-    again = fit_samples(c.Oscar(dim=16, clip_percent=96), other, "k")["transform"][0]
-    np.testing.assert_array_equal(transform, again)  # keys themselves do not enter
-    scale = fit_samples(c.PerChannel(dim=16, bits=8), layer, "k")["channel_scale"]
-    np.testing.assert_array_equal(scale[:, :8], scale[:, 8:])
-
-
-def test_refuses_nan_and_codecs_without_a_fit(golden, layers, monkeypatch):
-    with pytest.raises(TurboqError, match="codec turboquant_mse is not fitted to samples"):
-        fit_samples(c.TurboQuantMSE(dim=16, bits=3), layers[0], "k")
+def test_refuses_nan(golden, monkeypatch):
     nan = np.full((1, 5, 2, 16), np.nan, np.float32)
     monkeypatch.setattr(module, "forward", lambda *_, **__: (None, [(nan, nan, nan)]))
     with pytest.raises(TurboqError, match="layer 0: keys or values hold NaN"):

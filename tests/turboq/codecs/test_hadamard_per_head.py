@@ -11,7 +11,8 @@ from scipy import linalg
 from tolerances import TOL
 
 from turboq.codecs import HadamardPerHead
-from turboq.codecs.fit_hadamard import fit_hadamard, search
+from turboq.codecs.fit_hadamard import fit_observed, search
+from turboq.codecs.observed import Observed
 from turboq.numbers import codebook
 from turboq.numbers.rotation import Rotation
 
@@ -72,6 +73,13 @@ def test_default_choice_is_turboquant_with_a_mean(rng):
     np.testing.assert_allclose(codec.rotate_back(arrays, due), x, atol=TOL["rotate_f32"])
 
 
+def fit(codec, x, metric=None, **options):
+    """Arrays of one head from vectors alone."""
+    seen = Observed.of(x[None], queries=None if metric is None else metric[None])
+    fitted = fit_observed(codec, seen, **options)
+    return {name: fitted[name][0].astype(np.float32) for name in codec.array_shapes}
+
+
 def weighted_error(codec, arrays, x, metric):
     lifted = {n: jnp.asarray(a) for n, a in arrays.items()}
     back = jax.jit(lambda x: codec.decode(lifted, codec.encode(lifted, x)))
@@ -92,7 +100,7 @@ def test_search_finds_a_planted_rotation(scale, rng):
     # One bit leaves (1 - sqrt(2 / pi))^2 of +-1 and, of anything Gaussian, 1 - 2 / pi.
     ratio = (1 - np.sqrt(2 / np.pi)) ** 2 / (1 - 2 / np.pi)
     assert found.error < 1.5 * ratio * found.start
-    arrays = fit_hadamard(codec, x, candidates=8)
+    arrays = fit(codec, x, candidates=8)
     plain = arrays | {
         "signs": Rotation(kind="hadamard", dim=DIM).signs.astype(np.float32),
         "order": np.arange(DIM, dtype=np.float32),
@@ -107,7 +115,7 @@ def test_search_reports_the_codecs_own_error(rng):
     metric = half @ half.T / DIM + np.eye(DIM)
     codec = HadamardPerHead(dim=DIM, bits=2, scale_rule="least_squares", scale_dtype="float32")
     found = search(codec, x, metric, candidates=4, swaps=8)
-    arrays = fit_hadamard(codec, x, metric, candidates=4, swaps=8)
+    arrays = fit(codec, x, metric, candidates=4, swaps=8)
     np.testing.assert_array_equal(arrays["signs"], found.signs)
     np.testing.assert_array_equal(arrays["order"], found.order)
     got = weighted_error(codec, arrays, x[48:], metric)
@@ -141,5 +149,5 @@ def test_refusals():
         search(codec, np.ones((7, 16)))
     with pytest.raises(ValueError, match="finite"):
         search(codec, np.full((9, 16), np.inf))
-    constant = fit_hadamard(codec, np.ones((9, 16)), candidates=1, swaps=1)
+    constant = fit(codec, np.ones((9, 16)), candidates=1, swaps=1)
     np.testing.assert_array_equal(constant["mean"], np.ones(16))

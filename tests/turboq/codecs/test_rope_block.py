@@ -19,9 +19,11 @@ from turboq.codecs.fit_rope_block import (
     fit_rope_block,
     matrices,
 )
+from turboq.codecs.observed import Observed
 from turboq.codecs.rope_block import block_channels
 from turboq.codecs.transform_padded import pad_side
 from turboq.codecs.water_filling import rates
+from turboq.errors import TurboqError
 from turboq.numbers import codebook
 
 DIM = 32
@@ -46,6 +48,12 @@ def planes(x, layout, rope_dim=DIM):
     return np.concatenate([pairs, x[..., rope_dim::2] + 1j * x[..., rope_dim + 1 :: 2]], axis=-1)
 
 
+def fit(codec, x, metric=None):
+    """Arrays of one head from vectors alone."""
+    metric = np.eye(x.shape[1]) if metric is None else metric
+    return fit_rope_block(codec, x.mean(axis=0), np.cov(x.T, bias=True), metric, x)
+
+
 @pytest.mark.parametrize(
     ("layout", "rope_dim", "gain"),
     [("half", 0, "none"), ("half", 16, "code"), ("interleaved", 0, "float16")],
@@ -53,7 +61,7 @@ def planes(x, layout, rope_dim=DIM):
 def test_follows_float64(layout, rope_dim, gain, rng):
     codec = RopeBlock(dim=DIM, segments=SEGMENTS, layout=layout, rope_dim=rope_dim, gain=gain)
     x, metric = source(rng)
-    arrays = fit_rope_block(codec, x, metric)
+    arrays = fit(codec, x, metric)
     assert {n: a.shape for n, a in arrays.items()} == codec.array_shapes
     a = {n: v.astype(np.float64) for n, v in arrays.items()}
     order = [list(a["place"]).index(i) for i in range(DIM // 2)]
@@ -102,17 +110,17 @@ def test_blocks_are_the_planes_of_rope(rng):
 def test_energy_of_one_block_gets_the_bits(rng):
     x = rng.normal(size=(200, DIM)) * 1e-3
     x[:, [5, 5 + DIM // 2]] = rng.normal(size=(200, 2)) * 4
-    _, v, w = block_moments(x, np.eye(DIM))
+    v, w = block_moments(np.cov(x.T, bias=True), np.eye(DIM))
     assert np.argmax(v * w) == 5
     segments = choose_segments(v * w, 64)
     assert segments == ((8, 8),)  # all that the budget has goes to the run that holds the block
-    arrays = fit_rope_block(RopeBlock(dim=DIM, segments=segments), x)
+    arrays = fit(RopeBlock(dim=DIM, segments=segments), x)
     assert arrays["place"][5] == 0
     # The same energy in the queries instead: the metric decides just as the variance does.
     metric = np.eye(DIM)
     metric[[9, 9 + DIM // 2], [9, 9 + DIM // 2]] = 1e8
     noise = rng.normal(size=(200, DIM))
-    arrays = fit_rope_block(RopeBlock(dim=DIM, segments=segments), noise, metric)
+    arrays = fit(RopeBlock(dim=DIM, segments=segments), noise, metric)
     assert arrays["place"][9] == 0
 
 
@@ -138,8 +146,8 @@ def test_scales_are_the_best_of_all(rng):
     """Moving any block's scale, its run's variance put back to 1, raises the weighted error."""
     x, metric = source(rng, n=400)
     codec = RopeBlock(dim=DIM, segments=((16, 3), (16, 2)))
-    arrays = fit_rope_block(codec, x, metric)
-    _, v, w = block_moments(x, metric)
+    arrays = fit(codec, x, metric)
+    v, w = block_moments(np.cov(x.T, bias=True), metric)
     order = np.argsort(arrays["place"])
 
     def cost(scale):
@@ -162,7 +170,7 @@ def test_scales_are_the_best_of_all(rng):
 def test_dropped_blocks_decode_to_the_mean_and_matrices_agree(rng):
     codec = RopeBlock(dim=DIM, segments=SEGMENTS)
     x, metric = source(rng)
-    arrays = fit_rope_block(codec, x, metric)
+    arrays = fit(codec, x, metric)
     lifted = {n: jnp.asarray(a) for n, a in arrays.items()}
     back = np.asarray(codec.decode(lifted, codec.encode(lifted, jnp.asarray(x))))
     dropped = codec.blocks[arrays["place"] >= codec.coded // 2].reshape(-1)
@@ -184,7 +192,7 @@ def test_padded_simulation_is_the_codec(rng):
     """Heads with other segments under one program decode to the same values."""
     x, metric = source(rng)
     codecs = [RopeBlock(dim=DIM, segments=SEGMENTS), RopeBlock(dim=DIM, segments=((24, 3),))]
-    arrays = [fit_rope_block(c, x, metric) for c in codecs]
+    arrays = [fit(c, x, metric) for c in codecs]
     groups = [{n: jnp.asarray(v)[None] for n, v in a.items()} for a in arrays]
     padded, merged = pad_side(codecs, groups)
 
@@ -207,4 +215,7 @@ def test_config_and_refused_fields():
         with pytest.raises(ValueError, match=field):
             RopeBlock(dim=64, segments=((16, 4),), **{field: value})
     with pytest.raises(ValueError, match="finite"):
-        fit_rope_block(codec, np.full((4, 64), np.nan))
+        fit(codec, np.full((4, 64), np.nan))
+    seen = Observed.of(np.ones((1, 64, 64), np.float32), rope_layout="half")
+    with pytest.raises(TurboqError, match="turn with layout='half' and rope_dim=0"):
+        codec.fit(seen)

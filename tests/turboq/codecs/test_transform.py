@@ -12,7 +12,8 @@ import pytest
 from tolerances import TOL
 
 from turboq.codecs import from_config
-from turboq.codecs.fit_transform import fit_arrays, fit_basis
+from turboq.codecs.fit_basis import fit_basis
+from turboq.codecs.fit_transform import fit_arrays
 from turboq.codecs.transform import Transform, unit_table
 from turboq.numbers import codebook, trellis
 

@@ -12,7 +12,7 @@ from tolerances import TOL
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
 from turboq.cache.simulate import simulate
 from turboq.codecs import TurboQuantMSE
-from turboq.codecs.fit_transform import fit_arrays, fit_basis, weighted_moments
+from turboq.codecs.observed import Observed
 from turboq.codecs.transform import Transform
 from turboq.codecs.transform_padded import PaddedTransform, shared_layer
 
@@ -22,11 +22,8 @@ DIM = 24
 def group(heads, segments, x, **options):
     """One group whose K and V have these segments, fitted on the heads' samples."""
     codec = Transform(dim=DIM, segments=segments, **options)
-    arrays = [
-        fit_arrays(codec, fit_basis(*weighted_moments(x[:, h]), np.eye(DIM)), x[:, h])
-        for h in heads
-    ]
-    stacked = {name: jnp.stack([jnp.asarray(a[name]) for a in arrays]) for name in arrays[0]}
+    fitted = codec.fit(Observed.of(np.moveaxis(x[:, list(heads)], 1, 0)))
+    stacked = {name: jnp.asarray(values) for name, values in fitted.items()}
     return HeadGroup(heads=heads, k=codec, v=codec, k_arrays=stacked, v_arrays=stacked)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq.codecs.fit_transform import fit_basis
+from turboq.codecs.fit_basis import fit_basis
 from turboq.codecs.water_filling import cost_rates, distortion_curve, rates, share
 from turboq.numbers import codebook
 
