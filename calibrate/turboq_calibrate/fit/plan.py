@@ -13,7 +13,6 @@ from turboq.codecs import Codec, PerHead
 from turboq.errors import TurboqError
 from turboq.plan import LayerGeometry, ModelGeometry, Plan, Provenance, TextSource
 from turboq.version import __version__
-from turboq_calibrate.fit.per_head import fit_side
 from turboq_calibrate.models import LayerSpec, Model, ModelSpec
 from turboq_calibrate.observe.statistics_files import MANIFEST, Statistics
 
@@ -62,7 +61,7 @@ def provenance(statistics: Statistics | None = None) -> Provenance:
     text, recipe = inputs["text"], inputs["recipe"]
     manifest = (statistics.folder / MANIFEST).read_bytes()
     return Provenance(
-        texts=(TextSource(name=text["source"], sha256=text["sha256"]),),
+        texts=tuple(TextSource(name=t["name"], sha256=t["sha256"]) for t in text["texts"]),
         tokens=text["windows"] * text["window"],
         max_position=text["window"],
         seed=recipe["seed"],
@@ -97,6 +96,8 @@ def make_plan(
     plan = plans.uniform_plan(geometry, k=k, v=v, policy=policy, provenance=provenance(statistics))
 
     def fit(index: int, side: str, codec: Codec):
+        from turboq_calibrate.fit.per_head import fit_side
+
         if statistics is None or not isinstance(codec, PerHead):
             raise TurboqError(f"codec {codec.name} cannot be fitted from statistics")
         layer = statistics.layers[index]

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int
 
 from turboq.errors import TurboqError
+from turboq.plan import TextSource
 
 HELDOUT_ONE_IN = 4
 SPLITS = ("calibration", "heldout")
@@ -43,12 +44,19 @@ class Text:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Windows:
-    """N windows of T consecutive tokens; `available` is how many the text holds."""
+    """N windows of T consecutive tokens; `available` is how many the text holds.
+
+    text: which of `texts` each window is from (None: all from the one text `source`).
+    bos: whether every window begins with the BOS token.
+    """
 
     tokens: Int[np.ndarray, "N T"]
     source: str
     text_sha256: str
     available: int
+    texts: tuple[TextSource, ...] = ()
+    text: Int[np.ndarray, "N"] | None = None
+    bos: bool = False
 
     @property
     def sha256(self) -> str:
