@@ -79,7 +79,7 @@ def dry_run(
     *,
     log: Callable[[str], None] = print,
 ) -> Estimate:
-    """Runs layer 0 and the head on the first chunk, prints what the whole run needs, and returns it.
+    """Times layer 0 and the head on the first chunk; prints and returns what a whole run needs.
 
     Raises:
       TurboqError: the recipe does not fit the model and text, or the disk is too small.

@@ -121,11 +121,11 @@ class LayerStatistics:
         if side not in ("k", "v") or rope not in ("after", "before"):
             raise ValueError(f"{side=} must be 'k' or 'v', {rope=} 'after' or 'before'")
         tokens = self.tokens()
-        turned = side == "k" and rope == "after" and self.rotary is not None
+        rotary = self.rotary if side == "k" and rope == "after" else None
         found = self.v if side == "v" else self.k if rope == "after" else self.k_before
         x, g = (tokens.k, tokens.g_k) if side == "k" else (tokens.v, tokens.g_v)
-        if turned:
-            x, g = (self.rotary.apply(y, tokens.position) for y in (x, g))
+        if rotary is not None:
+            x, g = (rotary.apply(y, tokens.position) for y in (x, g))
         queries = None
         if side == "k":
             queries = grouped_moment(self.q if rope == "after" else self.q_before, found.heads)
@@ -133,8 +133,8 @@ class LayerStatistics:
             x=_by_head(x), g=_by_head(g), text=tokens.text, tokens=int(found.count.max()),
             mean=found.mean, covariance=found.covariance, metric=found.metric,
             weighted_mean=found.weighted_mean, weighted_covariance=found.weighted_covariance,
-            queries=queries, rope_layout="half" if turned else "none",
-            rope_dim=self.rotary.dim if turned else None,
+            queries=queries, rope_layout="none" if rotary is None else "half",
+            rope_dim=None if rotary is None else rotary.dim,
         )  # fmt: skip
 
 

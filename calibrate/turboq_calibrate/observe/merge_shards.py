@@ -32,7 +32,8 @@ def merge_shards(
 ) -> Statistics:
     """Statistics of all shards together, written into `out_dir`; their order does not matter.
 
-    Memory: two layers and the joined sample of one. The manifest is written last, so an interrupted merge leaves no statistics.
+    Memory: two layers and the joined sample of one. The manifest is written last, so an interrupted
+    merge leaves no statistics.
 
     Raises:
       TurboqError: a shard is missing, given twice, damaged, or of another model, text or recipe;

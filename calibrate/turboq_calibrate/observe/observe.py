@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from turboq.errors import TurboqError
@@ -48,8 +47,6 @@ from turboq_calibrate.observe.stages import Observer, Stages
 from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
 from turboq_calibrate.observe.texts import Windows
 from turboq_calibrate.run.peak_memory import peak_rss
-from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
-from turboq_calibrate.observe.texts import Windows
 
 FOLDER = "observe"
 

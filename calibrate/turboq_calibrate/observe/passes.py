@@ -86,7 +86,7 @@ def head(
 
 
 def labels(p: Float[Array, "n V"], u: Float[Array, "n 2"]) -> Int[Array, "n"]:
-    """One token per row: of ~sqrt(V) runs of tokens one by u[:, 0], then one token of it by u[:, 1].
+    """One token per row: of ~sqrt(V) runs of tokens one by u[:, 0], in it one token by u[:, 1].
 
     Both by the inverse of the cumulative distribution, P(token) = P(run) P(token | run); short
     sums, so the rounding of a probability is ~sqrt(V) eps. u in [0, 1) never picks p = 0.
@@ -147,7 +147,7 @@ def reverse(
     before = "k" if spec.rope is None else "k_before"
     kept = (values[before], v, gradients[before], g_v)
     window, position = sampled[:, 0], sampled[:, 1]
-    rows = [y[window, position].reshape(len(sampled), -1) for y in kept]
+    rows = [y[window, position].reshape(-1, y.shape[2] * y.shape[3]) for y in kept]
     finite = {"k": _finite(g_k), "v": _finite(g_v), "input": _finite(g_x[:, :, None])}
     return g_x, reduced, jnp.concatenate(rows, axis=1), finite
 

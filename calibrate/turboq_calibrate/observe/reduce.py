@@ -30,7 +30,7 @@ Reduced = dict[str, Array]
 
 
 def side(name: str, x: Float[Array, "B T h D"], g: Float[Array, "B T h D"] | None) -> Reduced:
-    """Everything that the table keeps of side `name`; g are the gradients at x, where it has any."""
+    """Everything that the table keeps of side `name`; g: the gradients at x, where it has any."""
     flat = x.reshape(-1, *x.shape[2:])
     found = sums(flat)
     if "histograms" in st.SIDES[name]:

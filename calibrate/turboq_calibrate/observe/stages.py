@@ -7,6 +7,7 @@ Stage s < L runs layer s, stage L the head, stage s > L layer 2 L - s backwards.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -64,15 +65,14 @@ class Stages:
         chunks = [(s, min(s + size, count)) for s in range(0, count, size)]
         part = (shard or Shard()).of(len(chunks))
         self.chunks = chunks[part.start : part.stop]  # first and last window of each
-        self.start = self.chunks[0][0]
-        self.tokens = windows.tokens[self.start : self.chunks[-1][1]]
-        self.text = text_numbers(windows)
+        self.start, stop = self.chunks[0][0], self.chunks[-1][1]
+        self.tokens, self.text = windows.tokens[self.start : stop], text_numbers(windows)
         chosen = reservoir.choose(
             count, length, count=recipe.reservoir, skip=recipe.skip, seed=recipe.seed
         )
-        self.members = chosen.take(chosen.of(self.start, self.chunks[-1][1]))
-        within = [self.members.of(*chunk) for chunk in self.chunks]
-        self.most = max(rows.stop - rows.start for rows in within)  # one shape for all chunks
+        self.members = chosen.take(chosen.of(self.start, stop))
+        within = [chosen.of(*chunk) for chunk in chunks]
+        self.most = max(rows.stop - rows.start for rows in within)  # one shape for all shards
         self.counted = len(self.tokens) * (length - recipe.skip)
         self.meter = ArrayMeter()
         self.checkpoints = Checkpoints(work / "checkpoints")
@@ -115,7 +115,8 @@ class Stages:
                 raw = path.read_bytes()
             except OSError as error:
                 raise TurboqError(
-                    f"cannot read {path}: {error.strerror}; remove {self.work.parent} to start again"
+                    f"cannot read {path}: {error.strerror}; remove {self.work.parent} to start "
+                    "again"
                 ) from error
             layer = files.layer_from_sides(files.from_bytes(raw, path), path, Rotary.of(spec))
             entry = files.describe_layer(
@@ -139,7 +140,7 @@ class Stages:
     def _costs(self) -> list[int]:
         """Multiplications per token of every stage, roughly: the weights it passes over."""
         spec = self.model.spec
-        layers = [sum(map(np.prod, layer_shapes(s).values())).item() for s in spec.layers]
+        layers = [sum(map(math.prod, layer_shapes(s).values())) for s in spec.layers]
         backward = [BACKWARD * cost for cost in reversed(layers)]
         return [*layers, BACKWARD * spec.vocab * spec.hidden, *backward]
 
@@ -190,6 +191,11 @@ class Stages:
         for row, states in self.place.rows(x):
             file.write(self.chunks[c][0] - self.start + row, states)
 
+    def _numbers(self, c: int) -> jax.Array:
+        """Numbers of the chunk's windows in the whole text."""
+        numbers = np.arange(*self.chunks[c])
+        return self.place.windows(numbers.shape, "int32", lambda a, b: numbers[a:b])
+
     def _positions(self, c: int) -> jax.Array:
         start, stop = self.chunks[c]
         tokens = self.tokens[start - self.start : stop - self.start]
@@ -230,9 +236,7 @@ class Stages:
             self._create(stage, out)
         for c in range(first, len(self.chunks)):
             x = self._read(self._hidden(self.layers), c)
-            start, stop = self.chunks[c]
-            numbers = np.arange(start, stop)
-            windows = self.place.windows(numbers.shape, "int32", lambda a, b: numbers[a:b])
+            windows = self._numbers(c)
             g, finite = self.place.head(spec, params, x, windows, seed=self.recipe.seed)
             self._check_finite(finite, "the gradient at ", "head", c)
             self._write(out, c, g)
