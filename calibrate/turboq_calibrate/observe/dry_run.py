@@ -100,7 +100,8 @@ def dry_run(
         # All hidden states, with one gradient when the head is done; then always one fewer state.
         hidden_disk_bytes=(len(specs) + 2) * boundary + max(_row_bytes(s) for s in specs) * sampled,
         statistics_disk_bytes=sum(_statistics_bytes(s) + _row_bytes(s) * sampled for s in specs)
-        + len(specs) * (12 * sampled + 2 * FILE_HEADER),
+        + len(specs) * (12 * sampled + 2 * FILE_HEADER)
+        + 4 * count * (length + 1),
         free_disk_bytes=shutil.disk_usage(_existing(Path(out_dir))).free,
         **_timed(model, windows, recipe, chunks),
     )

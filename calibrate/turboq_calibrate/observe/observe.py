@@ -42,6 +42,7 @@ from turboq_calibrate.observe.recipe import (
     check_sizes,
     differences,
     observe_inputs,
+    text_numbers,
 )
 from turboq_calibrate.observe.stages import Observer, Stages
 from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
@@ -110,15 +111,20 @@ def observe(
         finally:
             run.close()
         if place.primary:
-            _finish(run, inputs, time.monotonic() - started, log)
+            _finish(run, windows, inputs, time.monotonic() - started, log)
         place.barrier("finished")
         return load_statistics(out_dir)
 
 
 def _finish(
-    run: Stages, inputs: dict[str, Any], seconds: float, log: Callable[[str], None]
+    run: Stages,
+    windows: Windows,
+    inputs: dict[str, Any],
+    seconds: float,
+    log: Callable[[str], None],
 ) -> None:
     """Writes the manifest and what the run cost, and clears the working files."""
+    files.write_windows(run.statistics, windows.tokens, text_numbers(windows))
     entries = run.describe()
     files.write_manifest(run.statistics, inputs, run.counted, entries)
     run.event("finished")

@@ -3,6 +3,7 @@
     statistics/manifest.json            what was observed, and name, size, SHA-256 of every file
     statistics/layer_000.safetensors    tensors "SIDE.FIELD", heads first (statistics.FIELDS)
     statistics/tokens_000.safetensors   the reservoir's tokens in this layer (reservoir.Tokens)
+    statistics/windows.safetensors      the windows [N, T] themselves and the text of each [N]
 
 Integer fields are stored in the narrowest of 8, 16, 32 or 64 bits that holds their values and are
 64 bits wide again when loaded; nothing else is converted. The manifest is written last: a folder
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors import numpy as st_numpy
 
@@ -31,6 +33,7 @@ from turboq_calibrate.observe.layer_statistics import NO_TOKENS, LayerStatistics
 from turboq_calibrate.observe.reservoir import Tokens
 
 MANIFEST = "manifest.json"
+WINDOWS = "windows.safetensors"
 FOLDER = "statistics"
 
 
@@ -81,6 +84,7 @@ class Manifest:
     inputs: dict[str, Any]
     tokens: int  # counted per head: skipped first tokens are not in it
     bins: dict[str, Any]
+    windows: dict[str, Any]  # file, bytes, sha256
     layers: tuple[dict[str, Any], ...]  # as `describe_layer` makes them
 
     def to_json(self) -> str:
@@ -122,6 +126,12 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
 
 
+def write_windows(folder: Path, tokens: Int[np.ndarray, "N T"], text: Int[np.ndarray, "N"]) -> None:
+    """All windows of the run, a shard's too."""
+    arrays = {"tokens": tokens.astype(np.int32), "text": text.astype(np.int32)}
+    atomic_write(folder / WINDOWS, st_numpy.save(arrays))
+
+
 def write_manifest(
     folder: Path, inputs: dict[str, Any], tokens: int, layers: list[dict[str, Any]]
 ) -> None:
@@ -131,6 +141,7 @@ def write_manifest(
         inputs=inputs,
         tokens=tokens,
         bins=bins_description(),
+        windows=_describe_file(folder / WINDOWS),
         layers=tuple(layers),
     )
     atomic_write(folder / MANIFEST, manifest.to_json())
@@ -154,6 +165,25 @@ class Statistics:
     def texts(self) -> tuple[str, ...]:
         """Names of the texts, in the order of `Observed.text`."""
         return tuple(text["name"] for text in self.manifest.inputs["text"]["texts"])
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the manifest, which holds the hashes of everything else."""
+        return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()
+
+    @property
+    def windows(self) -> Int[np.ndarray, "N T"]:
+        """The windows that were observed (of a shard: those of the whole run)."""
+        return self._windows["tokens"]
+
+    @property
+    def window_texts(self) -> Int[np.ndarray, "N"]:
+        """Which of `texts` each window is from."""
+        return self._windows["text"]
+
+    @functools.cached_property
+    def _windows(self) -> dict[str, np.ndarray]:
+        return st_numpy.load(self._checked(self.manifest.windows)[0])
 
     def __len__(self) -> int:
         return len(self.manifest.layers)
@@ -246,16 +276,16 @@ def load_statistics(folder: str | os.PathLike[str]) -> Statistics:
         ) from error
     except ValueError as error:
         raise TurboqError(f"statistics manifest {path} is damaged: {error}") from error
+    again = "run `turboq calibrate --model=MODEL --out=NEW_FOLDER` again"
+    if isinstance(table, dict) and table.get("version", st.VERSION) != st.VERSION:
+        raise TurboqError(
+            f"statistics in {folder} have version {table['version']}, this turboq reads "
+            f"{st.VERSION}: {again}"
+        )
     names = {f.name for f in dataclasses.fields(Manifest)}
     if not isinstance(table, dict) or table.keys() != names:
         raise TurboqError(
             f"statistics manifest {path} must have exactly the fields {sorted(names)}"
-        )
-    again = "run `turboq calibrate --model=MODEL --out=NEW_FOLDER` again"
-    if table["version"] != st.VERSION:
-        raise TurboqError(
-            f"statistics in {folder} have version {table['version']}, this turboq reads "
-            f"{st.VERSION}: {again}"
         )
     if table["bins"] != bins_description():
         raise TurboqError(f"statistics in {folder} were counted over other bins: {again}")

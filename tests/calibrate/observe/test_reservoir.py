@@ -66,6 +66,9 @@ def test_a_small_reservoir_is_part_of_a_large_one(tmp_path):
     small = quiet(model, windows, tmp_path / "small", reservoir=9)
     every = quiet(model, windows, tmp_path / "every", reservoir=10**6)
     assert small.texts == ("a", "b")
+    np.testing.assert_array_equal(small.windows, windows.tokens)
+    np.testing.assert_array_equal(small.window_texts, windows.text)
+    assert small.sha256 != every.sha256
     for i in range(2):
         a, b = small.tokens(i), every.tokens(i)
         assert (len(a), len(b)) == (9, 4 * 14)

@@ -66,6 +66,7 @@ def test_merged_shards_equal_one_process(whole, parts, tmp_path):
     assert merged.manifest.inputs == whole.manifest.inputs
     assert merged.manifest.tokens == whole.manifest.tokens
     assert len(merged) == len(whole)
+    np.testing.assert_array_equal(merged.windows, whole.windows)
     for i in range(len(whole)):
         for side in whole.layers[i].sides:
             got, want = (x.layers[i].sides[side].arrays for x in (merged, whole))
