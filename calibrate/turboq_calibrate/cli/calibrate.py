@@ -1,9 +1,10 @@
-"""Runs a model over text, layer by layer, and keeps statistics of its K, V and Q in --out.
+"""Runs a model over text, once forwards and once backwards, and keeps what fits need in --out.
 
-A run that was killed continues when the same command is given again, and ends with the same
-bytes. A folder that holds another capture (model, text or recipe) is refused with what differs.
---dry_run prints geometry, memory, disk and a time estimate from one timed layer, and writes
-nothing.
+Kept are statistics of K, V and Q of every layer, of the gradients of the log likelihood at K and V,
+and a sample of tokens with both. A run that was killed continues when the same command is given
+again, and ends with the same bytes. A folder that holds another run (model, text or recipe) is
+refused with what differs. --dry_run prints geometry, memory, disk and a time estimate from one
+timed layer, and writes nothing.
 """
 
 from __future__ import annotations
@@ -23,28 +24,26 @@ def define(values: flags.FlagValues) -> None:
     common.text(values, "topics:calibration", windows=16, length=1024)
     common.out(values, "Folder for the statistics.")
     flags.DEFINE_integer(
-        "chunk_windows", 4, "Windows that pass through a layer at once: memory against speed.",
+        "chunk_windows", 2, "Windows that pass through a layer at once: memory against speed.",
         lower_bound=1, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
         "skip", 4, "First tokens of each window left out of the statistics (attention sinks).",
         lower_bound=0, flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_string(
-        "rotation", "hadamard", "Rotation of the coordinates whose histograms are kept; plans "
-        "fitted from them use the same.", flag_values=values,
+    flags.DEFINE_integer(
+        "reservoir", 4096, "Sampled tokens kept with their keys, values and gradients; 0 for none.",
+        lower_bound=0, flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_integer("seed", 0, "Seed of the rotation.", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer(
+        "seed", 0, "Seed of the drawn labels and of the sample.", lower_bound=0, flag_values=values
+    )
     flags.DEFINE_integer(
         "checkpoint_every", 1, "Chunks between checkpoints.", lower_bound=1, flag_values=values
     )
-    flags.DEFINE_enum(
-        "center", "all", ("all", "pilot"), "Mean around which codebook histograms are counted: of "
-        "all windows, or of the first chunk, as --shard needs it.", flag_values=values,
-    )  # fmt: skip
     flags.DEFINE_string(
-        "shard", None, "Capture only part i of n, as i/n (implies --center=pilot): `turboq merge` "
-        "joins the folders of all n.", flag_values=values,
+        "shard", None, "Observe only part i of n, as i/n: `turboq merge` joins the folders of all "
+        "n.", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string(
         "mesh", None, "Devices as DATAxMODEL: windows are divided over DATA, heads over MODEL.",
@@ -62,21 +61,20 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.files import make_folder
     from turboq_calibrate.models import load_model
-    from turboq_calibrate.observe.capture import CaptureRecipe, capture
-    from turboq_calibrate.observe.recipe import Shard
+    from turboq_calibrate.observe.observe import observe
+    from turboq_calibrate.observe.recipe import ObserveRecipe, Shard
 
     if values.coordinator is not None:
         join(values)
     shard = None if values.shard is None else Shard.parse(values.shard)
     with common.as_user_error():
-        recipe = CaptureRecipe(
-            rotation=values.rotation,
+        recipe = ObserveRecipe(
             seed=values.seed,
             skip=values.skip,
             windows_per_chunk=values.chunk_windows,
-            center="pilot" if shard is not None else values.center,
+            reservoir=values.reservoir,
         )
-    # Each layer is read once, so there is nothing to gain from keeping them all.
+    # Each layer is read twice, so there is little to gain from keeping them all.
     model = load_model(values.model, dtype=values.model_dtype, resident=False)
     windows = common.windows_of(values, model.tokenizer)
     if values.dry_run:
@@ -87,7 +85,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         dry_run(model, windows, values.out, recipe)
         return
     make_folder(values.out)
-    capture(
+    observe(
         model, windows, values.out, recipe, shard=shard, mesh=mesh_of(values),
         checkpoint_every=values.checkpoint_every,
     )  # fmt: skip

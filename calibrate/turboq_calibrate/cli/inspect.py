@@ -43,8 +43,8 @@ def describe(argument: str, context: int) -> str:
         found.append(_plan(path, context))
     if any((path / name / "manifest.json").is_file() for name in (".", "statistics")):
         found.append(_statistics(path))
-    if (path / "capture" / "inputs.json").is_file() and not found:
-        raise TurboqError(f"{path} is an unfinished capture: run the same `turboq calibrate` again")
+    if (path / "observe" / "inputs.json").is_file() and not found:
+        raise TurboqError(f"{path} is an unfinished run: give the same `turboq calibrate` again")
     if (path / "config.json").is_file() or path.suffix == ".gguf" or argument == "embedded":
         found.append(_model(argument))
     if not found:
@@ -65,23 +65,27 @@ def _statistics(path: Path) -> str:
     from turboq_calibrate.observe.statistics_files import load_statistics
 
     statistics = load_statistics(path)
-    for index in range(len(statistics)):
-        _ = statistics.layers[index]  # reads and checks the layer's file
     manifest = statistics.manifest
+    sampled = 0
+    for index, entry in enumerate(manifest.layers):
+        _ = statistics.layers[index]  # reads and checks the layer's files
+        sampled = 0 if entry["tokens"] is None else len(statistics.tokens(index))
     inputs, first = manifest.inputs, manifest.layers[0]
     text, recipe = inputs["text"], inputs["recipe"]
-    size = sum(layer["bytes"] for layer in manifest.layers)
+    files = [file for layer in manifest.layers for file in (layer, layer["tokens"]) if file]
+    texts = ", ".join(f"{t['name']} ({t['windows']})" for t in text["texts"])
+    bos = ", each after BOS" if text["bos"] else ""
     return "\n".join(
         [
             f"{path}: statistics, all files as their manifest says",
             f"model: {inputs['model']['name']} ({inputs['model']['family']}), fingerprint "
             f"{inputs['model']['fingerprint'][:12]}",
-            f"text: {text['source']}, {text['windows']} windows of {text['window']} tokens",
+            f"text: {text['windows']} windows of {text['window']} tokens{bos}: {texts}",
             f"counted: {manifest.tokens:,} tokens per head "
-            f"(first {recipe['skip']} of each window left out)",
+            f"(first {recipe['skip']} of each window left out), {sampled:,} of them sampled",
             f"layers: {len(manifest.layers)}; K {first['k']}, V {first['v']}, Q {first['q']} "
-            f"[heads, dim]; {size / 2**20:.1f} MiB",
-            f"rotation of histograms: {recipe['rotation']}, seed {recipe['seed']}",
+            f"[heads, dim]; {sum(file['bytes'] for file in files) / 2**20:.1f} MiB",
+            f"seed {recipe['seed']}",
         ]
     )
 

@@ -32,7 +32,7 @@ from turboq_calibrate.cli import help as help_text
 
 COMMANDS = {
     "calibrate": "run a model over text and keep statistics of its Q, K and V (resumable)",
-    "merge": "join the statistics of shards captured by separate jobs",
+    "merge": "join the statistics of shards observed by separate jobs",
     "plan": "fit codecs to statistics and write a plan",
     "evaluate": "measure plans on held-out text: KL, top-1, perplexity, bytes",
     "report": "draw a run folder as one self-contained HTML page",

@@ -1,4 +1,4 @@
-"""Joins the statistics of all shards of one capture (`turboq calibrate --shard=i/n`).
+"""Joins the statistics of all shards of one run (`turboq calibrate --shard=i/n`).
 
     turboq merge --out=OUT SHARD SHARD ...
 

@@ -63,7 +63,7 @@ def provenance(statistics: Statistics | None = None) -> Provenance:
     text, recipe = inputs["text"], inputs["recipe"]
     manifest = (statistics.folder / MANIFEST).read_bytes()
     return Provenance(
-        texts=(TextSource(name=text["source"], sha256=text["sha256"]),),
+        texts=tuple(TextSource(name=t["name"], sha256=t["sha256"]) for t in text["texts"]),
         tokens=text["windows"] * text["window"],
         max_position=text["window"],
         seed=recipe["seed"],

@@ -1,4 +1,4 @@
-"""Dry run of a capture: geometry, memory, disk and an ETA from one timed layer. Writes nothing."""
+"""Dry run: geometry, memory, disk and an ETA from one timed layer and head. Writes nothing."""
 
 from __future__ import annotations
 
@@ -9,35 +9,38 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from turboq.errors import TurboqError
-from turboq.numbers.rotation import Rotation
 from turboq_calibrate.models import decoder
 from turboq_calibrate.models.model import Model, embed_tokens
+from turboq_calibrate.models.spec import LayerSpec
+from turboq_calibrate.observe import passes
 from turboq_calibrate.observe import statistics as st
-from turboq_calibrate.observe import sweeps
-from turboq_calibrate.observe.recipe import CaptureRecipe, check_sizes
+from turboq_calibrate.observe.layer_statistics import sizes
+from turboq_calibrate.observe.recipe import ObserveRecipe, check_sizes
 from turboq_calibrate.observe.reduce import to_host
 from turboq_calibrate.observe.texts import Windows
 from turboq_calibrate.run.peak_memory import nbytes, peak_rss
 from turboq_calibrate.run.progress import clock
 
+FILE_HEADER = 8192  # bytes, at most, before the tensors of one file
 TIMED_PASSES = 2  # the first touches memory for the first time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a capture will need. Bytes and seconds; `seconds` leaves out checkpoints and loading."""
+    """What a run will need. Bytes and seconds; `seconds` leaves out checkpoints and loading."""
 
     geometry: tuple[str, ...]
     windows: int
     window: int
     chunks: int
-    layer_bytes: int
+    weight_bytes: int
     chunk_bytes: int
     temporary_bytes: int
     statistics_bytes: int
@@ -47,22 +50,24 @@ class Estimate:
     free_disk_bytes: int
     compile_seconds: float
     chunk_seconds: float
+    head_seconds: float
     seconds: float
 
     def lines(self) -> list[str]:
         """The report, one line each."""
-        memory = self.layer_bytes + self.chunk_bytes + self.temporary_bytes + self.statistics_bytes
+        memory = self.weight_bytes + self.chunk_bytes + self.temporary_bytes + self.statistics_bytes
         return [
             *self.geometry,
-            f"text: {self.windows} windows of {self.window} tokens, {self.chunks} chunks per sweep",
-            f"memory: {_mib(memory)} = layer weights {_mib(self.layer_bytes)} + chunk "
-            f"{_mib(self.chunk_bytes)} + temporary {_mib(self.temporary_bytes)} + statistics "
+            f"text: {self.windows} windows of {self.window} tokens, {self.chunks} chunks",
+            f"memory: {_mib(memory)} = weights of a layer or the head {_mib(self.weight_bytes)} + "
+            f"chunk {_mib(self.chunk_bytes)} + temporary {_mib(self.temporary_bytes)} + statistics "
             f"{_mib(self.statistics_bytes)}; this process peaked at {_mib(self.peak_rss_bytes)}",
-            f"disk: hidden states {_mib(self.hidden_disk_bytes)} while running, statistics at most "
-            f"{_mib(self.statistics_disk_bytes)}; {_mib(self.free_disk_bytes)} free",
+            f"disk: hidden states and gradients {_mib(self.hidden_disk_bytes)} while running, "
+            f"statistics at most {_mib(self.statistics_disk_bytes)}; "
+            f"{_mib(self.free_disk_bytes)} free",
             f"time: about {clock(self.seconds)} = compile {self.compile_seconds:.1f} s + "
-            f"{self.chunk_seconds:.2f} s per layer and chunk (timed on layer 0); checkpoints not "
-            f"included",
+            f"{self.chunk_seconds:.2f} s per layer and chunk, both ways (timed on layer 0), + "
+            f"{self.head_seconds:.2f} s per chunk for the head; checkpoints not included",
         ]
 
 
@@ -70,29 +75,33 @@ def dry_run(
     model: Model,
     windows: Windows,
     out_dir: str | os.PathLike[str],
-    recipe: CaptureRecipe | None = None,
+    recipe: ObserveRecipe | None = None,
     *,
     log: Callable[[str], None] = print,
 ) -> Estimate:
-    """Runs layer 0 on the first chunk, prints what the whole capture needs, and returns it.
+    """Times layer 0 and the head on the first chunk; prints and returns what a whole run needs.
 
     Raises:
       TurboqError: the recipe does not fit the model and text, or the disk is too small.
     """
-    recipe = CaptureRecipe() if recipe is None else recipe
+    recipe = ObserveRecipe() if recipe is None else recipe
     check_sizes(model, windows, recipe)
     count, length = windows.tokens.shape
     chunks = -(-count // recipe.windows_per_chunk)
     specs = model.spec.layers
-    hidden = count * length * model.spec.hidden * 4
+    boundary = count * length * model.spec.hidden * 4
+    sampled = min(recipe.reservoir, count * (length - recipe.skip))
     estimate = Estimate(
         geometry=_geometry(model),
         windows=count,
         window=length,
         chunks=chunks,
         statistics_bytes=max(_statistics_bytes(s) for s in specs),
-        hidden_disk_bytes=min(2, len(specs)) * hidden,
-        statistics_disk_bytes=sum(_statistics_bytes(s) for s in specs),
+        # All hidden states, with one gradient when the head is done; then always one fewer state.
+        hidden_disk_bytes=(len(specs) + 2) * boundary + max(_row_bytes(s) for s in specs) * sampled,
+        statistics_disk_bytes=sum(_statistics_bytes(s) + _row_bytes(s) * sampled for s in specs)
+        + len(specs) * (12 * sampled + 2 * FILE_HEADER)
+        + 4 * count * (length + 1),
         free_disk_bytes=shutil.disk_usage(_existing(Path(out_dir))).free,
         **_timed(model, windows, recipe, chunks),
     )
@@ -104,47 +113,58 @@ def dry_run(
     return estimate
 
 
-def _timed(model: Model, windows: Windows, recipe: CaptureRecipe, chunks: int) -> dict:
-    spec, params = model.spec.layers[0], model.layer(0)
+def _timed(model: Model, windows: Windows, recipe: ObserveRecipe, chunks: int) -> dict:
+    spec, params, last = model.spec.layers[0], model.layer(0), model.head_params()
     tokens = jnp.asarray(windows.tokens[: recipe.windows_per_chunk])
     x = embed_tokens(model, tokens)
     positions = decoder.default_positions(tokens)
-    center = {
-        "k": np.zeros((spec.kv_heads, spec.head_dim), np.float32),
-        "v": np.zeros((spec.kv_heads, spec.v_head_dim), np.float32),
-    }
-    scale = {s: np.ones(spec.kv_heads, np.float32) for s in center}
-    rotations = tuple(
-        Rotation(kind=recipe.rotation, dim=c.shape[1], seed=recipe.seed) for c in center.values()
-    )
+    numbers = jnp.arange(len(tokens), dtype=jnp.int32)
+    kept = -(-recipe.reservoir // chunks)
+    sampled = jnp.zeros((min(kept, tokens.size), 2), jnp.int32)
     start = time.monotonic()
-    first = sweeps.moments_and_output.lower(spec, params, x, positions, skip=recipe.skip).compile()
-    second = sweeps.codes.lower(
-        spec, params, x, positions, center, scale, skip=recipe.skip, rotations=rotations
+    forward = passes.forward.lower(spec, params, x, positions).compile()
+    head = passes.head.lower(model.spec, last, x, numbers, seed=recipe.seed).compile()
+    reverse = passes.reverse.lower(
+        spec, params, x, positions, x, sampled, skip=recipe.skip
     ).compile()
     compiled = time.monotonic() - start
-    passed, alive = 0.0, 0
-    for _ in range(TIMED_PASSES):
-        start = time.monotonic()
-        y, moments = first(params, x, positions)
-        codes = second(params, x, positions, center, scale)
-        for side in jax.device_get(moments).values():
-            side.pop("finite")
+
+    def layer():
+        y, _ = forward(params, x, positions)
+        g, reduced, rows, _ = reverse(params, x, positions, y, sampled)
+        for side in jax.device_get(reduced).values():
             to_host(side)
-        jax.block_until_ready((y, codes))
-        passed = time.monotonic() - start
-        alive = nbytes(x, y, moments, codes)
-    analysis = first.memory_analysis()
+        return x, y, g, reduced, rows
+
+    layer_seconds, alive = _seconds(layer)
+    head_seconds, _ = _seconds(lambda: head(last, x, numbers))
     kinds = len(set(model.spec.layers))
     return {
-        "layer_bytes": nbytes(params),
-        "chunk_bytes": alive,
-        "temporary_bytes": int(analysis.temp_size_in_bytes) if analysis else 0,
+        "weight_bytes": max(nbytes(params), nbytes(last)),
+        "chunk_bytes": nbytes(alive),
+        "temporary_bytes": max(_temporary(f) for f in (forward, head, reverse)),
         "peak_rss_bytes": peak_rss(),
         "compile_seconds": kinds * compiled,
-        "chunk_seconds": passed,
-        "seconds": kinds * compiled + passed * chunks * len(model.spec.layers),
+        "chunk_seconds": layer_seconds,
+        "head_seconds": head_seconds,
+        "seconds": kinds * compiled
+        + chunks * (layer_seconds * len(model.spec.layers) + head_seconds),
     }
+
+
+def _seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of the last of `TIMED_PASSES` calls, and what it returned."""
+    seconds, out = 0.0, None
+    for _ in range(TIMED_PASSES):
+        start = time.monotonic()
+        out = jax.block_until_ready(call())
+        seconds = time.monotonic() - start
+    return seconds, out
+
+
+def _temporary(compiled: Any) -> int:
+    analysis = compiled.memory_analysis()
+    return int(analysis.temp_size_in_bytes) if analysis else 0
 
 
 def _geometry(model: Model) -> tuple[str, ...]:
@@ -162,18 +182,18 @@ def _geometry(model: Model) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _statistics_bytes(spec) -> int:
+def _statistics_bytes(spec: LayerSpec) -> int:
     """Bytes of all fields of one layer as they are in memory."""
-    sizes = {
-        "k": (spec.kv_heads, spec.head_dim),
-        "v": (spec.kv_heads, spec.v_head_dim),
-        "q": (spec.heads, spec.head_dim),
-    }
     return sum(
-        int(np.prod(st.shape_of(f, *sizes[side]))) * np.dtype(f.dtype).itemsize
-        for side in st.SIDES
+        int(np.prod(st.shape_of(f, *size))) * np.dtype(f.dtype).itemsize
+        for side, size in sizes(spec).items()
         for f in st.fields_of(side)
     )
+
+
+def _row_bytes(spec: LayerSpec) -> int:
+    """Bytes of k, v, g_k and g_v of one sampled token."""
+    return 8 * spec.kv_heads * (spec.head_dim + spec.v_head_dim)
 
 
 def _existing(path: Path) -> Path:

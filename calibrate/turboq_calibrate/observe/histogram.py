@@ -1,10 +1,8 @@
 """Mergeable histograms: integer counts over fixed bins, accumulated by one flat scatter.
 
-Two families of bins. `FloatBins` follow the floating-point format (every octave in equal parts), so
-quantiles have one relative error at every magnitude. `CodeBins` are equal steps of asinh(u), fine
-enough to fit codebooks, with an integer first moment per bin. Everything is an integer, so merges
-are exact in any order; chunks are counted in int32 on the device and added in int64 on the host
-(a float32 counter stops at 2^24).
+`FloatBins` follow the floating-point format (every octave in equal parts), so quantiles have one
+relative error at every magnitude. Counts are integers, so merges are exact in any order; chunks are
+counted in int32 on the device and added in int64 on the host (a float32 counter stops at 2^24).
 """
 
 from __future__ import annotations
@@ -20,10 +18,8 @@ from jaxtyping import Array, Float, Int
 INT32_LIMIT = 2**31 - 1
 
 
-def scatter(
-    index: Int[Array, "N R"], size: int, weights: Int[Array, "N R"] | None = None
-) -> Int[Array, "R S"]:
-    """out[r, s] = sum over n of weights[n, r] where index[n, r] == s (weights default to one).
+def scatter(index: Int[Array, "N R"], size: int) -> Int[Array, "R S"]:
+    """out[r, s] = how many index[:, r] are s.
 
     One scatter into a flat array: all rows (heads, channels) at once.
 
@@ -34,10 +30,9 @@ def scatter(
     if rows * size > INT32_LIMIT:
         raise ValueError(f"{rows=} times {size=} bins must stay below 2^31: use smaller chunks")
     flat = index + jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32) * size, index.shape)
-    amount = jnp.ones(index.shape, jnp.int32) if weights is None else weights
     out = jnp.zeros(rows * size, jnp.int32)
     # Callers clip their indices, so the scatter needs no bounds test of its own.
-    out = out.at[flat.reshape(-1)].add(amount.reshape(-1), mode="promise_in_bounds")
+    out = out.at[flat.reshape(-1)].add(1, mode="promise_in_bounds")
     return out.reshape(rows, size)
 
 
@@ -102,51 +97,3 @@ class FloatBins:
         rank = np.maximum(np.ceil(q * total).astype(np.int64), 1)
         bin_of_rank = np.argmax(cumulative >= rank[..., None], axis=-1)
         return np.where(total > 0, self.values[bin_of_rank], np.nan)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CodeBins:
-    """Bins of equal width `step` in asinh(u), for unit-scale coordinates u.
-
-    Near zero a bin is `step` wide, at |u| >> 1 it is step * |u|, and tails stay inside the range. A
-    codebook fitted from the histogram loses about (bin / cell)^2 of its error, under 0.5 % where
-    cells span 14 bins or more: 1 to 8 bits for normal to heavy-tailed (Student t, 3 degrees)
-    coordinates (worst 0.11 %, normal at 8 bits), 1 to 6 bits for two modes each 0.08 wide. The
-    first moment is kept in asinh space,
-    in units of 1/resolution of a bin from its middle: sinh of the mean differs from the mean by
-    less than step^2 / 24 of u.
-    """
-
-    size: int = 12288
-    step: float = 1 / 800
-    resolution: int = 512
-
-    def __post_init__(self):
-        if self.size < 2 or self.size % 2 or self.step <= 0 or self.resolution < 1:
-            raise ValueError(f"{self} needs an even size, a positive step and resolution")
-
-    @property
-    def limit(self) -> float:
-        """Largest |u| inside the range; farther values count in the outermost bins."""
-        return float(np.sinh(self.step * self.size / 2))
-
-    @property
-    def values_per_chunk(self) -> int:
-        """How many values of one head a chunk may hold before an int32 moment could overflow."""
-        return INT32_LIMIT // (self.resolution // 2 + 1)
-
-    def index(self, u: Float[Array, "*n"]) -> tuple[Int[Array, "*n"], Int[Array, "*n"]]:
-        """Bin of every value and its offset from the middle of the bin, in 1/resolution bins."""
-        half = self.size // 2
-        t = jnp.arcsinh(u) / self.step
-        below = jnp.clip(jnp.floor(t), -half, half - 1)
-        offset = jnp.clip(t - below - 0.5, -0.5, 0.5) * self.resolution
-        return below.astype(jnp.int32) + half, jnp.rint(offset).astype(jnp.int32)
-
-    def means(
-        self, counts: Int[np.ndarray, "*n S"], moments: Int[np.ndarray, "*n S"]
-    ) -> Float[np.ndarray, "*n S"]:
-        """Mean of the values in every bin (its middle where nothing was counted)."""
-        offset = moments / (self.resolution * np.maximum(counts, 1).astype(np.float64))
-        middle = np.arange(self.size) - self.size // 2 + 0.5
-        return np.sinh(self.step * (middle + offset))

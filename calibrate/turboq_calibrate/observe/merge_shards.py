@@ -1,11 +1,11 @@
-"""One capture divided into jobs that share nothing, and put together again.
+"""One run divided into jobs that share nothing, and put together again.
 
     turboq calibrate --shard=0/4 --out=S0 ...   on any machine, in any order; a dead job costs one
     turboq merge --out=OUT S0 S1 S2 S3          shard, which is run again
 
-Every shard counts its codebook histograms around the mean of the first chunk of the whole text
-(`CaptureRecipe.center = "pilot"`), so merged counts and maxima equal those of one process exactly.
-Float64 sums differ by their order: within (m - 1) 2^-53 sum|c_i| for m chunks (`statistics`).
+A window's gradients depend on that window only, and which tokens are sampled is known beforehand,
+so merged counts, maxima and sampled tokens equal those of one process exactly. Float64 sums differ
+by their order: within (m - 1) 2^-53 sum|c_i| for m chunks (`statistics`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe import layer_statistics, reservoir
 from turboq_calibrate.observe import statistics_files as files
 from turboq_calibrate.observe.recipe import Shard, differences
 from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
@@ -32,7 +32,8 @@ def merge_shards(
 ) -> Statistics:
     """Statistics of all shards together, written into `out_dir`; their order does not matter.
 
-    Memory: two layers. The manifest is written last, so an interrupted merge leaves no statistics.
+    Memory: two layers and the joined sample of one. The manifest is written last, so an interrupted
+    merge leaves no statistics.
 
     Raises:
       TurboqError: a shard is missing, given twice, damaged, or of another model, text or recipe;
@@ -48,36 +49,33 @@ def merge_shards(
                 f"{out} holds statistics of other inputs ({'; '.join(found)}): choose another "
                 "folder"
             )
-    entries, tokens = [], 0
+    entries, tokens, sampled = [], 0, inputs["recipe"]["reservoir"] > 0
     with Progress(len(parts[0]), label="merge", unit="layers", enabled=progress) as bar:
         for i in range(len(parts[0])):
-            layer = functools.reduce(st.merge, (part[i] for part in parts))
-            sides = {side: getattr(layer, side).arrays for side in st.SIDES}
+            layer = functools.reduce(layer_statistics.merge, (part[i] for part in parts))
+            sides = {name: side.arrays for name, side in layer.sides.items()}
+            if sampled:
+                sample = reservoir.join([part.tokens(i) for part in parts])
+                atomic_write(out / files.tokens_file(i), sample.to_bytes())
             atomic_write(out / files.layer_file(i), files.to_bytes(sides))
             tokens = int(layer.k.count.max())
             path = parts[0].manifest.layers[i]["path"]
-            entries.append(files.describe_layer(out, i, path, layer))
+            entries.append(files.describe_layer(out, i, path, layer, sampled=sampled))
             bar.advance(1)
-    manifest = files.Manifest(
-        version=st.VERSION,
-        inputs=inputs,
-        tokens=tokens,
-        bins=files.bins_description(),
-        layers=tuple(entries),
-    )
-    files.write_manifest(out, manifest)
+    files.write_windows(out, parts[0].windows, parts[0].window_texts)
+    files.write_manifest(out, inputs, tokens, entries)
     return load_statistics(out)
 
 
 def _in_order(parts: list[Statistics]) -> list[Statistics]:
-    """The shards 0 to n - 1 of one capture, each once."""
+    """The shards 0 to n - 1 of one run, each once."""
     if not parts:
         raise TurboqError("nothing to merge: name the folders of all shards")
     shards: dict[int, Statistics] = {}
     for part in parts:
         found = part.manifest.inputs.get("shard")
         if found is None:
-            raise TurboqError(f"{part.folder} is a whole capture, not a shard of one")
+            raise TurboqError(f"{part.folder} is a whole run, not a shard of one")
         shard = Shard(**found)
         first = next(iter(shards.values()), part)
         mine, theirs = (
@@ -87,8 +85,7 @@ def _in_order(parts: list[Statistics]) -> list[Statistics]:
         lines = differences(theirs, mine)
         if lines:
             raise TurboqError(
-                f"{part.folder} and {first.folder} are not shards of one capture "
-                f"({'; '.join(lines)})"
+                f"{part.folder} and {first.folder} are not shards of one run ({'; '.join(lines)})"
             )
         if shard.index in shards:
             raise TurboqError(

@@ -1,9 +1,9 @@
-"""Where a capture's arrays live: one device, or a mesh of many, in one process or several.
+"""Where a run's arrays live: one device, or a mesh of many, in one process or several.
 
 On a mesh (axes "data" and "model") windows are divided over "data" and heads over "model"; each
-process reads and writes the hidden states of its own windows in files that all of them share, and
-statistics are merged by collectives, so every process holds the same totals. A dimension that an
-axis does not divide is replicated instead: slower, never wrong.
+process reads and writes the hidden states and gradients of its own windows in files that all of
+them share, and statistics are merged by collectives, so every process holds the same totals. A
+dimension that an axis does not divide is replicated instead: slower, never wrong.
 
 JAX ends the surviving processes when a peer dies, so nothing is caught here: checkpoints are
 frequent and atomic, hold no trace of the mesh, and a restart with another number of processes
@@ -25,8 +25,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from turboq_calibrate.models import decoder
-from turboq_calibrate.models.spec import LayerSpec
-from turboq_calibrate.observe import sweeps
+from turboq_calibrate.models.spec import LayerSpec, ModelSpec
+from turboq_calibrate.observe import passes
 
 Rows = Callable[[int, int], np.ndarray]
 
@@ -56,6 +56,10 @@ class Placement:
         """A layer's weights, placed."""
         return params
 
+    def head_params(self, spec: ModelSpec, params: decoder.Params) -> decoder.Params:
+        """The weights after the layers, placed."""
+        return params
+
     def windows(self, shape: tuple[int, ...], dtype: str, read: Rows) -> Array:
         """An array [windows, ...] from `read(start, stop)` of its rows."""
         return jnp.asarray(read(0, shape[0]), dtype)
@@ -64,16 +68,17 @@ class Placement:
         """(first row, rows) of an array of windows, each row once over all processes."""
         yield 0, np.asarray(x)
 
-    def moments_and_output(self, spec, params, x, positions, *, skip: int):
-        return sweeps.moments_and_output(spec, params, x, positions, skip=skip)
+    def forward(self, spec: LayerSpec, params, x, positions):
+        """`passes.forward`."""
+        return passes.forward(spec, params, x, positions)
 
-    def moments_only(self, spec, params, x, positions, *, skip: int):
-        return sweeps.moments_only(spec, params, x, positions, skip=skip)
+    def head(self, spec: ModelSpec, params, x, windows, *, seed: int):
+        """`passes.head`."""
+        return passes.head(spec, params, x, windows, seed=seed)
 
-    def codes(self, spec, params, x, positions, center, scale, *, skip: int, rotations):
-        return sweeps.codes(
-            spec, params, x, positions, center, scale, skip=skip, rotations=rotations
-        )
+    def reverse(self, spec: LayerSpec, params, x, positions, g, sampled, *, skip: int):
+        """`passes.reverse`."""
+        return passes.reverse(spec, params, x, positions, g, jnp.asarray(sampled), skip=skip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +113,13 @@ class MeshPlacement(Placement):
                 return (None, "model")
             return (None,) * ndim
 
+        return {n: self._global(w, *axes(n, w.ndim)) for n, w in params.items()}
+
+    def head_params(self, spec: ModelSpec, params: decoder.Params) -> decoder.Params:
+        by_token = spec.vocab % self.mesh.shape["model"] == 0
+        rows = ("model",) if by_token else ()
         return {
-            name: self._global(np.asarray(value), self.sharding(*axes(name, value.ndim)))
-            for name, value in params.items()
+            n: self._global(w, *(rows if n == "unembedding" else ())) for n, w in params.items()
         }
 
     def windows(self, shape: tuple[int, ...], dtype: str, read: Rows) -> Array:
@@ -125,33 +134,33 @@ class MeshPlacement(Placement):
             if shard.replica_id == 0:
                 yield shard.index[0].indices(x.shape[0])[0], np.asarray(shard.data)
 
-    def moments_and_output(self, spec, params, x, positions, *, skip: int):
-        return self._jitted("moments_and_output", spec, x.shape[0], skip)(params, x, positions)
+    def forward(self, spec: LayerSpec, params, x, positions):
+        by_window, whole = self._by_window(len(x)), self.sharding()
+        return _jitted("forward", (by_window, whole), spec)(params, x, positions)
 
-    def moments_only(self, spec, params, x, positions, *, skip: int):
-        return self._jitted("moments_only", spec, x.shape[0], skip)(params, x, positions)
+    def head(self, spec: ModelSpec, params, x, windows, *, seed: int):
+        by_window, whole = self._by_window(len(x)), self.sharding()
+        return _jitted("head", (by_window, whole), spec, seed=seed)(params, x, windows)
 
-    def codes(self, spec, params, x, positions, center, scale, *, skip: int, rotations):
-        call = self._jitted("codes", spec, x.shape[0], skip, rotations)
-        whole = self.sharding()
-        around = jax.tree.map(lambda a: self._global(np.asarray(a), whole), (center, scale))
-        return call(params, x, positions, *around)
+    def reverse(self, spec: LayerSpec, params, x, positions, g, sampled, *, skip: int):
+        by_window, whole = self._by_window(len(x)), self.sharding()
+        # Totals are replicated: their collectives are XLA's.
+        call = _jitted("reverse", (by_window, whole, whole, whole), spec, skip=skip)
+        return call(params, x, positions, g, self._global(sampled))
 
     def _by_window(self, windows: int) -> NamedSharding:
         divides = windows % self.mesh.shape["data"] == 0
         return self.sharding("data") if divides else self.sharding()
 
-    def _jitted(self, name: str, spec: LayerSpec, windows: int, skip: int, rotations=None):
-        """The sweep with totals replicated: their collectives are XLA's."""
-        return _jitted(name, spec, skip, rotations, self._by_window(windows), self.sharding())
-
-    def _global(self, value: np.ndarray, sharding: NamedSharding) -> Array:
-        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    def _global(self, value: Array | np.ndarray, *axes: str | None) -> Array:
+        held = np.asarray(value)
+        return jax.make_array_from_callback(
+            held.shape, self.sharding(*axes), lambda index: held[index]
+        )
 
 
 @functools.lru_cache(maxsize=64)
-def _jitted(name: str, spec: LayerSpec, skip: int, rotations: Any, by_window, whole):
-    function = getattr(sweeps, name)
-    options = {"skip": skip} | ({} if rotations is None else {"rotations": rotations})
-    out = (by_window, whole) if name == "moments_and_output" else whole
-    return jax.jit(functools.partial(function, spec, **options), out_shardings=out)
+def _jitted(name: str, out: Any, spec: LayerSpec | ModelSpec, **options: int):
+    """A pass with its outputs placed, compiled once per spec, options and shapes."""
+    call = functools.partial(getattr(passes, name), spec, **options)
+    return jax.jit(call, out_shardings=out)

@@ -1,17 +1,20 @@
-"""What is captured, and what identifies a capture: the recipe, hashes of inputs, their checks."""
+"""What is observed, and what identifies a run: the recipe, hashes of inputs, their checks."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from turboq.errors import TurboqError
-from turboq.numbers.rotation import Rotation
+from turboq.plan import TextSource
 from turboq_calibrate.models.model import Model
 from turboq_calibrate.observe import statistics as st
 from turboq_calibrate.observe.texts import Windows
 
-CENTERS = ("all", "pilot")
+SEED_LIMIT = 2**32  # what jax's random keys take in one word
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,39 +59,38 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CaptureRecipe:
-    """What is captured; every field can change the result, so all are part of a run's identity.
+class ObserveRecipe:
+    """What is observed; every field can change the result, so all are part of a run's identity.
 
-    rotation, seed: of the coordinates whose histograms are kept; codecs fitted from them must use
-      the same.
+    seed: of the drawn labels and of the reservoir.
     skip: first tokens of every window left out of the statistics. They are attention sinks, far
       from all other tokens, and plans keep them exact.
     windows_per_chunk: windows that pass through a layer at once.
-    center: the mean and scale around which sweep 2 counts: of "all" windows, or of the first chunk
-      of the whole text ("pilot"), which every shard of a divided capture can find for itself.
+    reservoir: sampled tokens that are kept with their keys, values and gradients; 0 keeps none.
     """
 
-    rotation: str = "hadamard"
     seed: int = 0
     skip: int = 4
-    windows_per_chunk: int = 4
-    center: str = "all"
+    windows_per_chunk: int = 2
+    reservoir: int = 4096
 
     def __post_init__(self):
+        if not 0 <= self.seed < SEED_LIMIT:
+            raise ValueError(f"{self.seed=} must be 0 or more and below {SEED_LIMIT}")
         if self.skip < 0:
             raise ValueError(f"{self.skip=} must be 0 or more tokens")
         if self.windows_per_chunk < 1:
             raise ValueError(f"{self.windows_per_chunk=} must be 1 or more windows")
-        if self.center not in CENTERS:
-            raise ValueError(f"{self.center=} must be one of {CENTERS}")
-        Rotation(kind=self.rotation, dim=2, seed=self.seed)
+        if self.reservoir < 0:
+            raise ValueError(f"{self.reservoir=} must be 0 or more tokens")
 
 
-def capture_inputs(
-    model: Model, windows: Windows, recipe: CaptureRecipe, shard: Shard | None = None
+def observe_inputs(
+    model: Model, windows: Windows, recipe: ObserveRecipe, shard: Shard | None = None
 ) -> dict[str, Any]:
-    """What identifies a capture: hashes of inputs only, never of anything computed."""
+    """What identifies a run: hashes of inputs only, never of anything computed."""
     count, length = windows.tokens.shape
+    per_text = np.bincount(text_numbers(windows), minlength=len(_texts(windows))).tolist()
     part = {} if shard is None else {"shard": dataclasses.asdict(shard)}
     return part | {
         "statistics_version": st.VERSION,
@@ -99,8 +101,11 @@ def capture_inputs(
             "dtype": model.dtype,
         },
         "text": {
-            "source": windows.source,
-            "sha256": windows.text_sha256,
+            "texts": [
+                {"name": text.name, "sha256": text.sha256, "windows": n}
+                for text, n in zip(_texts(windows), per_text, strict=True)
+            ],
+            "bos": windows.bos,
             "tokens_sha256": windows.sha256,
             "windows": count,
             "window": length,
@@ -109,34 +114,46 @@ def capture_inputs(
     }
 
 
+def text_numbers(windows: Windows) -> Int[np.ndarray, "N"]:
+    """Which text every window is from."""
+    if windows.text is None:
+        return np.zeros(len(windows.tokens), np.int32)
+    return windows.text.astype(np.int32)
+
+
+def _texts(windows: Windows) -> tuple[TextSource, ...]:
+    if windows.texts:
+        return windows.texts
+    return (TextSource(name=windows.source, sha256=windows.text_sha256),)
+
+
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Fields in which two captures differ, one line each."""
+    """Fields in which two runs differ, one line each."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line
             for key in sorted(old.keys() | new.keys())
             for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for i, (a, b) in pairs for line in differences(a, b, f"{path}[{i}]")]
     return [] if old == new else [f"{path}: there {old!r}, now {new!r}"]
 
 
-def check_sizes(model: Model, windows: Windows, recipe: CaptureRecipe) -> None:
+def check_sizes(model: Model, windows: Windows, recipe: ObserveRecipe) -> None:
     """Raises TurboqError when the recipe cannot work on this model and text."""
-    count, length = windows.tokens.shape
+    length = windows.tokens.shape[1]
     if length <= recipe.skip:
         raise TurboqError(f"windows of {length} tokens leave none after skip={recipe.skip}")
-    tokens = min(count, recipe.windows_per_chunk) * length
     for i, spec in enumerate(model.spec.layers):
         if not spec.owns_cache:
             raise TurboqError(
-                f"layer {i} keeps no KV cache of its own: capture does not support it"
+                f"layer {i} keeps no KV cache of its own: `turboq calibrate` does not support it"
             )
-        dim = max(spec.head_dim, spec.v_head_dim)
-        if tokens * dim > st.CODE_BINS.values_per_chunk:
-            raise TurboqError(
-                f"a chunk of {tokens} tokens with head dim {dim} is over the limit of "
-                f"{st.CODE_BINS.values_per_chunk // dim} tokens: lower windows_per_chunk"
-            )
-    high = int(windows.tokens.max())
-    if int(windows.tokens.min()) < 0 or high >= model.spec.vocab:
-        raise TurboqError(f"token {high} is outside the model's vocabulary of {model.spec.vocab}")
+    low, high = int(windows.tokens.min()), int(windows.tokens.max())
+    if low < 0 or high >= model.spec.vocab:
+        raise TurboqError(
+            f"token {low if low < 0 else high} is outside the model's vocabulary of "
+            f"{model.spec.vocab}"
+        )

@@ -1,7 +1,8 @@
-"""What calibration keeps of q, k and v: mergeable arrays per layer, one table that says how.
+"""What is kept of every side of a layer: mergeable arrays, one table that says how.
 
-`FIELDS` drives everything: initial values, merging, checkpoints, files and their validation. Every
-array has the heads as its leading axis (KV heads for k and v, query heads for q).
+`FIELDS` and `SIDES` drive everything: initial values, merging, checkpoints, files and their
+validation. Every array has the heads as its leading axis (KV heads for k and v, query heads for q).
+g is the gradient of the log likelihood at x (`passes`), nats per unit of x.
 
 Merging. Integers and maxima are exact in any order and grouping. A float64 sum of m chunk results
 c_i is within (m - 1) 2^-53 sum|c_i| of the exact sum, whatever the order (Higham, "Accuracy and
@@ -13,175 +14,80 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from turboq.errors import TurboqError
-from turboq.numbers.rotation import Rotation
-from turboq_calibrate.observe.histogram import CodeBins, FloatBins
+from turboq_calibrate.observe.histogram import FloatBins
 
-VERSION = 1  # of the meaning of these statistics; older ones are refused
+VERSION = 2  # of the meaning of these statistics; older ones are refused
 CHANNEL_BINS = FloatBins(low=-16, high=16)
 NORM_BINS = FloatBins(low=-16, high=24, signed=False)
-CODE_BINS = CodeBins()
-SIDES = ("k", "v", "q")
+
+# Which kinds of fields every side has. `_before`: before the rotary embedding, in layers with one.
+SIDES = {
+    "k": ("sums", "histograms", "gradients"),
+    "k_before": ("sums", "histograms", "gradients"),
+    "v": ("sums", "histograms", "gradients"),
+    "q": ("sums", "histograms"),
+    "q_before": ("sums",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StatField:
-    """One statistic of one side (k, v or q): shape per head, type, how two parts merge."""
+    """One statistic: shape per head (D channels, C and N bins), type, how two parts merge."""
 
     name: str
-    sweep: int  # 1: moments; 2: needs the mean of sweep 1
-    shape: tuple[str, ...]  # after the heads: D channels, C/N/S bins
+    kind: str
+    shape: tuple[str, ...]
     dtype: str
     reduce: str
     meaning: str
 
 
+def _field(name: str, kind: str, shape: str, dtype: str, reduce: str, meaning: str) -> StatField:
+    return StatField(
+        name=name, kind=kind, shape=tuple(shape), dtype=dtype, reduce=reduce, meaning=meaning
+    )
+
+
 FIELDS = (
-    StatField(name="count", sweep=1, shape=(), dtype="int64", reduce="sum", meaning="vectors seen"),
-    StatField(name="sum", sweep=1, shape=("D",), dtype="float64", reduce="sum", meaning="sum of x"),
-    StatField(
-        name="second",
-        sweep=1,
-        shape=("D", "D"),
-        dtype="float64",
-        reduce="sum",
-        meaning="sum of x x^T, not centred",
-    ),
-    StatField(
-        name="absmax",
-        sweep=1,
-        shape=("D",),
-        dtype="float64",
-        reduce="max",
-        meaning="largest |x| of every channel",
-    ),
-    StatField(
-        name="channels",
-        sweep=1,
-        shape=("D", "C"),
-        dtype="int64",
-        reduce="sum",
-        meaning="histogram of every channel over CHANNEL_BINS",
-    ),
-    StatField(
-        name="norms",
-        sweep=1,
-        shape=("N",),
-        dtype="int64",
-        reduce="sum",
-        meaning="histogram of |x| over NORM_BINS",
-    ),
-    StatField(
-        name="center",
-        sweep=2,
-        shape=("D",),
-        dtype="float32",
-        reduce="equal",
-        meaning="mean that sweep 2 removed",
-    ),
-    StatField(
-        name="scale",
-        sweep=2,
-        shape=(),
-        dtype="float32",
-        reduce="equal",
-        meaning="root mean square coordinate of x - center that sweep 2 divided by",
-    ),
-    StatField(
-        name="centered_norms",
-        sweep=2,
-        shape=("N",),
-        dtype="int64",
-        reduce="sum",
-        meaning="histogram of |x - center| over NORM_BINS",
-    ),
-    StatField(
-        name="vector_counts",
-        sweep=2,
-        shape=("S",),
-        dtype="int64",
-        reduce="sum",
-        meaning="histogram of y / rms(y), y = R (x - center), over CODE_BINS",
-    ),
-    StatField(
-        name="vector_moments",
-        sweep=2,
-        shape=("S",),
-        dtype="int64",
-        reduce="sum",
-        meaning="first moments of vector_counts",
-    ),
-    StatField(
-        name="head_counts",
-        sweep=2,
-        shape=("S",),
-        dtype="int64",
-        reduce="sum",
-        meaning="histogram of y / scale over CODE_BINS",
-    ),
-    StatField(
-        name="head_moments",
-        sweep=2,
-        shape=("S",),
-        dtype="int64",
-        reduce="sum",
-        meaning="first moments of head_counts",
-    ),
-    StatField(
-        name="head_clipped",
-        sweep=2,
-        shape=(),
-        dtype="int64",
-        reduce="sum",
-        meaning="coordinates of head_counts beyond CODE_BINS.limit",
-    ),
+    _field("count", "sums", "", "int64", "sum", "vectors seen"),
+    _field("sum", "sums", "D", "float64", "sum", "sum of x"),
+    _field("second", "sums", "DD", "float64", "sum", "sum of x x^T, not centred"),
+    _field("absmax", "histograms", "D", "float64", "max", "largest |x| of every channel"),
+    _field("channels", "histograms", "DC", "int64", "sum", "channels over CHANNEL_BINS"),
+    _field("norms", "histograms", "N", "int64", "sum", "|x| over NORM_BINS"),
+    _field("fisher", "gradients", "DD", "float64", "sum", "sum of g g^T"),
+    _field("energy", "gradients", "", "float64", "sum", "sum of |g|^2"),
+    _field("weighted_sum", "gradients", "D", "float64", "sum", "sum of |g|^2 x"),
+    _field("weighted_second", "gradients", "DD", "float64", "sum", "sum of |g|^2 x x^T"),
 )
 BY_NAME = {f.name: f for f in FIELDS}
 
 Arrays = dict[str, np.ndarray]
 
 
-def fields_of(side: str, sweep: int | None = None) -> tuple[StatField, ...]:
-    """Fields of a side; queries are never stored, so they have sweep 1 only."""
-    return tuple(
-        f
-        for f in FIELDS
-        if (sweep is None or f.sweep == sweep) and not (side == "q" and f.sweep == 2)
-    )
+def fields_of(side: str) -> tuple[StatField, ...]:
+    """The fields that a side has."""
+    return tuple(f for f in FIELDS if f.kind in SIDES[side])
 
 
 def shape_of(field: StatField, heads: int, dim: int) -> tuple[int, ...]:
     """Full shape of a field."""
-    sizes = {"D": dim, "C": CHANNEL_BINS.size, "N": NORM_BINS.size, "S": CODE_BINS.size}
+    sizes = {"D": dim, "C": CHANNEL_BINS.size, "N": NORM_BINS.size}
     return (heads, *(sizes[axis] for axis in field.shape))
 
 
-def zeros(side: str, sweep: int, heads: int, dim: int) -> Arrays:
-    """The neutral start of every sum and maximum of one sweep ("equal" fields: not yet known)."""
-    return {
-        f.name: np.zeros(shape_of(f, heads, dim), f.dtype)
-        for f in fields_of(side, sweep)
-        if f.reduce != "equal"
-    }
+def zeros(side: str, heads: int, dim: int) -> Arrays:
+    """The neutral start of every sum and maximum."""
+    return {f.name: np.zeros(shape_of(f, heads, dim), f.dtype) for f in fields_of(side)}
 
 
-def _equal(name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    if not np.array_equal(a, b):
-        raise TurboqError(
-            f"cannot merge statistics with different {name!r}: both parts must use the mean and "
-            f"scale of the merged first sweep"
-        )
-    return a
-
-
-REDUCE: dict[str, Callable[[str, np.ndarray, np.ndarray], np.ndarray]] = {
-    "sum": lambda name, a, b: a + b,
-    "max": lambda name, a, b: np.maximum(a, b),
-    "equal": _equal,
+REDUCE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "sum": np.add,
+    "max": np.maximum,
 }
 
 
@@ -189,7 +95,7 @@ def merge_arrays(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> Ar
     """Field by field, by the rule in the table.
 
     Raises:
-      TurboqError: different fields or shapes, or different values of an "equal" field.
+      TurboqError: different fields or shapes.
     """
     if a.keys() != b.keys():
         raise TurboqError(f"cannot merge statistics: fields {sorted(a)} and {sorted(b)} differ")
@@ -199,19 +105,14 @@ def merge_arrays(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> Ar
                 f"cannot merge statistics: {name!r} is {a[name].dtype}{list(a[name].shape)} and "
                 f"{b[name].dtype}{list(b[name].shape)}"
             )
-    return {name: REDUCE[BY_NAME[name].reduce](name, a[name], b[name]) for name in a}
+    return {name: REDUCE[BY_NAME[name].reduce](a[name], b[name]) for name in a}
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SideStatistics:
-    """Statistics of k, v or q of one layer, all heads: host arrays by field name.
-
-    `rotation` is the R of sweep 2 (None before it, and for queries).
-    """
+    """Statistics of one side of one layer, all heads: host arrays by field name."""
 
     arrays: Arrays
-    rotation: Rotation | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def heads(self) -> int:
@@ -244,10 +145,9 @@ class SideStatistics:
         """E[x x^T] - mean mean^T.
 
         The subtraction costs 2^-52 (1 + (mean/std)^2) of a channel's variance; the float32 chunk
-        sums (see `reduce.moments`) were centred first and lose nothing to a large mean.
+        sums (see `reduce`) were centred first and lose nothing to a large mean.
         """
-        mean = self.mean
-        return self.second_moment - mean[:, :, None] * mean[:, None, :]
+        return _centred(self.second_moment, self.mean)
 
     @property
     def rms(self) -> Float[np.ndarray, "K"]:
@@ -257,34 +157,43 @@ class SideStatistics:
         floor = 2.0**-50 * np.trace(self.second_moment, axis1=1, axis2=2) / self.dim
         return np.sqrt(np.where(variance > floor, variance, 0.0))
 
+    @property
+    def metric(self) -> Float[np.ndarray, "K D D"]:
+        """1/2 E[g g^T]: nats per token and squared unit of x."""
+        return self.arrays["fisher"] / (2 * np.maximum(self.count, 1))[:, None, None]
+
+    @property
+    def weighted_mean(self) -> Float[np.ndarray, "K D"]:
+        """E[|g|^2 x] / E[|g|^2]; the plain mean of a head whose gradients are all zero."""
+        energy, felt = self._energy
+        return np.where(felt[:, None], self.arrays["weighted_sum"] / energy[:, None], self.mean)
+
+    @property
+    def weighted_covariance(self) -> Float[np.ndarray, "K D D"]:
+        """Covariance about `weighted_mean` with every token counted by |g|^2 over its mean."""
+        energy, felt = self._energy
+        second = self.arrays["weighted_second"] / energy[:, None, None]
+        weighted = _centred(second, self.weighted_mean)
+        return np.where(felt[:, None, None], weighted, self.covariance)
+
+    @property
+    def _energy(self) -> tuple[np.ndarray, np.ndarray]:
+        felt = self.arrays["energy"] > 0
+        return np.where(felt, self.arrays["energy"], 1.0), felt
+
     def quantile(self, q: float) -> Float[np.ndarray, "K D"]:
         """Per-channel quantile, to CHANNEL_BINS.relative_error (1/17) for 2^-16 <= |x| < 2^16."""
         return CHANNEL_BINS.quantile(self.arrays["channels"], q)
 
-    def norm_quantile(self, q: float, *, centered: bool = False) -> Float[np.ndarray, "K"]:
-        """Quantile of |x|, or of |x - center|, to NORM_BINS.relative_error (1/17)."""
-        return NORM_BINS.quantile(self.arrays["centered_norms" if centered else "norms"], q)
+    def norm_quantile(self, q: float) -> Float[np.ndarray, "K"]:
+        """Quantile of |x|, to NORM_BINS.relative_error (1/17)."""
+        return NORM_BINS.quantile(self.arrays["norms"], q)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerStatistics:
-    """Statistics of one layer."""
-
-    k: SideStatistics
-    v: SideStatistics
-    q: SideStatistics
+def _centred(second: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    return second - mean[:, :, None] * mean[:, None, :]
 
 
 def merge_sides(a: SideStatistics, b: SideStatistics) -> SideStatistics:
     """Statistics of the union of two disjoint sets of tokens (module docstring: error bound)."""
-    if a.rotation != b.rotation:
-        raise TurboqError(f"cannot merge statistics over {a.rotation} and {b.rotation}")
-    return SideStatistics(arrays=merge_arrays(a.arrays, b.arrays), rotation=a.rotation)
-
-
-def merge(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
-    """`merge_sides` of k, v and q."""
-    return LayerStatistics(
-        k=merge_sides(a.k, b.k), v=merge_sides(a.v, b.v), q=merge_sides(a.q, b.q)
-    )
+    return SideStatistics(arrays=merge_arrays(a.arrays, b.arrays))

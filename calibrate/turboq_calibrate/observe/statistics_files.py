@@ -1,7 +1,9 @@
-"""Statistics on disk: one safetensors file per layer and a manifest that hashes them.
+"""Statistics on disk: two safetensors files per layer and a manifest that hashes them.
 
-    statistics/manifest.json            what was captured, and name, size, SHA-256 of every file
-    statistics/layer_000.safetensors    tensors "{k|v|q}.{field}", heads first (statistics.FIELDS)
+    statistics/manifest.json            what was observed, and name, size, SHA-256 of every file
+    statistics/layer_000.safetensors    tensors "SIDE.FIELD", heads first (statistics.FIELDS)
+    statistics/tokens_000.safetensors   the reservoir's tokens in this layer (reservoir.Tokens)
+    statistics/windows.safetensors      the windows [N, T] themselves and the text of each [N]
 
 Integer fields are stored in the narrowest of 8, 16, 32 or 64 bits that holds their values and are
 64 bits wide again when loaded; nothing else is converted. The manifest is written last: a folder
@@ -11,22 +13,27 @@ without one is unfinished.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors import numpy as st_numpy
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write
-from turboq.numbers.rotation import Rotation
 from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe.layer_statistics import NO_TOKENS, LayerStatistics, Rotary
+from turboq_calibrate.observe.reservoir import Tokens
 
 MANIFEST = "manifest.json"
+WINDOWS = "windows.safetensors"
 FOLDER = "statistics"
 
 
@@ -71,24 +78,24 @@ def from_bytes(raw: bytes, source: Path) -> dict[str, st.Arrays]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What the folder holds. `inputs` identifies the capture (`capture.capture_inputs`)."""
+    """What the folder holds. `inputs` identifies the run (`recipe.observe_inputs`)."""
 
     version: int
     inputs: dict[str, Any]
     tokens: int  # counted per head: skipped first tokens are not in it
     bins: dict[str, Any]
-    layers: tuple[dict[str, Any], ...]  # index, path, file, bytes, sha256, heads and dims
+    windows: dict[str, Any]  # file, bytes, sha256
+    layers: tuple[dict[str, Any], ...]  # as `describe_layer` makes them
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
 
 
 def bins_description() -> dict[str, Any]:
-    """The three families of bins, as the manifest records them."""
+    """The two families of bins, as the manifest records them."""
     return {
         "channels": dataclasses.asdict(st.CHANNEL_BINS),
         "norms": dataclasses.asdict(st.NORM_BINS),
-        "codes": dataclasses.asdict(st.CODE_BINS),
     }
 
 
@@ -96,25 +103,52 @@ def layer_file(index: int) -> str:
     return f"layer_{index:03d}.safetensors"
 
 
-def describe_layer(folder: Path, index: int, path: str, layer: st.LayerStatistics) -> dict:
-    """The manifest's entry for a layer file that is on disk."""
-    raw = (folder / layer_file(index)).read_bytes()
+def tokens_file(index: int) -> str:
+    return f"tokens_{index:03d}.safetensors"
+
+
+def describe_layer(
+    folder: Path, index: int, path: str, layer: LayerStatistics, *, sampled: bool
+) -> dict[str, Any]:
+    """The manifest's entry for a layer whose files are on disk: files, rope, heads and dims."""
     return {
         "index": index,
         "path": path,
-        "file": layer_file(index),
-        "bytes": len(raw),
-        "sha256": hashlib.sha256(raw).hexdigest(),
-        **{side: [getattr(layer, side).heads, getattr(layer, side).dim] for side in st.SIDES},
+        **_describe_file(folder / layer_file(index)),
+        "tokens": _describe_file(folder / tokens_file(index)) if sampled else None,
+        "rope": None if layer.rotary is None else layer.rotary.to_json(),
+        **{name: [side.heads, side.dim] for name, side in layer.sides.items()},
     }
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def _describe_file(path: Path) -> dict[str, Any]:
+    raw = path.read_bytes()
+    return {"file": path.name, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def write_windows(folder: Path, tokens: Int[np.ndarray, "N T"], text: Int[np.ndarray, "N"]) -> None:
+    """All windows of the run, a shard's too."""
+    arrays = {"tokens": tokens.astype(np.int32), "text": text.astype(np.int32)}
+    atomic_write(folder / WINDOWS, st_numpy.save(arrays))
+
+
+def write_manifest(
+    folder: Path, inputs: dict[str, Any], tokens: int, layers: list[dict[str, Any]]
+) -> None:
+    """Writes the manifest, which makes the folder complete."""
+    manifest = Manifest(
+        version=st.VERSION,
+        inputs=inputs,
+        tokens=tokens,
+        bins=bins_description(),
+        windows=_describe_file(folder / WINDOWS),
+        layers=tuple(layers),
+    )
     atomic_write(folder / MANIFEST, manifest.to_json())
 
 
 class Statistics:
-    """Statistics of a model: the manifest at once, each layer read and checked when asked for.
+    """Statistics of a model: the manifest at once, each file read and checked when asked for.
 
     `statistics.layers[i].k` and `len(statistics.layers)` work; a layer is not kept, so memory stays
     at the layers in use.
@@ -127,13 +161,55 @@ class Statistics:
     def layers(self) -> Statistics:
         return self
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Names of the texts, in the order of `Observed.text`."""
+        return tuple(text["name"] for text in self.manifest.inputs["text"]["texts"])
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the manifest, which holds the hashes of everything else."""
+        return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()
+
+    @property
+    def windows(self) -> Int[np.ndarray, "N T"]:
+        """The windows that were observed (of a shard: those of the whole run)."""
+        return self._windows["tokens"]
+
+    @property
+    def window_texts(self) -> Int[np.ndarray, "N"]:
+        """Which of `texts` each window is from."""
+        return self._windows["text"]
+
+    @functools.cached_property
+    def _windows(self) -> dict[str, np.ndarray]:
+        return st_numpy.load(self._checked(self.manifest.windows)[0])
+
     def __len__(self) -> int:
         return len(self.manifest.layers)
 
-    def __getitem__(self, index: int) -> st.LayerStatistics:
+    def __getitem__(self, index: int) -> LayerStatistics:
         if not 0 <= index < len(self):
             raise IndexError(f"{index=} must be within 0..{len(self) - 1}")
         entry = self.manifest.layers[index]
+        sides = from_bytes(*self._checked(entry))
+        return layer_from_sides(
+            sides, self.folder / entry["file"], Rotary.from_json(entry["rope"]),
+            None if entry["tokens"] is None else functools.partial(self.tokens, index),
+        )  # fmt: skip
+
+    def tokens(self, index: int) -> Tokens:
+        """The sampled tokens of a layer.
+
+        Raises:
+          TurboqError: there are none, or their file is damaged.
+        """
+        entry = self.manifest.layers[index]["tokens"]
+        if entry is None:
+            raise TurboqError(NO_TOKENS)
+        return Tokens.from_bytes(*self._checked(entry))
+
+    def _checked(self, entry: dict[str, Any]) -> tuple[bytes, Path]:
         path = self.folder / entry["file"]
         try:
             raw = path.read_bytes()
@@ -143,18 +219,24 @@ class Statistics:
             raise TurboqError(
                 f"statistics file {path} is damaged: its SHA-256 is not the manifest's"
             )
-        return layer_from_sides(from_bytes(raw, path), path, self.manifest.inputs["recipe"])
+        return raw, path
 
 
 def layer_from_sides(
-    sides: dict[str, st.Arrays], source: Path, recipe: dict[str, Any]
-) -> st.LayerStatistics:
-    """Checks fields and shapes of all three sides.
+    sides: dict[str, st.Arrays],
+    source: Path,
+    rotary: Rotary | None,
+    read_tokens: Callable[[], Tokens] | None = None,
+) -> LayerStatistics:
+    """Checks fields and shapes of all sides that a layer with this rotary embedding has.
 
     Raises:
       TurboqError: a field is missing or has another shape than the table says.
     """
-    for side in st.SIDES:
+    expected = [s for s in st.SIDES if rotary is not None or not s.endswith("_before")]
+    if extra := sorted(sides.keys() - set(expected)):
+        raise TurboqError(f"statistics {source}: side {extra[0]} in a layer without RoPE")
+    for side in expected:
         arrays = sides.get(side, {})
         wanted = {f.name for f in st.fields_of(side)}
         if arrays.keys() != wanted:
@@ -169,17 +251,10 @@ def layer_from_sides(
                     f"statistics {source}: {side}.{f.name} has shape "
                     f"{list(arrays[f.name].shape)}, not {list(st.shape_of(f, heads, dim))}"
                 )
-    rotations = {
-        side: Rotation(
-            kind=recipe["rotation"], dim=sides[side]["sum"].shape[1], seed=recipe["seed"]
-        )
-        for side in ("k", "v")
-    }
-    return st.LayerStatistics(
-        **{
-            side: st.SideStatistics(arrays=sides[side], rotation=rotations.get(side))
-            for side in st.SIDES
-        }
+    return LayerStatistics(
+        sides={side: st.SideStatistics(arrays=sides[side]) for side in expected},
+        rotary=rotary,
+        read_tokens=read_tokens,
     )
 
 
@@ -201,17 +276,18 @@ def load_statistics(folder: str | os.PathLike[str]) -> Statistics:
         ) from error
     except ValueError as error:
         raise TurboqError(f"statistics manifest {path} is damaged: {error}") from error
+    again = "run `turboq calibrate --model=MODEL --out=NEW_FOLDER` again"
+    if isinstance(table, dict) and table.get("version", st.VERSION) != st.VERSION:
+        raise TurboqError(
+            f"statistics in {folder} have version {table['version']}, this turboq reads "
+            f"{st.VERSION}: {again}"
+        )
     names = {f.name for f in dataclasses.fields(Manifest)}
     if not isinstance(table, dict) or table.keys() != names:
         raise TurboqError(
             f"statistics manifest {path} must have exactly the fields {sorted(names)}"
         )
-    if table["version"] != st.VERSION:
-        raise TurboqError(
-            f"statistics in {folder} have version {table['version']}, this turboq reads "
-            f"{st.VERSION}: capture again into a new folder"
-        )
     if table["bins"] != bins_description():
-        raise TurboqError(f"statistics in {folder} were counted over other bins: capture again")
+        raise TurboqError(f"statistics in {folder} were counted over other bins: {again}")
     table["layers"] = tuple(table["layers"])
     return Statistics(folder, Manifest(**table))

@@ -1,4 +1,4 @@
-"""A capture on a mesh of virtual CPU devices, in one process or as one of several on 127.0.0.1.
+"""A run on a mesh of virtual CPU devices, in one process or as one of several on 127.0.0.1.
 
     python mesh_worker.py OUT PROCESS PROCESSES PORT MODEL_AXIS [EVENT COUNT]
 
@@ -26,8 +26,9 @@ def main(out: str, process: int, processes: int, port: str, axis: int, event: st
     from turboq_calibrate.fit.plan import model_geometry
     from turboq_calibrate.fit.shared import collect_shared
     from turboq_calibrate.models import load_model
-    from turboq_calibrate.observe.capture import CaptureRecipe, capture
+    from turboq_calibrate.observe.observe import observe
     from turboq_calibrate.observe.placement import make_mesh
+    from turboq_calibrate.observe.recipe import ObserveRecipe
     from turboq_calibrate.observe.texts import Windows
 
     seen = 0
@@ -43,9 +44,9 @@ def main(out: str, process: int, processes: int, port: str, axis: int, event: st
     source = TextSource(name="random", sha256="0" * 64)
     text = np.zeros(18, np.int32)
     windows = Windows(tokens=tokens, texts=(source,), text=text, available=18)
-    recipe = CaptureRecipe(skip=2, windows_per_chunk=8)
+    recipe = ObserveRecipe(skip=2, windows_per_chunk=8, reservoir=60)
     mesh = make_mesh(model=axis) if axis else None
-    found = capture(model, windows, out, recipe, mesh=mesh, progress=False, observer=observer)
+    found = observe(model, windows, out, recipe, mesh=mesh, progress=False, observer=observer)
 
     codec = PerHead(dim=model.spec.layers[0].head_dim, bits=2)
     plan = uniform_plan(model_geometry(model), k=codec, v=codec)
@@ -53,7 +54,10 @@ def main(out: str, process: int, processes: int, port: str, axis: int, event: st
 
     def fit(index: int, side: str, codec: PerHead):
         fitted.append((index, side))
-        return codec.fit(found.layers[index].observed(side))
+        seen = found.layers[index].observed(side)
+        deviation = np.sqrt(np.einsum("kdd->k", seen.covariance) / codec.dim)
+        levels = np.linspace(-1, 1, 2**codec.bits) * deviation[:, None]
+        return {"mean": seen.mean.astype(np.float32), "codebook": levels.astype(np.float32)}
 
     arrays = collect_shared(plan, fit)
     np.savez(Path(out) / f"fitted_{process}.npz", fitted=np.array(len(fitted)), **arrays)

@@ -1,4 +1,4 @@
-"""A divided capture put together is the undivided one: counts exactly, sums to their rounding."""
+"""A divided run put together is the undivided one: counts and tokens exactly, sums to rounding."""
 
 import dataclasses
 import itertools
@@ -13,17 +13,17 @@ from turboq.errors import TurboqError
 from turboq_calibrate.cli.main import run as turboq
 from turboq_calibrate.models import load_model
 from turboq_calibrate.observe import statistics as st
-from turboq_calibrate.observe.capture import CaptureRecipe, capture
 from turboq_calibrate.observe.merge_shards import merge_shards
-from turboq_calibrate.observe.recipe import Shard
+from turboq_calibrate.observe.observe import observe
+from turboq_calibrate.observe.recipe import ObserveRecipe, Shard
 
 GOLDEN = Path(__file__).parent.parent.parent / "golden" / "qwen3"
-RECIPE = CaptureRecipe(skip=2, windows_per_chunk=2, center="pilot")
+RECIPE = ObserveRecipe(skip=2, windows_per_chunk=2, reservoir=40)
 SHARDS = 4
 
 
 def quiet(*arguments, **options):
-    return capture(*arguments, progress=False, log=lambda line: None, **options)
+    return observe(*arguments, progress=False, log=lambda line: None, **options)
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +66,37 @@ def test_merged_shards_equal_one_process(whole, parts, tmp_path):
     assert merged.manifest.inputs == whole.manifest.inputs
     assert merged.manifest.tokens == whole.manifest.tokens
     assert len(merged) == len(whole)
+    np.testing.assert_array_equal(merged.windows, whole.windows)
     for i in range(len(whole)):
-        for side in st.SIDES:
-            got, want = (getattr(x.layers[i], side).arrays for x in (merged, whole))
+        for side in whole.layers[i].sides:
+            got, want = (x.layers[i].sides[side].arrays for x in (merged, whole))
             for field in st.fields_of(side):
+                a, b = got[field.name], want[field.name]
                 if field.dtype == "float64" and field.reduce == "sum":
-                    # m - 1 = 5 additions of 6 chunk sums, their size bounded by n absmax^(1, 2).
-                    top = want["absmax"].max(axis=1)
-                    size = want["count"] * (top if field.name == "sum" else top**2)
-                    limit = 5 * 2.0**-53 * size.reshape(-1, *[1] * (got[field.name].ndim - 1))
-                    assert np.all(np.abs(got[field.name] - want[field.name]) <= limit), field.name
+                    # m - 1 = 5 additions of 6 chunk sums either way. The size of a sum of either
+                    # sign is bounded by those of its squares, by the inequality of Cauchy.
+                    limit = 2 * 5 * 2.0**-53 * size_of(want, field.name)
+                    assert np.all(np.abs(a - b) <= limit), field.name
                 else:
-                    np.testing.assert_array_equal(
-                        got[field.name], want[field.name], err_msg=field.name
-                    )
+                    np.testing.assert_array_equal(a, b, err_msg=field.name)
+        a, b = vars(merged.tokens(i)), vars(whole.tokens(i))
+        for name, want in b.items():
+            np.testing.assert_array_equal(a[name], want, err_msg=name)
+
+
+def size_of(arrays, name):
+    """A bound on the sum of |terms| of a field."""
+    if name in ("fisher", "energy"):
+        diagonal = np.sqrt(np.einsum("hdd->hd", arrays["fisher"]))
+        return diagonal[:, :, None] * diagonal[:, None] if name == "fisher" else arrays[name]
+    first, second = name in ("sum", "weighted_sum"), "second"
+    weight = arrays["count"].astype(np.float64)
+    if name.startswith("weighted"):
+        second, weight = "weighted_second", arrays["energy"]
+    diagonal = np.sqrt(np.einsum("hdd->hd", arrays[second]))
+    if first:
+        return diagonal * np.sqrt(weight)[:, None]
+    return diagonal[:, :, None] * diagonal[:, None]
 
 
 def test_the_order_of_the_folders_does_not_matter(parts, tmp_path):
@@ -90,12 +107,6 @@ def test_the_order_of_the_folders_does_not_matter(parts, tmp_path):
         files = sorted((out / "statistics").iterdir())
         found.add(tuple((f.name, f.read_bytes()) for f in files))
     assert len(found) == 1
-
-
-def test_a_shard_needs_the_pilot_mean(model, windows, tmp_path):
-    recipe = dataclasses.replace(RECIPE, center="all")
-    with pytest.raises(ValueError, match="pilot"):
-        quiet(model, windows, tmp_path, recipe, shard=Shard(index=0, count=2))
 
 
 @pytest.mark.parametrize(
@@ -119,8 +130,8 @@ def test_foreign_shards_are_refused_with_what_differs(model, windows, parts, tmp
         merge_shards([parts[0], tmp_path / "b"], tmp_path / "out", progress=False)
 
 
-def test_a_whole_capture_is_not_a_shard(whole, tmp_path):
-    with pytest.raises(TurboqError, match="is a whole capture"):
+def test_a_whole_run_is_not_a_shard(whole, tmp_path):
+    with pytest.raises(TurboqError, match="is a whole run"):
         merge_shards([whole.folder], tmp_path, progress=False)
 
 
@@ -138,6 +149,7 @@ def test_commands_divide_and_merge(tmp_path, capsys):
     manifest = json.loads((tmp_path / "all" / "statistics" / "manifest.json").read_text())
     assert manifest["tokens"] == 6 * (16 - 4)
     assert "shard" not in manifest["inputs"]
+    assert manifest["layers"][0]["tokens"]["file"] == "tokens_000.safetensors"
     capsys.readouterr()
     assert turboq(["calibrate", *common, "--shard=2/2", f"--out={tmp_path}/s2"]) == 1
     assert "must be i/n with 0 <= i < n" in capsys.readouterr().err

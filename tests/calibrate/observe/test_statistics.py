@@ -1,24 +1,30 @@
 """Statistics: chunk reductions against float64, merging, counters that never freeze, files."""
 
-import dataclasses
+import json
 
 import numpy as np
 import pytest
-from stat_cases import moments_of, statistics_of, with_codes
+from stat_cases import side_of
 from tolerances import TOL
 
 from turboq.errors import TurboqError
-from turboq.numbers.rotation import Rotation
 from turboq_calibrate.observe import statistics as st
 from turboq_calibrate.observe import statistics_files as files
+from turboq_calibrate.observe.layer_statistics import Rotary
 
-ROTATION = Rotation(kind="hadamard", dim=12, seed=3)
+ROTARY = Rotary(inv_freq=(1.0, 0.1))
 
 
 def vectors(rng, b=3, t=200, heads=2, dim=12, common=0.0):
     """Correlated, heavy-tailed vectors with a common mean, float32."""
     x = rng.standard_t(4, (b, t, heads, dim)) @ rng.standard_normal((dim, dim))
     return (x + common * (1 + np.arange(dim))).astype(np.float32)
+
+
+def slopes(rng, b=3, t=200, heads=2, dim=12):
+    """Gradients of very different sizes, float32."""
+    size = np.exp(2 * rng.standard_normal((b, t, heads, 1)))
+    return (size * rng.standard_normal((b, t, heads, dim))).astype(np.float32)
 
 
 def flat64(x):
@@ -30,7 +36,7 @@ def test_moments_equal_float64(rng, common):
     """The stated bound, element by element, with and without a mean 1e4 times the spread."""
     x = vectors(rng, common=common)
     y = flat64(x)
-    side = moments_of(x)
+    side = side_of(x)
     shift = np.mean(y, axis=0)
     d = np.abs(y - shift)
     # The device's shift is not exactly the mean; the bound is about d, so allow for the difference.
@@ -58,7 +64,7 @@ def test_moments_equal_float64(rng, common):
 
 def test_extremes_quantiles_and_norms_equal_float64(rng):
     x = vectors(rng)
-    y, side = flat64(x), moments_of(x)
+    y, side = flat64(x), side_of(x)
     np.testing.assert_array_equal(side.absmax, np.abs(y).max(axis=0))
     slack = 1 + TOL["float64"]
     for q in (0.01, 0.5, 0.99):
@@ -71,56 +77,51 @@ def test_extremes_quantiles_and_norms_equal_float64(rng):
         assert np.all(error <= st.NORM_BINS.relative_error + TOL["float32_norm"])
 
 
-def test_code_histograms_equal_numpy(rng):
-    """Sweep 2 from its definition: rotate, centre, normalise, count in steps of asinh."""
-    x = vectors(rng, common=3.0)
-    x[0, 0, 1] = statistics_of(x, ROTATION).arrays["center"][1]  # as good as a zero vector
-    side = statistics_of(x, ROTATION)
-    center, scale = side.arrays["center"], side.arrays["scale"]
-    y = (flat64(x) - center.astype(np.float64)) @ ROTATION.matrix.T
-    norm = np.linalg.norm(y, axis=2)
-    rms = norm / np.sqrt(12)
-    by_vector = y / np.where(rms > 0, rms, 1)[:, :, None]
-    by_head = y / scale.astype(np.float64)[None, :, None]
-    steps = np.arange(st.CODE_BINS.size + 1) - st.CODE_BINS.size // 2
-    edges = np.sinh(st.CODE_BINS.step * steps)
-    for name, u in (("vector", by_vector), ("head", by_head)):
-        for head in range(2):
-            counts = side.arrays[f"{name}_counts"][head]
-            moments = side.arrays[f"{name}_moments"][head]
-            expected, _ = np.histogram(u[:, head], edges)
-            assert counts.sum() == expected.sum() == 600 * 12
-            # float32 coordinates fall into the next bin now and then, never farther.
-            moved = np.abs(np.cumsum(counts - expected)).sum()
-            assert moved < TOL["code_bin_moved_rotated"] * counts.sum()
-            mean = np.sum(counts * st.CODE_BINS.means(counts, moments)) / counts.sum()
-            assert abs(mean - u[:, head].mean()) < TOL["code_bin_mean"] * st.CODE_BINS.step
-    for q in (0.1, 0.5, 0.9):
-        exact = np.quantile(norm, q, axis=0, method="inverted_cdf")
-        error = np.abs(side.norm_quantile(q, centered=True) / exact - 1)
-        assert np.all(error <= st.NORM_BINS.relative_error + TOL["float32_norm"])
+@pytest.mark.parametrize("common", [0.0, 1e4])
+def test_gradient_sums_equal_float64(rng, common):
+    """The stated bound with weights, and a weighted covariance that a large mean left alone."""
+    x, g = vectors(rng, common=common), slopes(rng)
+    y, w = flat64(x), np.sum(flat64(g) ** 2, axis=2, keepdims=True)
+    side = side_of(x, g)
+    slope = flat64(g)
+    # Weights are rounded too, each to (D + 1) 2^-24 of itself: 13 of 262 blocks' roundings more.
+    block = TOL["moments_block"] * (1 + 13 / 256)
+    fisher = np.einsum("nhd,nhe->hde", slope, slope)
+    bound = block * np.einsum("nhd,nhe->hde", np.abs(slope), np.abs(slope))
+    assert np.all(np.abs(side.arrays["fisher"] - fisher) <= bound)
+    np.testing.assert_allclose(side.arrays["energy"], w.sum(axis=(0, 2)), rtol=block)
+    np.testing.assert_allclose(side.metric, side.arrays["fisher"] / 1200, rtol=TOL["float64"])
+    total = w.sum(axis=0)
+    mean = (w * y).sum(axis=0) / total
+    centered = y - mean
+    covariance = np.einsum("nh,nhd,nhe->hde", w[:, :, 0], centered, centered) / total[:, :, None]
+    power = np.sqrt(np.einsum("hdd->hd", covariance))
+    assert np.max(np.abs(side.weighted_mean - mean) / power) < TOL["weighted_mean"]
+    error = np.abs(side.weighted_covariance - covariance) / (power[:, :, None] * power[:, None])
+    assert error.max() < TOL["covariance"]
+    # The files' own fields, where nothing cancels.
+    second = np.einsum("nh,nhd,nhe->hde", w[:, :, 0], y, y)
+    size = np.einsum("nh,nhd,nhe->hde", w[:, :, 0], np.abs(y), np.abs(y))
+    assert np.all(np.abs(side.arrays["weighted_second"] - second) <= block * size)
+    first = np.abs(side.arrays["weighted_sum"] - (w * y).sum(axis=0))
+    assert np.all(first <= block * (w * np.abs(y)).sum(axis=0))
 
 
-def test_values_beyond_the_code_bins_are_counted(rng):
-    x = rng.standard_normal((1, 8, 1, 12)).astype(np.float32)
-    x[0, 3] = 5e3
-    identity = Rotation(kind="identity", dim=12)
-    center, scale = np.zeros((1, 12), np.float32), np.ones(1, np.float32)
-    side = with_codes(moments_of(x), x, center, scale, identity)
-    assert st.CODE_BINS.limit < 5e3
-    assert side.arrays["head_clipped"].tolist() == [12]
-    assert side.arrays["head_counts"][0, -1] == 12
+def test_a_head_without_gradients_has_its_plain_moments(rng):
+    x, g = vectors(rng), slopes(rng)
+    g[:, :, 1] = 0.0
+    side = side_of(x, g)
+    assert side.arrays["energy"][1] == 0.0
+    np.testing.assert_array_equal(side.weighted_mean[1], side.mean[1])
+    np.testing.assert_array_equal(side.weighted_covariance[1], side.covariance[1])
+    assert np.all(side.weighted_covariance[0] != side.covariance[0])
 
 
 def test_a_head_of_zeros(rng):
     x = vectors(rng)
     x[:, :, 1] = 0.0
-    side = statistics_of(x, ROTATION)
+    side = side_of(x)
     assert side.rms[1] == 0.0
-    assert side.arrays["scale"][1] == 0.0
-    for name in ("vector", "head"):
-        counts = side.arrays[f"{name}_counts"][1]
-        assert counts[st.CODE_BINS.size // 2] == counts.sum() == 600 * 12
     assert side.quantile(0.3)[1].tolist() == [0.0] * 12
 
 
@@ -131,8 +132,7 @@ def parts_of(rng, count=7):
         for i in range(count)
     ]
     chunks = [c.astype(np.float32) for c in chunks]
-    center, scale = np.full((2, 12), 0.5, np.float32), np.array([2.0, 3.0], np.float32)
-    return [with_codes(moments_of(c), c, center, scale, ROTATION) for c in chunks], chunks
+    return [side_of(c, slopes(rng, 1, c.shape[1])) for c in chunks], chunks
 
 
 def fold(parts, order):
@@ -175,15 +175,15 @@ def test_merged_chunks_are_the_whole(rng):
     np.testing.assert_array_equal(merged.absmax, np.abs(y).max(axis=0))
     scale = np.abs(y).mean(axis=0)
     assert np.max(np.abs(merged.mean - y.mean(axis=0)) / scale) < TOL["covariance"]
-    for name in ("channels", "norms", "vector_counts", "head_counts", "centered_norms"):
-        per_head = 12 if name not in ("norms", "centered_norms") else 1
+    for name, per_head in (("channels", 12), ("norms", 1)):
         total = merged.arrays[name].reshape(2, -1).sum(axis=1)
         assert total.tolist() == [len(y) * per_head] * 2
 
 
 def test_counters_do_not_freeze():
     """2^24 + 1 + 1 is where a float32 counter stops; 2^31 where an int32 one turns negative."""
-    one = statistics_of(np.ones((1, 1, 2, 12), np.float32), ROTATION)
+    ones = np.ones((1, 1, 2, 12), np.float32)
+    one = side_of(ones, ones)
     for start in (2**24, 2**31 - 1, 2**53):
         big = {
             f.name: np.full_like(one.arrays[f.name], start)
@@ -191,7 +191,7 @@ def test_counters_do_not_freeze():
             else one.arrays[f.name]
             for f in st.FIELDS
         }
-        total = st.SideStatistics(arrays=big, rotation=ROTATION)
+        total = st.SideStatistics(arrays=big)
         for _ in range(3):
             total = st.merge_sides(total, one)
         for f in st.FIELDS:
@@ -203,27 +203,21 @@ def test_counters_do_not_freeze():
 
 def test_unlike_parts_do_not_merge(rng):
     (a, b), _ = parts_of(rng, 2)
-    other = b.arrays | {"center": b.arrays["center"] + np.float32(1)}
-    with pytest.raises(TurboqError, match="'center'"):
-        st.merge_sides(a, dataclasses.replace(b, arrays=other))
     with pytest.raises(TurboqError, match="'norms' is int64"):
         st.merge_arrays(a.arrays, b.arrays | {"norms": np.zeros((2, 3), np.int64)})
     with pytest.raises(TurboqError, match="fields"):
         st.merge_arrays(a.arrays, {k: v for k, v in b.arrays.items() if k != "norms"})
-    identity = Rotation(kind="identity", dim=12)
-    with pytest.raises(TurboqError, match="identity"):
-        st.merge_sides(a, dataclasses.replace(b, rotation=identity))
 
 
 def layer_arrays(rng):
-    side = statistics_of(vectors(rng), ROTATION).arrays
-    moments = {f.name: side[f.name] for f in st.fields_of("q")}
-    return {"k": side, "v": side, "q": moments}
+    """Arrays of all sides of a layer with RoPE."""
+    side = side_of(vectors(rng), slopes(rng)).arrays
+    return {s: {f.name: side[f.name] for f in st.fields_of(s)} for s in st.SIDES}
 
 
 def test_files_round_trip(rng, tmp_path):
     sides = layer_arrays(rng)
-    sides["k"] = sides["k"] | {"count": np.array([2**33, 5]), "head_clipped": np.array([0, 2**16])}
+    sides["k"] = sides["k"] | {"count": np.array([2**33, 5])}
     raw = files.to_bytes(sides)
     assert raw == files.to_bytes({s: dict(reversed(a.items())) for s, a in sides.items()})
     loaded = files.from_bytes(raw, tmp_path)
@@ -231,7 +225,7 @@ def test_files_round_trip(rng, tmp_path):
         for name, value in arrays.items():
             assert loaded[side][name].dtype == value.dtype, name
             np.testing.assert_array_equal(loaded[side][name], value)
-    # int64 would take three times this.
+    # Histograms of 600 vectors in 8 or 16 bits: int64 would take over three times this.
     wide = sum(a.nbytes for arrays in sides.values() for a in arrays.values())
     assert len(raw) < wide / 3
 
@@ -257,17 +251,18 @@ def test_integers_are_stored_narrow(values, dtype):
 
 def test_damaged_files_are_refused(rng, tmp_path):
     sides = layer_arrays(rng)
-    recipe = {"rotation": "hadamard", "seed": 3}
     with pytest.raises(TurboqError, match="damaged"):
         files.from_bytes(files.to_bytes(sides)[:100], tmp_path)
     with pytest.raises(TurboqError, match=r"unknown tensor 'k\.extra'"):
         files.from_bytes(files.to_bytes({"k": {"extra": np.zeros(1)}}), tmp_path)
     missing = sides | {"v": {k: v for k, v in sides["v"].items() if k != "norms"}}
     with pytest.raises(TurboqError, match="side v has fields"):
-        files.layer_from_sides(missing, tmp_path, recipe)
+        files.layer_from_sides(missing, tmp_path, ROTARY)
     wrong = sides | {"q": sides["q"] | {"norms": np.zeros((2, 3), np.int64)}}
     with pytest.raises(TurboqError, match=r"q\.norms has shape \[2, 3\]"):
-        files.layer_from_sides(wrong, tmp_path, recipe)
+        files.layer_from_sides(wrong, tmp_path, ROTARY)
+    with pytest.raises(TurboqError, match="side k_before in a layer without RoPE"):
+        files.layer_from_sides(sides, tmp_path, None)
 
 
 def test_missing_statistics_are_named(tmp_path):
@@ -278,4 +273,15 @@ def test_missing_statistics_are_named(tmp_path):
         files.load_statistics(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(TurboqError, match="exactly the fields"):
+        files.load_statistics(tmp_path)
+
+
+def test_older_statistics_are_refused_with_the_command_that_makes_new_ones(tmp_path):
+    fields = {"version": 1, "inputs": {}, "tokens": 0, "bins": {}, "layers": []}
+    (tmp_path / "manifest.json").write_text(json.dumps(fields))
+    with pytest.raises(TurboqError, match=r"have version 1, .* reads 2: run `turboq calibrate "):
+        files.load_statistics(tmp_path)
+    now = fields | {"version": st.VERSION, "windows": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(now))
+    with pytest.raises(TurboqError, match=r"over other bins: run `turboq calibrate "):
         files.load_statistics(tmp_path)

@@ -1,4 +1,4 @@
-"""Hidden states of one layer boundary on disk: a .npy file [N, T, M] written chunk by chunk."""
+"""Rows of float32 on disk, written part by part: hidden states, their gradients, sampled tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jaxtyping import Float
 from turboq.errors import TurboqError
 
 
-class HiddenFile:
-    """Float32 states of N windows; plain reads and writes, because a full disk under a memory map
+class RowsFile:
+    """A float32 .npy file [N, ...]; plain reads and writes, because a full disk under a memory map
     kills the process where a write raises."""
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]):
+    def __init__(self, path: Path, shape: tuple[int, ...]):
         self.path, self.shape = path, shape
-        self._row = shape[1] * shape[2] * 4
+        self._row = int(np.prod(shape[1:])) * 4
 
     @property
     def nbytes(self) -> int:
@@ -45,8 +45,8 @@ class HiddenFile:
                 f"cannot reserve {self.nbytes:,} bytes for {self.path}: {error.strerror}"
             ) from error
 
-    def write(self, start: int, x: Float[np.ndarray, "B T M"]) -> None:
-        """Windows start, start+1, ...; on disk on return, so that a checkpoint may rely on it."""
+    def write(self, start: int, x: Float[np.ndarray, "B *n"]) -> None:
+        """Rows start, start+1, ...; on disk on return, so that a checkpoint may rely on it."""
         data = memoryview(np.ascontiguousarray(x, dtype="<f4")).cast("B")
         try:
             with open(self.path, "r+b") as f:
@@ -57,8 +57,8 @@ class HiddenFile:
         except OSError as error:
             raise TurboqError(f"cannot write {self.path}: {error.strerror}") from error
 
-    def read(self, start: int, stop: int) -> Float[np.ndarray, "B T M"]:
-        """Windows [start, stop).
+    def read(self, start: int, stop: int) -> Float[np.ndarray, "B *n"]:
+        """Rows [start, stop).
 
         Raises:
           TurboqError: the file is missing, cut short, or of another shape.
@@ -89,6 +89,8 @@ class HiddenFile:
 
 def _reserve(file: BinaryIO, nbytes: int) -> None:
     """Takes disk space from the current position on: a sparse file would fail hours later."""
+    if not nbytes:
+        return
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, file.tell() + nbytes)
         return
