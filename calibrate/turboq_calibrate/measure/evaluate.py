@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -85,7 +85,8 @@ def evaluate_texts(
 
     A window of T tokens has T - 1 positions that predict a token of it. A plan is judged by those
     that can see at least one token it has quantized (`scored`): KL, top-1 agreement and perplexity
-    are over them, and every row says how many they are (`metrics.TokenMetrics.summary`). A plan's error on K and V per head is measured in place, on what its own earlier layers produced
+    are over them, and every row says how many they are (`metrics.TokenMetrics.summary`). A plan's
+    error on K and V per head is measured in place, on what its own earlier layers produced
     (`attention_plugs.head_errors`), root or mean over windows.
 
     The same machine gives the same bytes. Arithmetic in another order (another processor, "packed")
@@ -123,34 +124,37 @@ def evaluate_texts(
         "window_batch": window_batch,
         "bootstrap": {"level": LEVEL, "samples": bootstrap_samples, "seed": seed},
     }
-    batches = [list(batch) for batch in itertools.batched(plans, plan_batch)]
-    places = [
-        None if folder is None else make_folder(folder) / _part_name(model, batch, *item, options)
-        for batch in batches
-        for item in texts.items()
+    if folder is not None:
+        folder = make_folder(folder)
+    jobs = [
+        _Job(
+            batch,
+            text,
+            windows,
+            folder and folder / _part_name(model, batch, text, windows, options),
+        )
+        for batch in itertools.batched(plans, plan_batch)
+        for text, windows in texts.items()
     ]
-    work = [windows.size * (len(batch) + 1) for batch in batches for windows in texts.values()]
-    found = [p is not None and p.exists() for p in places]
+    advice = "remove it to measure it again"
+    kept = [x.path and x.path.exists() and read_json(x.path, Part, otherwise=advice) for x in jobs]
     parts: dict[str, list[dict[str, Any]]] = {text: [] for text in texts}
-    timed = 0.0
-    done = float(sum(itertools.compress(work, found)))
-    with Progress(float(sum(work)), label="evaluate", enabled=progress, done=done) as bar:
-        cells = iter(zip(places, found, strict=True))
-        for batch in batches:
-            layers: dict[str, Layers] = {}
-            for text, windows in texts.items():
-                place, kept = next(cells)
-                if place is not None and kept:
-                    advice = "remove it to measure it again"
-                    parts[text].append(read_json(place, Part, otherwise=advice))
-                    continue
-                layers = layers or {name: plan_layers(model, p, a) for name, p, a in batch}
+    done, seconds, loaded = (
+        sum(x.size for x, part in zip(jobs, kept, strict=True) if part),
+        0.0,
+        None,
+    )
+    with Progress(sum(x.size for x in jobs), label="evaluate", enabled=progress, done=done) as bar:
+        for job, part in zip(jobs, kept, strict=True):
+            if not part:
+                if loaded is None or loaded[0] is not job.plans:
+                    loaded = job.plans, {name: plan_layers(model, p, a) for name, p, a in job.plans}
                 begun = time.perf_counter()
-                part = _measure(model, batch, layers, text, windows, options, bar)
-                timed += time.perf_counter() - begun
-                if place is not None:
-                    atomic_write(place, json_text(part))
-                parts[text].append(part)
+                part = _measure(model, job.plans, loaded[1], job.text, job.windows, options, bar)
+                seconds += time.perf_counter() - begun
+                if job.path is not None:
+                    atomic_write(job.path, json_text(part))
+            parts[job.text].append(part)
     table = {
         "schema": SCHEMA,
         "model": model.spec.name,
@@ -164,10 +168,28 @@ def evaluate_texts(
             for text, some in parts.items()
         },
     }
-    # One exact pass runs beside every batch of plans.
-    units = [w // t.shape[1] for w, t in zip(work, itertools.cycle(texts.values()))]
-    reused = sum(itertools.compress(units, found))
-    return Quality(table=table, run=_run_info(started, timed, sum(units) - reused, reused))
+    reused = sum(x.passes for x, part in zip(jobs, kept, strict=True) if part)
+    passes = sum(x.passes for x in jobs) - reused
+    return Quality(table=table, run=_run_info(started, seconds, passes, reused))
+
+
+class _Job(NamedTuple):
+    """Some plans on one text, and the file that keeps what was found."""
+
+    plans: tuple[NamedPlan, ...]
+    text: str
+    windows: Int[np.ndarray, "N T"]
+    path: Path | None
+
+    @property
+    def passes(self) -> int:
+        """Of a window through the model: one for every plan and one exact."""
+        return len(self.windows) * (len(self.plans) + 1)
+
+    @property
+    def size(self) -> int:
+        """Tokens of all passes."""
+        return self.passes * self.windows.shape[1]
 
 
 def _measure(
@@ -326,12 +348,12 @@ def _arrays_sha256(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _run_info(started: float, timed: float, measured: int, reused: int) -> dict[str, Any]:
+def _run_info(started: float, timed: float, passes: int, reused: int) -> dict[str, Any]:
     """`quality_schema.Run`; the exact pass beside a batch of plans counts as one more plan."""
     return {
         "seconds": round(time.perf_counter() - started, 3),
-        "seconds_per_plan_and_window": round(timed / measured, 3) if measured else None,
-        "windows_measured": measured,
+        "seconds_per_plan_and_window": round(timed / passes, 3) if passes else None,
+        "windows_measured": passes,
         "windows_reused": reused,
         "peak_memory_bytes": peak_rss(),
         "versions": {

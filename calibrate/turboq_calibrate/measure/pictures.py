@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from typing import Any
 
 import matplotlib as mpl
@@ -244,11 +245,13 @@ def _log_ticks(low: float, high: float) -> FixedLocator:
 
 
 def _end_labels(axes, ends: list[tuple[float, str]], right: float | int) -> None:
-    """Labels of curves at their right end, pushed apart so that none overlap, with leaders."""
+    """Labels of curves at their right end, wrapped, pushed apart so that none overlap, with leaders.
+    """
     low, high = axes.get_ylim()
     line, left = (high / low) ** 0.065, axes.get_xlim()[0]
     top = low
-    for y, label in sorted(ends):
+    for y, whole in sorted(ends):
+        label = textwrap.fill(whole, 22, break_long_words=False, break_on_hyphens=False)
         half = line ** ((label.count("\n") + 1) / 2)
         at = max(y, top * half)
         top = at * half
@@ -340,7 +343,7 @@ def memory_against_context(rows: list[Row]) -> str | None:
             colour, marker = styles[group[0]["codec"]]
             x, y = [c for c, _ in curve], [b / unit for _, b in curve]
             axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.6)
-            ends.append((y[-1], ",\n".join(r["name"] for r in group)))
+            ends.append((y[-1], ", ".join(r["name"] for r in group)))
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         axes.xaxis.set_major_locator(FixedLocator([c for c, _ in curves[0][1]]))
@@ -356,7 +359,7 @@ def memory_against_context(rows: list[Row]) -> str | None:
         _end_labels(axes, ends, right)
         alt = (
             f"Bytes of the cache against context length. At {right} tokens: "
-            + "; ".join(f"{' '.join(label.split())} {y:.3g} {word}" for y, label in ends)
+            + "; ".join(f"{label} {y:.3g} {word}" for y, label in ends)
             + "."
         )
         return _svg(figure, "memory", alt)

@@ -163,8 +163,8 @@ def scopes(rows: Sequence[Row], tokens: int) -> list[str]:
     for row in rows:
         what = f"{row['quantized_tokens']} tokens" if row["quantized_tokens"] else "nothing"
         line = (
-            f"{what} quantized, {row['scored_positions']} of {tokens} positions scored (perplexity of the "
-            f"exact cache there {_perplexity(row['perplexity_exact'])})"
+            f"{what} quantized, {row['scored_positions']} of {tokens} positions scored (exact "
+            f"perplexity there {_perplexity(row['perplexity_exact'])})"
         )
         plans.setdefault(line, []).append(row["name"])
     return [f"{_together(names, len(rows))}: {line}" for line, names in plans.items()]
