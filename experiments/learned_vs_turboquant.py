@@ -86,8 +86,9 @@ def baselines(geometry: ModelGeometry, statistics: Statistics) -> Iterator[Named
         rules[f"kivi {bits}b (up to {key.block - 1} recent tokens exact)"] = (key, value, "after")
     for name, (k, v, rope) in rules.items():
         if ONLY.value in name:
-            yield name, *make_plan(
-                geometry, k=k, v=v, policy=POLICY, statistics=statistics, k_rope=rope
+            yield (
+                name,
+                *make_plan(geometry, k=k, v=v, policy=POLICY, statistics=statistics, k_rope=rope),
             )
 
 
@@ -114,9 +115,7 @@ def learned(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPl
 
 def windows_of(model: Model, sources: list[str], length: int, count: int) -> dict[str, np.ndarray]:
     """Windows of every text, by its name."""
-    found = (
-        texts.mixed_windows([s], model.tokenizer, length=length, count=count) for s in sources
-    )
+    found = (texts.mixed_windows([s], model.tokenizer, length=length, count=count) for s in sources)
     return {windows.source: windows.tokens for windows in found}
 
 

@@ -112,9 +112,7 @@ class Menu:
         """The same candidates for another granularity, where no engine decides it."""
         if wanted.engine is not None:
             return self
-        return dataclasses.replace(
-            self, constraints=(Constraints(granularity=wanted.granularity),)
-        )
+        return dataclasses.replace(self, constraints=(Constraints(granularity=wanted.granularity),))
 
 
 def menu(

@@ -158,7 +158,7 @@ def over_texts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _summary(quality: Quality) -> str:
     plans = len({row["name"] for row in quality.rows})
     texts = "; ".join(
-        f"{t['windows']} windows of {t['window_tokens']} tokens from {t['text']} (perplexity "
+        f"{t['text']} (windows of {t['window_tokens']} tokens, {t['windows']} of them; perplexity "
         f"{t['perplexity']:.3f})"
         for t in quality.table["texts"]
     )

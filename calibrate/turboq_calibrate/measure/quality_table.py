@@ -198,7 +198,9 @@ def format_table(quality: Quality) -> str:
         lines += aligned(by_text(quality))
     for text in t["texts"]:
         rows = quality.rows_of(text["text"])
-        what = f"{text['text']}: {text['windows']} windows of {text['window_tokens']} tokens"
+        what = (
+            f"{text['text']}: windows of {text['window_tokens']} tokens, {text['windows']} of them"
+        )
         lines += [what] if several else [f"{lines.pop()}, {what}", *aligned(map(display, rows))]
         lines += scopes(rows, text["tokens"])
         if text["window_tokens"] > LONG:

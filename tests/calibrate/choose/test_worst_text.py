@@ -38,8 +38,7 @@ def test_no_whole_choice_has_a_much_better_worst_text(seed):
     best = min(worst(chosen) for chosen in fits)
     # Lagrange: any weights' least total bounds the best worst text from below.
     bound = max(
-        (costs @ p)[at, choose(costs @ p)].sum()
-        for p in rng.dirichlet(np.ones(3), size=200)
+        (costs @ p)[at, choose(costs @ p)].sum() for p in rng.dirichlet(np.ones(3), size=200)
     )
     assert bound <= best * (1 + 1e-12)
     assert found <= worst(choose(costs.mean(axis=2)))

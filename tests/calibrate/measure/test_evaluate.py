@@ -349,10 +349,11 @@ def test_unreadable_quality_is_one_clear_line(tmp_path, content, match):
 
 
 def places(value, path=()):
-    """Paths of every value of a JSON document."""
+    """Paths of every value of a JSON document; of a list, those of its first item."""
     yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, item in items if isinstance(value, (dict, list)) else ():
+    if not isinstance(value, (dict, list)):
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value[:1]):
         yield from places(item, (*path, key))
 
 
@@ -388,7 +389,7 @@ def test_every_damaged_field_is_one_clear_line(tmp_path, file):
             else:
                 quality.csv_text(found.rows)
                 quality.format_table(found)
-    assert len(refused) > 0.8 * tried > 100
+    assert len(refused) > 0.8 * tried > 40
     assert all(str(tmp_path) in line and "\n" not in line for line in refused)
 
 
@@ -544,10 +545,11 @@ def test_interrupted_and_continued_is_the_same_table(model, plans, texts, tmp_pa
     for changed in ({"seed": 1}, {"context": 64}, {"which": [*some[:2], (name, plan, other)]}):
         again(**changed)
         assert calls == (list(texts) if "which" in changed else [*texts, *texts])
-    part = next(tmp_path.glob("*.json"))
-    part.write_text("{}")
-    with pytest.raises(TurboqError, match=f"{part.name}.*missing.*remove it"):
-        again(), again(seed=1), again(context=64)
+    for part in tmp_path.glob("*.json"):
+        part.write_text("{}")
+    with pytest.raises(TurboqError, match=r"\.json: text: missing: remove it"):
+        again()
+    assert calls == []  # found before anything is measured
 
 
 def test_output_folder_that_is_a_file(measured, tmp_path):
