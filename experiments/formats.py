@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -28,8 +26,8 @@ from turboq.codecs.ggml import mainline
 from turboq.codecs.oscar import CLIP_PERCENT, RECENT, SINKS
 from turboq.codecs.vllm_turboquant import PRESETS, boundary_layers, preset
 from turboq.errors import TurboqError
-from turboq.files import atomic_write, make_folder
-from turboq.plan import ModelGeometry, collect_arrays, document
+from turboq.files import make_folder
+from turboq.plan import ModelGeometry, collect_arrays
 from turboq.plan.rules import Rule, by_layer, rule_plan, sides, skip_layers
 from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure import quality_table as quality
@@ -163,29 +161,19 @@ def plans(geometry: ModelGeometry, statistics: Statistics) -> list[tuple]:
 
 
 def run(out: Path) -> None:
-    make_folder(out / "parts")
+    make_folder(out)
     model = load_model(MODEL.value)
     geometry = model_geometry(model)
     windows = data.mixed_windows(TEXT.value, model.tokenizer, length=1024, count=WINDOWS.value)
     statistics = load_statistics(Path(RUN.value) / "statistics")
     rows = plans(geometry, statistics)
-    parts = []
-    for start in range(0, len(rows), BATCH.value):
-        batch = rows[start : start + BATCH.value]
-        inputs = json.dumps(
-            [model.fingerprint, windows.sha256, [(n, document(p)["hash"]) for n, p, _ in batch]]
-        )
-        part = out / "parts" / f"{hashlib.sha256(inputs.encode()).hexdigest()[:16]}.json"
-        if not part.exists():
-            print(f"rows {start + 1} to {start + len(batch)} of {len(rows)}", flush=True)
-            measured = evaluate(model, batch, windows.tokens, text=windows.source)
-            table = {k: v for k, v in measured.table.items() if k != "head_errors"}
-            atomic_write(part, json.dumps({"table": table, "run": measured.run}))
-        parts.append(json.loads(part.read_text()))
-    found = [row for part in parts for row in part["table"]["rows"]]
-    found.sort(key=lambda row: (row["bits_per_channel"], row["kl_mean"]))
-    table = parts[0]["table"] | {"rows": found}
-    total = quality.Quality(table=table, run=parts[0]["run"])
+    measured = evaluate(
+        model, rows, windows.tokens, text=windows.source, folder=out / "parts",
+        plan_batch=BATCH.value,
+    )  # fmt: skip
+    found = sorted(measured.rows, key=lambda row: (row["bits_per_channel"], row["kl_mean"]))
+    table = {k: v for k, v in measured.table.items() if k != "head_errors"} | {"rows": found}
+    total = quality.Quality(table=table, run=measured.run)
     path = quality.write_quality(total, out)
     draw(found, out / "formats.svg")
     print(quality.format_table(total))

@@ -129,19 +129,19 @@ def run(out: Path) -> None:
     rows = [*baselines(geometry, statistics), *learned(geometry, statistics)]
     short = windows_of(model, [*ALWAYS, *TEXT.value], LENGTH, WINDOWS.value)
     found = evaluate_texts(model, rows, short, folder=out / "parts")
-    found.table["calibration"] = statistics.manifest.inputs["text"]
-    found.table["targets"] = targets(found.rows)
+    found.table["x-calibration"] = statistics.manifest.inputs["text"]
+    found.table["x-targets"] = targets(found.rows)
     path = quality_table.write_quality(found, out)
     print(quality_table.format_table(found))
-    show(found.table["targets"])
+    show(found.table["x-targets"])
     if LONG.value:
         few = [row for row in rows if row[0] in LONG_ROWS]
         windows = windows_of(model, LONG.value, LONG_LENGTH.value, 1)
         long = evaluate_texts(model, few, windows, folder=out / "parts")
-        long.table["targets"] = targets(long.rows)
+        long.table["x-targets"] = targets(long.rows)
         quality_table.write_quality(long, out / "long")
         print(quality_table.format_table(long))
-        show(long.table["targets"])
+        show(long.table["x-targets"])
     print(f"\ntable   {path}")
 
 

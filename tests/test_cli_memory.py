@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import quality_cases
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import TurboQuantMSE
 from turboq.plan import LayerGeometry, ModelGeometry, save, uniform_plan
 from turboq_calibrate.cli import main as cli
+from turboq_calibrate.measure.quality_table import write_quality
 from turboq_calibrate.what_fits.text import COLUMNS
 
 GOLDEN = Path(__file__).parent / "golden" / "llama3"
@@ -93,12 +95,13 @@ def test_choice_on_8_gb(ask):
 
 def test_choice_by_measured_quality(ask, tmp_path):
     """A quality table that likes q4_0 better than q8_0 turns the order round."""
-    rows = [{"name": "q8_0", "kl_mean": 0.5}, {"name": "small", "kl_mean": 0.1}]
-    (tmp_path / "quality.json").write_text(json.dumps({"schema": 1, "rows": rows}))
+    kl = {("q8_0", "a"): 0.7, ("q8_0", "b"): 0.3, ("small", "a"): 0.1, ("small", "b"): 0.3}
+    rows = [quality_cases.row(name, kl=x, text=text) for (name, text), x in kl.items()]
+    write_quality(quality_cases.quality(rows, ("a", "b")), tmp_path)
     quality = f"--quality={tmp_path}"
     choice = ask(LLAMA, *Q4_ON_8, "--choose=q8_0,small=q4_0", quality)["choice"]
     assert (choice["chosen"], choice["order"]) == ("small", "measured mean KL")
-    assert [o["kl"] for o in choice["options"]] == [0.1, 0.5]
+    assert [o["kl"] for o in choice["options"]] == [0.2, 0.5]  # means over the texts
 
 
 def plan_folder(folder: Path) -> Path:

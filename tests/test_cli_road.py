@@ -48,13 +48,14 @@ def test_plan_is_what_the_flags_said(run):
 
 def test_quality_and_report(run):
     table = json.loads((run / "quality.json").read_text())
-    assert table["schema"] == 1
+    assert table["schema"] == 2
     rows = {row["name"]: row for row in table["rows"]}
     assert list(rows) == ["exact", "turboquant_mse 3b", "mine"]
     # 2 layers * 2 heads * D=16: codes, and a 16-bit scale per vector of K and of V.
     assert rows["mine"]["bytes_per_token"] == 2 * 2 * (16 * (3 + 2) + 2 * 16) / 8
     assert rows["exact"]["kl_mean"] < rows["turboquant_mse 3b"]["kl_mean"]
     assert (run / "report.html").stat().st_size > 1000
+    assert not (run / "unfinished").exists()
 
 
 def test_a_second_evaluation_writes_the_same_bytes(run, tmp_path):
@@ -62,6 +63,27 @@ def test_a_second_evaluation_writes_the_same_bytes(run, tmp_path):
     args = (f"--model={MODEL}", f"--plan=mine={run}", baselines, *SMALL, f"--out={tmp_path}")
     assert turboq("evaluate", *args) == 0
     assert (tmp_path / "quality.json").read_bytes() == (run / "quality.json").read_bytes()
+
+
+def test_every_text_is_measured_by_itself(run, tmp_path, capsys):
+    """Plans by texts; a text's rows are those of a run with that text alone."""
+    (tmp_path / "long.txt").write_text(" ".join(f"{n} squared is {n * n}." for n in range(400)))
+    texts = (f"--text={tmp_path / 'long.txt'}", "--text=topics:heldout")
+    args = (f"--model={MODEL}", f"--plan=mine={run}", "--windows=2", "--window_length=48")
+    assert turboq("evaluate", *args, *texts, f"--out={tmp_path / 'both'}") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].split()[:2] == ["plan", "bits/ch"]
+    assert printed[1].split()[-2:] == [f"{tmp_path}/long.txt", "topics:heldout"]
+    assert printed[3].count("*") == 1
+    both = json.loads((tmp_path / "both" / "quality.json").read_text())
+    for text in texts:
+        assert turboq("evaluate", *args, text, f"--out={tmp_path / 'one'}") == 0
+        one = json.loads((tmp_path / "one" / "quality.json").read_text())
+        source = text.removeprefix("--text=")
+        assert [row for row in both["rows"] if row["text"] == source] == one["rows"]
+        assert [t for t in both["texts"] if t["text"] == source] == one["texts"]
+        assert both["head_errors"][source] == one["head_errors"][source]
+    assert turboq("report", f"--run={tmp_path / 'both'}") == 0
 
 
 def test_inspect_tells_kinds_apart(run, capsys):

@@ -88,8 +88,8 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 def _origin(plan: Plan) -> list[str]:
     lines = [f"plan {fingerprint(plan)}"] if plan.arrays is not None else []
-    if plan.provenance is not None:
-        names = ", ".join(text.name for text in plan.provenance.texts) or "no text"
+    if plan.provenance is not None and plan.provenance.texts:
+        names = ", ".join(text.name for text in plan.provenance.texts)
         lines.append(f"calibrated on {plan.provenance.tokens} tokens of {names}")
     if plan.quality is not None:
         lines += [

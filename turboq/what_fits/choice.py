@@ -68,12 +68,15 @@ def choose(options: Sequence[Option], *, context: int, memory: int) -> tuple[int
 
 
 def by_quality(options: Sequence[Option], rows: Sequence[dict[str, Any]]) -> list[Option]:
-    """The options from lowest to highest mean KL of the rows (of quality.json) of the same name.
+    """The options from lowest to highest mean KL: the mean of its rows (of quality.json).
 
     Raises:
       TurboqError: an option has no row.
     """
-    measured = {row["name"]: row["kl_mean"] for row in rows}
+    by_name: dict[str, list[float]] = {}
+    for row in rows:  # one per text
+        by_name.setdefault(row["name"], []).append(row["kl_mean"])
+    measured = {name: sum(kl) / len(kl) for name, kl in by_name.items()}
     missing = [option.name for option in options if option.name not in measured]
     if missing:
         raise TurboqError(

@@ -1,13 +1,15 @@
 """Measures plans on held-out text against the same model with its exact cache.
 
 Per plan: KL in nats per token (mean, 95 % bootstrap interval over windows, median, p99), top-1
-agreement, perplexity, all-in bits per channel, bytes per token, compression against bf16. Writes
-quality.json, quality.csv and run.json to --out and prints the table. Two runs write the same
-quality.json.
+agreement, perplexity, all-in bits per channel, bytes per token, compression against bf16. Every
+--text is measured by itself, on --windows of its own; with several, the table shows plans by texts.
+Writes quality.json, quality.csv and run.json to --out and prints the table. Two runs write the same
+quality.json, interrupted or not.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +19,13 @@ from turboq.errors import TurboqError
 from turboq_calibrate.cli import common
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from turboq.plan import ModelGeometry
+    from turboq_calibrate.models import Tokenizer
 
 REQUIRED = ("out",)
-RESUME = "nothing was written, run the same command again"
+RESUME = "the same command continues"
 
 
 def define(values: flags.FlagValues) -> None:
@@ -36,6 +41,7 @@ def define(values: flags.FlagValues) -> None:
     )  # fmt: skip
     common.policy(values, of=" (of --baselines; a plan has its own)")
     common.text(values, "topics:heldout", windows=8, length=1024)
+    values["text"].help = "UTF-8 file or named text; each is measured by itself."
     common.out(values, "Folder for quality.json, quality.csv and run.json.")
     flags.DEFINE_enum(
         "attention", "simulated", ("simulated", "packed", "xla", "mosaic_tpu", "triton"),
@@ -61,7 +67,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.files import make_folder
     from turboq.plan import check_model, load
     from turboq_calibrate.fit.plan import model_geometry
-    from turboq_calibrate.measure.evaluate import evaluate
+    from turboq_calibrate.measure.evaluate import evaluate_texts
     from turboq_calibrate.measure.quality_table import format_table, write_quality
     from turboq_calibrate.models import load_model
 
@@ -75,20 +81,38 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         plan, arrays = load(path)
         check_model(plan, geometry)
         plans.append((name, plan, arrays))
-    windows = common.windows_of(values, model.tokenizer, model=model, folder=values.out)
+    texts = _texts(values, model)
     make_folder(values.out)  # an unusable folder shows now, not after the evaluation
-    quality = evaluate(
+    unfinished = Path(values.out) / "unfinished"
+    quality = evaluate_texts(
         model,
         plans,
-        windows.tokens,
-        text=windows.source,
+        texts,
         attention=values.attention,
         context=values.context,
         window_batch=values.batch,
         seed=values.seed,
+        folder=unfinished,
     )
     write_quality(quality, values.out)
+    shutil.rmtree(unfinished)
     print(format_table(quality))
+
+
+def _texts(values: flags.FlagValues, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Source -> windows; every --text is a text of its own."""
+    from turboq_calibrate.observe import texts as data
+
+    twice = next((text for text in values.text if values.text.count(text) > 1), None)
+    if twice is not None:
+        raise TurboqError(f"--text={twice} is given twice: give every text once")
+    return {
+        source: data.windows(
+            data.load_text(source), tokenizer, length=values.window_length,
+            count=values.windows or None, spread=True,
+        ).tokens
+        for source in values.text
+    }  # fmt: skip
 
 
 def _named(entry: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Float64, Int, Int32
 # Below this |log p - log q| the KL term is a Taylor polynomial, above it the plain formula. At the
 # switch the dropped x^8/8! is 8e-7 of the term, and the plain formula loses 1/0.21 of an eps.
 _SERIES_BELOW = 0.5
+BLOCK = 256  # positions whose logits exist at the same time
 
 
 def _series(x: Array) -> Array:
@@ -155,14 +157,21 @@ class TokenMetrics:
             }
         )
 
+    def since(self, first: int) -> TokenMetrics:
+        """The positions from `first` on."""
+        return TokenMetrics(
+            **{f.name: getattr(self, f.name)[:, first:] for f in dataclasses.fields(self)}
+        )
+
     def summary(self, *, level: float = 0.95, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
         """What a row of the quality table says.
 
         kl_mean: mean over all positions of all windows, nats per token. kl_median, kl_p99: the
         50 % and 99 % quantiles over positions, linearly interpolated. kl_ci: `level` bootstrap
         interval of kl_mean over windows (None with one window). kl_windows: mean KL of every
-        window, for paired comparisons. top1: share of positions where
-        both arg-maxima agree. perplexity: exp(mean NLL). perplexity_ratio: over the exact one.
+        window, for paired comparisons. top1: share of positions where both arg-maxima agree.
+        perplexity, perplexity_exact: exp(mean NLL) of the plan and of the exact model.
+        perplexity_ratio: the first over the second. scored_positions: of all windows together.
         """
         ci = bootstrap_ci(self.kl.mean(axis=1), level=level, samples=samples, seed=seed)
         return {
@@ -173,5 +182,25 @@ class TokenMetrics:
             "kl_p99": float(np.quantile(self.kl, 0.99)),
             "top1": float(self.top1.mean()),
             "perplexity": perplexity(self.nll),
+            "perplexity_exact": perplexity(self.nll_exact),
             "perplexity_ratio": float(np.exp((self.nll - self.nll_exact).mean())),
+            "scored_positions": int(self.kl.size),
         }
+
+
+def kl_by_position(kl: Float64[np.ndarray, "N P"], first: int = 0) -> list[dict[str, Any]]:
+    """Mean KL in buckets of position: [0, 256), [256, 512), [512, 1024), ... to the window's end.
+
+    `positions` counts those scored in all windows, from position `first` on; where a bucket has
+    none, its `kl_mean` is None. The last bucket ends at P, the last position that predicts a token.
+    """
+    edges = [0, 256]
+    while edges[-1] < kl.shape[1]:
+        edges.append(2 * edges[-1])
+    edges[-1] = kl.shape[1]
+    found = []
+    for start, end in itertools.pairwise(edges):
+        scored = kl[:, max(start, first) : end]
+        mean = float(scored.mean()) if scored.size else None
+        found.append({"start": start, "end": end, "kl_mean": mean, "positions": int(scored.size)})
+    return found

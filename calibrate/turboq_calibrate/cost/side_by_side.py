@@ -25,7 +25,6 @@ from turboq.plan.build import Side
 from turboq.plan.types import SIDES
 from turboq_calibrate.candidates.table import Option, Table
 from turboq_calibrate.cost import metrics
-from turboq_calibrate.measure.evaluate import BLOCK
 from turboq_calibrate.models import Model, default_positions, embed_tokens, exact_attend
 from turboq_calibrate.models.decoder import (
     Params,
@@ -231,7 +230,7 @@ class Engine:
     def blocks(self, x: Float[Array, "B T M"]) -> Float[Array, "P blocks n M"]:
         """Rows of W windows, their positions in equal blocks (the last one padded)."""
         flat = x.reshape(-1, self.tokens.size, x.shape[-1])
-        count = math.ceil(self.tokens.size / BLOCK)
+        count = math.ceil(self.tokens.size / metrics.BLOCK)
         size = math.ceil(self.tokens.size / count)
         flat = jnp.pad(flat, ((0, 0), (0, count * size - self.tokens.size), (0, 0)))
         return flat.reshape(flat.shape[0], count, size, -1)

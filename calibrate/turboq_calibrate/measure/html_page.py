@@ -12,7 +12,15 @@ from typing import Any
 
 from turboq.files import atomic_write
 from turboq_calibrate.measure import pictures
-from turboq_calibrate.measure.quality_table import Quality, display, read_quality
+from turboq_calibrate.measure.quality_table import (
+    LONG,
+    Quality,
+    by_position,
+    by_text,
+    display,
+    read_quality,
+    scopes,
+)
 
 REPORT = "report.html"
 HEAT_MAPS = 4  # plans shown in the heat maps, unless named
@@ -25,6 +33,7 @@ _STYLE = """
 body { background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, sans-serif;
   max-width: 62rem; margin: 2.2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
 p { margin: .4rem 0; max-width: 46rem; } .soft, figcaption { color: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { padding: .32rem .6rem; text-align: right; white-space: nowrap;
@@ -32,8 +41,8 @@ th, td { padding: .32rem .6rem; text-align: right; white-space: nowrap;
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 tbody tr:nth-child(even) { background: var(--row); }
 figure { margin: .8rem 0 0; overflow-x: auto; } figcaption { font-size: 13.5px; max-width: 46rem; }
-svg { display: block; width: 100%; height: auto; min-width: 34rem; color: var(--ink); }
-svg.narrow { max-width: 47rem; } svg text { fill: var(--ink); }
+svg { display: block; width: 100%; height: auto; max-width: 36rem; color: var(--ink); }
+svg text { fill: var(--ink); } @media (max-width: 30rem) { body { padding: 0 .5rem; } }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .6rem 0;
   font-size: 13.5px; } dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 """
@@ -60,40 +69,52 @@ def render(quality: Quality, heat_map_plans: list[str] | None = None) -> str:
     Raises:
       ValueError: `heat_map_plans` names a row that is not there.
     """
-    table = quality.table
-    rows, errors = table["rows"], table.get("head_errors", {})
-    chosen = representative(rows) if heat_map_plans is None else heat_map_plans
+    table, rows, texts = quality.table, quality.rows, quality.texts
+    errors = (table.get("head_errors") or {}).get(texts[0], {}) if texts else {}
+    first = quality.rows_of(texts[0]) if texts else []
+    chosen = representative(first) if heat_map_plans is None else heat_map_plans
     missing = [name for name in chosen if name not in errors]
     if heat_map_plans is not None and missing:
         raise ValueError(f"{missing=} in the heat maps; the table has {list(errors)}")
     chosen = [name for name in chosen if name in errors]
     title = f"KV-cache quantization of {table['model']}"
+    several = len(texts) > 1
     body = [
         f"<h1>{_text(title)}</h1>",
-        f'<p class="soft">{_text(_summary(table))}</p>',
+        f'<p class="soft">{_text(_summary(quality))}</p>',
         "<h2>Quality</h2>",
-        _table(rows),
+        *_quality(quality),
         f'<p class="soft">{_text(_definitions(table))}</p>',
         *_figure(
             "Quality against size",
-            pictures.kl_against_bits(rows),
-            "Lower and further left is better. Bars are bootstrap intervals over windows; the "
-            "scale is logarithmic.",
-            narrow=True,
+            pictures.kl_against_bits(over_texts(rows) if several else rows),
+            "Lower and further left is better. "
+            + (
+                "Points are means over texts, bars reach from the best text to the worst; "
+                if several
+                else "Bars are bootstrap intervals over windows; "
+            )
+            + "the scale is logarithmic.",
+        ),
+        *_figure(
+            "Quality by position in the window",
+            pictures.kl_against_position(rows, texts),
+            "Mean KL of the positions in each bucket, drawn at its middle; ticks are where buckets "
+            "end. Both scales are logarithmic.",
         ),
         *_figure(
             "Where the error is",
             pictures.error_heat_maps(errors, chosen),
             "Keys: root mean square error of the attention logits, shifts common to all tokens "
             "left out because the softmax ignores them. Values: squared error over squared norm. "
-            "Exact sinks are left out. Colours are logarithmic and shared by the plans of a side.",
+            "Exact sinks are left out. Colours are logarithmic and shared by the plans of a side."
+            + (f" On {texts[0]}." if several else ""),
         ),
         *_figure(
             "Memory",
-            pictures.memory_against_context(rows),
+            pictures.memory_against_context(over_texts(rows)),
             "Everything resident for one sequence: whole pages, scales, exact sinks and recent "
             "window, fitted arrays and static tables. Plans within 2 % share a line.",
-            narrow=True,
         ),
         "<h2>How this was measured</h2>",
         _facts(quality),
@@ -122,12 +143,47 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _summary(table: dict[str, Any]) -> str:
-    return (
-        f"{len(table['rows'])} plans over {table['windows']} windows of "
-        f"{table['window_tokens']} tokens from {table['text']}, against the model's own "
-        f"predictions with an exact cache (perplexity {table['exact']['perplexity']:.3f})."
+def over_texts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per plan: the mean of its KL over texts, and as `kl_ci` its range over them."""
+    plans: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        plans.setdefault(row["name"], []).append(row)
+    found = []
+    for same in plans.values():
+        kl = [row["kl_mean"] for row in same]
+        found.append(same[0] | {"kl_mean": sum(kl) / len(kl), "kl_ci": [min(kl), max(kl)]})
+    return found
+
+
+def _summary(quality: Quality) -> str:
+    plans = len({row["name"] for row in quality.rows})
+    texts = "; ".join(
+        f"{t['text']} (windows of {t['window_tokens']} tokens, {t['windows']} of them; perplexity "
+        f"{t['perplexity']:.3f})"
+        for t in quality.table["texts"]
     )
+    return f"{plans} plans against the model's own predictions with an exact cache, over {texts}."
+
+
+def _quality(quality: Quality) -> list[str]:
+    """Plans by texts where there are several, then every text's own tables."""
+    several = len(quality.texts) > 1
+    parts = []
+    if several:
+        parts += [
+            "<h3>Mean KL by text</h3>",
+            _table(by_text(quality)),
+            '<p class="soft">* the text on which a plan loses most.</p>',
+        ]
+    for text in quality.table["texts"]:
+        rows = quality.rows_of(text["text"])
+        if several:
+            parts.append(f"<h3>{_text(text['text'])}</h3>")
+        parts.append(_table([display(row) for row in rows]))
+        parts += [f'<p class="soft">{_text(x)}.</p>' for x in scopes(rows, text["tokens"])]
+        if text["window_tokens"] > LONG:
+            parts += ["<h3>Mean KL by position</h3>", _table(by_position(rows))]
+    return parts
 
 
 def _definitions(table: dict[str, Any]) -> str:
@@ -136,16 +192,20 @@ def _definitions(table: dict[str, Any]) -> str:
         "bits/ch: every stored bit of one quantized token over its K and V channels. KL: "
         "divergence from the exact model's next-token distribution, nats per token, with the "
         f"{level} % bootstrap interval of the mean over windows, the median and the 99 % quantile "
-        "over tokens. top-1: tokens for which both prefer the same next token."
+        "over positions. top-1: positions at which both prefer the same next token. Only positions "
+        "that can see a quantized token count."
     )
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    if not rows:
+def _table(cells: list[dict[str, str]]) -> str:
+    if not cells:
         return "<p>No plans were measured.</p>"
-    cells = [display(row) for row in rows]
-    head = "".join(f'<th scope="col">{_text(h)}</th>' for h in cells[0])
-    lines = ["<tr>" + "".join(f"<td>{_text(v)}</td>" for v in c.values()) + "</tr>" for c in cells]
+    names = list(dict.fromkeys(name for line in cells for name in line))
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in names)
+    lines = [
+        "<tr>" + "".join(f"<td>{_text(line.get(name, ''))}</td>" for name in names) + "</tr>"
+        for line in cells
+    ]
     return (
         f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
         + "\n".join(lines)
@@ -153,11 +213,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _figure(title: str, svg: str | None, caption: str, *, narrow: bool = False) -> list[str]:
+def _figure(title: str, svg: str | None, caption: str) -> list[str]:
     if svg is None:
         return []
-    if narrow:
-        svg = svg.replace("<svg", '<svg class="narrow"', 1)
     return [
         f"<h2>{_text(title)}</h2>",
         f"<figure>\n{svg}\n<figcaption>{_text(caption)}</figcaption>\n</figure>",
@@ -171,8 +229,10 @@ def _facts(quality: Quality) -> str:
     }
     facts: list[tuple[str, object]] = [
         ("model fingerprint", table["model_fingerprint"]),
-        ("text", f"{table['text']}, tokens SHA-256 {table['windows_sha256']}"),
-        ("scored tokens", table["tokens"]),
+        *(
+            ("text", f"{t['text']}, tokens SHA-256 {t['windows_sha256']}, {t['tokens']} predicted")
+            for t in table["texts"]
+        ),
         ("attention", table["attention"]),
         (
             "tokens kept exact",

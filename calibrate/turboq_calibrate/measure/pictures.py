@@ -1,7 +1,8 @@
 """Pictures of the report: deterministic SVG that follows the page's light or dark theme.
 
 Text, axes and grid are drawn in two marker colours that `_svg` turns into CSS variables, so one
-picture is readable on both backgrounds. Nothing depends on the clock or on installed fonts.
+picture is readable on both backgrounds. All are `WIDTH` wide, so that text is about 10 pixels high
+where the page has 400, 15 where it has more. Nothing depends on the clock or on installed fonts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from typing import Any
 
 import matplotlib as mpl
@@ -20,19 +22,22 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 Row = dict[str, Any]
 
+WIDTH = 5.4  # inches
+
+_SMALL = 9.5  # points: labels inside a picture
 _INK, _GRID = "#010203", "#040506"  # markers, replaced by var(--ink) and var(--grid)
 _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.fonttype": "none",  # text stays text: selectable, and measured by the page's font
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
+    "font.size": 10.5,
     "text.color": _INK,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 9.5,
+    "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
     "axes.linewidth": 0.6,
     "xtick.color": _INK,
@@ -82,7 +87,7 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
 
 
 def kl_against_bits(rows: list[Row]) -> str | None:
-    """Mean KL (log scale) against bits per channel, bars: bootstrap interval. None without data.
+    """Mean KL (log scale) against bits per channel, bars: `kl_ci`. None without data.
 
     Exact rows far to the right would flatten the rest: they become a dashed level instead.
     """
@@ -93,7 +98,7 @@ def kl_against_bits(rows: list[Row]) -> str | None:
         return None
     styles = family_styles(rows)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(7.6, 4.3), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
         axes = figure.subplots()
         for codec in dict.fromkeys(r["codec"] for r in points):
             mine = sorted((r for r in points if r["codec"] == codec), key=_bits)
@@ -122,23 +127,23 @@ def kl_against_bits(rows: list[Row]) -> str | None:
             axes.axhline(r["kl_mean"], color=styles["exact"][0], linestyle="--", linewidth=1.2)
             axes.annotate(
                 text, (1.0, r["kl_mean"]), xycoords=("axes fraction", "data"),
-                xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=8.5,
+                xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=_SMALL,
             )  # fmt: skip
             low = min(low, r["kl_mean"] / 1.6)
         axes.annotate(
             "\n".join(below), (0.0, 0.0), xycoords="axes fraction", xytext=(6, 5),
-            textcoords="offset points", fontsize=8.5,
+            textcoords="offset points", fontsize=_SMALL,
         )  # fmt: skip
         axes.set_ylim(low, high)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(_log_ticks(low, high))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("bits per channel (all stored bits of a quantized token)")
         axes.set_ylabel("mean KL, nats per token")
-        figure.legend(frameon=False, loc="outside upper left", ncols=4, handlelength=2.2)
+        figure.legend(frameon=False, loc="outside upper left", ncols=2, handlelength=2.2)
         best = min(points, key=lambda r: r["kl_mean"])
         alt = (
             f"Mean KL divergence against bits per channel for {len(points)} plans. "
@@ -174,7 +179,7 @@ def error_heat_maps(errors: dict[str, dict[str, list]], names: list[str]) -> str
     heads = max(g.shape[0] for g in grids.values())
     row_height = min(0.62 + 0.16 * heads, 2.6)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.6, 0.9 + row_height * len(names)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.0 + row_height * len(names)), layout="constrained")
         panels = figure.subplots(len(names), 2, squeeze=False, sharex=True)
         for column, (side, title) in enumerate(sides):
             finite = np.concatenate([grids[n, side].ravel() for n in names])
@@ -196,16 +201,16 @@ def error_heat_maps(errors: dict[str, dict[str, list]], names: list[str]) -> str
                 )
                 meshes.append(mesh)
                 axes.invert_yaxis()
-                axes.set_title(name)
+                axes.set_title(name, fontsize=_SMALL)
                 axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-                axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+                axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
                 axes.tick_params(length=2)
                 if column == 0:
                     axes.set_ylabel("KV head")
                 if row == len(names) - 1:
                     axes.set_xlabel("layer")
             bar = figure.colorbar(
-                meshes[0], ax=list(panels[:, column]), location="top", aspect=45, pad=0.02
+                meshes[0], ax=list(panels[:, column]), location="top", aspect=25, pad=0.02
             )
             bar.set_label(title)
             bar.outline.set_visible(False)
@@ -239,6 +244,79 @@ def _log_ticks(low: float, high: float) -> FixedLocator:
     return FixedLocator(ticks or [low, high])
 
 
+def _end_labels(axes, ends: list[tuple[float, str]], right: float | int) -> None:
+    """Labels of curves at their right end, wrapped, pushed apart so that none overlap, with leaders."""
+    low, high = axes.get_ylim()
+    line, left = (high / low) ** 0.065, axes.get_xlim()[0]
+    top = low
+    for y, whole in sorted(ends):
+        label = textwrap.fill(whole, 22, break_long_words=False, break_on_hyphens=False)
+        half = line ** ((label.count("\n") + 1) / 2)
+        at = max(y, top * half)
+        top = at * half
+        axes.annotate(
+            label, (right, y), xytext=((right / left) ** 0.08 * right, at), textcoords="data",
+            va="center", fontsize=_SMALL, annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-", "color": _INK, "linewidth": 0.5, "shrinkB": 4,
+                "relpos": (0.0, 0.5),
+            },
+        )  # fmt: skip
+
+
+def kl_against_position(rows: list[Row], texts: list[str]) -> str | None:
+    """Mean KL (log scale) in buckets of position, one panel per text, one line per quantizing plan.
+
+    A bucket [start, end) stands at its middle. None where no text has two buckets.
+    """
+    lines: dict[str, list[tuple[Row, list[tuple[float, float]]]]] = {text: [] for text in texts}
+    for row in rows:
+        points = [
+            ((b["start"] + b["end"]) / 2, b["kl_mean"])
+            for b in row["kl_by_position"]
+            if b["kl_mean"]
+        ]
+        if row["codec"] != "exact" and len(points) > 1:
+            lines[row["text"]].append((row, points))
+    drawn = {text: found for text, found in lines.items() if found}
+    if not drawn:
+        return None
+    styles = family_styles(rows)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 0.4 + 3.2 * len(drawn)), layout="constrained")
+        panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
+        for axes, (text, found) in zip(panels, drawn.items(), strict=True):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            for row, points in found:
+                colour, marker = styles[row["codec"]]
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.6)
+            edges = sorted({b["end"] for row, _ in found for b in row["kl_by_position"]})
+            axes.xaxis.set_major_locator(FixedLocator([*edges[:-1], edges[-1]]))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(_log_ticks(low, high))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.grid(axis="y")
+            axes.set_axisbelow(True)
+            axes.set_title(text)
+            axes.set_ylabel("mean KL, nats per token")
+            right = max(points[-1][0] for _, points in found)
+            _end_labels(axes, [(points[-1][1], row["name"]) for row, points in found], right)
+        panels[-1].set_xlabel("position in the window, tokens")
+        alt = "Mean KL divergence against position in the window. From first to last bucket: " + (
+            "; ".join(
+                f"{row['name']} on {text} {points[0][1]:.3g} to {points[-1][1]:.3g}"
+                for text, found in drawn.items()
+                for row, points in found
+            )
+        )
+        return _svg(figure, "position", f"{alt} nats per token.")
+
+
 def memory_against_context(rows: list[Row]) -> str | None:
     """Cache bytes of one sequence against its length; plans within 2 % share a line."""
     groups: list[list[Row]] = []
@@ -255,7 +333,7 @@ def memory_against_context(rows: list[Row]) -> str | None:
     unit, word = (2.0**30, "GiB") if top > 2**30 else (2.0**20, "MiB")
     styles = family_styles(rows)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(7.6, 4.2), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
         axes = figure.subplots()
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -276,19 +354,8 @@ def memory_against_context(rows: list[Row]) -> str | None:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("context, tokens")
         axes.set_ylabel(f"cache of one sequence, {word}")
-        # Labels at the right end, pushed apart so that they never overlap, each with its leader.
-        step, last = (high / low) ** 0.05, 0.0
         right = max(c[-1][0] for _, c in curves)
-        for y, label in sorted(ends):
-            last = max(y, last * step)
-            axes.annotate(
-                label, (right, y), xytext=(right * 1.22, last), textcoords="data", va="center",
-                fontsize=8.5, annotation_clip=False,
-                arrowprops={
-                    "arrowstyle": "-", "color": _INK, "linewidth": 0.5, "shrinkB": 4,
-                    "relpos": (0.0, 0.5),
-                },
-            )  # fmt: skip
+        _end_labels(axes, ends, right)
         alt = (
             f"Bytes of the cache against context length. At {right} tokens: "
             + "; ".join(f"{label} {y:.3g} {word}" for y, label in ends)

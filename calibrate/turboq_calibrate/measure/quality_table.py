@@ -1,7 +1,7 @@
-"""The quality table as data: `quality.json`, `quality.csv`, `run.json` and the printed table.
+"""The quality table as data and as text: `quality.json`, `quality.csv`, `run.json`, console.
 
-`quality.json` holds only what follows from model, plans and text, so two runs write the same bytes;
-seconds, memory and versions are in `run.json`.
+`quality.json` holds only what follows from model, plans and texts, so two runs write the same
+bytes; seconds, memory and versions are in `run.json`.
 """
 
 from __future__ import annotations
@@ -10,34 +10,46 @@ import csv
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
+from turboq_calibrate.measure.quality_schema import Run, Table, read_json
 
-SCHEMA = 1
 QUALITY, TABLE, RUN = "quality.json", "quality.csv", "run.json"
-# The columns of issue and CSV, in order; nested values are flattened or left to the JSON.
+LONG = 1024  # windows above this show their KL by position
+# The columns of the CSV, in order; nested values are flattened or left to the JSON.
 COLUMNS: tuple[str, ...] = (
     "name", "codec", "k_codec", "v_codec", "k_bits", "v_bits", "bits_per_channel",
-    "bits_per_channel_at_context", "context", "sinks", "recent", "text", "kl_mean", "kl_median",
-    "kl_ci_lo", "kl_ci_hi", "kl_p99", "top1", "perplexity", "perplexity_ratio", "bytes_per_token",
-    "compression",
+    "bits_per_channel_at_context", "context", "sinks", "recent", "text", "quantized_tokens",
+    "scored_positions", "kl_mean", "kl_median", "kl_ci_lo", "kl_ci_hi", "kl_p99", "top1",
+    "perplexity", "perplexity_exact", "perplexity_ratio", "bytes_per_token", "compression",
 )  # fmt: skip
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quality:
-    """`table`: what `quality.json` holds. `run`: how this run of it went."""
+    """`table`: what `quality.json` holds. `run`: how this run went. Fields: `quality_schema`."""
 
     table: dict[str, Any]
     run: dict[str, Any]
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
-        """One dict per plan, in the order given."""
+    def rows(self) -> list[Row]:
+        """One dict per plan and text: text by text, plans in the order given."""
         return self.table["rows"]
+
+    def rows_of(self, text: str) -> list[Row]:
+        """One dict per plan, on one text."""
+        return [row for row in self.rows if row["text"] == text]
+
+    @property
+    def texts(self) -> list[str]:
+        """Names of the texts, in the order given."""
+        return [text["text"] for text in self.table["texts"]]
 
 
 def write_quality(quality: Quality, folder: str | Path) -> Path:
@@ -48,8 +60,8 @@ def write_quality(quality: Quality, folder: str | Path) -> Path:
     """
     folder = make_folder(folder)
     atomic_write(folder / TABLE, csv_text(quality.rows))
-    atomic_write(folder / RUN, _json(quality.run))
-    atomic_write(folder / QUALITY, _json(quality.table))
+    atomic_write(folder / RUN, json_text(quality.run))
+    atomic_write(folder / QUALITY, json_text(quality.table))
     return folder / QUALITY
 
 
@@ -57,43 +69,32 @@ def read_quality(folder: str | Path) -> Quality:
     """Reads what `write_quality` wrote; `run.json` may be absent.
 
     Raises:
-      TurboqError: `quality.json` is missing, not JSON, or of another schema.
+      TurboqError: a file is not what `quality_schema` says, or its rows do not fit its texts.
     """
-    path = Path(folder) / QUALITY
-    table = _load(path)
-    if table.get("schema") != SCHEMA or not isinstance(table.get("rows"), list):
-        raise TurboqError(
-            f"{path} has schema {table.get('schema')!r}, this version reads {SCHEMA}: "
-            "run `turboq evaluate` again"
-        )
-    run = Path(folder) / RUN
-    return Quality(table=table, run=_load(run) if run.exists() else {})
+    path, run = Path(folder) / QUALITY, Path(folder) / RUN
+    again = "run `turboq evaluate` again"
+    table = read_json(path, Table, otherwise=again)
+    texts = {text["text"] for text in table["texts"]}
+    cells = [(row["name"], row["text"]) for row in table["rows"]]
+    for name, text in cells:
+        if text not in texts or cells.count((name, text)) > 1:
+            raise TurboqError(f"{path}: not one row of {name!r} on a text {text!r}: {again}")
+    return Quality(table=table, run=read_json(run, Run, otherwise=again) if run.exists() else {})
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TurboqError(f"{path} does not exist: run `turboq evaluate` first") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TurboqError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise TurboqError(f"{path} does not hold a JSON object")
-    return value
-
-
-def _json(value: dict[str, Any]) -> str:
+def json_text(value: Any) -> str:
+    """As all files of a run are written."""
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
-def flat(row: dict[str, Any]) -> dict[str, Any]:
+def flat(row: Row) -> Row:
     """A row's values by `COLUMNS`; a missing interval is empty."""
     lo, hi = row["kl_ci"] or ("", "")
     extra = {"kl_ci_lo": lo, "kl_ci_hi": hi} | row["policy"]
     return {name: extra[name] if name in extra else row[name] for name in COLUMNS}
 
 
-def csv_text(rows: list[dict[str, Any]]) -> str:
+def csv_text(rows: Sequence[Row]) -> str:
     """The rows as CSV (RFC 4180 quoting, newline line ends)."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
@@ -102,24 +103,81 @@ def csv_text(rows: list[dict[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-def display(row: dict[str, Any]) -> dict[str, str]:
-    """The cells people read, as text: heading -> cell."""
-    ci = row["kl_ci"]
+def storage_cells(row: Row) -> dict[str, str]:
+    """A plan's name and size as text: heading -> cell."""
     return {
         "plan": row["name"],
         "bits/ch": f"{row['bits_per_channel']:.2f}",
         "bytes/token": f"{row['bytes_per_token']:g}",
         "vs bf16": f"{row['compression']:.2f}x",
-        "KL mean": _nats(row["kl_mean"]),
-        "95 % interval": "-" if ci is None else f"{_nats(ci[0])} .. {_nats(ci[1])}",
-        "median": _nats(row["kl_median"]),
-        "p99": _nats(row["kl_p99"]),
+    }
+
+
+def display(row: Row) -> dict[str, str]:
+    """The cells people read, as text: heading -> cell. One window has no interval."""
+    ci = row["kl_ci"]
+    interval = {} if ci is None else {"95 % interval": f"{nats(ci[0])} .. {nats(ci[1])}"}
+    return {
+        **storage_cells(row),
+        "KL mean": nats(row["kl_mean"]),
+        **interval,
+        "median": nats(row["kl_median"]),
+        "p99": nats(row["kl_p99"]),
         "top-1": f"{100 * row['top1']:.1f} %",
         "perplexity": _perplexity(row["perplexity"]),
     }
 
 
-def _nats(x: float) -> str:
+def by_text(quality: Quality) -> list[dict[str, str]]:
+    """One dict per plan: its size, and its mean KL on every text, the largest marked with *."""
+    cells: dict[str, dict[str, Row]] = {}
+    for row in quality.rows:
+        cells.setdefault(row["name"], {})[row["text"]] = row
+    found = []
+    for rows in cells.values():
+        worst = max(row["kl_mean"] for row in rows.values())
+        line = storage_cells(next(iter(rows.values())))
+        for text in quality.texts:
+            row = rows.get(text)
+            mark = "*" if row and row["kl_mean"] == worst else " "
+            line[text] = "-" if row is None else nats(row["kl_mean"]) + mark
+        found.append(line)
+    return found
+
+
+def by_position(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """One dict per plan: its mean KL in every bucket of positions ("-" where none was scored)."""
+    return [
+        {"plan": row["name"]}
+        | {
+            f"{b['start']}..{b['end'] - 1}": "-" if b["kl_mean"] is None else nats(b["kl_mean"])
+            for b in row["kl_by_position"]
+        }
+        for row in rows
+    ]
+
+
+def scopes(rows: Sequence[Row], tokens: int) -> list[str]:
+    """What was measured on one text, one line for plans that share it."""
+    plans: dict[str, list[str]] = {}
+    for row in rows:
+        what = f"{row['quantized_tokens']} tokens" if row["quantized_tokens"] else "nothing"
+        line = (
+            f"{what} quantized, {row['scored_positions']} of {tokens} positions scored (exact "
+            f"perplexity there {_perplexity(row['perplexity_exact'])})"
+        )
+        plans.setdefault(line, []).append(row["name"])
+    return [f"{_together(names, len(rows))}: {line}" for line, names in plans.items()]
+
+
+def _together(names: list[str], plans: int) -> str:
+    if len(names) == plans:
+        return "all plans" if plans > 1 else names[0]
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
+
+
+def nats(x: float) -> str:
+    """A KL in nats, as tables show it."""
     return "0" if x == 0 else f"{x:.4f}" if x >= 1e-3 else f"{x:.1e}"
 
 
@@ -128,23 +186,40 @@ def _perplexity(x: float) -> str:
 
 
 def format_table(quality: Quality) -> str:
-    """The printed table: what was measured on one line, then one aligned line per plan."""
+    """The printed table: what was measured, one aligned line per plan, what was scored.
+
+    Several texts are columns, and a window above `LONG` tokens adds a table of KL by position.
+    """
     t = quality.table
-    cells = [display(row) for row in t["rows"]]
-    head = list(cells[0])
-    widths = {h: max(len(h), *(len(c[h]) for c in cells)) for h in head}
+    several = len(t["texts"]) > 1
+    lines = [f"{t['model']}: KL in nats per token against exact KV"]
+    if several:
+        lines[0] += "; * the text on which a plan loses most"
+        lines += aligned(by_text(quality))
+    for text in t["texts"]:
+        rows = quality.rows_of(text["text"])
+        what = (
+            f"{text['text']}: windows of {text['window_tokens']} tokens, {text['windows']} of them"
+        )
+        lines += [what] if several else [f"{lines.pop()}, {what}", *aligned(map(display, rows))]
+        lines += scopes(rows, text["tokens"])
+        if text["window_tokens"] > LONG:
+            lines += [f"{text['text']}: mean KL by position", *aligned(by_position(rows))]
+    return "\n".join(lines)
+
+
+def aligned(cells) -> list[str]:
+    """A heading, a rule and one line per dict; the first column is left-justified."""
+    cells = list(cells)
+    if not cells:
+        return ["no plans were measured"]
+    head = list(dict.fromkeys(h for c in cells for h in c))
+    widths = {h: max(len(h), *(len(c.get(h, "")) for c in cells)) for h in head}
+    first, *rest = head
 
     def line(values: dict[str, str]) -> str:
-        first, *rest = head
-        parts = [values[first].ljust(widths[first]), *(values[h].rjust(widths[h]) for h in rest)]
-        return "  ".join(parts).rstrip()
+        parts = [values[first].ljust(widths[first])]
+        return "  ".join(parts + [values.get(h, "").rjust(widths[h]) for h in rest]).rstrip()
 
-    return "\n".join(
-        [
-            f"{t['model']} on {t['text']}: {t['windows']} windows of {t['window_tokens']} tokens, "
-            f"KL in nats per token against exact KV (perplexity {t['exact']['perplexity']:.3f})",
-            line({h: h for h in head}),
-            "  ".join("-" * widths[h] for h in head),
-            *map(line, cells),
-        ]
-    )
+    rule = "  ".join("-" * widths[h] for h in head)
+    return [line({h: h for h in head}), rule, *map(line, cells)]

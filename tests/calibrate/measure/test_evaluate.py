@@ -8,13 +8,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quality_cases
 from plan_cases import random_fit
 from tolerances import TOL
 
 from turboq.cache import accounting
-from turboq.cache.layer import TokenPolicy
+from turboq.cache.layer import TokenPolicy, uniform_layer
 from turboq.cache.simulate import simulate, simulated_attention
-from turboq.codecs import Exact, PerHead, TurboQuantMSE, TurboQuantProd
+from turboq.codecs import Exact, KiviKey, PerHead, TurboQuantMSE, TurboQuantProd
 from turboq.errors import TurboqError
 from turboq.plan import collect_arrays, head_plan, uniform_plan
 from turboq_calibrate.cost import metrics
@@ -22,7 +23,9 @@ from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure import evaluate as evaluation
 from turboq_calibrate.measure import quality_table as quality
 from turboq_calibrate.measure.attention_plugs import head_errors
-from turboq_calibrate.measure.evaluate import evaluate
+from turboq_calibrate.measure.evaluate import evaluate, evaluate_texts
+from turboq_calibrate.measure.scored import Scored, scored
+from turboq_calibrate.measure.teacher_forced import hidden_states, score
 from turboq_calibrate.models import (
     decoder,
     default_positions,
@@ -81,8 +84,14 @@ def log_softmax_f64(logits):
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
+def first_scored(policy):
+    """Of per-token codecs: position t reads tokens sinks .. t - recent quantized."""
+    return policy.sinks + policy.recent
+
+
 def independent(model, plan, arrays, windows):
-    """The same quantities from whole logits of one window at a time, in float64."""
+    """The same quantities from whole logits of one window at a time, in float64, at the positions
+    that can see a quantized token."""
     layers = [plan.kv_layer(i, arrays) for i in range(len(model.spec.layers))]
 
     def plug(spec, q, k, v, positions, layer):
@@ -97,12 +106,14 @@ def independent(model, plan, arrays, windows):
         nll.append(-q[at])
         nll_exact.append(-p[at])
         top1.append(p.argmax(-1) == q.argmax(-1))
-    return [np.array(x) for x in (kl, nll, nll_exact, top1)]
+    first = first_scored(plan.tokens)
+    return [np.array(x)[:, first:] for x in (kl, nll, nll_exact, top1)]
 
 
 def test_rows_match_an_independent_evaluation(model, plans, windows, measured):
-    table = measured.table
-    assert (table["windows"], table["window_tokens"], table["tokens"]) == (3, LENGTH, 60)
+    (text,) = measured.table["texts"]
+    assert (text["text"], text["windows"], text["window_tokens"]) == ("noise", 3, LENGTH)
+    assert text["tokens"] == 60
     assert [r["name"] for r in measured.rows] == [name for name, _, _ in plans]
     for row, (_, plan, arrays) in zip(measured.rows, plans, strict=True):
         kl, nll, nll_exact, top1 = independent(model, plan, arrays, windows)
@@ -116,7 +127,11 @@ def test_rows_match_an_independent_evaluation(model, plans, windows, measured):
         rel = TOL["model_nll"]
         assert row["perplexity"] == pytest.approx(np.exp(nll.mean()), rel=rel)
         assert row["perplexity_ratio"] == pytest.approx(np.exp((nll - nll_exact).mean()), rel=rel)
-        assert table["exact"]["perplexity"] == pytest.approx(np.exp(nll_exact.mean()), rel=rel)
+        assert row["perplexity_exact"] == pytest.approx(np.exp(nll_exact.mean()), rel=rel)
+        assert row["scored_positions"] == kl.size
+        last = LENGTH - 1 - plan.tokens.recent  # what the last scored position reads
+        quantized = 0 if row["name"] == "exact" else 3 * (last - plan.tokens.sinks)
+        assert row["quantized_tokens"] == quantized
 
 
 def test_targets_are_the_next_tokens(model, windows, measured):
@@ -125,7 +140,7 @@ def test_targets_are_the_next_tokens(model, windows, measured):
     wrong = [-q[np.arange(LENGTH), w].mean() for q, w in zip(p, windows, strict=True)]
     right = [-q[np.arange(LENGTH - 1), w[1:]].mean() for q, w in zip(p, windows, strict=True)]
     assert abs(np.mean(wrong) - np.mean(right)) > 100 * TOL["model_nll"]
-    perplexity = measured.table["exact"]["perplexity"]
+    perplexity = measured.table["texts"][0]["perplexity"]
     assert perplexity == pytest.approx(np.exp(np.mean(right)), rel=TOL["model_nll"])
 
 
@@ -134,9 +149,7 @@ def test_exact_plan_loses_nothing(measured):
     assert 0 <= row["kl_mean"] <= TOL["kl_model_abs"]
     assert row["kl_p99"] <= TOL["kl_model_abs"]
     assert row["top1"] == 1
-    assert row["perplexity"] == pytest.approx(
-        measured.table["exact"]["perplexity"], rel=TOL["model_nll"]
-    )
+    assert row["perplexity"] == pytest.approx(row["perplexity_exact"], rel=TOL["model_nll"])
 
 
 def test_more_bits_lose_less(model, windows):
@@ -170,16 +183,16 @@ def test_two_runs_write_the_same_bytes(model, plans, windows, measured, tmp_path
 
 
 def test_batches_and_blocks_change_nothing(model, plans, windows, measured, monkeypatch):
-    monkeypatch.setattr(evaluation, "BLOCK", 16)  # 42 positions: blocks that cross windows, padding
+    monkeypatch.setattr(metrics, "BLOCK", 16)  # 42 positions: blocks that cross windows, padding
     other = evaluate(model, plans[1:3], windows, text="noise", window_batch=2, progress=False)
     for a, b in zip(measured.rows[1:3], other.rows, strict=True):
         for key in ("kl_mean", "kl_p99", "top1", "perplexity"):
             assert a[key] == pytest.approx(
                 b[key], rel=TOL["kl_model_rel"], abs=TOL["kl_model_abs"]
             ), key
-    for name, errors in other.table["head_errors"].items():
+    for name, errors in other.table["head_errors"]["noise"].items():
         for key, values in errors.items():
-            before = measured.table["head_errors"][name][key]
+            before = measured.table["head_errors"]["noise"][name][key]
             np.testing.assert_allclose(values, before, rtol=TOL["head_errors"], err_msg=key)
 
 
@@ -252,9 +265,9 @@ def test_reported_head_errors_are_means_over_windows(model, plans, windows, meas
         x = embed_tokens(model, tokens)
         decoder.layer(spec, params, x, default_positions(tokens), plug, layer)
     want = np.sqrt(np.mean([s["k_logit_mse"][0] for s in seen], axis=0))
-    got = measured.table["head_errors"][name]["k_logit_rms"][0]
+    got = measured.table["head_errors"]["noise"][name]["k_logit_rms"][0]
     np.testing.assert_allclose(got, want, rtol=TOL["head_errors"])
-    assert len(measured.table["head_errors"][name]["v_rel_mse"]) == 2
+    assert len(measured.table["head_errors"]["noise"][name]["v_rel_mse"]) == 2
 
 
 def test_bad_input_is_one_clear_line(model, plans, windows):
@@ -290,7 +303,7 @@ def test_files_and_table(measured, tmp_path):
         "codec", "k_bits", "v_bits", "bits_per_channel", "text", "kl_mean", "kl_ci", "kl_p99",
         "top1", "perplexity", "bytes_per_token",
     }  # fmt: skip
-    assert raw["schema"] == 1
+    assert raw["schema"] == 2
     assert raw["model"] == measured.table["model"]
     assert all(needed <= set(row) for row in raw["rows"])
     assert quality.read_quality(tmp_path / "new").table == measured.table
@@ -301,9 +314,12 @@ def test_files_and_table(measured, tmp_path):
         assert [float(text["kl_ci_lo"]), float(text["kl_ci_hi"])] == row["kl_ci"]
         assert int(text["recent"]) == row["policy"]["recent"]
     lines = quality.format_table(measured).splitlines()
-    assert len(lines) == 3 + len(rows)
+    assert len(lines) == 3 + len(rows) + 3  # two policies, and the exact plan quantizes nothing
     assert lines[1].split()[:2] == ["plan", "bits/ch"]
-    assert len({len(line) for line in lines[1:]}) == 1  # aligned
+    assert len({len(line) for line in lines[1 : 3 + len(rows)]}) == 1  # aligned
+    assert lines[-3].startswith("exact: nothing quantized, 45 of 60 positions scored")
+    assert lines[-2].startswith("mse 2, prod 3, mixed: 45 tokens quantized, 45 of 60 positions")
+    assert lines[-1].startswith("learned: 57 tokens quantized, 57 of 60 positions scored")
 
 
 def test_one_window_has_no_interval(model, plans, windows, tmp_path):
@@ -311,18 +327,229 @@ def test_one_window_has_no_interval(model, plans, windows, tmp_path):
     assert one.rows[0]["kl_ci"] is None
     quality.write_quality(one, tmp_path)
     assert quality.read_quality(tmp_path).rows[0]["kl_ci"] is None
-    assert " - " in quality.format_table(one)
+    assert "interval" not in quality.format_table(one)  # no column of dashes
 
 
 @pytest.mark.parametrize(
     ("content", "match"),
-    [(None, "does not exist"), ("{", "cannot read"), ("[]", "JSON object"), ("{}", "schema None")],
+    [
+        (None, "does not exist: run"),
+        ("{", "not JSON"),
+        ("[]", "must be an object"),
+        ("{}", "schema: null, this version reads 2"),
+        ('{"schema": 1, "rows": []}', "schema: 1, this version reads 2: run `turboq evaluate`"),
+    ],
 )
 def test_unreadable_quality_is_one_clear_line(tmp_path, content, match):
     if content is not None:
         (tmp_path / quality.QUALITY).write_text(content)
-    with pytest.raises(TurboqError, match=match):
+    with pytest.raises(TurboqError, match=match) as error:
         quality.read_quality(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def places(value, path=()):
+    """Paths of every value of a JSON document; of a list, those of its first item."""
+    yield path
+    if not isinstance(value, (dict, list)):
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value[:1]):
+        yield from places(item, (*path, key))
+
+
+@pytest.mark.parametrize("file", [quality.QUALITY, quality.RUN])
+def test_every_damaged_field_is_one_clear_line(tmp_path, file):
+    """Each value replaced by each other kind, or left out: a TurboqError that names the file, or
+    (a number for a number) the table as it stands, which the report can draw."""
+    given = quality_cases.quality(
+        [quality_cases.row("a"), quality_cases.row("b", "exact", 16, 0.0)]
+    )
+    quality.write_quality(given, tmp_path)
+    whole = json.loads((tmp_path / file).read_text())
+    tried, refused = 0, []
+    for path in places(whole):
+        if not path:
+            continue
+        *outer, last = path
+        for wrong in (None, True, "words", -1.5, [], {}, [[]], {"words": 3}, "absent"):
+            damaged = json.loads(json.dumps(whole))
+            at = damaged
+            for key in outer:
+                at = at[key]
+            if wrong == "absent":
+                del at[last]
+            else:
+                at[last] = wrong
+            (tmp_path / file).write_text(json.dumps(damaged))
+            tried += 1
+            try:
+                found = quality.read_quality(tmp_path)
+            except TurboqError as error:
+                refused.append(str(error))
+            else:
+                quality.csv_text(found.rows)
+                quality.format_table(found)
+    assert len(refused) > 0.8 * tried > 40
+    assert all(str(tmp_path) in line and "\n" not in line for line in refused)
+
+
+def test_positions_of_the_window(rng):
+    """Buckets double; only positions from `first` on count; those without any say so."""
+    kl = rng.exponential(size=(3, 1500))
+    found = metrics.kl_by_position(kl, 300)
+    edges = [(0, 256), (256, 512), (512, 1024), (1024, 1500)]
+    assert [(b["start"], b["end"]) for b in found] == edges
+    assert found[0]["kl_mean"] is None
+    assert found[0]["positions"] == 0
+    for bucket, (start, end) in zip(found[1:], [(300, 512), *edges[2:]], strict=True):
+        values = [kl[w, t] for w in range(3) for t in range(start, end)]
+        assert bucket["positions"] == len(values)
+        assert bucket["kl_mean"] == pytest.approx(sum(values) / len(values), rel=TOL["f64"])
+    assert [b["end"] for b in metrics.kl_by_position(kl[:, :256])] == [256]
+    assert [b["end"] for b in metrics.kl_by_position(kl[:, :257])] == [256, 257]
+
+
+def test_rows_hold_their_buckets(model, plans, rng, monkeypatch):
+    """Weighted by their positions, the buckets' means are the row's; long windows print them."""
+    monkeypatch.setattr(quality, "LONG", 100)
+    tokens = rng.integers(0, model.spec.vocab, (2, 256)).astype(np.int32)
+    found = evaluate(model, plans[1:3], tokens, text="noise", progress=False)
+    for row in found.rows:
+        (bucket,) = row["kl_by_position"]
+        assert (bucket["start"], bucket["end"]) == (0, 255)
+        assert bucket["positions"] == row["scored_positions"] == 2 * (255 - 5)
+        assert bucket["kl_mean"] == pytest.approx(row["kl_mean"], rel=TOL["f64"])
+    lines = quality.format_table(found).splitlines()
+    assert lines[-5:-3] == ["noise: mean KL by position", lines[-4]]
+    assert lines[-4].split() == ["plan", "0..254"]
+
+
+def brute_force(window, layer, length):
+    """Scored positions and quantized tokens, one query and one token at a time."""
+    policy, positions, tokens = layer.policy, [], set()
+    for t in range(length - 1):
+        stored = max(t + 1 - policy.recent, 0) // layer.block * layer.block
+        seen = {
+            s for s in range(t + 1)
+            if policy.sinks <= s < stored and (window is None or s > t - window)
+        }  # fmt: skip
+        tokens |= seen
+        if seen:
+            positions.append(t)
+    return positions, tokens
+
+
+@pytest.mark.parametrize(
+    "codec", [TurboQuantMSE(dim=32, bits=3), KiviKey(dim=32, bits=2, group=32)]
+)
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("recent", [0, 5])
+@pytest.mark.parametrize("window", [None, 4, 40])
+def test_scored_against_brute_force(codec, sinks, recent, window):
+    policy = TokenPolicy(sinks=sinks, recent=recent)
+    full = uniform_layer(kv_heads=2, k=codec, v=TurboQuantMSE(dim=32, bits=3), policy=policy)
+    exact = uniform_layer(kv_heads=2, k=Exact(dim=32), v=Exact(dim=32), policy=policy)
+    positions, tokens = brute_force(window, full, 81)
+    if not positions:
+        with pytest.raises(TurboqError, match=f"{sinks} sinks and {recent} recent"):
+            scored([window], [full], 81)
+        return
+    assert scored([window], [full], 81) == Scored(first=positions[0], quantized=len(tokens))
+    # A layer of exact heads adds nothing; a layer without a window sees earlier and more.
+    assert scored([None, window], [exact, full], 81).quantized == len(tokens)
+    both = scored([window, None], [full, full], 81)
+    everything = brute_force(None, full, 81)
+    assert both == Scored(first=everything[0][0], quantized=len(everything[1]))
+    exact_policy = scored([None], [exact], 81)
+    assert exact_policy == Scored(first=sinks + recent, quantized=0)
+
+
+def test_a_plan_that_quantizes_nothing_is_refused(model, windows):
+    """But exact codecs measure rounding, with whatever policy: all positions."""
+    policy = TokenPolicy(sinks=4, recent=LENGTH)
+    plan = named(model, "mse", TurboQuantMSE(dim=16, bits=2), policy=policy)
+    with pytest.raises(TurboqError, match=r"plan 'mse'.*4 sinks and 21 recent.*window of 21"):
+        evaluate(model, [plan], windows, text="noise", progress=False)
+    plan = named(model, "exact", Exact(dim=16, dtype="float32"), policy=policy)
+    (row,) = evaluate(model, [plan], windows, text="noise", progress=False).rows
+    assert (row["quantized_tokens"], row["scored_positions"]) == (0, 60)
+
+
+def test_no_divergence_before_the_first_scored_position(model, plans, windows):
+    """What is left out is left out because nothing quantized can be seen there, and no more."""
+    _, plan, arrays = plans[1]
+    layers = [plan.kv_layer(i, arrays) for i in range(len(model.spec.layers))]
+    hidden, _ = hidden_states(
+        model, {"mse 2": layers}, windows, evaluation.PLUGS["simulated"], lambda: None
+    )
+    _, rows = score(model, hidden, windows)
+    kl = np.array([m["kl"] for m in rows["mse 2"]])
+    first = first_scored(POLICY)  # exact tokens are float32 here
+    assert kl[:, :first].max() <= TOL["kl_model_abs"]
+    assert kl[:, first].min() > 1000 * TOL["kl_model_abs"]
+
+
+@pytest.fixture
+def texts(windows):
+    return {"noise": windows[:2], "more noise": windows[1:, :17]}
+
+
+def test_texts_are_measured_by_themselves(model, plans, texts):
+    some = plans[1:4]
+    both = evaluate_texts(model, some, texts, progress=False, plan_batch=2)
+    for text, tokens in texts.items():
+        one = evaluate(model, some, tokens, text=text, progress=False)
+        assert both.rows_of(text) == one.rows
+        assert both.table["head_errors"][text] == one.table["head_errors"][text]
+        assert one.table["texts"] == [t for t in both.table["texts"] if t["text"] == text]
+    lines = quality.format_table(both).splitlines()
+    assert lines[1].split()[-3:] == ["noise", "more", "noise"]
+    for line, (name, _, _) in zip(lines[3:6], some, strict=True):
+        kl = {text: next(r["kl_mean"] for r in both.rows_of(text) if r["name"] == name)
+              for text in texts}  # fmt: skip
+        worst = max(kl, key=kl.get)
+        assert line.startswith(name)
+        assert line.count("*") == 1
+        assert f"{kl[worst]:.4f}*" in line
+
+
+def test_interrupted_and_continued_is_the_same_table(model, plans, texts, tmp_path, monkeypatch):
+    some, whole = plans[1:4], evaluate_texts(model, plans[1:4], texts, progress=False)
+    calls = []
+    measure = evaluation._measure
+
+    def interrupted(*args):
+        calls.append(args[3])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    def again(which=some, **options):
+        calls.clear()
+        return evaluate_texts(
+            model, which, texts, progress=False, plan_batch=2, folder=tmp_path, **options
+        )
+
+    monkeypatch.setattr(evaluation, "_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    monkeypatch.setattr(evaluation, "_measure", lambda *a: calls.append(a[3]) or measure(*a))
+    found = again()
+    assert calls == list(texts)  # the second batch only
+    assert found.table == whole.table
+    assert (found.run["windows_measured"], found.run["windows_reused"]) == (2 * 4, 3 * 4)
+    assert again().run["seconds_per_plan_and_window"] is None  # all of it reused
+    assert calls == []
+    name, plan, arrays = some[2]
+    other = {key: x + 1 if key.endswith("mean") else x for key, x in arrays.items()}
+    for changed in ({"seed": 1}, {"context": 64}, {"which": [*some[:2], (name, plan, other)]}):
+        again(**changed)
+        assert calls == (list(texts) if "which" in changed else [*texts, *texts])
+    for part in tmp_path.glob("*.json"):
+        part.write_text("{}")
+    with pytest.raises(TurboqError, match=r"\.json: text: missing: remove it"):
+        again()
+    assert calls == []  # found before anything is measured
 
 
 def test_output_folder_that_is_a_file(measured, tmp_path):

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import quality_cases
 
 from turboq.errors import TurboqError
 from turboq_calibrate.measure import html_page as report
@@ -16,49 +17,17 @@ from turboq_calibrate.measure import quality_table as quality
 NASTY = 'x <script>alert(1)</script> & "$\\frac$"'
 
 
-def row(name, codec, bits, kl, *, ci=(0.8, 1.25)):
-    return {
-        "name": name, "codec": codec, "k_codec": codec, "v_codec": codec, "k_bits": bits,
-        "v_bits": bits, "bits_per_channel": bits + 0.25, "bits_per_channel_at_context": bits + 0.3,
-        "context": 4096, "policy": {"sinks": 4, "recent": 0, "exact_dtype": "bfloat16"},
-        "text": "noise", "kl_mean": kl, "kl_median": kl / 2,
-        "kl_ci": None if ci is None else [c * kl for c in ci], "kl_p99": 5 * kl, "top1": 0.75,
-        "perplexity": 20.0 + kl, "perplexity_ratio": 1 + kl, "bytes_per_token": 100 * bits,
-        "compression": 16 / bits,
-        "cache_bytes": {str(c): 100 * bits * c for c in (256, 1024, 4096)},
-    }  # fmt: skip
-
-
-def errors(scale, layers=5, heads=2):
-    grid = [[scale * (1 + 10 * i + h) for h in range(heads)] for i in range(layers)]
-    grid[3] = None  # a layer without a cache
-    return {"k_logit_rms": grid, "k_rel_mse": grid, "v_rel_mse": grid}
-
-
-def make(rows):
-    table = {
-        "schema": 1, "model": "tiny & <b>bold</b>", "model_fingerprint": "ab" * 32, "text": "noise",
-        "windows": 3, "window_tokens": 64, "tokens": 189, "windows_sha256": "cd" * 32,
-        "attention": "simulated", "exact": {"perplexity": 20.0},
-        "bootstrap": {"level": 0.95, "samples": 100, "seed": 0}, "rows": rows,
-        "head_errors": {r["name"]: errors(r["kl_mean"] or 1e-9) for r in rows},
-    }  # fmt: skip
-    run = {"seconds": 12.0, "cpus": 2, "devices": ["cpu:0"], "peak_memory_bytes": 2**30,
-           "versions": {"jax": "0"}}  # fmt: skip
-    return quality.Quality(table=table, run=run)
-
-
 @pytest.fixture(scope="module")
 def full():
-    return make(
+    return quality_cases.quality(
         [
-            row("exact bf16", "exact", 16, 1e-6),
-            row("mse 2", "turboquant_mse", 2, 1.0),
-            row("mse 3", "turboquant_mse", 3, 0.2),
-            row("mse 4", "turboquant_mse", 4, 0.04),
-            row(NASTY, "turboquant_prod", 3, 1.6),
-            row("learned 3", "per_head", 3, 0.12, ci=None),
-            row("new 3", "a_codec_of_tomorrow", 3, 0.11),
+            quality_cases.row("exact bf16", "exact", 16, 1e-6),
+            quality_cases.row("mse 2", "turboquant_mse", 2, 1.0),
+            quality_cases.row("mse 3", "turboquant_mse", 3, 0.2),
+            quality_cases.row("mse 4", "turboquant_mse", 4, 0.04),
+            quality_cases.row(NASTY, "turboquant_prod", 3, 1.6),
+            quality_cases.row("learned 3", "per_head", 3, 0.12, ci=None),
+            quality_cases.row("new 3", "a_codec_of_tomorrow", 3, 0.11),
         ]
     )
 
@@ -119,7 +88,7 @@ def test_ids_are_unique_and_references_resolve(page):
 
 def test_pictures_are_valid_svg_with_text_alternatives(page):
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(drawings) == 3
+    assert len(drawings) == 4
     for drawing in drawings:
         root = ET.fromstring(drawing)
         assert root.get("role") == "img"
@@ -142,12 +111,14 @@ def test_names_are_text_wherever_they_stand(page):
     assert "<b>bold" not in page
     text = "".join(Page(page).text)
     assert NASTY in text
-    assert text.count(NASTY) >= 3  # table, heat map, memory
+    assert text.count(NASTY) >= 2  # table, heat map
+    assert text.count("alert(1)") >= 4  # and wrapped at the ends of lines: position, memory
 
 
 def test_table_has_every_row_as_printed(full, page):
     cells = re.findall(r"<td>(.*?)</td>", page)
-    want = [cell for r in full.rows for cell in quality.display(r).values()]
+    rows = [quality.display(r) for r in full.rows]
+    want = [row.get(name, "") for row in rows for name in rows[0]]  # one row has no interval
     assert [c.replace("&quot;", '"') for c in cells] == [
         c.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for c in want
     ]
@@ -166,7 +137,7 @@ def test_heat_map_orientation():
 
 def test_heat_map_cells_follow_the_values():
     """More error, brighter: layers of increasing error get colours of increasing luminance."""
-    drawn = pictures.error_heat_maps({"a": errors(1e-3)}, ["a"])
+    drawn = pictures.error_heat_maps({"a": quality_cases.head_errors(1e-3)}, ["a"])
     assert drawn is not None
     group = drawn[drawn.index("heads-QuadMesh_1") :]
     colours = re.findall(r"fill: #([0-9a-f]{6})", group[: group.index("</g>\n   </g>")])
@@ -187,12 +158,14 @@ def test_representative_rows_one_per_codec_near_three_bits(full):
 
 
 def test_few_rows_still_make_a_page():
-    only_exact = make([row("exact", "exact", 16, 0.0)])
+    only_exact = quality_cases.quality([quality_cases.row("exact", "exact", 16, 0.0)])
     page = report.render(only_exact)
     assert page.count("<svg") == 1  # nothing lossy to draw, memory only
-    quality_without_errors = make([row("mse", "turboquant_mse", 3, 0.5)])
+    quality_without_errors = quality_cases.quality(
+        [quality_cases.row("mse", "turboquant_mse", 3, 0.5)]
+    )
     del quality_without_errors.table["head_errors"]
-    assert report.render(quality_without_errors).count("<svg") == 2
+    assert report.render(quality_without_errors).count("<svg") == 3
     with pytest.raises(ValueError, match="missing="):
         report.render(only_exact, heat_map_plans=["unknown"])
 
@@ -206,3 +179,66 @@ def test_write_report_reads_the_folder(full, page, tmp_path):
     report.write_report(tmp_path)
     with pytest.raises(TurboqError, match="does not exist"):
         report.write_report(tmp_path / "nowhere")
+
+
+@pytest.fixture(scope="module")
+def two_texts():
+    kl = {"noise": {"mse 3": 0.2, "mse 4": 0.03}, "<i>novel</i>": {"mse 3": 0.1, "mse 4": 0.05}}
+    rows = [
+        quality_cases.row(name, bits=int(name[-1]), kl=value, text=text)
+        for text, found in kl.items()
+        for name, value in found.items()
+    ]
+    return quality_cases.quality(rows, tuple(kl), tokens=2048)
+
+
+def test_several_texts(two_texts):
+    """Plans by texts with the worst marked, then every text; points are means over texts."""
+    page = report.render(two_texts)
+    cells = [c.strip() for c in re.findall(r"<td>(.*?)</td>", page)]
+    assert cells[4:6] == ["0.2000*", "0.1000"]
+    assert cells[10:12] == ["0.0300", "0.0500*"]
+    assert "<i>" not in page
+    assert "2 plans against" in page
+    kl = re.search(r'aria-label="(Mean KL divergence against bits[^"]*)"', page)
+    assert kl is not None
+    assert "for 2 plans. Lowest: mse 4, 0.04 nats" in kl[1]
+    position = re.search(r'aria-label="(Mean KL divergence against position[^"]*)"', page)
+    assert position is not None
+    assert "mse 3 on noise 0.1 to 0.3" in position[1]
+    assert "mse 4 on &lt;i>novel&lt;/i> 0.025 to 0.075" in position[1]
+    assert page.count("Mean KL by position") == 2
+    means = report.over_texts(two_texts.rows)
+    assert [(r["name"], r["kl_mean"]) for r in means] == [
+        ("mse 3", pytest.approx(0.15)), ("mse 4", pytest.approx(0.04)),
+    ]  # fmt: skip
+    assert means[1]["kl_ci"] == [0.03, 0.05]
+
+
+def test_lines_of_position_follow_the_buckets():
+    """The line rises by the ratio of its buckets, and exact plans have none."""
+    rows = [quality_cases.row("a", kl=0.1), quality_cases.row("exact", "exact", 16, 1e-5)]
+    drawn = pictures.kl_against_position(rows, ["noise"])
+    assert drawn is not None
+    assert "exact" not in drawn
+    path = re.search(
+        r'<path d="M ([0-9.]+) ([0-9.]+) \nL ([0-9.]+) ([0-9.]+) \n"[^>]*stroke: #2f7fd1', drawn
+    )
+    assert path is not None
+    x0, y0, x1, y1 = map(float, path.groups())
+    assert x1 > x0
+    assert y1 < y0  # SVG's y grows downwards
+    one = [quality_cases.row("a")]
+    one[0]["kl_by_position"] = one[0]["kl_by_position"][:1]
+    assert pictures.kl_against_position(one, ["noise"]) is None
+
+
+def test_pictures_fit_a_narrow_page(page):
+    """At 400 pixels, 8 of them margin on each side, the smallest text is 9 pixels high or more."""
+    assert "min-width" not in page.partition("</style>")[0].replace("(min-width", "")
+    for drawing in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        box = re.search(r'viewBox="0 0 ([0-9.]+) ', drawing)
+        assert box is not None
+        sizes = [float(x) for x in re.findall(r"font(?:-size)?: (?:[0-9]+ )?([0-9.]+)px", drawing)]
+        assert sizes
+        assert min(sizes) * 384 / float(box[1]) >= 9

@@ -1,0 +1,166 @@
+"""The shape of `quality.json` and `run.json`, as types that a reader checks every field against.
+
+The values stay JSON (dicts and lists); these classes say which fields there are and of what type.
+`turboq.plan.read` compares the two: a missing, unknown or mistyped field is one line with its
+path. Own fields begin with `x-`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from turboq.errors import TurboqError
+from turboq.plan.errors import PlanError, shown
+from turboq.plan.read import read
+from turboq.plan.strict import parse_json
+
+SCHEMA = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Positions [start, end) of the window; `positions` of them were scored, over all windows."""
+
+    start: int
+    end: int
+    kl_mean: float | None
+    positions: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    sinks: int
+    recent: int
+    exact_dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One plan on one text. Definitions: `storage_columns`, `metrics.TokenMetrics.summary`.
+
+    quantized_tokens: tokens of all windows that were read quantized.
+    scored_positions: positions of all windows that could see one of them; every number on quality
+      is over these.
+    """
+
+    name: str
+    codec: str
+    k_codec: str
+    v_codec: str
+    k_bits: float
+    v_bits: float
+    bits_per_channel: float
+    bits_per_channel_at_context: float
+    context: int
+    policy: Policy
+    bytes_per_token: float
+    compression: float
+    cache_bytes: dict[str, int]
+    text: str
+    quantized_tokens: int
+    scored_positions: int
+    kl_mean: float
+    kl_median: float
+    kl_ci: tuple[float, float] | None
+    kl_p99: float
+    kl_windows: tuple[float, ...]
+    kl_by_position: tuple[Bucket, ...]
+    top1: float
+    perplexity: float
+    perplexity_exact: float
+    perplexity_ratio: float
+
+    def __post_init__(self):
+        if not all(key.isdecimal() for key in self.cache_bytes):
+            raise ValueError(f"{self.cache_bytes=} must be by number of tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """What was measured on. tokens: predicted ones; perplexity: the exact model's, over them."""
+
+    text: str
+    windows: int
+    window_tokens: int
+    tokens: int
+    windows_sha256: str
+    perplexity: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadErrors:
+    """[layer] -> numbers of its KV heads, None for a layer without a cache."""
+
+    k_logit_rms: tuple[tuple[float, ...] | None, ...]
+    k_rel_mse: tuple[tuple[float, ...] | None, ...]
+    v_rel_mse: tuple[tuple[float, ...] | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One text under some of the plans."""
+
+    text: Text
+    rows: tuple[Row, ...]
+    head_errors: dict[str, HeadErrors]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bootstrap:
+    level: float
+    samples: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """`quality.json`. head_errors: text -> plan -> errors of its heads."""
+
+    schema: int
+    model: str
+    model_fingerprint: str
+    attention: str
+    bootstrap: Bootstrap
+    texts: tuple[Text, ...]
+    rows: tuple[Row, ...]
+    head_errors: dict[str, dict[str, HeadErrors]] | None = dataclasses.field(
+        default=None, metadata={"optional": True}
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """`run.json`."""
+
+    seconds: float
+    seconds_per_plan_and_window: float | None
+    windows_measured: int
+    windows_reused: int
+    peak_memory_bytes: int
+    versions: dict[str, str]
+    platform: str
+    cpus: int | None
+    devices: tuple[str, ...]
+
+
+def read_json(path: Path, kind: type, *, otherwise: str) -> dict[str, Any]:
+    """The JSON object in a file, after every field of it has been checked against `kind`.
+
+    Raises:
+      TurboqError: the file is missing, is not JSON (NaN is not), or has a missing, unknown or
+        mistyped field; `otherwise` is the advice that ends the message.
+    """
+    try:
+        value = parse_json(path.read_bytes())
+        if kind is Table and isinstance(value, dict) and value.get("schema") != SCHEMA:
+            raise PlanError("schema", f"{shown(value.get('schema'))}, this version reads {SCHEMA}")
+        read(kind, value, "", {})
+    except FileNotFoundError:
+        raise TurboqError(f"{path} does not exist: {otherwise}") from None
+    except OSError as error:
+        raise TurboqError(f"cannot read {path}: {error.strerror or error}") from None
+    except PlanError as error:
+        raise TurboqError(f"{error.in_file(str(path))}: {otherwise}") from None
+    return value

@@ -1,0 +1,75 @@
+"""What a row of the quality table says about storage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from turboq.cache import accounting
+from turboq.cache.layer import KVLayer
+from turboq.plan import Plan
+from turboq_calibrate.models import Model
+
+
+def storage_columns(
+    name: str, plan: Plan, layers: Sequence[KVLayer | None], model: Model, context: int
+) -> dict[str, Any]:
+    """What a row says about storage, all of it from the codecs' own fields.
+
+    k_bits, v_bits: bits per channel without per-vector scales, mean over layers and heads.
+    bits_per_channel: every stored bit of one quantized token over all its K and V channels.
+    bits_per_channel_at_context: every byte resident at `context` tokens (whole pages, sinks,
+    recent window, fitted arrays, static tables) over the same channels.
+    cache_bytes: those bytes at several context lengths.
+    """
+    owned = [layer for layer in layers if layer is not None]
+    groups = [(g, len(g.heads)) for layer in owned for g in layer.groups]
+    k_codecs = [(g.k, n) for g, n in groups]
+    v_codecs = [(g.v, n) for g, n in groups]
+    k_name, v_name = _codec_name(k_codecs), _codec_name(v_codecs)
+    policy = plan.tokens
+    return {
+        "name": name,
+        "codec": k_name if k_name == v_name else f"{k_name}/{v_name}",
+        "k_codec": k_name,
+        "v_codec": v_name,
+        "k_bits": _code_bits(k_codecs),
+        "v_bits": _code_bits(v_codecs),
+        "bits_per_channel": accounting.bits_per_channel(owned),
+        "bits_per_channel_at_context": accounting.residency(
+            owned, context=context
+        ).bits_per_channel,
+        "context": context,
+        "policy": {
+            "sinks": policy.sinks,
+            "recent": policy.recent,
+            "exact_dtype": policy.exact_dtype,
+        },
+        "bytes_per_token": _whole(accounting.bits_per_token(owned) / 8),
+        "compression": accounting.compression(owned),
+        "cache_bytes": {
+            str(c): accounting.residency(owned, context=c).total
+            for c in _contexts(model.spec.context)
+        },
+    }
+
+
+def _codec_name(codecs) -> str:
+    names = dict.fromkeys(codec.name for codec, _ in codecs)
+    return "+".join(names)
+
+
+def _code_bits(codecs) -> float | int:
+    """Mean bits per channel of the fields that hold one entry per channel."""
+    heads = sum(n for _, n in codecs)
+    bits = sum(n * sum(f.bits for f in codec.fields if f.width == codec.dim) for codec, n in codecs)
+    return _whole(bits / heads)
+
+
+def _whole(x: float) -> float | int:
+    return int(x) if x == int(x) else x
+
+
+def _contexts(longest: int) -> list[int]:
+    """Powers of two from 256 below the model's context, and the context itself."""
+    return [*(2**e for e in range(8, 24) if 2**e < longest), longest]

@@ -1,0 +1,97 @@
+"""One pass over windows of tokens: the exact model and every plan, layer by layer.
+
+All plans and the exact model advance together, so a layer's weights are read once per batch of
+windows however many plans there are, and only hidden states are kept. Logits exist for one block of
+positions at a time: the exact block is normalised once and every plan's block is compared with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from turboq.cache.layer import KVLayer
+from turboq_calibrate.cost import metrics
+from turboq_calibrate.models import Model, default_positions, embed_tokens, exact_attend
+from turboq_calibrate.models.decoder import run_head, run_layer
+
+
+def hidden_states(
+    model: Model,
+    plans: dict[str, list[KVLayer | None]],
+    tokens: Int[np.ndarray, "B T"],
+    plug: Callable,
+    step: Callable[[], None],
+) -> tuple[dict[str | None, Array], dict[str, list[dict[str, np.ndarray]]]]:
+    """Last hidden states of the exact model (key None) and of every plan, and the head errors."""
+    positions = default_positions(jnp.asarray(tokens))
+    start = embed_tokens(model, tokens)
+    hidden: dict[str | None, Array] = dict.fromkeys([None, *plans], start)
+    found: dict[str, list[Any]] = {name: [] for name in plans}
+    for i, spec in enumerate(model.spec.layers):
+        params = model.layer(i)
+        hidden[None], _ = run_layer(spec, params, hidden[None], positions, exact_attend, None)
+        for name, layers in plans.items():
+            hidden[name], errors = run_layer(spec, params, hidden[name], positions, plug, layers[i])
+            found[name].append(errors or {})
+        jax.block_until_ready(list(hidden.values()))
+        step()
+    return hidden, jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+
+
+def score(
+    model: Model, hidden: dict[str | None, Float[Array, "B T M"]], tokens: Int[np.ndarray, "B T"]
+) -> tuple[list[np.ndarray], dict[str, list[dict[str, np.ndarray]]]]:
+    """Exact NLL per window, and per plan the metrics of every window, over its T - 1 positions."""
+    batch, length = tokens.shape
+    targets = np.zeros(tokens.shape, np.int32)
+    targets[:, :-1] = tokens[:, 1:]  # the last position predicts nothing: dropped below
+    blocks = math.ceil(tokens.size / metrics.BLOCK)
+    pad = blocks * metrics.BLOCK - tokens.size
+    goal = jnp.asarray(np.pad(targets.reshape(-1), (0, pad)))
+    flat = {
+        name: jnp.pad(x.reshape(tokens.size, -1), ((0, pad), (0, 0))) for name, x in hidden.items()
+    }
+    head = model.head_params()
+    nll, rows = [], {name: [] for name in hidden if name is not None}
+    for i in range(blocks):
+        at = slice(i * metrics.BLOCK, (i + 1) * metrics.BLOCK)
+
+        def logits(name, at=at):
+            return run_head(model.spec, head, flat[name][at][None])[0]
+
+        exact = metrics.reference(logits(None), goal[at])
+        for name in rows:
+            rows[name].append(jax.device_get(metrics.compare(exact, logits(name), goal[at])))
+        nll.append(np.asarray(exact["nll"]))
+
+    def windows(parts: list[np.ndarray]) -> np.ndarray:
+        joined = np.concatenate(parts)[: tokens.size].astype(np.float64)
+        return joined.reshape(batch, length)[:, :-1]
+
+    out = {}
+    for name, parts in rows.items():
+        whole = {key: windows([p[key] for p in parts]) for key in parts[0]}
+        out[name] = [{key: v[w] for key, v in whole.items()} for w in range(batch)]
+    return list(windows(nll)), out
+
+
+def mean_errors(batches: list[list[dict[str, np.ndarray]]]) -> dict[str, list]:
+    """[batch][layer] -> [N, K] to measure -> [layer] -> K numbers (None: no cache), 5 digits."""
+    out: dict[str, list] = {"k_logit_rms": [], "k_rel_mse": [], "v_rel_mse": []}
+    for layer in zip(*batches, strict=True):
+        if not layer[0]:
+            for values in out.values():
+                values.append(None)
+            continue
+        mean = {key: np.concatenate([e[key] for e in layer]).mean(axis=0) for key in layer[0]}
+        mean["k_logit_rms"] = np.sqrt(mean.pop("k_logit_mse"))
+        for key, values in out.items():
+            values.append([float(f"{x:.5g}") for x in mean[key]])
+    return out
