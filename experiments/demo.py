@@ -33,11 +33,12 @@ from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
 from turboq.plan import Measurement, Plan, Quality, document, save
 from turboq.version import __version__
-from turboq_calibrate.fit.plan import make_plan, model_geometry
+from turboq_calibrate.fit.plan import make_plan
 from turboq_calibrate.measure import quality_table as quality
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.measure.html_page import write_report
 from turboq_calibrate.models import Model, load_model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe import texts as data
 from turboq_calibrate.observe.capture import CaptureRecipe, capture
 from turboq_calibrate.run.peak_memory import peak_rss

@@ -29,10 +29,10 @@ from turboq.errors import TurboqError
 from turboq.files import make_folder
 from turboq.plan import ModelGeometry, collect_arrays
 from turboq.plan.rules import Rule, by_layer, rule_plan, sides, skip_layers
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure import quality_table as quality
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe import texts as data
 from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
 

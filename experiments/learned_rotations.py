@@ -35,10 +35,10 @@ from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
 from turboq.numbers.rotation import Rotation
 from turboq_calibrate.candidates.table import Option, Table
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.fit.trained_rotation import Recipe, learn_rotations
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe import texts as data
 from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.recipe import ObserveRecipe

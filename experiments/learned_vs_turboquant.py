@@ -33,10 +33,11 @@ from turboq.plan import ModelGeometry
 from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.plan_within import Wanted, menu, plan_within
 from turboq_calibrate.cli.common import default_statistics
-from turboq_calibrate.fit.plan import make_plan, model_geometry
+from turboq_calibrate.fit.plan import make_plan
 from turboq_calibrate.measure import quality_table
 from turboq_calibrate.measure.evaluate import NamedPlan, evaluate_texts
 from turboq_calibrate.models import Model, load_model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe import texts
 from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
 

@@ -20,10 +20,11 @@ from turboq.codecs import PerHead, TurboQuantMSE
 from turboq.codecs.per_head import default_arrays
 from turboq.errors import TurboqError
 from turboq.plan import Plan
-from turboq_calibrate.fit.plan import make_plan, model_geometry
+from turboq_calibrate.fit.plan import make_plan
 from turboq_calibrate.measure import quality_table as quality
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe import texts as data
 from turboq_calibrate.observe.statistics_files import load_statistics
 

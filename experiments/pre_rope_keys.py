@@ -20,10 +20,10 @@ from turboq.cache.layer import TokenPolicy
 from turboq.errors import TurboqError
 from turboq.plan import collect_arrays, uniform_plan
 from turboq.plan.geometry import RopeForm
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure import quality_table as quality
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe import texts as data
 from turboq_calibrate.observe.observe import observe
 

@@ -33,8 +33,8 @@ from turboq_calibrate.cost import (
     unit_moves,
 )
 from turboq_calibrate.cost.agreement import compare_scores, format_scores
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe import texts as data
 from turboq_calibrate.observe.samples import collect_samples
 

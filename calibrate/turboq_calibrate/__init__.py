@@ -17,7 +17,8 @@ _FROM = {
     "turboq_calibrate.observe.capture": ("calibrate",),
     "turboq_calibrate.observe.merge_shards": ("merge_shards",),
     "turboq_calibrate.observe.statistics_files": ("Statistics", "load_statistics"),
-    "turboq_calibrate.fit.plan": ("make_plan", "model_geometry"),
+    "turboq_calibrate.fit.plan": ("make_plan",),
+    "turboq_calibrate.models.geometry": ("model_geometry",),
     "turboq_calibrate.choose.budget": ("Budget",),
     "turboq_calibrate.choose.plan_within": ("Wanted", "plan_within"),
     "turboq_calibrate.measure.evaluate": ("evaluate", "evaluate_texts"),
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
     from turboq_calibrate.choose.plan_within import Wanted as Wanted
     from turboq_calibrate.choose.plan_within import plan_within as plan_within
     from turboq_calibrate.fit.plan import make_plan as make_plan
-    from turboq_calibrate.fit.plan import model_geometry as model_geometry
     from turboq_calibrate.measure.evaluate import evaluate as evaluate
     from turboq_calibrate.measure.evaluate import evaluate_texts as evaluate_texts
     from turboq_calibrate.measure.generate import greedy as greedy
     from turboq_calibrate.measure.quality_table import format_table as format_table
     from turboq_calibrate.models import load_model as load_model
+    from turboq_calibrate.models.geometry import model_geometry as model_geometry
     from turboq_calibrate.observe.capture import calibrate as calibrate
     from turboq_calibrate.observe.merge_shards import merge_shards as merge_shards
     from turboq_calibrate.observe.statistics_files import Statistics as Statistics

@@ -36,9 +36,9 @@ from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.plan_within import Menu, Wanted, solve
 from turboq_calibrate.cost.metrics import bootstrap_ci
 from turboq_calibrate.cost.predicted import predicted_costs
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import Model, load_model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe import texts as data
 from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.recipe import ObserveRecipe

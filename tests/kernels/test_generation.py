@@ -10,11 +10,11 @@ from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, TurboQuantMSE, TurboQuantProd
 from turboq.errors import TurboqError
 from turboq.plan import uniform_plan
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure import attention_plugs as plugs
 from turboq_calibrate.measure import evaluate
 from turboq_calibrate.measure.generate import greedy
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_kernels.decode.api import IMPLEMENTATIONS
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -150,7 +150,9 @@ def check_plans(
       TurboqError: statistics hold no check windows; every plan loses to the baseline at a length
         and `force` is not given.
     """
-    short, long = statistics.check_windows, statistics.long_windows
+    names, held = statistics.texts, statistics.held_back
+    short = {names[text]: windows for text, windows in held.short.items()}
+    long = {names[text]: windows for text, windows in held.long.items()}
     if not short:
         raise TurboqError(
             f"statistics in {statistics.folder} hold no windows to check on: run `turboq "

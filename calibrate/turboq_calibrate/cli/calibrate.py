@@ -21,23 +21,8 @@ RESUME = "the same command continues after the last finished chunk"
 def define(values: flags.FlagValues) -> None:
     common.model(values)
     common.model_dtype(values)
-    common.text(values, "topics:calibration", windows=16, length=1024)
+    common.observation(values)
     common.out(values, "Folder for the statistics.")
-    flags.DEFINE_integer(
-        "chunk_windows", 2, "Windows that pass through a layer at once: memory against speed.",
-        lower_bound=1, flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_integer(
-        "skip", 4, "First tokens of each window left out of the statistics (attention sinks).",
-        lower_bound=0, flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_integer(
-        "reservoir", 4096, "Sampled tokens kept with their keys, values and gradients; 0 for none.",
-        lower_bound=0, flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_integer(
-        "seed", 0, "Seed of the drawn labels and of the sample.", lower_bound=0, flag_values=values
-    )
     flags.DEFINE_integer(
         "checkpoint_every", 1, "Chunks between checkpoints.", lower_bound=1, flag_values=values
     )
@@ -62,21 +47,15 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.files import make_folder
     from turboq_calibrate.models import load_model
     from turboq_calibrate.observe.observe import observe
-    from turboq_calibrate.observe.recipe import ObserveRecipe, Shard
+    from turboq_calibrate.observe.recipe import Shard
 
     if values.coordinator is not None:
         join(values)
     shard = None if values.shard is None else Shard.parse(values.shard)
-    with common.as_user_error():
-        recipe = ObserveRecipe(
-            seed=values.seed,
-            skip=values.skip,
-            windows_per_chunk=values.chunk_windows,
-            reservoir=values.reservoir,
-        )
+    recipe = common.recipe_of(values)
     # Each layer is read twice, so there is little to gain from keeping them all.
     model = load_model(values.model, dtype=values.model_dtype, resident=False)
-    windows = common.windows_of(values, model.tokenizer)
+    windows = common.observed_windows(values, model)
     if values.dry_run:
         from turboq_calibrate.observe.dry_run import dry_run
 

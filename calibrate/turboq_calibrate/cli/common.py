@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from turboq.cache.layer import TokenPolicy
     from turboq.codecs import Codec
     from turboq_calibrate.models import Model, Tokenizer
+    from turboq_calibrate.observe.recipe import ObserveRecipe
     from turboq_calibrate.observe.texts import Windows
 
 CALIBRATION_TEXT = "topics:calibration,source:calibration"
@@ -199,22 +200,86 @@ def sources_of(entries: list[str]) -> list[str]:
 def windows_of(
     values: flags.FlagValues,
     tokenizer: Tokenizer,
+    sources: list[str] | None = None,
     *,
     model: Model | None = None,
-    folder: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    **held_back: int,
 ) -> Windows:
-    """The windows of text that the flags describe.
+    """The windows of text that the flags describe (of `sources` alone, if given).
 
     `model` writes the text of self:SEED, which is refused without it; `folder` keeps what it wrote.
+    `held_back`: check and check_length of `texts.mixed_windows`.
     """
     from turboq_calibrate.observe.texts import mixed_windows
 
     return mixed_windows(
-        sources_of(values.text),
+        sources_of(values.text) if sources is None else sources,
         tokenizer,
         length=values.window_length,
         count=values.windows or None,
         bos={"auto": None, "yes": True, "no": False}[values.bos],
         model=model,
         folder=folder,
+        **held_back,
     )
+
+
+# Flags of `turboq calibrate` that decide what is observed; `turboq plan` has them too.
+OBSERVATION = ("text", "windows", "window_length", "bos", "check_windows", "check_length")
+OBSERVATION += ("chunk_windows", "skip", "reservoir", "observe_seed")
+
+
+def observation(values: flags.FlagValues) -> None:
+    text(values)
+    flags.DEFINE_integer(
+        "check_windows", 1, "Windows of each text left out, to check plans on.", lower_bound=0,
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "check_length", None, "Tokens of one longer window left out, to check plans at a length "
+        "that was not calibrated on; 0 for none (default: four windows, or the model's context).",
+        lower_bound=0, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "chunk_windows", 2, "Windows that pass through a layer at once: memory against speed.",
+        lower_bound=1, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "skip", 4, "First tokens of each window left out of the statistics (attention sinks).",
+        lower_bound=0, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "reservoir", 4096, "Sampled tokens kept with their keys, values and gradients; 0 for none.",
+        lower_bound=0, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "observe_seed", 0, "Seed of the drawn labels and of the sample.", lower_bound=0,
+        flag_values=values,
+    )  # fmt: skip
+
+
+def observed_windows(values: flags.FlagValues, model: Model) -> Windows:
+    """The windows to calibrate on, and those held back."""
+    from turboq_calibrate.observe.texts import long_check
+
+    length = values.check_length
+    if length is None:
+        length = long_check(model.spec.context, values.window_length)
+    return windows_of(
+        values, model.tokenizer, model=model, folder=values.out, check=values.check_windows,
+        check_length=length,
+    )  # fmt: skip
+
+
+def recipe_of(values: flags.FlagValues) -> ObserveRecipe:
+    """How the flags say to observe."""
+    from turboq_calibrate.observe.recipe import ObserveRecipe
+
+    with as_user_error():
+        return ObserveRecipe(
+            seed=values.observe_seed,
+            skip=values.skip,
+            windows_per_chunk=values.chunk_windows,
+            reservoir=values.reservoir,
+        )

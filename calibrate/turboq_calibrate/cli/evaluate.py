@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from turboq.plan import ModelGeometry
-    from turboq_calibrate.models import Tokenizer
 
 REQUIRED = ("out",)
 RESUME = "the same command continues"
@@ -66,10 +65,10 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.files import make_folder
     from turboq.plan import check_model, load
-    from turboq_calibrate.fit.plan import model_geometry
     from turboq_calibrate.measure.evaluate import evaluate_texts
     from turboq_calibrate.measure.quality_table import format_table, write_quality
     from turboq_calibrate.models import load_model
+    from turboq_calibrate.models.geometry import model_geometry
 
     if not values.plan and not values.baselines:
         raise TurboqError("nothing to evaluate: give --plan or --baselines")
@@ -99,20 +98,17 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     print(format_table(quality))
 
 
-def _texts(values: flags.FlagValues, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Source -> windows; every --text is a text of its own."""
-    from turboq_calibrate.observe import texts as data
-
-    twice = next((text for text in values.text if values.text.count(text) > 1), None)
-    if twice is not None:
-        raise TurboqError(f"--text={twice} is given twice: give every text once")
-    return {
-        source: data.windows(
-            data.load_text(source), tokenizer, length=values.window_length,
-            count=values.windows or None, spread=True,
-        ).tokens
-        for source in values.text
-    }  # fmt: skip
+def _texts(values: flags.FlagValues, model: Model) -> dict[str, np.ndarray]:
+    """Name -> windows; every text is one of its own."""
+    found: dict[str, np.ndarray] = {}
+    for source in common.sources_of(values.text):
+        windows = common.windows_of(
+            values, model.tokenizer, [source], model=model, folder=values.out
+        )
+        if windows.source in found:
+            raise TurboqError(f"--text={source} is given twice: give every text once")
+        found[windows.source] = windows.tokens
+    return found
 
 
 def _named(entry: str) -> tuple[str, str]:

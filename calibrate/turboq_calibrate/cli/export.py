@@ -78,8 +78,8 @@ def _check_weights(plan, checkpoint: Path) -> None:
     """Raises TurboqError unless the checkpoint is the model that the plan was made for."""
     from turboq.export.checkpoint import check_config, read_config
     from turboq.plan import check_model
-    from turboq_calibrate.fit.plan import model_geometry
     from turboq_calibrate.models import load_model
+    from turboq_calibrate.models.geometry import model_geometry
 
     check_config(plan, read_config(checkpoint), checkpoint)  # cheap, and says more
     check_model(plan, model_geometry(load_model(str(checkpoint), resident=False)))

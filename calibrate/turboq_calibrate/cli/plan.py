@@ -133,8 +133,9 @@ def _check(values: flags.FlagValues) -> None:
 
 def _one_codec(values: flags.FlagValues) -> None:
     from turboq.plan import save, summary
-    from turboq_calibrate.fit.plan import make_plan, model_geometry
+    from turboq_calibrate.fit.plan import make_plan
     from turboq_calibrate.models import load_model
+    from turboq_calibrate.models.geometry import model_geometry
     from turboq_calibrate.observe.statistics_files import load_statistics
 
     statistics = load_statistics(values.statistics) if values.statistics else None
@@ -160,8 +161,9 @@ def _within_budget(values: flags.FlagValues) -> None:
     from turboq_calibrate.choose.plan_within import Wanted, plan_within
     from turboq_calibrate.choose.policies import best_policy, policies_of
     from turboq_calibrate.choose.within import report
-    from turboq_calibrate.fit.plan import model_geometry
     from turboq_calibrate.models import load_model
+    from turboq_calibrate.models.geometry import model_geometry
+    from turboq_calibrate.observe.observe import observe
     from turboq_calibrate.observe.statistics_files import load_statistics
 
     budget, out = Budget.parse(values.budget), Path(values.out)
@@ -181,7 +183,9 @@ def _within_budget(values: flags.FlagValues) -> None:
             model = load_model(values.model)
         if values.statistics is None:
             assert model is not None
-            statistics = common.observe_windows(values, model, out)
+            statistics = observe(
+                model, common.observed_windows(values, model), out, common.recipe_of(values)
+            )
         else:
             statistics = load_statistics(values.statistics)
         geometry = statistics.geometry if model is None else model_geometry(model)

@@ -11,46 +11,12 @@ from turboq import plan as plans
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec
 from turboq.errors import TurboqError
-from turboq.plan import LayerGeometry, ModelGeometry, Plan, Provenance, TextSource
+from turboq.plan import ModelGeometry, Plan, Provenance, TextSource
 from turboq.version import __version__
 from turboq_calibrate.fit.shared import collect_shared
-from turboq_calibrate.models import LayerSpec, Model, ModelSpec
 from turboq_calibrate.observe.statistics_files import MANIFEST, Statistics
 
 Arrays = dict[str, np.ndarray]
-
-
-def model_geometry(model: Model) -> ModelGeometry:
-    """What a plan must know of a loaded model. Hashes the weight files (once per `Model`)."""
-    return spec_geometry(model.spec, model.fingerprint)
-
-
-def spec_geometry(spec: ModelSpec, fingerprint: str) -> ModelGeometry:
-    """The same from its parts."""
-    return ModelGeometry(
-        fingerprint=fingerprint,
-        family=spec.family,
-        name=spec.name,
-        layers=tuple(_layer(i, spec.path(i), layer) for i, layer in enumerate(spec.layers)),
-    )
-
-
-def _layer(index: int, path: str, spec: LayerSpec) -> LayerGeometry:
-    # Both file formats are loaded with half-rotation pairs (GGUF rows are put back in that order).
-    rope = spec.rope
-    return LayerGeometry(
-        index=index,
-        path=path,
-        kv_heads=spec.kv_heads,
-        q_heads=spec.heads,
-        k_dim=spec.head_dim,
-        v_dim=spec.v_head_dim,
-        window=spec.window,
-        rope_layout="none" if rope is None else rope.layout,
-        rope_dim=None if rope is None or rope.dim == spec.head_dim else rope.dim,
-        borrows_cache_of=spec.borrows_cache_of,
-        rope=rope,
-    )
 
 
 def provenance(statistics: Statistics | None = None) -> Provenance:

@@ -28,7 +28,6 @@ from turboq.files import atomic_write, make_folder
 from turboq.plan import Plan, check_model, document
 from turboq.version import __version__
 from turboq_calibrate.cost import metrics
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure.attention_plugs import (
     KERNELS,
     packed_attend,
@@ -41,6 +40,7 @@ from turboq_calibrate.measure.scored import Scored, scored
 from turboq_calibrate.measure.storage_columns import storage_columns
 from turboq_calibrate.measure.teacher_forced import hidden_states, mean_errors, score
 from turboq_calibrate.models import Model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.run.peak_memory import peak_rss
 from turboq_calibrate.run.progress import Progress
 

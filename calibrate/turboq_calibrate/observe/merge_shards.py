@@ -62,7 +62,7 @@ def merge_shards(
             path = parts[0].manifest.layers[i]["path"]
             entries.append(files.describe_layer(out, i, path, layer, sampled=sampled))
             bar.advance(1)
-    files.write_windows(out, parts[0].windows, parts[0].window_texts)
+    files.write_windows(out, parts[0].windows, parts[0].window_texts, parts[0].held_back)
     files.write_manifest(out, inputs, tokens, entries)
     return load_statistics(out)
 

@@ -42,7 +42,6 @@ from turboq_calibrate.observe.recipe import (
     check_sizes,
     differences,
     observe_inputs,
-    text_numbers,
 )
 from turboq_calibrate.observe.stages import Observer, Stages
 from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
@@ -124,7 +123,7 @@ def _finish(
     log: Callable[[str], None],
 ) -> None:
     """Writes the manifest and what the run cost, and clears the working files."""
-    files.write_windows(run.statistics, windows.tokens, text_numbers(windows))
+    files.write_windows(run.statistics, windows.tokens, windows.text, windows.held_back)
     entries = run.describe()
     files.write_manifest(run.statistics, inputs, run.counted, entries)
     run.event("finished")

@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
 from turboq.errors import TurboqError
-from turboq.plan import TextSource
+from turboq.plan.document import to_json
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.models.model import Model
 from turboq_calibrate.observe import statistics as st
 from turboq_calibrate.observe.texts import Windows
@@ -90,7 +90,7 @@ def observe_inputs(
 ) -> dict[str, Any]:
     """What identifies a run: hashes of inputs only, never of anything computed."""
     count, length = windows.tokens.shape
-    per_text = np.bincount(text_numbers(windows), minlength=len(_texts(windows))).tolist()
+    per_text = np.bincount(windows.text, minlength=len(windows.texts)).tolist()
     part = {} if shard is None else {"shard": dataclasses.asdict(shard)}
     return part | {
         "statistics_version": st.VERSION,
@@ -99,32 +99,21 @@ def observe_inputs(
             "family": model.spec.family,
             "name": model.spec.name,
             "dtype": model.dtype,
+            "geometry": to_json(model_geometry(model)),
         },
         "text": {
             "texts": [
                 {"name": text.name, "sha256": text.sha256, "windows": n}
-                for text, n in zip(_texts(windows), per_text, strict=True)
+                for text, n in zip(windows.texts, per_text, strict=True)
             ],
             "bos": windows.bos,
+            "held_back_sha256": windows.held_back.sha256,
             "tokens_sha256": windows.sha256,
             "windows": count,
             "window": length,
         },
         "recipe": dataclasses.asdict(recipe),
     }
-
-
-def text_numbers(windows: Windows) -> Int[np.ndarray, "N"]:
-    """Which text every window is from."""
-    if windows.text is None:
-        return np.zeros(len(windows.tokens), np.int32)
-    return windows.text.astype(np.int32)
-
-
-def _texts(windows: Windows) -> tuple[TextSource, ...]:
-    if windows.texts:
-        return windows.texts
-    return (TextSource(name=windows.source, sha256=windows.text_sha256),)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

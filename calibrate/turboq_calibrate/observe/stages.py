@@ -29,7 +29,7 @@ from turboq_calibrate.observe import statistics_files as files
 from turboq_calibrate.observe.layer_statistics import Rotary, sizes
 from turboq_calibrate.observe.passes import Finite
 from turboq_calibrate.observe.placement import Placement
-from turboq_calibrate.observe.recipe import ObserveRecipe, Shard, text_numbers
+from turboq_calibrate.observe.recipe import ObserveRecipe, Shard
 from turboq_calibrate.observe.reduce import to_host
 from turboq_calibrate.observe.rows import RowsFile
 from turboq_calibrate.observe.texts import Windows
@@ -66,7 +66,7 @@ class Stages:
         part = (shard or Shard()).of(len(chunks))
         self.chunks = chunks[part.start : part.stop]  # first and last window of each
         self.start, stop = self.chunks[0][0], self.chunks[-1][1]
-        self.tokens, self.text = windows.tokens[self.start : stop], text_numbers(windows)
+        self.tokens, self.text = windows.tokens[self.start : stop], windows.text
         chosen = reservoir.choose(
             count, length, count=recipe.reservoir, skip=recipe.skip, seed=recipe.seed
         )

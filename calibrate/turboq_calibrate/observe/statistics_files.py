@@ -28,7 +28,10 @@ from safetensors import numpy as st_numpy
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write
+from turboq.plan import ModelGeometry
+from turboq.plan.read import Extra, read
 from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe.held_back import HeldBack
 from turboq_calibrate.observe.layer_statistics import NO_TOKENS, LayerStatistics, Rotary
 from turboq_calibrate.observe.reservoir import Tokens
 
@@ -126,10 +129,15 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
 
 
-def write_windows(folder: Path, tokens: Int[np.ndarray, "N T"], text: Int[np.ndarray, "N"]) -> None:
-    """All windows of the run, a shard's too."""
+def write_windows(
+    folder: Path,
+    tokens: Int[np.ndarray, "N T"],
+    text: Int[np.ndarray, "N"],
+    held_back: HeldBack,
+) -> None:
+    """All windows of the run, a shard's too, and those held back."""
     arrays = {"tokens": tokens.astype(np.int32), "text": text.astype(np.int32)}
-    atomic_write(folder / WINDOWS, st_numpy.save(arrays))
+    atomic_write(folder / WINDOWS, st_numpy.save(arrays | held_back.arrays()))
 
 
 def write_manifest(
@@ -180,6 +188,17 @@ class Statistics:
     def window_texts(self) -> Int[np.ndarray, "N"]:
         """Which of `texts` each window is from."""
         return self._windows["text"]
+
+    @property
+    def held_back(self) -> HeldBack:
+        """Windows to check a plan on, by the number of their text."""
+        return HeldBack.of_arrays(self._windows)
+
+    @functools.cached_property
+    def geometry(self) -> ModelGeometry:
+        """Of the model that was observed: a plan needs no model for it."""
+        extra: Extra = {}
+        return read(ModelGeometry, self.manifest.inputs["model"]["geometry"], "geometry", extra)
 
     @functools.cached_property
     def _windows(self) -> dict[str, np.ndarray]:

@@ -30,6 +30,7 @@ from jaxtyping import Int
 from turboq.errors import TurboqError
 from turboq.plan import TextSource
 from turboq_calibrate.models import Model
+from turboq_calibrate.observe.held_back import HeldBack, leave_out
 from turboq_calibrate.observe.self_text import seed_of, self_windows, text_source
 
 HELDOUT_ONE_IN = 4
@@ -64,6 +65,7 @@ class Windows:
     available: windows of this length that the shortest text holds. What a model writes has no end:
       it counts as what was taken of it.
     bos: every window begins with the tokenizer's BOS token, followed by T - 1 tokens of text.
+    held_back: windows between these, to check on.
 
     Raises:
       ValueError: not one text per window, or a text that is not in `texts`.
@@ -74,6 +76,7 @@ class Windows:
     text: Int[np.ndarray, "N"]
     available: int
     bos: bool = False
+    held_back: HeldBack = dataclasses.field(default_factory=HeldBack)
 
     def __post_init__(self):
         if self.text.shape != self.tokens.shape[:1]:
@@ -286,6 +289,8 @@ def mixed_windows(
     start: int = 0,
     spread: bool = True,
     bos: bool | None = None,
+    check: int = 0,
+    check_length: int = 0,
     model: Model | None = None,
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -296,6 +301,8 @@ def mixed_windows(
     all texts. None takes all windows of all texts. Of each text: `windows`.
 
     Args:
+      check: windows of each text to hold back, between the others; `check_length`: tokens of one
+        longer window held back of the first text that has room (0: none).
       model: writes the text of `self:SEED`; without it such a source is refused.
       folder: keeps what the model wrote (`self_text.self_windows`).
 
@@ -325,7 +332,28 @@ def mixed_windows(
             parts[i] = windows(
                 text, tokenizer, length=length, count=share, start=start, spread=spread, bos=bos
             )
-    return _in_turn([parts[i] for i in range(n)])
+    found = _in_turn([parts[i] for i in range(n)])
+    if count is None or not (check or check_length):
+        return found
+    read = {i: source for i, source in enumerate(sources) if not own[i]}
+    held = _held_back(read, tokenizer, found, check, check_length)
+    return dataclasses.replace(found, held_back=held)
+
+
+def _held_back(
+    sources: dict[int, str], tokenizer: Tokenizer, found: Windows, check: int, check_length: int
+) -> HeldBack:
+    first = [tokenizer.bos_id] if found.bos and tokenizer.bos_id is not None else []
+    short, long = {}, {}
+    for i, source in sources.items():
+        ids = np.asarray(tokenizer.encode(load_text(source).text), dtype=np.int32)
+        some, one = leave_out(
+            ids, first, length=found.tokens.shape[1], windows=int(np.sum(found.text == i)),
+            count=check, long_length=0 if long else check_length,
+        )  # fmt: skip
+        short |= {} if some is None else {i: some}
+        long |= {} if one is None else {i: one}
+    return HeldBack(short=short, long=long)
 
 
 def _own_windows(
@@ -361,3 +389,10 @@ def _in_turn(parts: Sequence[Windows]) -> Windows:
         available=min(p.available for p in parts),
         bos=all(p.bos for p in parts),
     )
+
+
+def long_check(context: int, length: int) -> int:
+    """Tokens of the longer check window: four windows, at most the model's context; 0 if no more
+    than one window fits."""
+    longest = min(context, 4 * length)
+    return longest if longest > length else 0

@@ -16,9 +16,9 @@ from turboq_calibrate import cost as s
 from turboq_calibrate.candidates import table as c
 from turboq_calibrate.choose import refine as r
 from turboq_calibrate.choose.learn import default_makers, learn_plan, plan_kl
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe.gradients import collect_gradient_samples
 from turboq_calibrate.observe.samples import collect_samples
 

@@ -19,8 +19,8 @@ from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.solver.problem import Infeasible, Problem
 from turboq_calibrate.choose.solver.solve import allocate
 from turboq_calibrate.cli import main as cli
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
 
 MODEL = Path(__file__).parents[2] / "golden" / "llama3"
 SMALL = ("--windows=2", "--window_length=24", "--rounds=0")

@@ -12,9 +12,9 @@ from turboq.errors import TurboqError
 from turboq_calibrate import cost as s
 from turboq_calibrate.candidates import table as c
 from turboq_calibrate.cost import measured as divergence
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe.samples import collect_samples
 
 GOLDEN = Path(__file__).parents[2] / "golden"

@@ -14,8 +14,8 @@ from turboq_calibrate import cost as s
 from turboq_calibrate.candidates import table as c
 from turboq_calibrate.cost import agreement as report
 from turboq_calibrate.cost.side_by_side import quantized
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.models.model import forward
 from turboq_calibrate.observe.samples import collect_samples
 

@@ -8,8 +8,9 @@ import pytest
 from turboq.codecs import PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
 from turboq.plan import PlanConflict, check_model
-from turboq_calibrate.fit.plan import make_plan, model_geometry, spec_geometry
+from turboq_calibrate.fit.plan import make_plan
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry, spec_geometry
 from turboq_calibrate.models.spec import LayerSpec, Rope
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"

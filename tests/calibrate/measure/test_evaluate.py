@@ -19,7 +19,6 @@ from turboq.codecs import Exact, KiviKey, PerHead, TurboQuantMSE, TurboQuantProd
 from turboq.errors import TurboqError
 from turboq.plan import collect_arrays, head_plan, uniform_plan
 from turboq_calibrate.cost import metrics
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure import evaluate as evaluation
 from turboq_calibrate.measure import quality_table as quality
 from turboq_calibrate.measure.attention_plugs import head_errors
@@ -35,6 +34,7 @@ from turboq_calibrate.models import (
     load_model,
     run_layer,
 )
+from turboq_calibrate.models.geometry import model_geometry
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 POLICY = TokenPolicy(sinks=2, recent=3, exact_dtype="float32")

@@ -14,9 +14,9 @@ from turboq.cache.simulate import simulated_attention
 from turboq.codecs import Exact, PerHead, TurboQuantMSE, TurboQuantProd
 from turboq.errors import TurboqError
 from turboq.plan import collect_arrays, head_plan, uniform_plan
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure.generate import greedy
 from turboq_calibrate.models import decoder, forward, load_model
+from turboq_calibrate.models.geometry import model_geometry
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 POLICY = TokenPolicy(sinks=2, recent=3, exact_dtype="float32")

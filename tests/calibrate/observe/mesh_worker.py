@@ -23,9 +23,9 @@ def main(out: str, process: int, processes: int, port: str, axis: int, event: st
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
     from turboq.codecs import PerHead
     from turboq.plan import TextSource, uniform_plan
-    from turboq_calibrate.fit.plan import model_geometry
     from turboq_calibrate.fit.shared import collect_shared
     from turboq_calibrate.models import load_model
+    from turboq_calibrate.models.geometry import model_geometry
     from turboq_calibrate.observe.observe import observe
     from turboq_calibrate.observe.placement import make_mesh
     from turboq_calibrate.observe.recipe import ObserveRecipe

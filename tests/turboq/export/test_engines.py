@@ -28,8 +28,8 @@ from turboq.errors import TurboqError
 from turboq.export import ENGINES, Options, sglang, vllm_rules
 from turboq.export.report import make_report
 from turboq.plan import collect_arrays, head_plan, uniform_plan
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
 
 D = 64
 MODEL = geometry(layers=6, kv_heads=2, k_dim=D, v_dim=D)

@@ -19,8 +19,8 @@ from turboq.export.report import PLAN_FOLDER, engine_plan, make_report
 from turboq.export.same import canonical, same
 from turboq.plan import Measurement, Quality, collect_arrays, head_plan, load, save, uniform_plan
 from turboq_calibrate.cli import main as cli
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
 
 MODEL = geometry(layers=3, kv_heads=2, k_dim=64, v_dim=64)
 Q8 = Ggml(dim=64, type="q8_0", rotation="walsh", rotation_block=64)
