@@ -303,6 +303,8 @@ def _options(values: flags.FlagValues, geometry: CacheGeometry) -> tuple[Storage
 
 
 def _quality(values: flags.FlagValues) -> list[dict]:
+    if not values.quality:
+        return []  # so that counting does not wait for JAX
     from turboq_calibrate.measure.quality_table import read_quality
 
     return [row for folder in values.quality for row in read_quality(folder).rows]

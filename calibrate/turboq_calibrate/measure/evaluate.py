@@ -121,29 +121,26 @@ def evaluate_texts(
         "window_batch": window_batch,
         "bootstrap": {"level": LEVEL, "samples": bootstrap_samples, "seed": seed},
     }
-    if folder is not None:
-        folder = make_folder(folder)
+
+    def path(*job: Any) -> Path | None:
+        return None if folder is None else make_folder(folder) / _part_name(model, *job, options)
+
     jobs = [
-        _Job(
-            batch,
-            text,
-            windows,
-            folder and folder / _part_name(model, batch, text, windows, options),
-        )
+        _Job(batch, text, windows, path(batch, text, windows))
         for batch in itertools.batched(plans, plan_batch)
         for text, windows in texts.items()
     ]
     advice = "remove it to measure it again"
-    kept = [x.path and x.path.exists() and read_json(x.path, Part, otherwise=advice) for x in jobs]
+    kept = [
+        None if x.path is None or not x.path.exists() else read_json(x.path, Part, otherwise=advice)
+        for x in jobs
+    ]
     parts: dict[str, list[dict[str, Any]]] = {text: [] for text in texts}
-    done, seconds, loaded = (
-        sum(x.size for x, part in zip(jobs, kept, strict=True) if part),
-        0.0,
-        None,
-    )
+    done = sum(x.size for x, part in zip(jobs, kept, strict=True) if part is not None)
+    seconds, loaded = 0.0, None
     with Progress(sum(x.size for x in jobs), label="evaluate", enabled=progress, done=done) as bar:
         for job, part in zip(jobs, kept, strict=True):
-            if not part:
+            if part is None:
                 if loaded is None or loaded[0] is not job.plans:
                     loaded = job.plans, {name: plan_layers(model, p, a) for name, p, a in job.plans}
                 begun = time.perf_counter()
@@ -165,7 +162,7 @@ def evaluate_texts(
             for text, some in parts.items()
         },
     }
-    reused = sum(x.passes for x, part in zip(jobs, kept, strict=True) if part)
+    reused = sum(x.passes for x, part in zip(jobs, kept, strict=True) if part is not None)
     passes = sum(x.passes for x in jobs) - reused
     return Quality(table=table, run=_run_info(started, seconds, passes, reused))
 

@@ -245,7 +245,7 @@ def _log_ticks(low: float, high: float) -> FixedLocator:
 
 
 def _end_labels(axes, ends: list[tuple[float, str]], right: float | int) -> None:
-    """Labels of curves at their right end, wrapped, pushed apart so that none overlap, with leaders."""
+    """Labels of curves at their right end: wrapped, and pushed apart so that none overlap."""
     low, high = axes.get_ylim()
     line, left = (high / low) ** 0.065, axes.get_xlim()[0]
     top = low

@@ -44,7 +44,8 @@ def mse(u, book):
 
 @pytest.mark.parametrize("scale", ["vector", "head"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 5])
-def test_codebooks_match_a_fit_of_the_full_sample(scale, bits):
+def test_codebooks_are_the_best_of_what_they_see(scale, bits):
+    """The exact k-means of every third coordinate (2^15 of them or more), judged on all."""
     x = heads()
     arrays = codec_of(bits=bits, scale=scale).fit(Observed.of(x))
     assert np.all(np.diff(arrays["codebook"]) > 0)
@@ -53,8 +54,8 @@ def test_codebooks_match_a_fit_of_the_full_sample(scale, bits):
     axis = 2 if scale == "vector" else (1, 2)
     u = (y / np.sqrt(np.mean(y * y, axis=axis, keepdims=True))).reshape(3, -1)
     for own, book in zip(u, arrays["codebook"].astype(np.float64), strict=True):
-        best = mse(own, fit_samples(own, None, 2**bits))
-        assert mse(own, book) < best * (1 + TOL["codebook_of_a_sample"])
+        best = mse(own, fit_samples(own[::3], None, 2**bits))
+        assert mse(own, book) < best * (1 + TOL["codebook_by_histogram"])
 
 
 def test_means_and_scales_are_those_of_all_tokens():
