@@ -1,6 +1,6 @@
 """How many bits does learning save, on text and at lengths that calibration has not seen?
 
-    python experiments/learned_vs_turboquant.py --text=wiki.test.txt --text=novel.txt --long=novel.txt
+    python experiments/learned_vs_turboquant.py --text=wiki.txt --text=novel.txt --long=novel.txt
 
 Calibrates as `turboq calibrate` does by default (or reads --statistics), takes the plan that
 `turboq plan --budget` would write at every budget (`choose.plan_within`, the same function), and
@@ -32,14 +32,14 @@ from turboq.errors import TurboqError
 from turboq.plan import ModelGeometry
 from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.plan_within import Wanted, menu, plan_within
-from turboq_calibrate.cli.common import default_statistics
 from turboq_calibrate.fit.plan import make_plan
 from turboq_calibrate.measure import quality_table
 from turboq_calibrate.measure.evaluate import NamedPlan, evaluate_texts
 from turboq_calibrate.models import Model, load_model
 from turboq_calibrate.models.geometry import model_geometry
-from turboq_calibrate.observe import texts
+from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
+from turboq_calibrate.observe.texts import calibration_windows, mixed_windows
 
 MODEL = flags.DEFINE_string("model", "embedded", "Model to quantize.")
 STATISTICS = flags.DEFINE_string("statistics", "", "Folder of `turboq calibrate`; none: made.")
@@ -116,7 +116,7 @@ def learned(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPl
 
 def windows_of(model: Model, sources: list[str], length: int, count: int) -> dict[str, np.ndarray]:
     """Windows of every text, by its name."""
-    found = (texts.mixed_windows([s], model.tokenizer, length=length, count=count) for s in sources)
+    found = (mixed_windows([s], model.tokenizer, length=length, count=count) for s in sources)
     return {windows.source: windows.tokens for windows in found}
 
 
@@ -126,7 +126,7 @@ def run(out: Path) -> None:
     if STATISTICS.value:
         statistics = load_statistics(STATISTICS.value)
     else:
-        statistics = default_statistics(model, out)
+        statistics = observe(model, calibration_windows(model), out)
     rows = [*baselines(geometry, statistics), *learned(geometry, statistics)]
     short = windows_of(model, [*ALWAYS, *TEXT.value], LENGTH, WINDOWS.value)
     found = evaluate_texts(model, rows, short, folder=out / "parts")
@@ -146,7 +146,7 @@ def run(out: Path) -> None:
     print(f"\ntable   {path}")
 
 
-LONG_ROWS = tuple(name for pair in TARGETS.values() for name in pair) + ("per_head 3b",)
+LONG_ROWS = (*(name for pair in TARGETS.values() for name in pair), "per_head 3b")
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

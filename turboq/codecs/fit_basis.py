@@ -99,11 +99,11 @@ def moments(
         (1 - emphasis, seen.mean, seen.covariance),
         (emphasis, seen.weighted_mean, seen.weighted_covariance),
     )
-    mean = (1 - shrink_mean) * sum(share * m for share, m, _ in parts)
+    mean = (1 - shrink_mean) * np.sum([share * m for share, m, _ in parts], axis=0)
     away = [m - mean for _, m, _ in parts]
-    covariance = sum(
-        share * (c + d[:, :, None] * d[:, None, :])
-        for (share, _, c), d in zip(parts, away, strict=True)
+    each = zip(parts, away, strict=True)
+    covariance = np.sum(
+        [share * (c + d[:, :, None] * d[:, None, :]) for (share, _, c), d in each], axis=0
     )
     return mean, covariance
 

@@ -230,8 +230,11 @@ def _head_arrays(
 
 def status_of(entry: Entry, held: Held) -> Status:
     """How one head fares: `unsupported` is one to be quantized that stays in the model's type."""
-    equal = held.codec is not None and held.rope == entry.rope
-    if equal and same(entry.codec, entry.arrays, held.codec, held.arrays):
+    if (
+        held.codec is not None
+        and held.rope == entry.rope
+        and same(entry.codec, entry.arrays, held.codec, held.arrays)
+    ):
         return "exact"
     if not held.reduced and not isinstance(entry.codec, Exact):
         return "unsupported"

@@ -50,7 +50,8 @@ class Scaling:
                 raise ValueError(f"{name}={value} is for type 'llama3' alone, which needs it")
             if value is not None:
                 _check_positive(name, value)
-        if self.type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and not low < high:
             raise ValueError(f"{self.low_freq_factor=} must be below {self.high_freq_factor=}")
 
 

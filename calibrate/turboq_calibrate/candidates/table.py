@@ -36,7 +36,9 @@ from turboq.plan import (
     head_plan,
 )
 from turboq.plan.build import Side
+from turboq.plan.geometry import RopeForm
 from turboq.plan.types import SIDES
+from turboq_calibrate.run.progress import Progress
 
 Arrays = dict[str, np.ndarray]
 Chosen = Int[np.ndarray, "U"] | Mapping["Unit", int]
@@ -140,7 +142,7 @@ class Table:
     labels: tuple[str, ...]
     options: dict[tuple[int, Side], tuple[Option, ...]]
     source: str = ""
-    k_rope: str = "after"
+    k_rope: RopeForm = "after"
 
     def __post_init__(self):
         if not self.labels or len(set(self.labels)) != len(self.labels):
@@ -256,6 +258,7 @@ class Table:
             policy=policy,
             provenance=provenance,
             quality=quality,
+            k_rope=self.k_rope,
         )
         out: Arrays = {}
         for layer in plan.layers:
@@ -278,7 +281,8 @@ def build_table(
     observed: Callable[[int, Side], Observed] | None = None,
     *,
     source: str = "",
-    k_rope: str = "after",
+    k_rope: RopeForm = "after",
+    progress: bool = False,
 ) -> Table:
     """All candidates of a model; what is fitted is fitted per head, when it is first used.
 
@@ -289,8 +293,11 @@ def build_table(
       TurboqError: a candidate needs what was observed, or stores blocks of tokens.
     """
     options: dict[tuple[int, Side], tuple[Option, ...]] = {}
-    for layer in geometry.cache_layers:
-        for side in SIDES:
-            seen = None if observed is None else observed(layer.index, side)
-            options[layer.index, side] = tuple(m.make(layer, side, seen) for m in makers)
+    layers = geometry.cache_layers
+    with Progress(2 * len(layers), label="fit", unit="sides", enabled=progress) as bar:
+        for layer in layers:
+            for side in SIDES:
+                seen = None if observed is None else observed(layer.index, side)
+                options[layer.index, side] = tuple(m.make(layer, side, seen) for m in makers)
+                bar.advance(1)
     return Table(tuple(m.label for m in makers), options, source, k_rope)

@@ -17,7 +17,7 @@ from typing import Any
 from turboq.codecs import Codec, PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
 from turboq.plan import Measurement, ModelGeometry, Plan
-from turboq.plan.build import at_dim
+from turboq.plan.geometry import RopeForm
 from turboq_calibrate.candidates.table import Arrays
 from turboq_calibrate.fit.plan import make_plan
 from turboq_calibrate.measure.evaluate import evaluate_texts
@@ -49,7 +49,9 @@ def uniform_bits(limit: int, channels_k: int, channels_v: int, vectors: int, sca
     return None if best is None else best[1]
 
 
-def rivals(statistics: Statistics, geometry: ModelGeometry, plan: Plan, *, k_rope: str) -> Rivals:
+def rivals(
+    statistics: Statistics, geometry: ModelGeometry, plan: Plan, *, k_rope: RopeForm
+) -> Rivals:
     """The largest `per_head` and `turboquant_mse` plans within the bytes of `plan`."""
     layers = geometry.cache_layers
     bits = uniform_bits(
@@ -62,16 +64,13 @@ def rivals(statistics: Statistics, geometry: ModelGeometry, plan: Plan, *, k_rop
         return Rivals(candidates={}, baseline={})
     first = layers[0]
 
-    def pair(kind: type[PerHead] | type[TurboQuantMSE]) -> dict[str, Codec]:
-        return {
-            "k": kind(dim=first.k_dim, bits=bits[0]),
-            "v": at_dim(kind(dim=first.v_dim, bits=bits[1]), first.v_dim),
-        }
+    def pair(kind: type[PerHead] | type[TurboQuantMSE]) -> tuple[Codec, Codec]:
+        return kind(dim=first.k_dim, bits=bits[0]), kind(dim=first.v_dim, bits=bits[1])
 
-    own = make_plan(
-        geometry, **pair(PerHead), policy=plan.tokens, statistics=statistics, k_rope=k_rope
-    )
-    free = make_plan(geometry, **pair(TurboQuantMSE), policy=plan.tokens)
+    k, v = pair(PerHead)
+    own = make_plan(geometry, k=k, v=v, policy=plan.tokens, statistics=statistics, k_rope=k_rope)
+    k, v = pair(TurboQuantMSE)
+    free = make_plan(geometry, k=k, v=v, policy=plan.tokens)
     label = f"{bits[0]}b" if bits[0] == bits[1] else f"{bits[0]}b+{bits[1]}b"
     return Rivals(candidates={f"per_head {label}": own}, baseline={f"turboquant_mse {label}": free})
 

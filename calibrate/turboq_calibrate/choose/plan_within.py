@@ -29,6 +29,7 @@ from turboq.files import make_folder
 from turboq.plan import Measurement, ModelGeometry, Plan, Quality
 from turboq.plan.build import Side
 from turboq.plan.constraints import Constraints, Granularity
+from turboq.plan.geometry import ROPE_FORMS, RopeForm
 from turboq_calibrate.candidates.makers import default_makers, engine_menu, makers_of
 from turboq_calibrate.candidates.table import Arrays, Table, build_table
 from turboq_calibrate.choose.budget import Budget
@@ -67,7 +68,7 @@ class Wanted:
     engine: str | None = None
     granularity: Granularity = "per_head"
     policy: TokenPolicy = SINKS
-    k_rope: str = "before"
+    k_rope: RopeForm = "before"
     objective: str = "mean"
     options: TransformOptions = dataclasses.field(default_factory=TransformOptions)
     rounds: int = 0
@@ -112,7 +113,7 @@ class Menu:
         """The same candidates for another granularity, where no engine decides it."""
         if wanted.engine is not None:
             return self
-        return dataclasses.replace(self, constraints=(Constraints(granularity=wanted.granularity),))
+        return dataclasses.replace(self, constraints=_own_rules(wanted))
 
 
 def menu(
@@ -124,7 +125,7 @@ def menu(
       TurboqError: statistics of another model, or without what a candidate needs.
     """
     check_statistics(statistics, geometry)
-    constraints: tuple[Constraints, ...] = (Constraints(granularity=wanted.granularity),)
+    constraints = _own_rules(wanted)
     policy, k_rope, notes = wanted.policy, wanted.k_rope, ()
     if wanted.engine is not None:
         found = engine_menu(wanted.engine, geometry, policy)
@@ -207,16 +208,18 @@ def plan_within(
         # Between the smallest plan and the smallest uniform one there is nothing to compare.
         with contextlib.suppress(TurboqError):
             tried["uniform"] = solve(ready, wanted, same)[1]
-    plans = {name: ready.table.to_plan(geometry, a.chosen, policy=ready.policy)
-             for name, a in tried.items()}  # fmt: skip
+    plans = {
+        name: ready.table.to_plan(geometry, one.chosen, policy=ready.policy)
+        for name, one in tried.items()
+    }
     kept, checked = "chosen", None
     if model is not None:
         others = rivals(statistics, geometry, plans["chosen"][0], k_rope=ready.table.k_rope)
         checked = check_plans(
-            model, statistics, plans | others.candidates, others.baseline,
+            model, statistics, plans | dict(others.candidates), others.baseline,
             objective=wanted.objective, folder=folder, force=force, progress=progress, log=log,
         )  # fmt: skip
-        kept, plans = checked.kept, plans | others.candidates
+        kept, plans = checked.kept, plans | dict(others.candidates)
     plan, arrays = plans[kept]
     of_texts = {"predicted_by_text": _by_text(ready, allocation.chosen, statistics.texts)}
     report = record(tried.get(kept, allocation), wanted.budget) | of_texts | {
@@ -244,6 +247,10 @@ def plan_within(
         checked=checked,
         notes=ready.notes,
     )
+
+
+def _own_rules(wanted: Wanted) -> tuple[Constraints, ...]:
+    return (Constraints(granularity=wanted.granularity, k_rope=ROPE_FORMS),)
 
 
 def _by_text(ready: Menu, chosen: Int[np.ndarray, "U"], texts: Sequence[str]) -> dict[str, float]:

@@ -204,12 +204,13 @@ def windows_of(
     *,
     model: Model | None = None,
     folder: str | os.PathLike[str] | None = None,
-    **held_back: int,
+    check: int = 0,
+    check_length: int = 0,
 ) -> Windows:
     """The windows of text that the flags describe (of `sources` alone, if given).
 
     `model` writes the text of self:SEED, which is refused without it; `folder` keeps what it wrote.
-    `held_back`: check and check_length of `texts.mixed_windows`.
+    `check` and `check_length` hold windows back as `texts.mixed_windows` does.
     """
     from turboq_calibrate.observe.texts import mixed_windows
 
@@ -221,7 +222,8 @@ def windows_of(
         bos={"auto": None, "yes": True, "no": False}[values.bos],
         model=model,
         folder=folder,
-        **held_back,
+        check=check,
+        check_length=check_length,
     )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from turboq.plan import ModelGeometry
+    from turboq_calibrate.models import Model
 
 REQUIRED = ("out",)
 RESUME = "the same command continues"

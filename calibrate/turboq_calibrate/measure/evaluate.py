@@ -122,8 +122,10 @@ def evaluate_texts(
         "bootstrap": {"level": LEVEL, "samples": bootstrap_samples, "seed": seed},
     }
 
-    def path(*job: Any) -> Path | None:
-        return None if folder is None else make_folder(folder) / _part_name(model, *job, options)
+    def path(batch: Sequence[NamedPlan], text: str, windows: np.ndarray) -> Path | None:
+        if folder is None:
+            return None
+        return make_folder(folder) / _part_name(model, batch, text, windows, options)
 
     jobs = [
         _Job(batch, text, windows, path(batch, text, windows))

@@ -1,4 +1,4 @@
-"""Windows that calibration leaves out, so that a plan can be checked on them before it is written."""
+"""Windows that calibration leaves out, so that a plan can be checked on them."""
 
 from __future__ import annotations
 

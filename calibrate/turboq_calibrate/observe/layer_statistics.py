@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
-from turboq_calibrate.models import rope
-from turboq_calibrate.models.spec import LayerSpec, RopeSpec
+from turboq.numbers.rope import Rope, rotate
+from turboq_calibrate.models.spec import LayerSpec
 from turboq_calibrate.observe import statistics as st
 from turboq_calibrate.observe.reservoir import Tokens
 from turboq_calibrate.observe.statistics import SideStatistics
@@ -36,43 +35,11 @@ def sizes(spec: LayerSpec) -> dict[str, tuple[int, int]]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rotary:
-    """A layer's rotary embedding as the manifest records it: half-rotation, radians per token."""
-
-    inv_freq: tuple[float, ...]
-
-    @classmethod
-    def of(cls, spec: LayerSpec) -> Rotary | None:
-        if spec.rope is None:
-            return None
-        return cls(inv_freq=tuple(map(float, rope.inverse_frequencies(spec.rope))))
-
-    @property
-    def dim(self) -> int:
-        return 2 * len(self.inv_freq)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"layout": "half", "dim": self.dim, "inv_freq": list(self.inv_freq)}
-
-    @classmethod
-    def from_json(cls, table: dict[str, Any] | None) -> Rotary | None:
-        return None if table is None else cls(inv_freq=tuple(table["inv_freq"]))
-
-    def apply(
-        self, x: Float[np.ndarray, "N K D"], position: Int[np.ndarray, "N"]
-    ) -> Float[np.ndarray, "N K D"]:
-        """Vectors turned to their positions, by the functions that the model itself uses."""
-        spec = RopeSpec(theta=1.0, dim=self.dim, inv_freq=self.inv_freq)
-        cos, sin = rope.tables(spec, jnp.asarray(position, jnp.int32)[None])
-        return np.asarray(rope.apply(jnp.asarray(x)[None], cos, sin))[0]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerStatistics:
     """Statistics of one layer by side; `read_tokens` reads the reservoir's file, None without."""
 
     sides: Mapping[str, SideStatistics]
-    rotary: Rotary | None = None
+    rotary: Rope | None = None
     read_tokens: Callable[[], Tokens] | None = None
 
     @property
@@ -125,7 +92,8 @@ class LayerStatistics:
         found = self.v if side == "v" else self.k if rope == "after" else self.k_before
         x, g = (tokens.k, tokens.g_k) if side == "k" else (tokens.v, tokens.g_v)
         if rotary is not None:
-            x, g = (rotary.apply(y, tokens.position) for y in (x, g))
+            at = jnp.asarray(tokens.position, jnp.int32)[:, None]
+            x, g = (np.asarray(rotate(rotary, jnp.asarray(y), at)) for y in (x, g))
         queries = None
         if side == "k":
             queries = grouped_moment(self.q if rope == "after" else self.q_before, found.heads)
@@ -133,7 +101,7 @@ class LayerStatistics:
             x=_by_head(x), g=_by_head(g), text=tokens.text, tokens=int(found.count.max()),
             mean=found.mean, covariance=found.covariance, metric=found.metric,
             weighted_mean=found.weighted_mean, weighted_covariance=found.weighted_covariance,
-            queries=queries, rope_layout="none" if rotary is None else "half",
+            queries=queries, rope_layout="none" if rotary is None else rotary.layout,
             rope_dim=None if rotary is None else rotary.dim,
         )  # fmt: skip
 

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from turboq_calibrate.models import decoder, rope
+from turboq.numbers.rope import unrotate
+from turboq_calibrate.models import decoder
 from turboq_calibrate.models.decoder import exact_attend
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 from turboq_calibrate.observe import reduce
@@ -136,9 +137,9 @@ def reverse(
 
     values, gradients = {"k": k, "v": v, "q": q}, {"k": g_k, "v": g_v}
     if spec.rope is not None:
-        cos, sin = rope.tables(spec.rope, positions)
-        values |= {"k_before": rope.apply(k, cos, -sin), "q_before": rope.apply(q, cos, -sin)}
-        gradients["k_before"] = rope.apply(g_k, cos, -sin)
+        at = positions[:, :, None]
+        values |= {"k_before": unrotate(spec.rope, k, at), "q_before": unrotate(spec.rope, q, at)}
+        gradients["k_before"] = unrotate(spec.rope, g_k, at)
     reduced = {
         side: reduce.side(side, y[:, skip:], None if g is None else g[:, skip:])
         for side, y in values.items()

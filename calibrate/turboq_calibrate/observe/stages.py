@@ -26,7 +26,7 @@ from turboq_calibrate.models.params import layer_shapes
 from turboq_calibrate.observe import reservoir
 from turboq_calibrate.observe import statistics as st
 from turboq_calibrate.observe import statistics_files as files
-from turboq_calibrate.observe.layer_statistics import Rotary, sizes
+from turboq_calibrate.observe.layer_statistics import sizes
 from turboq_calibrate.observe.passes import Finite
 from turboq_calibrate.observe.placement import Placement
 from turboq_calibrate.observe.recipe import ObserveRecipe, Shard
@@ -118,7 +118,7 @@ class Stages:
                     f"cannot read {path}: {error.strerror}; remove {self.work.parent} to start "
                     "again"
                 ) from error
-            layer = files.layer_from_sides(files.from_bytes(raw, path), path, Rotary.of(spec))
+            layer = files.layer_from_sides(files.from_bytes(raw, path), path, spec.rope)
             entry = files.describe_layer(
                 self.statistics, i, self.model.spec.path(i), layer,
                 sampled=self.recipe.reservoir > 0,

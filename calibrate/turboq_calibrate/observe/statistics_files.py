@@ -28,11 +28,13 @@ from safetensors import numpy as st_numpy
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write
+from turboq.numbers.rope import Rope
 from turboq.plan import ModelGeometry
-from turboq.plan.read import Extra, read
+from turboq.plan.document import to_json
+from turboq.plan.read import read
 from turboq_calibrate.observe import statistics as st
 from turboq_calibrate.observe.held_back import HeldBack
-from turboq_calibrate.observe.layer_statistics import NO_TOKENS, LayerStatistics, Rotary
+from turboq_calibrate.observe.layer_statistics import NO_TOKENS, LayerStatistics
 from turboq_calibrate.observe.reservoir import Tokens
 
 MANIFEST = "manifest.json"
@@ -119,7 +121,7 @@ def describe_layer(
         "path": path,
         **_describe_file(folder / layer_file(index)),
         "tokens": _describe_file(folder / tokens_file(index)) if sampled else None,
-        "rope": None if layer.rotary is None else layer.rotary.to_json(),
+        "rope": None if layer.rotary is None else to_json(layer.rotary),
         **{name: [side.heads, side.dim] for name, side in layer.sides.items()},
     }
 
@@ -197,8 +199,7 @@ class Statistics:
     @functools.cached_property
     def geometry(self) -> ModelGeometry:
         """Of the model that was observed: a plan needs no model for it."""
-        extra: Extra = {}
-        return read(ModelGeometry, self.manifest.inputs["model"]["geometry"], "geometry", extra)
+        return read(ModelGeometry, self.manifest.inputs["model"]["geometry"], "geometry", {})
 
     @functools.cached_property
     def _windows(self) -> dict[str, np.ndarray]:
@@ -213,9 +214,12 @@ class Statistics:
         entry = self.manifest.layers[index]
         sides = from_bytes(*self._checked(entry))
         return layer_from_sides(
-            sides, self.folder / entry["file"], Rotary.from_json(entry["rope"]),
+            sides, self.folder / entry["file"], self._rope(entry["rope"]),
             None if entry["tokens"] is None else functools.partial(self.tokens, index),
         )  # fmt: skip
+
+    def _rope(self, table: dict[str, Any] | None) -> Rope | None:
+        return None if table is None else read(Rope, table, "rope", {})
 
     def tokens(self, index: int) -> Tokens:
         """The sampled tokens of a layer.
@@ -244,7 +248,7 @@ class Statistics:
 def layer_from_sides(
     sides: dict[str, st.Arrays],
     source: Path,
-    rotary: Rotary | None,
+    rotary: Rope | None,
     read_tokens: Callable[[], Tokens] | None = None,
 ) -> LayerStatistics:
     """Checks fields and shapes of all sides that a layer with this rotary embedding has.

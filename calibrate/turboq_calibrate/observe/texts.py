@@ -35,6 +35,8 @@ from turboq_calibrate.observe.self_text import seed_of, self_windows, text_sourc
 
 HELDOUT_ONE_IN = 4
 SPLITS = ("calibration", "heldout")
+CALIBRATION = "topics:calibration,source:calibration"  # what is calibrated on by default
+COUNT, LENGTH = 16, 1024
 # "kind:rest"; one letter before the colon is a drive.
 KIND = re.compile(r"([A-Za-z_]\w+):")
 
@@ -43,8 +45,11 @@ KIND = re.compile(r"([A-Za-z_]\w+):")
 class Tokenizer(Protocol):
     """What windows need of a tokenizer; `models.Tokenizer` is one."""
 
-    bos_id: int | None
-    adds_bos: bool
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def adds_bos(self) -> bool: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -326,6 +331,8 @@ def mixed_windows(
     for i in sorted(range(n), key=own.__getitem__):  # cheap errors first: a model writes for hours
         share = None if count is None else (count + n - 1 - i) // n
         if own[i]:
+            assert model is not None  # checked above
+            assert share is not None
             parts[i] = _own_windows(model, sources[i], length, share, folder, progress)
         else:
             text = load_text(sources[i])
@@ -389,6 +396,14 @@ def _in_turn(parts: Sequence[Windows]) -> Windows:
         available=min(p.available for p in parts),
         bos=all(p.bos for p in parts),
     )
+
+
+def calibration_windows(model: Model) -> Windows:
+    """What `turboq calibrate` observes by default."""
+    return mixed_windows(
+        CALIBRATION.split(","), model.tokenizer, length=LENGTH, count=COUNT, check=1,
+        check_length=long_check(model.spec.context, LENGTH),
+    )  # fmt: skip
 
 
 def long_check(context: int, length: int) -> int:

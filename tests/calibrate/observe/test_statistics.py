@@ -8,11 +8,11 @@ from stat_cases import side_of
 from tolerances import TOL
 
 from turboq.errors import TurboqError
+from turboq.numbers.rope import Rope
 from turboq_calibrate.observe import statistics as st
 from turboq_calibrate.observe import statistics_files as files
-from turboq_calibrate.observe.layer_statistics import Rotary
 
-ROTARY = Rotary(inv_freq=(1.0, 0.1))
+ROTARY = Rope(theta=1.0, dim=4, inv_freq=(1.0, 0.1))
 
 
 def vectors(rng, b=3, t=200, heads=2, dim=12, common=0.0):
