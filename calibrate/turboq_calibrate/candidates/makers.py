@@ -106,11 +106,16 @@ def makers_of(
     return [maker for word in words for maker in _makers(word, geometry, options)]
 
 
+def learned_word(word: str) -> bool:
+    """Whether a candidate's word names learned transforms."""
+    return word.partition(":")[0] in ("transform", "trellis")
+
+
 def _makers(word: str, geometry: ModelGeometry, options: TransformOptions | None) -> list[Maker]:
     name, _, rest = word.partition(":")
     field, equals, listed = rest.rpartition("=")
     values = [value.strip() for value in listed.split(",")] if listed else []
-    if name in ("transform", "trellis"):
+    if learned_word(word):
         if equals or not values:
             raise TurboqError(f"candidates {word!r}: name bits per channel, as in {name}:2,2.5")
         quantizer = "scalar" if name == "transform" else "trellis"

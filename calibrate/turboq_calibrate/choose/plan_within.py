@@ -30,7 +30,7 @@ from turboq.plan import Measurement, ModelGeometry, Plan, Quality
 from turboq.plan.build import Side
 from turboq.plan.constraints import Constraints, Granularity
 from turboq.plan.geometry import ROPE_FORMS, RopeForm
-from turboq_calibrate.candidates.makers import default_makers, engine_menu, makers_of
+from turboq_calibrate.candidates.makers import default_makers, engine_menu, learned_word, makers_of
 from turboq_calibrate.candidates.table import Arrays, Table, build_table
 from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.check import Checked, check_plans, rivals
@@ -41,6 +41,7 @@ from turboq_calibrate.choose.within import record, within
 from turboq_calibrate.choose.worst_text import least_worst
 from turboq_calibrate.cost.predicted import predicted_costs
 from turboq_calibrate.cost.side_by_side import Engine
+from turboq_calibrate.fit.guard import Guarded, guard
 from turboq_calibrate.fit.plan import check_statistics, provenance
 from turboq_calibrate.models import Model
 from turboq_calibrate.observe.statistics_files import Statistics
@@ -59,7 +60,7 @@ class Wanted:
       of a layer), "per_head".
     policy: tokens kept exact. k_rope: keys stored "before" or "after" their rotary embedding.
     objective: least predicted loss over the "mean" of the calibration texts, or on the "worst".
-    options: of the learned transforms.
+    options: of the learned transforms; with `guard` their shrinkage is chosen on texts left out.
     rounds: refinements by KL measured around the plan (need the model).
     """
 
@@ -71,6 +72,7 @@ class Wanted:
     k_rope: RopeForm = "before"
     objective: str = "mean"
     options: TransformOptions = dataclasses.field(default_factory=TransformOptions)
+    guard: bool = True
     rounds: int = 0
 
     def __post_init__(self):
@@ -108,6 +110,7 @@ class Menu:
     constraints: tuple[Constraints, ...]
     policy: TokenPolicy
     notes: tuple[str, ...]
+    guarded: Guarded
 
     def under(self, wanted: Wanted) -> Menu:
         """The same candidates for another granularity, where no engine decides it."""
@@ -125,28 +128,40 @@ def menu(
       TurboqError: statistics of another model, or without what a candidate needs.
     """
     check_statistics(statistics, geometry)
+    channels = sum(x.kv_heads * (x.k_dim + x.v_dim) for x in geometry.cache_layers)
+    bits = wanted.budget.bits_near(channels) / channels
     constraints = _own_rules(wanted)
-    policy, k_rope, notes = wanted.policy, wanted.k_rope, ()
+    policy, k_rope, notes, makers = wanted.policy, wanted.k_rope, (), None
     if wanted.engine is not None:
         found = engine_menu(wanted.engine, geometry, policy)
         makers, constraints, k_rope = found.makers, found.constraints, "after"
         notes, policy = tuple(found.notes(policy)), found.policy
-    elif wanted.candidates:
-        makers = makers_of(wanted.candidates, geometry, wanted.options)
-    else:
-        channels = sum(x.kv_heads * (x.k_dim + x.v_dim) for x in geometry.cache_layers)
-        makers = default_makers(wanted.budget.bits_near(channels) / channels, wanted.options)
     if all(layer.rope_layout == "none" for layer in geometry.cache_layers):
         k_rope = "after"  # no rotary embedding: before and after are the same
 
     def observed(layer: int, side: Side) -> Observed:
         return statistics.layers[layer].observed(side, rope=k_rope if side == "k" else "after")
 
+    guarded = Guarded(options=wanted.options, held_out={})
+    if makers is None:
+        learns = not wanted.candidates or any(learned_word(w) for w in wanted.candidates)
+        if learns and wanted.guard:
+            layers = [layer.index for layer in geometry.cache_layers]
+            guarded = guard(
+                observed, layers, wanted.options, min(max(bits, 0.5), 8.0), progress=progress
+            )
+        if wanted.candidates:
+            makers = makers_of(wanted.candidates, geometry, guarded.options)
+        else:
+            makers = default_makers(bits, guarded.options)
     table = build_table(
         geometry, makers, observed, source=statistics.sha256, k_rope=k_rope, progress=progress
     )
     costs = predicted_costs(table, observed, progress=progress)
-    return Menu(table=table, costs=costs, constraints=constraints, policy=policy, notes=notes)
+    return Menu(
+        table=table, costs=costs, constraints=constraints, policy=policy, notes=notes,
+        guarded=guarded,
+    )  # fmt: skip
 
 
 def solve(menu: Menu, wanted: Wanted, constraints: Any = None) -> tuple[Problem, Allocation]:
@@ -226,6 +241,8 @@ def plan_within(
         "objective": wanted.objective,
         "k_rope": ready.table.k_rope,
         "kept": kept,
+        "shrink": ready.guarded.options.shrink,
+        "held_out": {f"{k:g}": v for k, v in ready.guarded.held_out.items()},
         "refinement": rounds,
         "check": None if checked is None else checked.report(),
     }  # fmt: skip
