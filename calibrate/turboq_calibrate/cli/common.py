@@ -46,7 +46,7 @@ def text(
     values: flags.FlagValues,
     default: str = CALIBRATION_TEXT,
     *,
-    windows: int = 16,
+    windows: int = 8,
     length: int = 1024,
 ) -> None:
     flags.DEFINE_multi_string(

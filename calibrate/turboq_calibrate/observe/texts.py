@@ -36,7 +36,7 @@ from turboq_calibrate.observe.self_text import seed_of, self_windows, text_sourc
 HELDOUT_ONE_IN = 4
 SPLITS = ("calibration", "heldout")
 CALIBRATION = "topics:calibration,source:calibration"  # what is calibrated on by default
-COUNT, LENGTH = 16, 1024
+COUNT, LENGTH = 8, 1024
 # "kind:rest"; one letter before the colon is a drive.
 KIND = re.compile(r"([A-Za-z_]\w+):")
 
@@ -398,11 +398,11 @@ def _in_turn(parts: Sequence[Windows]) -> Windows:
     )
 
 
-def calibration_windows(model: Model) -> Windows:
-    """What `turboq calibrate` observes by default."""
+def calibration_windows(model: Model, *, count: int = COUNT, length: int = LENGTH) -> Windows:
+    """What `turboq calibrate` observes by default, and what it holds back."""
     return mixed_windows(
-        CALIBRATION.split(","), model.tokenizer, length=LENGTH, count=COUNT, check=1,
-        check_length=long_check(model.spec.context, LENGTH),
+        CALIBRATION.split(","), model.tokenizer, length=length, count=count, check=1,
+        check_length=long_check(model.spec.context, length),
     )  # fmt: skip
 
 
