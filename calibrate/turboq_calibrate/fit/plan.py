@@ -12,6 +12,8 @@ from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec
 from turboq.errors import TurboqError
 from turboq.plan import ModelGeometry, Plan, Provenance, TextSource
+from turboq.plan.geometry import RopeForm
+from turboq.plan.types import SIDES
 from turboq.version import __version__
 from turboq_calibrate.fit.shared import collect_shared
 from turboq_calibrate.observe.statistics_files import MANIFEST, Statistics
@@ -46,14 +48,14 @@ def make_plan(
     v: Codec,
     policy: TokenPolicy | None = None,
     statistics: Statistics | None = None,
-    k_rope: str = "after",
+    k_rope: RopeForm = "after",
 ) -> tuple[Plan, Arrays]:
     """One codec for all keys and one for all values, fitted per head where the codec is learned.
 
     Args:
       k, v: templates; a layer of another head dim takes them at its own.
       statistics: of the same model; needed by calibrated codecs only.
-      k_rope: keys are fitted "after" or "before" their rotary embedding.
+      k_rope: keys are stored "after" or "before" their rotary embedding, and fitted so.
 
     Raises:
       TurboqError: statistics are missing, of another model, or do not serve the codec.
@@ -63,13 +65,15 @@ def make_plan(
     elif k.calibrated or v.calibrated:
         name = (k if k.calibrated else v).name
         raise TurboqError(f"codec {name} is fitted to data: give statistics (`turboq calibrate`)")
-    plan = plans.uniform_plan(geometry, k=k, v=v, policy=policy, provenance=provenance(statistics))
+    plan = plans.uniform_plan(
+        geometry, k=k, v=v, k_rope=k_rope, policy=policy, provenance=provenance(statistics)
+    )
+    stored = {(x.index, side): x.side(side).rope for x in plan.layers for side in SIDES}
 
     def fit(index: int, side: str, codec: Codec) -> Arrays:
         assert statistics is not None  # checked above: the codec is calibrated
-        layer = statistics.layers[index]
         try:
-            return codec.fit(layer.observed(side, rope=k_rope if side == "k" else "after"))
+            return codec.fit(statistics.layers[index].observed(side, rope=stored[index, side]))
         except TurboqError as error:
             raise TurboqError(f"layer {index}, {side}: {error}") from error
 

@@ -3,15 +3,20 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
+from stat_cases import random_windows
 
+from turboq import codecs as c
 from turboq.codecs import PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
-from turboq.plan import PlanConflict, check_model
+from turboq.plan import PlanConflict, check_arrays, check_model
 from turboq_calibrate.fit.plan import make_plan
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry, spec_geometry
 from turboq_calibrate.models.spec import LayerSpec, Rope
+from turboq_calibrate.observe.observe import observe
+from turboq_calibrate.observe.recipe import ObserveRecipe
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
@@ -63,3 +68,56 @@ def test_a_calibrated_codec_needs_statistics():
     geometry = model_geometry(load_model(GOLDEN / "llama3", resident=False))
     with pytest.raises(TurboqError, match="give statistics"):
         make_plan(geometry, k=TurboQuantMSE(dim=16, bits=3), v=PerHead(dim=16, bits=3))
+
+
+def observed(folder, **recipe):
+    """The geometry and statistics of a tiny model over random windows."""
+    model = load_model(GOLDEN / "llama3")
+    statistics = observe(
+        model, random_windows(model.spec.vocab), folder, ObserveRecipe(**recipe), progress=False
+    )
+    return model_geometry(model), statistics
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    return observed(tmp_path_factory.mktemp("statistics"), skip=2)
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        c.PerHead(dim=16, bits=2),
+        c.Transform(dim=16, segments=((8, 3), (8, 1)), gain="code"),
+        c.RopeBlock(dim=16, segments=((16, 2),)),
+        c.FP8(dim=16, scale="tensor"),
+        c.Oscar(dim=16),
+        c.TurboQuantOutliers(dim=16, bits=2, outlier_bits=3),
+    ],
+    ids=lambda codec: codec.name,
+)
+@pytest.mark.parametrize("k_rope", ["after", "before"])
+def test_any_calibrated_codec_is_fitted_from_a_folder(known, codec, k_rope):
+    """Every layer and side gets what the codec makes of the keys as they are stored."""
+    geometry, statistics = known
+    plan, arrays = make_plan(geometry, k=codec, v=codec, statistics=statistics, k_rope=k_rope)
+    check_arrays(plan, arrays)
+    for layer in plan.layers:
+        assert layer.k.rope == k_rope
+        for side, rope in (("k", k_rope), ("v", "after")):
+            due = codec.fit(statistics.layers[layer.index].observed(side, rope=rope))
+            for name, values in due.items():
+                np.testing.assert_array_equal(arrays[f"layers.{layer.index}.{side}.{name}"], values)
+
+
+def test_an_error_names_the_layer_the_side_and_the_command(known, tmp_path):
+    geometry, statistics = known
+    eight = PerHead(dim=16, bits=8)
+    with pytest.raises(TurboqError, match=r"layer 0, k: .*per_head.* 256 tokens or more, \d+ tok"):
+        make_plan(geometry, k=eight, v=eight, statistics=statistics)
+    two = TurboQuantMSE(dim=16, bits=2)
+    with pytest.raises(TurboqError, match=r"layer 0, v: "):
+        make_plan(geometry, k=two, v=eight, statistics=statistics)
+    geometry, none = observed(tmp_path, reservoir=0)
+    with pytest.raises(TurboqError, match=r"layer 0, k: .*turboq calibrate"):
+        make_plan(geometry, k=PerHead(dim=16, bits=2), v=two, statistics=none)

@@ -3,6 +3,7 @@
 python tests/golden/export/prepare.py WORK      after oracle_checkpoint.py, with turboq installed
 """
 
+import hashlib
 import json
 import shutil
 import sys
@@ -13,14 +14,15 @@ import numpy as np
 from turboq.codecs import FP8, Ggml, KiviKey, KiviValue, PerChannel
 from turboq.codecs.ggml import mainline
 from turboq.export import ENGINES, Options, export
-from turboq.plan import collect_arrays, uniform_plan
+from turboq.plan import TextSource, collect_arrays, uniform_plan
 from turboq.plan.rules import by_layer, rule_plan
-from turboq_calibrate import data
-from turboq_calibrate.evaluate import PLUGS, evaluate
+from turboq_calibrate.fit.plan import model_geometry
+from turboq_calibrate.measure.attention_plugs import simulated_attend
+from turboq_calibrate.measure.evaluate import PLUGS, evaluate
 from turboq_calibrate.models import load_model
-from turboq_calibrate.plans import model_geometry
-from turboq_calibrate.plugs import simulated_attend
-from turboq_calibrate.samples import collect_samples, fit_samples
+from turboq_calibrate.observe import texts as data
+from turboq_calibrate.observe.observe import observe
+from turboq_calibrate.observe.recipe import ObserveRecipe
 
 TOKENS = 40  # of the tiny model's prompt
 KV_TYPES = ("q8_0", "q5_0", "q4_0")
@@ -28,35 +30,39 @@ WINDOWS, LENGTH = 6, 512
 
 
 def tiny(work: Path):
-    """The tiny checkpoint: (model, geometry, prompt [1, T], samples)."""
+    """The tiny checkpoint: (geometry, prompt [1, T], statistics of all its tokens)."""
     model = load_model(str(work / "checkpoint"))
     prompt = np.random.default_rng(7).integers(3, 320, (1, TOKENS)).astype(np.int32)
-    return model, model_geometry(model), prompt, collect_samples(model, prompt, skip=0)
+    text = TextSource(name="random", sha256=hashlib.sha256(prompt.tobytes()).hexdigest())
+    windows = data.Windows(tokens=prompt, texts=(text,), text=np.zeros(1, np.int32), available=1)
+    recipe = ObserveRecipe(skip=0, reservoir=TOKENS)
+    return model_geometry(model), prompt, observe(model, windows, work / "observed", recipe)
 
 
-def fitted(geometry, samples, plan):
-    """Arrays of a plan, fitted to samples."""
+def fitted(statistics, plan):
+    """Arrays of a plan, fitted to what was observed."""
 
     def fit(index, side, codec):
-        return fit_samples(codec, samples[index], side)
+        return codec.fit(statistics.layers[index].observed(side))
 
     return collect_arrays(plan, fit)
 
 
-def ort(work: Path, geometry, samples, prompt) -> None:
+def ort(work: Path, geometry, statistics, prompt) -> None:
     """INT8 and INT4 per channel, with the codes of layer 0."""
     for bits in (8, 4):
         folder = work / "ort" / f"int{bits}"
         codec = PerChannel(dim=32, bits=bits)
         plan = uniform_plan(geometry, k=codec, v=codec)
-        arrays = fitted(geometry, samples, plan)
+        arrays = fitted(statistics, plan)
         shutil.rmtree(folder, ignore_errors=True)
         options = Options(dtype="float32", checkpoint=work / "checkpoint")
         export(plan, arrays, ENGINES["ort-genai"], folder, options)
         layer = plan.kv_layer(0, arrays)
         group = layer.groups[0]
         expected = {}
-        for side, x in (("k", samples[0].k), ("v", samples[0].v)):
+        for side in ("k", "v"):
+            x = statistics.layers[0].observed(side).x
             of = group.k_arrays if side == "k" else group.v_arrays
             for head in range(2):
                 one = {name: values[head] for name, values in of.items()}
@@ -67,17 +73,17 @@ def ort(work: Path, geometry, samples, prompt) -> None:
     np.save(work / "ort" / "prompt.npy", prompt)
 
 
-def overlays(work: Path, geometry, samples) -> None:
+def overlays(work: Path, geometry, statistics) -> None:
     """vLLM's two strategies, laid over the tiny checkpoint."""
     for scale in ("tensor", "head"):
         plan = uniform_plan(geometry, k=FP8(dim=32, scale=scale), v=FP8(dim=32, scale=scale))
         folder = work / "vllm" / scale
         shutil.rmtree(folder, ignore_errors=True)
         options = Options(dtype="float32", checkpoint=work / "checkpoint")
-        export(plan, fitted(geometry, samples, plan), ENGINES["vllm"], folder, options)
+        export(plan, fitted(statistics, plan), ENGINES["vllm"], folder, options)
 
 
-def python_caches(work: Path, geometry, samples, prompt) -> None:
+def python_caches(work: Path, geometry, statistics, prompt) -> None:
     """A mixed plan for transformers: quanto layers with different K and V, and an FP8 layer."""
 
     def choose(layer, side, head):
@@ -88,8 +94,9 @@ def python_caches(work: Path, geometry, samples, prompt) -> None:
         return kind(dim=32, bits=bits, group=32, scale_dtype="float32")
 
     plan = rule_plan(geometry, choose)
+    fp8 = FP8(dim=32, scale="head")
     arrays = {
-        f"layers.1.{side}.scale": fit_samples(FP8(dim=32, scale="head"), samples[1], side)["scale"]
+        f"layers.1.{side}.scale": fp8.fit(statistics.layers[1].observed(side))["scale"]
         for side in ("k", "v")
     }
     folder = work / "hf"
@@ -141,10 +148,10 @@ def llama(work: Path) -> None:
 
 def main(work: Path) -> None:
     (work / "ort").mkdir(parents=True, exist_ok=True)
-    _, geometry, prompt, samples = tiny(work)
-    ort(work, geometry, samples, prompt)
-    overlays(work, geometry, samples)
-    python_caches(work, geometry, samples, prompt)
+    geometry, prompt, statistics = tiny(work)
+    ort(work, geometry, statistics, prompt)
+    overlays(work, geometry, statistics)
+    python_caches(work, geometry, statistics, prompt)
     llama(work)
 
 
