@@ -34,9 +34,8 @@ main loop per 256 tokens on TPU, instructions per element, registers and spills 
 choose rows, e.g. op=encode bits=3; those other than op must be met by some row of every operation.
 Rows of a platform or of conditions that were not asked for stay as they are in the file.
 
-Needs, on any CPU machine:
-  tpu    pip install 'turboq[tpu]'     jax[tpu], whose libtpu holds the compiler
-  cuda   pip install jax-cuda13-plugin jax-cuda13-pjrt     of the version of jax
+Needs the compilers, on any CPU machine: ./scripts/bootstrap dev installs them into .venv/compilers,
+where .venv/bin/python finds them; `pip install 'turboq[aot]'` beside another JAX does as well.
 """
 
 

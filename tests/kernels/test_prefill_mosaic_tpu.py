@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,18 +11,18 @@ import kernel_cases
 import numpy as np
 import prefill_cases as cases
 import pytest
+from compiled import needs_compilers
 from jax.experimental.pallas import tpu as pltpu
 from tolerances import TOL
 
 from turboq.codecs.reading import Part, Reading
-from turboq_kernels.aot import tpu, tpu_prefill
+from turboq_kernels.aot import compilers, tpu, tpu_prefill
 from turboq_kernels.prefill import mosaic_tpu, mosaic_tpu_own
 from turboq_kernels.prefill import mosaic_tpu_softmax as softmax
 from turboq_kernels.prefill.mosaic_tpu_history import Step
 
 ROOT = Path(__file__).parents[2]
 COSTS = ROOT / "experiments" / "results" / "kernel_costs.json"
-NEEDED = pytest.mark.skipif(tpu.missing() is not None, reason=str(tpu.missing()))
 # The interpreted kernel is one large program: without optimization it compiles much faster.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # A symmetric and a wide part beside one of 64 coordinates, which lie in the lanes two rows at once.
@@ -204,7 +202,7 @@ def recorded():
     return {key(r): r for r in rows if r["target"] in tpu.TOPOLOGIES}
 
 
-@NEEDED
+@needs_compilers
 def test_costs_have_not_grown(recorded):
     """5 % room for another compiler; a better kernel is recorded with scripts/kernel_costs.py."""
     (row,) = tpu_prefill.rows(("target=v5e", "bits=3", "levels=symmetric", "cache=contiguous"))
@@ -221,10 +219,9 @@ def test_recorded_rows(recorded):
         assert row["vmem_bytes"] < tpu.VMEM_LIMIT["v4"], row
 
 
-@NEEDED
+@needs_compilers
 def test_every_generation_compiles():
-    """All five, the oldest and the newest at D = 64 and 256 too, in one process (a bad kernel may
-    abort it)."""
+    """All five, the oldest and the newest at D = 64 and 256 too."""
     command = (
         "from turboq_kernels.aot import tpu, tpu_prefill\n"
         "for target in tpu.TOPOLOGIES:\n"
@@ -233,12 +230,7 @@ def test_every_generation_compiles():
         "            c = tpu.Configuration(\n"
         "                target=target, dim=dim, bits=bits, levels=levels, group=4, tokens=4\n"
         "            )\n"
-        "            tpu_prefill.compile_prefill(c)\n"
+        "            tpu_prefill.compile_prefill(c, pool=64)\n"
         "            print('compiled', c)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", command], cwd=ROOT, text=True, capture_output=True, check=False,
-        env=tpu.environment_of_compiler() | {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("compiled") == 18
+    assert compilers.printed(command, "tpu").count("compiled") == 18

@@ -4,8 +4,9 @@
     python -m turboq_kernels.aot.cuda bits=3 dim=128  # those that match
 
 Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version, whose plugin holds XLA's
-GPU compiler, and JAX_PLATFORMS=cpu. Costs are static: instructions of the main loop per element of
-K and V, registers, bytes of spill. They say nothing about memory stalls; no time is measured here.
+GPU compiler (`turboq_kernels.aot.compilers` finds them). Costs are static: instructions of the main
+loop per element of K and V, registers, bytes of spill. They say nothing about memory stalls; no
+time is measured here.
 """
 
 from __future__ import annotations
@@ -13,12 +14,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.resources
-import importlib.util
-import json
-import os
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,12 +24,11 @@ from jax.experimental import serialize_executable, topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from turboq.codecs.reading import Part, Reading
-from turboq_kernels.aot import cubin
+from turboq_kernels.aot import compilers, cubin
 from turboq_kernels.decode import api, types
 
 TARGET = "sm_90"
 KERNEL = "turboq_decode"
-_PLUGIN = "jax_plugins.xla_cuda13"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,34 +56,21 @@ CONFIGURATIONS = (
 
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
-    if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(_PLUGIN):
-        return None
-    return (
-        f"the GPU compiler is not installed: pip install jax-cuda13-plugin=={jax.__version__} "
-        f"jax-cuda13-pjrt=={jax.__version__}"
-    )
+    return compilers.missing("cuda")
 
 
-def rows(only: Sequence[str] = (), module: str = __name__) -> list[dict[str, Any]]:
-    """Costs of the configurations, compiled in a subprocess with JAX_PLATFORMS=cpu.
+def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Costs of the configurations, one by one, compiled in one process.
 
     Args:
       only: conditions like "bits=3" that a row must all meet.
-      module: of `turboq_kernels.aot`, whose `main` prints them.
 
     Raises:
       RuntimeError: the compiler is missing or failed.
+      ValueError: no configuration meets the conditions.
     """
-    reason = missing()
-    if reason is not None:
-        raise RuntimeError(reason)
-    done = subprocess.run(
-        [sys.executable, "-m", module, *only],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"compiling for {TARGET} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout)
+    found = compilers.select(only, CONFIGURATIONS, target=TARGET)
+    return compilers.rows("turboq_kernels.aot.cuda", "cuda", found)
 
 
 def row(configuration: Configuration) -> dict[str, Any]:
@@ -164,18 +147,5 @@ def compile_for(function, *shapes, **options):
         return jax.jit(function, **options).lower(*args).compile()
 
 
-def main(
-    only: Sequence[str], configurations: Sequence[Any] = CONFIGURATIONS, make_row: Any = row
-) -> None:
-    """Prints the rows of those configurations that meet the conditions."""
-    wanted = dict(condition.split("=") for condition in only)
-    found = []
-    for c in configurations:
-        known = {"target": TARGET} | dataclasses.asdict(c)
-        if all(str(known.get(name)) == value for name, value in wanted.items()):
-            found.append(make_row(c))
-    print(json.dumps(found, indent=1))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    compilers.main(sys.argv[1:], Configuration, lambda c, _: row(c), rows)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from turboq.cache.layer import KVLayer
 from turboq.codecs import TurboQuantMSE, TurboQuantProd
 from turboq.codecs.base import Codec
 from turboq.numbers.packing import PAGE, ROWS, WORD_BITS
-from turboq_kernels.aot import cubin, cuda
+from turboq_kernels.aot import compilers, cubin, cuda
 from turboq_kernels.aot.cuda import TARGET
 from turboq_kernels.aot.cuda import missing as missing
 from turboq_kernels.decode.types import contiguous_pages
@@ -60,9 +60,10 @@ CONFIGURATIONS = tuple(
 )
 
 
-def rows(only: Sequence[str] = ()) -> list[dict[str, Any]]:
+def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """See `turboq_kernels.aot.cuda.rows`."""
-    return cuda.rows(only, module=__name__)
+    found = compilers.select(only, CONFIGURATIONS, target=TARGET)
+    return compilers.rows("turboq_kernels.aot.cuda_encode", "cuda", found)
 
 
 def row(configuration: Configuration) -> dict[str, Any]:
@@ -125,4 +126,4 @@ def compile_layer(layer: KVLayer, *, tokens: int, capacity: int):
 
 
 if __name__ == "__main__":
-    cuda.main(sys.argv[1:], CONFIGURATIONS, row)
+    compilers.main(sys.argv[1:], Configuration, lambda c, _: row(c), rows)

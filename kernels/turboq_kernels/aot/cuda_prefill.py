@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from turboq_kernels.aot import cubin, cuda
+from turboq_kernels.aot import compilers, cubin, cuda
 from turboq_kernels.aot.cuda import TARGET
 from turboq_kernels.aot.cuda import missing as missing
 
@@ -49,9 +49,10 @@ CONFIGURATIONS = (
 )
 
 
-def rows(only: Sequence[str] = ()) -> list[dict[str, Any]]:
+def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """See `turboq_kernels.aot.cuda.rows`."""
-    return cuda.rows(only, module=__name__)
+    found = compilers.select(only, CONFIGURATIONS, target=TARGET)
+    return compilers.rows("turboq_kernels.aot.cuda_prefill", "cuda", found)
 
 
 def row(configuration: Configuration) -> dict[str, Any]:
@@ -99,4 +100,4 @@ def compile_prefill(configuration: Configuration) -> cubin.Cost:
 
 
 if __name__ == "__main__":
-    cuda.main(sys.argv[1:], CONFIGURATIONS, row)
+    compilers.main(sys.argv[1:], Configuration, lambda c, _: row(c), rows)

@@ -3,24 +3,19 @@
     python -m turboq_kernels.aot.tpu                      # rows of all configurations, as JSON
     python -m turboq_kernels.aot.tpu target=v5e bits=3    # those that match
 
-Needs libtpu (the extra `tpu`) and JAX_PLATFORMS=cpu: the compiler inside libtpu needs no chip. The
-cost is the number of VLIW bundles of the main loop in the final schedule, per 256 tokens of one KV
-head: K, softmax, V and the start of all copies. A bundle issues in one cycle if nothing stalls;
-stalls (memory, results not ready) are not in the schedule. No time is measured here.
+Needs libtpu (`turboq_kernels.aot.compilers` finds it); the compiler inside needs no chip. The cost
+is the number of VLIW bundles of the main loop in the final schedule, per 256 tokens of one KV head:
+K, softmax, V and the start of all copies. A bundle issues in one cycle if nothing stalls; stalls
+(memory, results not ready) are not in the schedule. No time is measured here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
-import os
 import pathlib
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +25,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from turboq.codecs.reading import Part, Reading
 from turboq.numbers.packing import PAGE, ROWS
+from turboq_kernels.aot import compilers
 from turboq_kernels.decode import mosaic_tpu, types
 
 KERNEL = "turboq_decode"
@@ -111,29 +107,23 @@ class Cost:
 
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
-    if importlib.util.find_spec("libtpu"):
-        return None
-    return "the TPU compiler is not installed: pip install 'turboq[tpu]' (jax[tpu], for libtpu)"
+    return compilers.missing("tpu")
 
 
-def environment_of_compiler() -> dict[str, str]:
-    """Environment of a subprocess that compiles: no chip is looked for, and several may run."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+def arguments(configuration: Configuration, pool: int | None = None) -> tuple[Any, ...]:
+    """Shapes of a decode call: 8 sequences of 128 Ki tokens, 8 KV heads.
 
-
-def arguments(configuration: Configuration) -> tuple[Any, ...]:
-    """Shapes of a decode call: 8 sequences of 128 Ki tokens, 8 KV heads."""
+    Args:
+      pool: head-pages that exist, by default as many as the table names. The kernel is the same
+        for any number; what XLA does around it compiles several times faster for a few.
+    """
     c, batch, heads, count = configuration, 8, 8, 512
     levels = "table" if c.levels == "symmetric" else c.levels
 
     def struct(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    total = batch * heads * count
+    total = pool or batch * heads * count
     part = Part(
         field="codes", width=c.dim, bits=c.bits, levels=levels, scale="scale",
         offset="offset" if levels == "affine" else None,
@@ -157,13 +147,13 @@ def arguments(configuration: Configuration) -> tuple[Any, ...]:
     return struct(batch, heads, rows, c.dim), side, side, pages, seen, seen
 
 
-def compile_decode(configuration: Configuration, **options):
+def compile_decode(configuration: Configuration, pool: int | None = None, **options):
     """The compiled executable (which cannot run here).
 
     Raises:
       whatever the compiler raises, and ValueError for a case that the kernel does not support.
     """
-    shapes = arguments(configuration)
+    shapes = arguments(configuration, pool)
     reason = mosaic_tpu.unsupported(*shapes[:4])
     if reason is not None:
         raise ValueError(f"{configuration}: {reason}")
@@ -291,68 +281,18 @@ def _one(dump: pathlib.Path, kernel: str, ending: str) -> pathlib.Path:
 
 
 def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """Costs of the configurations, one by one, each compiled in a subprocess of its own.
-
-    (A kernel that the compiler cannot handle may abort the process.)
+    """Costs of the configurations, one by one, compiled in one process.
 
     Args:
       only: conditions like "bits=3" that a row must all meet.
 
     Raises:
       RuntimeError: the compiler is missing or failed.
+      ValueError: no configuration meets the conditions.
     """
-    return each_in_a_subprocess(select(only), "turboq_kernels.aot.tpu")
-
-
-def each_in_a_subprocess(configurations: Sequence[Any], module: str) -> Iterator[dict[str, Any]]:
-    """The rows that `python -m module --one configuration folder` prints.
-
-    Raises:
-      RuntimeError: the compiler is missing or failed.
-    """
-    reason = missing()
-    if reason is not None:
-        raise RuntimeError(reason)
-    for configuration in configurations:
-        yield _in_subprocess(configuration, module)
-
-
-def select(only: Sequence[str], among: Sequence[Any] = CONFIGURATIONS) -> list[Any]:
-    """The configurations that meet all conditions.
-
-    Raises:
-      ValueError: none does.
-    """
-    wanted = dict(condition.split("=") for condition in only)
-    found = [c for c in among if all(str(getattr(c, k)) == v for k, v in wanted.items())]
-    if not found:
-        raise ValueError(f"no configuration has {only}")
-    return found
-
-
-def _in_subprocess(configuration: Any, module: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as dump:
-        environment = environment_of_compiler() | {
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-        }
-        named = json.dumps(dataclasses.asdict(configuration))
-        done = subprocess.run(
-            [sys.executable, "-m", module, "--one", named, dump],
-            env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"compiling {configuration} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def main(arguments: Sequence[str], kind: type, row: Callable, rows: Callable) -> None:
-    """The program of a module of costs: all rows that match, or with --one a single one."""
-    if arguments[:1] == ["--one"]:
-        configuration = kind(**json.loads(arguments[1]))
-        print(json.dumps(row(configuration, pathlib.Path(arguments[2]))))
-        return
-    print(json.dumps(list(rows(arguments)), indent=1))
+    found = compilers.select(only, CONFIGURATIONS)
+    return compilers.rows("turboq_kernels.aot.tpu", "tpu", found)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:], Configuration, row, rows)
+    compilers.main(sys.argv[1:], Configuration, row, rows)

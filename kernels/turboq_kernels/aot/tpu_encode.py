@@ -23,7 +23,7 @@ from turboq.cache.layer import KVLayer
 from turboq.codecs import TurboQuantMSE, TurboQuantProd
 from turboq.codecs.base import Codec
 from turboq.numbers.packing import PAGE, ROWS
-from turboq_kernels.aot import tpu
+from turboq_kernels.aot import compilers, tpu
 from turboq_kernels.aot.tpu import missing as missing
 from turboq_kernels.decode.types import Pages
 from turboq_kernels.encode import api, mosaic_tpu, store
@@ -66,8 +66,12 @@ CONFIGURATIONS = tuple(
 )
 
 
-def compile_write(configuration: Configuration, page: int = PAGE):
-    """The executable of the kernel's `write` alone; the words are donated, and kept folded."""
+def compile_write(configuration: Configuration, page: int = PAGE, pool: int | None = None):
+    """The executable of the kernel's `write` alone; the words are donated, and kept folded.
+
+    Args:
+      pool: head-pages that exist, by default as many as the table names.
+    """
     c, codec, rows = configuration, configuration.codec, page // 32
     writing = codec.writing
     assert writing is not None
@@ -76,7 +80,8 @@ def compile_write(configuration: Configuration, page: int = PAGE):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     bits = {f.name: (f.bits, rows, f.width) for f in codec.fields if f.packed}
-    shapes = [(BATCH * HEADS * COUNT, *bits[name]) for name in word_fields(writing)]
+    total = pool or BATCH * HEADS * COUNT
+    shapes = [(total, *bits[name]) for name in word_fields(writing)]
     folds = mosaic_tpu.specify(writing, c.dim, page, 1).fields
     words = tuple(
         struct(shape[0], *field.block, dtype=jnp.uint32)
@@ -137,18 +142,10 @@ def row(configuration: Configuration, dump: pathlib.Path) -> dict[str, Any]:
 
 
 def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """Costs of the configurations, one by one, each compiled in a subprocess of its own.
-
-    Args:
-      only: conditions like "bits=3" that a row must all meet.
-
-    Raises:
-      RuntimeError: the compiler is missing or failed.
-    """
-    return tpu.each_in_a_subprocess(
-        tpu.select(only, CONFIGURATIONS), "turboq_kernels.aot.tpu_encode"
-    )
+    """See `turboq_kernels.aot.tpu.rows`."""
+    found = compilers.select(only, CONFIGURATIONS)
+    return compilers.rows("turboq_kernels.aot.tpu_encode", "tpu", found)
 
 
 if __name__ == "__main__":
-    tpu.main(sys.argv[1:], Configuration, row, rows)
+    compilers.main(sys.argv[1:], Configuration, row, rows)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from turboq.numbers.packing import PAGE
-from turboq_kernels.aot import tpu
+from turboq_kernels.aot import compilers, tpu
 from turboq_kernels.aot.tpu import Configuration
 from turboq_kernels.aot.tpu import missing as missing
 from turboq_kernels.decode.types import Side
@@ -42,7 +42,7 @@ CONFIGURATIONS = (
 )
 
 
-def compile_prefill(configuration: Configuration):
+def compile_prefill(configuration: Configuration, pool: int | None = None):
     """The compiled executable of `history`, or of `own` for exact tokens.
 
     Raises:
@@ -66,7 +66,7 @@ def compile_prefill(configuration: Configuration):
             return mosaic_tpu.own(*args, scale=c.dim**-0.5, softcap=None)
 
         return tpu.compile_for(c.target, own, shapes)
-    shapes = arguments(c)
+    shapes = arguments(c, pool)
     reason = mosaic_tpu.unsupported(*shapes[:4])
     if reason is not None:
         raise ValueError(f"{c}: {reason}")
@@ -77,9 +77,9 @@ def compile_prefill(configuration: Configuration):
     return tpu.compile_for(c.target, history, shapes)
 
 
-def arguments(configuration: Configuration) -> tuple[Any, ...]:
+def arguments(configuration: Configuration, pool: int | None = None) -> tuple[Any, ...]:
     """Shapes of a call of `history`: `aot.tpu.arguments`, parts knowing that they are symmetric."""
-    q, k, v, *rest = tpu.arguments(configuration)
+    q, k, v, *rest = tpu.arguments(configuration, pool)
     return q, *(_told(side, configuration.levels == "symmetric") for side in (k, v)), *rest
 
 
@@ -114,18 +114,10 @@ def row(configuration: Configuration, dump: pathlib.Path) -> dict[str, Any]:
 
 
 def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """Costs of the configurations, one by one, each compiled in a subprocess of its own.
-
-    Args:
-      only: conditions like "bits=3" that a row must all meet.
-
-    Raises:
-      RuntimeError: the compiler is missing or failed.
-    """
-    return tpu.each_in_a_subprocess(
-        tpu.select(only, CONFIGURATIONS), "turboq_kernels.aot.tpu_prefill"
-    )
+    """See `turboq_kernels.aot.tpu.rows`."""
+    found = compilers.select(only, CONFIGURATIONS)
+    return compilers.rows("turboq_kernels.aot.tpu_prefill", "tpu", found)
 
 
 if __name__ == "__main__":
-    tpu.main(sys.argv[1:], Configuration, row, rows)
+    compilers.main(sys.argv[1:], Configuration, row, rows)

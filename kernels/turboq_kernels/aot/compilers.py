@@ -1,0 +1,174 @@
+"""Where the TPU and GPU compilers are, and the processes that compile with them.
+
+The TPU compiler is the package libtpu; the GPU compiler is jax-cuda13-plugin with jax-cuda13-pjrt
+(together the extra `aot`). JAX loads every plugin it sees when it starts, on any machine, so
+scripts/bootstrap installs them beside site-packages, in the folder `compilers` of the environment:
+only the processes started here look there. Installed into site-packages they are found as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+import turboq
+import turboq_kernels
+
+# By platform: what shows that its compiler is there, and what installs it.
+_MARKS = {"tpu": "libtpu", "cuda": "jax_plugins/xla_cuda13"}
+_PACKAGES = {
+    "tpu": "libtpu",
+    "cuda": f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}",
+}
+_NAMES = {"tpu": "TPU", "cuda": "GPU"}
+# Of the schedules that libtpu can write, those that are read (all would be 700 MB a kernel).
+_SCHEDULES = "final_bundles|final_hlo-static-per-bundle-utilization|pre-finalize-registers.*"
+
+
+def folder() -> pathlib.Path:
+    """Where scripts/bootstrap puts the compilers of this environment."""
+    return pathlib.Path(sys.prefix) / "compilers"
+
+
+def missing(platform: str) -> str | None:
+    """Why nothing can be compiled for "tpu" or "cuda" here, or None."""
+    places = (folder(), *map(pathlib.Path, sys.path))
+    if any((place / _MARKS[platform]).is_dir() for place in places):
+        return None
+    return (
+        f"the {_NAMES[platform]} compiler is not installed: "
+        f"pip install --no-deps --target {folder()} {_PACKAGES[platform]}"
+    )
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Environment of a process that compiles: it sees the compilers, and looks for no device."""
+    sources = [pathlib.Path(package.__path__[0]).parent for package in (turboq, turboq_kernels)]
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    path = dict.fromkeys([*map(str, sources), *given, str(folder())])
+    return os.environ | more | {
+        "PYTHONPATH": os.pathsep.join(path),
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }  # fmt: skip
+
+
+def printed(program: str, platform: str) -> str:
+    """What a Python program printed that may compile for the platform.
+
+    Raises:
+      RuntimeError: the compiler is missing, or the program failed (a bad kernel may abort it).
+    """
+    _require(platform)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"compiling for {platform} failed:\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def select(only: Sequence[str], among: Sequence[Any], **known: str) -> list[Any]:
+    """The configurations that meet all conditions like "bits=3".
+
+    Args:
+      known: what holds for every configuration beside its own fields.
+
+    Raises:
+      ValueError: none does.
+    """
+    wanted = dict(condition.split("=") for condition in only)
+
+    def meets(configuration: Any) -> bool:
+        fields = known | dataclasses.asdict(configuration)
+        return all(name in fields and str(fields[name]) == x for name, x in wanted.items())
+
+    found = [c for c in among if meets(c)]
+    if not found:
+        raise ValueError(f"no configuration has {only}")
+    return found
+
+
+def rows(module: str, platform: str, configurations: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Costs of the configurations, one by one as they are compiled, in one process of their own.
+
+    Args:
+      module: its `main` (below) prints them.
+
+    Raises:
+      RuntimeError: the compiler is missing, or failed at the configuration that is named (it may
+        abort its process).
+    """
+    _require(platform)
+    named = json.dumps([dataclasses.asdict(c) for c in configurations])
+    with (
+        tempfile.TemporaryDirectory() as dump,
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", module, "--these", dump], text=True,
+            env=environment(LIBTPU_INIT_ARGS=_dumping(dump)),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+        ) as process,
+    ):  # fmt: skip
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+                stdin.write(named)
+            printed = (line for line in process.stdout if line.startswith('{"'))
+            for configuration in configurations:
+                line = next(printed, None)
+                if line is None:
+                    process.wait()
+                    errors.seek(0)
+                    raise RuntimeError(
+                        f"compiling {configuration} failed:\n{errors.read()[-4000:]}"
+                    )
+                yield json.loads(line)
+        finally:
+            process.kill()
+
+
+def main(
+    arguments: Sequence[str],
+    kind: type,
+    row: Callable[[Any, pathlib.Path], dict[str, Any]],
+    rows: Callable[[Sequence[str]], Iterator[dict[str, Any]]],
+) -> None:
+    """The program of a module of costs: all rows that match, or with --these those on stdin.
+
+    `row` gets an empty folder, into which libtpu writes its schedules.
+    """
+    if arguments[:1] != ["--these"]:
+        print(json.dumps(list(rows(arguments)), indent=1))
+        return
+    dump = pathlib.Path(arguments[1])
+    for fields in json.load(sys.stdin):
+        print(json.dumps(row(kind(**fields), dump)), flush=True)
+        for file in dump.iterdir():
+            file.unlink()
+
+
+def _dumping(dump: str) -> str:
+    return (
+        f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+        f"--xla_jf_dump_llo_pass_label_regex={_SCHEDULES}"
+    )
+
+
+def _require(platform: str) -> None:
+    reason = missing(platform)
+    if reason is not None:
+        raise RuntimeError(reason)
