@@ -2,7 +2,9 @@
 
 A basis that is fitted to one kind of text drops directions that another needs. So every strength
 of shrinkage is tried the way it will be used: fitted to all calibration texts but one, its cost
-measured on the one left out, summed over texts, sides and some layers. The least total wins.
+measured on the one left out, summed over texts, sides and some layers. The strongest within
+`TOLERANCE` of the least total wins: text of a new kind is further away than the texts are from each
+other, and near the optimum the cost is flat (Breiman et al. 1984, the one-standard-error rule).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from turboq_calibrate.run.progress import Progress
 
 SHRINK = (0.0, 0.2, 0.4, 0.6)  # of the covariance towards an isotropic one
 LAYERS = 6  # that are tried, evenly spread
+TOLERANCE = 0.05  # of the least cost
 TOKENS = 1024  # sampled tokens of each text that are used
 
 
@@ -39,7 +42,7 @@ def guard(
     strengths: Sequence[float] = SHRINK,
     progress: bool = False,
 ) -> Guarded:
-    """`options` with the shrinkage that costs least on texts left out.
+    """`options` with the strongest shrinkage that costs about the least on texts left out.
 
     With one text there is nothing to leave out: the options stay as they are.
     """
@@ -59,7 +62,8 @@ def guard(
                 bar.advance(1)
     if not tried:
         return Guarded(options=options, held_out={})
-    best = min(totals, key=lambda shrink: totals[shrink])
+    least = min(totals.values())
+    best = max(s for s, total in totals.items() if total <= (1 + TOLERANCE) * least)
     return Guarded(options=dataclasses.replace(options, shrink=best), held_out=totals)
 
 
