@@ -9,16 +9,18 @@ from typing import Any
 
 
 def find(package: str, names: Mapping[str, str], name: str) -> Any:
-    """The object `name` of its module `names[name]` (or that module's submodule), then kept.
+    """The object `name` of `names[name]`, then kept.
+
+    That is a module (which has it, or holds it as a submodule), or "module:other_name".
 
     Raises:
       AttributeError: the package offers no such name.
     """
     if name not in names:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    module = importlib.import_module(names[name])
-    found = getattr(module, name, None)
+    place, _, other = names[name].partition(":")
+    found = getattr(importlib.import_module(place), other or name, None)
     if found is None:
-        found = importlib.import_module(f"{names[name]}.{name}")
+        found = importlib.import_module(f"{place}.{name}")
     setattr(sys.modules[package], name, found)
     return found

@@ -18,7 +18,7 @@ from turboq.cache.layer import TokenPolicy
 from turboq.codecs import CODECS, Codec, from_config
 from turboq.codecs.fit_transform import HeadFit, TransformOptions, arrays_of, fit_heads, head_rates
 from turboq.codecs.observed import Observed
-from turboq.codecs.water_filling import Rates
+from turboq.codecs.water_filling import BLOCK, Rates
 from turboq.errors import TurboqError
 from turboq.export import Options, engine
 from turboq.plan import LayerGeometry, ModelGeometry
@@ -88,11 +88,18 @@ def _needed(label: str, seen: Observed | None) -> Observed:
     return seen
 
 
-def default_makers(bits: float | int, options: TransformOptions | None = None) -> list[Maker]:
-    """`transform` in steps of a quarter bit up to three bits on both sides of the budget."""
-    low, high = max(STEP, bits - AROUND), min(MOST, bits + AROUND)
-    rates = np.arange(np.floor(low / STEP), np.ceil(high / STEP) + 1) * STEP
-    return learned({f"transform {r:g}": float(r) for r in rates if r >= STEP}, options)
+def default_makers(
+    bits: float | int, dim: int, options: TransformOptions | None = None
+) -> list[Maker]:
+    """`transform` in steps of a quarter bit up to three bits on both sides of the budget.
+
+    `dim`: the smallest head dim, which says how small a size can be (a run of 8 coordinates).
+    """
+    own = options or TransformOptions()
+    least = (BLOCK + own.overhead(dim)) / dim
+    low, high = max(least, bits - AROUND), min(MOST, max(bits, least) + AROUND)
+    steps = np.arange(np.ceil(low / STEP - 1e-9), np.ceil(high / STEP) + 1)
+    return learned({f"transform {r:g}": float(r) for r in steps * STEP if r <= MOST}, own)
 
 
 def makers_of(

@@ -153,7 +153,8 @@ def menu(
         if wanted.candidates:
             makers = makers_of(wanted.candidates, geometry, guarded.options)
         else:
-            makers = default_makers(bits, guarded.options)
+            dim = min(min(x.k_dim, x.v_dim) for x in geometry.cache_layers)
+            makers = default_makers(bits, dim, guarded.options)
     table = build_table(
         geometry, makers, observed, source=statistics.sha256, k_rope=k_rope, progress=progress
     )
