@@ -48,6 +48,8 @@ from turboq_calibrate.observe.statistics_files import Statistics
 
 OBJECTIVES = ("mean", "worst")
 SINKS = TokenPolicy(sinks=4)
+# A stored gain of 4 bits: what text of another kind needs most is another size of vectors.
+LEARNED = TransformOptions(gain="code", gain_bits=4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class Wanted:
     policy: TokenPolicy = SINKS
     k_rope: RopeForm = "before"
     objective: str = "mean"
-    options: TransformOptions = dataclasses.field(default_factory=TransformOptions)
+    options: TransformOptions = LEARNED
     guard: bool = True
     rounds: int = 0
 
