@@ -10,42 +10,49 @@ from tolerances import TOL
 from turboq.cache.layer import TokenPolicy
 from turboq.cache.simulate import simulate
 from turboq.codecs import Exact, PerHead, TurboQuantMSE
+from turboq.codecs.fit_transform import TransformOptions, fit_heads, transform_at
+from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
 from turboq.plan import Provenance, array_shapes, collect_arrays, uniform_plan
 from turboq_calibrate.candidates import table as c
-from turboq_calibrate.observe.samples import LayerSamples, fit_samples
+from turboq_calibrate.candidates.makers import learned, named
 
 POLICY = TokenPolicy(sinks=2)
 
 
 def made_up(layout, rng):
-    """Samples with a mean and a spread of their own in every head."""
+    """What was seen of every side: a mean and a spread of their own in every head, two texts."""
+    seen = {}
+    for layer in layout.cache_layers:
+        for side, dim in (("k", layer.k_dim), ("v", layer.v_dim)):
+            shape = (layer.kv_heads, 96, dim)
+            x = rng.normal(size=shape) * rng.uniform(0.5, 2, (layer.kv_heads, 1, dim)) + 1
+            g = rng.normal(size=shape) * rng.uniform(0.1, 1, (layer.kv_heads, 1, dim))
+            text = np.arange(96, dtype=np.int32) % 2
+            seen[layer.index, side] = Observed.of(
+                x.astype(np.float32), g.astype(np.float32), text=text
+            )
+    return seen
 
-    def values(layer, dim):
-        shape = (layer.kv_heads, 96, dim)
-        return (rng.normal(size=shape) * rng.uniform(0.5, 2, shape[2]) + 1).astype(np.float32)
 
-    out = []
-    for layer in layout.layers:
-        k, v = values(layer, layer.k_dim or 1), values(layer, layer.v_dim or 1)
-        q = np.eye(layer.k_dim or 1)[None].repeat(layer.kv_heads, 0)
-        out.append(LayerSamples(k=k, v=v, q_moment=q) if layer.kv_heads else None)
-    return out
-
-
-def small_table(layout, samples):
+def small_table(layout, seen, source=""):
     makers = [
-        c.data_free("tq 2", TurboQuantMSE(dim=16, bits=2)),
-        c.fitted("learned 3", PerHead(dim=16, bits=3)),
-        c.learned("transform 2.5", 2.5),
-        c.data_free("exact", Exact(dim=16, dtype="float32")),
+        named("tq 2", TurboQuantMSE(dim=16, bits=2)),
+        named("learned 3", PerHead(dim=16, bits=3)),
+        *learned({"transform 2.5": 2.5}),
+        named("exact", Exact(dim=16, dtype="float32")),
     ]
-    return c.build_table(layout, makers, samples)
+    return c.build_table(layout, makers, lambda layer, side: seen[layer, side], source=source)
 
 
 @pytest.fixture
-def table(rng):
-    return small_table(geometry(), made_up(geometry(), rng))
+def seen(rng):
+    return made_up(geometry(), rng)
+
+
+@pytest.fixture
+def table(seen):
+    return small_table(geometry(), seen)
 
 
 def test_units_and_sizes(table):
@@ -89,15 +96,13 @@ def test_plan_stores_every_unit_as_chosen(table, rng):
             np.testing.assert_allclose(got[side][0, :, head], want, rtol=0, atol=TOL["rotate_f32"])
 
 
-def test_one_label_everywhere_is_the_uniform_plan(rng):
+def test_one_label_everywhere_is_the_uniform_plan(table, seen):
     layout = geometry()
-    samples = made_up(layout, rng)
-    table = small_table(layout, samples)
     plan, arrays = table.to_plan(layout, table.uniform(1, 0))
     codec = PerHead(dim=16, bits=3)
     want = uniform_plan(layout, k=codec, v=TurboQuantMSE(dim=8, bits=2))
     assert plan.layers == want.layers
-    fits = collect_arrays(want, lambda i, side, codec: fit_samples(codec, samples[i], side))
+    fits = collect_arrays(want, lambda i, side, codec: codec.fit(seen[i, side]))
     assert arrays.keys() == fits.keys()
     for name, values in fits.items():
         np.testing.assert_array_equal(arrays[name], values)
@@ -126,28 +131,76 @@ def test_layers_without_a_cache_have_no_units(rng):
     assert tuple(layer.index for layer in plan.layers) == owners
 
 
-def test_hash_is_of_labels_codecs_and_arrays(rng):
-    layout, state = geometry(), rng.bit_generator.state
-    samples = made_up(layout, rng)
-    table = small_table(layout, samples)
-    rng.bit_generator.state = state
-    assert small_table(layout, made_up(layout, rng)).sha256 == table.sha256
-    samples[1].k[2, 0, 3] += 1
-    assert small_table(layout, samples).sha256 != table.sha256
-    renamed = c.Table(("a", *table.labels[1:]), table.options)
-    assert renamed.sha256 != table.sha256
-
-
-def test_what_cannot_be_a_candidate(rng):
+def test_hash_is_of_labels_codecs_source_and_rope(seen):
+    """Arrays follow from the codecs and from what was observed, which `source` identifies."""
     layout = geometry()
-    with pytest.raises(ValueError, match="fitted arrays"):
-        c.data_free("learned", PerHead(dim=16, bits=2))
-    with pytest.raises(TurboqError, match=r"'learned' is fitted to data"):
-        c.build_table(layout, [c.fitted("learned", PerHead(dim=16, bits=2))])
+    table = small_table(layout, seen, "a")
+    assert small_table(layout, seen, "a").sha256 == table.sha256
+    others = [
+        small_table(layout, seen, "b"),
+        c.Table(("other", *table.labels[1:]), table.options, "a"),
+        c.Table(table.labels, table.options, "a", "before"),
+        c.build_table(layout, [named(n, TurboQuantMSE(dim=16, bits=2)) for n in table.labels]),
+    ]
+    assert len({table.sha256, *(other.sha256 for other in others)}) == 1 + len(others)
+
+
+def test_arrays_are_made_when_used_and_once():
+    calls = []
+
+    def option(name):
+        def fit():
+            calls.append(name)
+            return [{"mean": np.zeros(4), "codebook": np.arange(2.0)}] * 2
+
+        return c.Option((PerHead(dim=4, bits=1),) * 2, fit)
+
+    layout = geometry(layers=1, kv_heads=2, k_dim=4, v_dim=4)
+    makers = [c.Maker(n, lambda layer, side, seen, n=n: option((side, n))) for n in ("a", "b")]
+    table = c.build_table(layout, makers)
+    assert table.sizes.shape == (4, 2)
+    assert table.sha256
+    assert not calls
+    for _ in range(2):
+        table.to_plan(layout, table.uniform(0, 1))
+        assert table.options[0, "k"][0].groups[0][1] == (0, 1)
+        assert sorted(calls) == [("k", "a"), ("v", "b")]
+
+
+def test_learned_candidates_are_the_fit_of_their_size(seen):
+    """One basis for all sizes; costs, codecs and arrays are those of a fit of one size alone."""
+    layout = geometry()
+    makers = learned({"2": 2, "3.5": 3.5}, TransformOptions(shrink=0.2, gain="code"))
+    table = c.build_table(layout, makers, lambda layer, side: seen[layer, side])
+    own = TransformOptions(shrink=0.2, gain="code")
+    for (layer, side), options in table.options.items():
+        fits = fit_heads(seen[layer, side], own)
+        for option, bits in zip(options, (2, 3.5), strict=True):
+            most = int(bits * seen[layer, side].dim)
+            for h, (codec, arrays) in enumerate(transform_at(seen[layer, side], most, own)):
+                assert option.codecs[h] == codec
+                assert option.arrays[h].keys() == arrays.keys()
+                for name, values in arrays.items():
+                    np.testing.assert_array_equal(option.arrays[h][name], values)
+                want = fits[h].cost(codec.segments)
+                np.testing.assert_array_equal(option.costs[h], want)
+                assert want.shape == (2,)
+
+
+def test_what_cannot_be_a_candidate():
+    layout = geometry()
+    for makers in ([named("learned", PerHead(dim=16, bits=2))], learned({"learned": 2})):
+        with pytest.raises(TurboqError, match=r"'learned' is fitted to data"):
+            c.build_table(layout, makers)
     with pytest.raises(TurboqError, match="blocks of 8 tokens"):
-        c.build_table(layout, [c.data_free("blocks", BlockMax(dim=16))])
-    maker = c.data_free("twice", TurboQuantMSE(dim=16, bits=2))
+        c.build_table(layout, [named("blocks", BlockMax(dim=16))])
+    maker = named("twice", TurboQuantMSE(dim=16, bits=2))
     with pytest.raises(ValueError, match="different names"):
         c.build_table(layout, [maker, maker])
+    codecs = (PerHead(dim=16, bits=2),)
     with pytest.raises(ValueError, match="arrays"):
-        c.Option((PerHead(dim=16, bits=2),), ({"mean": np.zeros(15, np.float32)},))
+        _ = c.Option(codecs, lambda: [{"mean": np.zeros(15, np.float32)}]).arrays
+    with pytest.raises(ValueError, match="2 heads for 1"):
+        _ = c.Option(codecs, lambda: [{}, {}]).arrays
+    with pytest.raises(ValueError, match="every KV head"):
+        c.Option((), lambda: [])

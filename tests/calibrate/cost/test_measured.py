@@ -8,28 +8,41 @@ from tolerances import TOL
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, TurboQuantMSE
+from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
-from turboq_calibrate import cost as s
 from turboq_calibrate.candidates import table as c
-from turboq_calibrate.cost import measured as divergence
+from turboq_calibrate.candidates.makers import learned, named
+from turboq_calibrate.cost import measured as s
+from turboq_calibrate.cost.side_by_side import Engine
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
-from turboq_calibrate.observe.samples import collect_samples
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 POLICY = TokenPolicy(sinks=2, recent=3, exact_dtype="float32")
 NOTHING = 2  # the label that stores float32
 
 
-def make_table(model, windows):
-    dim = model.spec.layers[0].head_dim
+def random_vectors(layout):
+    """What was seen of every side: vectors of the model's shapes, not of its scale."""
+    rng = np.random.default_rng(7)
+
+    def observed(layer, side):
+        own = layout.layers[layer]
+        shape = (own.kv_heads, 256, own.k_dim if side == "k" else own.v_dim)
+        return Observed.of(rng.normal(size=shape).astype(np.float32))
+
+    return observed
+
+
+def make_table(model):
+    dim, layout = model.spec.layers[0].head_dim, model_geometry(model)
     makers = [
-        c.data_free("tq 2", TurboQuantMSE(dim=dim, bits=2)),
-        c.learned("transform 3", 3),
-        c.data_free("exact", Exact(dim=dim, dtype="float32")),
+        named("tq 2", TurboQuantMSE(dim=dim, bits=2)),
+        *learned({"transform 3": 3}),
+        named("exact", Exact(dim=dim, dtype="float32")),
     ]
-    return c.build_table(model_geometry(model), makers, collect_samples(model, windows))
+    return c.build_table(layout, makers, random_vectors(layout))
 
 
 def make_windows(model, length=25):
@@ -45,7 +58,7 @@ def model():
 @pytest.fixture(scope="module")
 def engine(model):
     windows = make_windows(model)
-    return s.Engine(model, make_table(model, windows), windows, POLICY)
+    return Engine(model, make_table(model), windows, POLICY)
 
 
 def evaluated(engine, choices):
@@ -120,9 +133,9 @@ def test_frozen_noise(engine, rng):
 def test_more_bits_cost_less(model):
     windows = make_windows(model)
     dim = model.spec.layers[0].head_dim
-    makers = [c.data_free(str(b), TurboQuantMSE(dim=dim, bits=b)) for b in (1, 4)]
+    makers = [named(str(b), TurboQuantMSE(dim=dim, bits=b)) for b in (1, 4)]
     table = c.build_table(model_geometry(model), makers)
-    engine = s.Engine(model, table, windows, TokenPolicy())
+    engine = Engine(model, table, windows, TokenPolicy())
     costs = s.isolated_costs(table, s.measure(engine, s.unit_moves(table), progress=False))
     assert np.all(costs[:, :-1] > 2 * costs[:, 1:])
     assert np.all(costs > 0)
@@ -134,7 +147,7 @@ def test_interrupted_measurement_continues(engine, tmp_path, monkeypatch):
     options = {"rows": 3, "progress": False}
     whole = s.measure(engine, moves, path=tmp_path / "whole.jsonl", **options)
     path, calls = tmp_path / "kl.jsonl", []
-    kl = s.Engine.kl
+    kl = Engine.kl
 
     def fails_at_the_third(self, choices, **how):
         calls.append(len(choices))
@@ -142,7 +155,7 @@ def test_interrupted_measurement_continues(engine, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return kl(self, choices, **how)
 
-    monkeypatch.setattr(s.Engine, "kl", fails_at_the_third)
+    monkeypatch.setattr(Engine, "kl", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         s.measure(engine, moves, path=path, **options)
     with path.open("ab") as f:
@@ -180,14 +193,14 @@ def test_refusals(engine, model):
         s.measure(engine, [], rows=0, progress=False)
     part = {key: value for key, value in engine.table.options.items() if key[0] == 0}
     with pytest.raises(TurboqError, match=r"candidates are for layers \(0,\)"):
-        s.Engine(model, c.Table(engine.table.labels, part), engine.tokens, POLICY)
+        Engine(model, c.Table(engine.table.labels, part), engine.tokens, POLICY)
     with pytest.raises(TurboqError, match="two tokens or more"):
-        s.Engine(model, engine.table, engine.tokens[:, :1], POLICY)
+        Engine(model, engine.table, engine.tokens[:, :1], POLICY)
 
 
 def test_passes_of_a_layer_are_nearly_equal(engine):
     moves = s.unit_moves(engine.table, [0, 1])
-    batches = divergence._batches(engine, moves, 5)
+    batches = s._batches(engine, moves, 5)
     assert sorted(i for b in batches for i in b) == list(range(len(moves)))
     assert all(len({moves[i].layer for i in b}) == 1 for b in batches)
     assert {len(b) for b in batches} == {4}
