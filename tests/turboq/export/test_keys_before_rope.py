@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from plan_cases import geometry, random_fit
@@ -94,7 +95,7 @@ def test_qarrays_hold_no_fit_of_unrotated_keys():
     held = ENGINES["qwix"].project(plan, arrays, Options()).held
     assert "before RoPE" in held[0, "k", 0].note
     assert held[0, "v", 0].format == "QArray"
-    x = np.zeros((1, 2, 2, D), np.float32)
+    x = jnp.zeros((1, 2, 2, D))
     with pytest.raises(TurboqError, match="keys before RoPE"):
         qwix_arrays.layer_qarrays(plan.kv_layer(0, arrays), x, x)
 
