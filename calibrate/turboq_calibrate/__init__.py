@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 _FROM = {
     "turboq_calibrate.models": ("load_model",),
     "turboq_calibrate.observe.texts": ("Windows", "mixed_windows"),
-    "turboq_calibrate.observe.capture": ("calibrate",),
+    "turboq_calibrate.observe.observe": ("calibrate",),
     "turboq_calibrate.observe.merge_shards": ("merge_shards",),
     "turboq_calibrate.observe.statistics_files": ("Statistics", "load_statistics"),
     "turboq_calibrate.fit.plan": ("make_plan",),
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from turboq_calibrate.measure.quality_table import format_table as format_table
     from turboq_calibrate.models import load_model as load_model
     from turboq_calibrate.models.geometry import model_geometry as model_geometry
-    from turboq_calibrate.observe.capture import calibrate as calibrate
     from turboq_calibrate.observe.merge_shards import merge_shards as merge_shards
+    from turboq_calibrate.observe.observe import calibrate as calibrate
     from turboq_calibrate.observe.statistics_files import Statistics as Statistics
     from turboq_calibrate.observe.statistics_files import load_statistics as load_statistics
     from turboq_calibrate.observe.texts import Windows as Windows
