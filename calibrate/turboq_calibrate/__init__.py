@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 _FROM = {
     "turboq_calibrate.models": ("load_model",),
     "turboq_calibrate.observe.texts": ("Windows", "calibration_windows", "mixed_windows"),
+    "turboq_calibrate.observe.observe": ("calibrate",),
     "turboq_calibrate.observe.merge_shards": ("merge_shards",),
     "turboq_calibrate.observe.statistics_files": ("Statistics", "load_statistics"),
     "turboq_calibrate.fit.plan": ("make_plan",),
@@ -25,7 +26,6 @@ _FROM = {
     "turboq_calibrate.measure.generate": ("greedy",),
 }
 _NAMES = {name: module for module, names in _FROM.items() for name in names}
-_NAMES["calibrate"] = "turboq_calibrate.observe.observe:observe"  # `observe` is a subpackage
 __all__ = sorted(_NAMES)
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from turboq_calibrate.models import load_model as load_model
     from turboq_calibrate.models.geometry import model_geometry as model_geometry
     from turboq_calibrate.observe.merge_shards import merge_shards as merge_shards
-    from turboq_calibrate.observe.observe import observe as calibrate  # noqa: F401
+    from turboq_calibrate.observe.observe import calibrate as calibrate
     from turboq_calibrate.observe.statistics_files import Statistics as Statistics
     from turboq_calibrate.observe.statistics_files import load_statistics as load_statistics
     from turboq_calibrate.observe.texts import Windows as Windows

@@ -24,7 +24,7 @@ def define(values: flags.FlagValues) -> None:
     common.observation(values)
     common.out(values, "Folder for the statistics.")
     flags.DEFINE_integer(
-        "checkpoint_every", 1, "Chunks between checkpoints.", lower_bound=1, flag_values=values
+        "checkpoint_every", 4, "Chunks between checkpoints.", lower_bound=1, flag_values=values
     )
     flags.DEFINE_string(
         "shard", None, "Observe only part i of n, as i/n: `turboq merge` joins the folders of all "

@@ -46,7 +46,10 @@ def main(out: str, process: int, processes: int, port: str, axis: int, event: st
     windows = Windows(tokens=tokens, texts=(source,), text=text, available=18)
     recipe = ObserveRecipe(skip=2, windows_per_chunk=8, reservoir=60)
     mesh = make_mesh(model=axis) if axis else None
-    found = observe(model, windows, out, recipe, mesh=mesh, progress=False, observer=observer)
+    found = observe(
+        model, windows, out, recipe, mesh=mesh, checkpoint_every=1, progress=False,
+        observer=observer,
+    )  # fmt: skip
 
     codec = PerHead(dim=model.spec.layers[0].head_dim, bits=2)
     plan = uniform_plan(model_geometry(model), k=codec, v=codec)

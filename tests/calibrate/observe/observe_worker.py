@@ -40,7 +40,7 @@ def main(out: str, path: str, event: str, count: int) -> None:
 
     model = load_model(path, resident=False)
     windows, recipe = case(model.spec.vocab)
-    observe(model, windows, out, recipe, progress=False, observer=observer)
+    observe(model, windows, out, recipe, checkpoint_every=1, progress=False, observer=observer)
 
 
 if __name__ == "__main__":
