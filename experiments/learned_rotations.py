@@ -125,9 +125,9 @@ def run(out: Path) -> None:
     result = {
         "model": model.spec.name,
         "model_fingerprint": model.fingerprint,
-        "fit": source.source,
+        "fit": every.source,
         "fit_tokens": int(fit.size),
-        "test": text.source,
+        "test": test.source,
         "sinks": policy.sinks,
         "gain": GAIN.value,
         "recipe": {"steps": recipe.steps, "learning_rate": recipe.learning_rate,

@@ -1,14 +1,13 @@
-"""Which heads matter? Sensitivity predicted from activations against the KL of one unit at a time.
+"""Which heads matter? Costs predicted from statistics against the KL of one unit at a time.
 
     python experiments/sensitivity.py --out=runs/sensitivity
 
-For every (layer, KV head, K or V) of the model and one candidate: scores from one forward and one
-backward pass (`turboq_calibrate.cost.predicted`) and the true KL with only that unit
-quantized, on the same window of --text; then the rank correlation of each score with the KL, over
-units, at that candidate. Candidates are fitted on other windows (--fit). Writes sensitivity.json
-and sensitivity.svg. Finished passes are kept in --out, and the same command continues. Measured:
-2.6 minutes of CPU time with --every=2; without, twice the units. Expected: scores that weigh errors
-with gradients order units as the KL does, plain relative error does not.
+For every (layer, KV head, K or V) of the model and one candidate: the cost that `turboq plan` predicts
+from what was observed on --fit (`turboq_calibrate.cost.predicted`), the relative squared error, and
+the true KL with only that unit quantized on a window of --text; then the rank correlation of both
+with the KL, over units. Writes sensitivity.json and sensitivity.svg. Finished passes are kept in
+--out, and the same command continues. Expected: the predicted cost orders units as the KL does, the
+relative error does not.
 """
 
 from __future__ import annotations
@@ -17,26 +16,28 @@ import json
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
 from turboq.cache.layer import TokenPolicy
+from turboq.cache.simulate import quantize_dequantize
 from turboq.codecs import TurboQuantMSE
+from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq_calibrate.candidates.table import Maker, Table, build_table, data_free, learned
-from turboq_calibrate.cost import (
-    Engine,
-    activation_costs,
-    isolated_costs,
-    measure,
-    unit_moves,
-)
+from turboq.plan.build import Side
+from turboq_calibrate.candidates.makers import learned, named
+from turboq_calibrate.candidates.table import Maker, Table, build_table
 from turboq_calibrate.cost.agreement import compare_scores, format_scores
+from turboq_calibrate.cost.measured import isolated_costs, measure, unit_moves
+from turboq_calibrate.cost.predicted import predicted_costs
+from turboq_calibrate.cost.side_by_side import Engine
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe import texts as data
-from turboq_calibrate.observe.samples import collect_samples
+from turboq_calibrate.observe.observe import observe
+from turboq_calibrate.observe.statistics_files import Statistics
 
 MODEL = flags.DEFINE_string("model", "embedded", "The model to measure.")
 FIT = flags.DEFINE_multi_string(
@@ -51,15 +52,14 @@ ROWS = flags.DEFINE_integer("rows", 6, "Units that share a forward pass.", lower
 OUT = flags.DEFINE_string("out", "runs/sensitivity", "Folder for the result.")
 
 FIT_WINDOWS = 4
-SEED = 0
 
 
 def maker(dim: int) -> Maker:
     """The candidate that all units get."""
     if CANDIDATE.value == "transform":
-        return learned(f"transform {BITS.value:g}", BITS.value)
+        return learned({f"transform {BITS.value:g}": BITS.value})[0]
     bits = round(BITS.value)
-    return data_free(f"turboquant_mse {bits}", TurboQuantMSE(dim=dim, bits=bits))
+    return named(f"turboquant_mse {bits}", TurboQuantMSE(dim=dim, bits=bits))
 
 
 def run(out: Path) -> None:
@@ -69,9 +69,16 @@ def run(out: Path) -> None:
     policy = TokenPolicy(sinks=4)
     fit = data.mixed_windows(FIT.value, model.tokenizer, length=1024, count=FIT_WINDOWS)
     window = data.mixed_windows(TEXT.value, model.tokenizer, length=TOKENS.value, count=1)
-    samples = collect_samples(model, fit.tokens, skip=policy.sinks)
-    table = build_table(geometry, [maker(geometry.cache_layers[0].k_dim)], samples)
-    costs = activation_costs(model, table, window.tokens, policy=policy, seed=SEED)
+    statistics = observe(model, fit, out)
+
+    def observed(layer: int, side: Side) -> Observed:
+        return statistics.layers[layer].observed(side)
+
+    table = build_table(geometry, [maker(geometry.cache_layers[0].k_dim)], observed)
+    costs = {
+        "predicted": predicted_costs(table, observed).mean(axis=2),
+        "relative error": relative_errors(table, statistics),
+    }
     engine = Engine(model, table, window.tokens, policy)
     moves = unit_moves(table)[:: EVERY.value]
     found = measure(engine, moves, rows=ROWS.value, path=out / f"{table.labels[0]}.jsonl")
@@ -81,12 +88,11 @@ def run(out: Path) -> None:
     result = {
         "model": model.spec.name,
         "model_fingerprint": model.fingerprint,
-        "text": text.source,
+        "text": window.source,
         "tokens": int(window.tokens.size),
-        "fit": source.source,
+        "fit": fit.source,
         "fit_tokens": int(fit.tokens.size),
         "sinks": policy.sinks,
-        "seed": SEED,
         "candidate": table.labels[0],
         "bits_per_channel": table.bits_per_channel(np.zeros(len(table.units), int)),
         "sum_of_isolated_kl": float(np.nansum(kl)),
@@ -99,10 +105,24 @@ def run(out: Path) -> None:
         ],
     }
     atomic_write(out / "sensitivity.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    draw(table, kl[:, 0], {n: costs[n][:, 0] for n in ("output", "fisher", "mse")}, out)
+    draw(table, kl[:, 0], {name: values[:, 0] for name, values in costs.items()}, out)
     print(format_scores(rows))
     print(f"\nsum of single-unit KL {np.nansum(kl):.4g}, all units at once {joint:.4g}")
     print(f"result  {out / 'sensitivity.json'}\npicture {out / 'sensitivity.svg'}")
+
+
+def relative_errors(table: Table, statistics: Statistics) -> np.ndarray:
+    """Squared error over squared deviation of every unit on the sampled tokens."""
+    out = []
+    for layer, side in sorted(table.options):
+        seen = statistics.layers[layer].observed(side)
+        for codec, heads, arrays in table.options[layer, side][0].groups:
+            x = seen.x[list(heads)]
+            back = quantize_dequantize(codec, arrays, jnp.moveaxis(jnp.asarray(x), 0, 1)[None])[0]
+            error = np.square(np.moveaxis(np.asarray(back), 1, 0) - x).sum(axis=(1, 2))
+            spread = np.square(x - x.mean(axis=1, keepdims=True)).sum(axis=(1, 2))
+            out += [(layer, side, h, e / s) for h, e, s in zip(heads, error, spread, strict=True)]
+    return np.array([[ratio] for *_, ratio in sorted(out)])
 
 
 def number(x: float) -> float | None:

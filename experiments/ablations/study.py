@@ -24,11 +24,12 @@ from absl import app, flags, logging
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec
+from turboq.codecs.fit_transform import TransformOptions
 from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
 from turboq.plan import ModelGeometry, Plan, collect_arrays, document
-from turboq.plan.constraints import Constraints
+from turboq.plan.constraints import Constraints, Granularity
 from turboq.plan.rules import Rule, rule_plan
 from turboq_calibrate.candidates.makers import makers_of
 from turboq_calibrate.candidates.table import build_table
@@ -36,6 +37,7 @@ from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.plan_within import Menu, Wanted, solve
 from turboq_calibrate.cost.metrics import bootstrap_ci
 from turboq_calibrate.cost.predicted import predicted_costs
+from turboq_calibrate.fit.guard import Guarded
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import Model, load_model
 from turboq_calibrate.models.geometry import model_geometry
@@ -108,13 +110,16 @@ class Bench:
         observed = functools.partial(self.observed, texts=texts, windows=windows)
         table = build_table(self.geometry, makers_of([SIZES], self.geometry), observed)
         costs = predicted_costs(table, observed)
-        return Menu(table=table, costs=costs, constraints=(), policy=POLICY, notes=())
+        guarded = Guarded(options=TransformOptions(), held_out={})
+        return Menu(
+            table=table, costs=costs, constraints=(), policy=POLICY, notes=(), guarded=guarded
+        )
 
     def learned(
         self,
         bits: float,
         *,
-        granularity: str = "per_head",
+        granularity: Granularity = "per_head",
         texts: Texts = CALIBRATION,
         windows: int = 8,
     ) -> tuple[Plan, Arrays]:

@@ -203,4 +203,4 @@ def test_what_cannot_be_a_candidate():
     with pytest.raises(ValueError, match="2 heads for 1"):
         _ = c.Option(codecs, lambda: [{}, {}]).arrays
     with pytest.raises(ValueError, match="every KV head"):
-        c.Option((), lambda: [])
+        c.Option((), list)
