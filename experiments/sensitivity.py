@@ -2,8 +2,8 @@
 
     python experiments/sensitivity.py --out=runs/sensitivity
 
-For every (layer, KV head, K or V) of the model and one candidate: the cost that `turboq plan` predicts
-from what was observed on --fit (`turboq_calibrate.cost.predicted`), the relative squared error, and
+For every (layer, KV head, K or V) of the model and one candidate: the cost that `turboq plan`
+predicts from what was observed on --fit (`turboq_calibrate.cost.predicted`), the relative squared error, and
 the true KL with only that unit quantized on a window of --text; then the rank correlation of both
 with the KL, over units. Writes sensitivity.json and sensitivity.svg. Finished passes are kept in
 --out, and the same command continues. Expected: the predicted cost orders units as the KL does, the
@@ -16,6 +16,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
@@ -118,7 +119,9 @@ def relative_errors(table: Table, statistics: Statistics) -> np.ndarray:
         seen = statistics.layers[layer].observed(side)
         for codec, heads, arrays in table.options[layer, side][0].groups:
             x = seen.x[list(heads)]
-            back = quantize_dequantize(codec, arrays, jnp.moveaxis(jnp.asarray(x), 0, 1)[None])[0]
+            back = quantize_dequantize(
+                codec, jax.tree.map(jnp.asarray, arrays), jnp.moveaxis(jnp.asarray(x), 0, 1)[None]
+            )[0]
             error = np.square(np.moveaxis(np.asarray(back), 1, 0) - x).sum(axis=(1, 2))
             spread = np.square(x - x.mean(axis=1, keepdims=True)).sum(axis=(1, 2))
             out += [(layer, side, h, e / s) for h, e, s in zip(heads, error, spread, strict=True)]
