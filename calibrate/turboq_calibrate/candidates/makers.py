@@ -90,7 +90,7 @@ def _needed(label: str, seen: Observed | None) -> Observed:
 
 def default_makers(bits: float | int, options: TransformOptions | None = None) -> list[Maker]:
     """`transform` in steps of a quarter bit up to three bits on both sides of the budget."""
-    low, high = max(STEP, bits - AROUND), min(MOST, bits + AROUND)
+    low, high = max(STEP, min(MOST, bits) - AROUND), min(MOST, bits + AROUND)
     rates = np.arange(np.floor(low / STEP), np.ceil(high / STEP) + 1) * STEP
     return learned({f"transform {r:g}": float(r) for r in rates if r >= STEP}, options)
 
