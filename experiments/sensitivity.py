@@ -3,9 +3,10 @@
     python experiments/sensitivity.py --out=runs/sensitivity
 
 For every (layer, KV head, K or V) of the model and one candidate: the cost that `turboq plan`
-predicts from what was observed on --fit (`turboq_calibrate.cost.predicted`), the relative squared error, and
-the true KL with only that unit quantized on a window of --text; then the rank correlation of both
-with the KL, over units. Writes sensitivity.json and sensitivity.svg. Finished passes are kept in
+predicts from what was observed on --fit (`turboq_calibrate.cost.predicted`), the relative squared
+error, and the true KL with only that unit quantized on a window of --text; then rank correlations
+of both with KL, over units. Writes sensitivity.json and sensitivity.svg.
+Finished passes are kept in
 --out, and the same command continues. Expected: the predicted cost orders units as the KL does, the
 relative error does not.
 """

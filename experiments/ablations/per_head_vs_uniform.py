@@ -12,7 +12,11 @@ from study import Arm, Bench, run
 
 TEXTS = ("topics:calibration", "source:calibration")
 # What chooses its own size, and what that is compared with.
-GRANULARITIES = {"uniform": None, "per_kv": "uniform", "per_head": "per_kv"}
+GRANULARITIES: dict[Granularity, Granularity | None] = {
+    "uniform": None,
+    "per_kv": "uniform",
+    "per_head": "per_kv",
+}
 
 
 def arms(bench: Bench) -> list[Arm]:

@@ -97,7 +97,8 @@ def default_makers(
     """
     own = options or TransformOptions()
     least = (BLOCK + own.overhead(dim)) / dim
-    low, high = max(least, bits - AROUND), min(MOST, max(bits, least) + AROUND)
+    bits = max(min(bits, MOST), least)
+    low, high = max(least, bits - AROUND), min(MOST, bits + AROUND)
     steps = np.arange(np.ceil(low / STEP - 1e-9), np.ceil(high / STEP) + 1)
     return learned({f"transform {r:g}": float(r) for r in steps * STEP if r <= MOST}, own)
 

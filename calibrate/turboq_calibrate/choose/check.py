@@ -165,10 +165,12 @@ def check_plans(
         for row in found.rows:
             at = kl[row["name"]].setdefault(row["text"], {})
             at[texts[row["text"]].shape[1]] = row["kl_mean"]
+            if not math.isfinite(row["kl_mean"]):
+                raise TurboqError(
+                    f"the check measured a KL that is not finite: {row['name']} on {row['text']}"
+                )
 
     measured({**plans, **baseline}, short)
-    if not all(math.isfinite(x) for t in kl.values() for at in t.values() for x in at.values()):
-        raise TurboqError("the check measured a KL that is not finite")
     length = next(iter(short.values())).shape[1]
     found = Checked(kept="", kl=kl, length=length, objective=objective)
     order = sorted(plans, key=found.loss)

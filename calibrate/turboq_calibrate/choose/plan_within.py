@@ -161,6 +161,7 @@ def menu(
         geometry, makers, observed, source=statistics.sha256, k_rope=k_rope, progress=progress
     )
     costs = predicted_costs(table, observed, progress=progress)
+    _check_texts(costs, statistics.texts)
     return Menu(
         table=table, costs=costs, constraints=constraints, policy=policy, notes=notes,
         guarded=guarded,
@@ -239,8 +240,9 @@ def plan_within(
         )  # fmt: skip
         kept, plans = checked.kept, plans | dict(others.candidates)
     plan, arrays = plans[kept]
-    of_texts = {"predicted_by_text": _by_text(ready, allocation.chosen, statistics.texts)}
-    report = record(tried.get(kept, allocation), wanted.budget) | of_texts | {
+    best = tried.get(kept, allocation)
+    of_texts = {"predicted_by_text": _by_text(ready, best.chosen, statistics.texts)}
+    report = record(best, wanted.budget) | of_texts | {
         "objective": wanted.objective,
         "k_rope": ready.table.k_rope,
         "kept": kept,
@@ -262,11 +264,21 @@ def plan_within(
     return Found(
         plan=plan,
         arrays=arrays,
-        allocation=tried.get(kept, allocation),
+        allocation=best,
         problem=problem,
         checked=checked,
         notes=ready.notes,
     )
+
+
+def _check_texts(costs: Float[np.ndarray, "U C X"], texts: Sequence[str]) -> None:
+    """Every text has a cost: a sample that misses one says nothing of it."""
+    for number, text in enumerate(texts):
+        if number >= costs.shape[2] or np.isnan(costs[:, :, number]).any():
+            raise TurboqError(
+                f"no token of {text} was sampled, so nothing is predicted for it: run `turboq "
+                "calibrate` again with a larger --reservoir"
+            )
 
 
 def _own_rules(wanted: Wanted) -> tuple[Constraints, ...]:
@@ -297,7 +309,7 @@ def _refined(
     model: Model, statistics: Statistics, ready: Menu, wanted: Wanted, problem: Problem,
     folder: Path | None, progress: bool,
 ) -> tuple[Allocation, list[dict[str, Any]]]:  # fmt: skip
-    """The choice after refinement on the first calibration window of each text."""
+    """The choice after refinement on the first calibration window."""
     seen: dict[bytes, Allocation] = {}
 
     def solver(costs: Float[np.ndarray, "U C"]) -> Int[np.ndarray, "U"]:
@@ -318,5 +330,6 @@ def _refined(
 def _key(ready: Menu, wanted: Wanted) -> str:
     """Name of the measurements of one search, so that another one does not meet them."""
     rules = [one.config() for one in ready.constraints]
-    what = [ready.table.sha256, wanted.budget.text, rules, wanted.objective]
+    policy = dataclasses.asdict(ready.policy)
+    what = [ready.table.sha256, wanted.budget.text, rules, wanted.objective, policy]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]

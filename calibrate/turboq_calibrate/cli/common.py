@@ -268,6 +268,11 @@ def observed_windows(values: flags.FlagValues, model: Model) -> Windows:
     length = values.check_length
     if length is None:
         length = long_check(model.spec.context, values.window_length)
+    elif length and not values.window_length < length <= model.spec.context:
+        raise TurboqError(
+            f"--check_length={length} must be more than --window_length={values.window_length} and "
+            f"within the model's context of {model.spec.context}, or 0 for none"
+        )
     return windows_of(
         values, model.tokenizer, model=model, folder=values.out, check=values.check_windows,
         check_length=length,

@@ -36,7 +36,8 @@ HIGHEST = jax.lax.Precision.HIGHEST
 def predicted_costs(
     table: Table, observed: Callable[[int, Side], Observed], *, progress: bool = False
 ) -> Float[np.ndarray, "U C X"]:
-    """Nats per token of every unit and candidate on each of X calibration texts.
+    """Nats per token of every unit and candidate on each of X calibration texts (NaN: no token of
+    the text was sampled).
 
     Candidates whose fit knows its own costs (`Option.costs`) are taken at their word; the others
     are coded on the sample.
@@ -79,8 +80,9 @@ def side_costs(option: Option, seen: Observed | None) -> Float[np.ndarray, "K X"
             seen.metric[at].astype(np.float32),
             weights[at],
         )
-    texts = range(int(seen.text.max()) + 1)
-    return np.stack([parts[:, seen.text == t].mean(axis=1) for t in texts], axis=1)
+    tokens = np.bincount(seen.text)
+    sums = np.stack([np.bincount(seen.text, weights=row) for row in parts])
+    return np.divide(sums, tokens, out=np.full_like(sums, np.nan), where=tokens > 0)
 
 
 @jax.jit(static_argnames=("codec",))

@@ -342,6 +342,8 @@ def mixed_windows(
     found = _in_turn([parts[i] for i in range(n)])
     if count is None or not (check or check_length):
         return found
+    if start or not spread:
+        raise ValueError(f"{start=} and {spread=}: windows are held back between spread ones only")
     read = {i: source for i, source in enumerate(sources) if not own[i]}
     held = _held_back(read, tokenizer, found, check, check_length)
     return dataclasses.replace(found, held_back=held)

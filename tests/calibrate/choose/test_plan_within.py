@@ -1,0 +1,389 @@
+"""`turboq plan --budget`: from a model or its statistics to a checked plan within its budget."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from allocate_cases import units
+from plan_cases import geometry
+
+from turboq.cache.layer import TokenPolicy
+from turboq.errors import TurboqError
+from turboq.export import ENGINES, Options
+from turboq.plan import load
+from turboq.plan.violations import violations, violations_of
+from turboq_calibrate.candidates.makers import default_makers, engine_menu, makers_of
+from turboq_calibrate.choose import check
+from turboq_calibrate.choose.solver.problem import Infeasible, Problem
+from turboq_calibrate.choose.solver.solve import allocate
+from turboq_calibrate.cli import main as cli
+from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
+
+MODEL = Path(__file__).parents[2] / "golden" / "llama3"
+OBSERVE = ("--windows=2", "--window_length=24", "--check_length=48", "--reservoir=64")
+LEARNED = ("--budget=3bpc", "--candidates=transform:2,3,4")
+DATA_FREE = "--candidates=turboquant_mse:2,3,4"
+
+
+def turboq(command, *argv) -> int:
+    return cli.run([command, *(str(a) for a in argv)])
+
+
+def plan(*argv) -> int:
+    return turboq("plan", f"--model={MODEL}", *argv)
+
+
+def written(folder: Path) -> list[str]:
+    """Hashes of a plan's two files."""
+    names = ("plan.json", "plan.safetensors")
+    return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
+
+
+def allocation(folder: Path) -> dict:
+    """What the plan says of how it was chosen."""
+    found = load(folder)[0].provenance
+    assert found is not None
+    assert found.recipe is not None
+    return found.recipe["allocation"]
+
+
+@pytest.fixture(scope="module")
+def layout():
+    return model_geometry(load_model(MODEL, resident=False))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> tuple[str, str]:
+    """Two files of random words."""
+    folder, rng = tmp_path_factory.mktemp("texts"), np.random.default_rng(4)
+    for name in ("a", "b"):
+        words = ["".join(chr(97 + c) for c in rng.integers(0, 26, 5)) for _ in range(400)]
+        (folder / f"{name}.txt").write_text(" ".join(words))
+    return f"--text={folder / 'a.txt'}", f"--text={folder / 'b.txt'}"
+
+
+@pytest.fixture(scope="module")
+def run(texts, tmp_path_factory) -> Path:
+    """Calibrated and planned by one command."""
+    out = tmp_path_factory.mktemp("plan") / "run"
+    assert plan(*LEARNED, *texts, *OBSERVE, f"--out={out}") == 0
+    return out
+
+
+def made_up(monkeypatch, kl):
+    """The check measures `kl(plan, tokens, text)`, by the plan's name, instead of evaluating."""
+    asked = []
+
+    def evaluate_texts(model, rows, texts, **how):
+        asked.append([name for name, _, _ in rows])
+        found = [
+            {"name": name, "text": text, "kl_mean": kl(name, windows.shape[1], text)}
+            for name, _, _ in rows
+            for text, windows in texts.items()
+        ]
+        return type("Quality", (), {"rows": found})
+
+    monkeypatch.setattr(check, "evaluate_texts", evaluate_texts)
+    return asked
+
+
+def test_a_learned_plan_within_a_budget(run, texts):
+    found, _ = load(run)
+    assert found.bytes.bits_per_channel <= 3
+    assert found.provenance is not None
+    assert found.provenance.tokens == 2 * 24
+    names = [text.removeprefix("--text=") for text in texts]
+    assert [text.name for text in found.provenance.texts] == names
+    report = allocation(run)
+    assert report["budget"] == "3bpc"
+    assert set(report["held_out"]) == {"0", "0.2", "0.4", "0.6"}
+    assert f"{report['shrink']:g}" in report["held_out"]
+    assert set(report["predicted_by_text"]) == set(names)
+    # Every plan that was tried is measured on every text, two of them at the longer length.
+    checked, kept = report["check"], report["kept"]
+    assert checked["kept"] == kept
+    assert set(checked["kl"]) == {"chosen", "uniform", "per_head 2b", "turboquant_mse 2b"}
+    short = {name: [at["24"] for at in of.values()] for name, of in checked["kl"].items()}
+    assert all(len(each) == 2 for each in short.values())
+    refused = {name for name, _, _ in checked["refused"]}
+    able = {n: sum(e) for n, e in short.items() if n not in {*refused, "turboquant_mse 2b"}}
+    assert kept == min(able, key=lambda name: able[name])
+    long = {name for name, of in checked["kl"].items() for at in of.values() if "48" in at}
+    assert long == {kept, "turboquant_mse 2b", *refused}
+    assert found.quality is not None
+    assert {m.text: m.kl_mean for m in found.quality.measured} == {
+        f"{text} (held back, {n} tokens)": kl
+        for text, at in checked["kl"][kept].items()
+        for n, kl in at.items()
+    }
+
+
+def test_the_same_plan_from_the_folder(run, tmp_path):
+    assert plan(*LEARNED, f"--statistics={run}", f"--out={tmp_path}") == 0
+    assert written(tmp_path) == written(run)
+
+
+def test_shards_give_the_same_choices(run, texts, tmp_path):
+    parts = [tmp_path / f"part{i}" for i in range(2)]
+    for i, part in enumerate(parts):
+        flags = (f"--shard={i}/2", "--chunk_windows=1", f"--out={part}")
+        assert turboq("calibrate", f"--model={MODEL}", *texts, *OBSERVE, *flags) == 0
+    assert turboq("merge", *parts, f"--out={tmp_path}") == 0
+    assert plan(*LEARNED, f"--statistics={tmp_path}", "--nocheck", f"--out={tmp_path}") == 0
+    whole = tmp_path / "whole"
+    assert plan(*LEARNED, f"--statistics={run}", "--nocheck", f"--out={whole}") == 0
+    assert load(tmp_path)[0].layers == load(whole)[0].layers
+
+
+def test_without_a_check_no_model_is_needed(run, tmp_path, monkeypatch, capsys, layout):
+    """Another budget from the folder alone, for the geometry that the folder says."""
+
+    def fails(*args, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("turboq_calibrate.models.load_model", fails)
+    flags = ("--budget=2.5bpc", "--candidates=transform:2,3", "--nocheck")
+    assert turboq("plan", *flags, f"--statistics={run}", f"--out={tmp_path}") == 0
+    assert "not checked (--nocheck)" in capsys.readouterr().out
+    found, _ = load(tmp_path)
+    assert found.fingerprint == layout.fingerprint
+    assert 2 <= found.bytes.bits_per_channel <= 2.5
+    report = allocation(tmp_path)
+    assert report["kept"] == "chosen"
+    assert report["used"] == found.bytes.bits_per_token
+    assert report["check"] is None
+    assert found.quality is not None
+    assert found.quality.measured == ()
+    assert found.quality.predicted is not None
+    assert found.quality.predicted.kl_mean == pytest.approx(report["predicted"])
+    each = report["predicted_by_text"].values()
+    assert sum(each) / 2 == pytest.approx(report["predicted"])
+
+
+def losing(name, tokens, text):
+    """Whatever is learned is better where it was calibrated, and loses at 48 tokens."""
+    return {24: 1.0, 48: 5.0}[tokens] if name != "turboquant_mse 2b" else 2.0
+
+
+def test_a_plan_that_loses_at_the_check_length_is_refused(run, tmp_path, monkeypatch, capsys):
+    asked = made_up(monkeypatch, losing)
+    flags = (*LEARNED, f"--statistics={run}", f"--out={tmp_path / 'new'}")
+    assert plan(*flags) == 1
+    err = capsys.readouterr().err
+    assert "every plan within the budget loses to turboquant_mse 2b" in err
+    assert "48 tokens of" in err
+    assert "--force" in err
+    assert not (tmp_path / "new").exists()
+    assert [len(names) for names in asked] == [4, 2, 2, 2]  # all, then each of three
+    assert plan(*flags, "--force") == 0
+    assert "--force: chosen is kept although it loses" in capsys.readouterr().out
+    report = allocation(tmp_path / "new")
+    assert report["kept"] == "chosen"
+    assert len(report["check"]["refused"]) == 3
+
+
+def test_the_next_best_plan_is_kept_where_the_best_loses(run, tmp_path, monkeypatch):
+    def kl(name, tokens, text):
+        if tokens == 48:
+            return {"chosen": 3.0, "uniform": 2.0}.get(name, 2.5)
+        return {"chosen": 1.0, "uniform": 1.5}.get(name, 1.75)
+
+    asked = made_up(monkeypatch, kl)
+    assert plan(*LEARNED, f"--statistics={run}", f"--out={tmp_path}") == 0
+    assert [names[0] for names in asked[1:]] == ["chosen", "uniform"]
+    report = allocation(tmp_path)
+    assert report["kept"] == "uniform"
+    assert [row[0] for row in report["check"]["refused"]] == ["chosen"]
+    found, _ = load(tmp_path)
+    for side in ("k", "v"):
+        bits = {c.bits_per_vector for x in found.layers for c in found.codecs(x.index, side)}
+        assert max(bits) - min(bits) < 8  # one candidate; each head its own segments
+
+
+def test_what_is_not_finite_is_not_kept(run, tmp_path, monkeypatch, capsys):
+    made_up(monkeypatch, lambda name, tokens, text: float("nan") if tokens == 48 else 1.0)
+    assert plan(*LEARNED, f"--statistics={run}", f"--out={tmp_path / 'new'}") == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_worst_text_decides(run, tmp_path, monkeypatch):
+    """By mean `chosen` wins, on the worst text `uniform` does; predictions follow the objective."""
+
+    def kl(name, tokens, text):
+        return {"chosen": 1.0 if text.endswith("a.txt") else 3.0, "uniform": 2.5}.get(name, 9.0)
+
+    made_up(monkeypatch, kl)
+    flags = (*LEARNED, f"--statistics={run}")
+    kept, worst = {}, {}
+    for objective in ("mean", "worst"):
+        out = tmp_path / objective
+        assert plan(*flags, f"--objective={objective}", f"--out={out}") == 0
+        kept[objective] = allocation(out)["kept"]
+        assert plan(*flags, f"--objective={objective}", "--nocheck", f"--out={out}") == 0
+        assert allocation(out)["objective"] == objective
+        worst[objective] = max(allocation(out)["predicted_by_text"].values())
+    assert kept == {"mean": "chosen", "worst": "uniform"}
+    assert worst["worst"] <= worst["mean"]
+
+
+def test_killed_and_resumed_is_the_same_plan(run, tmp_path, monkeypatch, capsys):
+    calls, evaluate_texts = [], check.evaluate_texts
+
+    def killed_at_the_second(*args, **options):
+        calls.append(options["folder"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate_texts(*args, **options)
+
+    monkeypatch.setattr(check, "evaluate_texts", killed_at_the_second)
+    flags = (*LEARNED, f"--statistics={run}", f"--out={tmp_path}")
+    assert plan(*flags) == 130
+    assert "run the same command again" in capsys.readouterr().err
+    assert not (tmp_path / "plan.json").exists()
+    assert plan(*flags) == 0
+    assert written(tmp_path) == written(run)
+
+
+def test_memory_at_a_context_and_named_candidates(run, tmp_path):
+    flags = (DATA_FREE, "--candidates=exact", "--granularity=per_kv", "--nocheck")
+    assert plan("--budget=700@150KiB", *flags, f"--statistics={run}", f"--out={tmp_path}") == 0
+    found, _ = load(tmp_path)
+    at = found.residency(700)
+    assert at.total <= 150 * 1024
+    assert allocation(tmp_path)["used"] == at.total
+    for layer in found.layers:
+        for side in ("k", "v"):
+            assert len(set(found.codecs(layer.index, side))) == 1
+
+
+def test_rounds_refine_by_what_is_measured(run, tmp_path):
+    flags = (DATA_FREE, "--budget=3.5bpc", "--rounds=1", f"--statistics={run}")
+    assert plan(*flags, f"--out={tmp_path}") == 0
+    report = allocation(tmp_path)
+    assert "refined" in report["check"]["kl"]
+    assert 1 <= len(report["refinement"]) <= 2
+
+
+def test_a_plan_for_an_engine_obeys_its_rules(run, tmp_path, capsys, layout):
+    flags = ("--budget=12bpc", "--engine=modelopt", "--nocheck", f"--statistics={run}")
+    assert plan(*flags, f"--out={tmp_path}") == 0
+    assert "sinks=0 recent=0" in capsys.readouterr().out
+    found, _ = load(tmp_path)
+    rules = ENGINES["modelopt"].constraints(layout, Options())
+    assert any(not violations(one, found) for one in rules)
+    assert found.tokens.sinks == 0
+
+
+@pytest.mark.parametrize("name", sorted(ENGINES))
+def test_every_engine_gets_a_plan_that_its_rules_allow(name, rng):
+    """Made-up costs on a model of 6 layers; `violations` judges, which knows nothing of solving."""
+    layout = geometry(layers=6, kv_heads=2, k_dim=64, v_dim=64)
+    formats = ENGINES[name].formats(layout, Options())
+    pairs = {f: pair for f, pair in formats.items() if all(c.block == 1 for c in pair)}
+    if not pairs:
+        with pytest.raises(TurboqError, match=f"engine {name}: no candidates"):
+            engine_menu(name, layout, TokenPolicy())
+        return
+    menu = engine_menu(name, layout, TokenPolicy())
+    assert [maker.label for maker in menu.makers] == list(pairs)
+    assert set(menu.left_out) == set(formats) - set(pairs)
+    places = units(6, 2)
+    codecs = tuple(tuple(pair[u.side == "v"] for pair in pairs.values()) for u in places)
+    sizes = np.array([[codec.bits_per_vector for codec in row] for row in codecs])
+    costs = rng.random((len(places), 1)) * 4.0 ** -(sizes / 64)
+    of = Problem(units=places, labels=tuple(pairs), codecs=codecs, costs=costs, sizes=sizes)
+    for share in (0.4, 1.0):  # of the way from the smallest to the largest
+        low, high = sizes.min(axis=1).sum(), sizes.max(axis=1).sum()
+        try:
+            found = allocate(of, int(low + share * (high - low)), menu.constraints)
+        except Infeasible as error:  # forced exact layers may need more: then they are given it
+            found = allocate(of, error.smallest or 0, menu.constraints)
+        placed = {
+            (u.layer, u.side, u.head): row[c]
+            for u, row, c in zip(places, codecs, found.chosen, strict=True)
+        }
+        assert any(not violations_of(rules, placed) for rules in menu.constraints)
+        assert found.gap <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--budget=1.5bpc", "--candidates=turboquant_mse:4"], "smallest feasible budget is"),
+        (["--budget=3"], "none of 4680B"),
+        (["--budget=3bpc", "--bits=3"], "--bits: --budget chooses codecs"),
+        (["--granularity=per_kv", "--bits=3"], "--granularity: needs --budget"),
+        (["--noforce", "--bits=3"], "--force: needs --budget"),
+        (["--windows=3", "--bits=3"], "--windows: needs --budget"),
+        (["--budget=3bpc", "--engine=vlm"], "did you mean vllm?"),
+        (["--budget=3bpc", "--engine=vllm", "--granularity=per_kv"], "--engine=vllm decides"),
+        (["--budget=3bpc", "--candidates=rabitq:3"], "known codecs are"),
+        (["--budget=3bpc", "--candidates=turboquant_mse:9"], "bits"),
+        (["--budget=3bpc", "--candidates=transform"], "transform:2,2.5"),
+        (["--budget=3bpc", "--candidates=transform:two"], "'two' is no number"),
+        (["--budget=3bpc", "--window_length=24"], "--window_length: --statistics="),
+        (["--budget=3bpc", "--nocheck", "--rounds=1"], "--rounds=1 measures on the model"),
+        (["--budget=700@150KiB", "--nocheck", "--policies=4:0,4:8"], "leave --nocheck out"),
+        (["--budget=3bpc", "--policies=4:0,4:32"], "has no context"),
+        (["--budget=700@150KiB", "--policies=4"], "must be SINKS:RECENT"),
+        (["--budget=700@150KiB", "--policies=4:0,4:0"], "name one twice"),
+        (["--budget=700@150KiB", "--policies=4:0", "--sinks=2"], "--policies names"),
+        (["--policies=4:0"], "needs --budget"),
+    ],
+)
+def test_bad_flags_are_one_line(run, flags, says, tmp_path, capsys):
+    out = tmp_path / "new"
+    assert plan(*flags, f"--statistics={run}", f"--out={out}") == 1
+    err = capsys.readouterr().err
+    assert says in err
+    errors = [line for line in err.splitlines() if line.startswith("turboq: error: ")]
+    assert len(errors) == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("length", "says"), [(24, "must be more than --window_length=24"), (99999, "context")]
+)
+def test_a_check_length_that_checks_nothing_is_refused(length, says, texts, tmp_path, capsys):
+    flags = ("--windows=2", "--window_length=24", f"--check_length={length}")
+    assert plan(*LEARNED, *texts, *flags, f"--out={tmp_path / 'new'}") == 1
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_makers(layout):
+    labels = [m.label for m in makers_of(["transform:2,2.5", "per_head:3", "exact"], layout)]
+    assert labels == ["transform 2", "transform 2.5", "per_head 3", "exact"]
+    assert [m.label for m in makers_of(["fp8:scale=token,none"], layout)] == [
+        "fp8 token",
+        "fp8 none",
+    ]
+
+
+def test_default_candidates_lie_around_the_budget():
+    labels = [m.label for m in default_makers(3.25, 64)]
+    assert labels[0] == "transform 0.25"
+    assert labels[-1] == "transform 6.25"
+    assert len(labels) == 25
+    high = [m.label for m in default_makers(16, 64)]
+    assert (high[0], high[-1]) == ("transform 5", "transform 8")
+    assert default_makers(1, 64)[0].label == "transform 0.25"
+
+
+def test_exact_tokens_are_chosen_with_their_bytes_counted(run, tmp_path, capsys):
+    """More exact tokens leave fewer bits: what wins is the least KL, and the plan says which."""
+    flags = (DATA_FREE, "--granularity=uniform", f"--statistics={run}", "--force")
+    policies = "--policies=0:0,4:0,4:16"
+    assert plan("--budget=700@150KiB", policies, *flags, f"--out={tmp_path}") == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("sinks")]
+    kl = {line.split(":")[0]: float(line.split()[-1]) for line in lines}
+    assert set(kl) == {"sinks 0, recent 0", "sinks 4, recent 0", "sinks 4, recent 16"}
+    found, _ = load(tmp_path)
+    best = min(kl, key=lambda name: kl[name])
+    assert best == f"sinks {found.tokens.sinks}, recent {found.tokens.recent}"
+    assert found.residency(700).total <= 150 * 1024
