@@ -6,7 +6,7 @@ Calibrates as `turboq calibrate` does by default (or reads --statistics), takes 
 `turboq plan --budget` would write at every budget (`choose.plan_within`, the same function), and
 measures all of them on topics:heldout, source:heldout and every --text beside TurboQuant (and, with
 --field, per-head and field codecs): first 4 tokens exact, no recent window, K and V quantized, KL
-to the model's own exact cache. --long texts are measured once more in windows of --long_length tokens.
+to the model's own exact cache. --long texts are measured again in windows of --long_length tokens.
 Block codecs keep up to a block of recent tokens exact: their rows say so. Nothing is tuned on what
 is measured.
 

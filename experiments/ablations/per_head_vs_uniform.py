@@ -10,6 +10,8 @@ most at few bits.
 
 from study import Arm, Bench, run
 
+from turboq.plan.constraints import Granularity
+
 TEXTS = ("topics:calibration", "source:calibration")
 # What chooses its own size, and what that is compared with.
 GRANULARITIES: dict[Granularity, Granularity | None] = {
