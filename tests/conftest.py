@@ -1,4 +1,6 @@
-"""Strict numerics for every test: no silent dtype or rank promotion."""
+"""Strict numerics for every test: no silent dtype or rank promotion. Which files take longest."""
+
+import collections
 
 import hypothesis
 import jax
@@ -16,3 +18,33 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def rng() -> np.random.Generator:
     """A fixed NumPy generator: tests are reproducible and independent of JAX's key format."""
     return np.random.default_rng(20261122)
+
+
+# Longest first: a worker that began one of these last would end alone.
+LONG = (
+    "test_attention.py",
+    "test_kernel_costs.py",
+    "test_encode_tpu_costs.py",
+    "test_prefill_mosaic_tpu.py",
+    "test_encode_triton_compiled.py",
+    "test_triton_compiled.py",
+    "test_prefill_triton_compiled.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The ten files that took longest, set-up included."""
+    seconds: collections.Counter[str] = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    if len(seconds) > 1:
+        terminalreporter.section("slowest files")
+        for name, total in seconds.most_common(10):
+            terminalreporter.write_line(f"{total:7.1f} s  {name}")

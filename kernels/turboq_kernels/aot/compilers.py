@@ -25,7 +25,7 @@ import turboq
 import turboq_kernels
 
 # By platform: what shows that its compiler is there, and what installs it.
-_MARKS = {"tpu": "libtpu", "cuda": "jax_plugins/xla_cuda13"}
+_MARKS = {"tpu": "libtpu/__init__.py", "cuda": "jax_plugins/xla_cuda13/__init__.py"}
 _PACKAGES = {
     "tpu": "libtpu",
     "cuda": f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}",
@@ -43,7 +43,7 @@ def folder() -> pathlib.Path:
 def missing(platform: str) -> str | None:
     """Why nothing can be compiled for "tpu" or "cuda" here, or None."""
     places = (folder(), *map(pathlib.Path, sys.path))
-    if any((place / _MARKS[platform]).is_dir() for place in places):
+    if any((place / _MARKS[platform]).is_file() for place in places):
         return None
     return (
         f"the {_NAMES[platform]} compiler is not installed: "
