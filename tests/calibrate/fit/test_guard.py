@@ -7,8 +7,9 @@ from turboq.codecs.fit_transform import TransformOptions, fit_heads, held_out_co
 from turboq.codecs.observed import Observed, subset
 from turboq_calibrate.fit import guard as g
 
-DIM, TOKENS, BITS = 8, 400, 2.0
+DIM, TOKENS, BITS = 16, 400, 4.0
 OPTIONS = TransformOptions()
+SPREAD = np.repeat([2.0, 0.5], DIM // 2)
 
 
 def two_texts(rng, spreads, *, heads=1):
@@ -31,20 +32,18 @@ def leave_one_out(seen, strength):
 
 
 def test_texts_unlike_each_other_are_guarded_against(rng):
-    """What one text never uses is most of the other."""
-    high = np.repeat([4.0, 0.05], DIM // 2)
-    seen = two_texts(rng, [high, high[::-1]])
+    """Where one text spreads little the other does: levels fitted to it alone would clip."""
+    seen = two_texts(rng, [SPREAD, SPREAD[::-1]])
     found = g.guard(lambda layer, side: seen, [0], OPTIONS, BITS)
     assert found.options.shrink >= 0.4
     assert list(found.held_out) == list(g.SHRINK)
     for strength, cost in found.held_out.items():
         assert cost == pytest.approx(2 * leave_one_out(seen, strength), rel=1e-6)  # K and V
-    assert found.held_out[0.0] > 2 * min(found.held_out.values())
+    assert found.held_out[0.0] > 1.5 * min(found.held_out.values())
 
 
 def test_texts_alike_need_no_guard(rng):
-    spread = np.geomspace(8, 0.05, DIM)
-    seen = two_texts(rng, [spread, spread])
+    seen = two_texts(rng, [SPREAD, SPREAD])
     found = g.guard(lambda layer, side: seen, [0], OPTIONS, BITS)
     assert found.options == OPTIONS
     assert min(found.held_out, key=lambda s: found.held_out[s]) == 0.0
