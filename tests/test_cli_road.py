@@ -68,18 +68,20 @@ def test_a_second_evaluation_writes_the_same_bytes(run, tmp_path):
 def test_every_text_is_measured_by_itself(run, tmp_path, capsys):
     """Plans by texts; a text's rows are those of a run with that text alone."""
     (tmp_path / "long.txt").write_text(" ".join(f"{n} squared is {n * n}." for n in range(400)))
-    texts = (f"--text={tmp_path / 'long.txt'}", "--text=topics:heldout")
+    texts = {
+        "long.txt": f"--text={tmp_path / 'long.txt'}",
+        "topics:heldout": "--text=topics:heldout",
+    }
     args = (f"--model={MODEL}", f"--plan=mine={run}", "--windows=2", "--window_length=48")
-    assert turboq("evaluate", *args, *texts, f"--out={tmp_path / 'both'}") == 0
+    assert turboq("evaluate", *args, *texts.values(), f"--out={tmp_path / 'both'}") == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[1].split()[:2] == ["plan", "bits/ch"]
-    assert printed[1].split()[-2:] == [f"{tmp_path}/long.txt", "topics:heldout"]
+    assert printed[1].split()[-2:] == list(texts)
     assert printed[3].count("*") == 1
     both = json.loads((tmp_path / "both" / "quality.json").read_text())
-    for text in texts:
+    for source, text in texts.items():
         assert turboq("evaluate", *args, text, f"--out={tmp_path / 'one'}") == 0
         one = json.loads((tmp_path / "one" / "quality.json").read_text())
-        source = text.removeprefix("--text=")
         assert [row for row in both["rows"] if row["text"] == source] == one["rows"]
         assert [t for t in both["texts"] if t["text"] == source] == one["texts"]
         assert both["head_errors"][source] == one["head_errors"][source]

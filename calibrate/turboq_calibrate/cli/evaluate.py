@@ -107,7 +107,10 @@ def _texts(values: flags.FlagValues, model: Model) -> dict[str, np.ndarray]:
             values, model.tokenizer, [source], model=model, folder=values.out
         )
         if windows.source in found:
-            raise TurboqError(f"--text={source} is given twice: give every text once")
+            raise TurboqError(
+                f"--text={source}: a text named {windows.source!r} is given twice: give every text "
+                "once, files under different names"
+            )
         found[windows.source] = windows.tokens
     return found
 
