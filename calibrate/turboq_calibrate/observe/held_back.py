@@ -14,8 +14,8 @@ from jaxtyping import Int
 class HeldBack:
     """Of every text, by its number: windows of the calibrated length, and longer ones."""
 
-    short: dict[int, Int[np.ndarray, "n T"]] = dataclasses.field(default_factory=dict)
-    long: dict[int, Int[np.ndarray, "n L"]] = dataclasses.field(default_factory=dict)
+    short: dict[int, Int[np.ndarray, "_ T"]] = dataclasses.field(default_factory=dict)
+    long: dict[int, Int[np.ndarray, "_ L"]] = dataclasses.field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """By name, as files keep them."""
