@@ -160,7 +160,7 @@ HERE = f"--model={MODEL}"
         (["calibrate", HERE, "--text={tmp}/binary", NEW], "binary"),
         (["calibrate", HERE, "--text={tmp}/short", *SMALL, NEW], "less than one window"),
         (["calibrate", HERE, *SMALL, "--out={tmp}/short"], "short is a file"),
-        (["calibrate", HERE, *SMALL, f"--seed={2**40}", NEW], "seed="),
+        (["calibrate", HERE, *SMALL, f"--observe_seed={2**40}", NEW], "seed="),
         (["plan", HERE, "--bits=3", NEW], "give statistics"),
         (["plan", HERE, "--codec=per_heat", "--bits=3", NEW], "unknown codec 'per_heat'"),
         (["plan", HERE, "--codec=turboquant_mse", NEW], "needs --bits or --k_bits"),

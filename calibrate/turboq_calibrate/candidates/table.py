@@ -94,7 +94,7 @@ class Option:
 
         def rows() -> list[Arrays]:
             stacked = fit()
-            return [{n: x[h] for n, x in stacked.items()} for h in range(heads)]
+            return [{n: np.asarray(x[h]) for n, x in stacked.items()} for h in range(heads)]
 
         return cls((codec,) * heads, rows)
 

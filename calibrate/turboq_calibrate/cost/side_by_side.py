@@ -156,8 +156,8 @@ class Engine:
         owners = tuple(i for i, s in enumerate(model.spec.layers) if s.owns_cache)
         if owners != table.layers:
             raise TurboqError(f"candidates are for layers {table.layers}, the model has {owners}")
-        if tokens.shape[0] < 1 or tokens.shape[1] < 2:
-            raise TurboqError(f"windows of shape {tokens.shape}: need one of two tokens or more")
+        if tokens.shape[0] < 1 or tokens.shape[1] < 2 + policy.sinks + policy.recent:
+            raise TurboqError(f"windows of shape {tokens.shape}: need two tokens more than are exact")
         self.model, self.table, self.policy = model, table, policy
         self.tokens = np.asarray(tokens, np.int32)
         self.windows = self.tokens.shape[0]
@@ -251,7 +251,9 @@ class Engine:
             for i, exact in enumerate(self._reference)
         ]
         kl = np.concatenate(parts, axis=1)[:, : self.tokens.size]
-        kl = kl.reshape(len(kl), *self.tokens.shape)[:, :, :-1]  # the last one predicts nothing
+        # Positions that can see a quantized token; the last one predicts nothing.
+        first = self.policy.sinks + self.policy.recent
+        kl = kl.reshape(len(kl), *self.tokens.shape)[:, :, first:-1]
         if not np.all(np.isfinite(kl)):
             raise TurboqError("predictions are not finite under some candidate")
         return kl.mean(axis=2)

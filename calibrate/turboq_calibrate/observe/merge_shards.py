@@ -63,7 +63,7 @@ def merge_shards(
             entries.append(files.describe_layer(out, i, path, layer, sampled=sampled))
             bar.advance(1)
     files.write_windows(out, parts[0].windows, parts[0].window_texts, parts[0].held_back)
-    files.write_manifest(out, inputs, tokens, entries)
+    files.write_manifest(out, inputs, parts[0].geometry, tokens, entries)
     return load_statistics(out)
 
 

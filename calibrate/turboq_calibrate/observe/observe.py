@@ -33,6 +33,7 @@ from jax.sharding import Mesh
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.models.model import Model
 from turboq_calibrate.observe import statistics_files as files
 from turboq_calibrate.observe.placement import MeshPlacement, Placement
@@ -128,7 +129,7 @@ def _finish(
     """Writes the manifest and what the run cost, and clears the working files."""
     files.write_windows(run.statistics, windows.tokens, windows.text, windows.held_back)
     entries = run.describe()
-    files.write_manifest(run.statistics, inputs, run.counted, entries)
+    files.write_manifest(run.statistics, inputs, model_geometry(run.model), run.counted, entries)
     run.event("finished")
     _clear(run.work)
     cost = {

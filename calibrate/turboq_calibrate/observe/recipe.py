@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 
 from turboq.errors import TurboqError
-from turboq.plan.document import to_json
-from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.models.model import Model
 from turboq_calibrate.observe import statistics as st
 from turboq_calibrate.observe.texts import Windows
@@ -99,7 +97,6 @@ def observe_inputs(
             "family": model.spec.family,
             "name": model.spec.name,
             "dtype": model.dtype,
-            "geometry": to_json(model_geometry(model)),
         },
         "text": {
             "texts": [

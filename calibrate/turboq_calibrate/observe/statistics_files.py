@@ -87,6 +87,7 @@ class Manifest:
 
     version: int
     inputs: dict[str, Any]
+    geometry: dict[str, Any]  # of the model, as plans hold it
     tokens: int  # counted per head: skipped first tokens are not in it
     bins: dict[str, Any]
     windows: dict[str, Any]  # file, bytes, sha256
@@ -143,12 +144,17 @@ def write_windows(
 
 
 def write_manifest(
-    folder: Path, inputs: dict[str, Any], tokens: int, layers: list[dict[str, Any]]
+    folder: Path,
+    inputs: dict[str, Any],
+    geometry: ModelGeometry,
+    tokens: int,
+    layers: list[dict[str, Any]],
 ) -> None:
     """Writes the manifest, which makes the folder complete."""
     manifest = Manifest(
         version=st.VERSION,
         inputs=inputs,
+        geometry=to_json(geometry),
         tokens=tokens,
         bins=bins_description(),
         windows=_describe_file(folder / WINDOWS),
@@ -199,7 +205,7 @@ class Statistics:
     @functools.cached_property
     def geometry(self) -> ModelGeometry:
         """Of the model that was observed: a plan needs no model for it."""
-        return read(ModelGeometry, self.manifest.inputs["model"]["geometry"], "geometry", {})
+        return read(ModelGeometry, self.manifest.geometry, "geometry", {})
 
     @functools.cached_property
     def _windows(self) -> dict[str, np.ndarray]:

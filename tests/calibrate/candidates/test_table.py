@@ -151,11 +151,11 @@ def test_arrays_are_made_when_used_and_once():
     def option(name):
         def fit():
             calls.append(name)
-            return [{"mean": np.zeros(4), "codebook": np.arange(2.0)}] * 2
+            return [{"mean": np.zeros(8), "codebook": np.arange(2.0)}] * 2
 
-        return c.Option((PerHead(dim=4, bits=1),) * 2, fit)
+        return c.Option((PerHead(dim=8, bits=1),) * 2, fit)
 
-    layout = geometry(layers=1, kv_heads=2, k_dim=4, v_dim=4)
+    layout = geometry(layers=1, kv_heads=2, k_dim=8, v_dim=8)
     makers = [c.Maker(n, lambda layer, side, seen, n=n: option((side, n))) for n in ("a", "b")]
     table = c.build_table(layout, makers)
     assert table.sizes.shape == (4, 2)

@@ -16,7 +16,8 @@ from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
 from turboq.plan.constraints import Constraints, match
-from turboq_calibrate.candidates.table import Maker, Option, build_table, data_free
+from turboq_calibrate.candidates.makers import named
+from turboq_calibrate.candidates.table import Maker, Option, build_table
 from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.solver.problem import Problem
 from turboq_calibrate.choose.within import record, report, within
@@ -131,10 +132,10 @@ def table():
         return Option.shared(codec, fit(layer.index, side, codec), layer.kv_heads)
 
     makers = [
-        data_free("haar 2", TurboQuantMSE(dim=16, bits=2, rotation="haar")),
-        data_free("haar 3", TurboQuantMSE(dim=16, bits=3, rotation="haar", seed=1)),
+        named("haar 2", TurboQuantMSE(dim=16, bits=2, rotation="haar")),
+        named("haar 3", TurboQuantMSE(dim=16, bits=3, rotation="haar", seed=1)),
         Maker("learned 4", learned),
-        data_free("exact", Exact(dim=16)),
+        named("exact", Exact(dim=16)),
     ]
     return layout, build_table(layout, makers)
 

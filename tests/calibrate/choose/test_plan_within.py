@@ -96,7 +96,7 @@ def test_a_learned_plan_within_a_budget(run, texts):
     assert found.bytes.bits_per_channel <= 3
     assert found.provenance is not None
     assert found.provenance.tokens == 2 * 24
-    names = [text.removeprefix("--text=") for text in texts]
+    names = [Path(text.removeprefix("--text=")).name for text in texts]
     assert [text.name for text in found.provenance.texts] == names
     report = allocation(run)
     assert report["budget"] == "3bpc"
@@ -150,7 +150,7 @@ def test_without_a_check_no_model_is_needed(run, tmp_path, monkeypatch, capsys, 
     assert turboq("plan", *flags, f"--statistics={run}", f"--out={tmp_path}") == 0
     assert "not checked (--nocheck)" in capsys.readouterr().out
     found, _ = load(tmp_path)
-    assert found.fingerprint == layout.fingerprint
+    assert found.model.fingerprint == layout.fingerprint
     assert 2 <= found.bytes.bits_per_channel <= 2.5
     report = allocation(tmp_path)
     assert report["kept"] == "chosen"

@@ -364,7 +364,7 @@ def test_bad_folders_are_refused(model, tmp_path):
 def test_lost_working_files_are_named(model, tmp_path):
     windows = random_windows(model.spec.vocab, count=12)
     with pytest.raises(Stop):
-        quiet(model, windows, tmp_path, observer=stop_after(5))
+        quiet(model, windows, tmp_path, observer=stop_after(5), checkpoint_every=1)
     (tmp_path / "observe" / "hidden_000.npy").unlink()
     with pytest.raises(TurboqError, match=r"hidden_000\.npy: No such file"):
         quiet(model, windows, tmp_path)

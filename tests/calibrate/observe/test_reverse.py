@@ -12,7 +12,8 @@ from stat_cases import random_windows
 from tolerances import TOL
 
 from turboq.errors import TurboqError
-from turboq_calibrate.models import load_model, rope
+from turboq.numbers import rope
+from turboq_calibrate.models import load_model
 from turboq_calibrate.models.model import forward
 from turboq_calibrate.observe import passes
 from turboq_calibrate.observe.observe import observe

@@ -167,7 +167,7 @@ def test_commands_divide_and_merge(tmp_path, capsys):
     ],
 )
 def test_bad_mesh_flags_are_one_line(tmp_path, capsys, flags, message):
-    words = ["calibrate", f"--model={GOLDEN.parent / 'llama3'}", "--windows=1", *flags]
+    words = ["calibrate", f"--model={GOLDEN.parent / 'llama3'}", "--windows=2", *flags]
     assert turboq([*words, "--window_length=16", f"--out={tmp_path}/o"]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o" / "statistics").exists()
