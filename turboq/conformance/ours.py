@@ -214,7 +214,7 @@ def make(name: str, setting: Setting, dim: int) -> CodecAdapter:
     codec = from_config({"codec": name, "dim": dim} | _at(setting.config, dim))
     samples = np.random.default_rng(7).standard_normal((1, 8192, dim)).astype(np.float32)
     seen = Observed.of(samples)
-    arrays = {name: values[0] for name, values in codec.fit(seen).items()}
+    arrays = {name: np.asarray(values[0]) for name, values in codec.fit(seen).items()}
     if "mean" in arrays:
         # Of the source, not of the samples: the claims are about vectors that have no mean.
         arrays["mean"] = np.zeros_like(arrays["mean"])

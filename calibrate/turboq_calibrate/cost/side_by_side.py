@@ -157,7 +157,9 @@ class Engine:
         if owners != table.layers:
             raise TurboqError(f"candidates are for layers {table.layers}, the model has {owners}")
         if tokens.shape[0] < 1 or tokens.shape[1] < 2 + policy.sinks + policy.recent:
-            raise TurboqError(f"windows of shape {tokens.shape}: need two tokens more than are exact")
+            raise TurboqError(
+                f"windows of shape {tokens.shape}: need two tokens more than are exact"
+            )
         self.model, self.table, self.policy = model, table, policy
         self.tokens = np.asarray(tokens, np.int32)
         self.windows = self.tokens.shape[0]

@@ -129,7 +129,7 @@ def table():
 
     def learned(layer, side, samples):
         codec = PerHead(dim=16, bits=4)
-        return Option.shared(codec, fit(layer.index, side, codec), layer.kv_heads)
+        return Option.shared(codec, layer.kv_heads, lambda: fit(layer.index, side, codec))
 
     makers = [
         named("haar 2", TurboQuantMSE(dim=16, bits=2, rotation="haar")),

@@ -194,7 +194,7 @@ def test_refusals(engine, model):
     part = {key: value for key, value in engine.table.options.items() if key[0] == 0}
     with pytest.raises(TurboqError, match=r"candidates are for layers \(0,\)"):
         Engine(model, c.Table(engine.table.labels, part), engine.tokens, POLICY)
-    with pytest.raises(TurboqError, match="two tokens or more"):
+    with pytest.raises(TurboqError, match="two tokens more"):
         Engine(model, engine.table, engine.tokens[:, :1], POLICY)
 
 

@@ -64,7 +64,7 @@ def table(model, formats, rng) -> Table:
             for pair in pairs.values():
                 codec, shared = at_dim(pair[at], dim), rng.uniform(0.5, 2)
                 heads = [arrays_of(codec, rng, shared) for _ in range(layer.kv_heads)]
-                found.append(Option((codec,) * layer.kv_heads, tuple(heads)))
+                found.append(Option((codec,) * layer.kv_heads, lambda heads=heads: heads))
             options[layer.index, side] = tuple(found)
     return Table(tuple(pairs), options)
 
