@@ -1,12 +1,21 @@
 """Strict numerics for every test: no silent dtype or rank promotion. Which files take longest."""
 
 import collections
+import os
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
 
+# Most of the time goes into compiling programs that run once on a few numbers: without LLVM's
+# passes that takes half as long. XLA's own passes stay, and `XLA_FLAGS= ./scripts/test` runs all.
+# XLA reads this at its first compilation, here and in the processes that tests start.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_parallel_codegen_split_count=1",
+)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The same examples on every machine and run: a red suite is a reproducible one.
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)

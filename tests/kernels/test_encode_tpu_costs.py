@@ -62,7 +62,7 @@ def test_a_donated_cache_is_not_copied():
     """Beside the cache little is allocated: `encode` of a layer, and the words alone at D = 64."""
     printed = compilers.printed(
         "import jax\n"
-        "from turboq import cache\n"
+        "from turboq.cache import contiguous\n"
         "from turboq.codecs import TurboQuantMSE, TurboQuantProd\n"
         "from turboq.cache.layer import TokenPolicy, uniform_layer\n"
         "from turboq_kernels.aot import tpu_encode\n"
@@ -71,7 +71,7 @@ def test_a_donated_cache_is_not_copied():
         "        kv_heads=4, k=TurboQuantProd(dim=dim, bits=3), v=TurboQuantMSE(dim=dim, bits=2),\n"
         "        policy=TokenPolicy(sinks=4, recent=16),\n"
         "    )\n"
-        "    shapes = jax.eval_shape(lambda: cache.init(layer, batch=4, capacity=32768))\n"
+        "    shapes = jax.eval_shape(lambda: contiguous.init(layer, batch=4, capacity=32768))\n"
         "    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))\n"
         "    for tokens in (1, 256) if dim == 128 else (1,):\n"
         "        done = tpu_encode.compile_layer('v5e', layer, shapes, tokens).memory_analysis()\n"

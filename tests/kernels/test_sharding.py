@@ -18,7 +18,7 @@ WORKER = Path(__file__).with_name("sharding_worker.py")
 
 def test_eight_devices_give_what_one_gives():
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }

@@ -52,13 +52,17 @@ def missing(platform: str) -> str | None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Environment of a process that compiles: it sees the compilers, and looks for no device."""
+    """Environment of a process that compiles: it sees the compilers, and looks for no device.
+
+    Flags of XLA that the caller runs with are not passed on: they would change the costs.
+    """
     sources = [pathlib.Path(package.__path__[0]).parent for package in (turboq, turboq_kernels)]
     given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     path = dict.fromkeys([*map(str, sources), *given, str(folder())])
     return os.environ | more | {
         "PYTHONPATH": os.pathsep.join(path),
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }  # fmt: skip
