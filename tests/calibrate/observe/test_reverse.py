@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stat_cases import random_windows
+from stat_cases import random_windows, windows_of
 from tolerances import TOL
 
 from turboq.errors import TurboqError
 from turboq.numbers import rope
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.decoder import exact_attend
 from turboq_calibrate.models.model import forward
 from turboq_calibrate.observe import passes
 from turboq_calibrate.observe.observe import observe
@@ -160,6 +161,38 @@ def test_everything_a_fit_may_use_equals_the_whole_model(name, tmp_path):
                 continue
             y = heads(queries).reshape(spec.kv_heads, -1, spec.head_dim)
             close(seen.queries, np.swapaxes(y, 1, 2) @ y / y.shape[1], "gradient_moments")
+
+
+def shifted(spec, q, k, v, positions, state):
+    """Plug: exact attention with offsets added to k and v."""
+    return exact_attend(spec, q, k + state["k"], v + state["v"], positions, None)
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_gradients_predict_the_kl_of_a_small_error(side, tmp_path):
+    """KL = 1/2 E[(sum_s g_s . e_s)^2] to second order; 600 draws have 6 % standard error."""
+    model, rng = load_model(GOLDEN / "llama3"), np.random.default_rng(0)
+    tokens = rng.integers(0, model.spec.vocab, size=(1, 12)).astype(np.int32)
+    recipe = ObserveRecipe(skip=0, windows_per_chunk=200, reservoir=10**6)
+    found = quiet(model, windows_of(np.repeat(tokens, 600, axis=0)), tmp_path, recipe)
+    errors, total = [], np.zeros(600)
+    for i, spec in enumerate(model.spec.layers):
+        zero = {"k": np.zeros((1, 12, spec.kv_heads, spec.head_dim), np.float32)}
+        zero["v"] = np.zeros((1, 12, spec.kv_heads, spec.v_head_dim), np.float32)
+        zero[side] = rng.normal(size=zero[side].shape).astype(np.float32)
+        errors.append(zero)
+        g = found.layers[i].observed(side).g.reshape(spec.kv_heads, 600, 12, -1)
+        total += np.einsum("kbtd,tkd->b", g, zero[side][0])
+    due = 0.5 * np.mean(total**2)
+    size = np.sqrt(2e-3 / due)  # a KL far above rounding and still quadratic
+    scaled = [{n: jnp.asarray(e * size, jnp.float32) for n, e in x.items()} for x in errors]
+
+    def log_p(offsets):
+        return np.asarray(jax.nn.log_softmax(forward(model, tokens, shifted, offsets)[0]), float)
+
+    p, q = log_p([jax.tree.map(jnp.zeros_like, e) for e in scaled]), log_p(scaled)
+    kl = np.sum(np.exp(p) * (p - q))
+    assert abs(kl / (due * size**2) - 1) < 0.25
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 16, 49])
