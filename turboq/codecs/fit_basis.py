@@ -22,9 +22,7 @@ from jaxtyping import Float
 from turboq.codecs.observed import Observed
 
 EMPHASIS = 0.0  # of moments: 0 counts tokens alike, 1 by what they cost
-RIDGE = (
-    1e-2  # of the metric: directions that no query of the calibration used still matter a little
-)
+RIDGE = 1e-2  # of the metric: directions that no query of the calibration used matter a little
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ from turboq.codecs.ggml import mainline
 from turboq.export import ENGINES, Options, export
 from turboq.plan import TextSource, collect_arrays, uniform_plan
 from turboq.plan.rules import by_layer, rule_plan
-from turboq_calibrate.fit.plan import model_geometry
 from turboq_calibrate.measure.attention_plugs import simulated_attend
 from turboq_calibrate.measure.evaluate import PLUGS, evaluate
 from turboq_calibrate.models import load_model
+from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe import texts as data
 from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.recipe import ObserveRecipe
