@@ -281,7 +281,7 @@ def test_older_statistics_are_refused_with_the_command_that_makes_new_ones(tmp_p
     (tmp_path / "manifest.json").write_text(json.dumps(fields))
     with pytest.raises(TurboqError, match=r"have version 1, .* reads 2: run `turboq calibrate "):
         files.load_statistics(tmp_path)
-    now = fields | {"version": st.VERSION, "windows": {}}
+    now = fields | {"version": st.VERSION, "windows": {}, "geometry": {}}
     (tmp_path / "manifest.json").write_text(json.dumps(now))
     with pytest.raises(TurboqError, match=r"over other bins: run `turboq calibrate "):
         files.load_statistics(tmp_path)
