@@ -131,6 +131,13 @@ def test_memory_needs_a_geometry_not_weights(capsys):
     assert found["kv_bytes"] == 32768 * 256
 
 
+def test_dry_run_does_not_let_the_model_write(tmp_path, capsys):
+    flags = ("--text=self:3,topics:calibration", f"--out={tmp_path / 'new'}", "--dry_run")
+    assert turboq("calibrate", f"--model={MODEL}", *SMALL, *flags) == 1
+    assert "name another text than self:3" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys):
     out = tmp_path / "new"
     assert turboq("calibrate", f"--model={MODEL}", *SMALL, f"--out={out}", "--dry_run") == 0

@@ -19,6 +19,7 @@ from turboq.errors import TurboqError
 from turboq.plan import Measurement, ModelGeometry, Plan
 from turboq.plan.geometry import RopeForm
 from turboq_calibrate.candidates.table import Arrays
+from turboq_calibrate.choose.within import NoPlan
 from turboq_calibrate.fit.plan import make_plan
 from turboq_calibrate.measure.evaluate import evaluate_texts
 from turboq_calibrate.models import Model
@@ -146,8 +147,8 @@ def check_plans(
     """The plan that is kept.
 
     Raises:
-      TurboqError: statistics hold no check windows; every plan loses to the baseline at a length
-        and `force` is not given.
+      TurboqError: statistics hold no check windows.
+      NoPlan: every plan loses to the baseline at a length and `force` is not given.
     """
     names, held = statistics.texts, statistics.held_back
     short = {names[text]: windows for text, windows in held.short.items()}
@@ -194,7 +195,7 @@ def check_plans(
         log(f"--force: {order[0]} is kept although it loses")
         return dataclasses.replace(found, kept=order[0], refused=tuple(refused))
     at = ", ".join(sorted({f"{tokens} tokens of {text}" for _, text, tokens in refused}))
-    raise TurboqError(
+    raise NoPlan(
         f"every plan within the budget loses to {next(iter(baseline))} of the same bytes at {at}: "
         "calibrate on more kinds of text or longer windows, or keep the best with --force"
     )

@@ -37,7 +37,7 @@ from turboq_calibrate.choose.check import Checked, check_plans, rivals
 from turboq_calibrate.choose.refine import refine, rounds_report
 from turboq_calibrate.choose.solver.problem import Problem
 from turboq_calibrate.choose.solver.solve import Allocation
-from turboq_calibrate.choose.within import record, within
+from turboq_calibrate.choose.within import NoPlan, record, within
 from turboq_calibrate.choose.worst_text import least_worst
 from turboq_calibrate.cost.predicted import predicted_costs
 from turboq_calibrate.cost.side_by_side import Engine
@@ -88,11 +88,14 @@ class Wanted:
 class Found:
     """A plan, its arrays, and how it came about.
 
-    `checked` is None where no model was given; `problem` and `allocation` are what was solved.
+    `kept` names the plan: "chosen", "refined", "uniform", or a uniform rival that the check
+    preferred. `allocation` is the kept one, of a rival the chosen one; `problem` is what was solved
+    and `checked` None where no model was given.
     """
 
     plan: Plan
     arrays: Arrays
+    kept: str
     allocation: Allocation
     problem: Problem
     checked: Checked | None
@@ -225,7 +228,7 @@ def plan_within(
     same = uniform(ready.constraints)
     if same and wanted.granularity != "uniform":
         # Between the smallest plan and the smallest uniform one there is nothing to compare.
-        with contextlib.suppress(TurboqError):
+        with contextlib.suppress(NoPlan):
             tried["uniform"] = solve(ready, wanted, same)[1]
     plans = {
         name: ready.table.to_plan(geometry, one.chosen, policy=ready.policy)
@@ -242,7 +245,11 @@ def plan_within(
     plan, arrays = plans[kept]
     best = tried.get(kept, allocation)
     of_texts = {"predicted_by_text": _by_text(ready, best.chosen, statistics.texts)}
-    report = record(best, wanted.budget) | of_texts | {
+    if kept in tried:
+        solved = record(best, wanted.budget) | of_texts
+    else:  # a rival: its codecs are no candidates, so nothing was predicted for it
+        solved = {"budget": wanted.budget.text, "method": "uniform"}
+    report = solved | {
         "objective": wanted.objective,
         "k_rope": ready.table.k_rope,
         "kept": kept,
@@ -264,6 +271,7 @@ def plan_within(
     return Found(
         plan=plan,
         arrays=arrays,
+        kept=kept,
         allocation=best,
         problem=problem,
         checked=checked,
@@ -309,7 +317,7 @@ def _refined(
     model: Model, statistics: Statistics, ready: Menu, wanted: Wanted, problem: Problem,
     folder: Path | None, progress: bool,
 ) -> tuple[Allocation, list[dict[str, Any]]]:  # fmt: skip
-    """The choice after refinement on the first calibration window."""
+    """The choice after refinement on the first calibration window of every text."""
     seen: dict[bytes, Allocation] = {}
 
     def solver(costs: Float[np.ndarray, "U C"]) -> Int[np.ndarray, "U"]:
@@ -319,7 +327,8 @@ def _refined(
         seen[found.chosen.tobytes()] = found
         return found.chosen
 
-    engine = Engine(model, ready.table, statistics.windows[:1], ready.policy)
+    first = np.unique(statistics.window_texts, return_index=True)[1]
+    engine = Engine(model, ready.table, statistics.windows[first], ready.policy)
     place = None if folder is None else make_folder(folder / _key(ready, wanted))
     refined = refine(
         engine, problem.costs, solver, rounds=wanted.rounds, folder=place, progress=progress

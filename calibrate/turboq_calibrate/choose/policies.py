@@ -13,6 +13,7 @@ from turboq.cache.layer import TokenPolicy
 from turboq.errors import TurboqError
 from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.plan_within import Found
+from turboq_calibrate.choose.within import NoPlan
 
 
 def policies_of(words: Sequence[str], default: TokenPolicy, budget: Budget) -> list[TokenPolicy]:
@@ -46,10 +47,10 @@ def best_policy(
     """The plan of the policy with the least KL on the windows held back, and a line on each.
 
     `search` finds and checks the plan of one policy (`plan_within`). A policy that leaves too
-    little for any plan is said to, and is out.
+    little for any plan, or whose plans all fail the check, is said to, and is out.
 
     Raises:
-      TurboqError: no policy leaves room for a plan.
+      NoPlan: no policy leaves room for a plan.
     """
     tried: list[tuple[float, Found]] = []
     lines = []
@@ -57,7 +58,7 @@ def best_policy(
         name = f"sinks {policy.sinks}, recent {policy.recent}"
         try:
             found = search(policy)
-        except TurboqError as error:
+        except NoPlan as error:
             lines.append(f"{name}: {error}")
             continue
         if found.checked is None:
@@ -66,5 +67,5 @@ def best_policy(
         tried.append((loss, found))
         lines.append(f"{name}: KL on the windows held back {loss:.6g}")
     if not tried:
-        raise TurboqError("; ".join(lines))
+        raise NoPlan("; ".join(lines))
     return min(tried, key=lambda pair: pair[0])[1], lines

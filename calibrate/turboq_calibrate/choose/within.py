@@ -18,6 +18,10 @@ from turboq_calibrate.choose.solver.problem import Infeasible, Problem
 from turboq_calibrate.choose.solver.solve import GAP, SECONDS, Allocation
 
 
+class NoPlan(TurboqError):
+    """No plan fits the budget, or none that fits passes the check."""
+
+
 def within(
     problem: Problem,
     budget: Budget,
@@ -36,7 +40,7 @@ def within(
       gap, seconds: as in `solve.allocate`.
 
     Raises:
-      TurboqError: nothing fits; the message names the smallest budget that does.
+      NoPlan: nothing fits; the message names the smallest budget that does.
     """
     if budget.context is not None:
         return _at_context(problem, budget, constraints, policy or TokenPolicy(), gap, seconds)
@@ -85,10 +89,10 @@ def _at_context(
         limit = min(limit, found.used) - (used(found) - total)
 
 
-def _refused(given: str, need: str | None, error: Infeasible) -> TurboqError:
+def _refused(given: str, need: str | None, error: Infeasible) -> NoPlan:
     if need is None:
-        return TurboqError(f"no budget helps: {error.why or 'the constraints allow no plan'}")
-    return TurboqError(f"budget {given}: the smallest feasible budget is {need}")
+        return NoPlan(f"no budget helps: {error.why or 'the constraints allow no plan'}")
+    return NoPlan(f"budget {given}: the smallest feasible budget is {need}")
 
 
 def _per_token(bits: int, problem: Problem) -> str:

@@ -55,6 +55,11 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     recipe = common.recipe_of(values)
     # Each layer is read twice, so there is little to gain from keeping them all.
     model = load_model(values.model, dtype=values.model_dtype, resident=False)
+    if values.dry_run:
+        # The model would write such text first, for hours if it is large.
+        own = [s for s in common.sources_of(values.text) if s.startswith("self:")]
+        if own:
+            raise TurboqError(f"--dry_run writes nothing: name another text than {', '.join(own)}")
     windows = common.observed_windows(values, model)
     if values.dry_run:
         from turboq_calibrate.observe.dry_run import dry_run

@@ -188,7 +188,12 @@ def _within_budget(values: flags.FlagValues) -> None:
             )
         else:
             statistics = load_statistics(values.statistics)
-        geometry = statistics.geometry if model is None else model_geometry(model)
+        if model is not None:
+            geometry = model_geometry(model)
+        elif values["model"].present:  # not needed, but its statistics these should be
+            geometry = model_geometry(load_model(values.model, resident=False))
+        else:
+            geometry = statistics.geometry
 
         def search(policy):
             return plan_within(
@@ -208,7 +213,10 @@ def _within_budget(values: flags.FlagValues) -> None:
     saved = save(found.plan, found.arrays, out)
     for line in found.notes:
         print(line)
-    print(report(found.problem, found.allocation, budget))
+    if found.kept in ("chosen", "refined", "uniform"):
+        print(report(found.problem, found.allocation, budget))
+    else:
+        print(f"{found.kept} is kept: on the windows held back it beats what was chosen per head")
     print("not checked (--nocheck)" if found.checked is None else found.checked.table())
     print(summary(saved))
     print(f"{out}/plan.json")

@@ -204,6 +204,40 @@ def test_the_next_best_plan_is_kept_where_the_best_loses(run, tmp_path, monkeypa
         assert max(bits) - min(bits) < 8  # one candidate; each head its own segments
 
 
+def test_a_uniform_rival_is_kept_with_nothing_predicted_for_it(
+    run, tmp_path, monkeypatch, capsys
+):
+    def kl(name, tokens, text):
+        return 1.0 if name.startswith("per_head") else 2.0
+
+    made_up(monkeypatch, kl)
+    assert plan(*LEARNED, f"--statistics={run}", f"--out={tmp_path}") == 0
+    assert "per_head 2b is kept" in capsys.readouterr().out
+    report = allocation(tmp_path)
+    assert report["kept"] == "per_head 2b"
+    assert not {"used", "predicted", "bound", "predicted_by_text"} & set(report)
+    found, _ = load(tmp_path)
+    assert {c.name for x in found.layers for c in found.codecs(x.index, "k")} == {"per_head"}
+    assert found.quality is not None
+    assert found.quality.predicted is None
+
+
+def test_statistics_of_another_model_are_refused_without_a_check_too(run, tmp_path, capsys):
+    other = MODEL.parent / "qwen3"
+    flags = (*LEARNED, f"--statistics={run}", "--nocheck", f"--out={tmp_path / 'new'}")
+    assert turboq("plan", f"--model={other}", *flags) == 1
+    assert "model" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_policies_hide_no_error_but_a_plan_that_cannot_be(run, tmp_path, monkeypatch, capsys):
+    made_up(monkeypatch, lambda name, tokens, text: float("nan"))
+    flags = ("--budget=700@150KiB", "--policies=0:0,4:0", DATA_FREE, f"--statistics={run}")
+    assert plan(*flags, f"--out={tmp_path / 'new'}") == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_is_not_finite_is_not_kept(run, tmp_path, monkeypatch, capsys):
     made_up(monkeypatch, lambda name, tokens, text: float("nan") if tokens == 48 else 1.0)
     assert plan(*LEARNED, f"--statistics={run}", f"--out={tmp_path / 'new'}") == 1
