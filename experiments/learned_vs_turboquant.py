@@ -11,7 +11,7 @@ Block codecs keep up to a block of recent tokens exact: their rows say so. Nothi
 is measured.
 
 Writes quality.json (rows of all texts), quality.csv, long/quality.json and `targets`, resumes after
-an interruption. Expected: about 12 minutes on two quiet cores with two windows of six texts;
+an interruption. Expected: about 15 minutes on two cores with two windows of six texts;
 `learned` at 3.25 bits below `turboquant_mse` at 4.25 on every text and at both lengths.
 """
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 # Most of the time goes into compiling programs that run once on a few numbers: without LLVM's
-# passes that takes half as long. XLA's own passes stay, and `XLA_FLAGS= ./scripts/test` runs all.
-# XLA reads this at its first compilation, here and in the processes that tests start.
+# passes and with XLA's older emitter of loops that takes a quarter as long. XLA's own passes stay,
+# and `XLA_FLAGS= ./scripts/test` runs all. XLA reads this at its first compilation, here and in the
+# processes that tests start.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_parallel_codegen_split_count=1",
+    " --xla_cpu_parallel_codegen_split_count=1"
+    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
 )
 # What one process of a run has compiled, the others (workers and what tests start) read: the same
 # compiler's output, and half of the suite's time. A run begins with an empty folder.

@@ -17,13 +17,14 @@ from turboq_calibrate.observe.statistics_files import load_statistics
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
 ROOT = Path(__file__).parent.parent.parent.parent
+FLAGS = os.environ.get("XLA_FLAGS", "")  # what makes compiling fast
 
 
 def start(out, *, process=0, processes=1, port=0, devices=1, axis=1, event="never", count=1):
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "calibrate")]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join(paths),
     }
     words = [out, process, processes, port, axis, event, count]
