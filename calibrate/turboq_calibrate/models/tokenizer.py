@@ -140,8 +140,9 @@ def _check_merges(path: Path, document: dict[str, Any]) -> None:
         return
     merges = model.get("merges")
     for merge in merges if isinstance(merges, list) else ():
-        second = (merge.split(" ") if isinstance(merge, str) else merge)[-1:]
-        if isinstance(second, list) and second and not str(second[0]).startswith(prefix):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        second = pair[-1] if isinstance(pair, list) and pair else None
+        if isinstance(second, str) and not second.startswith(prefix):
             raise TurboqError(
                 f"{path} is not a readable tokenizer: merge {quoted(merge)} continues a word, and "
                 f"does not begin with continuing_subword_prefix={quoted(prefix)}"

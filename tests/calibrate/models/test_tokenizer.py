@@ -494,6 +494,18 @@ def test_merges_on_which_the_library_ends_the_process_are_refused_first(tmp_path
     assert says in refusal(folder, "tokenizer.json")
 
 
+@pytest.mark.parametrize("merges", [["a b", "a Hb"], [["a", "b"]], [["a", "Hb"], ["H", "a"]]])
+def test_both_spellings_of_merges_are_checked(tmp_path, merges):
+    folder = with_model(tmp_path, continuing_subword_prefix="H", merges=merges)
+    assert "continues a word" in refusal(folder, "tokenizer.json")
+
+
+@pytest.mark.parametrize("merges", [[3], [None], [{}], [[]], [[1, 2]], "x", {"a": 1}])
+def test_merges_that_are_none_are_left_to_the_library(tmp_path, merges):
+    folder = with_model(tmp_path, continuing_subword_prefix="H", merges=merges)
+    assert "is not a readable tokenizer" in refusal(folder, "tokenizer.json")
+
+
 def test_an_empty_prefix_is_none(tmp_path):
     """GPT-2's own file has it."""
     folder = with_model(tmp_path, continuing_subword_prefix="")
