@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from turboq.errors import TurboqError, TurboqWarning
 from turboq.export import vllm_scales
 from turboq.export.checkpoint import merged_index
+from turboq_calibrate.cli.inspect import describe
 from turboq_calibrate.models import embed_tokens, load_model
 from turboq_calibrate.models.params import parameter_count
 
@@ -153,6 +154,8 @@ def test_a_root_of_the_hubs_cache_names_its_snapshot(tmp_path):
     (root / "snapshots" / ("ff" * 20)).mkdir(parents=True)
     shutil.copytree(GOLDEN / "llama", snapshot)
     refuses(root, "has no config.json", f"give its snapshot {snapshot})")
+    with pytest.raises(TurboqError, match=r"is no plan .* give its snapshot"):
+        describe(str(root), 8)
     assert load_model(snapshot, resident=False).spec.name == "Small-Model"
 
 
