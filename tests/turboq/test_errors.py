@@ -29,6 +29,7 @@ def test_short_values_are_their_repr(value):
 @pytest.mark.parametrize(
     "value",
     [LONG, LONG.encode(), [LONG] * 99, {LONG: LONG}, 10**4000, "\n" * 999, [[[[[[LONG]]]]]]],
+    ids=["text", "bytes", "list", "object", "number", "lines", "deep"],
 )
 def test_long_values_are_cut_and_never_break_the_line(value):
     assert len(quoted(value)) <= LONGEST

@@ -179,7 +179,7 @@ def _tensor_table(cursor: Cursor, count: int, metadata: dict[str, Any]) -> dict[
         where = f"{path}: tensor {shortened(name)}"
         if name in out:
             raise TurboqError(f"{where} repeats: the file is damaged")
-        kind, start = KINDS.get(code, code), base + offset
+        kind, start = KINDS[code] if code in KINDS else int(code), base + offset
         if isinstance(kind, gguf.GGMLQuantizationType):
             nbytes = _stored_bytes(kind, shape, where)
         else:  # its size is not known: it ends where the next tensor begins

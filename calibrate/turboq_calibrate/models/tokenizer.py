@@ -135,7 +135,9 @@ def _check_merges(path: Path, document: dict[str, Any]) -> None:
     """Refuses merges that make the library end the whole process: it cuts the prefix of continuing
     pieces off the second part of every merge without looking."""
     model = document.get("model")
-    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if not isinstance(model, dict):
+        return
+    prefix = model.get("continuing_subword_prefix")
     if not isinstance(prefix, str) or not prefix:
         return
     merges = model.get("merges")
