@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 from absl import flags
 
 from turboq.codecs import Ggml
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, TurboqWarning
 from turboq_calibrate.cli import common, memory
 from turboq_calibrate.cli import main as cli
 
@@ -135,6 +136,17 @@ def test_interruption_says_how_to_go_on(capsys, monkeypatch):
     monkeypatch.setattr(calibrate, "main", raising(KeyboardInterrupt()))
     assert cli.run(["calibrate", "--out=x"]) == 130
     assert "the same command" in one_line(capsys.readouterr().err)
+
+
+def test_our_warnings_are_one_line_every_time(capsys, monkeypatch):
+    def warn(values, arguments):
+        warnings.warn(TurboqWarning("the head\nis its own"), stacklevel=1)
+
+    monkeypatch.setattr(memory, "main", warn)
+    for _ in range(2):
+        assert cli.run(["memory"]) == 0
+        line = one_line(capsys.readouterr().err)
+        assert line == "turboq: warning: the head is its own\n"
 
 
 def test_a_closed_pipe_is_quiet():

@@ -263,6 +263,11 @@ def hostile(tmp_path: Path) -> None:
         ([LLAMA, "--k_codec=q8_0", "--v_codec=turboquant_mse", "--v_bits=3"], "no turboq codec on"),
         ([LLAMA, "--codec=turboquant_mse"], "needs --bits"),
         (["--geometry=60x4x80", "--codec=q4_0"], "80 numbers is not whole blocks of 32"),
+        (
+            ["--geometry=60x4x80", "--choose=llama.cpp", "--memory_gib=9"],
+            "q8_0, q5_1, q5_0, q4_1, iq4_nl, q4_0 keep blocks of 32 numbers, and heads of 60x4x80 "
+            "have 80: --choose=f16 fits",
+        ),
         ([LLAMA, "--weights=Q4_K_M", "--memory_gib=4"], "weights (4.58 GiB)"),
         ([LLAMA, "--weights=Q4", "--weights_gib=3"], "not both"),
         (["--geometry=60x4x128", "--weights=f16"], "give --weights_gib"),

@@ -38,7 +38,7 @@ from turboq.codecs.turboquant_mse import TurboQuantMSE as TurboQuantMSE
 from turboq.codecs.turboquant_prod import TurboQuantProd as TurboQuantProd
 from turboq.codecs.vllm_turboquant import VLLMTurboQuantKey as VLLMTurboQuantKey
 from turboq.codecs.vllm_turboquant import VLLMTurboQuantValue as VLLMTurboQuantValue
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, quoted
 
 CODECS: dict[str, type[Codec]] = {
     c.name: c
@@ -85,14 +85,18 @@ def from_config(config: Any) -> Codec:
         raise TurboqError(f"codec config must be an object, not {type(config).__name__}")
     name = config.get("codec")
     if not isinstance(name, str) or name not in CODECS:
-        raise TurboqError(f"unknown codec {name!r}: known codecs are {', '.join(sorted(CODECS))}")
+        raise TurboqError(
+            f"unknown codec {quoted(name)}: known codecs are {', '.join(sorted(CODECS))}"
+        )
     cls = CODECS[name]
     types = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     given = {k: v for k, v in config.items() if k != "codec"}
     for key in given:
         if key not in fields:
-            raise TurboqError(f"codec {name!r} has no field {key!r}: it has {', '.join(fields)}")
+            raise TurboqError(
+                f"codec {name!r} has no field {quoted(key)}: it has {', '.join(fields)}"
+            )
     for key, field in fields.items():
         if key not in given:
             if field.default is dataclasses.MISSING:
@@ -101,7 +105,7 @@ def from_config(config: Any) -> Codec:
             given[key] = _tuples(given[key])
         elif type(given[key]) is not types[key]:
             raise TurboqError(
-                f"codec {name!r}: {key}={given[key]!r} must be {types[key].__name__},"
+                f"codec {name!r}: {key}={quoted(given[key])} must be {types[key].__name__},"
                 f" not {type(given[key]).__name__}"
             )
     try:

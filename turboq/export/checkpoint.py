@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import safetensors
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, quoted, shortened
+from turboq.hub_cache import snapshot_hint
+from turboq.json_object import read_object
 from turboq.plan import Plan
 
 CONFIG = "config.json"
@@ -23,7 +24,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
       TurboqError: the folder or the file is missing, or is not JSON.
     """
-    return _read_json(folder / CONFIG, "name the folder of the Hugging Face checkpoint")
+    fix = f"name the folder of the Hugging Face checkpoint{snapshot_hint(folder)}"
+    return read_object(folder / CONFIG, fix)
 
 
 def check_config(plan: Plan, config: dict[str, Any], folder: Path) -> None:
@@ -33,12 +35,15 @@ def check_config(plan: Plan, config: dict[str, Any], folder: Path) -> None:
       TurboqError: one line with the fields that differ.
     """
     text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise TurboqError(f"{folder}: text_config={quoted(text)} must be an object")
     layers = plan.model.layers
     first = plan.model.cache_layers[0]
     heads = text.get("num_attention_heads")
     dim = text.get("head_dim")
-    if dim is None and heads and text.get("hidden_size"):
-        dim = text["hidden_size"] // heads
+    hidden = text.get("hidden_size")
+    if dim is None and isinstance(heads, int) and heads and isinstance(hidden, int):
+        dim = hidden // heads
     pairs = {
         "model_type": (plan.model.family, config.get("model_type")),
         "num_hidden_layers": (len(layers), text.get("num_hidden_layers")),
@@ -46,7 +51,11 @@ def check_config(plan: Plan, config: dict[str, Any], folder: Path) -> None:
         "num_key_value_heads": (first.kv_heads, text.get("num_key_value_heads", heads)),
         "head_dim": (first.k_dim, dim),
     }
-    wrong = [f"{k}: plan {a}, checkpoint {b}" for k, (a, b) in pairs.items() if b not in (a, None)]
+    wrong = [
+        f"{k}: plan {a}, checkpoint {b if isinstance(b, int) else quoted(b)}"
+        for k, (a, b) in pairs.items()
+        if b not in (a, None)
+    ]
     if wrong:
         raise TurboqError(
             f"checkpoint {folder} does not match the plan of {plan.model.name}: {'; '.join(wrong)};"
@@ -61,15 +70,24 @@ def weight_map(folder: Path) -> dict[str, str]:
       TurboqError: neither an index nor one model.safetensors.
     """
     if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX, "it is damaged: download the checkpoint again")
-        return dict(index.get("weight_map", {}))
+        return dict(_index_part(folder, "weight_map"))
     if not (folder / SINGLE).is_file():
         raise TurboqError(f"checkpoint {folder} has neither {INDEX} nor {SINGLE}")
     try:
         with safetensors.safe_open(folder / SINGLE, framework="numpy") as f:
             return dict.fromkeys(f.keys(), SINGLE)
     except safetensors.SafetensorError as error:
-        raise TurboqError(f"{folder / SINGLE} is not a whole safetensors file: {error}") from None
+        raise TurboqError(
+            f"{folder / SINGLE} is not a whole safetensors file: {shortened(error)}"
+        ) from None
+
+
+def _index_part(folder: Path, key: str) -> dict[str, Any]:
+    fix = "it is damaged: download the checkpoint again"
+    part = read_object(folder / INDEX, fix).get(key) or {}
+    if not isinstance(part, dict):
+        raise TurboqError(f"{folder / INDEX}: {key}={quoted(part)} must be an object: {fix}")
+    return part
 
 
 def merged_index(folder: Path, names: Iterable[str], file: str, nbytes: int) -> dict[str, Any]:
@@ -77,8 +95,9 @@ def merged_index(folder: Path, names: Iterable[str], file: str, nbytes: int) -> 
     weights = weight_map(folder)
     total = 0
     if (folder / INDEX).is_file():
-        metadata = _read_json(folder / INDEX, "").get("metadata") or {}
-        total = int(metadata.get("total_size", 0))
+        total = _index_part(folder, "metadata").get("total_size", 0)
+        if not isinstance(total, int):
+            raise TurboqError(f"{folder / INDEX}: total_size={quoted(total)} must be a number")
     else:
         total = (folder / SINGLE).stat().st_size
     return {
@@ -98,23 +117,11 @@ def merged_config(
     present = config.get("quantization_config")
     if present is None:
         return config | {"quantization_config": base | {"kv_cache_scheme": scheme}}
-    method = present.get("quant_method")
+    method = present.get("quant_method") if isinstance(present, dict) else None
     if method != base["quant_method"]:
         raise TurboqError(
-            f"checkpoint {folder} is quantized by {method!r}, and one checkpoint has one"
+            f"checkpoint {folder} is quantized by {quoted(method)}, and one checkpoint has one"
             f" quantization_config: take one that is not, or by {base['quant_method']}"
         )
     merged = {"config_groups": {}} | present | {"kv_cache_scheme": scheme}
     return config | {"quantization_config": merged}
-
-
-def _read_json(path: Path, fix: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise TurboqError(f"{path}: {error.strerror or error}: {fix}") from None
-    except ValueError as error:
-        raise TurboqError(f"{path} is not JSON ({error}): {fix}") from None
-    if not isinstance(value, dict):
-        raise TurboqError(f"{path} must hold an object: {fix}")
-    return value

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from turboq.codecs.exact import Exact
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, shortened
 from turboq.export import checkpoint as checkpoints
 from turboq.export.base import Exporter, Options, Projection, Tensors, entries, json_file
 from turboq.export.report import (
@@ -118,8 +118,8 @@ def _check_folder(out: Path, plan: Plan, exporter: Exporter) -> None:
         ) from None
     if (engine, held) != (exporter.name, fingerprint(plan)):
         raise TurboqError(
-            f"output folder {out} holds the export of another plan ({model}, for {engine},"
-            f" {str(held)[:23]}): choose another --out, or delete it"
+            f"output folder {out} holds the export of another plan ({shortened(model)}, for "
+            f"{shortened(engine)}, {str(held)[:23]}): choose another --out, or delete it"
         )
 
 

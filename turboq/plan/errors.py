@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, shortened
 
 _MAX_REASON = 320
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
@@ -17,8 +17,7 @@ class PlanError(TurboqError):
 
     def __init__(self, path: str, reason: str):
         self.path = path
-        reason = " ".join(reason.split())
-        self.reason = reason if len(reason) <= _MAX_REASON else reason[: _MAX_REASON - 3] + "..."
+        self.reason = shortened(reason, _MAX_REASON)
         text = f"{path}: {self.reason}" if path else self.reason
         super().__init__(" ".join(text.split()))
 
@@ -51,5 +50,4 @@ def member(path: str, key: str | int) -> str:
 
 def shown(value: Any) -> str:
     """A value in an error: JSON on one line, at most 60 characters."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(json.dumps(value, default=str), 60)

@@ -32,16 +32,6 @@ class Plain:
     vector_bits: int = 0
     slot: tuple[int, int] | None = None
 
-    def vector(self, dim: int) -> int:
-        """Stored bits of one vector of `dim` numbers.
-
-        Raises:
-          TurboqError: `dim` is not whole blocks.
-        """
-        if dim % self.block:
-            raise TurboqError(f"a head of {dim} numbers is not whole blocks of {self.block}")
-        return self.bits * dim + self.block_bits * (dim // self.block) + self.vector_bits
-
 
 F16 = Plain(bits=16)
 FORMATS: dict[str, Plain] = {
@@ -105,7 +95,8 @@ def head_bits(k: str, v: str) -> HeadBits:
         if names[0] != names[1] or first.slot is None:
             raise TurboqError(f"{names[0]} for K and {names[1]} for V: a vLLM preset stores both")
         return _slot_bits(names[0], first.slot)
-    return lambda k_dim, v_dim: first.vector(k_dim) + (second.vector(v_dim) if v_dim else 0)
+    k, v = names
+    return lambda k_dim, v_dim: _vector_bits(k, k_dim) + (_vector_bits(v, v_dim) if v_dim else 0)
 
 
 def known(name: str) -> str:
@@ -116,6 +107,17 @@ def known(name: str) -> str:
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(FORMATS)}"
         raise TurboqError(f"unknown cache format {name!r} ({hint})")
     return found
+
+
+def _vector_bits(name: str, dim: int) -> int:
+    """Stored bits of one vector of `dim` numbers."""
+    form = FORMATS[name]
+    if dim % form.block:
+        raise TurboqError(
+            f"{name}: a head of {dim} numbers is not whole blocks of {form.block}: name a type "
+            "without blocks, such as f16"
+        )
+    return form.bits * dim + form.block_bits * (dim // form.block) + form.vector_bits
 
 
 def _slot_bits(name: str, bits: tuple[int, int]) -> HeadBits:

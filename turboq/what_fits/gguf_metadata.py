@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from turboq.errors import TurboqError
+from turboq.errors import LONGEST, TurboqError, quoted
 from turboq.what_fits.layers import (
     MAX_DIM,
     MAX_HEADS,
@@ -36,9 +36,17 @@ def from_metadata(
     Raises:
       TurboqError: a missing, nonsensical or not understood field, by name and value.
     """
+    part, parts = (metadata.get(f"split.{key}", 0) for key in ("no", "count"))
+    if part:
+        raise TurboqError(
+            f"{name} is part {quoted(part)} (from 0) of {quoted(parts)}, without the model's "
+            "description: give the first part (...-00001-of-...)"
+        )
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str) or not arch:
         raise TurboqError(f"{name}: metadata field general.architecture is missing")
+    if len(arch) > LONGEST:  # it is a part of every field's name
+        raise TurboqError(f"{name}: general.architecture={quoted(arch)} names no architecture")
     read = _Fields(metadata, arch, name)
     for key in REFUSED:
         if read.get(key):
@@ -79,9 +87,7 @@ class _Fields:
         return value
 
     def fail(self, key: str, why: str) -> TurboqError:
-        shown = repr(self.get(key))
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        return TurboqError(f"{self.where}: {self.arch}.{key}={shown} {why}")
+        return TurboqError(f"{self.where}: {self.arch}.{key}={quoted(self.get(key))} {why}")
 
     def whole(self, key: str, value: Any, high: int, low: int = 1) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -99,7 +105,11 @@ class _Fields:
 
 def _latent(read: _Fields, arch: str, count: int) -> list[CacheLayer]:
     if arch not in LATENT:
-        raise read.fail("attention.kv_lora_rank", f"is not understood for architecture {arch!r}")
+        raise read.fail(
+            "attention.kv_lora_rank",
+            f"is not understood for architecture {quoted(arch)} (understood: {', '.join(LATENT)}): "
+            "name --geometry=LAYERSxKVHEADSxDIM",
+        )
     dim = read.integer("attention.kv_lora_rank", MAX_DIM // 2)
     dim += read.integer("rope.dimension_count", MAX_DIM // 2)
     return [CacheLayer(kind="latent", kv_heads=1, k_dim=dim)] * count

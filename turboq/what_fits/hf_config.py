@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, quoted, shortened
 from turboq.what_fits.layers import (
     MAX_DIM,
     MAX_HEADS,
@@ -21,6 +21,7 @@ from turboq.what_fits.layers import (
     CacheLayer,
 )
 
+BY_HAND = "name --geometry=LAYERSxKVHEADSxDIM"  # the way out for any model
 NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
 # Values that transformers assumes where a file leaves a field out (None: no window).
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
@@ -163,9 +164,7 @@ class Fields:
         self.config, self.where = config, where
 
     def fail(self, key: str, why: str) -> TurboqError:
-        shown = repr(self.config.get(key))
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        return TurboqError(f"{self.where}: {key}={shown} {why}")
+        return TurboqError(f"{self.where}: {shortened(key)}={quoted(self.config.get(key))} {why}")
 
     def optional(self, *keys: str, high: int) -> int | None:
         key = next((k for k in keys if self.config.get(k) is not None), None)
@@ -204,13 +203,17 @@ class Fields:
                 raise self.fail(
                     key,
                     "is not understood and may change the cache: remove it from a copy of the "
-                    "file if it does not, or name --geometry=LAYERSxKVHEADSxDIM",
+                    f"file if it does not, or {BY_HAND}",
                 )
 
 
 def _latent(read: Fields, family: str, count: int) -> list[CacheLayer]:
     if family not in LATENT:
-        raise read.fail("kv_lora_rank", f"is not understood for model_type {family!r}")
+        raise read.fail(
+            "kv_lora_rank",
+            f"is not understood for model_type {quoted(family)} (understood: {', '.join(LATENT)}): "
+            f"{BY_HAND}",
+        )
     dim = read.integer("kv_lora_rank", high=MAX_DIM // 2)
     dim += read.integer("qk_rope_head_dim", high=MAX_DIM // 2)
     return [CacheLayer(kind="latent", kv_heads=1, k_dim=dim)] * count
@@ -220,7 +223,7 @@ def _heads(read: Fields, family: str, count: int) -> tuple[list[CacheLayer], str
     heads = read.integer("num_attention_heads", "n_head", "n_heads", high=MAX_HEADS)
     kv_keys, note = ("num_key_value_heads", "num_kv_heads"), ""
     if read.flag("multi_query"):
-        raise read.fail("multi_query", "is not understood")
+        raise read.fail("multi_query", f"is not understood: {BY_HAND}, with KVHEADS 1 if all share")
     kv_heads = read.optional(*kv_keys, high=MAX_HEADS)
     if kv_heads is None:
         kv_heads = heads
@@ -297,7 +300,7 @@ def _per_layer(read: Fields) -> dict[int, Mapping[str, Any]]:
     out = {}
     for key, own in given.items():
         if not re.fullmatch(r"\d{1,6}", str(key)):
-            raise read.fail("per_layer_config", f"has the key {str(key)[:20]!r}, which is no layer")
+            raise read.fail("per_layer_config", f"has the key {quoted(key)}, which is no layer")
         if not isinstance(own, Mapping) or set(own) - {"head_dim", "num_key_value_heads"}:
             raise read.fail("per_layer_config", f"is not understood for layer {key}")
         out[int(key)] = own
@@ -313,7 +316,7 @@ def _kinds(read: Fields, family: str, count: int) -> list[str]:
             unknown = [n for n in names if not isinstance(n, str) or n not in TYPES]
             if unknown:
                 raise TurboqError(
-                    f"{read.where}: {key} names {unknown[0]!r}, which is not understood "
+                    f"{read.where}: {key} names {quoted(unknown[0])}, which is not understood "
                     f"(understood: {', '.join(TYPES)})"
                 )
             return [TYPES[n] for n in names]
@@ -341,7 +344,9 @@ def _kinds(read: Fields, family: str, count: int) -> list[str]:
         return ["sliding"] * count
     pattern = ("sliding_window_pattern", "_sliding_window_pattern")
     if family not in EVERY_NTH_FULL and not any(k in config for k in pattern):
-        raise read.fail("sliding_window", f"without layer_types is not understood for {family!r}")
+        raise read.fail(
+            "sliding_window", f"without layer_types is not understood for {quoted(family)}"
+        )
     n = read.integer(*pattern, high=MAX_LAYERS, default=EVERY_NTH_FULL.get(family))
     kinds = ["sliding" if (i + 1) % n else "full" for i in range(count)]
     if family == "gemma4_text":

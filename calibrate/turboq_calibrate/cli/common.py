@@ -265,6 +265,8 @@ def observed_windows(values: flags.FlagValues, model: Model) -> Windows:
     """The windows to calibrate on, and those held back."""
     from turboq_calibrate.observe.texts import long_check
 
+    # Before any text is read, or written by the model for hours.
+    model.spec.check_length(values.window_length, "windows (--window_length)")
     length = values.check_length
     if length is None:
         length = long_check(model.spec.context, values.window_length)

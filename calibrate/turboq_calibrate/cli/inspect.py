@@ -7,6 +7,7 @@ from pathlib import Path
 from absl import flags
 
 from turboq.errors import TurboqError
+from turboq.hub_cache import snapshot_hint
 
 ARGUMENTS = "PATH ..."
 REQUIRED = ()
@@ -50,6 +51,7 @@ def describe(argument: str, context: int) -> str:
     if not found:
         raise TurboqError(
             f"{path} is no plan (plan.json), no statistics folder and no model (config.json, .gguf)"
+            f"{snapshot_hint(path)}"
         )
     return "\n\n".join(found)
 

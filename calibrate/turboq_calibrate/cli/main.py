@@ -21,12 +21,14 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from absl import flags
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, TurboqWarning
 from turboq.version import __version__
 from turboq_calibrate.cli import help as help_text
 
@@ -51,7 +53,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in argv
     try:
-        _dispatch(argv)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", TurboqWarning)
+            warnings.showwarning = _warn
+            _dispatch(argv)
         sys.stdout.flush()  # a reader that went away is noticed here, not at interpreter exit
         return 0
     except UsageError as error:
@@ -146,6 +151,13 @@ def _fail(message: str, code: int, show_traceback: bool = False) -> int:
     sys.stdout.flush()
     print("turboq: error: " + " ".join(message.split()), file=sys.stderr)
     return code
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Our own warnings as one line; others name the line of code too, as Python does."""
+    own = issubclass(category, TurboqWarning)
+    text = str(message) if own else warnings.formatwarning(message, category, *where[:2])
+    print("turboq: warning: " + " ".join(text.split()), file=sys.stderr)
 
 
 def _os_line(error: OSError) -> str:

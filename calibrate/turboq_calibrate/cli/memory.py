@@ -280,10 +280,10 @@ def _cards(items: list[str]) -> tuple[int | float, ...]:
 
 
 def _options(values: flags.FlagValues, geometry: CacheGeometry) -> tuple[Storage, ...]:
-    from turboq.what_fits import QUALITY_ORDER, option
+    from turboq.what_fits import option
 
     items = [q for item in values.choose for q in (
-        QUALITY_ORDER if item in ("llama.cpp", "llamacpp") else (item,)
+        _llama_cpp(geometry) if item in ("llama.cpp", "llamacpp") else (item,)
     )]  # fmt: skip
     policy = common.policy_of(values) if _keeps_exact(values) else None
     found = [
@@ -300,6 +300,26 @@ def _options(values: flags.FlagValues, geometry: CacheGeometry) -> tuple[Storage
     if values.quality and not found:
         raise TurboqError("--quality ranks the options of --choose: name them")
     return tuple(found)
+
+
+def _llama_cpp(geometry: CacheGeometry) -> tuple[str, ...]:
+    """All of llama.cpp's types, best first.
+
+    Raises:
+      TurboqError: heads are not whole blocks of some of them.
+    """
+    from turboq.what_fits import FORMATS, QUALITY_ORDER
+
+    dims = sorted({d for x in geometry.layers if x.stores for d in (x.k_dim, x.v_dim) if d})
+    unfit = [name for name in QUALITY_ORDER if any(d % FORMATS[name].block for d in dims)]
+    if unfit:
+        fit = [name for name in QUALITY_ORDER if name not in unfit]
+        raise TurboqError(
+            f"--choose=llama.cpp: {', '.join(unfit)} keep blocks of {FORMATS[unfit[0]].block} "
+            f"numbers, and heads of {geometry.name} have {', '.join(map(str, dims))}: "
+            f"--choose={','.join(fit)} fits"
+        )
+    return QUALITY_ORDER
 
 
 def _quality(values: flags.FlagValues) -> list[dict]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, shortened
 from turboq.files import atomic_write
 from turboq_calibrate.candidates.table import Table
 from turboq_calibrate.cost.side_by_side import EXACT, Engine, Run
@@ -186,7 +186,9 @@ class _Log:
                 f"{self.path} holds another measurement ({'; '.join(different[:3])}): "
                 "use another file or remove it"
             )
-        self.results = [line["kl"] for line in rest]
+        self.results = [line.get("kl") for line in rest]
+        if not all(isinstance(kl, list) for kl in self.results):
+            raise TurboqError(f"{self.path} is damaged (a pass without its kl): remove it")
 
     def _lines(self) -> list[dict[str, Any]]:
         """Complete lines; a torn last one (the process was killed in a write) is cut off."""
@@ -197,10 +199,12 @@ class _Log:
             atomic_write(self.path, whole)
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-        except json.JSONDecodeError as error:
-            raise TurboqError(f"{self.path} is damaged ({error}): remove it") from None
+        except (ValueError, RecursionError) as error:
+            raise TurboqError(f"{self.path} is damaged ({shortened(error)}): remove it") from None
         if not lines:
             raise TurboqError(f"{self.path} is empty: remove it")
+        if not all(isinstance(line, dict) for line in lines):
+            raise TurboqError(f"{self.path} is damaged (a line is no JSON object): remove it")
         return lines
 
     def append(self, kl: list) -> None:

@@ -275,13 +275,12 @@ def _check(
     if not texts:
         raise TurboqError("no text to evaluate on")
     for text, windows in texts.items():
-        (count, length), context = windows.shape, model.spec.context
+        count, length = windows.shape
         if count < 1 or length < 2:
             raise TurboqError(
                 f"{text}: windows of shape {windows.shape}: need one of two tokens or more"
             )
-        if length > context:
-            raise TurboqError(f"{text}: windows of {length} tokens exceed the context of {context}")
+        model.spec.check_length(length, f"{text}: windows")
     geometry = model_geometry(model)
     for name, plan, _ in plans:
         try:

@@ -7,21 +7,23 @@ of v4 (`rope_theta`, `rope_scaling`).
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, quoted
+from turboq.hub_cache import snapshot_hint
+from turboq.json_object import read_object
 from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 
 MAX_LAYERS = 10_000
+LARGEST = 2**48
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Fields of other model types that a family's own code never reads but whose presence says that the
 # weights were trained with them.
 REFUSED = (
     "auto_map",
-    "quantization_config",
     "rope_interleaved",
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -43,17 +45,12 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
       TurboqError: absent, unreadable, or not a JSON object.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TurboqError(f"{path.parent} has no config.json: not a Hugging Face model") from None
-    except OSError as error:
-        raise TurboqError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise TurboqError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise TurboqError(f"{path} must hold a JSON object, not {type(config).__name__}")
-    return config
+    if not path.is_file():
+        raise TurboqError(
+            f"{path.parent} has no config.json: not a Hugging Face model"
+            f"{snapshot_hint(path.parent)}"
+        )
+    return read_object(path)
 
 
 def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
@@ -69,17 +66,21 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise TurboqError(
-            f"{name}: model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})"
+            f"{name}: model_type {quoted(family)} is not supported (supported: "
+            f"{', '.join(FAMILIES)})"
         )
-    read = _Reader(config, f"{name}: config.json of model_type {family!r}")
+    read = _Reader(config, f"{name}: config.json of model_type {quoted(family)}")
     for key in REFUSED:
         value = config.get(key)
         # A multiplier of 1 does nothing; `True` equals 1 but switches something on.
         if value and not (value == 1 and value is not True):
-            raise TurboqError(f"{read.where}: {key}={config[key]!r} is not supported")
+            raise TurboqError(f"{read.where}: {key}={quoted(config[key])} is not supported")
+    _check_unquantized(read)
     act = config.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
-        raise TurboqError(f"{read.where}: hidden_act={act!r} is not supported (supported: silu)")
+        raise TurboqError(
+            f"{read.where}: hidden_act={quoted(act)} is not supported (supported: silu)"
+        )
     hidden = read.integer("hidden_size")
     heads = read.integer("num_attention_heads")
     count = read.integer("num_hidden_layers")
@@ -124,6 +125,29 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
     )
 
 
+def _check_unquantized(read: _Reader) -> None:
+    """Refuses quantized weights; what says nothing of weights, as a cache's scales, may stand."""
+    settings = read.config.get("quantization_config")
+    if not settings or keeps_weights(settings):
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    raise TurboqError(
+        f"{read.where}: quantization_config says that the weights are quantized (quant_method "
+        f"{quoted(method)}), which is not supported: give the checkpoint that they were made from, "
+        "or a GGUF file"
+    )
+
+
+def keeps_weights(settings: Any) -> bool:
+    """Whether a `quantization_config` is an overlay for the cache alone, as we export for vLLM."""
+    return (
+        isinstance(settings, dict)
+        and settings.get("quant_method") == "compressed-tensors"
+        and settings.get("config_groups") == {}
+        and isinstance(settings.get("kv_cache_scheme"), dict)
+    )
+
+
 CONTEXT = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 
 
@@ -139,8 +163,10 @@ class _Reader:
             if default is None:
                 raise TurboqError(f"{self.where}: {key} is missing")
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise TurboqError(f"{self.where}: {key}={value!r} must be a positive whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < LARGEST:
+            raise TurboqError(
+                f"{self.where}: {key}={quoted(value)} must be a positive whole number below 2^48"
+            )
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -149,15 +175,15 @@ class _Reader:
     def boolean(self, key: str, default: bool) -> bool:
         value = self.config.get(key, default)
         if not isinstance(value, bool):
-            raise TurboqError(f"{self.where}: {key}={value!r} must be true or false")
+            raise TurboqError(f"{self.where}: {key}={quoted(value)} must be true or false")
         return value
 
 
 def positive(value: Any, key: str, where: str) -> float:
     """`value` as a positive finite float, or a TurboqError naming `key`."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < float("inf"):
-        raise TurboqError(f"{where}: {key}={value!r} must be a positive number")
+    if not number or not 0 < value <= sys.float_info.max:
+        raise TurboqError(f"{where}: {key}={quoted(value)} must be a positive number")
     return float(value)
 
 
@@ -207,7 +233,7 @@ def _windows(read: _Reader, family: str, count: int) -> list[int | None]:
     if types is None:
         first = config.get("max_window_layers", 28)
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise TurboqError(f"{read.where}: max_window_layers={first!r} must be 0 or more")
+            raise TurboqError(f"{read.where}: max_window_layers={quoted(first)} must be 0 or more")
         types = ["full_attention"] * min(first, count)
         types += ["sliding_attention"] * (count - len(types))
         if window is None:
@@ -226,20 +252,30 @@ def _windows(read: _Reader, family: str, count: int) -> list[int | None]:
 
 
 def _rope(read: _Reader, head_dim: int, context: int) -> Rope:
-    config = read.config
-    fields = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """The rotary embedding; where v4's and v5's names both describe it, they must agree."""
+    if head_dim % 2:
+        raise TurboqError(f"{read.where}: head_dim={head_dim} must be even for rotary embedding")
+    names = [k for k in ("rope_parameters", "rope_scaling") if read.config.get(k) not in (None, {})]
+    found = {name: _rope_of(read, read.config[name], head_dim, context) for name in names}
+    if len(set(found.values())) > 1:
+        said = " but ".join(f"{name}={quoted(read.config[name])}" for name in names)
+        raise TurboqError(f"{read.where}: {said}: leave one of them out of a copy of the file")
+    return found[names[0]] if names else _rope_of(read, {}, head_dim, context)
+
+
+def _rope_of(read: _Reader, fields: Any, head_dim: int, context: int) -> Rope:
     if not isinstance(fields, dict) or any(isinstance(v, dict) for v in fields.values()):
-        raise TurboqError(f"{read.where}: rope parameters {fields!r} are not supported")
-    partial = fields.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        raise TurboqError(f"{read.where}: rope parameters {quoted(fields)} are not supported")
+    partial = _said_once(read, fields, "partial_rotary_factor")
     if partial not in (None, 1, 1.0):
-        raise TurboqError(f"{read.where}: partial_rotary_factor={partial!r} is not supported")
-    theta = fields.get("rope_theta", config.get("rope_theta"))
+        raise TurboqError(f"{read.where}: partial_rotary_factor={quoted(partial)} is not supported")
+    theta = _said_once(read, fields, "rope_theta")
     theta = 10000.0 if theta is None else positive(theta, "rope_theta", read.where)
 
     def need(key: str, default: Any = None) -> float:
         return positive(fields.get(key, default), f"rope {key}", read.where)
 
-    kind = fields.get("rope_type", fields.get("type", "default"))
+    kind = _rope_type(read, fields)
     match kind:
         case "default":
             scaling = None
@@ -256,9 +292,27 @@ def _rope(read: _Reader, head_dim: int, context: int) -> Rope:
             )  # fmt: skip
         case _:
             raise TurboqError(
-                f"{read.where}: rope type {kind!r} is not supported (supported: default, linear, "
-                "llama3)"
+                f"{read.where}: rope type {quoted(kind)} is not supported (supported: default, "
+                "linear, llama3)"
             )
-    if head_dim % 2:
-        raise TurboqError(f"{read.where}: head_dim={head_dim} must be even for rotary embedding")
     return Rope(theta=theta, dim=head_dim, scaling=scaling)
+
+
+def _said_once(read: _Reader, fields: dict[str, Any], key: str) -> Any:
+    """A field of v5's `rope_parameters` that v4 has beside it; None where neither says it."""
+    inside, beside = fields.get(key), read.config.get(key)
+    if None not in (inside, beside) and inside != beside:
+        raise TurboqError(
+            f"{read.where}: {key}={quoted(beside)} but {quoted(inside)} among the rope parameters: "
+            "leave one of them out of a copy of the file"
+        )
+    return beside if inside is None else inside
+
+
+def _rope_type(read: _Reader, fields: dict[str, Any]) -> Any:
+    kinds = [fields[key] for key in ("rope_type", "type") if fields.get(key) is not None]
+    if kinds[1:] and kinds[0] != kinds[1]:
+        raise TurboqError(f"{read.where}: {quoted(fields)} names two rope types: name one")
+    if not kinds and fields.get("factor") is not None:
+        raise TurboqError(f"{read.where}: {quoted(fields)} names no rope type: add rope_type")
+    return kinds[0] if kinds else "default"

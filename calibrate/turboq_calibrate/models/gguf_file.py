@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, quoted, shortened
 from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models import gguf_header
 from turboq_calibrate.models import params as P
@@ -54,6 +54,18 @@ REFUSED = (
     "attention.max_alibi_bias",
     "attention.key_length_mla",
 )
+# What is understood of rotary embeddings; whatever else llama.cpp reads there changes the result.
+ROPE = (
+    "dimension_count",
+    "freq_base",
+    "scaling.type",
+    "scaling.factor",
+    "scale_linear",
+    "scaling.attn_factor",
+    # Linear scaling has no use for these two.
+    "scaling.original_context_length",
+    "scaling.finetuned",
+)
 
 
 class GGUFFile:
@@ -69,8 +81,15 @@ class GGUFFile:
         parts = self.metadata.get("split.count", 1)
         if parts not in (0, 1):
             raise TurboqError(
-                f"{self.path} is one of {parts} parts: join them first (llama-gguf-split --merge)"
+                f"{self.path} is one of {quoted(parts)} parts: join them first (llama-gguf-split "
+                "--merge)"
             )
+        for name, info in self._tensors.items():
+            if not isinstance(info.kind, gguf.GGMLQuantizationType):
+                raise TurboqError(
+                    f"{self.path}: tensor {shortened(name)} has type {info.kind}, which the gguf "
+                    "package does not know: install a newer gguf, or take a file of another type"
+                )
         self.spec = self._spec()
         self._check_tensors()
 
@@ -116,6 +135,7 @@ class GGUFFile:
         info = self._tensors[name]
         P.check_shape(name, info.shape, expected, self.path)
         stored = np.asarray(self._data[info.start : info.start + info.nbytes])
+        assert isinstance(info.kind, gguf.GGMLQuantizationType)  # __init__ refuses others
         raw = stored.reshape(gguf.quants.quant_shape_to_byte_shape(info.shape, info.kind))
         if rows is not None:
             raw = raw[rows]
@@ -146,7 +166,7 @@ class GGUFFile:
         if layer is not None and isinstance(value, list):
             value = value[layer] if layer < len(value) else None
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise TurboqError(f"{self.path}: {key}={value!r} must be a positive whole number")
+            raise TurboqError(f"{self.path}: {key}={quoted(value)} must be a positive whole number")
         return value
 
     def _positive(self, key: str, default: float | None = None) -> float:
@@ -156,7 +176,7 @@ class GGUFFile:
         arch = self.metadata.get("general.architecture")
         if arch not in ARCHITECTURES:
             raise TurboqError(
-                f"{self.path}: architecture {arch!r} is not supported (supported: "
+                f"{self.path}: architecture {quoted(arch)} is not supported (supported: "
                 f"{', '.join(ARCHITECTURES)})"
             )
         for key in REFUSED:
@@ -218,15 +238,7 @@ class GGUFFile:
                 f"{self.path}: rotary embedding of {rotated} of {head_dim} channels is not "
                 "supported (all, and an even number)"
             )
-        kind = self._get("rope.scaling.type", "none")
-        if kind not in ("none", "linear"):
-            raise TurboqError(
-                f"{self.path}: rope scaling type {kind!r} is not supported (supported: none, "
-                "linear, and rope_freqs.weight as Llama 3 has it)"
-            )
-        scaling = None
-        if kind == "linear":
-            scaling = Scaling(type="linear", factor=self._positive("rope.scaling.factor"))
+        scaling = self._rope_scaling()
         if "rope_freqs.weight" not in self._tensors:
             return Rope(theta=theta, dim=head_dim, scaling=scaling)
         if scaling is not None:
@@ -236,6 +248,35 @@ class GGUFFile:
             raise TurboqError(f"{self.path}: tensor rope_freqs.weight must be positive")
         inv_freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim) / divisors
         return Rope(theta=theta, dim=head_dim, inv_freq=tuple(float(f) for f in inv_freq))
+
+    def _rope_scaling(self) -> Scaling | None:
+        """Linear scaling as llama.cpp reads it: a factor without a type is linear."""
+        prefix = f"{self.metadata['general.architecture']}.rope."
+        given = {k[len(prefix) :]: v for k, v in self.metadata.items() if k.startswith(prefix)}
+        for key, value in given.items():
+            if key not in ROPE:
+                raise TurboqError(f"{self.path}: {prefix}{key}={quoted(value)} is not supported")
+        if given.get("scaling.attn_factor", 1.0) != 1.0:
+            raise TurboqError(
+                f"{self.path}: {prefix}scaling.attn_factor={quoted(given['scaling.attn_factor'])} "
+                "is not supported: it would multiply rotated queries and keys"
+            )
+        kind = given.get("scaling.type", "linear")
+        if kind == "none":
+            return None
+        if kind != "linear":
+            raise TurboqError(
+                f"{self.path}: rope scaling type {quoted(kind)} is not supported (supported: none, "
+                "linear, and rope_freqs.weight as Llama 3 has it)"
+            )
+        keys = [key for key in ("scaling.factor", "scale_linear") if key in given]  # new, old name
+        factors = [self._positive(f"rope.{key}") for key in keys]
+        if len(set(factors)) > 1:
+            said = " but ".join(f"{prefix}{k}={f}" for k, f in zip(keys, factors, strict=True))
+            raise TurboqError(f"{self.path}: {said}: make a file that says one factor")
+        if not factors and "scaling.type" in given:
+            raise TurboqError(f"{self.path}: metadata field {prefix}scaling.factor is missing")
+        return Scaling(type="linear", factor=factors[0]) if factors else None
 
     def _check_tensors(self) -> None:
         """Every tensor the decoder needs is there with its shape, and no tensor is left over."""
@@ -256,8 +297,8 @@ class GGUFFile:
         extra = sorted(set(self._tensors) - set(expected) - {"rope_freqs.weight"})
         if extra:
             raise TurboqError(
-                f"{self.path}: tensor {extra[0]} ({len(extra)} in all) has no place in a "
-                f"{spec.family} decoder: the model has a part that is not supported"
+                f"{self.path}: tensor {shortened(extra[0])} ({len(extra)} in all) has no place in "
+                f"a {spec.family} decoder: the model has a part that is not supported"
             )
 
 

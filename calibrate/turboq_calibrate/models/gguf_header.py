@@ -8,6 +8,7 @@ Layout (little endian): "GGUF", version, tensor count, metadata count, then key-
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import struct
@@ -17,9 +18,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, quoted, shortened
 
 VERSIONS = (2, 3)
+MAX_AXES = 4  # of ggml
 STRING, ARRAY = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
 SCALARS = {
     gguf.GGUFValueType.UINT8: "B",
@@ -35,14 +37,20 @@ SCALARS = {
     gguf.GGUFValueType.BOOL: "?",
 }
 
+KINDS = {int(kind): kind for kind in gguf.GGMLQuantizationType}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor lies: row-major `shape`, storage `kind`, bytes [start, start + nbytes)."""
+    """Where one tensor lies: row-major `shape`, storage `kind`, bytes [start, start + nbytes).
+
+    A `kind` that the package does not know stays the file's number; whoever needs the weights
+    refuses it.
+    """
 
     name: str
     shape: tuple[int, ...]
-    kind: gguf.GGMLQuantizationType
+    kind: gguf.GGMLQuantizationType | int
     start: int
     nbytes: int
 
@@ -70,7 +78,9 @@ class Cursor:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise TurboqError(f"{self.path} is damaged: a name is not UTF-8: {raw!r}") from None
+            raise TurboqError(
+                f"{self.path} is damaged: a name is not UTF-8: {quoted(raw)}"
+            ) from None
 
     def value_type(self) -> gguf.GGUFValueType:
         code = self.numbers("I")[0]
@@ -109,7 +119,9 @@ class Cursor:
         try:
             return [raw.decode("utf-8") for raw in out]
         except UnicodeDecodeError as error:
-            raise TurboqError(f"{self.path} is damaged: a string is not UTF-8: {error}") from None
+            raise TurboqError(
+                f"{self.path} is damaged: a string is not UTF-8: {shortened(error)}"
+            ) from None
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], np.ndarray]:
@@ -128,6 +140,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], np.ndarray]
     if bytes(cursor.take(min(4, len(data)))) != b"GGUF":
         raise TurboqError(f"{path} is not a GGUF file")
     version = cursor.numbers("I")[0]
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
+        raise TurboqError(
+            f"{path} is a big-endian GGUF file, which is not supported: convert it to little "
+            "endian (gguf-convert-endian of the gguf package)"
+        )
     if version not in VERSIONS:
         raise TurboqError(
             f"{path}: GGUF version {version} is not supported (2 or 3, little endian)"
@@ -137,7 +154,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], np.ndarray]
     for _ in range(pairs):
         key = cursor.text()
         if key in metadata:
-            raise TurboqError(f"{path} is damaged: metadata field {key} repeats")
+            raise TurboqError(f"{path} is damaged: metadata field {shortened(key)} repeats")
         metadata[key] = cursor.value(cursor.value_type())
     return metadata, _tensor_table(cursor, tensors, metadata), data
 
@@ -148,33 +165,41 @@ def _tensor_table(cursor: Cursor, count: int, metadata: dict[str, Any]) -> dict[
     for _ in range(count):
         name = cursor.text()
         axes = cursor.numbers("I")[0]
+        if axes > MAX_AXES:
+            raise TurboqError(f"{path} is damaged: tensor {shortened(name)} has {axes} axes")
         dims = cursor.numbers("Q", axes)
         rows.append((name, tuple(reversed(dims)), *cursor.numbers("IQ")))
     alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise TurboqError(f"{path}: general.alignment={alignment!r} must be a power of two")
+        raise TurboqError(f"{path}: general.alignment={quoted(alignment)} must be a power of two")
     base = -(-cursor.at // alignment) * alignment
+    offsets = sorted({offset for *_, offset in rows})
     out: dict[str, TensorInfo] = {}
     for name, shape, code, offset in rows:
+        where = f"{path}: tensor {shortened(name)}"
         if name in out:
-            raise TurboqError(f"{path} is damaged: tensor {name} repeats")
-        try:
-            kind = gguf.GGMLQuantizationType(code)
-        except ValueError:
-            raise TurboqError(f"{path}: tensor {name} has unknown type {code}") from None
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        if not shape or shape[-1] % block:
+            raise TurboqError(f"{where} repeats: the file is damaged")
+        kind, start = KINDS[code] if code in KINDS else int(code), base + offset
+        if isinstance(kind, gguf.GGMLQuantizationType):
+            nbytes = _stored_bytes(kind, shape, where)
+        else:  # its size is not known: it ends where the next tensor begins
+            after = bisect.bisect_right(offsets, offset)
+            end = base + offsets[after] if after < len(offsets) else len(cursor.data)
+            nbytes = max(end - start, 0)
+        if start + nbytes > len(cursor.data):
             raise TurboqError(
-                f"{path}: tensor {name} of type {kind.name} has shape {list(shape)}, whose rows "
-                f"are not whole blocks of {block}"
+                f"{where} needs bytes up to {start + nbytes}, the file has {len(cursor.data)}: it "
+                "is truncated"
             )
-        nbytes = math.prod(shape) // block * size
-        if base + offset + nbytes > len(cursor.data):
-            raise TurboqError(
-                f"{path} is truncated: tensor {name} needs bytes up to {base + offset + nbytes}, "
-                f"the file has {len(cursor.data)}"
-            )
-        out[name] = TensorInfo(
-            name=name, shape=shape, kind=kind, start=base + offset, nbytes=nbytes
-        )
+        out[name] = TensorInfo(name=name, shape=shape, kind=kind, start=start, nbytes=nbytes)
     return out
+
+
+def _stored_bytes(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], where: str) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    if not shape or shape[-1] % block:
+        raise TurboqError(
+            f"{where} of type {kind.name} has shape {list(shape)}, whose rows are not whole blocks "
+            f"of {block}"
+        )
+    return math.prod(shape) // block * size

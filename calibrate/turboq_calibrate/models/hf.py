@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
+import warnings
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors hands out)
 import numpy as np
 import safetensors
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, TurboqWarning, quoted, shortened
+from turboq.hub_cache import model_name
+from turboq.json_object import read_object
 from turboq_calibrate.models import params as P
-from turboq_calibrate.models.config import model_spec, read_config
+from turboq_calibrate.models.config import keeps_weights, model_spec, read_config
 from turboq_calibrate.models.tokenizer import Tokenizer, from_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,6 +41,7 @@ LAYER_TENSORS = {
 }
 EMBEDDING, NORM, UNEMBEDDING = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 ROWS = 8192  # rows of the embedding read at a time
+LONGEST_NAME = 200  # characters of a shard's name
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -50,9 +54,19 @@ class HFFolder:
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
-        self.spec = model_spec(read_config(self.folder / "config.json"), self.folder.resolve().name)
+        config = read_config(self.folder / "config.json")
+        self.spec = model_spec(config, model_name(self.folder))
+        self._cache_scales = keeps_weights(config.get("quantization_config"))
         self._file_of = self._locate()
         self._check()
+        if self.spec.tied_embeddings and self._head_differs():
+            self.spec = dataclasses.replace(self.spec, tied_embeddings=False)
+            warnings.warn(
+                f"{self.folder}: config.json ties the head to the embedding, but the file holds "
+                f"another {UNEMBEDDING}: that is used, as by transformers",
+                TurboqWarning,
+                stacklevel=2,
+            )
 
     @property
     def files(self) -> list[Path]:
@@ -106,23 +120,28 @@ class HFFolder:
                 raise TurboqError(f"{self.folder} has neither {SINGLE} nor {INDEX}")
             with open_safetensors(single) as f:
                 return dict.fromkeys(f.keys(), single)
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            located = {str(name): self.folder / str(file) for name, file in names.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TurboqError(f"{index} is not a safetensors index: {error!r}") from error
-        for name, path in located.items():
-            if path.parent != self.folder:
-                raise TurboqError(f"{index}: tensor {name} points outside the folder ({path})")
-            if not path.is_file():
-                raise TurboqError(f"{path} is missing; {INDEX} says it holds {name}")
+        names = read_object(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise TurboqError(f"{index} is not a safetensors index: it has no weight_map")
+        located = {}
+        for name, file in names.items():
+            plain = isinstance(file, str) and Path(file).name == file and "\0" not in file
+            if not plain or len(file) > LONGEST_NAME:
+                raise TurboqError(
+                    f"{index}: tensor {shortened(name)} points outside the folder ({quoted(file)})"
+                )
+            located[name] = self.folder / file
+            if not located[name].is_file():
+                raise TurboqError(
+                    f"{located[name]} is missing; {INDEX} says it holds {shortened(name)}"
+                )
         return located
 
     def _check(self) -> None:
         """Every tensor the decoder needs is there with its shape, and no tensor is left over."""
         spec = self.spec
         expected = {EMBEDDING: (spec.vocab, spec.hidden), NORM: (spec.hidden,)}
-        if not spec.tied_embeddings:
+        if not spec.tied_embeddings or UNEMBEDDING in self._file_of:
             expected[UNEMBEDDING] = (spec.vocab, spec.hidden)
         for i, layer in enumerate(spec.layers):
             for name, shape in P.layer_shapes(layer).items():
@@ -130,13 +149,13 @@ class HFFolder:
         for name in expected:
             if name not in self._file_of:
                 where = self.folder / (INDEX if self._sharded else SINGLE)
-                raise TurboqError(f"{where}: tensor {name} is missing")
+                raise TurboqError(f"{where}: tensor {name} is missing{self._hint(name)}")
         for path in sorted(set(self._file_of.values())):
             with open_safetensors(path) as f:
                 stored = set(f.keys())
                 for name in sorted(n for n, p in self._file_of.items() if p == path):
                     if name not in stored:
-                        raise TurboqError(f"{path}: tensor {name} is missing")
+                        raise TurboqError(f"{path}: tensor {shortened(name)} is missing")
                     if name not in expected:
                         continue
                     info = f.get_slice(name)
@@ -146,12 +165,55 @@ class HFFolder:
                             f"{path}: tensor {name} has type {info.get_dtype()}, which is not "
                             f"supported (supported: {', '.join(FLOATS)})"
                         )
-        # Rotary tables that old checkpoints carry, and a copy of a tied head, say nothing new.
-        extra = sorted(n for n in self._file_of if n not in expected and not _redundant(n))
-        if extra and not (spec.tied_embeddings and extra == [UNEMBEDDING]):
+        extra = sorted(n for n in self._file_of if n not in expected and not self._redundant(n))
+        if extra:
             raise TurboqError(
-                f"{self._file_of[extra[0]]}: tensor {extra[0]} ({len(extra)} in all) has no place "
-                f"in a {spec.family} decoder: the model has a part that is not supported"
+                f"{self._file_of[extra[0]]}: tensor {shortened(extra[0])} ({len(extra)} in all) "
+                f"has no place in a {spec.family} decoder: the model has a part that is not "
+                "supported"
+            )
+
+    def _redundant(self, name: str) -> bool:
+        """Rotary tables that old checkpoints carry; scales of the cache in an overlay for vLLM."""
+        scales = (".self_attn.k_scale", ".self_attn.v_scale")
+        return name.endswith("rotary_emb.inv_freq") or (
+            self._cache_scales and name.endswith(scales)
+        )
+
+    def _hint(self, missing: str) -> str:
+        """What else the file may mean, for the end of an error."""
+        if missing == UNEMBEDDING:
+            return (
+                ": if the model's head is its embedding, config.json must say "
+                '"tie_word_embeddings": true'
+            )
+        last = EMBEDDING.removeprefix("model.")
+        for name in self._file_of if missing == EMBEDDING else ():
+            if name.endswith(last):
+                prefix = shortened(name.removesuffix(last))
+                return (
+                    f": names begin with {prefix!r} here, not with 'model.', as where the decoder "
+                    "is a part of another model: save the decoder by itself"
+                )
+        if missing == EMBEDDING:
+            some = quoted(next(iter(self._file_of), None))
+            return f": names of another library, such as {some}? convert it for transformers"
+        return ""
+
+    def _head_differs(self) -> bool:
+        """Whether there is a head besides the embedding that it is said to be."""
+        if UNEMBEDDING not in self._file_of:
+            return False
+        with (
+            open_safetensors(self._file_of[EMBEDDING]) as one,
+            open_safetensors(self._file_of[UNEMBEDDING]) as other,
+        ):
+            embedding, head = one.get_slice(EMBEDDING), other.get_slice(UNEMBEDDING)
+            starts = range(0, self.spec.vocab, ROWS)
+            blocks = [slice(i, min(i + ROWS, self.spec.vocab)) for i in starts]
+            return any(
+                not np.array_equal(_float32(embedding[rows]), _float32(head[rows]))
+                for rows in blocks
             )
 
     def _read(self, wanted: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
@@ -177,14 +239,12 @@ def open_safetensors(path: Path):
     except OSError as error:
         raise TurboqError(f"cannot read {path}: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:
-        raise TurboqError(f"{path} is not a safetensors file or is truncated: {error}") from error
+        raise TurboqError(
+            f"{path} is not a safetensors file or is truncated: {shortened(error)}"
+        ) from error
 
 
 def _float32(value: np.ndarray) -> np.ndarray:
     """As float32; a float64 out of range becomes infinite, which the check after it reports."""
     with np.errstate(over="ignore"):
         return value.astype(np.float32, copy=False)
-
-
-def _redundant(name: str) -> bool:
-    return name.endswith("rotary_emb.inv_freq")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope
 
 
@@ -57,3 +58,11 @@ class ModelSpec:
     def path(self, index: int) -> str:
         """Module path of a layer's attention, as Hugging Face names it."""
         return f"model.layers.{index}.self_attn"
+
+    def check_length(self, tokens: int, what: str) -> None:
+        """Raises TurboqError where a sequence is longer than the model is made for."""
+        if tokens > self.context:
+            raise TurboqError(
+                f"{what} of {tokens} tokens exceed the model's context of {self.context}: make "
+                "them shorter"
+            )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, quoted, shortened
+from turboq.json_object import read_object
 
 # GGUF token types
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -45,11 +46,13 @@ class Tokenizer:
                     f"the text holds byte {min(lost):#04x}, for which the model's vocabulary has "
                     "no token: remove it"
                 )
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with _library("the model's tokenizer cannot encode the text"):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
         """Text of token ids."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        with _library("the model's tokenizer cannot decode"):
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     @functools.cached_property
     def _missing_bytes(self) -> frozenset[int]:
@@ -94,10 +97,9 @@ def from_folder(folder: Path) -> Tokenizer:
             f"{folder} has no tokenizer.json: save the tokenizer there "
             "(transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder))"
         )
-    try:
+    _check_merges(path, read_object(path, "save the tokenizer there again"))
+    with _library(f"{path} is not a readable tokenizer"):
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception for every kind of bad file
-        raise TurboqError(f"{path} is not a readable tokenizer: {_line(error)}") from error
     # The file may ask for both, and a long text would lose its end without a word.
     backend.no_truncation()
     backend.no_padding()
@@ -106,29 +108,58 @@ def from_folder(folder: Path) -> Tokenizer:
         settings = _settings(folder / name)
         for key, found in ids.items():
             value = settings.get(f"{key}_token_id")
-            if not found and value is not None:
-                found += value if isinstance(value, list) else [value]
+            given = [] if value is None else value if isinstance(value, list) else [value]
+            if any(type(i) is not int for i in given):
+                raise TurboqError(
+                    f"{folder / name}: {key}_token_id={quoted(value)} must be a token number, or "
+                    "several"
+                )
+            found += [] if found else given
     bos = ids["bos"][0] if ids["bos"] else None
     file = folder / "tokenizer_config.json"
     adds_bos = _settings(file).get("add_bos_token")
     if adds_bos is None:
-        adds_bos = bos is not None and backend.encode("a").ids[:1] == [bos]
+        with _library(f"{path} is not a usable tokenizer"):
+            adds_bos = bos is not None and backend.encode("a").ids[:1] == [bos]
     if type(adds_bos) is not bool:
-        raise TurboqError(f"{file}: add_bos_token={adds_bos!r} must be true or false")
+        raise TurboqError(f"{file}: add_bos_token={quoted(adds_bos)} must be true or false")
     return Tokenizer(backend=backend, bos_id=bos, eos_ids=tuple(ids["eos"]), adds_bos=adds_bos)
 
 
 def _settings(file: Path) -> dict[str, Any]:
     """A JSON file's fields; none when there is no such file."""
-    if not file.is_file():
-        return {}
+    return read_object(file) if file.is_file() else {}
+
+
+def _check_merges(path: Path, document: dict[str, Any]) -> None:
+    """Refuses merges that make the library end the whole process: it cuts the prefix of continuing
+    pieces off the second part of every merge without looking."""
+    model = document.get("model")
+    if not isinstance(model, dict):
+        return
+    prefix = model.get("continuing_subword_prefix")
+    if not isinstance(prefix, str) or not prefix:
+        return
+    merges = model.get("merges")
+    for merge in merges if isinstance(merges, list) else ():
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        second = pair[-1] if isinstance(pair, list) and pair else None
+        if isinstance(second, str) and not second.startswith(prefix):
+            raise TurboqError(
+                f"{path} is not a readable tokenizer: merge {quoted(merge)} continues a word, and "
+                f"does not begin with continuing_subword_prefix={quoted(prefix)}"
+            )
+
+
+@contextlib.contextmanager
+def _library(what: str) -> Iterator[None]:
+    """Errors of the tokenizers package as one line: bare Exceptions, and panics of Rust."""
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TurboqError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise TurboqError(f"{file} must hold a JSON object")
-    return settings
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TurboqError(f"{what}: {_line(error)}") from error
 
 
 def _split_words(digits: int) -> str:
@@ -182,7 +213,7 @@ def from_gguf(metadata: dict[str, Any], path: Path) -> Tokenizer:
         raise TurboqError(f"{path} has no tokenizer (tokenizer.ggml.model is missing)")
     if kind not in ("gpt2", "llama"):
         raise TurboqError(
-            f"{path}: tokenizer model {kind!r} is not supported (supported: gpt2, llama)"
+            f"{path}: tokenizer model {quoted(kind)} is not supported (supported: gpt2, llama)"
         )
     tokens = _list(metadata, "tokens", str, path)
     types = [NORMAL] * len(tokens)
@@ -203,7 +234,7 @@ def from_gguf(metadata: dict[str, Any], path: Path) -> Tokenizer:
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token", default)
     if type(adds_bos) is not bool:
         raise TurboqError(
-            f"{path}: tokenizer.ggml.add_bos_token={adds_bos!r} must be true or false"
+            f"{path}: tokenizer.ggml.add_bos_token={quoted(adds_bos)} must be true or false"
         )
     return Tokenizer(
         backend=backend,
@@ -230,13 +261,15 @@ def _list(
 def _token_id(metadata: dict[str, Any], name: str, path: Path) -> int | None:
     value = metadata.get(f"tokenizer.ggml.{name}_token_id")
     if value is not None and type(value) is not int:
-        raise TurboqError(f"{path}: tokenizer.ggml.{name}_token_id={value!r} must be a number")
+        raise TurboqError(
+            f"{path}: tokenizer.ggml.{name}_token_id={quoted(value)} must be a number"
+        )
     return value
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     """The first line of another package's message."""
-    return str(error).partition("\n")[0]
+    return shortened(str(error).partition("\n")[0])
 
 
 def _byte_level_bpe(
@@ -245,7 +278,7 @@ def _byte_level_bpe(
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
         raise TurboqError(
-            f"{path}: pre-tokenizer {pre!r} is not supported (supported: "
+            f"{path}: pre-tokenizer {quoted(pre)} is not supported (supported: "
             f"{', '.join(PRE_TOKENIZERS)})"
         )
     merges = [tuple(m.split(" ", 1)) for m in _list(metadata, "merges", str, path)]
@@ -301,10 +334,6 @@ def _bpe(
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise TurboqError(f"{path}: {len(tokens) - len(vocab)} tokens of the vocabulary repeat")
-    try:
+    with _library(f"{path}: the tokenizer's merges are not usable"):
         model = models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges, **options)
-    except Exception as error:  # the package raises bare Exception
-        raise TurboqError(
-            f"{path}: the tokenizer's merges are not usable: {_line(error)}"
-        ) from error
     return tokenizers.Tokenizer(model)

@@ -33,6 +33,7 @@ from jax.sharding import Mesh
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
+from turboq.json_object import read_object
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.models.model import Model
 from turboq_calibrate.observe import statistics_files as files
@@ -153,11 +154,7 @@ def _claim(work: Path, inputs: dict[str, Any]) -> None:
         _clear(work)  # whatever is left here belongs to an unknown run
         atomic_write(path, json.dumps(inputs, indent=1, sort_keys=True) + "\n")
         return
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise TurboqError(f"{path} is damaged ({error}): remove {work.parent}") from error
-    _compare(work, found, inputs)
+    _compare(work, read_object(path, f"it is damaged, remove {work.parent}"), inputs)
 
 
 def _compare(work: Path, found: dict[str, Any], inputs: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, quoted
 from turboq_calibrate.models.model import Model
 from turboq_calibrate.observe import statistics as st
 from turboq_calibrate.observe.texts import Windows
@@ -124,12 +124,15 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True))
         return [line for i, (a, b) in pairs for line in differences(a, b, f"{path}[{i}]")]
-    return [] if old == new else [f"{path}: there {old!r}, now {new!r}"]
+    return [] if old == new else [f"{path}: there {quoted(old)}, now {quoted(new)}"]
 
 
 def check_sizes(model: Model, windows: Windows, recipe: ObserveRecipe) -> None:
     """Raises TurboqError when the recipe cannot work on this model and text."""
     length = windows.tokens.shape[1]
+    model.spec.check_length(length, "windows")
+    for held in (*windows.held_back.short.values(), *windows.held_back.long.values()):
+        model.spec.check_length(held.shape[1], "windows held back")
     if length <= recipe.skip:
         raise TurboqError(f"windows of {length} tokens leave none after skip={recipe.skip}")
     for i, spec in enumerate(model.spec.layers):

@@ -110,11 +110,7 @@ def self_windows(
         raise ValueError(
             f"{length=} must be 2 or more, {count=} and {batch=} 1 or more, {seed=} below 2^32"
         )
-    if length > model.spec.context:
-        raise TurboqError(
-            f"self:{seed}: windows of {length} tokens exceed the model's context of "
-            f"{model.spec.context}"
-        )
+    model.spec.check_length(length, f"self:{seed}: windows")
     kept = None if folder is None else Kept(model, seed, length, make_folder(folder))
     done = np.zeros((0, length), np.int32) if kept is None else kept.read()
     if len(done) >= count:

@@ -26,7 +26,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors import numpy as st_numpy
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, quoted
 from turboq.files import atomic_write
 from turboq.numbers.rope import Rope
 from turboq.plan import ModelGeometry
@@ -76,7 +76,7 @@ def from_bytes(raw: bytes, source: Path) -> dict[str, st.Arrays]:
     for key, value in tensors.items():
         side, _, name = key.partition(".")
         if side not in st.SIDES or name not in st.BY_NAME:
-            raise TurboqError(f"statistics file {source} holds an unknown tensor {key!r}")
+            raise TurboqError(f"statistics file {source} holds an unknown tensor {quoted(key)}")
         sides.setdefault(side, {})[name] = value.astype(st.BY_NAME[name].dtype)
     return sides
 

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from turboq.errors import TurboqError
+from turboq.hub_cache import model_name
 from turboq.what_fits.gguf_metadata import from_metadata
 from turboq.what_fits.hf_config import from_config
 from turboq.what_fits.layers import CacheGeometry
@@ -33,11 +34,11 @@ def read_geometry(path: str | os.PathLike[str]) -> CacheGeometry:
     if not path.exists():
         raise TurboqError(f"model {path} does not exist")
     if path.is_dir():
-        found = _from_json(path / "config.json", path.resolve().name)
+        found = _from_json(path / "config.json", model_name(path))
         sizes = [file.stat().st_size for file in sorted(path.glob("*.safetensors"))]
         return dataclasses.replace(found, weights_bytes=sum(sizes) or None)
     if path.suffix == ".json":
-        return _from_json(path, path.parent.resolve().name)
+        return _from_json(path, model_name(path.parent))
     if path.suffix == ".gguf":
         return _from_gguf(path)
     raise TurboqError(f"model {path} must be a Hugging Face folder, a config.json or a .gguf file")
@@ -46,20 +47,17 @@ def read_geometry(path: str | os.PathLike[str]) -> CacheGeometry:
 def _from_json(path: Path, name: str) -> CacheGeometry:
     if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
         raise TurboqError(f"{path} has {path.stat().st_size} bytes: not a configuration")
-    try:
-        config = read_config(path)
-    except RecursionError:
-        raise TurboqError(f"{path} is not valid JSON: nested too deeply") from None
-    return from_config(config, name, source=str(path))
+    return from_config(read_config(path), name, source=str(path))
 
 
 def _from_gguf(path: Path) -> CacheGeometry:
     from turboq_calibrate.models import gguf_header
 
     metadata, tensors, _ = gguf_header.read(path)
+    whole = metadata.get("split.count", 1) in (0, 1)  # else the rest is in other files
     return from_metadata(
         metadata,
         path.stem,
-        weights_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        weights_bytes=sum(tensor.nbytes for tensor in tensors.values()) if whole else None,
         source=str(path),
     )

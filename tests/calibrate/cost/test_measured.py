@@ -181,6 +181,11 @@ def test_file_of_another_measurement_is_refused(engine, tmp_path):
     path.write_bytes(path.read_bytes() + b"{}\nnonsense\n")
     with pytest.raises(TurboqError, match="damaged"):
         s.measure(engine, moves, path=path, progress=False)
+    first = path.read_bytes().splitlines()[0]
+    for wrong in (b"[]", b"7", b"{}", b'{"kl": 3}'):
+        path.write_bytes(first + b"\n" + wrong + b"\n")
+        with pytest.raises(TurboqError, match="damaged"):
+            s.measure(engine, moves, path=path, progress=False)
     path.write_bytes(b"")
     with pytest.raises(TurboqError, match="empty"):
         s.measure(engine, moves, path=path, progress=False)

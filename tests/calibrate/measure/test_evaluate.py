@@ -277,7 +277,7 @@ def test_bad_input_is_one_clear_line(model, plans, windows):
         ("must differ", ([plans[0], plans[0]], windows)),
         ("another model", ([named(other, "x", Exact(dim=16))], windows)),
         ("two tokens", (plans[:1], windows[:, :1])),
-        ("exceed the context", (plans[:1], np.zeros((1, 257), np.int32))),
+        ("exceed the model's context of 256", (plans[:1], np.zeros((1, 257), np.int32))),
         ("within 0..319", (plans[:1], windows + 320)),
     ]
     for match, (which, tokens) in cases:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from turboq.errors import TurboqError
-from turboq.numbers.rope import Rope
+from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models.config import FAMILIES, model_spec
 from turboq_calibrate.models.params import parameter_count
 
@@ -144,6 +144,24 @@ def test_v4_key_names_mean_the_same(family):
     assert model_spec(old, "x") == model_spec(new, "x")
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": {**LINEAR, "rope_theta": 1e6}, "rope_scaling": {**LINEAR}},
+        {"rope_parameters": {**LINEAR}, "rope_scaling": {"type": "linear", "factor": 2}},
+        {"rope_scaling": {**LINEAR, "type": "linear", "rope_theta": 1000000}},
+        {"rope_parameters": {}, "rope_scaling": LINEAR},
+        {"rope_parameters": None, "rope_scaling": LINEAR},
+    ],
+)
+def test_rope_said_twice_in_agreement_is_read(fields):
+    rope = model_spec(config(rope_theta=1e6, **fields), "x").layers[0].rope
+    assert rope == Rope(theta=1e6, dim=16, scaling=Scaling(type="linear", factor=2.0))
+
+
 def test_absent_fields_take_the_family_defaults():
     minimal = config()
     del minimal["num_key_value_heads"]
@@ -207,11 +225,41 @@ def test_windows_per_layer():
         ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 4.0}}, "must be below"),
         ({"rope_scaling": "linear"}, "rope parameters 'linear' are not supported"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "are not supported"),
+        ({"rope_scaling": []}, r"rope parameters \[\] are not supported"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": LINEAR},
+            r"rope_parameters=\{'rope_theta': 1000000.0\} but rope_scaling=\{'factor': 2.0, ",
+        ),
+        (
+            {"rope_parameters": LINEAR, "rope_scaling": {**LINEAR, "factor": 4.0}},
+            "'factor': 2.0, .* but rope_scaling=.*'factor': 4.0",
+        ),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4}, "theta=10000.0 but 1000"),
+        ({"rope_scaling": {**LINEAR, "type": "yarn"}}, "names two rope types"),
+        ({"rope_scaling": {"factor": 2.0}}, "names no rope type: add rope_type"),
         ({"rope_theta": -1}, "rope_theta=-1 must be a positive"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor=0.25"),
         ({"rope_interleaved": True}, "rope_interleaved=True is not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
+        (
+            {"quantization_config": {"bits": 4}},
+            r"are quantized \(quant_method None\), which is not",
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
+            r"\(quant_method 'gptq'\), which is not supported: give the checkpoint that they were",
+        ),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "config_groups": {"g": 1},
+                }
+            },
+            r"quant_method 'compressed-tensors'",
+        ),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps=1000.*000 must be a positive number"),
+        ({"hidden_size": 10**400}, "hidden_size=1000.*000 must be a positive whole number below"),
         ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map=.* is not supported"),
         ({"num_local_experts": 8}, "num_local_experts=8 is not supported"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),

@@ -3,6 +3,9 @@
 import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -416,14 +419,98 @@ def test_absent_tokenizer_is_an_error_only_when_asked_for(tmp_path):
 def test_unreadable_tokenizer_json(tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(GOLDEN / "llama3", folder)
-    for text in ("", "{", "{}", '{"model": 3}'):
+    for text, says in {
+        "": "is not valid JSON",
+        "{": "is not valid JSON",
+        "[" * 100_000: "nested too deeply",
+        "[]": "must hold a JSON object, not list",
+        "{}": "is not a readable tokenizer",
+        '{"model": 3}': "is not a readable tokenizer",
+    }.items():
         (folder / "tokenizer.json").write_text(text)
-        with pytest.raises(TurboqError, match=r"tokenizer\.json is not a readable tokenizer"):
-            _ = load_model(folder, resident=False).tokenizer
-    shutil.copy(GOLDEN / "llama3" / "tokenizer.json", folder)
-    (folder / "generation_config.json").write_text("{")
-    with pytest.raises(TurboqError, match=r"generation_config\.json is not valid JSON"):
+        assert says in refusal(folder, "tokenizer.json")
+
+
+def refusal(folder, file):
+    """The one line with which a folder's tokenizer is refused."""
+    with pytest.raises(TurboqError) as caught:
         _ = load_model(folder, resident=False).tokenizer
+    message = str(caught.value)
+    assert str(folder / file) in message
+    assert "\n" not in message
+    assert len(message) < len(str(folder)) + 400
+    return message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object, not list"),
+        ("7", "must hold a JSON object, not int"),
+        ('{"bos_token_id": "0"}', "bos_token_id='0' must be a token number"),
+        ('{"bos_token_id": {}}', "bos_token_id={} must be a token number"),
+        ('{"eos_token_id": [1, null]}', "eos_token_id=[1, None] must be a token number"),
+        ('{"eos_token_id": true}', "eos_token_id=True must be a token number"),
+        ('{"eos_token_id": "%s"}' % ("x" * 9000), "eos_token_id='xxx"),
+    ],
+)
+def test_settings_of_the_wrong_type_are_one_line(tmp_path, text, says):
+    folder = folder_with(tmp_path, None)
+    (folder / "generation_config.json").write_text(text)
+    assert says in refusal(folder, "generation_config.json")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # when it is read
+        {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},  # when used
+    ],
+)
+def test_a_panic_of_the_library_is_one_line(tmp_path, fields):
+    folder = folder_with(tmp_path, None)
+    document = json.loads((folder / "tokenizer.json").read_text()) | fields
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    assert "able tokenizer: " in refusal(folder, "tokenizer.json")
+
+
+def with_model(tmp_path, **fields):
+    folder = folder_with(tmp_path, None)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"] |= fields
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_merges_on_which_the_library_ends_the_process_are_refused_first(tmp_path):
+    """With the prefix "H" it does not panic but aborts, as a process of its own shows."""
+    folder = with_model(tmp_path, continuing_subword_prefix="H")
+    read = "import sys, tokenizers; tokenizers.Tokenizer.from_file(sys.argv[1])"
+    file = folder / "tokenizer.json"
+    ended = subprocess.run([sys.executable, "-c", read, file], capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGABRT
+    says = "does not begin with continuing_subword_prefix='H'"
+    assert says in refusal(folder, "tokenizer.json")
+
+
+@pytest.mark.parametrize("merges", [["a b", "a Hb"], [["a", "b"]], [["a", "Hb"], ["H", "a"]]])
+def test_both_spellings_of_merges_are_checked(tmp_path, merges):
+    folder = with_model(tmp_path, continuing_subword_prefix="H", merges=merges)
+    assert "continues a word" in refusal(folder, "tokenizer.json")
+
+
+@pytest.mark.parametrize("merges", [[3], [None], [{}], [[]], [[1, 2]], "x", {"a": 1}])
+def test_merges_that_are_none_are_left_to_the_library(tmp_path, merges):
+    folder = with_model(tmp_path, continuing_subword_prefix="H", merges=merges)
+    assert "is not a readable tokenizer" in refusal(folder, "tokenizer.json")
+
+
+def test_an_empty_prefix_is_none(tmp_path):
+    """GPT-2's own file has it."""
+    folder = with_model(tmp_path, continuing_subword_prefix="")
+    plain = load_model(GOLDEN / "llama3", resident=False).tokenizer
+    assert load_model(folder, resident=False).tokenizer.encode(PASSAGE) == plain.encode(PASSAGE)
 
 
 def test_every_end_token_of_a_folder_is_known(tmp_path):

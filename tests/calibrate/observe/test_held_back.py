@@ -1,9 +1,18 @@
 """Windows left out of calibration: where they lie, and that they survive files."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
+from stat_cases import random_windows
 
+from turboq.errors import TurboqError
+from turboq_calibrate.models import load_model
 from turboq_calibrate.observe.held_back import HeldBack, gaps, leave_out
+from turboq_calibrate.observe.recipe import ObserveRecipe, check_sizes
+
+MODEL = Path(__file__).parents[2] / "golden" / "llama3"
 
 
 def test_gaps_against_every_token(rng):
@@ -80,3 +89,17 @@ def test_arrays_hold_everything(rng):
     moved = HeldBack(short={0: held.short[0]}, long={0: held.short[11]})
     assert moved.sha256 != HeldBack(short=moved.long, long=moved.short).sha256
     assert HeldBack().sha256 != held.sha256
+
+
+def test_windows_beyond_the_models_context_are_refused_held_back_ones_too():
+    model, recipe = load_model(MODEL, resident=False), ObserveRecipe()
+    fit = random_windows(model.spec.vocab, length=256)
+    check_sizes(model, fit, recipe)
+    with pytest.raises(
+        TurboqError, match="windows of 257 tokens exceed the model's context of 256"
+    ):
+        check_sizes(model, random_windows(model.spec.vocab, length=257), recipe)
+    for kind in ("short", "long"):
+        held = HeldBack(**{kind: {0: np.zeros((1, 257), np.int32)}})
+        with pytest.raises(TurboqError, match="windows held back of 257 tokens exceed"):
+            check_sizes(model, dataclasses.replace(fit, held_back=held), recipe)

@@ -275,6 +275,29 @@ def test_command_checks_the_checkpoint(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def test_command_exports_to_its_own_overlay_again(tmp_path, capsys):
+    """Of a checkpoint with a quantization_config only the geometry is compared with the plan."""
+    source = Path(__file__).resolve().parents[2] / "golden" / "llama3"
+    model = model_geometry(load_model(str(source), resident=False))
+    plan = uniform_plan(model, k=FP8(dim=16, scale="head"), v=FP8(dim=16, scale="head"))
+    save(plan, collect_arrays(plan, random_fit(model)), tmp_path / "plan")
+    start = ("export", "--engine=vllm", f"--plan={tmp_path}/plan")
+    assert turboq(*start, f"--checkpoint={source}", f"--out={tmp_path}/out") == 0
+    overlay = tmp_path / "overlay"
+    shutil.copytree(source, overlay)
+    shutil.copytree(tmp_path / "out", overlay, dirs_exist_ok=True)
+    assert turboq("inspect", overlay) == 0
+    capsys.readouterr()
+    assert turboq(*start, f"--checkpoint={overlay}", f"--out={tmp_path}/again") == 0
+    assert "only its geometry is compared" in capsys.readouterr().out
+    first, again = (
+        json.loads((f / "config.json").read_text()) for f in (overlay, tmp_path / "again")
+    )
+    assert first == again
+    scales = [f / "kv_scales.safetensors" for f in (overlay, tmp_path / "again")]
+    assert scales[0].read_bytes() == scales[1].read_bytes()
+
+
 def test_options_that_mean_nothing_to_an_engine_are_refused(tmp_path):
     for option in ({"tensor_parallel": 2}, {"rope_envelope": True}, {"checkpoint": tmp_path}):
         with pytest.raises(TurboqError, match="means nothing to ollama"):

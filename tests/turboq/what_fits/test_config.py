@@ -187,7 +187,7 @@ LLAMA = {
         ({"hidden_size": 65}, "hidden_size=65 is not a multiple"),
         ({"head_dim": 1 << 40}, "head_dim=1099511627776 must be"),
         ({"max_position_embeddings": 1e9}, "max_position_embeddings=1000000000.0 must be"),
-        ({"kv_lora_rank": 512}, "kv_lora_rank=512 is not understood for model_type 'llama'"),
+        ({"kv_lora_rank": 512}, "kv_lora_rank=512 is .* 'llama' .*: name --geometry=LAYERSx"),
         (
             {"layer_types": ["full_attention"]},
             "layer_types=.* must list one kind for each of the 2",
@@ -200,7 +200,7 @@ LLAMA = {
         ({"kv_compression_ratio": 4}, "kv_compression_ratio=4 is not understood"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder=True is not understood"),
         ({"index_head_dim": 128}, "index_head_dim=128 is not understood"),
-        ({"multi_query": True}, "multi_query=True is not understood"),
+        ({"multi_query": True}, "multi_query=True is not understood: name --geometry=LAYERSx"),
         ({"per_layer_config": {"0": {"skip_attention": True}}}, "not understood for layer 0"),
         ({"per_layer_config": {"x": {}}}, "has the key 'x'"),
         ({"model_type": None}, "no model_type"),

@@ -1,0 +1,43 @@
+"""What errors quote of others' files: exact where it is short, cut and on one line where not."""
+
+import pytest
+
+from turboq.errors import LONGEST, quoted, shortened
+
+LONG = "ab" * 10_000
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a",
+        'it\'s "so"',
+        b"\xff",
+        3,
+        -0.5,
+        None,
+        True,
+        [1, "x", None],
+        {"a": [1], "b": {"c": 2}},
+        (),
+    ],
+)
+def test_short_values_are_their_repr(value):
+    assert quoted(value) == repr(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [LONG, LONG.encode(), [LONG] * 99, {LONG: LONG}, 10**4000, "\n" * 999, [[[[[[LONG]]]]]]],
+    ids=["text", "bytes", "list", "object", "number", "lines", "deep"],
+)
+def test_long_values_are_cut_and_never_break_the_line(value):
+    assert len(quoted(value)) <= LONGEST
+    assert "\n" not in quoted(value)
+    assert quoted(value)[:8] == repr(value)[:8] or isinstance(value, list)
+
+
+def test_text_of_others():
+    assert shortened("two\n  lines\t.") == "two lines ."
+    assert shortened(LONG, 10) == "abababa..."
+    assert shortened(ValueError("why")) == "why"
