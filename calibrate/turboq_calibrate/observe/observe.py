@@ -33,9 +33,11 @@ from jax.sharding import Mesh
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
+from turboq.plan.json_file import read_json
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.models.model import Model
 from turboq_calibrate.observe import statistics_files as files
+from turboq_calibrate.observe.manifest import Inputs
 from turboq_calibrate.observe.placement import MeshPlacement, Placement
 from turboq_calibrate.observe.recipe import (
     ObserveRecipe,
@@ -153,10 +155,7 @@ def _claim(work: Path, inputs: dict[str, Any]) -> None:
         _clear(work)  # whatever is left here belongs to an unknown run
         atomic_write(path, json.dumps(inputs, indent=1, sort_keys=True) + "\n")
         return
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise TurboqError(f"{path} is damaged ({error}): remove {work.parent}") from error
+    found = read_json(path, Inputs, otherwise=f"remove {work.parent} to start again")
     _compare(work, found, inputs)
 
 
