@@ -20,7 +20,6 @@ from turboq.codecs.transformed import TransformedCodec
 from turboq.numbers import codebook as codebooks
 from turboq.numbers import scale as scales
 
-
 MAX_LEVELS = 6
 
 

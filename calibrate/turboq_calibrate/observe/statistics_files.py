@@ -90,7 +90,7 @@ def _tensors(raw: bytes, source: Path) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What the folder holds, as JSON (`manifest.Contents`). `inputs` identifies the run (`recipe.observe_inputs`)."""
+    """What the folder holds, as JSON that `manifest.Contents` has checked."""
 
     version: int
     inputs: dict[str, Any]

@@ -57,9 +57,7 @@ def decode(
     def sums(p, seen, first, valid):
         fields = fetch(v_codec, v_stored, pages, heads, first, block, valid)
         broken = ~v_codec.finite(fields)
-        fields = {
-            f.name: where_held(v_codec, f, ~broken, fields[f.name]) for f in v_codec.fields
-        }
+        fields = {f.name: where_held(v_codec, f, ~broken, fields[f.name]) for f in v_codec.fields}
         p = base.to_those_who_see(p, seen, broken)
         return of_heads(v_codec.accumulate)(v_arrays, p, fields)
 
@@ -98,9 +96,7 @@ def fetch(
     return out
 
 
-def where_held(
-    codec: Codec, field: Field, held: Bool[Array, "B #N S"], rows: Array
-) -> Array:
+def where_held(codec: Codec, field: Field, held: Bool[Array, "B #N S"], rows: Array) -> Array:
     """Entries [B, N, S, width] (or per block) of the tokens that are `held`, zeros for others."""
     if field.per_block:
         held = jnp.any(held.reshape(*held.shape[:2], -1, codec.block), axis=-1)

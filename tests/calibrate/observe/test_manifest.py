@@ -63,7 +63,9 @@ def folder(tmp_path_factory):
     tokens = np.zeros((WINDOWS, LENGTH), np.int32)
     back = HeldBack(short={0: tokens[:1]}, long={1: tokens[:1]})
     files.write_windows(out, tokens, np.array([0, 0, 1, 1], np.int32), back)
-    geometry = ModelGeometry(fingerprint="ab" * 32, family="llama", name="tiny", layers=tuple(layers))
+    geometry = ModelGeometry(
+        fingerprint="ab" * 32, family="llama", name="tiny", layers=tuple(layers)
+    )
     files.write_manifest(out, INPUTS, geometry, WINDOWS * (LENGTH - 1), entries)
     return out
 

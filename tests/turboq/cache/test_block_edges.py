@@ -137,7 +137,7 @@ def test_pool(name, recent, page):
 
     group = pool.caches[0].groups[0]
     at_end = type(group)(
-        **{f: None for f in ("k_sinks", "v_sinks", "k_recent", "v_recent")},
+        **dict.fromkeys(("k_sinks", "v_sinks", "k_recent", "v_recent")),
         k={n: gathered(x) for n, x in group.k.items()},
         v={n: gathered(x) for n, x in group.v.items()},
     )
