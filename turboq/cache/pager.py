@@ -83,8 +83,9 @@ class Step:
     """Where the next tokens of some sequences go: int32 arrays for the device.
 
     table [B, P] pages of each sequence (0 where it has none), rows [B], starts [B] tokens present
-    before, counts [B] tokens that are added, room [B] slots of each one's pages. `pages` and `rows_copied` [n, 2] are (from, to) copies
-    that must happen before anything of this step is written, all reads before all writes.
+    before, counts [B] tokens that are added, room [B] slots of each one's pages. `pages_copied` and
+    `rows_copied` [n, 2] are (from, to) copies that must happen before anything of this step is
+    written, all reads before all writes.
     """
 
     table: np.ndarray

@@ -138,9 +138,9 @@ class Codec(abc.ABC):
         """Stored fields of `x`: field -> [*n, width]."""
 
     def finite(self, stored: Stored) -> Bool[Array, "*n"]:
-        """Which vectors' stored fields [*n, width] hold neither Inf nor NaN (so nor do they).
+        """Which vectors are stored without Inf or NaN, from their fields [*n, width].
 
-        A per-block field says it of all tokens of its block. Override where packed codes are floats.
+        A per-block field says it of all tokens of its block. Override where codes are floats.
         """
         found = []
         for field in self.fields:

@@ -61,7 +61,9 @@ def test_a_compiled_loop_counts_what_does_not_fit(donate):
     # What is stored is what the tokens that fit leave, and attention sees no more than that.
     fits = kv_cache.write(LAYER, almost_full(), k, v, jnp.array([PAGE - 250, STEPS], jnp.int32))[0]
     equal(got.groups, fits.groups)
-    with pytest.raises(TurboqError, match="layer 1: 14 tokens of sequence 0 did not fit .* larger"):
+    with pytest.raises(
+        TurboqError, match=r"layer 1: 14 tokens of sequence 0 did not fit .* larger"
+    ):
         overflow.check({"caches": [fits, got]})
     overflow.check(fits)
 

@@ -45,8 +45,7 @@ def build(config: dict) -> bool:
     try:
         codec = from_config(config)
     except TurboqError as error:
-        assert "\n" not in str(error)
-        return False
+        return pytest.fail(f"two lines: {error}") if "\n" in str(error) else False
     assert codec.fields
     assert codec.bits_per_vector > 0
     assert codec.array_shapes is not None
