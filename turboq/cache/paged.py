@@ -38,6 +38,7 @@ from turboq.cache.layer import KVLayer
 from turboq.cache.pager import PoolReport, Step
 from turboq.cache.simulate import check_heads
 from turboq.codecs.base import Arrays, Codec, Stored
+from turboq.errors import TurboqError
 from turboq.numbers import packing
 
 
@@ -184,7 +185,25 @@ def _padded(copies: np.ndarray) -> tuple[Array, Array]:
 PoolStore = Callable[[int, Any, Codec, Arrays, Stored, Any, Any, Any], Stored]
 
 
-@functools.partial(jax.jit, static_argnames=("store",))
+def check_room(where: Where) -> None:
+    """Refuses, outside jit, tokens that the pages of `where` do not hold.
+
+    Raises:
+      TurboqError: a sequence would outgrow its pages.
+    """
+    found = [overflow.known(x) for x in (where.starts, where.counts, where.room)]
+    if any(x is None for x in found):
+        return
+    starts, counts, room = (np.asarray(x) for x in found)
+    over = np.flatnonzero(starts + counts > room)
+    if len(over):
+        b = over[0]
+        raise TurboqError(
+            f"{starts[b]} + {counts[b]} tokens do not fit the {room[b]} slots of their pages: plan"
+            " the step with Pager.plan"
+        )
+
+
 def write(
     layer: KVLayer,
     cache: PagedCache,
@@ -199,7 +218,16 @@ def write(
     sequences' own from their first new token on, which `Pager.plan` and `copy` see to. Tokens past
     a sequence's pages (a compiled loop that goes on after its step) are not stored but counted in
     `overflow`. `store` encodes and writes (default: XLA, through the codec's own `encode`).
+
+    Raises:
+      TurboqError: outside jit, tokens that do not fit.
     """
+    check_room(where)
+    return _write(layer, cache, where, k, v, store)
+
+
+@functools.partial(jax.jit, static_argnames=("store",))
+def _write(layer: KVLayer, cache: PagedCache, where: Where, k, v, store: PoolStore | None):
     check_heads(layer, k.shape[2])
     steps = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
     positions = where.starts[:, None] + steps
