@@ -229,20 +229,21 @@ def write(
 @functools.partial(jax.jit, static_argnames=("store",))
 def _write(layer: KVLayer, cache: PagedCache, where: Where, k, v, store: PoolStore | None):
     check_heads(layer, k.shape[2])
+    starts = jnp.minimum(where.starts, where.room)  # behind an overflow: where it began
     steps = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
-    positions = where.starts[:, None] + steps
-    fitting, lost = overflow.split(where.starts, where.counts, where.room)
+    positions = starts[:, None] + steps
+    fitting, lost = overflow.split(starts, where.counts, where.room)
     valid = steps < fitting[:, None]
     into_pages = functools.partial(store or _store, cache.page, where.table)
     old = _exact_of(cache, where.rows)
     new = tuple(
         caches.write_group(
-            layer, g, buffers, k, v, where.starts, positions, valid, fitting, into_pages
+            layer, g, buffers, k, v, starts, positions, valid, fitting, into_pages
         )
         for g, buffers in zip(layer.groups, old, strict=True)
     )
     tail = caches.tail_of(
-        layer, (old, where.starts), (new, where.starts + fitting), k, v, positions, valid
+        layer, (old, starts), (new, starts + fitting), k, v, positions, valid
     )
     groups = tuple(
         GroupBuffers(
@@ -256,15 +257,14 @@ def _write(layer: KVLayer, cache: PagedCache, where: Where, k, v, store: PoolSto
         for n, o in zip(new, cache.groups, strict=True)
     )
     # A row begins anew with its sequence.
-    before = jnp.where(where.starts > 0, cache.overflow[where.rows], 0)
+    before = jnp.where(starts > 0, cache.overflow[where.rows], 0)
     counted = cache.overflow.at[where.rows].set(before + lost)
     return PagedCache(groups=groups, overflow=counted, page=cache.page), tail
 
 
 def view(cache: PagedCache, where: Where, *, before: bool = False) -> PagedView:
     """The sequences of `where` after its tokens were written, or as they were `before`."""
-    fitting, _ = overflow.split(where.starts, where.counts, where.room)
-    lengths = where.starts if before else where.starts + fitting
+    lengths = jnp.minimum(where.starts if before else where.starts + where.counts, where.room)
     return PagedView(
         groups=_exact_of(cache, where.rows), table=where.table, lengths=lengths, page=cache.page
     )

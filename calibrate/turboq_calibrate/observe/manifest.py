@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from turboq.numbers.rope import Rope
@@ -25,8 +26,8 @@ class File:
     sha256: str
 
     def __post_init__(self):
-        if not self.file or "/" in self.file or "\\" in self.file or self.file in (".", ".."):
-            raise ValueError(f"file={self.file[:60]!r} must be a name in the manifest's folder")
+        if not re.fullmatch(r"[\w-][\w.-]{0,79}", self.file, re.ASCII):
+            raise ValueError(f"file={self.file[:60]!r} must be a plain name in this folder")
         if self.bytes < 0:
             raise ValueError(f"bytes={self.bytes} must be 0 or more")
 

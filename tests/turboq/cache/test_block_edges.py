@@ -73,7 +73,7 @@ def check(name: str, recent: int, lengths: np.ndarray, groups) -> None:
         for field in codec.fields:
             got = np.asarray(stored[field.name])[:, 0]
             if field.packed:
-                got = packing.unpack_host(np.asarray(packing.kept(got, field.width)))
+                got = packing.unpack_host(np.asarray(packing.kept(jnp.asarray(got), field.width)))
             for b, n in enumerate(lengths):
                 # Whole blocks of the layer; a codec whose own blocks are smaller follows them.
                 end = max(n - recent, 0) // layer.block * layer.block
@@ -130,9 +130,11 @@ def test_pool(name, recent, page):
         pool.write(0, where, *(chunk_at(x, at, size) for x in (k, v)))
         at = at + counts
     table = np.asarray(where.table)
+    owned = np.arange(width) < np.asarray(where.room)[:, None] // page
 
     def gathered(x):  # [pages, N, ...] -> [B, N, pages of a sequence x ..., ...]
-        x = np.asarray(x)[table].swapaxes(1, 2)
+        x = np.asarray(x)[table]
+        x = np.where(owned.reshape(*owned.shape, *(1,) * (x.ndim - 2)), x, 0).swapaxes(1, 2)
         return x if x.ndim > 5 else x.reshape(*x.shape[:2], -1, x.shape[-1])
 
     group = pool.caches[0].groups[0]
@@ -150,7 +152,7 @@ def model():
 
 
 def plan(model):
-    k, v = KiviKey(dim=16, bits=2), KiviValue(dim=16, bits=2, group=16)
+    k, v = KiviKey(dim=8, bits=2), KiviValue(dim=8, bits=2, group=8)
     return uniform_plan(model_geometry(model), k=k, v=v, policy=TokenPolicy(recent=128))
 
 

@@ -124,7 +124,7 @@ def test_a_pool_counts_and_leaves_other_sequences_alone():
         )
     with pytest.raises(TurboqError, match=f"16 tokens of sequence {row} did not fit"):
         overflow.check(cache)
-    with pytest.raises(TurboqError, match="80 . 1 tokens do not fit the 64 slots"):
+    with pytest.raises(TurboqError, match=r"80 \+ 1 tokens do not fit the 64 slots"):
         paged_cache.write(LAYER, cache, after, k[:1, :1], v[:1, :1])
     # A row begins anew with its sequence; a fork's row has what its parent's had.
     again = dataclasses.replace(where, starts=where.starts * 0)
