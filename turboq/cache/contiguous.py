@@ -115,8 +115,8 @@ def init(layer: KVLayer, *, batch: int, capacity: int) -> LayerCache:
         for g in layer.groups
     )
     # Two arrays: a cache is donated, and no buffer may be given twice.
-    lengths, overflow_ = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
-    return LayerCache(groups=groups, lengths=lengths, overflow=overflow_, capacity=capacity)
+    lengths, lost = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
+    return LayerCache(groups=groups, lengths=lengths, overflow=lost, capacity=capacity)
 
 
 def check_room(cache: LayerCache, tokens: int | Int[np.ndarray, "B"]) -> None:
