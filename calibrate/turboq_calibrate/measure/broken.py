@@ -38,8 +38,7 @@ class Broken:
     def remedy(self) -> str:
         if not np.isfinite(self.norm):
             return "it is not finite before it is quantized: another --model_dtype may help"
-        chosen = {f.name for f in dataclasses.fields(self.codec)}
-        if "scale_dtype" in chosen and self.codec.scale_dtype == "float16":
+        if self.codec.config().get("scale_dtype") == "float16":
             return "its scale exceeds float16: plan with --scale_dtype=bfloat16"
         return f"codec {self.codec.name!r} cannot store it: plan with another codec"
 

@@ -114,7 +114,7 @@ class Tokens:
             raise TurboqError(f"token file {source} holds {sorted(tensors)}, not {sorted(wanted)}")
         count = tensors["window"].shape[:1]
         shapes = {"k": (*count, *k), "v": (*count, *v), "g_k": (*count, *k), "g_v": (*count, *v)}
-        for name, x in tensors.items():
+        for name, x in sorted(tensors.items()):
             kind = np.float32 if name in shapes else np.int32
             if x.dtype != kind or x.shape != shapes.get(name, count):
                 raise TurboqError(f"token file {source}: {name} is {x.dtype}{list(x.shape)}")

@@ -219,7 +219,7 @@ class Statistics:
         raw, path = self._checked(self.manifest.windows)
         arrays, texts = _tensors(raw, path), self.manifest.inputs["text"]
         shapes = {"tokens": (texts["windows"], texts["window"]), "text": (texts["windows"],)}
-        for name, x in arrays.items():
+        for name, x in sorted(arrays.items()):
             if x.dtype != np.int32 or x.shape != shapes.get(name, x.shape):
                 raise TurboqError(f"statistics file {path}: {name} is {x.dtype}{list(x.shape)}")
         if missing := sorted(shapes.keys() - arrays.keys()):
@@ -335,5 +335,6 @@ def load_statistics(folder: str | os.PathLike[str]) -> Statistics:
             raise PlanError("bins", "counted over other bins")
 
     table = read_json(path, Contents, otherwise=again, first=ours)
-    kept = {f.name: table[f.name] for f in dataclasses.fields(Manifest)}
-    return Statistics(folder, Manifest(**kept | {"layers": tuple(table["layers"])}))
+    kept: dict[str, Any] = {f.name: table[f.name] for f in dataclasses.fields(Manifest)}
+    kept["layers"] = tuple(table["layers"])
+    return Statistics(folder, Manifest(**kept))

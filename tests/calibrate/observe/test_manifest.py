@@ -125,7 +125,7 @@ def test_damaged_inputs_are_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m["windows"].update(m["layers"][0]["tokens"]), r"text is int32\[3\]"),
+        (lambda m: m["windows"].update(m["layers"][0]["tokens"]), "g_k is float32"),
         (lambda m: m["layers"].pop(), "layers: 1, but the geometry has 2"),
         (lambda m: m["layers"][0].update(k=[2, 8]), r"layers\[0\].*k_before"),
         (lambda m: m["layers"].reverse(), r"layers\[0\]: is not the geometry's layer"),
