@@ -237,14 +237,10 @@ def _write(layer: KVLayer, cache: PagedCache, where: Where, k, v, store: PoolSto
     into_pages = functools.partial(store or _store, cache.page, where.table)
     old = _exact_of(cache, where.rows)
     new = tuple(
-        caches.write_group(
-            layer, g, buffers, k, v, starts, positions, valid, fitting, into_pages
-        )
+        caches.write_group(layer, g, buffers, k, v, starts, positions, valid, fitting, into_pages)
         for g, buffers in zip(layer.groups, old, strict=True)
     )
-    tail = caches.tail_of(
-        layer, (old, starts), (new, starts + fitting), k, v, positions, valid
-    )
+    tail = caches.tail_of(layer, (old, starts), (new, starts + fitting), k, v, positions, valid)
     groups = tuple(
         GroupBuffers(
             k=n.k,

@@ -219,7 +219,7 @@ class _Log:
             for i, line in enumerate(lines):
                 read(_Finished if i else _Began, line, f"line {i + 1}", {})
         except PlanError as error:
-            raise TurboqError(f"{error.in_file(str(self.path))}: remove it") from None
+            raise TurboqError(f"{self.path} is damaged ({error}): remove it") from None
         if not lines:
             raise TurboqError(f"{self.path} is empty: remove it")
         return lines
