@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from turboq.cache.exact_attention import HIGHEST, soft_cap
+from turboq.cache.exact_attention import HIGHEST, soft_cap, without_broken
 from turboq_kernels.decode.types import Partial
 
 
@@ -55,14 +55,17 @@ def exact(
     scale: float,
     softcap: float | None,
 ) -> Partial:
-    """The softmax over exact keys and values. Tokens that no row sees may hold anything."""
-    mask = seen[:, None]
-    raw = jnp.einsum("bnmd,bnsd->bnms", q, k.astype(jnp.float32), precision=HIGHEST)
-    logits = jnp.where(mask, soft_cap(raw * scale, softcap), -jnp.inf)
+    """The softmax over exact keys and values.
+
+    A token that a row does not see may hold anything; one that it sees and that holds Inf or NaN
+    makes that row's result NaN.
+    """
+    (k, broken_k), (v, broken_v) = (without_broken(x.astype(jnp.float32)) for x in (k, v))
+    raw = jnp.einsum("bnmd,bnsd->bnms", q, k, precision=HIGHEST)
+    raw = jnp.where((broken_k | broken_v)[:, :, None], jnp.nan, soft_cap(raw * scale, softcap))
+    logits = jnp.where(seen[:, None], raw, -jnp.inf)
     top = jnp.max(logits, axis=-1, initial=-jnp.inf)
     p = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0)[..., None])
-    used = jnp.any(seen, axis=1)[:, None, :, None]
-    v = jnp.where(used, v.astype(jnp.float32), 0.0)
     acc = jnp.einsum("bnms,bnse->bnme", p, v, precision=HIGHEST)
     return Partial(acc=acc, top=top, total=jnp.sum(p, axis=-1))
 

@@ -93,7 +93,7 @@ def attention_by_heads(
         heads2,
         jax.tree.map(lambda _: heads0, local),
         LayerCache(
-            groups=jax.tree.map(lambda _: heads1, cache.groups), lengths=P(),
+            groups=jax.tree.map(lambda _: heads1, cache.groups), lengths=P(), overflow=P(),
             capacity=cache.capacity,
         ),
         Tail(k=heads2, v=heads2, positions=P()),
@@ -126,6 +126,7 @@ def heads_sharding(cache: LayerCache, mesh: Mesh, axis: str) -> LayerCache:
     return LayerCache(
         groups=jax.tree.map(lambda x: jax.device_put(x, over_heads), cache.groups),
         lengths=jax.device_put(cache.lengths, whole),
+        overflow=jax.device_put(cache.overflow, whole),
         capacity=cache.capacity,
     )
 

@@ -130,9 +130,7 @@ def test_unused_slots_never_leak(rng, name):
             return x.at[:, :, 11:].set(jnp.nan)  # (all are written up to 11, or are not read)
         return x
 
-    dirty = kv_cache.LayerCache(
-        groups=jax.tree.map(poison, cache.groups), lengths=cache.lengths, capacity=cache.capacity
-    )
+    dirty = dataclasses.replace(cache, groups=jax.tree.map(poison, cache.groups))
     clean_out, dirty_out = (
         turboq_kernels.cache_attention(q, layer, c, tail, q_positions=positions, scale=SCALE)
         for c in (cache, dirty)

@@ -25,8 +25,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from turboq.cache import overflow
 from turboq.cache.layer import HeadGroup, KVLayer, Leaves, in_head_order
 from turboq.cache.simulate import check_heads, round_exact, take_heads
 from turboq.codecs.base import Arrays, Codec, Stored
@@ -51,15 +53,20 @@ class GroupBuffers:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCache:
-    """Cache of one layer for B sequences. `lengths[b]` tokens of sequence b are present."""
+    """Cache of one layer for B sequences. `lengths[b]` tokens of sequence b are present.
+
+    `overflow[b]` tokens were written behind the capacity: they are not stored, and what is
+    computed from them is wrong. `turboq.cache.overflow.check` refuses such a cache.
+    """
 
     groups: tuple[GroupBuffers, ...]
-    lengths: Any  # int32 [B]
+    lengths: Any  # int32 [B], never above the capacity
+    overflow: Any  # int32 [B]
     capacity: int = dataclasses.field(metadata={"static": True})
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all live token buffers (the B length counters not included)."""
+        """Bytes of all live token buffers (counters of the B sequences not included)."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.groups))
 
 
@@ -107,19 +114,23 @@ def init(layer: KVLayer, *, batch: int, capacity: int) -> LayerCache:
         )
         for g in layer.groups
     )
-    return LayerCache(groups=groups, lengths=jnp.zeros((batch,), jnp.int32), capacity=capacity)
+    # Two arrays: a cache is donated, and no buffer may be given twice.
+    lengths, lost = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
+    return LayerCache(groups=groups, lengths=lengths, overflow=lost, capacity=capacity)
 
 
-def check_room(cache: LayerCache, tokens: int) -> None:
-    """Refuses, outside jit, to write `tokens` more than the cache can hold.
+def check_room(cache: LayerCache, tokens: int | Int[np.ndarray, "B"]) -> None:
+    """Refuses, outside jit, to write `tokens` more (of all or of each) than the cache can hold.
 
     Raises:
       TurboqError: a sequence would outgrow the capacity.
     """
-    longest = int(jnp.max(cache.lengths))
-    if longest + tokens > cache.capacity:
+    lengths = np.asarray(cache.lengths)
+    more = np.broadcast_to(tokens, lengths.shape)
+    b = int(np.argmax(lengths + more))
+    if lengths[b] + more[b] > cache.capacity:
         raise TurboqError(
-            f"{longest} + {tokens} tokens do not fit a cache of capacity {cache.capacity}: "
+            f"{lengths[b]} + {more[b]} tokens do not fit a cache of capacity {cache.capacity}: "
             "create it with a larger capacity"
         )
 
@@ -135,12 +146,20 @@ def write(
     """Encodes and stores the next T tokens (one, or a prefill chunk) of every sequence.
 
     Only the first `counts[b]` of them are real (default: all); the rest is padding and leaves no
-    trace. Tokens past the capacity are not stored, and `check_room` is the way to refuse them
-    beforehand: inside jit no length is known. Writing one by one or in chunks gives equal bytes
-    (with `layer.rope` up to the float32 rounding of turning keys back, which may move a code).
+    trace. Writing one by one or in chunks gives equal bytes (with `layer.rope` up to the float32
+    rounding of turning keys back, which may move a code).
+
+    Inside jit no length is known: tokens past the capacity are counted in `overflow` instead of
+    being stored, and `turboq.cache.overflow.check` says so, inside (checkify) or afterwards.
 
     `store` encodes and writes (default: XLA, through the codec's own `encode`).
+
+    Raises:
+      TurboqError: outside jit, tokens that do not fit.
     """
+    real = k.shape[1] if counts is None else overflow.known(counts)
+    if real is not None and overflow.known(cache.lengths) is not None:
+        check_room(cache, real)
     return _write(layer, cache, k, v, counts, store or store_encoded)
 
 
@@ -150,14 +169,19 @@ def _write(layer: KVLayer, cache: LayerCache, k, v, counts, store: Store):
     batch, t = k.shape[:2]
     steps = jnp.arange(t, dtype=jnp.int32)
     counts = jnp.full((batch,), t, jnp.int32) if counts is None else counts
+    fitting, lost = overflow.split(cache.lengths, counts, jnp.int32(cache.capacity))
     positions = cache.lengths[:, None] + steps[None, :]
-    valid = (steps[None, :] < counts[:, None]) & (positions < cache.capacity)
+    valid = steps[None, :] < fitting[:, None]
     groups = tuple(
-        write_group(layer, g, buffers, k, v, cache.lengths, positions, valid, counts, store)
+        write_group(layer, g, buffers, k, v, cache.lengths, positions, valid, fitting, store)
         for g, buffers in zip(layer.groups, cache.groups, strict=True)
     )
-    new = LayerCache(groups=groups, lengths=cache.lengths + counts, capacity=cache.capacity)
-    return new, tail_of(layer, cache, new, k, v, positions, valid)
+    new = LayerCache(
+        groups=groups, lengths=cache.lengths + fitting, overflow=cache.overflow + lost,
+        capacity=cache.capacity,
+    )  # fmt: skip
+    before, after = (cache.groups, cache.lengths), (groups, new.lengths)
+    return new, tail_of(layer, before, after, k, v, positions, valid)
 
 
 def _empty(codec: Codec, lead: tuple[int, int], capacity: int) -> Stored:
@@ -229,6 +253,8 @@ def put(codec: Codec, encoded: Stored, stored: Stored, positions, valid) -> Stor
             new = jnp.where(valid[:, None, :, None], new, jnp.uint8(0))  # OR with 0: no trace
             insert = jax.vmap(packing.insert, in_axes=(0, 0, None))  # heads
             words = packing.kept(old, field.width)
+            slots = words.shape[2] * words.shape[-2] * packing.WORD_BITS
+            new = new[:, :, :slots]  # what lies behind is padding, wherever it starts
             out[field.name] = packing.keep(jax.vmap(insert)(words, new, positions[:, 0]))
         else:
             every = codec.block if field.per_block else 1
@@ -244,7 +270,8 @@ def _store_blocks(
 ) -> Stored:  # fmt: skip
     """Encodes the blocks that these tokens complete, from the exact ring and the new tokens."""
     first, end = layer.stored_until(start), layer.stored_until(start + counts)
-    length = math.ceil((layer.ring + x.shape[2]) / layer.block) * layer.block
+    # T tokens complete ceil(T / block) blocks at most, wherever they start.
+    length = math.ceil(x.shape[2] / layer.block) * layer.block
     positions = first[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
     kept = jnp.take_along_axis(recent, (positions % layer.ring)[:, None, :, None], axis=2)
     ahead = jnp.clip(positions - start[:, None], 0, x.shape[2] - 1)
@@ -276,20 +303,24 @@ def _scatter(
     return jax.vmap(one_sequence)(buffer, rows, slots)
 
 
-def tail_of(layer: KVLayer, old: LayerCache, new: LayerCache, k, v, positions, valid) -> Tail:
+Held = tuple[tuple[GroupBuffers, ...], Int[Array, "B"]]  # buffers, and tokens present
+
+
+def tail_of(layer: KVLayer, old: Held, new: Held, k, v, positions, valid) -> Tail:
     """Exact tokens that the queries of these new tokens may need."""
     ring, t = layer.ring, k.shape[1]
+    (old_groups, old_lengths), (new_groups, new_lengths) = old, new
     if not ring:
         return Tail(k=k[:, :0], v=v[:, :0], positions=positions[:, :0])
     if t == 1:  # the ring already holds everything that the one query may see
-        ring_k, ring_v = ring_of(layer, new.groups)
-        return Tail(k=ring_k, v=ring_v, positions=ring_positions(new.lengths, ring))
-    ring_k, ring_v = ring_of(layer, old.groups)
+        ring_k, ring_v = ring_of(layer, new_groups)
+        return Tail(k=ring_k, v=ring_v, positions=ring_positions(new_lengths, ring))
+    ring_k, ring_v = ring_of(layer, old_groups)
     return Tail(
         k=jnp.concatenate([ring_k, round_exact(layer.policy, k)], axis=1),
         v=jnp.concatenate([ring_v, round_exact(layer.policy, v)], axis=1),
         positions=jnp.concatenate(
-            [ring_positions(old.lengths, ring), jnp.where(valid, positions, -1)], axis=1
+            [ring_positions(old_lengths, ring), jnp.where(valid, positions, -1)], axis=1
         ),
     )
 

@@ -33,6 +33,16 @@ def soft_cap(logits: Float[Array, "*n"], cap: float | None) -> Float[Array, "*n"
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
+def without_broken(x: Float[Array, "*n D"]) -> tuple[Float[Array, "*n D"], Bool[Array, "*n"]]:
+    """x with zeros for the vectors that hold Inf or NaN, and which those are.
+
+    A weight of zero times Inf is NaN: a masked product keeps broken vectors from nobody. Taken out
+    here, they reach those that may see them as NaN (in the logit or weight) and nobody else.
+    """
+    broken = ~jnp.all(jnp.isfinite(x), axis=-1)
+    return jnp.where(broken[..., None], jnp.zeros((), x.dtype), x), broken
+
+
 def attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
@@ -48,7 +58,8 @@ def attention(
     """Causal grouped-query attention, softmax(scale q k^T) v, in float32.
 
     Positions default to 0..T-1 and 0..S-1; a negative key position marks an empty slot. A query
-    that sees no key gets zeros. Peak memory is B * H * query_block * S logits.
+    that sees no key gets zeros, one that sees Inf or NaN in a key or value NaN; what a query may
+    not see never reaches it. Peak memory is B * H * query_block * S logits.
 
     Raises:
       ValueError: the number of query heads is not a multiple of the number of KV heads.
@@ -99,10 +110,13 @@ def _attend_block(q, q_positions, segments, scale, softcap):
     per = heads // kv_heads
     q = q.reshape(batch, t, kv_heads, per, dim).transpose(0, 2, 3, 1, 4).astype(jnp.float32)
     q = q.reshape(batch, kv_heads, per * t, dim)
-    logits, seen = [], []
-    for k, _, visible in segments:
-        raw = jnp.einsum("bknd,bskd->bkns", q, k.astype(jnp.float32), precision=HIGHEST)
-        logits.append(soft_cap(raw * scale, softcap))
+    logits, values, seen = [], [], []
+    for k, v, visible in segments:
+        (k, broken_k), (v, broken_v) = (without_broken(x.astype(jnp.float32)) for x in (k, v))
+        broken = (broken_k | broken_v).swapaxes(1, 2)[:, :, None]  # [B, K, 1, S]
+        raw = jnp.einsum("bknd,bskd->bkns", q, k, precision=HIGHEST)
+        logits.append(jnp.where(broken, jnp.nan, soft_cap(raw * scale, softcap)))
+        values.append(v)
         seen.append(visible(q_positions))
     mask = jnp.tile(jnp.concatenate(seen, axis=-1), (1, per, 1))[:, None]
     joint = jnp.where(mask, jnp.concatenate(logits, axis=-1), -jnp.inf)
@@ -110,10 +124,10 @@ def _attend_block(q, q_positions, segments, scale, softcap):
     p = jnp.exp(joint - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(p, axis=-1, keepdims=True)
     out, start = 0.0, 0
-    for k, v, _ in segments:
-        part = p[..., start : start + k.shape[1]]
-        out += jnp.einsum("bkns,bske->bkne", part, v.astype(jnp.float32), precision=HIGHEST)
-        start += k.shape[1]
+    for v in values:
+        part = p[..., start : start + v.shape[1]]
+        out += jnp.einsum("bkns,bske->bkne", part, v, precision=HIGHEST)
+        start += v.shape[1]
     out = out / jnp.where(total > 0, total, 1.0)
     out = out.reshape(batch, kv_heads, per, t, -1).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, t, heads, -1)

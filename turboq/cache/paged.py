@@ -32,20 +32,27 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from turboq.cache import contiguous as caches
-from turboq.cache.contiguous import GroupBuffers, LayerCache, Tail
+from turboq.cache import overflow
+from turboq.cache.contiguous import GroupBuffers, Tail
 from turboq.cache.layer import KVLayer
 from turboq.cache.pager import PoolReport, Step
 from turboq.cache.simulate import check_heads
 from turboq.codecs.base import Arrays, Codec, Stored
+from turboq.errors import TurboqError
 from turboq.numbers import packing
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedCache:
-    """Pool buffers of one layer."""
+    """Pool buffers of one layer.
+
+    `overflow[row]` tokens of the sequence in that row were written behind its pages: they are not
+    stored, and what is computed from them is wrong (`turboq.cache.overflow.check`).
+    """
 
     groups: tuple[GroupBuffers, ...]
+    overflow: Any  # int32 [rows]
     page: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -63,6 +70,7 @@ class Where:
     rows: Any  # int32 [B]
     starts: Any  # int32 [B]
     counts: Any  # int32 [B]
+    room: Any  # int32 [B], slots of the sequence's pages
 
 
 @jax.tree_util.register_dataclass
@@ -124,15 +132,16 @@ def init(layer: KVLayer, *, pages: int, rows: int, page: int = packing.PAGE) -> 
             )
             for g in layer.groups
         ),
+        overflow=jnp.zeros((rows,), jnp.int32),
         page=page,
     )
 
 
 def locate(step: Step) -> Where:
     """The step's arrays on the device."""
-    arrays = (step.table, step.rows, step.starts, step.counts)
-    table, rows, starts, counts = (jnp.asarray(x, jnp.int32) for x in arrays)
-    return Where(table=table, rows=rows, starts=starts, counts=counts)
+    arrays = (step.table, step.rows, step.starts, step.counts, step.room)
+    table, rows, starts, counts, room = (jnp.asarray(x, jnp.int32) for x in arrays)
+    return Where(table=table, rows=rows, starts=starts, counts=counts, room=room)
 
 
 def copy(cache: PagedCache, step: Step) -> PagedCache:
@@ -161,7 +170,7 @@ def _copy(cache: PagedCache, page_from, page_to, row_from, row_to) -> PagedCache
         )
         for g in cache.groups
     )
-    return PagedCache(groups=groups, page=cache.page)
+    return PagedCache(groups=groups, overflow=rows(cache.overflow), page=cache.page)
 
 
 def _padded(copies: np.ndarray) -> tuple[Array, Array]:
@@ -176,7 +185,25 @@ def _padded(copies: np.ndarray) -> tuple[Array, Array]:
 PoolStore = Callable[[int, Any, Codec, Arrays, Stored, Any, Any, Any], Stored]
 
 
-@functools.partial(jax.jit, static_argnames=("store",))
+def check_room(where: Where) -> None:
+    """Refuses, outside jit, tokens that the pages of `where` do not hold.
+
+    Raises:
+      TurboqError: a sequence would outgrow its pages.
+    """
+    found = [overflow.known(x) for x in (where.starts, where.counts, where.room)]
+    if any(x is None for x in found):
+        return
+    starts, counts, room = (np.asarray(x) for x in found)
+    over = np.flatnonzero(starts + counts > room)
+    if len(over):
+        b = over[0]
+        raise TurboqError(
+            f"{starts[b]} + {counts[b]} tokens do not fit the {room[b]} slots of their pages: plan"
+            " the step with Pager.plan"
+        )
+
+
 def write(
     layer: KVLayer,
     cache: PagedCache,
@@ -188,28 +215,32 @@ def write(
     """Encodes and stores the next T tokens of B sequences, the first where.counts[b] being real.
 
     As `cache.contiguous.write`: equal bytes in every page, whatever the chunks. Pages must be the
-    sequences' own from their first new token on, which `Pager.plan` and `copy` see to. `store`
-    encodes and writes (default: XLA, through the codec's own `encode`).
+    sequences' own from their first new token on, which `Pager.plan` and `copy` see to. Tokens past
+    a sequence's pages (a compiled loop that goes on after its step) are not stored but counted in
+    `overflow`. `store` encodes and writes (default: XLA, through the codec's own `encode`).
+
+    Raises:
+      TurboqError: outside jit, tokens that do not fit.
     """
+    check_room(where)
+    return _write(layer, cache, where, k, v, store)
+
+
+@functools.partial(jax.jit, static_argnames=("store",))
+def _write(layer: KVLayer, cache: PagedCache, where: Where, k, v, store: PoolStore | None):
     check_heads(layer, k.shape[2])
+    starts = jnp.minimum(where.starts, where.room)  # behind an overflow: where it began
     steps = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
-    positions = where.starts[:, None] + steps
-    capacity = where.table.shape[1] * cache.page
-    valid = (steps < where.counts[:, None]) & (positions < capacity)
+    positions = starts[:, None] + steps
+    fitting, lost = overflow.split(starts, where.counts, where.room)
+    valid = steps < fitting[:, None]
     into_pages = functools.partial(store or _store, cache.page, where.table)
     old = _exact_of(cache, where.rows)
     new = tuple(
-        caches.write_group(
-            layer, g, buffers, k, v, where.starts, positions, valid, where.counts, into_pages
-        )
+        caches.write_group(layer, g, buffers, k, v, starts, positions, valid, fitting, into_pages)
         for g, buffers in zip(layer.groups, old, strict=True)
     )
-    tail = caches.tail_of(
-        layer,
-        LayerCache(groups=old, lengths=where.starts, capacity=capacity),
-        LayerCache(groups=new, lengths=where.starts + where.counts, capacity=capacity),
-        k, v, positions, valid,
-    )  # fmt: skip
+    tail = caches.tail_of(layer, (old, starts), (new, starts + fitting), k, v, positions, valid)
     groups = tuple(
         GroupBuffers(
             k=n.k,
@@ -221,12 +252,15 @@ def write(
         )
         for n, o in zip(new, cache.groups, strict=True)
     )
-    return PagedCache(groups=groups, page=cache.page), tail
+    # A row begins anew with its sequence.
+    before = jnp.where(starts > 0, cache.overflow[where.rows], 0)
+    counted = cache.overflow.at[where.rows].set(before + lost)
+    return PagedCache(groups=groups, overflow=counted, page=cache.page), tail
 
 
 def view(cache: PagedCache, where: Where, *, before: bool = False) -> PagedView:
     """The sequences of `where` after its tokens were written, or as they were `before`."""
-    lengths = where.starts if before else where.starts + where.counts
+    lengths = jnp.minimum(where.starts if before else where.starts + where.counts, where.room)
     return PagedView(
         groups=_exact_of(cache, where.rows), table=where.table, lengths=lengths, page=cache.page
     )

@@ -83,14 +83,16 @@ class Step:
     """Where the next tokens of some sequences go: int32 arrays for the device.
 
     table [B, P] pages of each sequence (0 where it has none), rows [B], starts [B] tokens present
-    before, counts [B] tokens that are added. `pages` and `rows_copied` [n, 2] are (from, to) copies
-    that must happen before anything of this step is written, all reads before all writes.
+    before, counts [B] tokens that are added, room [B] slots of each one's pages. `pages_copied` and
+    `rows_copied` [n, 2] are (from, to) copies that must happen before anything of this step is
+    written, all reads before all writes.
     """
 
     table: np.ndarray
     rows: np.ndarray
     starts: np.ndarray
     counts: np.ndarray
+    room: np.ndarray
     pages_copied: np.ndarray
     rows_copied: np.ndarray
 
@@ -251,6 +253,7 @@ class Pager:
             rows=np.array([self._get(name).row for name in names], np.int32),
             starts=np.array(starts, np.int32),
             counts=np.array(counts, np.int32),
+            room=np.array([len(self._get(n).pages) * self.page for n in names], np.int32),
             pages_copied=_paid(self._pages_copied),
             rows_copied=_paid(self._rows_copied),
         )

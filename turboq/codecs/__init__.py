@@ -101,11 +101,12 @@ def from_config(config: Any) -> Codec:
         if key not in given:
             if field.default is dataclasses.MISSING:
                 raise TurboqError(f"codec {name!r} needs field {key!r}")
-        elif typing.get_origin(types[key]) is tuple and isinstance(given[key], list | tuple):
-            given[key] = _tuples(given[key])
-        elif type(given[key]) is not types[key]:
+            continue
+        given[key] = _tuples(given[key])
+        if not _fits(given[key], types[key]):
+            kind = str(types[key]) if typing.get_origin(types[key]) else types[key].__name__
             raise TurboqError(
-                f"codec {name!r}: {key}={quoted(given[key])} must be {types[key].__name__},"
+                f"codec {name!r}: {key}={quoted(given[key])} must be {kind},"
                 f" not {type(given[key]).__name__}"
             )
     try:
@@ -115,5 +116,17 @@ def from_config(config: Any) -> Codec:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists of JSON as the tuples of a hashable codec, which checks what is in them."""
+    """Lists of JSON as the tuples of a hashable codec."""
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of exactly this type: a class, tuple[X, ...] or tuple[X, Y]."""
+    if typing.get_origin(kind) is not tuple:
+        return type(value) is kind
+    if not isinstance(value, tuple):
+        return False
+    kinds = typing.get_args(kind)
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    return len(kinds) == len(value) and all(map(_fits, value, kinds))

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from turboq.codecs.observed import Observed
 from turboq.codecs.reading import Reading
@@ -134,6 +136,20 @@ class Codec(abc.ABC):
     @abc.abstractmethod
     def encode(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Stored:
         """Stored fields of `x`: field -> [*n, width]."""
+
+    def finite(self, stored: Stored) -> Bool[Array, "*n"]:
+        """Which vectors are stored without Inf or NaN, from their fields [*n, width].
+
+        A per-block field says it of all tokens of its block. Override where codes are floats.
+        """
+        found = []
+        for field in self.fields:
+            if not field.packed:
+                rows = jnp.all(jnp.isfinite(stored[field.name]), axis=-1)
+                found.append(jnp.repeat(rows, self.block, axis=-1) if field.per_block else rows)
+        if not found:
+            return jnp.ones(stored[self.fields[0].name].shape[:-1], bool)
+        return functools.reduce(jnp.logical_and, found)
 
     @abc.abstractmethod
     def decode(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n D"]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Field, Stored
@@ -99,6 +99,10 @@ class FP8(TransformedCodec):
             return {"codes": self.number.encode(divide(y, arrays["scale"]))}
         scale = token_scale(y, self.number.largest)
         return {"codes": self.number.encode(y * (1 / scale)), "scale": scale}
+
+    def finite(self, stored: Stored) -> Bool[Array, "*n"]:
+        codes = jnp.all(jnp.isfinite(self.number.decode(stored["codes"])), axis=-1)
+        return codes & super().finite(stored)
 
     def dequantize(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n D"]:
         values = self.number.decode(stored["codes"])

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from turboq.codecs.base import Arrays, Field, Stored
 from turboq.codecs.bitstream import check_width, pack_bits, unpack_bits
@@ -75,6 +75,9 @@ class NVFP4(TransformedCodec):
         # x / inf is a zero with the sign of x: what a block scale of zero leaves.
         scaled = divide(blocks, jnp.where(step == 0, jnp.inf, step)[..., None])
         return {"codes": E2M1.encode(scaled).reshape(y.shape), "block_scale": block_scale}
+
+    def finite(self, stored: Stored) -> Bool[Array, "*n"]:
+        return jnp.all(jnp.isfinite(E4M3.decode(stored["block_scale"])), axis=-1)
 
     def dequantize(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n D"]:
         step = E4M3.decode(stored["block_scale"]) * arrays["scale"]

@@ -47,8 +47,9 @@ class QJL(Codec):
 
     def __post_init__(self):
         checks.check_dim(self.dim)
-        if type(self.rows) is not int or self.rows < 1 or self.rows % self.dim:
-            raise ValueError(f"rows={self.rows!r} must be a multiple of dim={self.dim}")
+        rows, most = self.rows, rotations.MAX_DIM
+        if type(rows) is not int or not 1 <= rows <= most or rows % self.dim:
+            raise ValueError(f"{rows=} must be a multiple of dim={self.dim} up to {most}")
         checks.check_choice("sketch", self.sketch, residual.KINDS)
         rotations.check_dim_and_seed(self.dim, self.seed)
         checks.check_choice("scale_dtype", self.scale_dtype, checks.DTYPES)

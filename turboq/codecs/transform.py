@@ -304,7 +304,7 @@ class Transform(Codec):
         return dot(acc, self.synthesis_of(arrays).T) + mass[:, None] * arrays["mean"][None, :]
 
 
-def check_segments(segments: Segments, dim: int) -> None:
+def check_segments(segments: tuple[Any, ...], dim: int) -> None:
     """Raises ValueError unless 1..4 runs of falling bits, in whole bytes, fit into dim."""
     if not isinstance(segments, tuple) or not 1 <= len(segments) <= MAX_SEGMENTS:
         raise ValueError(f"{segments=} must be a tuple of 1..{MAX_SEGMENTS} pairs (width, bits)")

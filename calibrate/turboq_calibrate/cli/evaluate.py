@@ -66,7 +66,7 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.files import make_folder
     from turboq.plan import check_model, load
-    from turboq_calibrate.measure.evaluate import evaluate_texts
+    from turboq_calibrate.measure.evaluate import NotFinite, evaluate_texts
     from turboq_calibrate.measure.quality_table import format_table, write_quality
     from turboq_calibrate.models import load_model
     from turboq_calibrate.models.geometry import model_geometry
@@ -84,16 +84,23 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     texts = _texts(values, model)
     make_folder(values.out)  # an unusable folder shows now, not after the evaluation
     unfinished = Path(values.out) / "unfinished"
-    quality = evaluate_texts(
-        model,
-        plans,
-        texts,
-        attention=values.attention,
-        context=values.context,
-        window_batch=values.batch,
-        seed=values.seed,
-        folder=unfinished,
-    )
+    try:
+        quality = evaluate_texts(
+            model,
+            plans,
+            texts,
+            attention=values.attention,
+            context=values.context,
+            window_batch=values.batch,
+            seed=values.seed,
+            folder=unfinished,
+        )
+    except NotFinite as error:
+        if error.quality is None:
+            raise
+        write_quality(error.quality, values.out)
+        print(format_table(error.quality))
+        raise TurboqError(f"{error}; all other rows are in {values.out}") from None
     write_quality(quality, values.out)
     shutil.rmtree(unfinished)
     print(format_table(quality))

@@ -19,8 +19,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from turboq.errors import TurboqError, shortened
+from turboq.errors import TurboqError
 from turboq.files import atomic_write
+from turboq.plan.errors import PlanError
+from turboq.plan.read import read
+from turboq.plan.strict import parse_json
 from turboq_calibrate.candidates.table import Table
 from turboq_calibrate.cost.side_by_side import EXACT, Engine, Run
 from turboq_calibrate.observe.recipe import differences
@@ -92,8 +95,10 @@ def measure(
     cost = [len(b) * (depth - moves[b[0]].layer) for b in batches]
     log = _Log(path, _inputs(engine, moves, plan, frozen, rows))
     kl = np.empty((len(moves), engine.windows))
+    if len(log.results) > len(batches):
+        raise TurboqError(f"{path} is damaged: remove it to start again")
     for batch, found in zip(batches, log.results, strict=False):
-        if np.shape(found) != (len(batch), engine.windows):
+        if [len(row) for row in found] != [engine.windows] * len(batch):
             raise TurboqError(f"{path} is damaged: remove it to start again")
         kl[batch] = found
     run: Run | None = None
@@ -168,6 +173,20 @@ def _inputs(engine: Engine, moves, plan, frozen: bool, rows: int) -> dict[str, A
     }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Began:
+    """The first line of a log."""
+
+    inputs: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Finished:
+    """Any other: the KL of every move of a pass in every window."""
+
+    kl: tuple[tuple[float, ...], ...]
+
+
 class _Log:
     """One JSON line of inputs, then one per finished pass, each on disk before the next starts."""
 
@@ -198,9 +217,11 @@ class _Log:
         if whole != raw:
             atomic_write(self.path, whole)
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-        except (ValueError, RecursionError) as error:
-            raise TurboqError(f"{self.path} is damaged ({shortened(error)}): remove it") from None
+            lines = [parse_json(line) for line in whole.splitlines()]
+            for i, line in enumerate(lines):
+                read(_Finished if i else _Began, line, f"line {i + 1}", {})
+        except PlanError as error:
+            raise TurboqError(f"{self.path} is damaged ({error}): remove it") from None
         if not lines:
             raise TurboqError(f"{self.path} is empty: remove it")
         if not all(isinstance(line, dict) for line in lines):

@@ -149,6 +149,10 @@ def head_errors(
     k_hat, v_hat = simulate(layer, k, v)
     batch, tokens, kv_heads = k.shape[:3]
     stored = jnp.arange(tokens, dtype=jnp.int32) >= layer.policy.sinks
+    # What does not count must not reach the sums: 0 * Inf is NaN.
+    k_hat, v_hat = (
+        jnp.where(stored[None, :, None, None], x_hat, x) for x_hat, x in ((k_hat, k), (v_hat, v))
+    )
     weight = jnp.broadcast_to(stored.astype(jnp.float32)[None, :, None, None], (1, tokens, 1, 1))
     count = max(tokens - layer.policy.sinks, 1)
 

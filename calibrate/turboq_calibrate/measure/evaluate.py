@@ -34,6 +34,7 @@ from turboq_calibrate.measure.attention_plugs import (
     packed_by,
     simulated_attend,
 )
+from turboq_calibrate.measure.broken import first_broken
 from turboq_calibrate.measure.quality_schema import SCHEMA, Part, read_json
 from turboq_calibrate.measure.quality_table import Quality, json_text
 from turboq_calibrate.measure.scored import Scored, scored
@@ -51,6 +52,15 @@ PLUGS = {
 LEVEL = 0.95
 NamedPlan = tuple[str, Plan, dict[str, np.ndarray]]
 Layers = list[KVLayer | None]
+
+
+class NotFinite(TurboqError):
+    """Some plans gave no finite numbers; `quality` holds all other rows (None: there are none)."""
+
+    def __init__(self, failures: Sequence[str], quality: Quality):
+        more = f" (and {len(failures) - 1} more rows)" if len(failures) > 1 else ""
+        super().__init__(failures[0] + more)
+        self.quality = quality if quality.rows else None
 
 
 def evaluate(
@@ -111,7 +121,8 @@ def evaluate_texts(
     Raises:
       TurboqError: no plans or windows, windows too short or longer than the model's context, plans
         that do not fit the model or quantize nothing of a window, a damaged part in `folder`,
-        predictions that are not finite.
+        exact predictions that are not finite.
+      NotFinite: a plan's are not: names the layer, side, head and token, and holds all other rows.
     """
     started = time.perf_counter()
     _check(model, plans, texts, attention)
@@ -139,16 +150,19 @@ def evaluate_texts(
     ]
     parts: dict[str, list[dict[str, Any]]] = {text: [] for text in texts}
     done = sum(x.size for x, part in zip(jobs, kept, strict=True) if part is not None)
-    seconds, loaded = 0.0, None
+    seconds, loaded, failures = 0.0, None, []
     with Progress(sum(x.size for x in jobs), label="evaluate", enabled=progress, done=done) as bar:
         for job, part in zip(jobs, kept, strict=True):
             if part is None:
                 if loaded is None or loaded[0] is not job.plans:
                     loaded = job.plans, {name: plan_layers(model, p, a) for name, p, a in job.plans}
                 begun = time.perf_counter()
-                part = _measure(model, job.plans, loaded[1], job.text, job.windows, options, bar)
+                part, failed = _measure(
+                    model, job.plans, loaded[1], job.text, job.windows, options, bar
+                )
                 seconds += time.perf_counter() - begun
-                if job.path is not None:
+                failures += failed
+                if job.path is not None and not failed:
                     atomic_write(job.path, json_text(part))
             parts[job.text].append(part)
     table = {
@@ -166,7 +180,10 @@ def evaluate_texts(
     }
     reused = sum(x.passes for x, part in zip(jobs, kept, strict=True) if part is not None)
     passes = sum(x.passes for x in jobs) - reused
-    return Quality(table=table, run=_run_info(started, seconds, passes, reused))
+    quality = Quality(table=table, run=_run_info(started, seconds, passes, reused))
+    if failures:
+        raise NotFinite(failures, quality)
+    return quality
 
 
 class _Job(NamedTuple):
@@ -196,8 +213,8 @@ def _measure(
     windows: Int[np.ndarray, "N T"],
     options: dict[str, Any],
     bar: Progress,
-) -> dict[str, Any]:
-    """A `Part`: some plans on one text."""
+) -> tuple[dict[str, Any], list[str]]:
+    """A `Part`: some plans on one text; and why some have no row."""
     size, names = options["window_batch"], list(layers)
     running = layers
     if options["attention"] == "simulated":  # one program for all learned segments
@@ -223,7 +240,13 @@ def _measure(
             kept = [{k: v[: len(batch)] for k, v in e.items()} for e in found[name]]
             errors[name].append(kept)
     exact = np.stack(exact_nll)
-    return {
+    _check_exact(exact)
+    failed = {
+        name: f"{name}: {why}"
+        for name in names
+        if (why := _not_finite(model, layers[name], windows, measured[name], errors[name]))
+    }
+    part = {
         "text": {
             "text": text,
             "windows": len(windows),
@@ -235,15 +258,16 @@ def _measure(
         "rows": [
             storage_columns(name, plan, layers[name], model, options["context"])
             | {"text": text}
-            | _quality(name, plan, measured[name], exact, options["bootstrap"])
+            | _quality(plan, measured[name], exact, options["bootstrap"])
             for name, plan, _ in plans
+            if name not in failed
         ],
-        "head_errors": {name: mean_errors(errors[name]) for name in names},
+        "head_errors": {name: mean_errors(errors[name]) for name in names if name not in failed},
     }
+    return part, list(failed.values())
 
 
 def _quality(
-    name: str,
     plan: Plan,
     measured: list[dict[str, np.ndarray]],
     exact: np.ndarray,
@@ -253,7 +277,6 @@ def _quality(
     tokens = metrics.TokenMetrics.stack(
         [m | {"nll_exact": nll} for m, nll in zip(measured, exact, strict=True)]
     )
-    _check_finite(name, tokens)
     scope = _scored(plan, exact.shape[1] + 1)
     return {
         "quantized_tokens": scope.quantized * len(exact),
@@ -295,14 +318,35 @@ def _scored(plan: Plan, length: int) -> Scored:
     return scored([layer.window for layer in plan.model.cache_layers], plan.storage, length)
 
 
-def _check_finite(name: str, m: metrics.TokenMetrics) -> None:
-    for what, values in (("the exact model", m.nll_exact), (name, m.nll), (name, m.kl)):
-        bad = ~np.isfinite(values)
-        if bad.any():
-            window, position = np.argwhere(bad)[0]
-            raise TurboqError(
-                f"{what}: predictions are not finite in window {window} at position {position}"
-            )
+def _check_exact(nll: np.ndarray) -> None:
+    bad = np.argwhere(~np.isfinite(nll))
+    if len(bad):
+        window, position = bad[0]
+        raise TurboqError(
+            f"the exact model: predictions are not finite in window {window} at position {position}"
+        )
+
+
+def _not_finite(
+    model: Model,
+    layers: Layers,
+    windows: Int[np.ndarray, "N T"],
+    measured: list[dict[str, np.ndarray]],
+    errors: list[list[dict[str, np.ndarray]]],
+) -> str | None:
+    """What is not finite of a plan's predictions and errors, and where that comes from."""
+    stored = np.concatenate(
+        [np.sum([e.sum(axis=1) for x in batch for e in x.values()], axis=0) for batch in errors]
+    )
+    for window, (row, error) in enumerate(zip(measured, stored, strict=True)):
+        bad = ~np.isfinite(row["nll"] + row["kl"])
+        if not bad.any() and np.isfinite(error):
+            continue
+        where = f"at position {np.argmax(bad)} " if bad.any() else ""
+        cause = first_broken(model, layers, windows[window])
+        found = f"predictions are not finite {where}of window {window}"
+        return found if cause is None else f"{found}: {cause}"
+    return None
 
 
 def plan_layers(model: Model, plan: Plan, arrays: dict[str, np.ndarray]) -> list[KVLayer | None]:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from turboq.cache import contiguous as caches
+from turboq.cache import overflow
 from turboq.cache.layer import KVLayer
 from turboq.errors import TurboqError
 from turboq_calibrate.measure.attention_plugs import Cached, cached_by
@@ -97,6 +98,7 @@ def _cached(
         if step + 1 < steps:
             where = jnp.full((batch, 1), length + step, jnp.int32)
             logits = _step(model, jnp.asarray(token)[:, None], where, states, attend)
+    overflow.check([s.cache for s in states])
     return _generation(tokens, kept, sum(s.cache.nbytes for s in states))
 
 

@@ -1,7 +1,7 @@
 """The shape of `quality.json` and `run.json`, as types that a reader checks every field against.
 
 The values stay JSON (dicts and lists); these classes say which fields there are and of what type.
-`turboq.plan.read` compares the two: a missing, unknown or mistyped field is one line with its
+`turboq.plan.json_file` compares the two: a missing, unknown or mistyped field is one line with its
 path. Own fields begin with `x-`.
 """
 
@@ -11,10 +11,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from turboq.errors import TurboqError
+from turboq.plan import json_file
 from turboq.plan.errors import PlanError, shown
-from turboq.plan.read import read
-from turboq.plan.strict import parse_json
 
 SCHEMA = 2
 
@@ -146,21 +144,14 @@ class Run:
 
 
 def read_json(path: Path, kind: type, *, otherwise: str) -> dict[str, Any]:
-    """The JSON object in a file, after every field of it has been checked against `kind`.
+    """`turboq.plan.json_file.read_json`, a table's schema before all else.
 
     Raises:
-      TurboqError: the file is missing, is not JSON (NaN is not), or has a missing, unknown or
-        mistyped field; `otherwise` is the advice that ends the message.
+      TurboqError: as there, and a table of another schema.
     """
-    try:
-        value = parse_json(path.read_bytes())
+
+    def schema(value: Any) -> None:
         if kind is Table and isinstance(value, dict) and value.get("schema") != SCHEMA:
             raise PlanError("schema", f"{shown(value.get('schema'))}, this version reads {SCHEMA}")
-        read(kind, value, "", {})
-    except FileNotFoundError:
-        raise TurboqError(f"{path} does not exist: {otherwise}") from None
-    except OSError as error:
-        raise TurboqError(f"cannot read {path}: {error.strerror or error}") from None
-    except PlanError as error:
-        raise TurboqError(f"{error.in_file(str(path))}: {otherwise}") from None
-    return value
+
+    return json_file.read_json(path, kind, otherwise=otherwise, first=schema)

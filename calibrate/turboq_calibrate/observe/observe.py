@@ -33,10 +33,11 @@ from jax.sharding import Mesh
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq.json_object import read_object
+from turboq.plan.json_file import read_json
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.models.model import Model
 from turboq_calibrate.observe import statistics_files as files
+from turboq_calibrate.observe.manifest import Inputs
 from turboq_calibrate.observe.placement import MeshPlacement, Placement
 from turboq_calibrate.observe.recipe import (
     ObserveRecipe,
@@ -154,7 +155,8 @@ def _claim(work: Path, inputs: dict[str, Any]) -> None:
         _clear(work)  # whatever is left here belongs to an unknown run
         atomic_write(path, json.dumps(inputs, indent=1, sort_keys=True) + "\n")
         return
-    _compare(work, read_object(path, f"it is damaged, remove {work.parent}"), inputs)
+    found = read_json(path, Inputs, otherwise=f"remove {work.parent} to start again")
+    _compare(work, found, inputs)
 
 
 def _compare(work: Path, found: dict[str, Any], inputs: dict[str, Any]) -> None:

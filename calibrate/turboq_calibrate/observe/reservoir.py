@@ -97,8 +97,10 @@ class Tokens:
         return st_numpy.save({n: np.ascontiguousarray(x) for n, x in vars(self).items()})
 
     @classmethod
-    def from_bytes(cls, raw: bytes, source: Path) -> Tokens:
-        """Inverse of `to_bytes`.
+    def from_bytes(
+        cls, raw: bytes, source: Path, *, k: tuple[int, int], v: tuple[int, int]
+    ) -> Tokens:
+        """Inverse of `to_bytes`; k, v: heads and dims.
 
         Raises:
           TurboqError: not a safetensors file, or not of these tensors.
@@ -110,6 +112,12 @@ class Tokens:
         wanted = {f.name for f in dataclasses.fields(cls)}
         if tensors.keys() != wanted:
             raise TurboqError(f"token file {source} holds {sorted(tensors)}, not {sorted(wanted)}")
+        count = tensors["window"].shape[:1]
+        shapes = {"k": (*count, *k), "v": (*count, *v), "g_k": (*count, *k), "g_v": (*count, *v)}
+        for name, x in sorted(tensors.items()):
+            kind = np.float32 if name in shapes else np.int32
+            if x.dtype != kind or x.shape != shapes.get(name, count):
+                raise TurboqError(f"token file {source}: {name} is {x.dtype}{list(x.shape)}")
         return cls(**tensors)
 
 

@@ -31,10 +31,13 @@ from turboq.files import atomic_write
 from turboq.numbers.rope import Rope
 from turboq.plan import ModelGeometry
 from turboq.plan.document import to_json
+from turboq.plan.errors import PlanError, shown
+from turboq.plan.json_file import read_json
 from turboq.plan.read import read
 from turboq_calibrate.observe import statistics as st
 from turboq_calibrate.observe.held_back import HeldBack
 from turboq_calibrate.observe.layer_statistics import NO_TOKENS, LayerStatistics
+from turboq_calibrate.observe.manifest import Contents
 from turboq_calibrate.observe.reservoir import Tokens
 
 MANIFEST = "manifest.json"
@@ -68,10 +71,7 @@ def from_bytes(raw: bytes, source: Path) -> dict[str, st.Arrays]:
     Raises:
       TurboqError: not a safetensors file, or a tensor that the table does not know.
     """
-    try:
-        tensors = st_numpy.load(raw)
-    except (SafetensorError, ValueError) as error:
-        raise TurboqError(f"statistics file {source} is damaged: {error}") from error
+    tensors = _tensors(raw, source)
     sides: dict[str, st.Arrays] = {}
     for key, value in tensors.items():
         side, _, name = key.partition(".")
@@ -81,9 +81,16 @@ def from_bytes(raw: bytes, source: Path) -> dict[str, st.Arrays]:
     return sides
 
 
+def _tensors(raw: bytes, source: Path) -> dict[str, np.ndarray]:
+    try:
+        return st_numpy.load(raw)
+    except (SafetensorError, ValueError) as error:
+        raise TurboqError(f"statistics file {source} is damaged: {error}") from error
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What the folder holds. `inputs` identifies the run (`recipe.observe_inputs`)."""
+    """What the folder holds, as JSON that `manifest.Contents` has checked."""
 
     version: int
     inputs: dict[str, Any]
@@ -209,7 +216,17 @@ class Statistics:
 
     @functools.cached_property
     def _windows(self) -> dict[str, np.ndarray]:
-        return st_numpy.load(self._checked(self.manifest.windows)[0])
+        raw, path = self._checked(self.manifest.windows)
+        arrays, texts = _tensors(raw, path), self.manifest.inputs["text"]
+        shapes = {"tokens": (texts["windows"], texts["window"]), "text": (texts["windows"],)}
+        for name, x in sorted(arrays.items()):
+            if x.dtype != np.int32 or x.shape != shapes.get(name, x.shape):
+                raise TurboqError(f"statistics file {path}: {name} is {x.dtype}{list(x.shape)}")
+        if missing := sorted(shapes.keys() - arrays.keys()):
+            raise TurboqError(f"statistics file {path} has no {missing[0]!r}")
+        if not np.all((arrays["text"] >= 0) & (arrays["text"] < len(texts["texts"]))):
+            raise TurboqError(f"statistics file {path}: a window is of no text")
+        return arrays
 
     def __len__(self) -> int:
         return len(self.manifest.layers)
@@ -218,11 +235,18 @@ class Statistics:
         if not 0 <= index < len(self):
             raise IndexError(f"{index=} must be within 0..{len(self) - 1}")
         entry = self.manifest.layers[index]
-        sides = from_bytes(*self._checked(entry))
-        return layer_from_sides(
-            sides, self.folder / entry["file"], self._rope(entry["rope"]),
+        source = self.folder / entry["file"]
+        layer = layer_from_sides(
+            from_bytes(*self._checked(entry)), source, self._rope(entry["rope"]),
             None if entry["tokens"] is None else functools.partial(self.tokens, index),
         )  # fmt: skip
+        for name, side in layer.sides.items():
+            if [side.heads, side.dim] != entry[name]:
+                raise TurboqError(
+                    f"statistics {source}: side {name} has {side.heads} heads of {side.dim}, its"
+                    f" manifest says {entry[name]}"
+                )
+        return layer
 
     def _rope(self, table: dict[str, Any] | None) -> Rope | None:
         return None if table is None else read(Rope, table, "rope", {})
@@ -233,10 +257,11 @@ class Statistics:
         Raises:
           TurboqError: there are none, or their file is damaged.
         """
-        entry = self.manifest.layers[index]["tokens"]
-        if entry is None:
+        layer = self.manifest.layers[index]
+        if layer["tokens"] is None:
             raise TurboqError(NO_TOKENS)
-        return Tokens.from_bytes(*self._checked(entry))
+        raw, source = self._checked(layer["tokens"])
+        return Tokens.from_bytes(raw, source, k=tuple(layer["k"]), v=tuple(layer["v"]))
 
     def _checked(self, entry: dict[str, Any]) -> tuple[bytes, Path]:
         path = self.folder / entry["file"]
@@ -297,26 +322,19 @@ def load_statistics(folder: str | os.PathLike[str]) -> Statistics:
     if not (folder / MANIFEST).exists() and (folder / FOLDER / MANIFEST).exists():
         folder = folder / FOLDER
     path = folder / MANIFEST
-    try:
-        table = json.loads(path.read_text())
-    except OSError as error:
-        raise TurboqError(
-            f"no finished statistics in {folder}: run `turboq calibrate` ({error.strerror})"
-        ) from error
-    except ValueError as error:
-        raise TurboqError(f"statistics manifest {path} is damaged: {error}") from error
+    if not path.exists():
+        raise TurboqError(f"no finished statistics in {folder}: run `turboq calibrate`")
     again = "run `turboq calibrate --model=MODEL --out=NEW_FOLDER` again"
-    if isinstance(table, dict) and table.get("version", st.VERSION) != st.VERSION:
-        raise TurboqError(
-            f"statistics in {folder} have version {table['version']}, this turboq reads "
-            f"{st.VERSION}: {again}"
-        )
-    names = {f.name for f in dataclasses.fields(Manifest)}
-    if not isinstance(table, dict) or table.keys() != names:
-        raise TurboqError(
-            f"statistics manifest {path} must have exactly the fields {sorted(names)}"
-        )
-    if table["bins"] != bins_description():
-        raise TurboqError(f"statistics in {folder} were counted over other bins: {again}")
-    table["layers"] = tuple(table["layers"])
-    return Statistics(folder, Manifest(**table))
+
+    ours_bins = bins_description()
+
+    def ours(table: Any) -> None:
+        if isinstance(table, dict) and table.get("version", st.VERSION) != st.VERSION:
+            raise PlanError("version", f"{shown(table['version'])}, this turboq reads {st.VERSION}")
+        if isinstance(table, dict) and table.get("bins", ours_bins) != ours_bins:
+            raise PlanError("bins", "counted over other bins")
+
+    table = read_json(path, Contents, otherwise=again, first=ours)
+    kept: dict[str, Any] = {f.name: table[f.name] for f in dataclasses.fields(Manifest)}
+    kept["layers"] = tuple(table["layers"])
+    return Statistics(folder, Manifest(**kept))

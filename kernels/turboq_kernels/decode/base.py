@@ -19,6 +19,7 @@ from turboq_kernels import merge
 from turboq_kernels.decode.types import Pages, Partial, Side
 
 BLOCK_TOKENS = 1024
+FLOATS = ("e4m3", "e5m2")  # levels of which some are not finite
 
 
 def decode(
@@ -44,8 +45,9 @@ def decode(
         raw = _products(q, k, fetch(k, pages, heads, first, block, valid))
         return raw if bias is None else raw + bias[..., None]
 
-    def sums(p, first, valid):
-        return _sums(p, v, fetch(v, pages, heads, first, block, valid))
+    def sums(p, seen, first, valid):
+        found, broken = without_broken(v, fetch(v, pages, heads, first, block, valid))
+        return _sums(to_those_who_see(p, seen, broken), found)
 
     return online_softmax(
         logits, sums, starts, ends,
@@ -62,8 +64,8 @@ def online_softmax(
     """The recurrence over blocks of `block` pages.
 
     `logits(first, valid)` are the raw logits [B, N, M, S] of the block whose first page is `first`
-    (traced), `sums(p, first, valid)` the weighted values [B, N, M, width]; `valid` [B, S] are the
-    slots that some row sees.
+    (traced), `sums(p, seen, first, valid)` the weighted values [B, N, M, width]; `seen` [B, M, S]
+    are the slots that a row sees, `valid` [B, S] those that some row sees.
     """
     batch, m = starts.shape
     tokens = block * page
@@ -83,7 +85,7 @@ def online_softmax(
         p = jnp.exp(capped - _finite(top)[..., None])
         state = rescaled(state, top)
         return Partial(
-            acc=state.acc + sums(p, first, valid),
+            acc=state.acc + sums(p, seen, first, valid),
             top=top,
             total=state.total + jnp.sum(p, axis=-1),
         )
@@ -113,6 +115,18 @@ def rescaled(state: Partial, top: Float[Array, "B N M"]) -> Partial:
 def _finite(top: Float[Array, "B N M"]) -> Float[Array, "B N M"]:
     """Rows that saw nothing (-inf) are measured from zero, so that they stay at zero."""
     return jnp.where(jnp.isfinite(top), top, 0.0)
+
+
+def to_those_who_see(
+    p: Float[Array, "B N M S"], seen: Bool[Array, "B M S"], broken: Bool[Array, "B N S"] | None
+) -> Float[Array, "B N M S"]:
+    """Weights that are NaN where a row sees a broken value, which itself has become zero.
+
+    0 * NaN is NaN: a row that must not see the value would have it too.
+    """
+    if broken is None:
+        return p
+    return jnp.where(seen[:, None] & broken[:, :, None], jnp.nan, p)
 
 
 def head_pages(
@@ -157,10 +171,38 @@ def fetch(
         side.reading.parts, side.words, side.scales, side.offsets, side.tables, strict=True
     ):
         codes = packing.unpack(take_pages(words, pages, first, block, heads))
-        if part.levels in ("e4m3", "e5m2"):
+        if part.levels in FLOATS:
             codes = jnp.where(held[..., None], codes, jnp.uint8(0))  # some codes are NaN
         out.append((levels(part, table, codes), row(scale), row(offset)))
     return out
+
+
+def without_broken(
+    side: Side, block: list[tuple[Array, Array | None, Array | None]]
+) -> tuple[list[tuple[Array, Array | None, Array | None]], Bool[Array, "B N S"] | None]:
+    """A fetched block with zeros for tokens that are not finite, and which those are.
+
+    Only what is stored as a float can be so: scales, offsets, codes that are floats themselves.
+    """
+    broken = None
+    for part, (values, scale, offset) in zip(side.reading.parts, block, strict=True):
+        floats = [jnp.isfinite(x) for x in (scale, offset) if x is not None]
+        if part.levels in FLOATS:
+            floats.append(jnp.all(jnp.isfinite(values), axis=-1))
+        for finite in floats:
+            broken = ~finite if broken is None else broken | ~finite
+    if broken is None:
+        return block, None
+
+    def whole(x):
+        return None if x is None else jnp.where(broken, jnp.float32(0.0), x)
+
+    out = []
+    for part, (values, scale, offset) in zip(side.reading.parts, block, strict=True):
+        if part.levels in FLOATS:
+            values = jnp.where(broken[..., None], jnp.float32(0.0), values)
+        out.append((values, whole(scale), whole(offset)))
+    return out, broken
 
 
 def levels(
@@ -194,7 +236,7 @@ def _products(q, side: Side, block) -> Float[Array, "B N M S"]:
     return out
 
 
-def _sums(p, side: Side, block) -> Float[Array, "B N M C"]:
+def _sums(p, block) -> Float[Array, "B N M C"]:
     """sum_s p_s (scale_s level_s + offset_s), parts side by side."""
     out = []
     for values, scale, offset in block:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from turboq.cache.exact_attention import HIGHEST
-from turboq.codecs.base import Arrays, Codec, Stored
+from turboq.codecs.base import Arrays, Codec, Field, Stored
 from turboq.numbers import packing
 from turboq.numbers.rope import Rope, rotate
 from turboq_kernels.decode import base
@@ -54,13 +54,18 @@ def decode(
         keys = rotate(rope, of_heads(k_codec.decode)(k_arrays, fields), slots[None, None, :])
         return jnp.einsum("bnmd,bnsd->bnms", q, keys, precision=HIGHEST)
 
-    def sums(p, first, valid):
+    def sums(p, seen, first, valid):
         fields = fetch(v_codec, v_stored, pages, heads, first, block, valid)
+        broken = ~v_codec.finite(fields)
+        fields = {f.name: where_held(v_codec, f, ~broken, fields[f.name]) for f in v_codec.fields}
+        p = base.to_those_who_see(p, seen, broken)
         return of_heads(v_codec.accumulate)(v_arrays, p, fields)
 
     def width():
+        batch, _, rows = q.shape[:3]
         p = jnp.zeros((*q.shape[:3], block * page), jnp.float32)
-        return sums(p, jnp.int32(0), jnp.ones((q.shape[0], block * page), bool))
+        seen = jnp.ones((batch, rows, block * page), bool)
+        return sums(p, seen, jnp.int32(0), seen[:, 0])
 
     return base.online_softmax(
         logits, sums, starts, ends,
@@ -85,9 +90,14 @@ def fetch(
         if field.packed:
             out[field.name] = packing.unpack(part)
             continue
-        every = codec.block if field.per_block else 1
         rows = part.reshape(*part.shape[:2], -1, part.shape[-1])
         # A NaN in a slot that nobody wrote must not reach the sums as 0 * NaN.
-        held = jnp.any(valid.reshape(valid.shape[0], -1, every), axis=-1)[:, None, :, None]
-        out[field.name] = jnp.where(held, rows, jnp.zeros((), rows.dtype))
+        out[field.name] = where_held(codec, field, valid[:, None], rows)
     return out
+
+
+def where_held(codec: Codec, field: Field, held: Bool[Array, "B #N S"], rows: Array) -> Array:
+    """Entries [B, N, S, width] (or per block) of the tokens that are `held`, zeros for others."""
+    if field.per_block:
+        held = jnp.any(held.reshape(*held.shape[:2], -1, codec.block), axis=-1)
+    return jnp.where(held[..., None], rows, jnp.zeros((), rows.dtype))

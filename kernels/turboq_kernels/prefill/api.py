@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboq.cache import contiguous as caches
+from turboq.cache import overflow
 from turboq.cache import paged as paged_cache
 from turboq.cache.contiguous import LayerCache, Tail
 from turboq.cache.layer import KVLayer
@@ -59,16 +60,16 @@ def prefill(
         interpret=interpret, splits=splits, block_tokens=block_tokens,
     )  # fmt: skip
     if isinstance(cache, LayerCache):
-        history, capacity = cache, cache.capacity
+        history, room = cache, jnp.int32(cache.capacity)
         counts_ = jnp.full(q.shape[:1], q.shape[1], jnp.int32) if counts is None else counts
     else:
         if where is None:
             raise ValueError("a pool takes where (turboq.cache.paged.locate)")
         history = paged_cache.view(cache, where, before=True)
-        capacity, counts_ = where.table.shape[1] * cache.page, where.counts
+        room, counts_ = where.room, where.counts
     steps = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
     positions = history.lengths[:, None] + steps
-    valid = (steps < counts_[:, None]) & (positions < capacity)
+    valid = steps < overflow.split(history.lengths, counts_, room)[0][:, None]
     out = base.cache_attention(
         q, layer, history, _tail(layer, history, k, v, jnp.where(valid, positions, -1)),
         q_positions=positions, options=options, sink_logits=sink_logits, own=True,

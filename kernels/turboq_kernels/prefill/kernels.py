@@ -7,12 +7,15 @@ tokens by `decode.base` and keeps all logits of exact ones in memory (`merge.exa
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from turboq.cache.exact_attention import without_broken
 from turboq_kernels import merge
 from turboq_kernels.decode import api as decoding
 from turboq_kernels.decode.types import Pages, Partial, Side
@@ -85,7 +88,8 @@ def own(
     """Attention of M query rows over R exact keys and values.
 
     Row m sees entry r iff 0 <= positions[b, r] and lower[b, m] <= positions[b, r] <= upper[b, m].
-    Entries that no row sees may hold anything, NaN included. A kernel takes every shape and keeps
+    An entry that a row does not see may hold anything; one that it sees and that holds Inf or NaN
+    makes that row's result NaN. A kernel takes every shape and keeps
     no M x R array; it skips tiles of entries that no row of a tile of rows sees, so positions
     should be about ascending.
 
@@ -93,13 +97,21 @@ def own(
       ValueError: an unknown implementation, or a named one that is not available here.
     """
     name = _choose(implementation, interpret, _unavailable)
+    s = positions[:, None, :]
+    seen = (s >= 0) & (s >= lower[..., None]) & (s <= upper[..., None])
     if name == "xla":
-        s = positions[:, None, :]
-        seen = (s >= 0) & (s >= lower[..., None]) & (s <= upper[..., None])
         return merge.exact(q, k, v, seen, scale=scale, softcap=softcap)
-    return importlib.import_module(_MODULES[name]).own(
+    (k, broken_k), (v, broken_v) = without_broken(k), without_broken(v)
+    part = importlib.import_module(_MODULES[name]).own(
         q, k, v, positions, lower, upper, scale=scale, softcap=softcap, interpret=interpret
     )
+    broken = broken_k | broken_v
+
+    def acc():  # a reduction over [B, N, M, R] that is never in memory, and rarely needed
+        theirs = jnp.any(seen[:, None] & broken[:, :, None], axis=-1)
+        return jnp.where(theirs[..., None], jnp.nan, part.acc)
+
+    return dataclasses.replace(part, acc=jax.lax.cond(jnp.any(broken), acc, lambda: part.acc))
 
 
 def choose(

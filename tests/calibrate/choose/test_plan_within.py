@@ -204,9 +204,7 @@ def test_the_next_best_plan_is_kept_where_the_best_loses(run, tmp_path, monkeypa
         assert max(bits) - min(bits) < 8  # one candidate; each head its own segments
 
 
-def test_a_uniform_rival_is_kept_with_nothing_predicted_for_it(
-    run, tmp_path, monkeypatch, capsys
-):
+def test_a_uniform_rival_is_kept_with_nothing_predicted_for_it(run, tmp_path, monkeypatch, capsys):
     def kl(name, tokens, text):
         return 1.0 if name.startswith("per_head") else 2.0
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -294,6 +295,33 @@ def test_predictions_that_are_not_finite_are_refused(plans, windows):
     model._head = head | {"norm": head["norm"].at[3].set(jnp.nan)}
     with pytest.raises(TurboqError, match="exact model: predictions are not finite in window 0"):
         evaluate(model, plans[:1], windows, text="noise", progress=False)
+
+
+def test_a_plan_that_is_not_finite_is_explained_and_others_are_kept(windows):
+    """Values of one head far beyond float16 in one layer, as wide scales hold them."""
+    model = load_model(GOLDEN / "llama3")
+    params = model.layer(1)
+    dim = model.spec.layers[1].v_head_dim
+    wide = params["v"].at[dim : 2 * dim].multiply(1e7)  # V of head 1
+    model._layers[1] = params | {"v": wide}
+    rows = [
+        named(model, kind, TurboQuantMSE(dim=16, bits=3, scale_dtype=kind))
+        for kind in ("float16", "bfloat16")
+    ]
+    with pytest.raises(evaluation.NotFinite) as error:
+        evaluate(model, rows, windows, text="noise", progress=False)
+    message = str(error.value)
+    assert re.fullmatch(
+        r"float16: predictions are not finite at position \d+ of window 0: layer 1, v of head 1, "
+        r"token \d+ \(norm [0-9.e+]+\): its scale exceeds float16: plan with "
+        r"--scale_dtype=bfloat16",
+        message,
+    ), message
+    assert error.value.quality is not None
+    assert [row["name"] for row in error.value.quality.rows] == ["bfloat16"]
+    with pytest.raises(evaluation.NotFinite) as alone:
+        evaluate(model, rows[:1], windows, text="noise", progress=False)
+    assert alone.value.quality is None
 
 
 def test_files_and_table(measured, tmp_path):

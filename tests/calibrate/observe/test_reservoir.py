@@ -102,4 +102,4 @@ def test_missing_and_damaged_samples_are_refused(tmp_path):
     with pytest.raises(TurboqError, match=r"tokens_001\.safetensors is damaged"):
         loaded.layers[1].observed("v")
     with pytest.raises(TurboqError, match="is damaged"):
-        reservoir.Tokens.from_bytes(bytes(raw[:50]), path)
+        reservoir.Tokens.from_bytes(bytes(raw[:50]), path, k=(1, 1), v=(1, 1))
