@@ -2,7 +2,7 @@
 
     python experiments/calibration_text.py --text=wiki.txt --text=novel.txt
 
-For every mix: `turboq calibrate` of as many windows (8 of 1024 tokens unless said) shared by its
+For every mix: `turboq calibrate` of as many windows (4 of 1024 tokens unless said) shared by its
 texts, then the plan of `turboq plan --budget` (`choose.plan_within`, unchecked), measured on
 topics:heldout, source:heldout and every --text. self:0 is text that the model writes itself. Ratios
 of KL to the default mix are geometric means over paired windows, by text and over those kinds that
@@ -35,9 +35,9 @@ from turboq_calibrate.observe.texts import CALIBRATION, mixed_windows
 
 MODEL = flags.DEFINE_string("model", "embedded", "Model to quantize.")
 TEXT = flags.DEFINE_multi_string("text", [], "More texts to measure on.")
-BUDGETS = flags.DEFINE_list("budgets", ["2.25", "3.25"], "Bits per channel.")
-WINDOWS = flags.DEFINE_integer("windows", 2, "Windows measured per text.", lower_bound=1)
-CALIBRATED = flags.DEFINE_integer("calibrated", 8, "Windows a mix is calibrated on.", lower_bound=3)
+BUDGETS = flags.DEFINE_list("budgets", ["3.25"], "Bits per channel.")
+WINDOWS = flags.DEFINE_integer("windows", 1, "Windows measured per text.", lower_bound=1)
+CALIBRATED = flags.DEFINE_integer("calibrated", 4, "Windows a mix is calibrated on.", lower_bound=3)
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens per window.", lower_bound=2)
 OUT = flags.DEFINE_string("out", "runs/calibration_text", "Folder for the result.")
 
@@ -46,7 +46,6 @@ MIXES = (
     "topics:calibration",
     "source:calibration",
     "self:0",
-    "topics:calibration,self:0",
     f"{CALIBRATION},self:0",
 )
 ALWAYS = ("topics:heldout", "source:heldout")
@@ -57,7 +56,7 @@ def plans(model: Model, mix: str, out: Path) -> list[NamedPlan]:
     folder = out / mix.replace(":", "_").replace(",", "+")
     windows = mixed_windows(
         mix.split(","), model.tokenizer, length=LENGTH.value, count=CALIBRATED.value, model=model,
-        folder=folder,
+        folder=out,
     )  # fmt: skip
     print(f"{mix}: calibrating", flush=True)
     statistics, geometry, found = observe(model, windows, folder), model_geometry(model), []

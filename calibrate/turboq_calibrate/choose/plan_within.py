@@ -10,7 +10,6 @@ Without a model the choice itself takes seconds and nothing is checked.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -37,7 +36,7 @@ from turboq_calibrate.choose.check import Checked, check_plans, rivals
 from turboq_calibrate.choose.refine import refine, rounds_report
 from turboq_calibrate.choose.solver.problem import Problem
 from turboq_calibrate.choose.solver.solve import Allocation
-from turboq_calibrate.choose.within import NoPlan, record, within
+from turboq_calibrate.choose.within import record, within
 from turboq_calibrate.choose.worst_text import least_worst
 from turboq_calibrate.cost.predicted import predicted_costs
 from turboq_calibrate.cost.side_by_side import Engine
@@ -88,9 +87,9 @@ class Wanted:
 class Found:
     """A plan, its arrays, and how it came about.
 
-    `kept` names the plan: "chosen", "refined", "uniform", or a uniform rival that the check
-    preferred. `allocation` is the kept one, of a rival the chosen one; `problem` is what was solved
-    and `checked` None where no model was given.
+    `kept` names the plan: "chosen", "refined", or the uniform rival that the check preferred.
+    `allocation` is the kept one, of a rival the chosen one; `problem` is what was solved and
+    `checked` None where no model was given.
     """
 
     plan: Plan
@@ -225,11 +224,6 @@ def plan_within(
         tried["refined"], rounds = _refined(
             model, statistics, ready, wanted, problem, folder, progress
         )
-    same = uniform(ready.constraints)
-    if same and wanted.granularity != "uniform":
-        # Between the smallest plan and the smallest uniform one there is nothing to compare.
-        with contextlib.suppress(NoPlan):
-            tried["uniform"] = solve(ready, wanted, same)[1]
     plans = {
         name: ready.table.to_plan(geometry, one.chosen, policy=ready.policy)
         for name, one in tried.items()
@@ -296,21 +290,6 @@ def _own_rules(wanted: Wanted) -> tuple[Constraints, ...]:
 def _by_text(ready: Menu, chosen: Int[np.ndarray, "U"], texts: Sequence[str]) -> dict[str, float]:
     each = ready.costs[np.arange(len(chosen)), chosen].sum(axis=0)
     return dict(zip(texts, each.tolist(), strict=True))
-
-
-def uniform(constraints: Sequence[Constraints]) -> list[Constraints]:
-    """The same rules with one choice for the whole model, where they have such a plan."""
-    return [
-        dataclasses.replace(
-            one,
-            granularity="uniform",
-            same_k_v=one.tied,
-            first_last=None,
-            max_head_formats=None,
-        )
-        for one in constraints
-        if one.first_last is None or not one.first_last.outer
-    ]
 
 
 def _refined(

@@ -18,9 +18,9 @@ by default learned transforms around the budget; with --engine=NAME what that en
 combinations it can load (`turboq export --engine=list`).
 
 The plan is checked before it is written: on windows held back from every calibration text, beside
-uniform plans, and at --check_length tokens of `turboq calibrate`; one that loses to turboquant_mse
-of the same bytes at that length is not written without --force. --nocheck skips that and needs no
-model: another budget from a finished folder takes seconds.
+the best uniform per_head plan, and at --check_length tokens of `turboq calibrate`; one that loses to
+turboquant_mse of the same bytes at that length is not written without --force. --nocheck skips that
+and needs no model: another budget from a finished folder takes seconds.
 
 --policies=4:0,4:32,4:128 (exact sinks : exact recent tokens) also chooses the exact tokens: each
 is solved with its own bytes counted at the budget's context, and the least KL on the windows held
@@ -213,7 +213,7 @@ def _within_budget(values: flags.FlagValues) -> None:
     saved = save(found.plan, found.arrays, out)
     for line in found.notes:
         print(line)
-    if found.kept in ("chosen", "refined", "uniform"):
+    if found.kept in ("chosen", "refined"):
         print(report(found.problem, found.allocation, budget))
     else:
         print(f"{found.kept} is kept: on the windows held back it beats what was chosen per head")

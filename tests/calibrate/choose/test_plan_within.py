@@ -106,7 +106,7 @@ def test_a_learned_plan_within_a_budget(run, texts):
     # Every plan that was tried is measured on every text, two of them at the longer length.
     checked, kept = report["check"], report["kept"]
     assert checked["kept"] == kept
-    assert set(checked["kl"]) == {"chosen", "uniform", "per_head 2b", "turboquant_mse 2b"}
+    assert set(checked["kl"]) == {"chosen", "per_head 2b", "turboquant_mse 2b"}
     short = {name: [at["24"] for at in of.values()] for name, of in checked["kl"].items()}
     assert all(len(each) == 2 for each in short.values())
     refused = {name for name, _, _ in checked["refused"]}
@@ -178,30 +178,28 @@ def test_a_plan_that_loses_at_the_check_length_is_refused(run, tmp_path, monkeyp
     assert "48 tokens of" in err
     assert "--force" in err
     assert not (tmp_path / "new").exists()
-    assert [len(names) for names in asked] == [4, 2, 2, 2]  # all, then each of three
+    assert [len(names) for names in asked] == [3, 2, 2]  # all, then each of two
     assert plan(*flags, "--force") == 0
     assert "--force: chosen is kept although it loses" in capsys.readouterr().out
     report = allocation(tmp_path / "new")
     assert report["kept"] == "chosen"
-    assert len(report["check"]["refused"]) == 3
+    assert len(report["check"]["refused"]) == 2
 
 
 def test_the_next_best_plan_is_kept_where_the_best_loses(run, tmp_path, monkeypatch):
     def kl(name, tokens, text):
         if tokens == 48:
-            return {"chosen": 3.0, "uniform": 2.0}.get(name, 2.5)
-        return {"chosen": 1.0, "uniform": 1.5}.get(name, 1.75)
+            return {"chosen": 3.0, "per_head 2b": 2.0}.get(name, 2.5)
+        return {"chosen": 1.0, "per_head 2b": 1.5}.get(name, 1.75)
 
     asked = made_up(monkeypatch, kl)
     assert plan(*LEARNED, f"--statistics={run}", f"--out={tmp_path}") == 0
-    assert [names[0] for names in asked[1:]] == ["chosen", "uniform"]
+    assert [names[0] for names in asked[1:]] == ["chosen", "per_head 2b"]
     report = allocation(tmp_path)
-    assert report["kept"] == "uniform"
+    assert report["kept"] == "per_head 2b"
     assert [row[0] for row in report["check"]["refused"]] == ["chosen"]
     found, _ = load(tmp_path)
-    for side in ("k", "v"):
-        bits = {c.bits_per_vector for x in found.layers for c in found.codecs(x.index, side)}
-        assert max(bits) - min(bits) < 8  # one candidate; each head its own segments
+    assert {c.name for x in found.layers for c in found.codecs(x.index, "v")} == {"per_head"}
 
 
 def test_a_uniform_rival_is_kept_with_nothing_predicted_for_it(run, tmp_path, monkeypatch, capsys):
@@ -244,10 +242,10 @@ def test_what_is_not_finite_is_not_kept(run, tmp_path, monkeypatch, capsys):
 
 
 def test_the_worst_text_decides(run, tmp_path, monkeypatch):
-    """By mean `chosen` wins, on the worst text `uniform` does; predictions follow the objective."""
+    """By mean `chosen` wins, on the worst text `per_head`; predictions follow the objective."""
 
     def kl(name, tokens, text):
-        return {"chosen": 1.0 if text.endswith("a.txt") else 3.0, "uniform": 2.5}.get(name, 9.0)
+        return {"chosen": 1.0 if text.endswith("a.txt") else 3.0, "per_head 2b": 2.5}.get(name, 9.0)
 
     made_up(monkeypatch, kl)
     flags = (*LEARNED, f"--statistics={run}")
@@ -259,7 +257,7 @@ def test_the_worst_text_decides(run, tmp_path, monkeypatch):
         assert plan(*flags, f"--objective={objective}", "--nocheck", f"--out={out}") == 0
         assert allocation(out)["objective"] == objective
         worst[objective] = max(allocation(out)["predicted_by_text"].values())
-    assert kept == {"mean": "chosen", "worst": "uniform"}
+    assert kept == {"mean": "chosen", "worst": "per_head 2b"}
     assert worst["worst"] <= worst["mean"]
 
 
