@@ -18,8 +18,8 @@ by default learned transforms around the budget; with --engine=NAME what that en
 combinations it can load (`turboq export --engine=list`).
 
 The plan is checked before it is written: on windows held back from every calibration text, beside
-the best uniform per_head plan, and at --check_length tokens of `turboq calibrate`; one that loses to
-turboquant_mse of the same bytes at that length is not written without --force. --nocheck skips that
+the best uniform per_head plan, and at --check_length tokens of `turboq calibrate`; what loses to
+turboquant_mse of the same bytes there is not written without --force. --nocheck skips all that
 and needs no model: another budget from a finished folder takes seconds.
 
 --policies=4:0,4:32,4:128 (exact sinks : exact recent tokens) also chooses the exact tokens: each
