@@ -20,8 +20,8 @@ os.environ.setdefault(
     " --xla_cpu_parallel_codegen_split_count=1"
     " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
 )
-# What one process of a run has compiled, the others (workers and what tests start) read: the same
-# compiler's output, and half of the suite's time. A run begins with an empty folder.
+# What one process of a run has compiled, the others (workers and what tests start) read instead of
+# compiling it again. A run begins with an empty folder.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MINE = None if CACHE in os.environ else tempfile.mkdtemp(prefix="turboq-compiled-")
 if MINE is not None:

@@ -11,6 +11,7 @@ from turboq_calibrate.cli import main as cli
 
 MODEL = Path(__file__).parent / "golden" / "llama3"
 SMALL = ("--windows=3", "--window_length=48")
+CALIBRATE = (*SMALL, "--text=topics:calibration")
 
 
 def turboq(*argv) -> int:
@@ -22,7 +23,7 @@ def run(tmp_path_factory) -> Path:
     """A finished run folder."""
     out = tmp_path_factory.mktemp("road") / "run"
     model = f"--model={MODEL}"
-    assert turboq("calibrate", model, *SMALL, "--chunk_windows=2", f"--out={out}") == 0
+    assert turboq("calibrate", model, *CALIBRATE, "--chunk_windows=2", f"--out={out}") == 0
     assert (
         turboq("plan", model, f"--statistics={out}", "--k_bits=3", "--v_bits=2", f"--out={out}")
         == 0
@@ -140,14 +141,14 @@ def test_dry_run_does_not_let_the_model_write(tmp_path, capsys):
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
     out = tmp_path / "new"
-    assert turboq("calibrate", f"--model={MODEL}", *SMALL, f"--out={out}", "--dry_run") == 0
+    assert turboq("calibrate", f"--model={MODEL}", *CALIBRATE, f"--out={out}", "--dry_run") == 0
     assert "memory:" in capsys.readouterr().out
     assert not out.exists()
 
 
 def test_calibrate_refuses_other_inputs_field_by_field(run, capsys):
     before = (run / "statistics" / "manifest.json").read_bytes()
-    flags = (*SMALL, "--chunk_windows=2", "--skip=5", f"--out={run}")
+    flags = (*CALIBRATE, "--chunk_windows=2", "--skip=5", f"--out={run}")
     assert turboq("calibrate", f"--model={MODEL}", *flags) == 1
     assert "recipe.skip: there 4, now 5" in capsys.readouterr().err
     assert (run / "statistics" / "manifest.json").read_bytes() == before
@@ -169,8 +170,8 @@ HERE = f"--model={MODEL}"
         (["calibrate", HERE, "--window_length=257", NEW], "257 tokens exceed the model's context"),
         (["calibrate", HERE, "--window_length=257", "--text=self:3", NEW], "context of 256"),
         (["plan", HERE, "--budget=3bpc", "--window_length=257", NEW], "context of 256"),
-        (["calibrate", HERE, *SMALL, "--out={tmp}/short"], "short is a file"),
-        (["calibrate", HERE, *SMALL, f"--observe_seed={2**40}", NEW], "seed="),
+        (["calibrate", HERE, *CALIBRATE, "--out={tmp}/short"], "short is a file"),
+        (["calibrate", HERE, *CALIBRATE, f"--observe_seed={2**40}", NEW], "seed="),
         (["plan", HERE, "--bits=3", NEW], "give statistics"),
         (["plan", HERE, "--codec=per_heat", "--bits=3", NEW], "unknown codec 'per_heat'"),
         (["plan", HERE, "--codec=turboquant_mse", NEW], "needs --bits or --k_bits"),

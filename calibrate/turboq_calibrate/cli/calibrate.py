@@ -52,7 +52,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     if values.coordinator is not None:
         join(values)
     shard = None if values.shard is None else Shard.parse(values.shard)
-    recipe = common.recipe_of(values)
+    recipe, mesh = common.recipe_of(values), mesh_of(values)
     # Each layer is read twice, so there is little to gain from keeping them all.
     model = load_model(values.model, dtype=values.model_dtype, resident=False)
     if values.dry_run:
@@ -70,7 +70,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         return
     make_folder(values.out)
     observe(
-        model, windows, values.out, recipe, shard=shard, mesh=mesh_of(values),
+        model, windows, values.out, recipe, shard=shard, mesh=mesh,
         checkpoint_every=values.checkpoint_every,
     )  # fmt: skip
 

@@ -244,13 +244,24 @@ def windows(
         asked for and the tokenizer has none.
       ValueError: length, count or start make no sense.
     """
+    ids = _ids(text, tokenizer)
+    return _cut(text, ids[start:], _bos(tokenizer, bos), length, count, start, spread)
+
+
+def _ids(text: Text, tokenizer: Tokenizer) -> Int[np.ndarray, "n"]:
+    return np.asarray(tokenizer.encode(text.text), dtype=np.int32)
+
+
+def _cut(
+    text: Text, ids: Int[np.ndarray, "n"], first: list[int], length: int, count: int | None,
+    start: int, spread: bool,
+) -> Windows:  # fmt: skip
+    """`windows` of the tokens from `start` on, each behind `first`."""
     if length < 1 or start < 0 or (count is not None and count < 1):
         raise ValueError(f"{length=} and {count=} must be 1 or more, {start=} 0 or more")
-    first = _bos(tokenizer, bos)
     each = length - len(first)
     if each < 1:
         raise TurboqError("windows of 1 token hold nothing behind BOS: make them longer")
-    ids = np.asarray(tokenizer.encode(text.text), dtype=np.int32)[start:]
     available = len(ids) // each
     if available == 0:
         raise TurboqError(
@@ -328,6 +339,7 @@ def mixed_windows(
             what = "a model to write it" if model is None else "a number of windows"
             raise TurboqError(f"text {source} needs {what}, and none is given here")
     parts: dict[int, Windows] = {}
+    ids: dict[int, Int[np.ndarray, "_"]] = {}
     for i in sorted(range(n), key=own.__getitem__):  # cheap errors first: a model writes for hours
         share = None if count is None else (count + n - 1 - i) // n
         if own[i]:
@@ -335,29 +347,27 @@ def mixed_windows(
             assert share is not None
             parts[i] = _own_windows(model, sources[i], length, share, folder, progress)
         else:
-            text = load_text(sources[i])
-            parts[i] = windows(
-                text, tokenizer, length=length, count=share, start=start, spread=spread, bos=bos
-            )
+            text, first = load_text(sources[i]), _bos(tokenizer, bos)
+            ids[i] = _ids(text, tokenizer)
+            parts[i] = _cut(text, ids[i][start:], first, length, share, start, spread)
     found = _in_turn([parts[i] for i in range(n)])
     if count is None or not (check or check_length):
         return found
     if start or not spread:
         raise ValueError(f"{start=} and {spread=}: windows are held back between spread ones only")
-    read = {i: source for i, source in enumerate(sources) if not own[i]}
-    held = _held_back(read, tokenizer, found, check, check_length)
+    held = _held_back(ids, tokenizer, found, check, check_length)
     return dataclasses.replace(found, held_back=held)
 
 
 def _held_back(
-    sources: dict[int, str], tokenizer: Tokenizer, found: Windows, check: int, check_length: int
-) -> HeldBack:
+    ids: dict[int, Int[np.ndarray, "_"]], tokenizer: Tokenizer, found: Windows, check: int,
+    check_length: int,
+) -> HeldBack:  # fmt: skip
     first = [tokenizer.bos_id] if found.bos and tokenizer.bos_id is not None else []
     short, long = {}, {}
-    for i, source in sources.items():
-        ids = np.asarray(tokenizer.encode(load_text(source).text), dtype=np.int32)
+    for i in sorted(ids):
         some, one = leave_out(
-            ids, first, length=found.tokens.shape[1], windows=int(np.sum(found.text == i)),
+            ids[i], first, length=found.tokens.shape[1], windows=int(np.sum(found.text == i)),
             count=check, long_length=0 if long else check_length,
         )  # fmt: skip
         short |= {} if some is None else {i: some}
