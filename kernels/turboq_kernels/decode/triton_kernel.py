@@ -245,6 +245,8 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     ]
     k_tables = [_registers(inputs["k"], run, n) for run in plan.k]
     v_tables = [_registers(inputs["v"], run, n) for run in plan.v]
+    lowest = jnp.min(jnp.where(ends > starts, starts, jnp.int32(2**30)))
+    highest = jnp.max(jnp.where(ends > starts, ends, 0))
     first, last = (inputs["bounds"][b, tile, split, i] for i in (0, 1))
     bits = unpacking.bit_of_field(jnp.arange(32, dtype=jnp.int32))
     gain = plan.scale * (LOG2E if plan.softcap is None else 1.0)
@@ -290,18 +292,19 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         old = unpacking.exp2(top - base, plan.asm)
         total = total * old + jnp.sum(weights, axis=plan.over_tokens)
 
-        # A NaN in a slot that a row does not see must not reach its sums as 0 * NaN.
+        # A NaN in a slot nobody sees must not reach the sums as 0 * NaN.
+        held = (slots >= lowest) & (slots < highest)
         side, new = inputs["v"], []
         for i in range(len(side["words"])):
             weighted = weights
             if side["scales"][i] is not None:
-                weighted = weights * plan.of_tokens(vector(side["scales"][i]))
-                weighted = jnp.where(seen, weighted, 0.0)
+                scales = jnp.where(held, vector(side["scales"][i]), 0.0)
+                weighted = weights * plan.of_tokens(scales)
             weighted = _two(weighted, plan)
             shift = None
             if side["offsets"][i] is not None:
-                moved = weights * plan.of_tokens(vector(side["offsets"][i]))
-                shift = jnp.sum(jnp.where(seen, moved, 0.0), axis=plan.over_tokens)
+                offset = jnp.where(held, vector(side["offsets"][i]), 0.0)
+                shift = jnp.sum(weights * plan.of_tokens(offset), axis=plan.over_tokens)
             for run, table, acc in zip(plan.v, v_tables, accs, strict=True):
                 if run.part == i:
                     levels = _levels(side["words"][i], page, row, run, table, plan)
