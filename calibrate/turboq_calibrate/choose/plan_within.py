@@ -238,9 +238,9 @@ def plan_within(
         kept, plans = checked.kept, plans | dict(others.candidates)
     plan, arrays = plans[kept]
     best = tried.get(kept, allocation)
-    of_texts = {"predicted_by_text": _by_text(ready, best.chosen, statistics.texts)}
     if kept in tried:
-        solved = record(best, wanted.budget) | of_texts
+        by_text = _by_text(ready, best.chosen, statistics.texts)
+        solved = record(best, wanted.budget) | {"predicted_by_text": by_text}
     else:  # a rival: its codecs are no candidates, so nothing was predicted for it
         solved = {"budget": wanted.budget.text, "method": "uniform"}
     report = solved | {

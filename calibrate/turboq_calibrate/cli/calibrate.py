@@ -48,6 +48,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq_calibrate.models import load_model
     from turboq_calibrate.observe.observe import observe
     from turboq_calibrate.observe.recipe import Shard
+    from turboq_calibrate.observe.texts import kind_of
 
     if values.coordinator is not None:
         join(values)
@@ -57,7 +58,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     model = load_model(values.model, dtype=values.model_dtype, resident=False)
     if values.dry_run:
         # The model would write such text first, for hours if it is large.
-        own = [s for s in common.sources_of(values.text) if s.startswith("self:")]
+        own = [s for s in common.sources_of(values.text) if kind_of(s) == "self"]
         if own:
             raise TurboqError(f"--dry_run writes nothing: name another text than {', '.join(own)}")
     windows = common.observed_windows(values, model)

@@ -205,9 +205,7 @@ class _Log:
                 f"{self.path} holds another measurement ({'; '.join(different[:3])}): "
                 "use another file or remove it"
             )
-        self.results = [line.get("kl") for line in rest]
-        if not all(isinstance(kl, list) for kl in self.results):
-            raise TurboqError(f"{self.path} is damaged (a pass without its kl): remove it")
+        self.results = [line["kl"] for line in rest]
 
     def _lines(self) -> list[dict[str, Any]]:
         """Complete lines; a torn last one (the process was killed in a write) is cut off."""
@@ -224,8 +222,6 @@ class _Log:
             raise TurboqError(f"{self.path} is damaged ({error}): remove it") from None
         if not lines:
             raise TurboqError(f"{self.path} is empty: remove it")
-        if not all(isinstance(line, dict) for line in lines):
-            raise TurboqError(f"{self.path} is damaged (a line is no JSON object): remove it")
         return lines
 
     def append(self, kl: list) -> None:

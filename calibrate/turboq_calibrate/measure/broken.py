@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from turboq.cache.layer import KVLayer
-from turboq.cache.simulate import simulate, simulated_attention
+from turboq.cache.simulate import simulate
 from turboq.codecs.base import Codec
+from turboq_calibrate.measure.attention_plugs import simulated_attend
 from turboq_calibrate.models import Model, default_positions, embed_tokens
-from turboq_calibrate.models.decoder import exact_attend, run_layer
+from turboq_calibrate.models.decoder import run_layer
 from turboq_calibrate.models.spec import LayerSpec
 
 
@@ -82,11 +83,9 @@ def _look(
     state: Any,
 ) -> tuple[Float[Array, "B T H E"], Any]:
     """Plug: as `simulated_attend`. Out: which vectors are stored broken, and norms, [B, T, K]."""
+    out, _ = simulated_attend(spec, q, k, v, positions, state)
     if state is None:
-        return exact_attend(spec, q, k, v, positions, None)
-    out = simulated_attention(
-        state, q, k, v, scale=spec.scale, window=spec.window, softcap=spec.softcap
-    )
+        return out, None
     at = jnp.arange(k.shape[1], dtype=jnp.int32)
     read = (at >= state.policy.sinks) & (at < state.stored_until(jnp.int32(k.shape[1])))
 

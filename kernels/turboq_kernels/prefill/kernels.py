@@ -97,10 +97,13 @@ def own(
       ValueError: an unknown implementation, or a named one that is not available here.
     """
     name = _choose(implementation, interpret, _unavailable)
-    s = positions[:, None, :]
-    seen = (s >= 0) & (s >= lower[..., None]) & (s <= upper[..., None])
+
+    def seen():
+        s = positions[:, None, :]
+        return (s >= 0) & (s >= lower[..., None]) & (s <= upper[..., None])
+
     if name == "xla":
-        return merge.exact(q, k, v, seen, scale=scale, softcap=softcap)
+        return merge.exact(q, k, v, seen(), scale=scale, softcap=softcap)
     (k, broken_k), (v, broken_v) = without_broken(k), without_broken(v)
     part = importlib.import_module(_MODULES[name]).own(
         q, k, v, positions, lower, upper, scale=scale, softcap=softcap, interpret=interpret
@@ -108,7 +111,7 @@ def own(
     broken = broken_k | broken_v
 
     def acc():  # a reduction over [B, N, M, R] that is never in memory, and rarely needed
-        theirs = jnp.any(seen[:, None] & broken[:, :, None], axis=-1)
+        theirs = jnp.any(seen()[:, None] & broken[:, :, None], axis=-1)
         return jnp.where(theirs[..., None], jnp.nan, part.acc)
 
     return dataclasses.replace(part, acc=jax.lax.cond(jnp.any(broken), acc, lambda: part.acc))
