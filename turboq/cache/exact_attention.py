@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 HIGHEST = jax.lax.Precision.HIGHEST
+PREFIXES = 2  # lengths of keys that blocks of queries in order read: 3/4 of all; each is compiled
 
 # Keys, values, and which of those keys the queries at given positions may see.
 Visible = Callable[[Int[Array, "B T"]], Bool[Array, "B T S"]]
@@ -53,7 +55,7 @@ def attention(
     k_positions: Int[Array, "B S"] | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    query_block: int = 512,
+    query_block: int = 128,
 ) -> Float[Array, "B T H E"]:
     """Causal grouped-query attention, softmax(scale q k^T) v, in float32.
 
@@ -65,6 +67,8 @@ def attention(
       ValueError: the number of query heads is not a multiple of the number of KV heads.
     """
     batch, s = k.shape[:2]
+    if k_positions is not None and q_positions is None:
+        q_positions = _in_order(batch, q.shape[1])
     if k_positions is None:
         k_positions = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (batch, s))
     segment = (k, v, causal(k_positions, window=window))
@@ -80,51 +84,78 @@ def attention_over_segments(
     scale: float,
     q_positions: Int[Array, "B T"] | None = None,
     softcap: float | None = None,
-    query_block: int = 512,
+    query_block: int = 128,
 ) -> Float[Array, "B T H E"]:
-    """One softmax over several key/value segments, each with its own visibility rule."""
+    """One softmax over several key/value segments, each with its own visibility rule.
+
+    Without `q_positions` query t is token t, and sees no key of a segment after its t-th: those are
+    not read either, but up to the end of its half of the queries.
+    """
     batch, t, heads, _ = q.shape
     kv_heads = segments[0][0].shape[2]
     if heads % kv_heads:
         raise ValueError(f"{heads=} query heads must be a multiple of {kv_heads=}")
+    in_order = q_positions is None
     if q_positions is None:
-        q_positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (batch, t))
+        q_positions = _in_order(batch, t)
+    ready = [_prepared(k, v) for k, v, _ in segments]
+    attend = functools.partial(
+        _attend_block, visible=[rule for _, _, rule in segments], scale=scale, softcap=softcap
+    )
     blocks = -(-t // query_block)
     if blocks <= 1:
-        return _attend_block(q, q_positions, segments, scale, softcap)
+        return attend(q, q_positions, ready)
+    # Weights are computed again in a reverse pass, which is faster than keeping them.
+    attend = jax.checkpoint(attend)
     block = -(-t // blocks)
     pad = blocks * block - t
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
     q_positions = jnp.pad(q_positions, ((0, 0), (0, pad)), mode="edge")
-    q_blocks = q.reshape(batch, blocks, block, heads, -1).swapaxes(0, 1)
-    position_blocks = q_positions.reshape(batch, blocks, block).swapaxes(0, 1)
-    out = jax.lax.map(
-        lambda x: _attend_block(x[0], x[1], segments, scale, softcap), (q_blocks, position_blocks)
-    )
-    return out.swapaxes(0, 1).reshape(batch, blocks * block, heads, -1)[:, :t]
+    groups = max(1, min(PREFIXES, blocks // 2)) if in_order else 1
+    out = []
+    for i in range(groups):
+        first, last = (n * blocks // groups for n in (i, i + 1))
+        rows = slice(first * block, last * block)
+        read = [tuple(x[:, : rows.stop] for x in one) for one in ready] if in_order else ready
+        q_blocks = q[:, rows].reshape(batch, last - first, block, heads, -1).swapaxes(0, 1)
+        at = q_positions[:, rows].reshape(batch, last - first, block).swapaxes(0, 1)
+        found = jax.lax.map(lambda x, read=read: attend(*x, read), (q_blocks, at))
+        out.append(found.swapaxes(0, 1).reshape(batch, rows.stop - rows.start, heads, -1))
+    return jnp.concatenate(out, axis=1)[:, :t]
 
 
-def _attend_block(q, q_positions, segments, scale, softcap):
+def _in_order(batch: int, t: int) -> Int[Array, "B T"]:
+    return jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (batch, t))
+
+
+def _prepared(
+    k: Float[Array, "B S K D"], v: Float[Array, "B S K E"]
+) -> tuple[Float[Array, "B S K D"], Float[Array, "B S K E"], Bool[Array, "B S K"]]:
+    (k, broken_k), (v, broken_v) = (without_broken(x.astype(jnp.float32)) for x in (k, v))
+    return k, v, broken_k | broken_v
+
+
+def _attend_block(q, q_positions, segments, *, visible, scale, softcap):
     batch, t, heads, dim = q.shape
     kv_heads = segments[0][0].shape[2]
     per = heads // kv_heads
     q = q.reshape(batch, t, kv_heads, per, dim).transpose(0, 2, 3, 1, 4).astype(jnp.float32)
     q = q.reshape(batch, kv_heads, per * t, dim)
-    logits, values, seen = [], [], []
-    for k, v, visible in segments:
-        (k, broken_k), (v, broken_v) = (without_broken(x.astype(jnp.float32)) for x in (k, v))
-        broken = (broken_k | broken_v).swapaxes(1, 2)[:, :, None]  # [B, K, 1, S]
+    logits, seen = [], []
+    for (k, _, broken), rule in zip(segments, visible, strict=True):
         raw = jnp.einsum("bknd,bskd->bkns", q, k, precision=HIGHEST)
-        logits.append(jnp.where(broken, jnp.nan, soft_cap(raw * scale, softcap)))
-        values.append(v)
-        seen.append(visible(q_positions))
+        masked = jnp.where(
+            broken.swapaxes(1, 2)[:, :, None], jnp.nan, soft_cap(raw * scale, softcap)
+        )
+        logits.append(masked)
+        seen.append(rule(q_positions)[..., : k.shape[1]])
     mask = jnp.tile(jnp.concatenate(seen, axis=-1), (1, per, 1))[:, None]
     joint = jnp.where(mask, jnp.concatenate(logits, axis=-1), -jnp.inf)
     top = jnp.max(joint, axis=-1, keepdims=True)
     p = jnp.exp(joint - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(p, axis=-1, keepdims=True)
     out, start = 0.0, 0
-    for v in values:
+    for _, v, _ in segments:
         part = p[..., start : start + v.shape[1]]
         out += jnp.einsum("bkns,bske->bkne", part, v, precision=HIGHEST)
         start += v.shape[1]

@@ -16,7 +16,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from turboq.cache.layer import HeadGroup, KVLayer
 from turboq.codecs.base import Arrays, Codec, Field, Stored
@@ -56,7 +56,7 @@ class PaddedTransform(Codec):
         y = dot((x - lead(arrays["mean"], x.ndim)).reshape(-1, self.dim), arrays["analysis"].T)
         gain = self._gain(arrays, y)
         u = y if gain is None else y / gain[:, None]
-        c = self._trellis(arrays["points"], u) if self.states else _nearest(arrays["points"], u)
+        c = self._trellis(arrays["points"], u) if self.states else _nearest(arrays["points"], u.T).T
         values = c if gain is None else c * gain[:, None]
         return {"values": values.reshape(x.shape)}
 
@@ -106,17 +106,21 @@ class PaddedTransform(Codec):
         return dot(acc, arrays["synthesis"].T) + mass[:, None] * arrays["mean"][None, :]
 
 
-def _residual(points: Float[Array, "D P"], columns: Float[Array, "D N"]) -> Float[Array, "D N"]:
-    """columns - nearest point, of every coordinate."""
-    best = columns - points[:, :1]
-    for i in range(1, points.shape[1]):
-        other = columns - points[:, i, None]
-        best = jnp.where(jnp.abs(other) < jnp.abs(best), other, best)
-    return best
+def _nearest(points: Float[Array, "D P"], columns: Float[Array, "D N"]) -> Float[Array, "D N"]:
+    """Nearest point of every coordinate, points ascending; halfway between two the lower one."""
+    rows, levels = points.shape
+    edges = 0.5 * (points[:, 1:] + points[:, :-1])
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
 
+    def at(table: Float[Array, "D m"], index: Int[Array, "D N"]) -> Float[Array, "D N"]:
+        flat = row * table.shape[1] + index
+        return table.reshape(-1).at[flat].get(mode="promise_in_bounds")
 
-def _nearest(points: Float[Array, "D P"], u: Float[Array, "N D"]) -> Float[Array, "N D"]:
-    return u - _residual(points, u.T).T
+    code = jnp.zeros(columns.shape, jnp.int32)
+    for bit in reversed(range((levels - 1).bit_length())):  # from the top bit: edges are sorted
+        step = 1 << bit
+        code += jnp.where(columns > at(edges, code + step - 1), step, 0)
+    return at(points, code)
 
 
 def _path(
@@ -124,7 +128,7 @@ def _path(
 ) -> Float[Array, "N D"]:
     """Values of the path of least squared error (`turboq.numbers.trellis_runs.encode`)."""
     columns = u.T
-    left = jnp.stack([_residual(points[:, z::4], columns) for z in range(4)], axis=1)
+    left = jnp.stack([columns - _nearest(points[:, z::4], columns) for z in range(4)], axis=1)
     left = jax.lax.optimization_barrier(left)
     never = jnp.where(jnp.arange(states) == 0, 0.0, 0.0 if free else 1e12).astype(jnp.float32)
     cost, kept = jax.lax.scan(

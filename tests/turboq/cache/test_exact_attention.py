@@ -1,5 +1,6 @@
 """Reference attention against float64 NumPy, one query at a time."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def make(rng, batch=2, t=9, s=9, heads=4, kv_heads=2, dim=16, value_dim=24):
 
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("query_block", [512, 4])
+@pytest.mark.parametrize("query_block", [512, 4, 2])  # one block, blocks, blocks of two prefixes
 def test_matches_float64(rng, window, softcap, query_block):
     q, k, v = make(rng)
     got = attention(
@@ -46,6 +47,29 @@ def test_matches_float64(rng, window, softcap, query_block):
         scale=0.25, window=window, softcap=softcap, query_block=query_block,
     )  # fmt: skip
     want = attention64(q, k, v, scale=0.25, window=window, softcap=softcap)
+    np.testing.assert_allclose(got, want, atol=TOL["attention_f32"])
+
+
+def test_gradients_in_blocks_are_those_of_one(rng):
+    q, k, v = map(jnp.asarray, make(rng))
+
+    def pulled(query_block):
+        out, pull = jax.vjp(
+            lambda *x: attention(*x, scale=0.25, window=6, query_block=query_block), q, k, v
+        )
+        return pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+
+    for got, want in zip(pulled(2), pulled(512), strict=True):
+        np.testing.assert_allclose(got, want, atol=TOL["attention_f32"])
+
+
+def test_keys_out_of_order_are_read_by_blocks_too(rng):
+    q, k, v = make(rng)
+    order = np.argsort(rng.random((2, 9)), axis=1).astype(np.int32)
+    got = attention(
+        *map(jnp.asarray, (q, k, v)), scale=0.25, k_positions=jnp.asarray(order), query_block=2
+    )
+    want = attention64(q, k, v, scale=0.25, k_positions=order)
     np.testing.assert_allclose(got, want, atol=TOL["attention_f32"])
 
 
