@@ -92,7 +92,7 @@ def demo(out: Path) -> None:
     """Runs all steps into `out` and prints the table and where everything is."""
     make_folder(out)
     model = load_model(MODEL.value)
-    windows = calibration_windows(model, count=CALIBRATION_WINDOWS.value)
+    windows = calibration_windows(model, count=CALIBRATION_WINDOWS.value, folder=out)
     statistics = observe(model, windows, out)
     rows = plans(model, statistics, out)
     texts = [

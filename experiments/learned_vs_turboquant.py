@@ -130,7 +130,7 @@ def run(out: Path) -> None:
     if STATISTICS.value:
         statistics = load_statistics(STATISTICS.value)
     else:
-        statistics = observe(model, calibration_windows(model), out)
+        statistics = observe(model, calibration_windows(model, folder=out), out)
     rows = [*baselines(geometry, statistics), *learned(geometry, statistics)]
     short = windows_of(model, [*ALWAYS, *TEXT.value], LENGTH, WINDOWS.value)
     found = evaluate_texts(model, rows, short, folder=out / "parts")

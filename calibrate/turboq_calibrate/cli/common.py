@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from turboq_calibrate.observe.recipe import ObserveRecipe
     from turboq_calibrate.observe.texts import Windows
 
-CALIBRATION_TEXT = "topics:calibration,source:calibration"
 DTYPES = ("float32", "bfloat16", "float16")
 # Codec fields that have a flag of their own; None leaves the codec's default.
 CODEC_FIELDS = ("rotation", "scale_rule", "scale", "scale_dtype", "codebook", "sketch", "dtype")
@@ -44,15 +43,16 @@ def model_dtype(values: flags.FlagValues) -> None:
 
 def text(
     values: flags.FlagValues,
-    default: str = CALIBRATION_TEXT,
+    default: str | None,
     *,
-    windows: int = 8,
-    length: int = 1024,
+    windows: int,
+    length: int,
+    note: str = "",
 ) -> None:
     flags.DEFINE_multi_string(
         "text", default, "Texts, comma-separated or the flag repeated: topics:calibration, "
         "topics:heldout, source:calibration, source:heldout, self:SEED (written by the model), "
-        "UTF-8 files. Each gets an equal share of the windows.", flag_values=values,
+        f"UTF-8 files. Each gets an equal share of the windows.{note}", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
         "windows", windows, "Windows of all texts together, evenly spaced over each; 0 takes all.",
@@ -233,7 +233,11 @@ OBSERVATION += ("chunk_windows", "skip", "reservoir", "observe_seed")
 
 
 def observation(values: flags.FlagValues) -> None:
-    text(values)
+    text(
+        values, None, windows=16, length=512,
+        note=" Default: self:0,topics:calibration; of a model of more than 2e9 parameters, for "
+        "which writing takes long, topics:calibration,source:calibration.",
+    )  # fmt: skip
     flags.DEFINE_integer(
         "check_windows", 1, "Windows of each text left out, to check plans on.", lower_bound=0,
         flag_values=values,
@@ -261,9 +265,21 @@ def observation(values: flags.FlagValues) -> None:
     )  # fmt: skip
 
 
-def observed_windows(values: flags.FlagValues, model: Model) -> Windows:
-    """The windows to calibrate on, and those held back."""
-    from turboq_calibrate.observe.texts import long_check
+def observed_windows(values: flags.FlagValues, model: Model, *, written: bool = True) -> Windows:
+    """The windows to calibrate on, and those held back.
+
+    written: False takes as much text that need not be written instead, to say what a run takes.
+
+    Raises:
+      TurboqError: text of the model's own is asked for and must not be written; sizes that do not
+        fit.
+    """
+    from turboq_calibrate.observe.texts import (
+        CALIBRATION_OF_LARGE,
+        calibration_sources,
+        kind_of,
+        long_check,
+    )
 
     # Before any text is read, or written by the model for hours.
     model.spec.check_length(values.window_length, "windows (--window_length)")
@@ -275,9 +291,15 @@ def observed_windows(values: flags.FlagValues, model: Model) -> Windows:
             f"--check_length={length} must be more than --window_length={values.window_length} and "
             f"within the model's context of {model.spec.context}, or 0 for none"
         )
+    sources = sources_of(values.text or [])
+    if not sources:
+        sources = list(calibration_sources(model.spec) if written else CALIBRATION_OF_LARGE)
+    own = [source for source in sources if kind_of(source) == "self"]
+    if own and not written:
+        raise TurboqError(f"--dry_run writes nothing: name another text than {', '.join(own)}")
     return windows_of(
-        values, model.tokenizer, model=model, folder=values.out, check=values.check_windows,
-        check_length=length,
+        values, model.tokenizer, sources, model=model, folder=values.out,
+        check=values.check_windows, check_length=length,
     )  # fmt: skip
 
 

@@ -27,14 +27,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from safetensors import SafetensorError
 from safetensors import numpy as st_numpy
 
-from turboq.cache.exact_attention import attention
+from turboq.cache.exact_attention import HIGHEST, causal, soft_cap
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
 from turboq.plan import TextSource
 from turboq_calibrate.models import LayerSpec, Model, ModelSpec, Tokenizer, decoder
 from turboq_calibrate.run.progress import Progress
 
-BATCH = 8
+BATCH = 16  # a step reads all weights, however many windows take it
 BLOCK = 64  # tokens of a window per call
 SEEDS = 2**32
 
@@ -216,16 +216,21 @@ def append_and_attend(
     """The attention plug: one token into the cache at its position, then attention over it.
 
     Heads come before tokens in the cache: a head's keys lie together, as its products read them.
+    Nothing here may copy the cache, which is most of what a step reads.
     """
     at = positions[0, 0]  # all windows are at the same position
     keys, values = (
         jax.lax.dynamic_update_slice_in_dim(whole, new.swapaxes(1, 2), at, axis=2)
         for whole, new in zip(cache, (k, v), strict=True)
     )
-    out = attention(
-        q, keys.swapaxes(1, 2), values.swapaxes(1, 2), scale=spec.scale, q_positions=positions,
-        window=spec.window, softcap=spec.softcap,
-    )  # fmt: skip
+    batch, _, heads, dim = q.shape
+    group = q.reshape(batch, spec.kv_heads, heads // spec.kv_heads, dim)
+    logits = jnp.einsum("bkgd,bksd->bkgs", group, keys, precision=HIGHEST) * spec.scale
+    slots = jnp.arange(keys.shape[2], dtype=jnp.int32)
+    seen = causal(slots[None], window=spec.window)(positions)
+    p = jax.nn.softmax(jnp.where(seen[:, None], soft_cap(logits, spec.softcap), -jnp.inf))
+    out = jnp.einsum("bkgs,bkse->bkge", p, values, precision=HIGHEST)
+    out = out.reshape(batch, 1, heads, -1)
     return out, (keys, values)
 
 

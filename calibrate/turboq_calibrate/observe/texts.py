@@ -30,13 +30,20 @@ from jaxtyping import Int
 from turboq.errors import TurboqError
 from turboq.plan import TextSource
 from turboq_calibrate.models import Model
+from turboq_calibrate.models.params import parameter_count
+from turboq_calibrate.models.spec import ModelSpec
 from turboq_calibrate.observe.held_back import HeldBack, leave_out
 from turboq_calibrate.observe.self_text import seed_of, self_windows, text_source
 
 HELDOUT_ONE_IN = 4
 SPLITS = ("calibration", "heldout")
-CALIBRATION = "topics:calibration,source:calibration"  # what is calibrated on by default
-COUNT, LENGTH = 8, 1024
+# What is calibrated on by default: what the model writes is broader than any one kind of text, and
+# plans learned from it hold on other kinds (experiments/calibration_text.py).
+CALIBRATION = ("self:0", "topics:calibration")
+# Writing takes all weights in memory and a pass over them per token: not for a large model.
+WRITES = 2_000_000_000  # parameters
+CALIBRATION_OF_LARGE = ("topics:calibration", "source:calibration")
+COUNT, LENGTH = 16, 512
 # "kind:rest"; one letter before the colon is a drive.
 KIND = re.compile(r"([A-Za-z_]\w+):")
 
@@ -340,12 +347,14 @@ def mixed_windows(
             raise TurboqError(f"text {source} needs {what}, and none is given here")
     parts: dict[int, Windows] = {}
     ids: dict[int, Int[np.ndarray, "_"]] = {}
+    written: dict[int, Int[np.ndarray, "_ T"]] = {}  # held back of what the model writes
     for i in sorted(range(n), key=own.__getitem__):  # cheap errors first: a model writes for hours
         share = None if count is None else (count + n - 1 - i) // n
         if own[i]:
             assert model is not None  # checked above
             assert share is not None
-            parts[i] = _own_windows(model, sources[i], length, share, folder, progress)
+            parts[i], rest = _own_windows(model, sources[i], length, share, check, folder, progress)
+            written |= {i: rest} if check else {}
         else:
             text, first = load_text(sources[i]), _bos(tokenizer, bos)
             ids[i] = _ids(text, tokenizer)
@@ -356,7 +365,8 @@ def mixed_windows(
     if start or not spread:
         raise ValueError(f"{start=} and {spread=}: windows are held back between spread ones only")
     held = _held_back(ids, tokenizer, found, check, check_length)
-    return dataclasses.replace(found, held_back=held)
+    short = dict(sorted((held.short | written).items()))
+    return dataclasses.replace(found, held_back=HeldBack(short=short, long=held.long))
 
 
 def _held_back(
@@ -376,19 +386,21 @@ def _held_back(
 
 
 def _own_windows(
-    model: Model, source: str, length: int, count: int, folder, progress: bool
-) -> Windows:
+    model: Model, source: str, length: int, count: int, check: int, folder, progress: bool
+) -> tuple[Windows, Int[np.ndarray, "_ T"]]:
+    """`count` windows of what the model writes, and the `check` that follow them."""
     seed = seed_of(source)
     tokens = self_windows(
-        model, seed=seed, length=length, count=count, folder=folder, progress=progress
+        model, seed=seed, length=length, count=count + check, folder=folder, progress=progress
     )
-    return Windows(
-        tokens=tokens,
+    taken = Windows(
+        tokens=tokens[:count],
         texts=(text_source(model, seed),),
         text=np.zeros(count, np.int32),
         available=count,
         bos=bool((tokens[:, 0] == model.tokenizer.bos_id).all()),
     )
+    return taken, tokens[count:]
 
 
 def _in_turn(parts: Sequence[Windows]) -> Windows:
@@ -410,11 +422,28 @@ def _in_turn(parts: Sequence[Windows]) -> Windows:
     )
 
 
-def calibration_windows(model: Model, *, count: int = COUNT, length: int = LENGTH) -> Windows:
-    """What `turboq calibrate` observes by default, and what it holds back."""
+def calibration_sources(spec: ModelSpec) -> tuple[str, ...]:
+    """The texts that a model is calibrated on by default: its own and topics, if it is not large.
+
+    What decides is the model alone, so that every machine takes the same text.
+    """
+    return CALIBRATION if parameter_count(spec) <= WRITES else CALIBRATION_OF_LARGE
+
+
+def calibration_windows(
+    model: Model,
+    *,
+    count: int = COUNT,
+    length: int = LENGTH,
+    folder: str | os.PathLike[str] | None = None,
+) -> Windows:
+    """What `turboq calibrate` observes by default, and what it holds back.
+
+    `folder` keeps what the model writes.
+    """
     return mixed_windows(
-        CALIBRATION.split(","), model.tokenizer, length=length, count=count, check=1,
-        check_length=long_check(model.spec.context, length),
+        calibration_sources(model.spec), model.tokenizer, length=length, count=count, check=1,
+        check_length=long_check(model.spec.context, length), model=model, folder=folder,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Text that the model writes: drawn from its own distribution, the same whenever it is drawn."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tolerances import TOL
 from turboq.errors import TurboqError
 from turboq_calibrate.models import forward, load_model
 from turboq_calibrate.models.tokenizer import from_folder
-from turboq_calibrate.observe import self_text
+from turboq_calibrate.observe import self_text, texts
 from turboq_calibrate.observe.self_text import seed_of, self_windows, start_token, text_source
 from turboq_calibrate.observe.texts import mixed_windows
 
@@ -117,7 +118,7 @@ def test_blocks_and_batches_share_one_executable(model):
 KILLED = """
 import os, signal, sys
 from turboq_calibrate.models import load_model
-from turboq_calibrate.observe import self_text
+from turboq_calibrate.observe import self_text, texts
 real = self_text.write_block
 calls = 0
 def stop(*a, **k):
@@ -177,7 +178,9 @@ def test_a_text_of_its_own_among_others(model, tmp_path):
         sources, model.tokenizer, length=12, count=5, model=model, folder=tmp_path, progress=False
     )
     assert mixed.text.tolist() == [0, 1, 0, 1, 0]
-    np.testing.assert_array_equal(mixed.tokens[1::2], written(model, count=2, batch=8))
+    np.testing.assert_array_equal(
+        mixed.tokens[1::2], written(model, count=2, batch=self_text.BATCH)
+    )
     assert mixed.texts[1] == text_source(model, 3)
     assert (mixed.texts[1].name, mixed.bos) == ("self:3", False)
     names = {text_source(m, s).sha256 for m in (model, golden("qwen3")) for s in (3, 4)}
@@ -188,6 +191,24 @@ def test_a_text_of_its_own_among_others(model, tmp_path):
     assert (alone.bos, alone.available) == (True, 2)
     with pytest.raises(TurboqError, match="self:3 needs a number of windows"):
         mixed_windows(["self:3"], model.tokenizer, length=12, count=None, model=model)
+
+
+def test_what_follows_the_calibrated_windows_is_held_back(model, tmp_path):
+    (tmp_path / "t").write_text("In the beginning was the word, and more words came after. " * 9)
+    mixed = mixed_windows(
+        ["self:3", str(tmp_path / "t")], model.tokenizer, length=12, count=4, check=1,
+        check_length=24, model=model, progress=False,
+    )  # fmt: skip
+    three = written(model, count=3, batch=self_text.BATCH)
+    np.testing.assert_array_equal(mixed.tokens[::2], three[:2])
+    np.testing.assert_array_equal(mixed.held_back.short[0], three[2:])
+    assert (list(mixed.held_back.short), list(mixed.held_back.long)) == ([0, 1], [1])
+
+
+def test_a_large_model_does_not_write_its_calibration_text(model):
+    assert texts.calibration_sources(model.spec) == ("self:0", "topics:calibration")
+    wide = dataclasses.replace(model.spec, vocab=texts.WRITES // model.spec.hidden + 1)
+    assert texts.calibration_sources(wide) == ("topics:calibration", "source:calibration")
 
 
 def test_what_a_window_begins_with():
