@@ -111,7 +111,7 @@ def attention_over_segments(
     pad = blocks * block - t
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
     q_positions = jnp.pad(q_positions, ((0, 0), (0, pad)), mode="edge")
-    groups = max(1, min(PREFIXES, blocks // 2)) if in_order else 1
+    groups = max(1, min(PREFIXES, blocks // 4)) if in_order else 1
     out = []
     for i in range(groups):
         first, last = (n * blocks // groups for n in (i, i + 1))

@@ -248,7 +248,7 @@ def observation(values: flags.FlagValues) -> None:
         lower_bound=0, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
-        "chunk_windows", 2, "Windows that pass through a layer at once: memory against speed.",
+        "chunk_windows", 4, "Windows that pass through a layer at once: memory against speed.",
         lower_bound=1, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(

@@ -69,7 +69,7 @@ class ObserveRecipe:
 
     seed: int = 0
     skip: int = 4
-    windows_per_chunk: int = 2
+    windows_per_chunk: int = 4
     reservoir: int = 4096
 
     def __post_init__(self):

@@ -39,7 +39,7 @@ def make(rng, batch=2, t=9, s=9, heads=4, kv_heads=2, dim=16, value_dim=24):
 
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("query_block", [512, 4, 2])  # one block, blocks, blocks of two prefixes
+@pytest.mark.parametrize("query_block", [512, 4, 1])  # one block, blocks, blocks of two prefixes
 def test_matches_float64(rng, window, softcap, query_block):
     q, k, v = make(rng)
     got = attention(
@@ -59,7 +59,7 @@ def test_gradients_in_blocks_are_those_of_one(rng):
         )
         return pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
 
-    for got, want in zip(pulled(2), pulled(512), strict=True):
+    for got, want in zip(pulled(1), pulled(512), strict=True):
         np.testing.assert_allclose(got, want, atol=TOL["attention_f32"])
 
 
@@ -67,7 +67,7 @@ def test_keys_out_of_order_are_read_by_blocks_too(rng):
     q, k, v = make(rng)
     order = np.argsort(rng.random((2, 9)), axis=1).astype(np.int32)
     got = attention(
-        *map(jnp.asarray, (q, k, v)), scale=0.25, k_positions=jnp.asarray(order), query_block=2
+        *map(jnp.asarray, (q, k, v)), scale=0.25, k_positions=jnp.asarray(order), query_block=1
     )
     want = attention64(q, k, v, scale=0.25, k_positions=order)
     np.testing.assert_allclose(got, want, atol=TOL["attention_f32"])
