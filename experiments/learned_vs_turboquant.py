@@ -12,7 +12,7 @@ is measured.
 
 Writes quality.json (rows of all texts), quality.csv, long/quality.json and `targets`, resumes after
 an interruption. Expected: about 15 minutes on two cores with two windows of six texts;
-`learned` at 3.25 bits below `turboquant_mse` at 4.25 on every text and at both lengths.
+`learned` at 2.75 bits below `turboquant_mse` at 4.25 on every text, at 3.25 in long windows too.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ ALWAYS = ("topics:heldout", "source:heldout")
 TARGETS = {
     "a bit saved": ("learned 3.25", "turboquant_mse 4b"),
     "a bit saved, low": ("learned 2.25", "turboquant_mse 3b"),
-    "a bit and a half (stretch)": ("learned 2.75", "turboquant_mse 4b"),
+    "a bit and a half": ("learned 2.75", "turboquant_mse 4b"),
+    "two bits (stretch)": ("learned 2.25", "turboquant_mse 4b"),
 }
 
 
