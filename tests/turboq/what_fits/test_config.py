@@ -107,8 +107,11 @@ def test_layer_kinds_that_a_file_leaves_out(family):
 )  # fmt: skip
 def test_defaults_are_those_of_transformers(family):
     config = CONFIG_MAPPING[family]()
-    assert shapes(from_config({"model_type": family}, "x")) == of_class(config)
-    assert from_config({"model_type": family}, "x").context == config.max_position_embeddings
+    found = from_config({"model_type": "any", "text_config": {"model_type": family}}, "x")
+    assert shapes(found) == of_class(config)
+    assert found.context == config.max_position_embeddings
+    with pytest.raises(TurboqError, match="num_hidden_layers is missing"):
+        from_config({"model_type": family}, "x")  # of a file of its own the sizes are asked for
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gpt_oss", "cohere2"])
