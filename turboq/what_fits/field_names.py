@@ -87,6 +87,8 @@ HARMLESS = frozenset(_LISTS["harmless"])
 # Harmless beside the parts of a multimodal file: they describe other parts.
 OTHER_PARTS = frozenset(_LISTS["other_parts"])
 
+GGUF_HARMLESS = frozenset(_LISTS["gguf_harmless"])
+
 
 def speaks(name: str) -> bool:
     """Whether a word of `name` may speak of the cache."""

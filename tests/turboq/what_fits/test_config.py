@@ -257,7 +257,10 @@ def test_gguf_headers():
         ("sliding", 2, 256, 512), ("sliding", 2, 256, 512), ("full", 1, 512, None),
         ("shared", 0, 0, None),
     ]  # fmt: skip
-    latent = header("deepseek2", attention__kv_lora_rank=512, rope__dimension_count=64)
+    latent = header(
+        "deepseek2", attention__kv_lora_rank=512, rope__dimension_count=64,
+        attention__key_length_mla=192,
+    )  # fmt: skip
     assert from_metadata(latent, "x").layers[0].k_dim == 576
     hybrid = header("qwen35", block_count=8, full_attention_interval=4)
     assert [x.kind for x in from_metadata(hybrid, "x").layers] == (["none"] * 3 + ["full"]) * 2

@@ -337,7 +337,7 @@ def test_encoders_keep_no_cache(family):
 
 
 HARMLESS = {
-    "lm_head_multiplier": 0.02, "mamba_ssm_cache_dtype": "float32", 
+    "lm_head_multiplier": 0.02, "mamba_ssm_cache_dtype": "float32",
     "cache_implementation": "hybrid",
     "num_local_experts": 8, "n_shared_experts": 2, "moe_layer_freq": [0, 1, 1], "n_group": 8,
     "attention_bias": True, "attn_logit_softcapping": 50.0, "num_nextn_predict_layers": 1,
