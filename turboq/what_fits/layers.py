@@ -68,9 +68,9 @@ class CacheLayer:
 class CacheGeometry:
     """A model's layers in order, and what a memory plan needs besides.
 
-    `context` is what the model is made for, `parameters` counts all weights and `active` those
-    that one token uses; `weights_bytes` is the size of the weights where files were seen. None:
-    unknown. `note` is for people.
+    `context` is what the model is made for; `parameters` counts all weights, `active` those that
+    one token uses and `experts` those that MXFP4 checkpoints store so; `weights_bytes` is the size
+    of the weights where files were seen. None: unknown. `note` is for people.
     """
 
     name: str
@@ -79,6 +79,7 @@ class CacheGeometry:
     context: int | None = None
     parameters: int | None = None
     active: int | None = None
+    experts: int | None = None
     weights_bytes: int | None = None
     source: str = ""
     note: str = ""
