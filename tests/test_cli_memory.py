@@ -85,7 +85,7 @@ def test_a_config_json_with_windows(ask, tmp_path):
 
 
 def test_states_and_index_keys_are_said(ask, tmp_path, capsys):
-    """3 layers of 4 KV heads of 128 + 128, 2 with an index key of 64; states are not in the cache."""
+    """3 layers of 4 KV heads of 128 + 128, 2 with an index key of 64; a state of unknown size."""
     sparse = ["full_attention", "indexed_attention", "indexed_attention"]
     model = config(tmp_path, num_hidden_layers=3, index_head_dim=64, layer_types=sparse)
     found = ask(f"--model={model}", "--context=1000")

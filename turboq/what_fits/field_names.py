@@ -28,6 +28,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "sliding_window_size", "attention_window_size", "attn_config.sliding_window_size",
     ),
     "index_head_dim": ("sparse_attention_config.sparse_index_dim",),
+    "mamba_ssm_cache_dtype": ("mamba_ssm_dtype",),
     "kv_heads_per_layer": ("num_key_value_heads_per_layer",),
 }  # fmt: skip
 # In this order; they may differ (trained and extended lengths).

@@ -1,6 +1,6 @@
 """Recurrent state of the layers that keep no KV cache, in bytes per sequence.
 
-Each rule counts the recurrence in float32 (Mamba's in `mamba_ssm_cache_dtype`) and the tail of the
+Each rule counts the recurrence in float32 (in `mamba_ssm_cache_dtype` where that is given) and the tail of the
 short convolution in 16 bits:
 
     gated_delta  4 Hv Dk Dv + 2 (c - 1) (2 Hk Dk + Hv Dv)
@@ -61,7 +61,9 @@ def _gated_delta(read: Fields) -> int:
         _need(read, "linear_num_value_heads"),
         _need(read, "linear_value_head_dim", high=MAX_DIM),
     )
-    return 4 * nv * dk * dv + 2 * _tail(read, "linear_conv_kernel_dim") * (2 * nk * dk + nv * dv)
+    return _recurrence(read) * nv * dk * dv + 2 * _tail(read, "linear_conv_kernel_dim") * (
+        2 * nk * dk + nv * dv
+    )
 
 
 def _kda(read: Fields) -> int:

@@ -32,6 +32,17 @@ FAMILIES: dict[str, dict] = {
     "llama4_text": {"num_hidden_layers": 8},
     "olmo3": {},
     "smollm3": {},
+    "afmoe": {"num_key_value_heads": 4},
+    "cwm": {"num_hidden_layers": 9},
+    "exaone4": {"num_hidden_layers": 9},
+    "exaone_moe": {"num_hidden_layers": 6, "num_key_value_heads": 8},
+    "granite_swa": {"num_hidden_layers": 9},
+    "minimax": {"num_hidden_layers": 5},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 3, "num_hidden_layers": 6},
+    "mimo_v2_flash": {"num_hidden_layers": 13},
+    "phimoe": {"sliding_window": 99},
+    "dots1": {"num_attention_heads": 36},
+    "vaultgemma": {"num_hidden_layers": 7},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4, "num_hidden_layers": 8},
 }
 
@@ -80,13 +91,15 @@ def test_layers_are_those_of_transformers(family):
     found = from_config(written, family)
     assert shapes(found) == expected
     assert found.context == config.max_position_embeddings
-    assert all(x.v_dim == x.k_dim for x in found.layers)
+    assert all(x.v_dim == getattr(config, "v_head_dim", x.k_dim) for x in found.layers if x.stores)
 
 
 DERIVED = {
     "qwen3": FAMILIES["qwen3"], "qwen3_next": {"num_hidden_layers": 12}, "qwen3_5_text": {},
     "gemma2": {"num_hidden_layers": 7}, "gemma3_text": {}, "gemma3n_text": {},
     "gemma4_text": {"num_hidden_layers": 14}, "gpt_oss": {}, "cohere2": {}, "llama4_text": {},
+    "afmoe": {}, "cwm": {}, "exaone4": {}, "exaone_moe": {}, "granite_swa": {}, "minimax": {},
+    "mimo_v2_flash": {}, "olmo3": {}, "vaultgemma": {},
 }  # fmt: skip
 
 

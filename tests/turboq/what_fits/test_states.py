@@ -62,6 +62,12 @@ SMALL = {
                hybrid_override_pattern="M*"),
         2 * 2 * 8 * 16 + 2 * 3 * (2 * 8 + 2 * 16),
     ),
+    "the other name of that dtype": (
+        hybrid("qwen3_5_text", 4, mamba_ssm_dtype="bfloat16", linear_num_key_heads=2,
+               linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+               linear_conv_kernel_dim=4),
+        3 * (2 * 4 * 8 * 8 + 2 * 3 * (2 * 2 * 8 + 4 * 8)),
+    ),
     "MLP and expert layers have none": (
         hybrid("nemotron_h", 4, hidden_size=64, mamba_num_heads=2, mamba_head_dim=8,
                ssm_state_size=16, n_groups=1, conv_kernel=4, hybrid_override_pattern="M*-E"),
