@@ -1,7 +1,7 @@
 """Recurrent state of the layers that keep no KV cache, in bytes per sequence.
 
-Each rule counts the recurrence in float32 (in `mamba_ssm_cache_dtype` where that is given) and the tail of the
-short convolution in 16 bits:
+Each rule counts the recurrence in float32 (in `mamba_ssm_cache_dtype` where that is given) and the
+tail of the short convolution in 16 bits:
 
     gated_delta  4 Hv Dk Dv + 2 (c - 1) (2 Hk Dk + Hv Dv)
     kda          4 H D D + 2 (c - 1) 3 H D

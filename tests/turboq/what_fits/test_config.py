@@ -38,10 +38,9 @@ FAMILIES: dict[str, dict] = {
     "exaone_moe": {"num_hidden_layers": 6, "num_key_value_heads": 8},
     "granite_swa": {"num_hidden_layers": 9},
     "minimax": {"num_hidden_layers": 5},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 3, "num_hidden_layers": 6},
     "mimo_v2_flash": {"num_hidden_layers": 13},
     "phimoe": {"sliding_window": 99},
-    "dots1": {"num_attention_heads": 36},
+    "dots1": {},
     "vaultgemma": {"num_hidden_layers": 7},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4, "num_hidden_layers": 8},
 }
