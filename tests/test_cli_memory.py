@@ -84,6 +84,26 @@ def test_a_config_json_with_windows(ask, tmp_path):
     assert sum(row["bytes"] for row in found["layers"]) == found["kv_bytes"]
 
 
+def test_states_and_index_keys_are_said(ask, tmp_path, capsys):
+    """3 layers of 4 KV heads of 128 + 128, 2 with an index key of 64; a state of unknown size."""
+    sparse = ["full_attention", "indexed_attention", "indexed_attention"]
+    model = config(tmp_path, num_hidden_layers=3, index_head_dim=64, layer_types=sparse)
+    found = ask(f"--model={model}", "--context=1000")
+    assert found["bytes_per_token"] == (3 * 4 * 256 + 2 * 64) * 2
+    assert found["kv_bytes"] == found["bf16_bytes"] == found["bytes_per_token"] * 1000
+    assert [(row["layers"], row["index_dim"]) for row in found["layers"]] == [(1, 0), (2, 64)]
+    # turboq's codecs store heads; index keys stay in 16 bits.
+    codec = ask(f"--model={model}", "--codec=turboquant_mse", "--bits=3")["bytes_per_token"]
+    assert codec == 3 * 4 * 2 * (128 * 3 + 16) // 8 + 2 * 64 * 2
+    assert cli.run(["memory", f"--model={model}", "--view=ours"]) == 1
+    assert "caches index keys of sparse attention" in capsys.readouterr().err
+    types = ["linear_attention", "linear_attention", "full_attention"]
+    model = config(tmp_path, num_hidden_layers=3, layer_types=types)
+    assert ask(f"--model={model}")["layers_of_unknown_state"] == 2
+    assert cli.run(["memory", f"--model={model}"]) == 0
+    assert "of 2 layers is not known and not counted" in capsys.readouterr().out
+
+
 def test_choice_on_8_gb(ask):
     """Llama-3-8B Q4_K_M: f16 at short contexts, q8_0 at 32k, q4_0 beyond 45k."""
     picks = {}

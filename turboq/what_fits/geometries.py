@@ -57,7 +57,11 @@ def geometry(name: str) -> CacheGeometry:
     found = from_config(entry["config"], entry["name"], source=entry["source"])
     note = "; ".join(text for text in (entry.get("note"), found.note) if text)
     return dataclasses.replace(
-        found, parameters=entry.get("parameters"), active=entry.get("active"), note=note
+        found,
+        parameters=entry.get("parameters"),
+        active=entry.get("active"),
+        experts=entry.get("experts"),
+        note=note,
     )
 
 

@@ -1,16 +1,21 @@
 """KV-cache geometry from the metadata of a GGUF header, as llama.cpp reads it.
 
-Where a header says that layers slide but not which, the pattern is the one that llama.cpp has built
-in for the architecture; an architecture whose pattern is not known here is an error that names the
-field.
+What a header does not say is what llama.cpp has built in for the architecture
+(`architectures.json`). A field that may change the cache and is not understood is an error that
+names it, as is a window whose layers are not known.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.resources
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from turboq.errors import LONGEST, TurboqError, quoted
+from turboq.errors import LONGEST, TurboqError, quoted, shortened
+from turboq.what_fits import field_names
+from turboq.what_fits.hf_fields import BY_HAND, is_off
 from turboq.what_fits.layers import (
     MAX_DIM,
     MAX_HEADS,
@@ -20,12 +25,29 @@ from turboq.what_fits.layers import (
     CacheLayer,
 )
 
-# llama.cpp's built-in patterns: in every group of n layers the last is full.
-BUILT_IN = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "cohere2": 4}
-ALL_SLIDING = ("llama", "qwen2", "qwen3")  # as this project's decoder reads a window there
-LATENT = ("deepseek2",)
-INTERVAL = ("qwen3next", "qwen35", "qwen35moe")
-REFUSED = ("attention.indexer.head_count", "attention.indexer.key_length")
+WIDE = 2**24  # channels
+READ = frozenset(
+    {
+        "attention.head_count", "attention.head_count_kv", "attention.key_length",
+        "attention.value_length", "attention.key_length_swa", "attention.value_length_swa",
+        "attention.sliding_window", "attention.sliding_window_pattern",
+        "attention.shared_kv_layers", "attention.kv_lora_rank", "attention.key_length_mla",
+        "attention.indexer.key_length", "attention.recurrent_layers", "full_attention_interval",
+        "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.group_count", "kda.head_dim",
+        "shortconv.l_cache",
+    }
+)  # fmt: skip
+
+
+@functools.cache
+def _file() -> dict[str, Any]:
+    folder = importlib.resources.files("turboq.what_fits")
+    return json.loads((folder / "architectures.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _rows() -> dict[str, dict[str, Any]]:
+    return {row["arch"]: row for row in _file()["architectures"]}
 
 
 def from_metadata(
@@ -47,21 +69,14 @@ def from_metadata(
         raise TurboqError(f"{name}: metadata field general.architecture is missing")
     if len(arch) > LONGEST:  # it is a part of every field's name
         raise TurboqError(f"{name}: general.architecture={quoted(arch)} names no architecture")
+    if arch in _file()["encoders"]:
+        raise TurboqError(
+            f"{name}: architecture {quoted(arch)} reads its input at once and keeps no KV cache: "
+            "name a decoder"
+        )
     read = _Fields(metadata, arch, name)
-    for key in REFUSED:
-        if read.get(key):
-            raise read.fail(key, "is not understood and adds to the cache")
-    count = read.integer("block_count", MAX_LAYERS)
-    if read.get("attention.kv_lora_rank"):
-        layers = _latent(read, arch, count)
-    else:
-        layers = [
-            _layer(read, index, sliding) for index, sliding in enumerate(_slides(read, count))
-        ]
-        shared = read.get("attention.shared_kv_layers") or 0
-        if shared:
-            shared = read.whole("attention.shared_kv_layers", shared, count - 1)
-            layers[count - shared :] = [CacheLayer(kind="shared")] * shared
+    read.refuse_unknown()
+    layers = _layers(read, _count(read))
     if not any(layer.stores for layer in layers):
         raise TurboqError(f"{name}: no layer keeps a KV cache")
     return CacheGeometry(
@@ -71,12 +86,14 @@ def from_metadata(
         context=read.integer("context_length", MAX_TOKENS),
         weights_bytes=weights_bytes,
         source=source,
+        note=_note(read, layers),
     )
 
 
 class _Fields:
     def __init__(self, metadata: Mapping[str, Any], arch: str, where: str):
         self.metadata, self.arch, self.where = metadata, arch, where
+        self.row = _rows().get(arch, {})
 
     def get(self, key: str, layer: int | None = None) -> Any:
         value = self.metadata.get(f"{self.arch}.{key}")
@@ -87,7 +104,8 @@ class _Fields:
         return value
 
     def fail(self, key: str, why: str) -> TurboqError:
-        return TurboqError(f"{self.where}: {self.arch}.{key}={quoted(self.get(key))} {why}")
+        name = shortened(f"{self.arch}.{key}")
+        return TurboqError(f"{self.where}: {name}={quoted(self.get(key))} {why}")
 
     def whole(self, key: str, value: Any, high: int, low: int = 1) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -102,60 +120,181 @@ class _Fields:
             return default
         return self.whole(key, value, high)
 
+    def switches(self, key: str, count: int) -> list[bool]:
+        value = self.get(key)
+        if not isinstance(value, list) or len(value) < count or any(p not in (0, 1) for p in value):
+            raise self.fail(key, f"must say true or false for each of the {count} layers")
+        return [bool(p) for p in value[:count]]
 
-def _latent(read: _Fields, arch: str, count: int) -> list[CacheLayer]:
-    if arch not in LATENT:
+    def refuse_unknown(self) -> None:
+        """Raises TurboqError for the first field that may change the cache and is not known."""
+        start = f"{self.arch}."
+        for name, value in self.metadata.items():
+            key = str(name).removeprefix(start)
+            if not str(name).startswith(start) or key in READ or is_off(value):
+                continue
+            if key not in field_names.GGUF_HARMLESS and field_names.speaks(key.replace(".", "_")):
+                raise self.fail(key, f"is not understood and may change the cache: {BY_HAND}")
+
+
+def _count(read: _Fields) -> int:
+    """Layers that run: block_count includes those that only predict further tokens."""
+    count = read.integer("block_count", MAX_LAYERS)
+    ahead = read.get("nextn_predict_layers")
+    return count - read.whole("nextn_predict_layers", ahead, count - 1, 0) if ahead else count
+
+
+def _note(read: _Fields, layers: list[CacheLayer]) -> str:
+    whole = read.get("attention.kv_lora_rank") and all(x.kind != "latent" for x in layers)
+    return (
+        "K and V whole: a header without attention.key_length_mla (a later conversion has it, and "
+        "caches the latent vector)"
+        if whole
+        else ""
+    )
+
+
+def _layers(read: _Fields, count: int) -> list[CacheLayer]:
+    dim = _latent_dim(read)
+    index = read.get("attention.indexer.key_length") or 0
+    if index and (dim is None or not read.row.get("index")):
+        raise read.fail("attention.indexer.key_length", "is not understood and adds to the cache")
+    windows, recurrent = _windows(read, count), _recurrent(read, count)
+    layers = []
+    for i in range(count):
+        kv_heads = 0 if recurrent[i] else _kv_heads(read, i)
+        if not kv_heads:
+            layers.append(CacheLayer(kind="none", state_bytes=_without_heads(read, i)))
+        elif dim is not None:
+            if windows[i] is not None:
+                raise read.fail("attention.sliding_window", f"is not understood here: {BY_HAND}")
+            if index:
+                index = read.whole("attention.indexer.key_length", index, MAX_DIM)
+            layers.append(CacheLayer(kind="latent", kv_heads=1, k_dim=dim, index_dim=index))
+        else:
+            layers.append(_layer(read, i, kv_heads, windows[i]))
+    shared = read.get("attention.shared_kv_layers") or 0
+    if shared:
+        shared = read.whole("attention.shared_kv_layers", shared, count - 1)
+    elif read.get("attention.shared_kv_layers") is None:
+        shared = max(0, count - read.row.get("own_layers", count))
+    return layers[: count - shared] + [CacheLayer(kind="shared")] * shared
+
+
+def _latent_dim(read: _Fields) -> int | None:
+    """Numbers of one latent vector; None where K and V of all heads are cached."""
+    if not read.get("attention.kv_lora_rank"):
+        return None
+    if not read.row.get("latent"):
+        known = ", ".join(arch for arch, row in _rows().items() if row.get("latent"))
         raise read.fail(
             "attention.kv_lora_rank",
-            f"is not understood for architecture {quoted(arch)} (understood: {', '.join(LATENT)}): "
-            "name --geometry=LAYERSxKVHEADSxDIM",
+            f"is not understood for architecture {quoted(read.arch)} (understood: {known}): "
+            f"{BY_HAND}",
         )
+    if read.get("attention.key_length_mla") is None:
+        return None
     dim = read.integer("attention.kv_lora_rank", MAX_DIM // 2)
-    dim += read.integer("rope.dimension_count", MAX_DIM // 2)
-    return [CacheLayer(kind="latent", kv_heads=1, k_dim=dim)] * count
+    return dim + read.integer("rope.dimension_count", MAX_DIM // 2)
 
 
-def _layer(read: _Fields, index: int, sliding: bool) -> CacheLayer:
-    heads = read.integer("attention.head_count", MAX_HEADS, layer=index)
-    given = read.get("attention.head_count_kv", index)
+def _kv_heads(read: _Fields, layer: int) -> int:
+    heads = read.integer("attention.head_count", MAX_HEADS, layer=layer)
+    given = read.get("attention.head_count_kv", layer)
     kv_heads = read.whole(
         "attention.head_count_kv", heads if given is None else given, MAX_HEADS, 0
     )
-    if read.arch in INTERVAL:
-        interval = read.integer("full_attention_interval", MAX_LAYERS, default=4)
-        kv_heads = 0 if (index + 1) % interval else kv_heads
-    if kv_heads == 0:
-        return CacheLayer(kind="none")
-    if heads % kv_heads:
+    if kv_heads and heads % kv_heads:
         raise read.fail("attention.head_count_kv", f"does not divide the {heads} query heads")
-    hidden = read.integer("embedding_length", 2**24)
-    if read.get("attention.key_length") is None and hidden % heads:
+    return kv_heads
+
+
+def _recurrent(read: _Fields, count: int) -> list[bool]:
+    """Layers that keep a state instead of K and V, beside those of 0 KV heads."""
+    if read.get("attention.recurrent_layers") is not None:
+        return read.switches("attention.recurrent_layers", count)
+    if "interval" not in read.row:
+        if read.get("full_attention_interval"):
+            raise read.fail("full_attention_interval", f"is not understood: {BY_HAND}")
+        return [False] * count
+    interval = read.integer("full_attention_interval", MAX_LAYERS, default=read.row["interval"])
+    return [(i + 1) % interval != 0 for i in range(count)]
+
+
+def _layer(read: _Fields, index: int, kv_heads: int, window: int | None) -> CacheLayer:
+    heads = read.integer("attention.head_count", MAX_HEADS, layer=index)
+    hidden = read.integer("embedding_length", WIDE)
+    # As in llama.cpp, neither length is the other's default.
+    lengths = [read.get(f"attention.{side}_length") for side in ("key", "value")]
+    if None in lengths and hidden % heads:
         raise read.fail("embedding_length", f"is not a multiple of the {heads} heads")
-    k_dim = read.integer("attention.key_length", MAX_DIM, default=hidden // heads)
-    v_dim = read.integer("attention.value_length", MAX_DIM, default=k_dim)
-    if sliding:
+    k_dim, v_dim = (
+        read.integer(f"attention.{side}_length", MAX_DIM, default=hidden // heads)
+        for side in ("key", "value")
+    )
+    if window is not None:
         k_dim = read.integer("attention.key_length_swa", MAX_DIM, default=k_dim)
         v_dim = read.integer("attention.value_length_swa", MAX_DIM, default=v_dim)
-    window = read.integer("attention.sliding_window", MAX_TOKENS) if sliding else None
     return CacheLayer(
-        kind="sliding" if sliding else "full",
+        kind="full" if window is None else "sliding",
         kv_heads=kv_heads, k_dim=k_dim, v_dim=v_dim, window=window,
+        state_bytes=_state(read) if read.row.get("state_everywhere") else 0,
     )  # fmt: skip
 
 
-def _slides(read: _Fields, count: int) -> list[bool]:
-    """Whether each layer has a sliding window."""
-    if not read.get("attention.sliding_window"):
-        return [False] * count
+def _windows(read: _Fields, count: int) -> list[int | None]:
+    """The window of every layer; None: it keeps all tokens."""
+    window, row = _window(read, count), read.row
+    if window is None:
+        return [None] * count
     key = "attention.sliding_window_pattern"
-    pattern = read.get(key)
-    if isinstance(pattern, list):
-        if len(pattern) != count or any(p not in (0, 1) for p in pattern):
-            raise read.fail(key, f"must say true or false for each of the {count} layers")
-        return [bool(p) for p in pattern]
-    if pattern is None and read.arch in ALL_SLIDING:
-        return [True] * count
-    if pattern is None and read.arch not in BUILT_IN:
-        raise read.fail("attention.sliding_window", f"without {key} is not understood")
-    n = read.integer(key, MAX_LAYERS, default=BUILT_IN.get(read.arch))
-    return [i % n < n - 1 for i in range(count)]
+    if isinstance(read.get(key), list):
+        return [window if slides else None for slides in read.switches(key, count)]
+    if read.get(key) is None and "period" not in row:
+        raise read.fail("attention.sliding_window", f"without {key} is not understood: {BY_HAND}")
+    n = row["period"] if read.get(key) is None else read.integer(key, MAX_LAYERS)
+    full = 0 if row.get("full_first") else n - 1
+    return [None if n and i % n == full else window for i in range(count)]
+
+
+def _window(read: _Fields, count: int) -> int | None:
+    given, row = read.get("attention.sliding_window"), read.row
+    if row.get("no_window") or given == 0 or (given is None and row.get("if_asked")):
+        return None
+    if "of_layers" in row and count != row["of_layers"]:
+        return None
+    if given is None:
+        return row.get("window")
+    given = read.whole("attention.sliding_window", given, MAX_TOKENS)
+    return row["window"] if row.get("fixed_window") else given
+
+
+def _without_heads(read: _Fields, layer: int) -> int | None:
+    """Bytes of state of a layer without KV heads."""
+    kind = read.row.get("without_heads")
+    if kind == "nothing" or (
+        kind == "nothing_if_ffn" and read.get("feed_forward_length", layer) not in (None, 0)
+    ):
+        return 0
+    return _state(read)
+
+
+def _state(read: _Fields) -> int | None:
+    """Bytes of one layer's state, float32 throughout as in llama.cpp; None: not known.
+
+    LFM2: hidden (c - 1); KDA: H D (D + 3 (c - 1)); others: I N + (c - 1) (I + 2 G N).
+    """
+    hidden = read.integer("embedding_length", WIDE)
+    if read.get("shortconv.l_cache"):
+        return 4 * hidden * (read.integer("shortconv.l_cache", 64) - 1)
+    tail = read.integer("ssm.conv_kernel", 64, default=1) - 1
+    if read.get("kda.head_dim"):
+        dim = read.integer("kda.head_dim", MAX_DIM)
+        heads = read.integer("attention.head_count", MAX_HEADS, layer=0)
+        return 4 * heads * dim * (dim + 3 * tail)
+    if not read.get("ssm.inner_size") or not read.get("ssm.state_size"):
+        return None
+    inner, size = read.integer("ssm.inner_size", WIDE), read.integer("ssm.state_size", MAX_DIM)
+    groups = read.get("ssm.group_count") or 0
+    groups = read.whole("ssm.group_count", groups, MAX_HEADS, 0)
+    return 4 * (inner * size + tail * (inner + 2 * groups * size))

@@ -7,8 +7,10 @@ needs no weights. Kinds of layers:
     sliding  K and V of the last `window` tokens (chunked attention: of at most one chunk)
     latent   one vector per token instead of K and V (multi-head latent attention): `v_dim` is 0
     shared   reads an earlier layer's cache and keeps nothing
-    none     keeps no KV cache (linear attention, convolution, state space); `state_bytes` per
-             sequence instead, where it is known
+    none     keeps no KV cache (linear attention, convolution, state space)
+
+Besides, any layer may keep a fixed state per sequence (`state_bytes`; None: not known how large)
+and, with K and V or a latent, an index key of `index_dim` numbers per token (sparse attention).
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class CacheLayer:
     k_dim: int = 0
     v_dim: int = 0
     window: int | None = None
-    state_bytes: int = 0
+    index_dim: int = 0
+    state_bytes: int | None = 0
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -44,6 +47,8 @@ class CacheLayer:
         check("kv_heads", self.kv_heads, stores, MAX_HEADS)
         check("k_dim", self.k_dim, stores, MAX_DIM)
         check("v_dim", self.v_dim, stores and self.kind != "latent", MAX_DIM)
+        if self.index_dim:
+            check("index_dim", self.index_dim, self.kind in ("full", "latent"), MAX_DIM)
         if self.kind == "latent" and (self.v_dim or self.kv_heads != 1):
             raise ValueError(
                 f"a latent layer keeps 1 vector and no V: {self.kv_heads=} {self.v_dim=}"
@@ -63,9 +68,9 @@ class CacheLayer:
 class CacheGeometry:
     """A model's layers in order, and what a memory plan needs besides.
 
-    `context` is what the model is made for, `parameters` counts all weights and `active` those
-    that one token uses; `weights_bytes` is the size of the weights where files were seen. None:
-    unknown. `note` is for people.
+    `context` is what the model is made for; `parameters` counts all weights, `active` those that
+    one token uses and `experts` those that MXFP4 checkpoints store so; `weights_bytes` is the size
+    of the weights where files were seen. None: unknown. `note` is for people.
     """
 
     name: str
@@ -74,6 +79,7 @@ class CacheGeometry:
     context: int | None = None
     parameters: int | None = None
     active: int | None = None
+    experts: int | None = None
     weights_bytes: int | None = None
     source: str = ""
     note: str = ""
@@ -85,8 +91,13 @@ class CacheGeometry:
 
     @property
     def state_bytes(self) -> int:
-        """Recurrent state of one sequence, all layers."""
-        return sum(layer.state_bytes for layer in self.layers)
+        """Recurrent state of one sequence, all layers whose state is known."""
+        return sum(layer.state_bytes or 0 for layer in self.layers)
+
+    @property
+    def unknown_states(self) -> int:
+        """Layers with a recurrent state whose size is not known."""
+        return sum(layer.state_bytes is None for layer in self.layers)
 
 
 def check(name: str, value: int, positive: bool, high: int) -> None:

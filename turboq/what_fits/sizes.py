@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from turboq.what_fits.formats import HeadBits
@@ -138,10 +138,12 @@ def formula(
     page_tokens: int = 1,
     window_slack: int = 0,
     edge: int = 0,
+    index_bits: Callable[[int], int] | None = None,
 ) -> Formula:
     """The engine-neutral view of a model whose heads are all stored by one rule.
 
-    `edge`: so many first and last layers with a cache are kept in 16 bits.
+    `edge`: so many first and last layers with a cache are kept in 16 bits. `index_bits` of an
+    index key's dim (sparse attention); by default as a key's.
 
     Raises:
       TurboqError: the rule does not fit a head's dims.
@@ -155,6 +157,9 @@ def formula(
             bits = 16 * layer.kv_heads * (layer.k_dim + layer.v_dim)
         elif layer.stores:
             bits = layer.kv_heads * head_bits(layer.k_dim, layer.v_dim)
+        if layer.index_dim:
+            dim = layer.index_dim
+            bits += index_bits(dim) if index_bits else head_bits(dim, 0)
         sizes.append(LayerSize(kind=layer.kind, bits=bits, window=layer.window))
     return Formula(layers=tuple(sizes), page_tokens=page_tokens, window_slack=window_slack)
 
@@ -191,7 +196,9 @@ def plan_formula(plan: Plan, *, page_tokens: int = 1, window_slack: int = 0) -> 
 def baseline(layers: Iterable[CacheLayer], context: int) -> int:
     """Bytes of one sequence in 16 bits by the formula, windows counted."""
     return sum(
-        layer.kv_heads * (layer.k_dim + layer.v_dim) * 2 * min(context, layer.window or context)
+        (layer.kv_heads * (layer.k_dim + layer.v_dim) + layer.index_dim)
+        * 2
+        * min(context, layer.window or context)
         for layer in layers
     )
 

@@ -68,7 +68,7 @@ def of_formats(
       TurboqError: unknown format, or one that does not fit the heads.
     """
     k, v = known(k), known(v)
-    hybrid = any(layer.kind == "none" for layer in geometry.layers)
+    hybrid = any(layer.kind == "none" or layer.state_bytes != 0 for layer in geometry.layers)
     engine = formula(
         geometry,
         head_bits(k, v),
@@ -107,7 +107,10 @@ def of_codecs(
     def bits(k_dim: int, v_dim: int) -> int:
         return at("k", k_dim).bits_per_vector + (at("v", v_dim).bits_per_vector if v_dim else 0)
 
-    engine = formula(geometry, bits, page_tokens=page_tokens, window_slack=window_slack)
+    engine = formula(
+        geometry, bits, page_tokens=page_tokens, window_slack=window_slack,
+        index_bits=lambda dim: 16 * dim,  # index keys are no head's vectors: left exact
+    )  # fmt: skip
     sides = [codec_label(at("k", first.k_dim))]
     if first.v_dim and (v := codec_label(at("v", first.v_dim))) != sides[0]:
         sides.append(v)
@@ -168,13 +171,19 @@ def kv_layers(
     """Layers of `turboq.cache.contiguous` for every layer that keeps K and V.
 
     Raises:
-      TurboqError: the model keeps latent vectors, which turboq.cache.contiguous does not store.
+      TurboqError: the model keeps latent vectors or index keys, which turboq.cache.contiguous
+        does not store.
     """
     from turboq.cache.layer import TokenPolicy, uniform_layer
 
     if any(layer.kind == "latent" for layer in geometry.layers):
         raise TurboqError(
             f"{geometry.name} caches one latent vector per token, which turboq's own cache does "
+            "not store: leave out --view=ours, --sinks and --recent"
+        )
+    if any(layer.index_dim for layer in geometry.layers):
+        raise TurboqError(
+            f"{geometry.name} caches index keys of sparse attention, which turboq's own cache does "
             "not store: leave out --view=ours, --sinks and --recent"
         )
     policy = policy or TokenPolicy()

@@ -32,10 +32,16 @@ def weights_bytes(geometry: CacheGeometry, kind: str) -> int:
                 "name a type such as --weights=Q4_K_M, or give --weights_gib"
             )
         return geometry.weights_bytes
+    if kind.lower() == "mxfp4":
+        return _mxfp4(geometry)
     bits = BITS.get(kind.lower().replace("-", "_"))
     if bits is None:
         near = difflib.get_close_matches(kind.lower(), BITS, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: auto, {', '.join(BITS)}"
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"known: auto, mxfp4, {', '.join(BITS)}"
+        )
         raise TurboqError(f"unknown weight type {kind!r} ({hint})")
     if geometry.parameters is None:
         raise TurboqError(
@@ -43,3 +49,13 @@ def weights_bytes(geometry: CacheGeometry, kind: str) -> int:
             "give --weights_gib"
         )
     return round(geometry.parameters * bits / 8)
+
+
+def _mxfp4(geometry: CacheGeometry) -> int:
+    """Experts in blocks of 32 numbers of 4 bits with a scale of 8, all the rest in 16 bits."""
+    if geometry.experts is None or geometry.parameters is None:
+        raise TurboqError(
+            f"--weights=mxfp4: how many of the parameters of {geometry.name} are experts, which "
+            "alone are stored so, is not known here: give --weights_gib"
+        )
+    return geometry.experts * 17 // 32 + 2 * (geometry.parameters - geometry.experts)

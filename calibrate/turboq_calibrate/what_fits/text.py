@@ -82,8 +82,11 @@ def _cache(a: dict[str, Any]) -> list[str]:
         page = views["engine_page_tokens"]
         pages = "" if page == 1 else f", in whole pages of {page} tokens"
         rows.append(("counted", f"stored bits times tokens kept{pages} (any engine)"))
-    if a["state_bytes"]:
-        rows.append(("recurrent state", size(a["state_bytes"])))
+    unknown = a["layers_of_unknown_state"]
+    if a["state_bytes"] or unknown:
+        known = size(a["state_bytes"]) if a["state_bytes"] else ""
+        of = f"of {unknown} layers is not known and not counted" if unknown else ""
+        rows.append(("recurrent state", "; ".join(part for part in (known, of) if part)))
     return _pairs(rows)
 
 
@@ -91,6 +94,7 @@ def _layers(a: dict[str, Any]) -> list[str]:
     rows = [("layers", "kind", "KV heads", "dims", "bytes/token", "tokens kept", "one session")]
     for row in a["layers"]:
         dims = f"{row['k_dim']}+{row['v_dim']}" if row["k_dim"] else "-"
+        dims += f" index {row['index_dim']}" if row["index_dim"] else ""
         kind = row["kind"] + (f" {row['window']}" if row["window"] else "")
         rows.append(
             (

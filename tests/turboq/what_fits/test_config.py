@@ -32,6 +32,16 @@ FAMILIES: dict[str, dict] = {
     "llama4_text": {"num_hidden_layers": 8},
     "olmo3": {},
     "smollm3": {},
+    "afmoe": {"num_key_value_heads": 4},
+    "cwm": {"num_hidden_layers": 9},
+    "exaone4": {"num_hidden_layers": 9},
+    "exaone_moe": {"num_hidden_layers": 6, "num_key_value_heads": 8},
+    "granite_swa": {"num_hidden_layers": 9},
+    "minimax": {"num_hidden_layers": 5},
+    "mimo_v2_flash": {"num_hidden_layers": 13},
+    "phimoe": {"sliding_window": 99},
+    "dots1": {},
+    "vaultgemma": {"num_hidden_layers": 7},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4, "num_hidden_layers": 8},
 }
 
@@ -80,13 +90,15 @@ def test_layers_are_those_of_transformers(family):
     found = from_config(written, family)
     assert shapes(found) == expected
     assert found.context == config.max_position_embeddings
-    assert all(x.v_dim == x.k_dim for x in found.layers)
+    assert all(x.v_dim == getattr(config, "v_head_dim", x.k_dim) for x in found.layers if x.stores)
 
 
 DERIVED = {
     "qwen3": FAMILIES["qwen3"], "qwen3_next": {"num_hidden_layers": 12}, "qwen3_5_text": {},
     "gemma2": {"num_hidden_layers": 7}, "gemma3_text": {}, "gemma3n_text": {},
     "gemma4_text": {"num_hidden_layers": 14}, "gpt_oss": {}, "cohere2": {}, "llama4_text": {},
+    "afmoe": {}, "cwm": {}, "exaone4": {}, "exaone_moe": {}, "granite_swa": {}, "minimax": {},
+    "mimo_v2_flash": {}, "olmo3": {}, "vaultgemma": {},
 }  # fmt: skip
 
 
@@ -107,8 +119,11 @@ def test_layer_kinds_that_a_file_leaves_out(family):
 )  # fmt: skip
 def test_defaults_are_those_of_transformers(family):
     config = CONFIG_MAPPING[family]()
-    assert shapes(from_config({"model_type": family}, "x")) == of_class(config)
-    assert from_config({"model_type": family}, "x").context == config.max_position_embeddings
+    found = from_config({"model_type": "any", "text_config": {"model_type": family}}, "x")
+    assert shapes(found) == of_class(config)
+    assert found.context == config.max_position_embeddings
+    with pytest.raises(TurboqError, match="num_hidden_layers is missing"):
+        from_config({"model_type": family}, "x")  # of a file of its own the sizes are asked for
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gpt_oss", "cohere2"])
@@ -254,7 +269,10 @@ def test_gguf_headers():
         ("sliding", 2, 256, 512), ("sliding", 2, 256, 512), ("full", 1, 512, None),
         ("shared", 0, 0, None),
     ]  # fmt: skip
-    latent = header("deepseek2", attention__kv_lora_rank=512, rope__dimension_count=64)
+    latent = header(
+        "deepseek2", attention__kv_lora_rank=512, rope__dimension_count=64,
+        attention__key_length_mla=192,
+    )  # fmt: skip
     assert from_metadata(latent, "x").layers[0].k_dim == 576
     hybrid = header("qwen35", block_count=8, full_attention_interval=4)
     assert [x.kind for x in from_metadata(hybrid, "x").layers] == (["none"] * 3 + ["full"]) * 2

@@ -1,0 +1,101 @@
+"""Names of `config.json` fields: which are read, under which other names, and which are harmless.
+
+A field is refused if a word of its name speaks of the cache (`WORDS`) and it is neither read nor
+known to be harmless by its whole name (`field_names.json`). What is off (null, false, 0, empty) is
+never refused.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+
+_LISTS: dict[str, list[str]] = json.loads(
+    (importlib.resources.files("turboq.what_fits") / "field_names.json").read_text(encoding="utf-8")
+)
+
+# Field -> other names of the same thing. Two names with different values are an error.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads", "attention_heads"),
+    "num_key_value_heads": (
+        "num_kv_heads", "n_head_kv", "n_kv_heads", "num_query_groups", "num_attention_groups",
+        "attn_config.kv_n_heads",
+    ),
+    "head_dim": ("attention_head_dim", "attention_head_size", "kv_channels", "d_head", "head_size"),
+    "hidden_size": ("n_embd", "d_model", "n_embed"),
+    "sliding_window": (
+        "sliding_window_size", "attention_window_size", "attn_config.sliding_window_size",
+    ),
+    "index_head_dim": ("sparse_attention_config.sparse_index_dim",),
+    "mamba_ssm_cache_dtype": ("mamba_ssm_dtype",),
+    "kv_heads_per_layer": ("num_key_value_heads_per_layer",),
+}  # fmt: skip
+# In this order; they may differ (trained and extended lengths).
+CONTEXT = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
+    "max_sequence_length", "n_ctx", "max_context_length",
+)  # fmt: skip
+
+# Words of a name that may change the cache.
+WORDS = frozenset(_LISTS["words"])
+
+# Containers that are read by themselves, with the names that are understood in them.
+CONTAINERS: dict[str, frozenset[str]] = {
+    "attn_config": frozenset({"kv_n_heads", "attn_type", "sliding_window_size"}),
+    "linear_attn_config": frozenset(
+        {"full_attn_layers", "kda_layers", "head_dim", "num_heads", "short_conv_kernel_size"}
+    ),
+    "sparse_attention_config": frozenset(
+        {
+            "use_sparse_attention", "sparse_attention_freq", "sparse_index_dim",
+            "sparse_disable_index_value", "sparse_block_size", "sparse_topk_blocks",
+            "sparse_init_block", "sparse_local_block", "sparse_num_index_heads",
+            "sparse_score_type",
+        }
+    ),
+    "block_configs": frozenset({"attention", "ffn"}),
+    "per_layer_config": frozenset(),  # its keys are layers; every field is checked when read
+}  # fmt: skip
+
+READ = frozenset(
+    {
+        *ALIASES, *(name for names in ALIASES.values() for name in names), *CONTEXT, *CONTAINERS,
+        "use_sliding_window", "max_window_layers", "layer_types", "layers_block_type",
+        "sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers",
+        "attention_chunk_size", "no_rope_layers", "no_rope_layer_interval",
+        "hybrid_override_pattern", "hybrid_layer_pattern", "attn_layer_period",
+        "attn_layer_offset", "attn_layer_indices", "attn_type_list", "full_attn_idxs",
+        "layer_group_size", "full_attention_interval", "block_types", "_block_types",
+        "attention_layers", "attention_types", "window_size", "local_attention",
+        "kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "use_mla",
+        "index_head_dim", "indexer_types", "num_kv_shared_layers", "use_cla", "cla_share_factor",
+        "global_head_dim", "num_global_key_value_heads", "attention_k_eq_v",
+        "swa_head_dim", "swa_v_head_dim", "swa_num_key_value_heads",
+        "multi_query", "multi_query_attention", "multi_query_group_num",
+        "new_decoder_architecture", "use_bidirectional_attention",
+        "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+        "linear_value_head_dim", "linear_conv_kernel_dim", "linear_head_dim", "linear_num_heads",
+        "short_conv_kernel_size", "mamba_num_heads", "mamba_n_heads", "n_mamba_heads",
+        "mamba_head_dim", "mamba_d_head", "mamba_headdim", "mamba_d_state", "ssm_state_size",
+        "n_groups", "mamba_n_groups", "mamba_ngroups", "mamba_d_conv", "conv_kernel",
+        "mamba_expand", "expand", "mamba_d_ssm", "mamba_ssm_cache_dtype", "lru_width",
+        "conv1d_width", "conv_L_cache",
+    }
+)  # fmt: skip
+
+HARMLESS = frozenset(_LISTS["harmless"])
+# Harmless beside the parts of a multimodal file: they describe other parts.
+OTHER_PARTS = frozenset(_LISTS["other_parts"])
+
+GGUF_HARMLESS = frozenset(_LISTS["gguf_harmless"])
+
+
+def speaks(name: str) -> bool:
+    """Whether a word of `name` may speak of the cache."""
+    return not WORDS.isdisjoint(name.lower().split("_"))
+
+
+def aliases_of(field: str) -> tuple[str, ...]:
+    """`field` and its other names."""
+    return (field, *ALIASES.get(field, ()))
