@@ -28,9 +28,8 @@ from turboq_calibrate.cost import metrics
 from turboq_calibrate.models import Model, default_positions, embed_tokens, exact_attend
 from turboq_calibrate.models.decoder import (
     Params,
-    feed_forward,
+    after_attention,
     head,
-    linear,
     project_qkv,
     run_head,
     run_layer,
@@ -115,8 +114,7 @@ def finish(
 
     near = (rounded("k"), rounded("v"))
     out = mixed_attention(spec, policy, q, near, (hat["k"], hat["v"]))
-    x = x + linear(out.reshape(*x.shape[:2], -1), params, "o")
-    return x + feed_forward(spec, params, x)
+    return after_attention(spec, params, x, out)
 
 
 @functools.partial(jax.jit, static_argnames=("spec",))

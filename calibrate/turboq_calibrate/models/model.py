@@ -212,4 +212,4 @@ def embed_tokens(model: Model, tokens: Int[Array | np.ndarray, "B T"]) -> Float[
         return decoder.run_embed(model.spec, model.embed_params(), jnp.asarray(ids))
     used, where = np.unique(ids, return_inverse=True)
     rows = jnp.asarray(model.source.embed_rows(used)).astype(model.dtype)
-    return rows[jnp.asarray(where.reshape(ids.shape))].astype(jnp.float32)
+    return decoder.scaled(model.spec, rows[jnp.asarray(where.reshape(ids.shape))])

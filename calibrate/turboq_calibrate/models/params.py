@@ -34,6 +34,8 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
         "up": (f, m),
         "down": (m, f),
     }
+    if spec.post_norms:
+        shapes |= {"attn_post_norm": (m,), "mlp_post_norm": (m,)}
     if spec.qkv_bias:
         shapes |= {"q_bias": (q,), "k_bias": (k,), "v_bias": (v,)}
     if spec.o_bias:

@@ -1,12 +1,12 @@
 """What a model is, as data: geometry per layer, nothing that runs.
 
-Families differ in these fields only; the one decoder (`decoder.py`) reads them. Fields that only
-later families need (soft caps, windows, partial rotary, MoE) belong here too, per layer.
+Families differ in these fields only; the one decoder (`decoder.py`) reads them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope
@@ -28,8 +28,12 @@ class LayerSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    norm_offset: float = 0.0  # RMS norms multiply by offset + weight
+    post_norms: bool = False  # norms of what attention and the MLP add to the residual stream
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    softmax_scale: float | None = None  # None: head_dim^-1/2
     window: int | None = None  # sliding window in tokens, the query's own included
-    softcap: float | None = None
+    softcap: float | None = None  # of attention logits
     borrows_cache_of: int | None = None  # index of the layer whose cache this layer reads
 
     @property
@@ -39,14 +43,14 @@ class LayerSpec:
     @property
     def scale(self) -> float:
         """Softmax scale."""
-        return self.head_dim**-0.5
+        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A whole model: layers in order, and what stands before and after them."""
 
-    family: str  # "llama", "mistral", "qwen2", "qwen3"
+    family: str  # as the file says it: "llama", "gemma3_text", ...
     name: str
     vocab: int
     hidden: int
@@ -54,10 +58,14 @@ class ModelSpec:
     norm_eps: float
     tied_embeddings: bool
     layers: tuple[LayerSpec, ...]
+    embed_scale: float = 1.0  # embeddings are multiplied by its float32 value
+    norm_offset: float = 0.0  # of the final norm
+    logit_softcap: float | None = None  # of the final logits
+    prefix: str = "model."  # of the decoder's module names
 
     def path(self, index: int) -> str:
         """Module path of a layer's attention, as Hugging Face names it."""
-        return f"model.layers.{index}.self_attn"
+        return f"{self.prefix}layers.{index}.self_attn"
 
     def check_length(self, tokens: int, what: str) -> None:
         """Raises TurboqError where a sequence is longer than the model is made for."""
