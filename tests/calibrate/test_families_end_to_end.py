@@ -23,6 +23,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 MODELS = {
     # soft caps, norms on both sides, windows (of 5 tokens) that pages and recent tokens cross
     "gemma2": [5, None, 5],
+    # experts, read as they are due, with a shared one; a dense layer
+    "qwen2_moe": [5, None, None],
 }
 
 

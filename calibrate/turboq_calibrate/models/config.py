@@ -13,6 +13,7 @@ from typing import Any
 from turboq.errors import TurboqError, quoted
 from turboq.hub_cache import snapshot_hint
 from turboq.json_object import read_object
+from turboq_calibrate.models.config_experts import read_experts
 from turboq_calibrate.models.config_fields import Reader
 from turboq_calibrate.models.config_rope import read_ropes
 from turboq_calibrate.models.families import FAMILIES, UNREAD_INSIDE, WRAPPERS, Family
@@ -123,7 +124,7 @@ def _layers(read: Reader, row: Family) -> tuple[LayerSpec, ...]:
     scalar = read.optional("query_pre_attn_scalar")
     common = LayerSpec(
         hidden=hidden,
-        intermediate=read.integer("intermediate_size"),
+        intermediate=0,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -138,9 +139,17 @@ def _layers(read: Reader, row: Family) -> tuple[LayerSpec, ...]:
         softcap=read.optional("attn_logit_softcapping"),
         **_biases(read, row),
     )
+    experts = read_experts(read, row.experts, count)
+    dense = read.integer("intermediate_size") if None in experts else 0
     return tuple(
-        dataclasses.replace(common, window=window, rope=full if window is None else sliding)
-        for window in row.windows(read, count)
+        dataclasses.replace(
+            common,
+            intermediate=dense if mixture is None else 0,
+            experts=mixture,
+            window=window,
+            rope=full if window is None else sliding,
+        )
+        for window, mixture in zip(row.windows(read, count), experts, strict=True)
     )
 
 
@@ -191,9 +200,11 @@ def _biases(read: Reader, row: Family) -> dict[str, bool]:
     for key, value in said.items():
         if value and key not in row.biases:
             raise TurboqError(f"{read.where}: {key}=True is not supported")
-    attention = said["attention_bias"]
+    attention, qkv = said["attention_bias"], row.qkv_bias
+    if "qkv_bias" in row.biases:
+        qkv = read.boolean("qkv_bias", qkv)
     return {
-        "qkv_bias": attention or row.qkv_bias,
+        "qkv_bias": attention or qkv,
         "o_bias": attention,
         "mlp_bias": said["mlp_bias"],
     }

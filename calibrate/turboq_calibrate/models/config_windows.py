@@ -40,6 +40,24 @@ def switched(read: Reader, count: int) -> Windows:
     return [window if i >= first else None for i in range(count)]
 
 
+def switched_everywhere(read: Reader, count: int) -> Windows:
+    """With `use_sliding_window` every layer."""
+    if read.config.get("layer_types"):
+        raise TurboqError(f"{read.where}: layer_types is not supported")
+    return [_switch(read)] * count
+
+
+def switched_alternating(read: Reader, count: int) -> Windows:
+    """With `use_sliding_window` every other layer before `max_window_layers`, the first included,
+    or as `layer_types` says."""
+    window = _switch(read)
+    types = read.config.get("layer_types")
+    if types is not None:
+        return _by_type(read, count, types, window, "use_sliding_window is off")
+    first = _first(read)
+    return [window if i < first and i % 2 == 0 else None for i in range(count)]
+
+
 def every_nth_full(read: Reader, count: int, n: int) -> Windows:
     """All but every n-th layer, `sliding_window_pattern` other than n, or as `layer_types` says."""
     names = [k for k in ("sliding_window_pattern", "_sliding_window_pattern") if k in read.config]

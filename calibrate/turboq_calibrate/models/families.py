@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from turboq_calibrate.models import config_windows
+from turboq_calibrate.models.config_experts import Mixture
 from turboq_calibrate.models.config_fields import Reader
 
 
@@ -28,16 +29,18 @@ class Family:
     theta: float = 10000.0
     sliding_theta: float | None = None  # sliding layers have a rotary embedding of their own
     activation: str = "hidden_act"  # the field that names it
-    biases: frozenset[str] = frozenset()  # of attention_bias and mlp_bias, those that are read
-    qkv_bias: bool = False  # always
+    biases: frozenset[str] = frozenset()  # of attention_bias, mlp_bias, qkv_bias: those read
+    qkv_bias: bool = False  # where it is not read, always
     qk_norm: bool = False
     norm_offset: float = 0.0
     post_norms: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden)
+    experts: Mixture | None = None
     reads: frozenset[str] = frozenset()
 
 
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_EXPERTS = frozenset({"num_experts", "num_local_experts"})
 _GEMMA = {
     "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
@@ -69,6 +72,39 @@ FAMILIES: dict[str, Family] = {
         head_dim=128,
         biases=frozenset({"attention_bias"}),
         qk_norm=True,
+    ),
+    "mixtral": Family(
+        defaults={
+            "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+            "num_experts_per_tok": 2,
+        },
+        windows=functools.partial(config_windows.always, default=None),
+        theta=1e6,
+        experts=Mixture(width="intermediate_size", renormalised=True),
+        reads=_EXPERTS,
+    ),
+    "qwen2_moe": Family(
+        defaults={
+            "num_key_value_heads": 16, "max_position_embeddings": 32768, "num_experts_per_tok": 4,
+            "intermediate_size": 5632, "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+        windows=config_windows.switched_alternating,
+        biases=frozenset({"qkv_bias"}),
+        qkv_bias=True,
+        experts=Mixture(shared=True, some_layers=True),
+        reads=_EXPERTS,
+    ),
+    "qwen3_moe": Family(
+        defaults={
+            "num_key_value_heads": 4, "max_position_embeddings": 32768, "num_experts_per_tok": 8,
+            "intermediate_size": 6144, "moe_intermediate_size": 768,
+        },
+        windows=config_windows.switched_everywhere,
+        biases=frozenset({"attention_bias"}),
+        qk_norm=True,
+        experts=Mixture(some_layers=True),
+        reads=_EXPERTS,
     ),
     "gemma2": _gemma(
         defaults=_GEMMA | {

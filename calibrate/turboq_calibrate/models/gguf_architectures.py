@@ -24,13 +24,15 @@ class Architecture:
     softcap: float | None = None  # of attention logits, where the file names none
     logit_softcap: float | None = None
     wide_scale_layers: int | None = None  # with so many layers the scale is (hidden / heads)^-1/2
+    renormalised: bool = False  # weights of the chosen experts sum to one
     reads: frozenset[str] = frozenset()
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(interleaved=True),
+    "llama": Architecture(interleaved=True, renormalised=True, reads=frozenset({"expert_count"})),
     "qwen2": Architecture(),
     "qwen3": Architecture(),
+    "qwen3moe": Architecture(renormalised=True, reads=frozenset({"expert_count"})),
     "gemma2": Architecture(
         window=4096,
         full_every=2,

@@ -19,7 +19,7 @@ from turboq_calibrate.models import gguf_header
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config_fields import positive
 from turboq_calibrate.models.gguf_architectures import ARCHITECTURES, Architecture
-from turboq_calibrate.models.spec import LayerSpec, ModelSpec
+from turboq_calibrate.models.spec import Experts, LayerSpec, ModelSpec
 
 LAYER_TENSORS = {
     "attn_norm": "attn_norm.weight",
@@ -39,6 +39,10 @@ LAYER_TENSORS = {
     "gate": "ffn_gate.weight",
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
+    "router": "ffn_gate_inp.weight",
+    "expert_gate": "ffn_gate_exps.weight",
+    "expert_up": "ffn_up_exps.weight",
+    "expert_down": "ffn_down_exps.weight",
     "gate_bias": "ffn_gate.bias",
     "up_bias": "ffn_up.bias",
     "down_bias": "ffn_down.bias",
@@ -100,7 +104,7 @@ class GGUFFile:
         return [self.path]
 
     def layer(self, index: int) -> dict[str, np.ndarray]:
-        """Float32 weights of one layer."""
+        """Float32 weights of one layer but its experts'."""
         spec = self.spec.layers[index]
         out = {}
         for name, shape in P.layer_shapes(spec).items():
@@ -110,6 +114,14 @@ class GGUFFile:
                 value = unpermute(value, heads)
             out[name] = value
         return out
+
+    def experts(self, index: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Float32 matrices of some experts of one layer, stacked."""
+        layer = self.spec.layers[index]
+        return {
+            name: self._read(f"blk.{index}.{LAYER_TENSORS[name]}", shape, numbers)
+            for name, shape in _stacked(layer).items()
+        }
 
     def embed(self) -> dict[str, np.ndarray]:
         return {"embedding": self._read("token_embd.weight", (self.spec.vocab, self.spec.hidden))}
@@ -241,11 +253,11 @@ class GGUFFile:
         def has(name: str) -> bool:
             return f"blk.{index}.{LAYER_TENSORS[name]}" in self._tensors
 
-        row, window = self._row, self._window(index)
+        row, window, experts = self._row, self._window(index), self._experts(index)
         wide = self._integer("block_count") == row.wide_scale_layers
         return LayerSpec(
             hidden=hidden,
-            intermediate=self._integer("feed_forward_length", layer=index),
+            intermediate=0 if experts else self._integer("feed_forward_length", layer=index),
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -256,11 +268,26 @@ class GGUFFile:
             o_bias=has("o_bias"),
             mlp_bias=has("gate_bias"),
             qk_norm=has("q_norm"),
+            experts=experts,
             post_norms=row.post_norms,
             activation=row.activation,
             softmax_scale=(hidden / heads) ** -0.5 if wide else None,
             window=window,
             softcap=self._cap("attn_logit_softcapping", row.softcap),
+        )
+
+    def _experts(self, index: int) -> Experts | None:
+        if not self._get("expert_count", 0):
+            return None
+        count, chosen = self._integer("expert_count"), self._integer("expert_used_count")
+        if chosen > count:
+            raise TurboqError(f"{self.path}: expert_used_count={chosen} of {count} experts")
+        dense = self._get("feed_forward_length", 0) or None
+        return Experts(
+            count=count,
+            chosen=chosen,
+            intermediate=self._integer("expert_feed_forward_length", dense, index),
+            renormalised=self._row.renormalised,
         )
 
     def _rope(self, head_dim: int, *, sliding: bool) -> Rope:
@@ -326,7 +353,7 @@ class GGUFFile:
         if not spec.tied_embeddings:
             expected["output.weight"] = (spec.vocab, spec.hidden)
         for i, layer in enumerate(spec.layers):
-            for name, shape in P.layer_shapes(layer).items():
+            for name, shape in (P.layer_shapes(layer) | _stacked(layer)).items():
                 expected[f"blk.{i}.{LAYER_TENSORS[name]}"] = shape
         for name, shape in expected.items():
             if name not in self._tensors:
@@ -338,6 +365,12 @@ class GGUFFile:
                 f"{self.path}: tensor {shortened(extra[0])} ({len(extra)} in all) has no place in "
                 f"a {spec.family} decoder: the model has a part that is not supported"
             )
+
+
+def _stacked(layer: LayerSpec) -> P.Shapes:
+    """Shapes of all experts' matrices, as one tensor holds them."""
+    count = layer.experts.count if layer.experts else 0
+    return {name: (count, *shape) for name, shape in P.expert_shapes(layer).items()}
 
 
 def unpermute(value: np.ndarray, heads: int) -> np.ndarray:

@@ -63,13 +63,28 @@ class HFFolder:
         return [*found, index] if self._sharded else found
 
     def layer(self, index: int) -> dict[str, np.ndarray]:
-        """Float32 weights of one layer."""
+        """Float32 weights of one layer but its experts'."""
         names, shapes = self._layer_names(index), P.layer_shapes(self.spec.layers[index])
         return self._read({name: (names[name], shape) for name, shape in shapes.items()})
 
     def _layer_names(self, index: int) -> dict[str, str]:
-        names = hf_names.layer_names(self.spec.layers[index])
+        names = hf_names.layer_names(self.spec.layers[index], self.spec.family)
         return {ours: f"{self.spec.prefix}layers.{index}.{name}" for ours, name in names.items()}
+
+    def _expert_names(self, index: int, number: int) -> dict[str, str]:
+        names = hf_names.expert_names(self.spec.family, number)
+        return {ours: f"{self.spec.prefix}layers.{index}.{name}" for ours, name in names.items()}
+
+    def experts(self, index: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Float32 matrices of some experts of one layer, stacked."""
+        shapes = P.expert_shapes(self.spec.layers[index])
+        out = {name: np.empty((len(numbers), *s), np.float32) for name, s in shapes.items()}
+        for row, number in enumerate(numbers):
+            names = self._expert_names(index, int(number))
+            read = self._read({name: (names[name], shape) for name, shape in shapes.items()})
+            for name, value in read.items():
+                out[name][row] = value
+        return out
 
     def embed(self) -> dict[str, np.ndarray]:
         return self._read({"embedding": (self._embedding, (self.spec.vocab, self.spec.hidden))})
@@ -134,6 +149,9 @@ class HFFolder:
         for i, layer in enumerate(spec.layers):
             names = self._layer_names(i)
             expected |= {names[ours]: shape for ours, shape in P.layer_shapes(layer).items()}
+            for number in range(layer.experts.count if layer.experts else 0):
+                names = self._expert_names(i, number)
+                expected |= {names[ours]: s for ours, s in P.expert_shapes(layer).items()}
         for name in expected:
             if name not in self._file_of:
                 where = self.folder / (INDEX if self._sharded else SINGLE)

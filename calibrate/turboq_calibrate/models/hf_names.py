@@ -44,9 +44,36 @@ POST_NORMS = {
 }
 
 
-def layer_names(spec: LayerSpec) -> dict[str, str]:
+ROUTING = {
+    "router": "mlp.gate.weight",
+    "shared_router": "mlp.shared_expert_gate.weight",
+    "shared_gate": "mlp.shared_expert.gate_proj.weight",
+    "shared_up": "mlp.shared_expert.up_proj.weight",
+    "shared_down": "mlp.shared_expert.down_proj.weight",
+}
+EXPERT = {
+    "expert_gate": "mlp.experts.{}.gate_proj.weight",
+    "expert_up": "mlp.experts.{}.up_proj.weight",
+    "expert_down": "mlp.experts.{}.down_proj.weight",
+}
+MIXTRAL_ROUTING = {"router": "block_sparse_moe.gate.weight"}
+MIXTRAL_EXPERT = {
+    "expert_gate": "block_sparse_moe.experts.{}.w1.weight",
+    "expert_up": "block_sparse_moe.experts.{}.w3.weight",
+    "expert_down": "block_sparse_moe.experts.{}.w2.weight",
+}
+
+
+def layer_names(spec: LayerSpec, family: str) -> dict[str, str]:
     """Our name of a layer's weight -> the checkpoint's, after the layer's own prefix."""
-    return LAYER_TENSORS | (POST_NORMS if spec.post_norms else {})
+    routing = MIXTRAL_ROUTING if family == "mixtral" else ROUTING
+    return LAYER_TENSORS | (POST_NORMS if spec.post_norms else {}) | routing
+
+
+def expert_names(family: str, number: int) -> dict[str, str]:
+    """The same of one expert's matrices."""
+    names = MIXTRAL_EXPERT if family == "mixtral" else EXPERT
+    return {ours: name.format(number) for ours, name in names.items()}
 
 
 def part_prefix(names: Collection[str]) -> str:

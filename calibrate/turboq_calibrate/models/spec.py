@@ -13,11 +13,22 @@ from turboq.numbers.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of one MLP."""
+
+    count: int
+    chosen: int  # per token
+    intermediate: int  # of one expert
+    renormalised: bool  # weights of the chosen experts sum to one
+    shared: int = 0  # width of one more expert that every token passes, gated; 0: none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """One decoder layer. Hashable: two equal specs share one compiled function."""
 
     hidden: int
-    intermediate: int
+    intermediate: int  # of the one MLP; 0 where there are experts
     heads: int
     kv_heads: int  # 0: the layer keeps no KV cache
     head_dim: int  # of q and k
@@ -34,6 +45,7 @@ class LayerSpec:
     softmax_scale: float | None = None  # None: head_dim^-1/2
     window: int | None = None  # sliding window in tokens, the query's own included
     softcap: float | None = None  # of attention logits
+    experts: Experts | None = None
     borrows_cache_of: int | None = None  # index of the layer whose cache this layer reads
 
     @property

@@ -11,6 +11,7 @@ from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models.config import model_spec
 from turboq_calibrate.models.families import FAMILIES, WRAPPERS
 from turboq_calibrate.models.params import parameter_count
+from turboq_calibrate.models.spec import Experts
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 LLAMA3_ROPE = {
@@ -117,6 +118,29 @@ PUBLISHED = {
         64,
     ),
 }
+# Published files of mixtures of experts; counts are of all experts.
+PUBLISHED_MOE = {
+    "Mixtral-8x7B": (
+        {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
+         "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 32000,
+         "num_local_experts": 8, "rope_theta": 1e6, "sliding_window": None,
+         "router_aux_loss_coef": 0.02},
+        46_702_792_704, Experts(count=8, chosen=2, intermediate=14336, renormalised=True),
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        {"model_type": "qwen2_moe", "hidden_size": 2048, "num_attention_heads": 16,
+         "num_hidden_layers": 24, "vocab_size": 151936, "num_experts": 60, "rope_theta": 1e6,
+         "use_sliding_window": False, "max_window_layers": 21, "norm_topk_prob": False},
+        14_315_784_192,
+        Experts(count=60, chosen=4, intermediate=1408, renormalised=False, shared=5632),
+    ),
+    "Qwen3-30B-A3B": (
+        {"model_type": "qwen3_moe", "hidden_size": 2048, "num_attention_heads": 32,
+         "head_dim": 128, "num_hidden_layers": 48, "vocab_size": 151936, "num_experts": 128,
+         "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        30_532_122_624, Experts(count=128, chosen=8, intermediate=768, renormalised=True),
+    ),
+}  # fmt: skip
 GEMMA_27B = {
     "model_type": "gemma3", "vision_config": {"hidden_size": 1152}, "image_token_index": 262144,
     "text_config": {
@@ -179,6 +203,52 @@ def test_published_gemma(name):
             assert layer.rope.scaling == (SCALED if scaled else None)
     assert spec.layers[-1].softcap == (50.0 if name == "gemma-2-2b" else None)
     assert spec.logit_softcap == (30.0 if name == "gemma-2-2b" else None)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_MOE)
+def test_published_mixtures(name):
+    settings, parameters, experts = PUBLISHED_MOE[name]
+    spec = model_spec(settings, name)
+    assert parameter_count(spec) == parameters
+    assert {layer.experts for layer in spec.layers} == {experts}
+    assert {layer.window for layer in spec.layers} == {None}
+    assert spec.norm_eps == (1e-5 if name == "Mixtral-8x7B" else 1e-6)
+    assert spec.layers[0].qkv_bias == (name == "Qwen1.5-MoE-A2.7B")
+
+
+def test_some_layers_are_dense():
+    fields = {"num_experts": 8, "decoder_sparse_step": 2, "mlp_only_layers": [3], "head_dim": 16}
+    spec = model_spec(config("qwen3_moe", **fields, num_hidden_layers=6), "x")
+    assert [layer.experts is None for layer in spec.layers] == [
+        True,
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert [layer.intermediate for layer in spec.layers] == [96, 0, 96, 96, 96, 0]
+    on = {"use_sliding_window": True, "sliding_window": 7}
+    spec = model_spec(config("qwen3_moe", **fields, **on), "x")
+    assert [layer.window for layer in spec.layers] == [7, 7, 7]
+    spec = model_spec(config("qwen2_moe", num_experts=4, **on), "x")
+    assert [layer.window for layer in spec.layers] == [7, None, 7]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "num_experts is missing"),
+        ({"num_experts": 4, "num_local_experts": 8}, "num_experts and num_local_experts differ"),
+        ({"num_experts": 4}, "num_experts_per_tok=8 of 4 experts"),
+        ({"num_experts": 8, "norm_topk_prob": "yes"}, "norm_topk_prob='yes' must be true or false"),
+        ({"num_experts": 8, "mlp_only_layers": "all"}, "mlp_only_layers='all' must be a list of"),
+        ({"num_experts": 8, "decoder_sparse_step": 0}, "decoder_sparse_step=0 must be a positive"),
+    ],
+)
+def test_bad_mixtures(fields, message):
+    with pytest.raises(TurboqError, match=message):
+        model_spec(config("qwen3_moe", **fields), "some/folder")
 
 
 SCALED = Scaling(type="linear", factor=8.0)
@@ -400,6 +470,7 @@ def test_neutral_values_of_refused_fields_pass():
 
 def test_supported_families_are_the_documented_ones():
     assert [*FAMILIES, *WRAPPERS] == [
-        *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"),
+        *("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"),
+        *("gemma2", "gemma3_text"),
         *("gemma3",),
     ]

@@ -37,8 +37,11 @@ FAMILIES = (
     "gemma2",
     "gemma3",
     "gemma3_vision",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
 )
-COPIES = ("llama3", "qwen2", "qwen3", "gemma2", "gemma3")
+COPIES = ("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe")
 
 
 def capturing(spec, q, k, v, positions, state):
@@ -84,6 +87,7 @@ def test_golden_families_cover_what_they_claim():
         "qwen3",
         "gemma2",
         *["gemma3_text"] * 2,
+        *("mixtral", "qwen2_moe", "qwen3_moe"),
     ]
     assert first["llama3"].rope.scaling.type == "llama3"
     assert first["llama_bias"].rope.scaling == Scaling(type="linear", factor=2.5)
@@ -108,6 +112,10 @@ def test_golden_families_cover_what_they_claim():
     assert specs["gemma3"].layers[5].rope == full
     assert first["gemma3_vision"].scale == 20**-0.5
     assert specs["gemma3_vision"].path(1) == "language_model.model.layers.1.self_attn"
+    mixtures = {family: [layer.experts for layer in spec.layers] for family, spec in specs.items()}
+    assert [bool(mixture) for mixture in mixtures["qwen2_moe"]] == [True, False, True]
+    assert [mixtures[f][0].renormalised for f in FAMILIES[-3:]] == [True, False, True]
+    assert [mixtures[f][0].shared for f in FAMILIES[-3:]] == [0, 10, 0]
     # Random norms and biases: a decoder that skips one of them cannot pass.
     norms = load_model(GOLDEN / "qwen3").layer(0)
     assert all(np.std(norms[name]) > 0.1 for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm"))
@@ -151,7 +159,7 @@ def test_a_streamed_layer_reads_only_its_own_tensors(monkeypatch):
     assert all(name.startswith("model.layers.1.") for name in names)
 
 
-@pytest.mark.parametrize("family", ["llama_bias", "llama3", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama_bias", "llama3", "qwen3", "gemma2", "qwen2_moe"])
 def test_nnx_module_equals_the_functions(family):
     model, expected = load_model(GOLDEN / family), golden(family)
     module = Decoder.from_model(model)

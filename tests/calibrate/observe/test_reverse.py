@@ -40,6 +40,7 @@ MODELS = {
     "llama3": lambda: load_model(GOLDEN / "llama3"),
     "qwen3": lambda: load_model(GOLDEN / "qwen3"),
     "gemma2": lambda: load_model(GOLDEN / "gemma2"),  # windows, soft caps, norms after
+    "qwen2_moe": lambda: load_model(GOLDEN / "qwen2_moe"),  # a dense layer among them, windows
     "without rope": lambda: without_rope("llama3"),
 }
 
