@@ -14,6 +14,7 @@ import importlib.metadata
 import platform
 import shutil
 import string
+import sys
 from pathlib import Path
 
 import gguf
@@ -24,7 +25,7 @@ import transformers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 HERE = Path(__file__).resolve().parent
 BATCH, TIME = 2, 12
@@ -55,8 +56,41 @@ LLAMA3 = rope(
     high_freq_factor=4.0,
     original_max_position_embeddings=128,
 )
+BY_LAYER = {
+    "full_attention": rope("linear", 50000.0, factor=4.0),
+    "sliding_attention": rope(theta=10000.0),
+}
+GEMMA = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 20,
+    "query_pre_attn_scalar": 8,  # head_dim: a GGUF file cannot say another
+    "sliding_window": 5,
+    "tie_word_embeddings": True,
+}
+MOE = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 20,
+    "moe_intermediate_size": 12,
+    "num_experts_per_tok": 2,
+}
+VISION = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 8,
+    "patch_size": 4,
+}
 WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+}  # model type -> GGUF's, where they differ
 # name -> (model type, settings, stored type, shard size, GGUF type, tokenizer kind)
 FAMILIES = {
     "llama": ("llama", {"num_key_value_heads": 4}, torch.float32, None, None, None),
@@ -106,23 +140,61 @@ FAMILIES = {
     ),
     "qwen3": ("qwen3", {"head_dim": 12, "rope_parameters": rope(theta=1e6)},
               torch.bfloat16, "20KB", "BF16", None),
+    "mixtral": (
+        "mixtral",
+        MOE | {"num_local_experts": 4, "intermediate_size": 12},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        MOE | {"num_experts": 5, "shared_expert_intermediate_size": 10, "mlp_only_layers": [1],
+               "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5,
+               "max_window_layers": 1},
+        torch.bfloat16, None, None, None,
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        MOE | {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True, "head_dim": 8},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "gemma2": (
+        "gemma2",
+        GEMMA | {"num_hidden_layers": 3, "attn_logit_softcapping": 1.5,
+                 "final_logit_softcapping": 2.0},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "gemma3": (
+        "gemma3_text",
+        GEMMA | {"num_hidden_layers": 7, "rope_parameters": BY_LAYER},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "gemma3_vision": (
+        "gemma3",
+        GEMMA | {"num_hidden_layers": 2, "num_key_value_heads": 2, "query_pre_attn_scalar": 20,
+                 "layer_types": ["full_attention", "sliding_attention"]},
+        torch.bfloat16, None, None, None,
+    ),
 }  # fmt: skip
 
 
 def build(family: str) -> transformers.PreTrainedModel:
     """The model in float32 with weights that its storage type holds exactly."""
     model_type, settings, stored, *_ = FAMILIES[family]
-    config = transformers.AutoConfig.for_model(model_type, **BASE | settings)
+    fields = BASE | settings
+    if model_type == "gemma3":  # the decoder is a part of a model that also sees
+        fields = {"text_config": fields, "vision_config": VISION}
+    config = transformers.AutoConfig.for_model(model_type, **fields)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(sum(map(ord, family)))
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            if p.ndim == 2:
+            if p.ndim > 1:
                 unit = 0.25 if config.tie_word_embeddings else 1.0  # keeps logits of order one
-                value = noise * (unit if "embed" in name else p.shape[1] ** -0.5)
+                value = noise * (unit if "embed" in name else p.shape[-1] ** -0.5)
             else:
-                value = 1 + 0.3 * noise if "norm" in name else 0.3 * noise
+                one = "norm" in name and "gemma" not in model_type  # which adds it itself
+                value = 1 + 0.3 * noise if one else 0.3 * noise
             p.copy_(value.to(stored).float())
     return model
 
@@ -187,7 +259,7 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     """A GGUF copy of `model`, names from the gguf package's own tables."""
     model_type, _, _, _, stored, pre = FAMILIES[family]
     config = model.config
-    writer = gguf.GGUFWriter(path, model_type)
+    writer = gguf.GGUFWriter(path, ARCHITECTURES.get(model_type, model_type))
     writer.add_name(f"golden {family}")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -196,13 +268,27 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rotation = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rotation["rope_theta"])
+    if rotation["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rotation["factor"])
+    if model_type.startswith("gemma"):
+        writer.add_sliding_window(config.sliding_window)
+    if model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim != config.hidden_size // config.num_attention_heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if model_type == "llama":
+    if model_type in ("llama", "mixtral"):
         writer.add_rope_dimension_count(head_dim)
+    if model_type in ("mixtral", "qwen3_moe"):
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if model_type == "qwen3_moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if tokenizer is not None:
         vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
@@ -213,26 +299,28 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_token_merges([" ".join(m) for m in merges_of(tokenizer)])
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
-    arch = getattr(gguf.MODEL_ARCH, model_type.upper())
+    arch = getattr(gguf.MODEL_ARCH, ARCHITECTURES.get(model_type, model_type).upper())
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     kind = gguf.GGMLQuantizationType[stored]
-    for name, p in model.state_dict().items():
+    for name, p in split_experts(model.state_dict()):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         value = p.float().numpy()
-        if model_type == "llama" and ("q_proj" in name or "k_proj" in name):
+        if model_type in ("llama", "mixtral") and ("q_proj" in name or "k_proj" in name):
             key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             value = interleave(value, getattr(config, key))
+        if "gemma" in model_type and "norm" in name:
+            value = value + 1  # as the converter does: the file holds whole factors
         if value.ndim == 1:
             writer.add_tensor(target, value)
         else:
             writer.add_tensor(target, gguf.quants.quantize(value, kind), raw_dtype=kind)
-    if config.rope_parameters["rope_type"] == "llama3":
+    if rotation["rope_type"] == "llama3":
         # The file stores what each default frequency is divided by.
         scaled = model.model.rotary_emb.inv_freq.double().numpy()
         half = np.arange(0, head_dim, 2) / head_dim
-        divisors = config.rope_parameters["rope_theta"] ** -half / scaled
+        divisors = rotation["rope_theta"] ** -half / scaled
         writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -240,10 +328,34 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     writer.close()
 
 
+def split_experts(state: dict[str, torch.Tensor]):
+    """Names and weights as the gguf package's tables know them: gate and up apart."""
+    for name, p in state.items():
+        if name.endswith("experts.gate_up_proj"):
+            base = name.removesuffix("gate_up_proj")
+            for part, value in zip(("gate_proj", "up_proj"), p.chunk(2, dim=1), strict=True):
+                yield f"{base}{part}.weight", value.contiguous()
+        elif name.endswith("experts.down_proj"):
+            yield f"{name}.weight", p
+        else:
+            yield name, p
+
+
 def merges_of(tokenizer: tokenizers.Tokenizer) -> list[list[str]]:
     import json
 
     return json.loads(tokenizer.to_str())["model"]["merges"]
+
+
+def check_copy(family: str, path: Path, config, tokens, positions, logits) -> None:
+    """Raises where transformers makes something else of the GGUF copy."""
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, config=config, dtype=torch.float32
+    )
+    copied, _ = run(again.eval(), tokens, positions)
+    worst = float(np.abs(copied - logits).max())
+    print(f"{family}: transformers reads the GGUF copy to within {worst:.1e}")
+    assert worst < 1e-4, worst
 
 
 def make_family(family: str) -> None:
@@ -253,7 +365,8 @@ def make_family(family: str) -> None:
     folder.mkdir()
     model = build(family)
     rng = np.random.default_rng(sum(map(ord, family)))
-    tokens = rng.integers(0, model.config.vocab_size, (BATCH, TIME))
+    vocab = model.config.get_text_config().vocab_size
+    tokens = rng.integers(0, vocab, (BATCH, TIME))
     positions = np.arange(TIME)[None] + np.array([[0], [57]])
     logits, seen = run(model, tokens, positions)
     np.savez(
@@ -270,13 +383,8 @@ def make_family(family: str) -> None:
     if gguf_type is not None:
         path = folder / "model.gguf"
         write_gguf(family, model, tokenizer, path)
-        again = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=path.name, config=model.config, dtype=torch.float32
-        )
-        copied, _ = run(again.eval(), tokens, positions)
-        worst = float(np.abs(copied - logits).max())
-        print(f"{family}: transformers reads the GGUF copy to within {worst:.1e}")
-        assert worst < 1e-4, worst
+        if FAMILIES[family][0] != "mixtral":  # which transformers does not read from GGUF
+            check_copy(family, path, model.config, tokens, positions, logits)
     model.set_attn_implementation("eager")
     options = {} if shard is None else {"max_shard_size": shard}
     model.to(stored).save_pretrained(folder, **options)
@@ -331,6 +439,12 @@ $table
 | `qwen2` | qwen2 | QKV bias, tokenizer, GGUF copy |
 | `qwen2_window` | qwen2 | full and sliding layers mixed |
 | `qwen3` | qwen3 | QK-norm, sharded with an index, GGUF copy |
+| `mixtral` | mixtral | experts whose weights sum to one, GGUF copy |
+| `qwen2_moe` | qwen2_moe | experts beside a shared one with a gate, a dense layer, windows |
+| `qwen3_moe` | qwen3_moe | experts and QK-norm, GGUF copy |
+| `gemma2` | gemma2 | soft caps, 1 + weight norms on both sides, GELU, scaled embedding, GGUF copy |
+| `gemma3` | gemma3_text | windows and rotary embeddings by layer, every sixth full, GGUF copy |
+| `gemma3_vision` | gemma3 | the decoder as a part of a model that also sees |
 
 `smollm2_135m.npz`: the embedded SmolLM2-135M-Instruct on `passage.txt` (written for this project),
 read from its GGUF file by transformers: token ids, perplexity, log-normalisers, the 8 leading
@@ -338,12 +452,13 @@ logits of every position, and the last layer's keys at every eighth.
 """)
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    for family in FAMILIES:
+    for family in names or FAMILIES:
         make_family(family)
-    make_embedded()
+    if not names:
+        make_embedded()
     packages = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy")
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
     text = README.substitute(
@@ -358,4 +473,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -28,10 +28,10 @@ from turboq_calibrate.cost import metrics
 from turboq_calibrate.models import Model, default_positions, embed_tokens, exact_attend
 from turboq_calibrate.models.decoder import (
     Params,
-    feed_forward,
     head,
-    linear,
+    join_attention,
     project_qkv,
+    run_feed_forward,
     run_head,
     run_layer,
 )
@@ -107,7 +107,7 @@ def finish(
     hat: dict[str, Array],
     used: dict[str, Bool[Array, "B K"]],
 ) -> Float[Array, "B T M"]:
-    """The layer after quantization; heads that are not `used` are exact in every token."""
+    """The layer up to its MLP, quantized; heads that are not `used` are exact in every token."""
 
     def rounded(side: str) -> Array:
         mask = used[side][:, None, :, None]
@@ -115,8 +115,7 @@ def finish(
 
     near = (rounded("k"), rounded("v"))
     out = mixed_attention(spec, policy, q, near, (hat["k"], hat["v"]))
-    x = x + linear(out.reshape(*x.shape[:2], -1), params, "o")
-    return x + feed_forward(spec, params, x)
+    return join_attention(spec, params, x, out)
 
 
 @functools.partial(jax.jit, static_argnames=("spec",))
@@ -224,7 +223,7 @@ class Engine:
                 hat[side] = _take(jnp.asarray(choice == c), new, hat[side])
         errors = {side: hat[side] - clean[side] for side in SIDES} if keep else {}
         x = finish(spec, self.policy, params, _repeat(x, rows), _repeat(q, rows), clean, hat, used)
-        return x, errors
+        return run_feed_forward(spec, params, x), errors
 
     def positions(self, rows: int) -> Int[Array, "B T"]:
         return default_positions(jnp.zeros((rows, self.tokens.shape[1]), jnp.int32))

@@ -21,7 +21,7 @@ from turboq.cache.layer import KVLayer
 from turboq.errors import TurboqError
 from turboq_calibrate.measure.attention_plugs import Cached, cached_by
 from turboq_calibrate.models import Model, embed_tokens
-from turboq_calibrate.models.decoder import exact_attend, run_head, run_layer, run_layer_donated
+from turboq_calibrate.models.decoder import exact_attend, run_head, run_layer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ def _step(
     """Writes the tokens into the caches (`states` is updated), returns the last one's logits."""
     x = embed_tokens(model, tokens)
     for i, spec in enumerate(model.spec.layers):
-        x, states[i] = run_layer_donated(spec, model.layer(i), x, positions, attend, states[i])
+        x, states[i] = run_layer(spec, model.layer(i), x, positions, attend, states[i], donate=True)
     return run_head(model.spec, model.head_params(), x[:, -1:])[:, 0]
 
 

@@ -1,7 +1,8 @@
 """The decoder: pure functions over a dict of weights, with one attention plug point.
 
-    x <- x + o(attend(q, k, v)),   x <- x + down(silu(gate(n)) * up(n)),   n = RMS-normalised x
+    x <- x + o(attend(q, k, v)),   x <- x + down(act(gate(n)) * up(n)),   n = RMS-normalised x
 
+where a layer may normalise what is added once more (`LayerSpec.post_norms`).
 Every use of attention is an `Attend` function: exact attention, capture of q, k, v, simulated
 quantization, the packed cache. Arithmetic is float32 at HIGHEST precision on every device, whatever
 type the weights are stored in.
@@ -16,48 +17,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from turboq.cache.exact_attention import attention
+from turboq.cache.exact_attention import attention, soft_cap
 from turboq.numbers import rope
+from turboq_calibrate.models import experts, streamed_experts
+from turboq_calibrate.models.primitives import Params, add, gated_mlp, linear, normed, rms_norm
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
+from turboq_calibrate.models.streamed_experts import Streamed
 
-Params = dict[str, Array]
 # attend(spec, q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv], positions [B,T], state)
 #   -> (out [B,T,H,Dv], state)
 Attend = Callable[[LayerSpec, Array, Array, Array, Array, Any], tuple[Array, Any]]
-
-
-def linear(x: Float[Array, "*A I"], params: Params, name: str) -> Float[Array, "*A O"]:
-    """x @ W^T (+ bias when the layer has one), in float32."""
-    weight = params[name].astype(jnp.float32)
-    y = jax.lax.dot_general(
-        x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
-    )
-    bias = params.get(f"{name}_bias")
-    if bias is None:
-        return y
-    return y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-
-
-def rms_norm(
-    x: Float[Array, "*A N"], weight: Float[Array, "N"], eps: float
-) -> Float[Array, "*A N"]:
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis."""
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    return x * inverse * jnp.broadcast_to(weight.astype(jnp.float32), x.shape)
 
 
 def project_qkv(
     spec: LayerSpec, params: Params, x: Float[Array, "B T M"], positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K Dv"]]:
     """Queries, keys and values as attention sees them: after bias, QK-norm and rotation."""
-    n = rms_norm(x, params["attn_norm"], spec.norm_eps)
+    n = normed(spec, params, x, "attn_norm")
     batch, time = x.shape[:2]
     q = linear(n, params, "q").reshape(batch, time, spec.heads, spec.head_dim)
     k = linear(n, params, "k").reshape(batch, time, spec.kv_heads, spec.head_dim)
     v = linear(n, params, "v").reshape(batch, time, spec.kv_heads, spec.v_head_dim)
     if spec.qk_norm:
-        q = rms_norm(q, params["q_norm"], spec.norm_eps)
-        k = rms_norm(k, params["k_norm"], spec.norm_eps)
+        q, k = normed(spec, params, q, "q_norm"), normed(spec, params, k, "k_norm")
     if spec.rope is not None:
         cos, sin = rope.tables(spec.rope, positions[:, :, None])
         layout = spec.rope.layout
@@ -79,12 +61,35 @@ def exact_attend(
     return out, state
 
 
-def feed_forward(
+def join_attention(
+    spec: LayerSpec, params: Params, x: Float[Array, "B T M"], out: Float[Array, "B T H Dv"]
+) -> Float[Array, "B T M"]:
+    """The residual sum with the projected output of attention."""
+    y = linear(out.reshape(*x.shape[:2], -1), params, "o")
+    return add(spec, params, x, y, "attn_post_norm")
+
+
+def join_feed_forward(
     spec: LayerSpec, params: Params, x: Float[Array, "B T M"]
 ) -> Float[Array, "B T M"]:
-    """The gated MLP, before the residual sum."""
-    n = rms_norm(x, params["mlp_norm"], spec.norm_eps)
-    return linear(jax.nn.silu(linear(n, params, "gate")) * linear(n, params, "up"), params, "down")
+    """The residual sum with the MLP, or the chosen experts, of the normalised x."""
+    n = normed(spec, params, x, "mlp_norm")
+    mlp = gated_mlp if spec.experts is None else experts.mixture
+    return add(spec, params, x, mlp(spec, params, n), "mlp_post_norm")
+
+
+def attention_half(
+    spec: LayerSpec,
+    params: Params,
+    x: Float[Array, "B T M"],
+    positions: Int[Array, "B T"],
+    attend: Attend,
+    state: Any = None,
+) -> tuple[Float[Array, "B T M"], Any]:
+    """A layer up to its MLP; `state` is what `attend` carries (a cache, statistics, nothing)."""
+    q, k, v = project_qkv(spec, params, x, positions)
+    out, state = attend(spec, q, k, v, positions, state)
+    return join_attention(spec, params, x, out), state
 
 
 def layer(
@@ -95,30 +100,70 @@ def layer(
     attend: Attend,
     state: Any = None,
 ) -> tuple[Float[Array, "B T M"], Any]:
-    """One decoder layer; `state` is whatever `attend` carries (a cache, statistics, nothing)."""
-    q, k, v = project_qkv(spec, params, x, positions)
-    out, state = attend(spec, q, k, v, positions, state)
-    x = x + linear(out.reshape(*x.shape[:2], -1), params, "o")
-    return x + feed_forward(spec, params, x), state
+    """One decoder layer with all of its weights."""
+    x, state = attention_half(spec, params, x, positions, attend, state)
+    return join_feed_forward(spec, params, x), state
 
 
 def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
-    """Token embeddings, float32."""
-    return params["embedding"][tokens].astype(jnp.float32)
+    """Token embeddings, float32, times the model's factor."""
+    return scaled(spec, params["embedding"][tokens])
+
+
+def scaled(spec: ModelSpec, rows: Float[Array, "*A M"]) -> Float[Array, "*A M"]:
+    """Rows of the embedding in float32, times the model's factor."""
+    rows = rows.astype(jnp.float32)
+    return rows if spec.embed_scale == 1.0 else rows * jnp.float32(spec.embed_scale)
 
 
 def head(spec: ModelSpec, params: Params, x: Float[Array, "B T M"]) -> Float[Array, "B T V"]:
     """Final norm and unembedding: logits in nats."""
-    return linear(rms_norm(x, params["norm"], spec.norm_eps), params, "unembedding")
+    n = rms_norm(x, params["norm"], spec.norm_eps, spec.norm_offset)
+    return soft_cap(linear(n, params, "unembedding"), spec.logit_softcap)
 
 
 # One compiled function per (spec, attend, shapes): jit's own cache is the cache, so layers that
 # share a LayerSpec share the executable. `attend` must therefore be one function, not a fresh
 # closure per layer: what differs between layers belongs in `state`.
-run_layer = jax.jit(layer, static_argnames=("spec", "attend"))
-run_layer_donated = jax.jit(layer, static_argnames=("spec", "attend"), donate_argnames=("state",))
+_STATIC = {"static_argnames": ("spec", "attend")}
+whole_layer = jax.jit(layer, **_STATIC)
+whole_layer_donated = jax.jit(layer, donate_argnames=("state",), **_STATIC)
+_attention = jax.jit(attention_half, **_STATIC)
+_attention_donated = jax.jit(attention_half, donate_argnames=("state",), **_STATIC)
+_feed_forward = jax.jit(join_feed_forward, static_argnames=("spec",))
 run_embed = jax.jit(embed, static_argnames=("spec",))
 run_head = jax.jit(head, static_argnames=("spec",))
+
+
+def run_layer(
+    spec: LayerSpec,
+    params: Params,
+    x: Float[Array, "B T M"],
+    positions: Int[Array, "B T"],
+    attend: Attend,
+    state: Any = None,
+    *,
+    donate: bool = False,
+) -> tuple[Float[Array, "B T M"], Any]:
+    """One compiled decoder layer; experts that are not in memory are read as they are due.
+
+    `donate` lets it overwrite `state` in place.
+    """
+    if not isinstance(params, Streamed):
+        run = whole_layer_donated if donate else whole_layer
+        return run(spec, params, x, positions, attend, state)
+    run = _attention_donated if donate else _attention
+    x, state = run(spec, params, x, positions, attend, state)
+    return streamed_experts.feed_forward(spec, params, x), state
+
+
+def run_feed_forward(
+    spec: LayerSpec, params: Params, x: Float[Array, "B T M"]
+) -> Float[Array, "B T M"]:
+    """`join_feed_forward`, compiled, or with experts read as they are due."""
+    if isinstance(params, Streamed):
+        return streamed_experts.feed_forward(spec, params, x)
+    return _feed_forward(spec, params, x)
 
 
 def default_positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:

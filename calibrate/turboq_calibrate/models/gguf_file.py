@@ -17,10 +17,10 @@ from turboq.errors import TurboqError, quoted, shortened
 from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models import gguf_header
 from turboq_calibrate.models import params as P
-from turboq_calibrate.models.config import positive
-from turboq_calibrate.models.spec import LayerSpec, ModelSpec
+from turboq_calibrate.models.config_fields import positive
+from turboq_calibrate.models.gguf_architectures import ARCHITECTURES, Architecture
+from turboq_calibrate.models.spec import Experts, LayerSpec, ModelSpec
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 LAYER_TENSORS = {
     "attn_norm": "attn_norm.weight",
     "q": "attn_q.weight",
@@ -34,9 +34,15 @@ LAYER_TENSORS = {
     "q_norm": "attn_q_norm.weight",
     "k_norm": "attn_k_norm.weight",
     "mlp_norm": "ffn_norm.weight",
+    "attn_post_norm": "post_attention_norm.weight",
+    "mlp_post_norm": "post_ffw_norm.weight",
     "gate": "ffn_gate.weight",
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
+    "router": "ffn_gate_inp.weight",
+    "expert_gate": "ffn_gate_exps.weight",
+    "expert_up": "ffn_up_exps.weight",
+    "expert_down": "ffn_down_exps.weight",
     "gate_bias": "ffn_gate.bias",
     "up_bias": "ffn_up.bias",
     "down_bias": "ffn_down.bias",
@@ -98,16 +104,24 @@ class GGUFFile:
         return [self.path]
 
     def layer(self, index: int) -> dict[str, np.ndarray]:
-        """Float32 weights of one layer."""
+        """Float32 weights of one layer but its experts'."""
         spec = self.spec.layers[index]
         out = {}
         for name, shape in P.layer_shapes(spec).items():
             value = self._read(f"blk.{index}.{LAYER_TENSORS[name]}", shape)
-            if self.metadata["general.architecture"] == "llama" and name[0] in "qk":
+            if self._row.interleaved and name in ("q", "k", "q_bias", "k_bias"):
                 heads = spec.heads if name[0] == "q" else spec.kv_heads
                 value = unpermute(value, heads)
             out[name] = value
         return out
+
+    def experts(self, index: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Float32 matrices of some experts of one layer, stacked."""
+        layer = self.spec.layers[index]
+        return {
+            name: self._read(f"blk.{index}.{LAYER_TENSORS[name]}", shape, numbers)
+            for name, shape in _stacked(layer).items()
+        }
 
     def embed(self) -> dict[str, np.ndarray]:
         return {"embedding": self._read("token_embd.weight", (self.spec.vocab, self.spec.hidden))}
@@ -174,13 +188,14 @@ class GGUFFile:
 
     def _spec(self) -> ModelSpec:
         arch = self.metadata.get("general.architecture")
-        if arch not in ARCHITECTURES:
+        if not isinstance(arch, str) or arch not in ARCHITECTURES:
             raise TurboqError(
                 f"{self.path}: architecture {quoted(arch)} is not supported (supported: "
                 f"{', '.join(ARCHITECTURES)})"
             )
+        self._row: Architecture = ARCHITECTURES[arch]
         for key in REFUSED:
-            if self._get(key, 0):
+            if key not in self._row.reads and self._get(key, 0):
                 raise TurboqError(f"{self.path}: {arch}.{key} is set, which is not supported")
         if "token_embd.weight" not in self._tensors:
             raise TurboqError(f"{self.path}: tensor token_embd.weight is missing")
@@ -197,7 +212,32 @@ class GGUFFile:
             norm_eps=eps,
             tied_embeddings="output.weight" not in self._tensors,
             layers=tuple(self._layer_spec(i, hidden, eps) for i in range(count)),
+            embed_scale=hidden**0.5 if self._row.scaled_embedding else 1.0,
+            logit_softcap=self._cap("final_logit_softcapping", self._row.logit_softcap),
         )
+
+    def _cap(self, key: str, default: float | None) -> float | None:
+        """A soft cap; 0 in the file is none, as in llama.cpp."""
+        value = self._get(key, 0 if default is None else default)
+        return None if value == 0 else self._positive(key, default)
+
+    def _window(self, index: int) -> int | None:
+        """The window of a layer, None where it is full."""
+        row, key = self._row, "attention.sliding_window"
+        if not self._get(key, row.window or 0):
+            return None
+        window = self._integer(key, row.window)
+        pattern = self._get(f"{key}_pattern", row.full_every or 0)
+        if isinstance(pattern, list):
+            slides = pattern[index] if index < len(pattern) else None
+            if slides not in (False, True):
+                raise TurboqError(
+                    f"{self.path}: {key}_pattern must say true or false for every layer"
+                )
+            return window if slides else None
+        if pattern == 0:
+            return window
+        return window if (index + 1) % self._integer(f"{key}_pattern", row.full_every) else None
 
     def _layer_spec(self, index: int, hidden: int, eps: float) -> LayerSpec:
         heads = self._integer("attention.head_count", layer=index)
@@ -213,24 +253,44 @@ class GGUFFile:
         def has(name: str) -> bool:
             return f"blk.{index}.{LAYER_TENSORS[name]}" in self._tensors
 
-        window = self._get("attention.sliding_window", 0)
+        row, window, experts = self._row, self._window(index), self._experts(index)
+        wide = self._integer("block_count") == row.wide_scale_layers
         return LayerSpec(
             hidden=hidden,
-            intermediate=self._integer("feed_forward_length", layer=index),
+            intermediate=0 if experts else self._integer("feed_forward_length", layer=index),
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             v_head_dim=self._integer("attention.value_length", head_dim),
             norm_eps=eps,
-            rope=self._rope(head_dim),
+            rope=self._rope(head_dim, sliding=window is not None),
             qkv_bias=has("q_bias"),
             o_bias=has("o_bias"),
             mlp_bias=has("gate_bias"),
             qk_norm=has("q_norm"),
-            window=self._integer("attention.sliding_window") if window else None,
+            experts=experts,
+            post_norms=row.post_norms,
+            activation=row.activation,
+            softmax_scale=(hidden / heads) ** -0.5 if wide else None,
+            window=window,
+            softcap=self._cap("attn_logit_softcapping", row.softcap),
         )
 
-    def _rope(self, head_dim: int) -> Rope:
+    def _experts(self, index: int) -> Experts | None:
+        if not self._get("expert_count", 0):
+            return None
+        count, chosen = self._integer("expert_count"), self._integer("expert_used_count")
+        if chosen > count:
+            raise TurboqError(f"{self.path}: expert_used_count={chosen} of {count} experts")
+        dense = self._get("feed_forward_length", 0) or None
+        return Experts(
+            count=count,
+            chosen=chosen,
+            intermediate=self._integer("expert_feed_forward_length", dense, index),
+            renormalised=self._row.renormalised,
+        )
+
+    def _rope(self, head_dim: int, *, sliding: bool) -> Rope:
         theta = self._positive("rope.freq_base", 10000.0)
         rotated = self._integer("rope.dimension_count", head_dim)
         if rotated != head_dim or head_dim % 2:
@@ -239,6 +299,10 @@ class GGUFFile:
                 "supported (all, and an even number)"
             )
         scaling = self._rope_scaling()
+        if sliding and self._row.sliding_theta is not None:
+            return Rope(
+                theta=self._positive("rope.freq_base_swa", self._row.sliding_theta), dim=head_dim
+            )
         if "rope_freqs.weight" not in self._tensors:
             return Rope(theta=theta, dim=head_dim, scaling=scaling)
         if scaling is not None:
@@ -254,7 +318,8 @@ class GGUFFile:
         prefix = f"{self.metadata['general.architecture']}.rope."
         given = {k[len(prefix) :]: v for k, v in self.metadata.items() if k.startswith(prefix)}
         for key, value in given.items():
-            if key not in ROPE:
+            own = key == "freq_base_swa" and self._row.sliding_theta is not None
+            if key not in ROPE and not own:
                 raise TurboqError(f"{self.path}: {prefix}{key}={quoted(value)} is not supported")
         if given.get("scaling.attn_factor", 1.0) != 1.0:
             raise TurboqError(
@@ -288,7 +353,7 @@ class GGUFFile:
         if not spec.tied_embeddings:
             expected["output.weight"] = (spec.vocab, spec.hidden)
         for i, layer in enumerate(spec.layers):
-            for name, shape in P.layer_shapes(layer).items():
+            for name, shape in (P.layer_shapes(layer) | _stacked(layer)).items():
                 expected[f"blk.{i}.{LAYER_TENSORS[name]}"] = shape
         for name, shape in expected.items():
             if name not in self._tensors:
@@ -300,6 +365,12 @@ class GGUFFile:
                 f"{self.path}: tensor {shortened(extra[0])} ({len(extra)} in all) has no place in "
                 f"a {spec.family} decoder: the model has a part that is not supported"
             )
+
+
+def _stacked(layer: LayerSpec) -> P.Shapes:
+    """Shapes of all experts' matrices, as one tensor holds them."""
+    count = layer.experts.count if layer.experts else 0
+    return {name: (count, *shape) for name, shape in P.expert_shapes(layer).items()}
 
 
 def unpermute(value: np.ndarray, heads: int) -> np.ndarray:

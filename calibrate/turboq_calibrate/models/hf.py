@@ -14,32 +14,13 @@ import safetensors
 from turboq.errors import TurboqError, TurboqWarning, quoted, shortened
 from turboq.hub_cache import model_name
 from turboq.json_object import read_object
+from turboq_calibrate.models import hf_names
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config import keeps_weights, model_spec, read_config
+from turboq_calibrate.models.families import WRAPPERS
 from turboq_calibrate.models.tokenizer import Tokenizer, from_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LAYER_TENSORS = {
-    "attn_norm": "input_layernorm.weight",
-    "q": "self_attn.q_proj.weight",
-    "k": "self_attn.k_proj.weight",
-    "v": "self_attn.v_proj.weight",
-    "o": "self_attn.o_proj.weight",
-    "q_bias": "self_attn.q_proj.bias",
-    "k_bias": "self_attn.k_proj.bias",
-    "v_bias": "self_attn.v_proj.bias",
-    "o_bias": "self_attn.o_proj.bias",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    "gate": "mlp.gate_proj.weight",
-    "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight",
-    "gate_bias": "mlp.gate_proj.bias",
-    "up_bias": "mlp.up_proj.bias",
-    "down_bias": "mlp.down_proj.bias",
-}
-EMBEDDING, NORM, UNEMBEDDING = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 ROWS = 8192  # rows of the embedding read at a time
 LONGEST_NAME = 200  # characters of a shard's name
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -58,12 +39,19 @@ class HFFolder:
         self.spec = model_spec(config, model_name(self.folder))
         self._cache_scales = keeps_weights(config.get("quantization_config"))
         self._file_of = self._locate()
+        self._part = config["model_type"] in WRAPPERS  # of a model that also sees
+        prefix, self._head = hf_names.PREFIX, hf_names.HEAD
+        if self._part:
+            prefix = hf_names.part_prefix(self._file_of)
+            self._head = hf_names.part_head(self._file_of)
+        self.spec = dataclasses.replace(self.spec, prefix=prefix)
+        self._embedding, self._norm = prefix + hf_names.EMBEDDING, prefix + hf_names.NORM
         self._check()
         if self.spec.tied_embeddings and self._head_differs():
             self.spec = dataclasses.replace(self.spec, tied_embeddings=False)
             warnings.warn(
                 f"{self.folder}: config.json ties the head to the embedding, but the file holds "
-                f"another {UNEMBEDDING}: that is used, as by transformers",
+                f"another {self._head}: that is used, as by transformers",
                 TurboqWarning,
                 stacklevel=2,
             )
@@ -75,36 +63,51 @@ class HFFolder:
         return [*found, index] if self._sharded else found
 
     def layer(self, index: int) -> dict[str, np.ndarray]:
-        """Float32 weights of one layer."""
-        return self._read(
-            {
-                name: (f"model.layers.{index}.{LAYER_TENSORS[name]}", shape)
-                for name, shape in P.layer_shapes(self.spec.layers[index]).items()
-            }
-        )
+        """Float32 weights of one layer but its experts'."""
+        names, shapes = self._layer_names(index), P.layer_shapes(self.spec.layers[index])
+        return self._read({name: (names[name], shape) for name, shape in shapes.items()})
+
+    def _layer_names(self, index: int) -> dict[str, str]:
+        names = hf_names.layer_names(self.spec.layers[index], self.spec.family)
+        return {ours: f"{self.spec.prefix}layers.{index}.{name}" for ours, name in names.items()}
+
+    def _expert_names(self, index: int, number: int) -> dict[str, str]:
+        names = hf_names.expert_names(self.spec.family, number)
+        return {ours: f"{self.spec.prefix}layers.{index}.{name}" for ours, name in names.items()}
+
+    def experts(self, index: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Float32 matrices of some experts of one layer, stacked."""
+        shapes = P.expert_shapes(self.spec.layers[index])
+        out = {name: np.empty((len(numbers), *s), np.float32) for name, s in shapes.items()}
+        for row, number in enumerate(numbers):
+            names = self._expert_names(index, int(number))
+            read = self._read({name: (names[name], shape) for name, shape in shapes.items()})
+            for name, value in read.items():
+                out[name][row] = value
+        return out
 
     def embed(self) -> dict[str, np.ndarray]:
-        return self._read({"embedding": (EMBEDDING, (self.spec.vocab, self.spec.hidden))})
+        return self._read({"embedding": (self._embedding, (self.spec.vocab, self.spec.hidden))})
 
     def embed_rows(self, ids: np.ndarray) -> np.ndarray:
         """Float32 embeddings of some tokens only, [len(ids), M], read a block of rows at a time."""
-        path, spec = self._file_of[EMBEDDING], self.spec
+        path, spec = self._file_of[self._embedding], self.spec
         out = np.empty((len(ids), spec.hidden), np.float32)
         with open_safetensors(path) as f:
-            table = f.get_slice(EMBEDDING)
+            table = f.get_slice(self._embedding)
             for start in range(0, spec.vocab, ROWS):
                 inside = (ids >= start) & (ids < start + ROWS)
                 if inside.any():
                     block = table[start : min(start + ROWS, spec.vocab)]
                     out[inside] = _float32(block[ids[inside] - start])
-        P.check_finite(EMBEDDING, out, path)
+        P.check_finite(self._embedding, out, path)
         return out
 
     def head(self) -> dict[str, np.ndarray]:
-        name = EMBEDDING if self.spec.tied_embeddings else UNEMBEDDING
+        name = self._embedding if self.spec.tied_embeddings else self._head
         shapes = P.head_shapes(self.spec)
         return self._read(
-            {"norm": (NORM, shapes["norm"]), "unembedding": (name, shapes["unembedding"])}
+            {"norm": (self._norm, shapes["norm"]), "unembedding": (name, shapes["unembedding"])}
         )
 
     def tokenizer(self) -> Tokenizer:
@@ -140,12 +143,15 @@ class HFFolder:
     def _check(self) -> None:
         """Every tensor the decoder needs is there with its shape, and no tensor is left over."""
         spec = self.spec
-        expected = {EMBEDDING: (spec.vocab, spec.hidden), NORM: (spec.hidden,)}
-        if not spec.tied_embeddings or UNEMBEDDING in self._file_of:
-            expected[UNEMBEDDING] = (spec.vocab, spec.hidden)
+        expected = {self._embedding: (spec.vocab, spec.hidden), self._norm: (spec.hidden,)}
+        if not spec.tied_embeddings or self._head in self._file_of:
+            expected[self._head] = (spec.vocab, spec.hidden)
         for i, layer in enumerate(spec.layers):
-            for name, shape in P.layer_shapes(layer).items():
-                expected[f"model.layers.{i}.{LAYER_TENSORS[name]}"] = shape
+            names = self._layer_names(i)
+            expected |= {names[ours]: shape for ours, shape in P.layer_shapes(layer).items()}
+            for number in range(layer.experts.count if layer.experts else 0):
+                names = self._expert_names(i, number)
+                expected |= {names[ours]: s for ours, s in P.expert_shapes(layer).items()}
         for name in expected:
             if name not in self._file_of:
                 where = self.folder / (INDEX if self._sharded else SINGLE)
@@ -174,41 +180,44 @@ class HFFolder:
             )
 
     def _redundant(self, name: str) -> bool:
-        """Rotary tables that old checkpoints carry; scales of the cache in an overlay for vLLM."""
+        """Rotary tables that old checkpoints carry; scales of the cache in an overlay for vLLM;
+        what belongs to other parts of a model that also sees."""
         scales = (".self_attn.k_scale", ".self_attn.v_scale")
-        return name.endswith("rotary_emb.inv_freq") or (
-            self._cache_scales and name.endswith(scales)
+        return (
+            name.endswith("rotary_emb.inv_freq")
+            or (self._cache_scales and name.endswith(scales))
+            or (self._part and name.startswith(hf_names.OTHER_PARTS))
         )
 
     def _hint(self, missing: str) -> str:
         """What else the file may mean, for the end of an error."""
-        if missing == UNEMBEDDING:
+        if missing == self._head:
             return (
                 ": if the model's head is its embedding, config.json must say "
                 '"tie_word_embeddings": true'
             )
-        last = EMBEDDING.removeprefix("model.")
-        for name in self._file_of if missing == EMBEDDING else ():
+        last = hf_names.EMBEDDING
+        for name in self._file_of if missing == self._embedding else ():
             if name.endswith(last):
                 prefix = shortened(name.removesuffix(last))
                 return (
                     f": names begin with {prefix!r} here, not with 'model.', as where the decoder "
                     "is a part of another model: save the decoder by itself"
                 )
-        if missing == EMBEDDING:
+        if missing == self._embedding:
             some = quoted(next(iter(self._file_of), None))
             return f": names of another library, such as {some}? convert it for transformers"
         return ""
 
     def _head_differs(self) -> bool:
         """Whether there is a head besides the embedding that it is said to be."""
-        if UNEMBEDDING not in self._file_of:
+        if self._head not in self._file_of:
             return False
         with (
-            open_safetensors(self._file_of[EMBEDDING]) as one,
-            open_safetensors(self._file_of[UNEMBEDDING]) as other,
+            open_safetensors(self._file_of[self._embedding]) as one,
+            open_safetensors(self._file_of[self._head]) as other,
         ):
-            embedding, head = one.get_slice(EMBEDDING), other.get_slice(UNEMBEDDING)
+            embedding, head = one.get_slice(self._embedding), other.get_slice(self._head)
             starts = range(0, self.spec.vocab, ROWS)
             blocks = [slice(i, min(i + ROWS, self.spec.vocab)) for i in starts]
             return any(

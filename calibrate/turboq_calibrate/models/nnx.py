@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from turboq_calibrate.models import decoder
 from turboq_calibrate.models.model import Model
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
+from turboq_calibrate.models.streamed_experts import whole
 
 
 class _Weights(nnx.Module):
@@ -71,7 +72,7 @@ class Decoder(nnx.Module):
     @classmethod
     def from_model(cls, model: Model) -> Decoder:
         """All weights of `model`, resident."""
-        layers = [model.layer(i) for i in range(len(model.spec.layers))]
+        layers = [whole(spec, model.layer(i)) for i, spec in enumerate(model.spec.layers)]
         return cls(model.spec, model.embed_params(), layers, model.head_params())
 
     def __call__(

@@ -5,6 +5,8 @@ Matrices keep the checkpoint's orientation [out, in]; `decoder.py` contracts the
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from turboq.errors import TurboqError
@@ -15,7 +17,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def layer_shapes(spec: LayerSpec) -> Shapes:
-    """Weights of one decoder layer: name -> shape."""
+    """Weights of one decoder layer but its experts': name -> shape."""
     m, f = spec.hidden, spec.intermediate
     q, k, v = (
         spec.heads * spec.head_dim,
@@ -30,10 +32,16 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
         "v": (v, m),
         "o": (m, o),
         "mlp_norm": (m,),
-        "gate": (f, m),
-        "up": (f, m),
-        "down": (m, f),
     }
+    if spec.experts is None:
+        shapes |= mlp_shapes(m, f)
+    else:
+        shapes["router"] = (spec.experts.count, m)
+        if spec.experts.shared:
+            shapes["shared_router"] = (1, m)
+            shapes |= mlp_shapes(m, spec.experts.shared, "shared_")
+    if spec.post_norms:
+        shapes |= {"attn_post_norm": (m,), "mlp_post_norm": (m,)}
     if spec.qkv_bias:
         shapes |= {"q_bias": (q,), "k_bias": (k,), "v_bias": (v,)}
     if spec.o_bias:
@@ -43,6 +51,28 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
     if spec.qk_norm:
         shapes |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
     return shapes
+
+
+def mlp_shapes(hidden: int, intermediate: int, prefix: str = "") -> Shapes:
+    """Matrices of one gated MLP."""
+    return {
+        f"{prefix}gate": (intermediate, hidden),
+        f"{prefix}up": (intermediate, hidden),
+        f"{prefix}down": (hidden, intermediate),
+    }
+
+
+def expert_shapes(spec: LayerSpec) -> Shapes:
+    """Weights of one expert of a layer; in memory experts are stacked along a first axis."""
+    if spec.experts is None:
+        return {}
+    return mlp_shapes(spec.hidden, spec.experts.intermediate, "expert_")
+
+
+def layer_size(spec: LayerSpec, experts: int) -> int:
+    """Number of weights of a layer with so many of its experts."""
+    one = sum(math.prod(shape) for shape in expert_shapes(spec).values())
+    return sum(math.prod(shape) for shape in layer_shapes(spec).values()) + experts * one
 
 
 def embed_shapes(spec: ModelSpec) -> Shapes:
@@ -57,10 +87,9 @@ def head_shapes(spec: ModelSpec) -> Shapes:
 
 def parameter_count(spec: ModelSpec) -> int:
     """Number of distinct weights."""
-    tables = [layer_shapes(layer) for layer in spec.layers] + [head_shapes(spec)]
-    if not spec.tied_embeddings:
-        tables.append(embed_shapes(spec))
-    return sum(int(np.prod(shape)) for table in tables for shape in table.values())
+    ends = [head_shapes(spec)] + ([] if spec.tied_embeddings else [embed_shapes(spec)])
+    layers = sum(layer_size(s, s.experts.count if s.experts else 0) for s in spec.layers)
+    return layers + sum(math.prod(shape) for table in ends for shape in table.values())
 
 
 def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], file: object) -> None:

@@ -1,15 +1,26 @@
 """What a model is, as data: geometry per layer, nothing that runs.
 
-Families differ in these fields only; the one decoder (`decoder.py`) reads them. Fields that only
-later families need (soft caps, windows, partial rotary, MoE) belong here too, per layer.
+Families differ in these fields only; the one decoder (`decoder.py`) reads them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of one MLP."""
+
+    count: int
+    chosen: int  # per token
+    intermediate: int  # of one expert
+    renormalised: bool  # weights of the chosen experts sum to one
+    shared: int = 0  # width of one more expert that every token passes, gated; 0: none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +28,7 @@ class LayerSpec:
     """One decoder layer. Hashable: two equal specs share one compiled function."""
 
     hidden: int
-    intermediate: int
+    intermediate: int  # of the one MLP; 0 where there are experts
     heads: int
     kv_heads: int  # 0: the layer keeps no KV cache
     head_dim: int  # of q and k
@@ -28,8 +39,13 @@ class LayerSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    norm_offset: float = 0.0  # RMS norms multiply by offset + weight
+    post_norms: bool = False  # norms of what attention and the MLP add to the residual stream
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    softmax_scale: float | None = None  # None: head_dim^-1/2
     window: int | None = None  # sliding window in tokens, the query's own included
-    softcap: float | None = None
+    softcap: float | None = None  # of attention logits
+    experts: Experts | None = None
     borrows_cache_of: int | None = None  # index of the layer whose cache this layer reads
 
     @property
@@ -39,14 +55,14 @@ class LayerSpec:
     @property
     def scale(self) -> float:
         """Softmax scale."""
-        return self.head_dim**-0.5
+        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A whole model: layers in order, and what stands before and after them."""
 
-    family: str  # "llama", "mistral", "qwen2", "qwen3"
+    family: str  # as the file says it: "llama", "gemma3_text", ...
     name: str
     vocab: int
     hidden: int
@@ -54,10 +70,14 @@ class ModelSpec:
     norm_eps: float
     tied_embeddings: bool
     layers: tuple[LayerSpec, ...]
+    embed_scale: float = 1.0  # embeddings are multiplied by its float32 value
+    norm_offset: float = 0.0  # of the final norm
+    logit_softcap: float | None = None  # of the final logits
+    prefix: str = "model."  # of the decoder's module names
 
     def path(self, index: int) -> str:
         """Module path of a layer's attention, as Hugging Face names it."""
-        return f"model.layers.{index}.self_attn"
+        return f"{self.prefix}layers.{index}.self_attn"
 
     def check_length(self, tokens: int, what: str) -> None:
         """Raises TurboqError where a sequence is longer than the model is made for."""

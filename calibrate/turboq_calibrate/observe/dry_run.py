@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 import time
@@ -19,6 +20,7 @@ from turboq.errors import TurboqError
 from turboq_calibrate.models import decoder
 from turboq_calibrate.models.model import Model, embed_tokens
 from turboq_calibrate.models.spec import LayerSpec
+from turboq_calibrate.models.streamed_experts import Streamed, group_bytes
 from turboq_calibrate.observe import passes
 from turboq_calibrate.observe import statistics as st
 from turboq_calibrate.observe.layer_statistics import sizes
@@ -121,12 +123,22 @@ def _timed(model: Model, windows: Windows, recipe: ObserveRecipe, chunks: int) -
     numbers = jnp.arange(len(tokens), dtype=jnp.int32)
     kept = -(-recipe.reservoir // chunks)
     sampled = jnp.zeros((min(kept, tokens.size), 2), jnp.int32)
+    forward = functools.partial(passes.forward, spec)
+    reverse = functools.partial(passes.reverse, spec, skip=recipe.skip)
     start = time.monotonic()
-    forward = passes.forward.lower(spec, params, x, positions).compile()
     head = passes.head.lower(model.spec, last, x, numbers, seed=recipe.seed).compile()
-    reverse = passes.reverse.lower(
-        spec, params, x, positions, x, sampled, skip=recipe.skip
-    ).compile()
+    programs = [head]
+    if not isinstance(params, Streamed):
+        forward = jax.jit(forward).lower(params, x, positions).compile()
+        reverse = jax.jit(reverse).lower(params, x, positions, x, sampled).compile()
+        programs += [forward, reverse]
+    else:  # its parts are compiled as they are called, here and not when they are timed
+        programs.append(
+            passes.reverse_part.lower(
+                spec, params, x, positions, x, sampled, skip=recipe.skip, whole=False
+            ).compile()
+        )
+        reverse(params, x, positions, forward(params, x, positions)[0], sampled)
     compiled = time.monotonic() - start
 
     def layer():
@@ -140,9 +152,9 @@ def _timed(model: Model, windows: Windows, recipe: ObserveRecipe, chunks: int) -
     head_seconds, _ = _seconds(lambda: head(last, x, numbers))
     kinds = len(set(model.spec.layers))
     return {
-        "weight_bytes": max(nbytes(params), nbytes(last)),
+        "weight_bytes": max(nbytes(params) + group_bytes(spec, params), nbytes(last)),
         "chunk_bytes": nbytes(alive),
-        "temporary_bytes": max(_temporary(f) for f in (forward, head, reverse)),
+        "temporary_bytes": max(_temporary(f) for f in programs),
         "peak_rss_bytes": peak_rss(),
         "compile_seconds": kinds * compiled,
         "chunk_seconds": layer_seconds,
@@ -175,9 +187,12 @@ def _geometry(model: Model) -> tuple[str, ...]:
     ]
     for layer, times in Counter(spec.layers).items():
         window = "" if layer.window is None else f", window {layer.window}"
+        experts = ""
+        if layer.experts is not None:
+            experts = f", {layer.experts.chosen} of {layer.experts.count} experts"
         lines.append(
             f"  {times} x {layer.heads} query heads, {layer.kv_heads} KV heads, head dim "
-            f"{layer.head_dim} (V {layer.v_head_dim}){window}"
+            f"{layer.head_dim} (V {layer.v_head_dim}){window}{experts}"
         )
     return tuple(lines)
 

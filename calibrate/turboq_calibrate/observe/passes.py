@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from turboq.numbers.rope import unrotate
-from turboq_calibrate.models import decoder
+from turboq_calibrate.models import decoder, streamed_experts
 from turboq_calibrate.models.decoder import exact_attend
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
+from turboq_calibrate.models.streamed_experts import Streamed
 from turboq_calibrate.observe import reduce
 
 HEAD_TOKENS = 256  # whose logits are in memory at once
@@ -32,7 +33,6 @@ Sides = dict[str, reduce.Reduced]
 Finite = dict[str, Bool[Array, "h"]]
 
 
-@functools.partial(jax.jit, static_argnames=("spec",))
 def forward(
     spec: LayerSpec,
     params: decoder.Params,
@@ -40,13 +40,13 @@ def forward(
     positions: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T M"], Finite]:
     """The layer's output; which heads of k, v, q, and whether it, are free of NaN and infinity."""
+    y, finite = decoder.run_layer(spec, params, x, positions, _look)
+    return y, finite | {"output": _finite_rows(y)}
 
-    def attend(spec, q, k, v, positions, state):
-        out, _ = exact_attend(spec, q, k, v, positions, None)
-        return out, {"k": _finite(k), "v": _finite(v), "q": _finite(q)}
 
-    y, finite = decoder.layer(spec, params, x, positions, attend, None)
-    return y, finite | {"output": _finite(y[:, :, None])}
+def _look(spec, q, k, v, positions, state):
+    out, _ = exact_attend(spec, q, k, v, positions, None)
+    return out, {"k": _finite(k), "v": _finite(v), "q": _finite(q)}
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "seed"))
@@ -104,7 +104,6 @@ def _inverse(weights: Float[Array, "n m"], u: Float[Array, "n"]) -> Int[Array, "
     return jnp.sum((below <= u[:, None] * below[:, -1:]).astype(jnp.int32), axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "skip"))
 def reverse(
     spec: LayerSpec,
     params: decoder.Params,
@@ -122,13 +121,29 @@ def reverse(
       `skip` tokens; rows (k, v, g_k, g_v), before rotary embedding, of the tokens `sampled`
       (window in the chunk, position); which gradients are free of NaN and infinity.
     """
+    if not isinstance(params, Streamed):
+        return reverse_part(spec, params, x, positions, g, sampled, skip=skip, whole=True)
+    half, _ = _attention_half(spec, params, x, positions)
+    g = streamed_experts.feed_forward_gradient(spec, params, half, g)
+    return reverse_part(spec, params, x, positions, g, sampled, skip=skip, whole=False)
+
+
+_attention_half = functools.partial(
+    jax.jit(decoder.attention_half, static_argnames=("spec", "attend")), attend=exact_attend
+)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "skip", "whole"))
+def reverse_part(spec, params, x, positions, g, sampled, *, skip: int, whole: bool):
+    """`reverse` through the whole layer, or up to its MLP."""
+    part = decoder.layer if whole else decoder.attention_half
 
     def run(x, offset_k, offset_v):
         def attend(spec, q, k, v, positions, state):
             out, _ = exact_attend(spec, q, k + offset_k, v + offset_v, positions, None)
             return out, (q, k, v)
 
-        return decoder.layer(spec, params, x, positions, attend, None)
+        return part(spec, params, x, positions, attend, None)
 
     tokens = (*x.shape[:2], spec.kv_heads)
     zeros = [jnp.zeros((*tokens, dim), jnp.float32) for dim in (spec.head_dim, spec.v_head_dim)]
@@ -151,6 +166,11 @@ def reverse(
     rows = [y[window, position].reshape(-1, y.shape[2] * y.shape[3]) for y in kept]
     finite = {"k": _finite(g_k), "v": _finite(g_v), "input": _finite(g_x[:, :, None])}
     return g_x, reduced, jnp.concatenate(rows, axis=1), finite
+
+
+@jax.jit
+def _finite_rows(x: Float[Array, "B T M"]) -> Bool[Array, "1"]:
+    return _finite(x[:, :, None])
 
 
 def _finite(x: Float[Array, "B T h D"]) -> Bool[Array, "h"]:

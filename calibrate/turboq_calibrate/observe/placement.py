@@ -26,6 +26,7 @@ from jaxtyping import Array
 
 from turboq_calibrate.models import decoder
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
+from turboq_calibrate.models.streamed_experts import whole
 from turboq_calibrate.observe import passes
 
 Rows = Callable[[int, int], np.ndarray]
@@ -99,9 +100,12 @@ class MeshPlacement(Placement):
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     def params(self, spec: LayerSpec, params: decoder.Params) -> decoder.Params:
+        # Experts are all in memory, each divided like one MLP.
+        params, experts = whole(spec, params), spec.experts
+        inside = spec.intermediate if experts is None else experts.intermediate
         # Rows of q, k, v are heads, and columns of o: a head stays on one device.
         by_head = spec.kv_heads % self.mesh.shape["model"] == 0
-        by_unit = spec.intermediate % self.mesh.shape["model"] == 0
+        by_unit = inside % self.mesh.shape["model"] == 0
 
         def axes(name: str, ndim: int) -> tuple[str | None, ...]:
             matrix = name.removesuffix("_bias")
@@ -109,6 +113,10 @@ class MeshPlacement(Placement):
                 return ("model", None)[:ndim]
             if matrix in ("gate", "up") and by_unit:
                 return ("model", None)[:ndim]
+            if matrix in ("expert_gate", "expert_up") and by_unit:
+                return (None, "model", None)
+            if matrix == "expert_down" and by_unit:
+                return (None, None, "model")
             if (name == "o" and by_head) or (name == "down" and by_unit):
                 return (None, "model")
             return (None,) * ndim

@@ -249,7 +249,8 @@ def _weights(model: Model) -> tuple[decoder.Params, list[decoder.Params], decode
     head = model.head_params()
     tied = model.spec.tied_embeddings
     embedding = {"embedding": head["unembedding"]} if tied else model.embed_params()
-    return embedding, [model.layer(i) for i in range(len(model.spec.layers))], head
+    layers = [whole(one, model.layer(i)) for i, one in enumerate(model.spec.layers)]
+    return embedding, layers, head
 
 
 class Kept:

@@ -7,7 +7,6 @@ Stage s < L runs layer s, stage L the head, stage s > L layer 2 L - s backwards.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from turboq.errors import TurboqError
 from turboq.files import atomic_write
 from turboq_calibrate.models import decoder
 from turboq_calibrate.models.model import Model, embed_tokens
-from turboq_calibrate.models.params import layer_shapes
+from turboq_calibrate.models.params import layer_size
 from turboq_calibrate.observe import reservoir
 from turboq_calibrate.observe import statistics as st
 from turboq_calibrate.observe import statistics_files as files
@@ -140,7 +139,7 @@ class Stages:
     def _costs(self) -> list[int]:
         """Multiplications per token of every stage, roughly: the weights it passes over."""
         spec = self.model.spec
-        layers = [sum(map(math.prod, layer_shapes(s).values())) for s in spec.layers]
+        layers = [layer_size(s, s.experts.chosen if s.experts else 0) for s in spec.layers]
         backward = [BACKWARD * cost for cost in reversed(layers)]
         return [*layers, BACKWARD * spec.vocab * spec.hidden, *backward]
 

@@ -33,7 +33,6 @@ from turboq_calibrate.models import (
     exact_attend,
     forward,
     load_model,
-    run_layer,
 )
 from turboq_calibrate.models.geometry import model_geometry
 
@@ -201,9 +200,9 @@ def test_compiles_once_per_codec_profile(model, windows):
     """Two equal layers and many windows: one function per profile, and one for exact attention."""
     plans = [named(model, "mse", TurboQuantMSE(dim=16, bits=2))]
     assert model.spec.layers[0] == model.spec.layers[1]
-    before = run_layer._cache_size()
+    before = decoder.whole_layer._cache_size()
     evaluate(model, plans, windows[:, :17], text="noise", progress=False)
-    assert run_layer._cache_size() - before == 2
+    assert decoder.whole_layer._cache_size() - before == 2
 
 
 def test_storage_columns(model, plans, measured):

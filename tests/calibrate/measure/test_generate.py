@@ -111,7 +111,7 @@ def test_decoding_step_by_step_is_one_parallel_pass(model, prompt, case):
 
 
 def test_no_compilation_as_the_cache_grows(model, prompt):
-    layers, run = CASES["per_head"](model), decoder.run_layer_donated
+    layers, run = CASES["per_head"](model), decoder.whole_layer_donated
     before = run._cache_size()
     greedy(model, prompt[:, :5], 2, layers=layers)
     assert run._cache_size() - before <= 2  # prefill and one step, shared by both layers

@@ -1,5 +1,6 @@
 """Hugging Face configurations: real models' geometry, v4 and v5 key names, and refusals."""
 
+import collections
 import json
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope, Scaling
-from turboq_calibrate.models.config import FAMILIES, model_spec
+from turboq_calibrate.models.config import model_spec
+from turboq_calibrate.models.families import FAMILIES, WRAPPERS
 from turboq_calibrate.models.params import parameter_count
+from turboq_calibrate.models.spec import Experts
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 LLAMA3_ROPE = {
@@ -115,6 +118,59 @@ PUBLISHED = {
         64,
     ),
 }
+# Published files of mixtures of experts; counts are of all experts.
+PUBLISHED_MOE = {
+    "Mixtral-8x7B": (
+        {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
+         "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 32000,
+         "num_local_experts": 8, "rope_theta": 1e6, "sliding_window": None,
+         "router_aux_loss_coef": 0.02},
+        46_702_792_704, Experts(count=8, chosen=2, intermediate=14336, renormalised=True),
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        {"model_type": "qwen2_moe", "hidden_size": 2048, "num_attention_heads": 16,
+         "num_hidden_layers": 24, "vocab_size": 151936, "num_experts": 60, "rope_theta": 1e6,
+         "use_sliding_window": False, "max_window_layers": 21, "norm_topk_prob": False},
+        14_315_784_192,
+        Experts(count=60, chosen=4, intermediate=1408, renormalised=False, shared=5632),
+    ),
+    "Qwen3-30B-A3B": (
+        {"model_type": "qwen3_moe", "hidden_size": 2048, "num_attention_heads": 32,
+         "head_dim": 128, "num_hidden_layers": 48, "vocab_size": 151936, "num_experts": 128,
+         "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        30_532_122_624, Experts(count=128, chosen=8, intermediate=768, renormalised=True),
+    ),
+}  # fmt: skip
+GEMMA_27B = {
+    "model_type": "gemma3", "vision_config": {"hidden_size": 1152}, "image_token_index": 262144,
+    "text_config": {
+        "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32, "head_dim": 128,
+        "num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+        "model_type": "gemma3_text",
+    },
+}  # fmt: skip
+# Published files leave most fields to the family's defaults; counts are of the decoder alone.
+PUBLISHED_GEMMA = {
+    "gemma-2-2b": (
+        {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid"},
+        2_614_341_888, 256**-0.5, {4096: 13, None: 13},
+    ),
+    "gemma-3-1b": (
+        {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912,
+         "num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": 512,
+         "vocab_size": 262144, "sliding_window_pattern": 6, "rope_theta": 1000000,
+         "rope_local_base_freq": 10000, "rope_scaling": None, "attn_logit_softcapping": None},
+        999_885_952, 256**-0.5, {512: 22, None: 4},
+    ),
+    "gemma-3-4b": (
+        {"model_type": "gemma3", "text_config": {
+            "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}},
+        3_880_263_168, 256**-0.5, {1024: 29, None: 5},
+    ),
+    "gemma-3-27b": (GEMMA_27B, 27_009_346_304, 168**-0.5, {1024: 52, None: 10}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -127,6 +183,138 @@ def test_published_models(name):
     assert len(set(spec.layers)) == 1  # hashable and equal: one compile
     assert spec.layers[0].window is None
     assert spec.path(2) == "model.layers.2.self_attn"
+
+
+@pytest.mark.parametrize("name", PUBLISHED_GEMMA)
+def test_published_gemma(name):
+    settings, parameters, scale, windows = PUBLISHED_GEMMA[name]
+    spec = model_spec(settings, name)
+    assert parameter_count(spec) == parameters
+    assert collections.Counter(layer.window for layer in spec.layers) == windows
+    assert len(set(spec.layers)) == 2
+    assert spec.tied_embeddings
+    assert spec.embed_scale == spec.hidden**0.5
+    for layer in spec.layers:
+        full = layer.window is None
+        assert (layer.scale, layer.activation, layer.norm_offset) == (scale, "gelu_tanh", 1.0)
+        if "gemma-3" in name:
+            assert layer.rope.theta == (1e6 if full else 1e4)
+            scaled = full and "1b" not in name
+            assert layer.rope.scaling == (SCALED if scaled else None)
+    assert spec.layers[-1].softcap == (50.0 if name == "gemma-2-2b" else None)
+    assert spec.logit_softcap == (30.0 if name == "gemma-2-2b" else None)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_MOE)
+def test_published_mixtures(name):
+    settings, parameters, experts = PUBLISHED_MOE[name]
+    spec = model_spec(settings, name)
+    assert parameter_count(spec) == parameters
+    assert {layer.experts for layer in spec.layers} == {experts}
+    assert {layer.window for layer in spec.layers} == {None}
+    assert spec.norm_eps == (1e-5 if name == "Mixtral-8x7B" else 1e-6)
+    assert spec.layers[0].qkv_bias == (name == "Qwen1.5-MoE-A2.7B")
+
+
+def test_some_layers_are_dense():
+    fields = {"num_experts": 8, "decoder_sparse_step": 2, "mlp_only_layers": [3], "head_dim": 16}
+    spec = model_spec(config("qwen3_moe", **fields, num_hidden_layers=6), "x")
+    assert [layer.experts is None for layer in spec.layers] == [
+        True,
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert [layer.intermediate for layer in spec.layers] == [96, 0, 96, 96, 96, 0]
+    on = {"use_sliding_window": True, "sliding_window": 7}
+    spec = model_spec(config("qwen3_moe", **fields, **on), "x")
+    assert [layer.window for layer in spec.layers] == [7, 7, 7]
+    spec = model_spec(config("qwen2_moe", num_experts=4, **on), "x")
+    assert [layer.window for layer in spec.layers] == [7, None, 7]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "num_experts is missing"),
+        ({"num_experts": 4, "num_local_experts": 8}, "num_experts and num_local_experts differ"),
+        ({"num_experts": 4}, "num_experts_per_tok=8 of 4 experts"),
+        ({"num_experts": 8, "norm_topk_prob": "yes"}, "norm_topk_prob='yes' must be true or false"),
+        ({"num_experts": 8, "mlp_only_layers": "all"}, "mlp_only_layers='all' must be a list of"),
+        ({"num_experts": 8, "decoder_sparse_step": 0}, "decoder_sparse_step=0 must be a positive"),
+    ],
+)
+def test_bad_mixtures(fields, message):
+    with pytest.raises(TurboqError, match=message):
+        model_spec(config("qwen3_moe", **fields), "some/folder")
+
+
+SCALED = Scaling(type="linear", factor=8.0)
+
+
+def gemma(**fields):
+    """A small Gemma 3 configuration."""
+    return config("gemma3_text", **fields)
+
+
+def test_gemma_3_names_its_rotary_embeddings_by_kind_of_layer():
+    linear = {"rope_type": "linear", "factor": 8.0}
+    same = [
+        {"rope_scaling": {"type": "linear", "factor": 8.0}},
+        {"rope_scaling": linear, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        {"rope_parameters": {"full_attention": linear}},
+        {"rope_parameters": {"full_attention": linear, "sliding_attention": {"rope_theta": 1e4}}},
+        {"rope_parameters": {"full_attention": linear}, "rope_scaling": linear},
+    ]
+    for fields in same:
+        pattern = {"sliding_window_pattern": 3}
+        layers = model_spec(gemma(**pattern, **fields), "x").layers
+        assert [layer.window for layer in layers] == [4096, 4096, None], fields
+        assert layers[0].rope == Rope(theta=1e4, dim=256), fields
+        assert layers[2].rope == Rope(theta=1e6, dim=256, scaling=SCALED), fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_parameters": {"rope_theta": 1e6}}, "must be given for full_attention and sliding"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 2.0}},
+             "rope_local_base_freq": 3.0},
+            "sliding layers: rope_theta=3.0 but 2.0 among",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}}, "'yarn'"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not"),
+        ({"sliding_window": None}, "names sliding_attention but sliding_window is null"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern=0 must be a positive"),
+        ({"sliding_window_pattern": 6, "_sliding_window_pattern": 5}, "differ: leave one"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0 must be a positive number"),
+        ({"hidden_activation": "gelu"}, "hidden_activation='gelu' is not supported"),
+        ({"final_logit_softcapping": -1.0}, "final_logit_softcapping=-1.0 must be a positive"),
+    ],
+)  # fmt: skip
+def test_what_gemma_3_does_not_do_is_refused(fields, message):
+    with pytest.raises(TurboqError, match=message):
+        model_spec(gemma(**fields), "some/folder")
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "message"),
+    [
+        ({}, None, "text_config is missing"),
+        ({}, {"model_type": "llama"}, "text_config of model_type 'llama' is not supported in 'ge"),
+        ({}, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, "=False but its text_co"),
+        ({"quantization_config": {"quant_method": "awq"}}, {}, "weights are quantized"),
+    ],
+)
+def test_parts_of_a_model_that_also_sees(fields, text, message):
+    inside = {} if text is None else {"text_config": text}
+    with pytest.raises(TurboqError, match=message):
+        model_spec({"model_type": "gemma3", **fields, **inside}, "some/folder")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +386,9 @@ def test_windows_per_layer():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gemma3"}, r"model_type 'gemma3' is not supported \(supported: llama, mi"),
+        ({"model_type": "gemma"}, r"model_type 'gemma' is not supported \(supported: llama, mi"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"query_pre_attn_scalar": 1}, "query_pre_attn_scalar=1 is not supported"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"vocab_size": "many"}, "vocab_size='many' must be a positive whole number"),
@@ -279,4 +469,8 @@ def test_neutral_values_of_refused_fields_pass():
 
 
 def test_supported_families_are_the_documented_ones():
-    assert FAMILIES == ("llama", "mistral", "qwen2", "qwen3")
+    assert [*FAMILIES, *WRAPPERS] == [
+        *("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"),
+        *("gemma2", "gemma3_text"),
+        *("gemma3",),
+    ]

@@ -8,6 +8,7 @@ from model_files import GOLDEN, refuses, write
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Scaling, inverse_frequencies
 from turboq_calibrate.models import gguf_header, load_model
+from turboq_calibrate.models.gguf_architectures import ARCHITECTURES
 from turboq_calibrate.models.gguf_file import GGUFFile
 from turboq_calibrate.what_fits.read_geometry import read_geometry
 
@@ -77,6 +78,47 @@ def test_linear_scaling_and_windows_are_read(tmp_path):
     layer = GGUFFile(write(tmp_path / "m.gguf", fields=fields)).spec.layers[0]
     assert layer.rope.scaling == Scaling(type="linear", factor=4.0)
     assert layer.window == 6
+
+
+def spec_of(tmp_path, family, **fields):
+    fields = {f"{family}.{key.replace('__', '.')}": value for key, value in fields.items()}
+    return GGUFFile(write(tmp_path / "m.gguf", family, fields=fields)).spec
+
+
+def test_what_llama_cpp_builds_into_gemma(tmp_path):
+    """Defaults, periods and a scale that files do not say."""
+    bare = dict.fromkeys(("attention__sliding_window", "attn_logit_softcapping",
+                          "final_logit_softcapping"))  # fmt: skip
+    spec = spec_of(tmp_path, "gemma2", **bare)
+    assert [layer.window for layer in spec.layers] == [4096, None, 4096]
+    assert (spec.layers[0].softcap, spec.logit_softcap) == (50.0, 30.0)
+    spec = spec_of(tmp_path, "gemma2", attn_logit_softcapping=0.0)
+    assert spec.layers[0].softcap is None
+    spec = spec_of(tmp_path, "gemma3", attention__sliding_window=None)
+    assert {layer.window for layer in spec.layers} == {None}
+    assert {layer.rope.theta for layer in spec.layers} == {5e4}
+    spec = spec_of(tmp_path, "gemma3", attention__sliding_window_pattern=2)
+    assert [layer.window for layer in spec.layers] == [5, None] * 3 + [5]
+    spec = spec_of(tmp_path, "gemma3", attention__sliding_window_pattern=[True] * 3 + [False] * 4)
+    assert [layer.window for layer in spec.layers] == [5] * 3 + [None] * 4
+    spec = spec_of(tmp_path, "gemma3", rope__freq_base_swa=7e3)
+    assert [layer.rope.theta for layer in spec.layers] == [7e3] * 5 + [5e4, 7e3]
+    with pytest.raises(TurboqError, match="must say true or false for every layer"):
+        spec_of(tmp_path, "gemma3", attention__sliding_window_pattern=[True, False])
+
+
+@pytest.mark.parametrize("layers", [46, 26])
+def test_gemma_2_27b_scales_by_its_width(layers):
+    """llama.cpp knows it by its 46 layers: (hidden / heads)^-1/2, not head_dim^-1/2."""
+    source = object.__new__(GGUFFile)
+    source.path, source._tensors = "x.gguf", {}
+    source._row = ARCHITECTURES["gemma2"]
+    fields = {"block_count": layers, "attention.head_count": 32, "attention.head_count_kv": 16,
+              "attention.key_length": 128, "feed_forward_length": 36864}  # fmt: skip
+    source.metadata = {f"gemma2.{key}": value for key, value in fields.items()}
+    source.metadata["general.architecture"] = "gemma2"
+    want = 144**-0.5 if layers == 46 else 128**-0.5
+    assert source._layer_spec(0, 4608, 1e-6).scale == want
 
 
 @pytest.mark.parametrize(
@@ -162,8 +204,8 @@ def test_parts_of_a_split_file(tmp_path):
 
 
 def test_unsupported_architecture(tmp_path):
-    path = write(tmp_path / "bad.gguf", arch="gemma3")
-    refuses(path, path, "architecture 'gemma3' is not supported (supported: llama, qwen2, qwen3)")
+    path = write(tmp_path / "bad.gguf", arch="gemma")
+    refuses(path, path, "architecture 'gemma' is not supported (supported: llama, qwen2, qwen3, qw")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from flax import nnx
 from tolerances import TOL
 
 from turboq.errors import TurboqError
-from turboq.numbers.rope import Scaling
+from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models import (
     decoder,
     embed_tokens,
@@ -34,8 +34,14 @@ FAMILIES = (
     "qwen2",
     "qwen2_window",
     "qwen3",
+    "gemma2",
+    "gemma3",
+    "gemma3_vision",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
 )
-COPIES = ("llama3", "qwen2", "qwen3")
+COPIES = ("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe")
 
 
 def capturing(spec, q, k, v, positions, state):
@@ -79,6 +85,9 @@ def test_golden_families_cover_what_they_claim():
         "mistral",
         *["qwen2"] * 2,
         "qwen3",
+        "gemma2",
+        *["gemma3_text"] * 2,
+        *("mixtral", "qwen2_moe", "qwen3_moe"),
     ]
     assert first["llama3"].rope.scaling.type == "llama3"
     assert first["llama_bias"].rope.scaling == Scaling(type="linear", factor=2.5)
@@ -94,12 +103,25 @@ def test_golden_families_cover_what_they_claim():
     assert specs["llama3"].tied_embeddings
     assert not specs["llama"].tied_embeddings
     assert {spec.kv_heads for spec in first.values()} == {1, 2, 4}
+    assert [layer.window for layer in specs["gemma2"].layers] == [5, None, 5]
+    assert [layer.window for layer in specs["gemma3"].layers] == [5] * 5 + [None, 5]
+    assert first["gemma2"].softcap == 1.5
+    assert specs["gemma2"].logit_softcap == 2.0
+    assert first["gemma3"].rope == Rope(theta=1e4, dim=8)
+    full = Rope(theta=5e4, dim=8, scaling=Scaling(type="linear", factor=4.0))
+    assert specs["gemma3"].layers[5].rope == full
+    assert first["gemma3_vision"].scale == 20**-0.5
+    assert specs["gemma3_vision"].path(1) == "language_model.model.layers.1.self_attn"
+    mixtures = {family: [layer.experts for layer in spec.layers] for family, spec in specs.items()}
+    assert [bool(mixture) for mixture in mixtures["qwen2_moe"]] == [True, False, True]
+    assert [mixtures[f][0].renormalised for f in FAMILIES[-3:]] == [True, False, True]
+    assert [mixtures[f][0].shared for f in FAMILIES[-3:]] == [0, 10, 0]
     # Random norms and biases: a decoder that skips one of them cannot pass.
     norms = load_model(GOLDEN / "qwen3").layer(0)
     assert all(np.std(norms[name]) > 0.1 for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm"))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama3", "llama3/model.gguf"])
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "llama3/model.gguf", "gemma2"])
 def test_streaming_reads_the_same_and_keeps_nothing(family):
     resident, streamed = load_model(GOLDEN / family), load_model(GOLDEN / family, resident=False)
     tokens = golden(family.split("/")[0])["tokens"]
@@ -137,7 +159,7 @@ def test_a_streamed_layer_reads_only_its_own_tensors(monkeypatch):
     assert all(name.startswith("model.layers.1.") for name in names)
 
 
-@pytest.mark.parametrize("family", ["llama_bias", "llama3", "qwen3"])
+@pytest.mark.parametrize("family", ["llama_bias", "llama3", "qwen3", "gemma2", "qwen2_moe"])
 def test_nnx_module_equals_the_functions(family):
     model, expected = load_model(GOLDEN / family), golden(family)
     module = Decoder.from_model(model)

@@ -39,7 +39,8 @@ def without_rope(name):
 MODELS = {
     "llama3": lambda: load_model(GOLDEN / "llama3"),
     "qwen3": lambda: load_model(GOLDEN / "qwen3"),
-    "qwen2_window": lambda: load_model(GOLDEN / "qwen2_window"),
+    "gemma2": lambda: load_model(GOLDEN / "gemma2"),  # windows, soft caps, norms after
+    "qwen2_moe": lambda: load_model(GOLDEN / "qwen2_moe"),  # a dense layer among them, windows
     "without rope": lambda: without_rope("llama3"),
 }
 
@@ -72,6 +73,8 @@ def oracle(model, tokens):
             seen &= t[None, :] > t[:, None] - spec.window
         keys, values = (jnp.repeat(x + d, group, 2) for x, d in zip((k, v), state, strict=True))
         raw = jnp.einsum("bthd,bshd->bhts", q, keys, precision="highest") / math.sqrt(q.shape[-1])
+        if spec.softcap is not None:
+            raw = spec.softcap * jnp.tanh(raw / spec.softcap)
         p = jax.nn.softmax(jnp.where(seen[None, None], raw, -jnp.inf), axis=-1)
         out = jnp.einsum("bhts,bshd->bthd", p, values, precision="highest")
         return out, (q, k, v)

@@ -1,0 +1,50 @@
+"""Typed access to a model's `config.json`: errors name the field, the value and the model."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from turboq.errors import TurboqError, quoted
+
+LARGEST = 2**48
+
+
+class Reader:
+    """Typed access to a configuration; errors name the field and the value."""
+
+    def __init__(self, config: dict[str, Any], where: str):
+        self.config, self.where = config, where
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.config.get(key)
+        if value is None:
+            if default is None:
+                raise TurboqError(f"{self.where}: {key} is missing")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < LARGEST:
+            raise TurboqError(
+                f"{self.where}: {key}={quoted(value)} must be a positive whole number below 2^48"
+            )
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        return positive(self.config.get(key, default), key, self.where)
+
+    def optional(self, key: str) -> float | None:
+        """A positive number, None where it is absent or null."""
+        return None if self.config.get(key) is None else self.number(key, 1.0)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.config.get(key, default)
+        if not isinstance(value, bool):
+            raise TurboqError(f"{self.where}: {key}={quoted(value)} must be true or false")
+        return value
+
+
+def positive(value: Any, key: str, where: str) -> float:
+    """`value` as a positive finite float, or a TurboqError naming `key`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= sys.float_info.max:
+        raise TurboqError(f"{where}: {key}={quoted(value)} must be a positive number")
+    return float(value)

@@ -1,0 +1,103 @@
+"""A mixture of experts: every token passes the few experts that its router chooses.
+
+    p = softmax(router n),   y = sum over the k largest p_e of w_e expert_e(n),   w_e = p_e (/ sum)
+
+Tokens are sorted by expert and go through each expert's matrices in blocks of rows, so that the
+work is that of the chosen experts and nothing loops over tokens. Routing is float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from turboq_calibrate.models.primitives import Params, gated_mlp, linear
+from turboq_calibrate.models.spec import Experts, LayerSpec
+
+PREFIX = "expert_"  # of the stacked matrices [experts, out, in]
+SHARED = "shared_"
+ROWS = (8, 256)  # fewest and most rows of a block
+
+
+def mixture(spec: LayerSpec, params: Params, n: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+    """The weighted sum of every token's experts, all of them in `params`."""
+    assert spec.experts is not None
+    rows = n.reshape(-1, n.shape[-1])
+    chosen, weights = route(spec.experts, params, rows)
+    numbers = jnp.arange(spec.experts.count, dtype=jnp.int32)
+    y = add_chosen(spec, params, numbers, shared(spec, params, rows), rows, chosen, weights)
+    return y.reshape(n.shape)
+
+
+def route(
+    experts: Experts, params: Params, n: Float[Array, "N M"]
+) -> tuple[Int[Array, "N k"], Float[Array, "N k"]]:
+    """The experts of every token, most probable first, and their weights."""
+    p = jax.nn.softmax(linear(n, params, "router"), axis=-1)
+    weights, chosen = jax.lax.top_k(p, experts.chosen)
+    if experts.renormalised:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return chosen, weights
+
+
+def shared(spec: LayerSpec, params: Params, n: Float[Array, "N M"]) -> Float[Array, "N M"]:
+    """What the expert that every token passes adds, times its gate; zero without one."""
+    assert spec.experts is not None
+    if not spec.experts.shared:
+        return jnp.zeros_like(n)
+    gate = jax.nn.sigmoid(linear(n, params, f"{SHARED}router"))
+    return jnp.broadcast_to(gate, n.shape) * gated_mlp(spec, params, n, SHARED)
+
+
+def add_chosen(
+    spec: LayerSpec,
+    params: Params,
+    numbers: Int[Array, "G"],
+    y: Float[Array, "N M"],
+    n: Float[Array, "N M"],
+    chosen: Int[Array, "N k"],
+    weights: Float[Array, "N k"],
+) -> Float[Array, "N M"]:
+    """y + what the experts `numbers` add, whose matrices are stacked in `params` in that order.
+
+    A number of `experts.count` or more is padding: nothing chooses it.
+    """
+    assert spec.experts is not None
+    names = [name for name in params if name.startswith(PREFIX)]
+    group, k = numbers.shape[0], chosen.shape[1]
+    # Place of each (token, choice) in the group; `group` where its expert is not there.
+    places = jnp.full(spec.experts.count, group, jnp.int32)
+    places = places.at[numbers].set(jnp.arange(group, dtype=jnp.int32), mode="drop")
+    place = places[chosen].reshape(-1)
+    order = jnp.argsort(place, stable=True)
+    size = min(max(ROWS[0], place.shape[0] // group), ROWS[1])
+    counts = jnp.bincount(place, length=group).astype(jnp.int32)  # drops the place `group`
+    first = jnp.cumsum(counts) - counts  # in `order`
+    ends = jnp.cumsum(-(-counts // size))  # blocks up to and with each expert
+
+    @jax.checkpoint  # or every block's matrices would be kept for the way back
+    def block(y, number):
+        at = jnp.minimum(jnp.searchsorted(ends, number, side="right"), group - 1)
+        inside = number - (ends[at] - -(-counts[at] // size))
+        row = inside * size + jnp.arange(size, dtype=jnp.int32)
+        valid = row < counts[at]
+        pair = order[jnp.where(valid, first[at] + row, 0)]
+        token = pair // k
+
+        def compute(y):
+            own = {
+                name.removeprefix(PREFIX): jax.lax.dynamic_index_in_dim(
+                    params[name], at, keepdims=False
+                )
+                for name in names
+            }
+            weight = jnp.where(valid, weights.reshape(-1)[pair], 0.0)
+            out = gated_mlp(spec, own, n[token]) * weight[:, None]
+            return y.at[token].add(out)
+
+        return jax.lax.cond(number < ends[-1], compute, lambda y: y, y), None
+
+    # Every expert has at most one block that is not full.
+    blocks = jnp.arange(place.shape[0] // size + group, dtype=jnp.int32)
+    return jax.lax.scan(block, y, blocks)[0]

@@ -1,0 +1,135 @@
+"""One row per model type: what its own code does whatever the configuration says, and defaults.
+
+Defaults are those of transformers' configuration classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from turboq_calibrate.models import config_windows
+from turboq_calibrate.models.config_experts import Mixture
+from turboq_calibrate.models.config_fields import Reader
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one model type differs from Llama.
+
+    `defaults` are of fields that a file may leave out; `reads` are the fields among
+    `config.REFUSED` that the type's code uses and we understand.
+    """
+
+    defaults: Mapping[str, Any]
+    windows: Callable[[Reader, int], list[int | None]]
+    head_dim: int | None = None  # default; None: hidden / heads
+    theta: float = 10000.0
+    sliding_theta: float | None = None  # sliding layers have a rotary embedding of their own
+    activation: str = "hidden_act"  # the field that names it
+    biases: frozenset[str] = frozenset()  # of attention_bias, mlp_bias, qkv_bias: those read
+    qkv_bias: bool = False  # where it is not read, always
+    qk_norm: bool = False
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    scaled_embedding: bool = False  # by sqrt(hidden)
+    experts: Mixture | None = None
+    reads: frozenset[str] = frozenset()
+
+
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_EXPERTS = frozenset({"num_experts", "num_local_experts"})
+_GEMMA = {
+    "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+    "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
+_gemma = functools.partial(
+    Family,
+    head_dim=256,
+    activation="hidden_activation",
+    biases=frozenset({"attention_bias"}),
+    norm_offset=1.0,
+    post_norms=True,
+    scaled_embedding=True,
+)
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        defaults={"max_position_embeddings": 2048},
+        windows=config_windows.never,
+        biases=frozenset({"attention_bias", "mlp_bias"}),
+    ),
+    "mistral": Family(
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        windows=functools.partial(config_windows.always, default=4096),
+    ),
+    "qwen2": Family(defaults=_QWEN, windows=config_windows.switched, qkv_bias=True),
+    "qwen3": Family(
+        defaults=_QWEN,
+        windows=config_windows.switched,
+        head_dim=128,
+        biases=frozenset({"attention_bias"}),
+        qk_norm=True,
+    ),
+    "mixtral": Family(
+        defaults={
+            "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+            "num_experts_per_tok": 2,
+        },
+        windows=functools.partial(config_windows.always, default=None),
+        theta=1e6,
+        experts=Mixture(width="intermediate_size", renormalised=True),
+        reads=_EXPERTS,
+    ),
+    "qwen2_moe": Family(
+        defaults={
+            "num_key_value_heads": 16, "max_position_embeddings": 32768, "num_experts_per_tok": 4,
+            "intermediate_size": 5632, "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+        windows=config_windows.switched_alternating,
+        biases=frozenset({"qkv_bias"}),
+        qkv_bias=True,
+        experts=Mixture(shared=True, some_layers=True),
+        reads=_EXPERTS,
+    ),
+    "qwen3_moe": Family(
+        defaults={
+            "num_key_value_heads": 4, "max_position_embeddings": 32768, "num_experts_per_tok": 8,
+            "intermediate_size": 6144, "moe_intermediate_size": 768,
+        },
+        windows=config_windows.switched_everywhere,
+        biases=frozenset({"attention_bias"}),
+        qk_norm=True,
+        experts=Mixture(some_layers=True),
+        reads=_EXPERTS,
+    ),
+    "gemma2": _gemma(
+        defaults=_GEMMA | {
+            "vocab_size": 256000, "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        },
+        windows=functools.partial(config_windows.every_nth_full, n=2),
+        reads=frozenset({
+            "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+        }),
+    ),
+    "gemma3_text": _gemma(
+        defaults=_GEMMA | {"vocab_size": 262208, "max_position_embeddings": 131072},
+        windows=functools.partial(config_windows.every_nth_full, n=6),
+        theta=1e6,
+        sliding_theta=1e4,
+        qk_norm=True,
+        # transformers' Gemma 3 has a soft cap of attention logits in its configuration only.
+        reads=frozenset({
+            "query_pre_attn_scalar", "final_logit_softcapping", "rope_local_base_freq",
+            "sliding_window_pattern", "_sliding_window_pattern",
+        }),
+    ),
+}  # fmt: skip
+# Models that also see, whose decoder is one of the families: its type where text_config has none.
+WRAPPERS = {"gemma3": "gemma3_text"}
+# Fields that a decoder reads by itself, and transformers' model around it does not.
+UNREAD_INSIDE = frozenset({"final_logit_softcapping"})

@@ -1,0 +1,56 @@
+"""One row per GGUF architecture: what llama.cpp does with it whatever its metadata say."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How one architecture differs from the others.
+
+    `reads` are the fields among `gguf_file.REFUSED` that are understood here. Norm weights are
+    whole factors in every file: the converter has added what a family's code adds.
+    """
+
+    interleaved: bool = False  # rows of Q and K are stored as pairs of neighbours
+    window: int | None = None  # where the file names none
+    full_every: int | None = None  # every n-th layer is full; None: all slide if there is a window
+    sliding_theta: float | None = None  # sliding layers rotate with this base, unscaled
+    post_norms: bool = False
+    scaled_embedding: bool = False  # by sqrt(hidden)
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    softcap: float | None = None  # of attention logits, where the file names none
+    logit_softcap: float | None = None
+    wide_scale_layers: int | None = None  # with so many layers the scale is (hidden / heads)^-1/2
+    renormalised: bool = False  # weights of the chosen experts sum to one
+    reads: frozenset[str] = frozenset()
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(interleaved=True, renormalised=True, reads=frozenset({"expert_count"})),
+    "qwen2": Architecture(),
+    "qwen3": Architecture(),
+    "qwen3moe": Architecture(renormalised=True, reads=frozenset({"expert_count"})),
+    "gemma2": Architecture(
+        window=4096,
+        full_every=2,
+        post_norms=True,
+        scaled_embedding=True,
+        activation="gelu_tanh",
+        softcap=50.0,
+        logit_softcap=30.0,
+        wide_scale_layers=46,
+        reads=frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
+    ),
+    "gemma3": Architecture(
+        full_every=6,
+        sliding_theta=1e4,
+        post_norms=True,
+        scaled_embedding=True,
+        activation="gelu_tanh",
+        wide_scale_layers=62,
+        reads=frozenset({"final_logit_softcapping"}),
+    ),
+}

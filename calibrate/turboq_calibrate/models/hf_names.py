@@ -1,0 +1,87 @@
+"""What Hugging Face checkpoints call the decoder's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from turboq_calibrate.models.spec import LayerSpec
+
+EMBEDDING, NORM = "embed_tokens.weight", "norm.weight"  # after the prefix
+PREFIX, HEAD = "model.", "lm_head.weight"
+# The same where the decoder is a part of a model that also sees: published names, then v5's own.
+PART_PREFIXES = ("language_model.model.", "model.language_model.")
+PART_HEADS = (HEAD, "language_model.lm_head.weight")
+OTHER_PARTS = tuple(
+    f"{prefix}{part}."
+    for prefix in ("", "model.")
+    for part in ("vision_tower", "multi_modal_projector")
+)
+LAYER_TENSORS = {
+    "attn_norm": "input_layernorm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.o_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "o_bias": "self_attn.o_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+    "gate_bias": "mlp.gate_proj.bias",
+    "up_bias": "mlp.up_proj.bias",
+    "down_bias": "mlp.down_proj.bias",
+}
+# Where the layer also normalises what it adds to the residual stream.
+POST_NORMS = {
+    "attn_post_norm": "post_attention_layernorm.weight",
+    "mlp_norm": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm": "post_feedforward_layernorm.weight",
+}
+
+
+ROUTING = {
+    "router": "mlp.gate.weight",
+    "shared_router": "mlp.shared_expert_gate.weight",
+    "shared_gate": "mlp.shared_expert.gate_proj.weight",
+    "shared_up": "mlp.shared_expert.up_proj.weight",
+    "shared_down": "mlp.shared_expert.down_proj.weight",
+}
+EXPERT = {
+    "expert_gate": "mlp.experts.{}.gate_proj.weight",
+    "expert_up": "mlp.experts.{}.up_proj.weight",
+    "expert_down": "mlp.experts.{}.down_proj.weight",
+}
+MIXTRAL_ROUTING = {"router": "block_sparse_moe.gate.weight"}
+MIXTRAL_EXPERT = {
+    "expert_gate": "block_sparse_moe.experts.{}.w1.weight",
+    "expert_up": "block_sparse_moe.experts.{}.w3.weight",
+    "expert_down": "block_sparse_moe.experts.{}.w2.weight",
+}
+
+
+def layer_names(spec: LayerSpec, family: str) -> dict[str, str]:
+    """Our name of a layer's weight -> the checkpoint's, after the layer's own prefix."""
+    routing = MIXTRAL_ROUTING if family == "mixtral" else ROUTING
+    return LAYER_TENSORS | (POST_NORMS if spec.post_norms else {}) | routing
+
+
+def expert_names(family: str, number: int) -> dict[str, str]:
+    """The same of one expert's matrices."""
+    names = MIXTRAL_EXPERT if family == "mixtral" else EXPERT
+    return {ours: name.format(number) for ours, name in names.items()}
+
+
+def part_prefix(names: Collection[str]) -> str:
+    """What the names of a decoder inside another model begin with."""
+    found = (prefix for prefix in PART_PREFIXES if prefix + EMBEDDING in names)
+    return next(found, PART_PREFIXES[0])
+
+
+def part_head(names: Collection[str]) -> str:
+    """The name of its head."""
+    return next((name for name in PART_HEADS if name in names), PART_HEADS[0])

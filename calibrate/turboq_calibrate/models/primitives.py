@@ -1,0 +1,61 @@
+"""Pieces of a decoder layer: matrix product, RMS norm, gated MLP, residual sum. All in float32."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from turboq_calibrate.models.spec import LayerSpec
+
+Params = dict[str, Array]
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def linear(x: Float[Array, "*A I"], params: Params, name: str) -> Float[Array, "*A O"]:
+    """x @ W^T (+ bias when the layer has one), in float32."""
+    weight = params[name].astype(jnp.float32)
+    y = jax.lax.dot_general(
+        x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
+    )
+    bias = params.get(f"{name}_bias")
+    if bias is None:
+        return y
+    return y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+
+
+def rms_norm(
+    x: Float[Array, "*A N"], weight: Float[Array, "N"], eps: float, offset: float = 0.0
+) -> Float[Array, "*A N"]:
+    """(offset + weight) * x / sqrt(mean(x^2) + eps) over the last axis."""
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    factor = weight.astype(jnp.float32)
+    if offset:
+        factor = offset + factor
+    return x * inverse * jnp.broadcast_to(factor, x.shape)
+
+
+def normed(spec: LayerSpec, params: Params, x: Array, name: str) -> Array:
+    return rms_norm(x, params[name], spec.norm_eps, spec.norm_offset)
+
+
+def gated_mlp(
+    spec: LayerSpec, params: Params, n: Float[Array, "*A M"], prefix: str = ""
+) -> Float[Array, "*A M"]:
+    """down(act(gate(n)) * up(n)) with the weights whose names begin with `prefix`."""
+    act = ACTIVATIONS[spec.activation]
+    inner = act(linear(n, params, f"{prefix}gate")) * linear(n, params, f"{prefix}up")
+    return linear(inner, params, f"{prefix}down")
+
+
+def add(
+    spec: LayerSpec, params: Params, x: Float[Array, "*A M"], y: Float[Array, "*A M"], norm: str
+) -> Float[Array, "*A M"]:
+    """The residual sum x + y, with y normalised by weight `norm` where the layer does that."""
+    return x + (normed(spec, params, y, norm) if spec.post_norms else y)
