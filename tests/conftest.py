@@ -20,6 +20,10 @@ os.environ.setdefault(
     " --xla_cpu_parallel_codegen_split_count=1"
     " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
 )
+# One thread a process: the workers of a run share the cores, and threads of small products wait for
+# each other longer than they multiply. OpenBLAS reads this when NumPy is imported, so it holds for
+# the workers and for what tests start.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # What one process of a run has compiled, the others (workers and what tests start) read instead of
 # compiling it again. A run begins with an empty folder.
 CACHE = "JAX_COMPILATION_CACHE_DIR"

@@ -19,13 +19,16 @@ from turboq.codecs import Transform, TurboQuantMSE
 from turboq.numbers.packing import PAGE
 
 SCALE, GROUP = 0.3, 3
+# Tests that need no other size write CHUNK tokens of two sequences into a cache of CAPACITY: time
+# is compilation, and they run the programs that `test_matches_float64` has compiled.
+CHUNK, CAPACITY = 9, 2 * PAGE
 
 
 def oracle(layer, q, k, v, **options):
     return kernel_oracle.policy_attention(layer, q, k, v, scale=SCALE, **options)
 
 
-def run(layer, q, k, v, sizes, *, capacity=2 * PAGE, **options):
+def run(layer, q, k, v, sizes, *, capacity=CAPACITY, **options):
     """Writes and attends chunk by chunk, as an engine would."""
     cache, outs, at = kv_cache.init(layer, batch=q.shape[0], capacity=capacity), [], 0
     for size in sizes:
@@ -47,12 +50,19 @@ def inputs(rng, layer, t, batch=2):
     return jnp.asarray(q), k, v
 
 
+def written(layer, k, v):
+    """A cache with CHUNK tokens, their tail, and their positions."""
+    empty = kv_cache.init(layer, batch=2, capacity=CAPACITY)
+    cache, tail = kv_cache.write(layer, empty, k, v)
+    return cache, tail, jnp.broadcast_to(jnp.arange(CHUNK, dtype=jnp.int32), (2, CHUNK))
+
+
 @pytest.mark.parametrize("name", cases.LAYERS)
 def test_matches_float64(rng, name):
     """Prefill, decode and a chunk behind both."""
     layer = cases.make_layer(name, rng)
     q, k, v = inputs(rng, layer, 24)
-    got = run(layer, q, k, v, (9, 1, 1, 1, 1, 1, 1, 9))
+    got = run(layer, q, k, v, (CHUNK, 1, 1, 1, 1, 1, 1, CHUNK))
     np.testing.assert_allclose(got, oracle(layer, q, k, v), atol=TOL["packed_attention"])
 
 
@@ -119,15 +129,14 @@ def test_sequences_of_different_lengths(rng):
 def test_unused_slots_never_leak(rng, name):
     """NaN and garbage in every slot past the length change no bit of the result."""
     layer = cases.make_layer(name, rng)
-    q, k, v = inputs(rng, layer, 11)
-    cache, tail = kv_cache.write(layer, kv_cache.init(layer, batch=2, capacity=PAGE), k, v)
-    positions = jnp.broadcast_to(jnp.arange(11, dtype=jnp.int32), (2, 11))
+    q, k, v = inputs(rng, layer, CHUNK)
+    cache, tail, positions = written(layer, k, v)
 
     def poison(x):
         if x.dtype == jnp.uint32:  # packed: token 8j + r is bit j; tokens from 16 on are unused
             return x | jnp.uint32(0xFFFFFFFC)
-        if x.shape[2] == PAGE:
-            return x.at[:, :, 11:].set(jnp.nan)  # (all are written up to 11, or are not read)
+        if x.shape[2] == CAPACITY:  # (all are written up to CHUNK, or are not read)
+            return x.at[:, :, CHUNK:].set(jnp.nan)
         return x
 
     dirty = dataclasses.replace(cache, groups=jax.tree.map(poison, cache.groups))
@@ -150,9 +159,9 @@ def test_one_group_in_any_head_order(rng):
     layer = cases.make_layer("per_head", rng)
     turned = jax.tree.map(lambda x: x[::-1], layer.groups[0])
     turned = KVLayer(groups=(dataclasses.replace(turned, heads=(1, 0)),), policy=layer.policy)
-    q, k, v = inputs(rng, layer, 12)
-    want = run(layer, q, k, v, (12,))
-    np.testing.assert_array_equal(np.asarray(run(turned, q, k, v, (12,))), np.asarray(want))
+    q, k, v = inputs(rng, layer, CHUNK)
+    want = run(layer, q, k, v, (CHUNK,))
+    np.testing.assert_array_equal(np.asarray(run(turned, q, k, v, (CHUNK,))), np.asarray(want))
     for a, b in zip(simulate(turned, k, v), simulate(layer, k, v), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
@@ -204,10 +213,10 @@ def test_refuses_unknown_implementation_and_heads(rng):
 def test_output_projection_with_the_inverse_transform_folded_in(rng):
     """V never turned back: the same as attention, then W_o (means, rotations, exact tokens)."""
     layer = cases.make_layer("mixed", rng)
-    q, k, v = inputs(rng, layer, 9)
+    q, k, v = inputs(rng, layer, CHUNK)
     w_o = jnp.asarray(rng.standard_normal((q.shape[2], cases.DIM, 20)), jnp.float32) / 16
-    cache, tail = kv_cache.write(layer, kv_cache.init(layer, batch=2, capacity=PAGE), k, v)
-    at = {"q_positions": jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9)), "scale": SCALE}
+    cache, tail, positions = written(layer, k, v)
+    at = {"q_positions": positions, "scale": SCALE}
     folded = turboq_kernels.fold_output(layer, w_o)
     got = turboq_kernels.projected_attention(q, layer, cache, tail, folded, **at)
     out = np.asarray(turboq_kernels.cache_attention(q, layer, cache, tail, **at), np.float64)

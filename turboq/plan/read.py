@@ -30,7 +30,7 @@ def read(kind: Any, value: Any, path: str, extra: Extra) -> Any:
     Raises:
       PlanError: anything that is not exactly that.
     """
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin, args = _form(kind)
     if kind is Any:
         return value
     if kind in _SCALARS:
@@ -51,6 +51,11 @@ def read(kind: Any, value: Any, path: str, extra: Extra) -> Any:
     if hasattr(kind, "read_json"):
         return kind.read_json(value, path, extra)
     return read_object(kind, value, path, extra)
+
+
+@functools.cache
+def _form(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    return typing.get_origin(kind), typing.get_args(kind)
 
 
 def read_object(cls: type, value: Any, path: str, extra: Extra) -> Any:

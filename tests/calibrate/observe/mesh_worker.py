@@ -21,15 +21,7 @@ def main(out: str, process: int, processes: int, port: str, axis: int, event: st
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
-    from turboq.codecs import PerHead
-    from turboq.plan import TextSource, uniform_plan
-    from turboq_calibrate.fit.shared import collect_shared
-    from turboq_calibrate.models import load_model
-    from turboq_calibrate.models.geometry import model_geometry
-    from turboq_calibrate.observe.observe import observe
     from turboq_calibrate.observe.placement import make_mesh
-    from turboq_calibrate.observe.recipe import ObserveRecipe
-    from turboq_calibrate.observe.texts import Windows
 
     seen = 0
 
@@ -39,13 +31,27 @@ def main(out: str, process: int, processes: int, port: str, axis: int, event: st
         if seen == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    fitted, arrays = run(out, make_mesh(model=axis), observer)
+    np.savez(Path(out) / f"fitted_{process}.npz", fitted=np.array(fitted), **arrays)
+
+
+def run(out, mesh=None, observer=None) -> tuple[int, dict[str, np.ndarray]]:
+    """Observes, or reads what is finished; then fits: how many units here, and all arrays."""
+    from turboq.codecs import PerHead
+    from turboq.plan import TextSource, uniform_plan
+    from turboq_calibrate.fit.shared import collect_shared
+    from turboq_calibrate.models import load_model
+    from turboq_calibrate.models.geometry import model_geometry
+    from turboq_calibrate.observe.observe import observe
+    from turboq_calibrate.observe.recipe import ObserveRecipe
+    from turboq_calibrate.observe.texts import Windows
+
     model = load_model(GOLDEN, resident=False)
     tokens = np.random.default_rng(7).integers(0, model.spec.vocab, (18, 12), dtype=np.int32)
     source = TextSource(name="random", sha256="0" * 64)
     text = np.zeros(18, np.int32)
     windows = Windows(tokens=tokens, texts=(source,), text=text, available=18)
     recipe = ObserveRecipe(skip=2, windows_per_chunk=8, reservoir=60)
-    mesh = make_mesh(model=axis) if axis else None
     found = observe(
         model, windows, out, recipe, mesh=mesh, checkpoint_every=1, progress=False,
         observer=observer,
@@ -63,7 +69,7 @@ def main(out: str, process: int, processes: int, port: str, axis: int, event: st
         return {"mean": seen.mean.astype(np.float32), "codebook": levels.astype(np.float32)}
 
     arrays = collect_shared(plan, fit)
-    np.savez(Path(out) / f"fitted_{process}.npz", fitted=np.array(len(fitted)), **arrays)
+    return len(fitted), arrays
 
 
 if __name__ == "__main__":
