@@ -64,7 +64,7 @@ def add_chosen(
     A number of `experts.count` or more is padding: nothing chooses it.
     """
     assert spec.experts is not None
-    names = [name for name in params if name.startswith(PREFIX)]
+    matrices = {name: params[PREFIX + name] for name in ("gate", "up", "down")}
     group, k = numbers.shape[0], chosen.shape[1]
     # Place of each (token, choice) in the group; `group` where its expert is not there.
     places = jnp.full(spec.experts.count, group, jnp.int32)
@@ -87,10 +87,8 @@ def add_chosen(
 
         def compute(y):
             own = {
-                name.removeprefix(PREFIX): jax.lax.dynamic_index_in_dim(
-                    params[name], at, keepdims=False
-                )
-                for name in names
+                name: jax.lax.dynamic_index_in_dim(stacked, at, keepdims=False)
+                for name, stacked in matrices.items()
             }
             weight = jnp.where(valid, weights.reshape(-1)[pair], 0.0)
             out = gated_mlp(spec, own, n[token]) * weight[:, None]
