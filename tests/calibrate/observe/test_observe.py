@@ -36,9 +36,11 @@ _spec = importlib.util.spec_from_file_location("observe_worker", WORKER)
 worker = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(worker)
 
+CHUNKS = ObserveRecipe(windows_per_chunk=2)  # several, of few windows
 
-def quiet(*arguments, **options):
-    return observe(*arguments, progress=False, log=lambda line: None, **options)
+
+def quiet(model, windows, out, recipe=CHUNKS, **options):
+    return observe(model, windows, out, recipe, progress=False, log=lambda line: None, **options)
 
 
 def contents(folder):
@@ -65,7 +67,7 @@ def test_statistics_are_those_of_what_transformers_sees(name, tmp_path, monkeypa
     model = load_model(GOLDEN / name, resident=False)
     tokens = golden["tokens"]
     windows = windows_of(tokens, "golden")
-    recipe = ObserveRecipe(skip=3, seed=5)
+    recipe = ObserveRecipe(windows_per_chunk=2, skip=3, seed=5)
     where = jnp.asarray(golden["positions"])
     monkeypatch.setattr(stages.decoder, "default_positions", lambda tokens: where)
     result = quiet(model, windows, tmp_path, recipe)
@@ -207,7 +209,7 @@ def test_sigkill_anywhere_changes_nothing(uninterrupted, tmp_path_factory):
 
 
 def test_other_inputs_are_refused_field_by_field(model, tmp_path, monkeypatch):
-    windows, recipe = random_windows(model.spec.vocab), ObserveRecipe()
+    windows, recipe = random_windows(model.spec.vocab), CHUNKS
     with pytest.raises(Stop):
         quiet(model, windows, tmp_path, recipe, observer=stop_after(6))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -218,9 +220,9 @@ def test_other_inputs_are_refused_field_by_field(model, tmp_path, monkeypatch):
             (model, random_windows(model.spec.vocab, seed=2), recipe),
             {"text.tokens_sha256"},
         ),
-        ((model, windows, ObserveRecipe(skip=3)), {"recipe.skip"}),
+        ((model, windows, ObserveRecipe(windows_per_chunk=2, skip=3)), {"recipe.skip"}),
         (
-            (model, windows, ObserveRecipe(reservoir=7, seed=1)),
+            (model, windows, ObserveRecipe(windows_per_chunk=2, reservoir=7, seed=1)),
             {"recipe.reservoir", "recipe.seed"},
         ),
         (
@@ -253,7 +255,7 @@ def test_inputs_hold_no_floats(model):
             return [leaf for v in value for leaf in leaves(v)]
         return [value]
 
-    inputs = recipe_module.observe_inputs(model, random_windows(model.spec.vocab), ObserveRecipe())
+    inputs = recipe_module.observe_inputs(model, random_windows(model.spec.vocab), CHUNKS)
     assert all(isinstance(leaf, str | int) for leaf in leaves(inputs))
 
 
@@ -266,7 +268,7 @@ def test_a_finished_folder_is_returned(model, tmp_path):
     assert len(again) == len(model.spec.layers)
     (tmp_path / "observe" / "inputs.json").unlink()
     with pytest.raises(TurboqError, match=r"recipe\.skip: there 4, now 5"):
-        quiet(model, windows, tmp_path, ObserveRecipe(skip=5))
+        quiet(model, windows, tmp_path, ObserveRecipe(windows_per_chunk=2, skip=5))
     path = tmp_path / "statistics" / "layer_001.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
@@ -319,7 +321,7 @@ def test_bad_outputs_are_located(tmp_path):
 def test_bad_sizes_are_refused(model, tmp_path):
     vocab = model.spec.vocab
     with pytest.raises(TurboqError, match="windows of 16 tokens leave none after skip=16"):
-        quiet(model, random_windows(vocab), tmp_path, ObserveRecipe(skip=16))
+        quiet(model, random_windows(vocab), tmp_path, ObserveRecipe(windows_per_chunk=2, skip=16))
     wrong = random_windows(vocab)
     wrong.tokens[1, 2] = 500
     with pytest.raises(TurboqError, match=f"token 500 is outside .* vocabulary of {vocab}"):
@@ -372,7 +374,7 @@ def test_lost_working_files_are_named(model, tmp_path):
 
 def test_dry_run_tells_and_writes_nothing(model, tmp_path):
     lines = []
-    windows, recipe = random_windows(model.spec.vocab, count=8), ObserveRecipe()
+    windows, recipe = random_windows(model.spec.vocab, count=8), CHUNKS
     told = estimate.dry_run(model, windows, tmp_path / "new" / "folder", recipe, log=lines.append)
     assert not list(tmp_path.iterdir())
     text = "\n".join(lines)

@@ -24,9 +24,11 @@ from turboq_calibrate.observe.recipe import ObserveRecipe
 GOLDEN = Path(__file__).parents[2] / "golden"
 SKIP, SEED = 3, 9
 
+CHUNKS = ObserveRecipe(windows_per_chunk=2)  # several, of few windows
 
-def quiet(*arguments, **options):
-    return observe(*arguments, progress=False, log=lambda line: None, **options)
+
+def quiet(model, windows, out, recipe=CHUNKS, **options):
+    return observe(model, windows, out, recipe, progress=False, log=lambda line: None, **options)
 
 
 def without_rope(name):
