@@ -194,7 +194,7 @@ def _activation(read: Reader, row: Family) -> Any:
     return ACTIVATIONS[act]
 
 
-def _biases(read: Reader, row: Family) -> dict[str, bool]:
+def _biases(read: Reader, row: Family) -> dict[str, Any]:
     """Which projections have a bias."""
     said = {key: read.boolean(key, False) for key in ("attention_bias", "mlp_bias")}
     for key, value in said.items():

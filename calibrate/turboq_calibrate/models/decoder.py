@@ -125,11 +125,11 @@ def head(spec: ModelSpec, params: Params, x: Float[Array, "B T M"]) -> Float[Arr
 # One compiled function per (spec, attend, shapes): jit's own cache is the cache, so layers that
 # share a LayerSpec share the executable. `attend` must therefore be one function, not a fresh
 # closure per layer: what differs between layers belongs in `state`.
-_STATIC = {"static_argnames": ("spec", "attend")}
-whole_layer = jax.jit(layer, **_STATIC)
-whole_layer_donated = jax.jit(layer, donate_argnames=("state",), **_STATIC)
-_attention = jax.jit(attention_half, **_STATIC)
-_attention_donated = jax.jit(attention_half, donate_argnames=("state",), **_STATIC)
+_STATIC = ("spec", "attend")
+whole_layer = jax.jit(layer, static_argnames=_STATIC)
+whole_layer_donated = jax.jit(layer, donate_argnames=("state",), static_argnames=_STATIC)
+_attention = jax.jit(attention_half, static_argnames=_STATIC)
+_attention_donated = jax.jit(attention_half, donate_argnames=("state",), static_argnames=_STATIC)
 _feed_forward = jax.jit(join_feed_forward, static_argnames=("spec",))
 run_embed = jax.jit(embed, static_argnames=("spec",))
 run_head = jax.jit(head, static_argnames=("spec",))

@@ -32,6 +32,7 @@ from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
 from turboq.plan import TextSource
 from turboq_calibrate.models import LayerSpec, Model, ModelSpec, Tokenizer, decoder
+from turboq_calibrate.models.streamed_experts import whole
 from turboq_calibrate.run.progress import Progress
 
 BATCH = 16  # a step reads all weights, however many windows take it
