@@ -7,8 +7,8 @@ Calibrates as `turboq calibrate` does by default (or reads --statistics), takes 
 measures all of them on topics:heldout, source:heldout and every --text beside TurboQuant (and, with
 --field, per-head and field codecs): first 4 tokens exact, no recent window, K and V quantized, KL
 to the model's own exact cache. --long texts are measured again in windows of --long_length tokens.
-Block codecs keep up to a block of recent tokens exact: their rows say so. Nothing is tuned on what
-is measured.
+Block codecs keep up to a block of recent tokens exact: their rows say so. Nothing is fitted to what
+is measured; the default text was chosen on three of the README's six (calibration_text.py).
 
 Writes quality.json (rows of all texts), quality.csv, long/quality.json and `targets`, resumes after
 an interruption. Expected: about 15 minutes on two cores with two windows of six texts;

@@ -13,6 +13,8 @@ from turboq.codecs import Ggml
 from turboq.errors import TurboqError, TurboqWarning
 from turboq_calibrate.cli import common, memory
 from turboq_calibrate.cli import main as cli
+from turboq_calibrate.observe import texts
+from turboq_calibrate.observe.recipe import ObserveRecipe
 
 HEAVY = (
     "jax",
@@ -200,3 +202,19 @@ def test_any_field_of_a_codec_can_be_set():
 def test_fields_that_are_none_are_refused(field, words):
     with pytest.raises(TurboqError, match=words):
         common.codec_of(codec_flags("--codec=ggml", f"--field={field}"), "k", 64)
+
+
+def test_defaults_of_calibrate_are_those_of_the_library():
+    """Flags are defined without loading the library, so its numbers stand there again."""
+    values = flags.FlagValues()
+    common.observation(values)
+    values(["turboq"])
+    recipe = ObserveRecipe()
+    assert (values.windows, values.window_length) == (texts.COUNT, texts.LENGTH)
+    assert (values.text, values.check_windows, values.check_length) == (None, 1, None)
+    assert common.recipe_of(values) == recipe
+    said = values["text"].help
+    assert ",".join(texts.CALIBRATION) in said
+    assert ",".join(texts.CALIBRATION_OF_LARGE) in said
+    assert texts.WRITES == 2e9
+    assert "2e9 parameters" in said

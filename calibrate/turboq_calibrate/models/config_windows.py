@@ -25,9 +25,7 @@ def always(read: Reader, count: int, default: int | None) -> Windows:
     """Every layer slides where there is a window."""
     if read.config.get("layer_types"):
         raise TurboqError(f"{read.where}: layer_types is not supported")
-    if read.config.get("sliding_window", default) is None:
-        return [None] * count
-    return [read.integer("sliding_window", default)] * count
+    return [_window(read, default)] * count
 
 
 def switched(read: Reader, count: int) -> Windows:
@@ -64,19 +62,21 @@ def every_nth_full(read: Reader, count: int, n: int) -> Windows:
     periods = {read.integer(name) for name in names} or {n}
     if len(periods) > 1:
         raise TurboqError(f"{read.where}: {' and '.join(names)} differ: leave one of them out")
-    given = read.config.get("sliding_window", 4096) is not None
-    window = read.integer("sliding_window", 4096) if given else None
     types = read.config.get("layer_types")
     if types is None:
         types = [SLIDING if (i + 1) % max(periods) else FULL for i in range(count)]
-    return _by_type(read, count, types, window, "sliding_window is null")
+    return _by_type(read, count, types, _window(read, 4096), "sliding_window is null")
 
 
 def _switch(read: Reader) -> int | None:
-    if not read.boolean("use_sliding_window", False):
+    return _window(read, 4096) if read.boolean("use_sliding_window", False) else None
+
+
+def _window(read: Reader, default: int | None) -> int | None:
+    """The window; a null in the file is none, an absent field `default`."""
+    if read.config.get("sliding_window", default) is None:
         return None
-    given = read.config.get("sliding_window", 4096) is not None
-    return read.integer("sliding_window", 4096) if given else None
+    return read.integer("sliding_window", default)
 
 
 def _first(read: Reader) -> int:

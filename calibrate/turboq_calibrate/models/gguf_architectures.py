@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 
@@ -28,28 +29,25 @@ class Architecture:
     reads: frozenset[str] = frozenset()
 
 
+_gemma = functools.partial(
+    Architecture, post_norms=True, scaled_embedding=True, activation="gelu_tanh"
+)
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(interleaved=True, renormalised=True, reads=frozenset({"expert_count"})),
     "qwen2": Architecture(),
     "qwen3": Architecture(),
     "qwen3moe": Architecture(renormalised=True, reads=frozenset({"expert_count"})),
-    "gemma2": Architecture(
+    "gemma2": _gemma(
         window=4096,
         full_every=2,
-        post_norms=True,
-        scaled_embedding=True,
-        activation="gelu_tanh",
         softcap=50.0,
         logit_softcap=30.0,
         wide_scale_layers=46,
         reads=frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
     ),
-    "gemma3": Architecture(
+    "gemma3": _gemma(
         full_every=6,
         sliding_theta=1e4,
-        post_norms=True,
-        scaled_embedding=True,
-        activation="gelu_tanh",
         wide_scale_layers=62,
         reads=frozenset({"final_logit_softcapping"}),
     ),

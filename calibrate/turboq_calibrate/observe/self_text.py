@@ -64,7 +64,10 @@ def start_token(tokenizer: Tokenizer) -> int:
         return tokenizer.bos_id
     if tokenizer.eos_ids:
         return tokenizer.eos_ids[0]
-    raise TurboqError("self: the model's files name neither a BOS nor an EOS token to begin with")
+    raise TurboqError(
+        "self: the model's files name neither a BOS nor an EOS token to begin with: name other "
+        "text, such as --text=topics:calibration,source:calibration"
+    )
 
 
 def text_source(model: Model, seed: int) -> TextSource:

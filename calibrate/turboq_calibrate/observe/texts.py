@@ -354,7 +354,8 @@ def mixed_windows(
             assert model is not None  # checked above
             assert share is not None
             parts[i], rest = _own_windows(model, sources[i], length, share, check, folder, progress)
-            written |= {i: rest} if check else {}
+            if check:
+                written[i] = rest
         else:
             text, first = load_text(sources[i]), _bos(tokenizer, bos)
             ids[i] = _ids(text, tokenizer)
@@ -364,17 +365,16 @@ def mixed_windows(
         return found
     if start or not spread:
         raise ValueError(f"{start=} and {spread=}: windows are held back between spread ones only")
-    held = _held_back(ids, tokenizer, found, check, check_length)
-    short = dict(sorted((held.short | written).items()))
-    return dataclasses.replace(found, held_back=HeldBack(short=short, long=held.long))
+    held = _held_back(ids, written, tokenizer, found, check, check_length)
+    return dataclasses.replace(found, held_back=held)
 
 
 def _held_back(
-    ids: dict[int, Int[np.ndarray, "_"]], tokenizer: Tokenizer, found: Windows, check: int,
-    check_length: int,
+    ids: dict[int, Int[np.ndarray, "_"]], written: dict[int, Int[np.ndarray, "_ T"]],
+    tokenizer: Tokenizer, found: Windows, check: int, check_length: int,
 ) -> HeldBack:  # fmt: skip
     first = [tokenizer.bos_id] if found.bos and tokenizer.bos_id is not None else []
-    short, long = {}, {}
+    short, long = dict(written), {}
     for i in sorted(ids):
         some, one = leave_out(
             ids[i], first, length=found.tokens.shape[1], windows=int(np.sum(found.text == i)),
@@ -382,7 +382,7 @@ def _held_back(
         )  # fmt: skip
         short |= {} if some is None else {i: some}
         long |= {} if one is None else {i: one}
-    return HeldBack(short=short, long=long)
+    return HeldBack(short=dict(sorted(short.items())), long=long)
 
 
 def _own_windows(

@@ -8,6 +8,7 @@ import pytest
 
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope, Scaling
+from turboq.what_fits.hf_config import from_config
 from turboq_calibrate.models.config import model_spec
 from turboq_calibrate.models.families import FAMILIES, WRAPPERS
 from turboq_calibrate.models.params import parameter_count
@@ -474,3 +475,15 @@ def test_supported_families_are_the_documented_ones():
         *("gemma2", "gemma3_text"),
         *("gemma3",),
     ]
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent.name for p in GOLDEN.glob("*/config.json")))
+def test_the_planner_reads_the_same_layers(folder):
+    """`what_fits` knows many more families and no weights; where both read one, they must agree."""
+    config = json.loads((GOLDEN / folder / "config.json").read_text())
+    planned = from_config(config, folder)
+    spec = model_spec(config, folder)
+    assert [(x.kv_heads, x.k_dim, x.v_dim, x.window) for x in planned.layers] == [
+        (x.kv_heads, x.head_dim, x.v_head_dim, x.window) for x in spec.layers
+    ]
+    assert planned.context == spec.context
