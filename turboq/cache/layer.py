@@ -81,16 +81,18 @@ class KVLayer:
         return self.policy.recent + self.block - 1
 
     def stored_until(self, tokens: Any) -> Any:
-        """How many of the first `tokens` tokens (integer array) a query at their end reads packed.
-
-        Whole blocks outside the recent window: floor(max(tokens - recent, 0) / block) * block.
-        """
-        return jnp.maximum(tokens - self.policy.recent, 0) // self.block * self.block
+        """How many of the first `tokens` tokens a query at their end reads packed."""
+        return stored_until(self.policy, self.block, tokens)
 
     @property
     def bits_per_token(self) -> int:
         """Stored bits of one quantized token, K and V of all heads."""
         return sum(len(g.heads) * (g.k.bits_per_vector + g.v.bits_per_vector) for g in self.groups)
+
+
+def stored_until(policy: TokenPolicy, block: int, tokens: Any) -> Any:
+    """Whole blocks outside the recent window: floor(max(tokens - recent, 0) / block) * block."""
+    return jnp.maximum(tokens - policy.recent, 0) // block * block
 
 
 def in_head_order(layer: KVLayer, x: jax.Array, axis: int) -> jax.Array:

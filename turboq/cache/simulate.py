@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboq.cache.exact_attention import attention_over_segments, causal
-from turboq.cache.layer import KVLayer, TokenPolicy, in_head_order
+from turboq.cache.layer import KVLayer, TokenPolicy, in_head_order, stored_until
 from turboq.codecs.base import Arrays, Codec
 from turboq.numbers.rope import rotate, unrotate
 
@@ -76,7 +76,6 @@ def round_exact(policy: TokenPolicy, x: Float[Array, "*n"]) -> Float[Array, "*n"
     return x.astype(jnp.dtype(policy.exact_dtype)).astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "window", "softcap"))
 def simulated_attention(
     layer: KVLayer,
     q: Float[Array, "B T H D"],
@@ -91,20 +90,39 @@ def simulated_attention(
 
     Query t sees token s exactly if s < sinks or s >= layer.stored_until(t + 1), else quantized.
     """
-    policy, (batch, t) = layer.policy, k.shape[:2]
-    k_hat, v_hat = simulate(layer, k, v)
+    return attend_to(
+        layer.policy, layer.block, q, (k, v), simulate(layer, k, v),
+        scale=scale, window=window, softcap=softcap,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "block", "scale", "window", "softcap"))
+def attend_to(
+    policy: TokenPolicy,
+    block: int,
+    q: Float[Array, "B T H D"],
+    exact: tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]],
+    stored: tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "B T H E"]:
+    """`simulated_attention` from what `simulate` returned: one program for codecs of all kinds."""
+    (k, v), (k_hat, v_hat) = exact, stored
+    batch, t = k.shape[:2]
     positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (batch, t))
     if policy.sinks:
         sink = (positions < policy.sinks)[:, :, None, None]
         k_hat = jnp.where(sink, round_exact(policy, k), k_hat)
         v_hat = jnp.where(sink, round_exact(policy, v), v_hat)
     seen = causal(positions, window=window)
-    if not layer.ring:
+    if not policy.recent + block - 1:
         segments = [(k_hat, v_hat, seen)]
     else:
 
         def packed(at):
-            old = positions[:, None, :] < layer.stored_until(at + 1)[:, :, None]
+            old = positions[:, None, :] < stored_until(policy, block, at + 1)[:, :, None]
             return old | (positions < policy.sinks)[:, None, :]
 
         segments = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import jax
@@ -212,10 +212,14 @@ def _pad(padded: PaddedTransform, codec: Transform, arrays: Arrays) -> Arrays:
         points.append(np.broadcast_to(full[:, None], (heads, width, padded.levels)))
     # A coordinate that is not coded costs every path the same: all its points are 0.
     points.append(np.zeros((heads, rest, padded.levels), np.float32))
+
+    def each(matrix: Callable[[Arrays], Array]) -> np.ndarray:
+        return np.asarray(jax.vmap(matrix)(arrays))
+
     out = {
         "mean": arrays["mean"],
-        "analysis": jnp.pad(jax.vmap(codec.analysis_of)(arrays), ((0, 0), (0, rest), (0, 0))),
-        "synthesis": jnp.pad(jax.vmap(codec.synthesis_of)(arrays), ((0, 0), (0, 0), (0, rest))),
+        "analysis": jnp.asarray(np.pad(each(codec.analysis_of), ((0, 0), (0, rest), (0, 0)))),
+        "synthesis": jnp.asarray(np.pad(each(codec.synthesis_of), ((0, 0), (0, 0), (0, rest)))),
         "points": jnp.asarray(np.concatenate(points, axis=1)),
         "coded": jnp.full(heads, codec.coded, jnp.float32),
     }

@@ -30,16 +30,15 @@ from turboq_calibrate.models.decoder import (
     Params,
     head,
     join_attention,
-    project_qkv,
     run_feed_forward,
     run_head,
     run_layer,
+    run_project,
 )
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 
 EXACT = -1  # the choice of a unit that is not quantized
 
-project = jax.jit(project_qkv, static_argnames=("spec",))
 _quantize = jax.jit(quantize_dequantize, static_argnames=("codec",))
 
 
@@ -208,7 +207,7 @@ class Engine:
             x = _repeat(x, rows)
             where = self.positions(rows)
             return run_layer(spec, params, x, where, exact_attend, None)[0], {}
-        q, k, v = project(spec, params, x, self.positions(x.shape[0]))
+        q, k, v = run_project(spec, params, x, self.positions(x.shape[0]))
         clean, hat, used = {"k": _repeat(k, rows), "v": _repeat(v, rows)}, {}, {}
         values: dict[Side, Array] = {"k": k, "v": v}
         for side, y in values.items():

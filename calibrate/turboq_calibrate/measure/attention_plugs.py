@@ -1,7 +1,8 @@
 """Attention plugs of a quantized cache: simulated in one pass, or through the real packed cache.
 
-Each is one module-level function, so that `run_layer` compiles once per (LayerSpec, codecs,
-shapes); what differs between layers (arrays, buffers) travels in the state.
+Each is one module-level function, so that it compiles once per (LayerSpec, codecs, shapes); what
+differs between layers (arrays, buffers) travels in the state. The simulated one and the packed ones
+for evaluation are compiled by themselves, for `decoder.run_parts`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from turboq.cache import contiguous as caches
 from turboq.cache.layer import KVLayer
-from turboq.cache.simulate import simulate, simulated_attention
+from turboq.cache.simulate import attend_to, simulate
 from turboq.errors import TurboqError
 from turboq.numbers.packing import PAGE
 from turboq_calibrate.models.decoder import exact_attend
@@ -52,10 +53,12 @@ def simulated_attend(
     """Plug: quantize and dequantize K and V. In: a `KVLayer` (None: exact), out: `head_errors`."""
     if state is None:
         return exact_attend(spec, q, k, v, positions, None)
-    out = simulated_attention(
-        state, q, k, v, scale=spec.scale, window=spec.window, softcap=spec.softcap
-    )
-    return out, head_errors(state, q, k, v, spec.scale)
+    stored = simulate(state, k, v)
+    out = attend_to(
+        state.policy, state.block, q, (k, v), stored,
+        scale=spec.scale, window=spec.window, softcap=spec.softcap,
+    )  # fmt: skip
+    return out, head_errors(q, (k, v), stored, state.policy.sinks, spec.scale)
 
 
 def packed_attend(
@@ -75,12 +78,14 @@ def packed_by(implementation: str | None) -> Callable[..., tuple[Array, Any]]:
     """`packed_attend` with a named kernel (`KERNELS`), interpreted where it cannot run."""
     attend = cached_by(implementation)
 
+    @functools.partial(jax.jit, static_argnames=("spec",))
     def plug(spec: LayerSpec, q, k, v, positions, state):
         if state is None:
             return exact_attend(spec, q, k, v, positions, None)
         empty = caches.init(state, batch=k.shape[0], capacity=k.shape[1])
         out, _ = attend(spec, q, k, v, positions, Cached(layer=state, cache=empty))
-        return out, head_errors(state, q, k, v, spec.scale)
+        stored = simulate(state, k, v)
+        return out, head_errors(q, (k, v), stored, state.policy.sinks, spec.scale)
 
     return plug
 
@@ -129,11 +134,12 @@ def cached_by(implementation: str | None) -> Callable[..., tuple[Array, Cached]]
     return plug
 
 
+@functools.partial(jax.jit, static_argnames=("sinks", "scale"))
 def head_errors(
-    layer: KVLayer,
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K E"],
+    exact: tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]],
+    stored: tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]],
+    sinks: int,
     scale: float,
 ) -> dict[str, Float[Array, "B K"]]:
     """What quantization does to each KV head, over the tokens s >= sinks of each window.
@@ -145,16 +151,16 @@ def head_errors(
       k_rel_mse   = tr C(e) / tr C(k)
       v_rel_mse   = sum |v_hat - v|^2 / sum |v|^2
     """
-    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-    k_hat, v_hat = simulate(layer, k, v)
+    k, v = (x.astype(jnp.float32) for x in exact)
+    k_hat, v_hat = stored
     batch, tokens, kv_heads = k.shape[:3]
-    stored = jnp.arange(tokens, dtype=jnp.int32) >= layer.policy.sinks
+    counted = jnp.arange(tokens, dtype=jnp.int32) >= sinks
     # What does not count must not reach the sums: 0 * Inf is NaN.
     k_hat, v_hat = (
-        jnp.where(stored[None, :, None, None], x_hat, x) for x_hat, x in ((k_hat, k), (v_hat, v))
+        jnp.where(counted[None, :, None, None], x_hat, x) for x_hat, x in ((k_hat, k), (v_hat, v))
     )
-    weight = jnp.broadcast_to(stored.astype(jnp.float32)[None, :, None, None], (1, tokens, 1, 1))
-    count = max(tokens - layer.policy.sinks, 1)
+    weight = jnp.broadcast_to(counted.astype(jnp.float32)[None, :, None, None], (1, tokens, 1, 1))
+    count = max(tokens - sinks, 1)
 
     def centred(x):
         mean = jnp.sum(x * weight, axis=1, keepdims=True) / count

@@ -7,6 +7,7 @@ positions at a time: the exact block is normalised once and every plan's block i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,9 @@ from jaxtyping import Array, Float, Int
 from turboq.cache.layer import KVLayer
 from turboq_calibrate.cost import metrics
 from turboq_calibrate.models import Model, default_positions, embed_tokens, exact_attend
-from turboq_calibrate.models.decoder import run_head, run_layer
+from turboq_calibrate.models.decoder import run_head, run_parts
+
+_exact = jax.jit(exact_attend, static_argnames=("spec",))
 
 
 def hidden_states(
@@ -36,9 +39,9 @@ def hidden_states(
     found: dict[str, list[Any]] = {name: [] for name in plans}
     for i, spec in enumerate(model.spec.layers):
         params = model.layer(i)
-        hidden[None], _ = run_layer(spec, params, hidden[None], positions, exact_attend, None)
+        hidden[None], _ = run_parts(spec, params, hidden[None], positions, _exact, None)
         for name, layers in plans.items():
-            hidden[name], errors = run_layer(spec, params, hidden[name], positions, plug, layers[i])
+            hidden[name], errors = run_parts(spec, params, hidden[name], positions, plug, layers[i])
             found[name].append(errors or {})
         jax.block_until_ready(list(hidden.values()))
         step()
@@ -55,9 +58,7 @@ def score(
     blocks = math.ceil(tokens.size / metrics.BLOCK)
     pad = blocks * metrics.BLOCK - tokens.size
     goal = jnp.asarray(np.pad(targets.reshape(-1), (0, pad)))
-    flat = {
-        name: jnp.pad(x.reshape(tokens.size, -1), ((0, pad), (0, 0))) for name, x in hidden.items()
-    }
+    flat = {name: _padded(x, pad) for name, x in hidden.items()}
     head = model.head_params()
     nll, rows = [], {name: [] for name in hidden if name is not None}
     for i in range(blocks):
@@ -80,6 +81,11 @@ def score(
         whole = {key: windows([p[key] for p in parts]) for key in parts[0]}
         out[name] = [{key: v[w] for key, v in whole.items()} for w in range(batch)]
     return list(windows(nll)), out
+
+
+@functools.partial(jax.jit, static_argnames=("pad",))
+def _padded(x: Float[Array, "B T M"], pad: int) -> Float[Array, "n M"]:
+    return jnp.pad(x.reshape(-1, x.shape[-1]), ((0, pad), (0, 0)))
 
 
 def mean_errors(batches: list[list[dict[str, np.ndarray]]]) -> dict[str, list]:

@@ -101,8 +101,16 @@ def layer(
     state: Any = None,
 ) -> tuple[Float[Array, "B T M"], Any]:
     """One decoder layer with all of its weights."""
-    x, state = attention_half(spec, params, x, positions, attend, state)
-    return join_feed_forward(spec, params, x), state
+    q, k, v = project_qkv(spec, params, x, positions)
+    out, state = attend(spec, q, k, v, positions, state)
+    return join(spec, params, x, out), state
+
+
+def join(
+    spec: LayerSpec, params: Params, x: Float[Array, "B T M"], out: Float[Array, "B T H Dv"]
+) -> Float[Array, "B T M"]:
+    """What a layer does after attention."""
+    return join_feed_forward(spec, params, join_attention(spec, params, x, out))
 
 
 def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
@@ -126,10 +134,13 @@ def head(spec: ModelSpec, params: Params, x: Float[Array, "B T M"]) -> Float[Arr
 # share a LayerSpec share the executable. `attend` must therefore be one function, not a fresh
 # closure per layer: what differs between layers belongs in `state`.
 _STATIC = ("spec", "attend")
+run_project = jax.jit(project_qkv, static_argnames=("spec",))
 whole_layer = jax.jit(layer, static_argnames=_STATIC)
 whole_layer_donated = jax.jit(layer, donate_argnames=("state",), static_argnames=_STATIC)
 _attention = jax.jit(attention_half, static_argnames=_STATIC)
 _attention_donated = jax.jit(attention_half, donate_argnames=("state",), static_argnames=_STATIC)
+_join_attention = jax.jit(join_attention, static_argnames=("spec",))
+_join = jax.jit(join, static_argnames=("spec",))
 _feed_forward = jax.jit(join_feed_forward, static_argnames=("spec",))
 run_embed = jax.jit(embed, static_argnames=("spec",))
 run_head = jax.jit(head, static_argnames=("spec",))
@@ -154,6 +165,23 @@ def run_layer(
         return run(spec, params, x, positions, attend, state)
     run = _attention_donated if donate else _attention
     x, state = run(spec, params, x, positions, attend, state)
+    return streamed_experts.feed_forward(spec, params, x), state
+
+
+def run_parts(
+    spec: LayerSpec,
+    params: Params,
+    x: Float[Array, "B T M"],
+    positions: Int[Array, "B T"],
+    attend: Attend,
+    state: Any = None,
+) -> tuple[Float[Array, "B T M"], Any]:
+    """`run_layer` compiled around `attend`, which compiles itself: many attends share the rest."""
+    q, k, v = run_project(spec, params, x, positions)
+    out, state = attend(spec, q, k, v, positions, state)
+    if not isinstance(params, Streamed):
+        return _join(spec, params, x, out), state
+    x = _join_attention(spec, params, x, out)
     return streamed_experts.feed_forward(spec, params, x), state
 
 

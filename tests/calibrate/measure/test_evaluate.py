@@ -15,7 +15,7 @@ from tolerances import TOL
 
 from turboq.cache import accounting
 from turboq.cache.layer import TokenPolicy, uniform_layer
-from turboq.cache.simulate import simulate, simulated_attention
+from turboq.cache.simulate import attend_to, simulate, simulated_attention
 from turboq.codecs import Exact, KiviKey, PerHead, TurboQuantMSE, TurboQuantProd
 from turboq.errors import TurboqError
 from turboq.plan import collect_arrays, head_plan, uniform_plan
@@ -197,12 +197,13 @@ def test_batches_and_blocks_change_nothing(model, plans, windows, measured, monk
 
 
 def test_compiles_once_per_codec_profile(model, windows):
-    """Two equal layers and many windows: one function per profile, and one for exact attention."""
+    """Two equal layers and many windows: one program per profile, one for what they share."""
     plans = [named(model, "mse", TurboQuantMSE(dim=16, bits=2))]
     assert model.spec.layers[0] == model.spec.layers[1]
-    before = decoder.whole_layer._cache_size()
+    programs = (decoder.run_project, attend_to, simulate)
+    before = [f._cache_size() for f in programs]
     evaluate(model, plans, windows[:, :17], text="noise", progress=False)
-    assert decoder.whole_layer._cache_size() - before == 2
+    assert [f._cache_size() - n for f, n in zip(programs, before, strict=True)] == [1, 1, 1]
 
 
 def test_storage_columns(model, plans, measured):
@@ -230,8 +231,9 @@ def test_head_errors_against_float64(model, plans, rng):
     layer = plan.kv_layer(0, arrays)
     q, k, v = (rng.standard_normal((2, 9, n, 16)).astype(np.float32) for n in (4, 2, 2))
     k += 3  # a common mean, which no softmax sees
-    k_hat, v_hat = (np.asarray(x, np.float64) for x in simulate(layer, *map(jnp.asarray, (k, v))))
-    got = head_errors(layer, *map(jnp.asarray, (q, k, v)), 0.25)
+    exact = (jnp.asarray(k), jnp.asarray(v))
+    k_hat, v_hat = (np.asarray(x, np.float64) for x in simulate(layer, *exact))
+    got = head_errors(jnp.asarray(q), exact, simulate(layer, *exact), POLICY.sinks, 0.25)
     stored = slice(POLICY.sinks, None)
     for b in range(2):
         for h in range(2):
@@ -255,7 +257,8 @@ def test_reported_head_errors_are_means_over_windows(model, plans, windows, meas
     seen = []
 
     def plug(spec, q, k, v, positions, state):
-        seen.append(head_errors(state, q, k, v, spec.scale))
+        stored = simulate(state, k, v)
+        seen.append(head_errors(q, (k, v), stored, POLICY.sinks, spec.scale))
         return exact_attend(spec, q, k, v, positions, None)
 
     # The first layer sees the same keys in the exact and in the quantized run.
