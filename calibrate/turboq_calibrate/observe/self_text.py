@@ -35,7 +35,7 @@ from turboq_calibrate.models import LayerSpec, Model, ModelSpec, Tokenizer, deco
 from turboq_calibrate.models.streamed_experts import whole
 from turboq_calibrate.run.progress import Progress
 
-BATCH = 16  # a step reads all weights, however many windows take it
+BATCH = 12  # a step reads all weights, however many windows take it
 BLOCK = 64  # tokens of a window per call
 SEEDS = 2**32
 
