@@ -1,1 +1,1 @@
-"""Rotations, scales, codebooks, packing, trellises: arrays in, arrays out."""
+"""Rotations, scales, codebooks, packing, trellises, window codes: arrays in, arrays out."""
