@@ -49,6 +49,8 @@ TEXT = flags.DEFINE_multi_string("text", [], "More texts to measure on.")
 LONG = flags.DEFINE_multi_string("long", [], "Texts to measure in long windows too.")
 LONG_LENGTH = flags.DEFINE_integer("long_length", 4096, "Tokens of long windows.", lower_bound=2)
 WINDOWS = flags.DEFINE_integer("windows", 2, "Windows of 1024 tokens per text.", lower_bound=1)
+CANDIDATES = flags.DEFINE_multi_string("candidates", [], "Of learned plans (`turboq plan`).")
+BUDGETS = flags.DEFINE_list("budgets", ["2.25", "2.75", "3.25"], "Bits of learned plans.")
 ONLY = flags.DEFINE_string("only", "", "Only rows whose name contains this.")
 FIELD = flags.DEFINE_boolean("field", False, "Also 2-bit, per-head, INT, OSCAR-like and KIVI rows.")
 SHARING = flags.DEFINE_boolean("sharing", False, "Also learned plans per layer and uniform.")
@@ -56,7 +58,6 @@ OUT = flags.DEFINE_string("out", "runs/learned_vs_turboquant", "Folder for the r
 
 POLICY = TokenPolicy(sinks=4)
 LENGTH = 1024
-BUDGETS = (2.25, 2.75, 3.25)
 SHARED = (2.25, 3.25)  # budgets at which the granularities are compared
 ALWAYS = ("topics:heldout", "source:heldout")
 # Learned budget -> the plan whose KL it must not exceed, on every text.
@@ -100,9 +101,11 @@ def baselines(geometry: ModelGeometry, statistics: Statistics) -> Iterator[Named
 
 def learned(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPlan]:
     """The command's plans at every budget, and by granularity at some."""
-    for bits in BUDGETS:
+    for bits in map(float, BUDGETS.value):
         name = f"learned {bits:g}"
-        wanted = Wanted(budget=Budget.parse(f"{bits}bpc"), policy=POLICY)
+        wanted = Wanted(
+            budget=Budget.parse(f"{bits}bpc"), policy=POLICY, candidates=tuple(CANDIDATES.value)
+        )
         rows = {name: wanted}
         if bits in SHARED and SHARING.value:
             for granularity, says in (("per_layer", "per layer"), ("uniform", "uniform")):

@@ -172,6 +172,15 @@ ROWS = {
         ),
         zero_exact=False,
     ),
+    "transform-window": Row(
+        lambda d: Transform(dim=d, segments=((8, 5), (d - 16, 2)), quantizer="window", states=16),
+        zero_exact=False,
+    ),
+    "transform-window-gain": Row(
+        lambda d: Transform(
+            dim=d, segments=((16, 3), (d - 16, 1)), quantizer="window", states=64, gain="float16"
+        ),
+    ),
     "transform-fitted-f16": Row(
         lambda d: Transform(
             dim=d, segments=((16, 4), (d - 16, 2)), codebook="fitted", gain="float16"

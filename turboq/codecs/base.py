@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from turboq.codecs.bit_form import BitForm, of_reading
 from turboq.codecs.observed import Observed
 from turboq.codecs.reading import Reading
 from turboq.codecs.writing import WriteTables, Writing
@@ -206,6 +207,10 @@ class Codec(abc.ABC):
         """The folded query in the coordinates of `reading`, and its offset (None: zero)."""
         folded = self.fold_query(arrays, q)
         return folded["q"], folded.get("offset")
+
+    def bit_form(self, arrays: Arrays) -> BitForm | None:
+        """How one head's x_hat is linear in the stored bits; None: it is not."""
+        return of_reading(self, arrays)
 
     def row_values(self, arrays: Arrays, name: str, entries: Array) -> Float[Array, "*n"]:
         """Scales or offsets [*n] in float32 from the entries [*n] of the field `name`."""

@@ -12,18 +12,19 @@ from jaxtyping import Array, Float
 
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
+from turboq.codecs.bit_form import BitForm, BitPart
 from turboq.codecs.observed import Observed
 from turboq.codecs.reading import Part, Reading
 from turboq.codecs.scalar import dot, lead
 from turboq.codecs.writing import Run, WriteTables, Writing
 from turboq.numbers import codebook as codebooks
 from turboq.numbers import scale as scales
-from turboq.numbers import trellis, trellis_runs
+from turboq.numbers import trellis, trellis_runs, window
 
 Segments = tuple[tuple[int, int], ...]
 
 MAX_SEGMENTS = 4
-QUANTIZERS = ("scalar", "trellis")
+QUANTIZERS = ("scalar", "trellis", "window")
 CODEBOOKS = ("gaussian", "fitted")
 GAINS = ("none", "code", "float16")
 
@@ -43,13 +44,16 @@ class Transform(Codec):
                "trellis": one path through all coordinates, `states` states, 2**(bits+1) points per
                segment (1..6 bits). It starts in state 0; `free_start` lets it start anywhere, for
                log2(states) stored bits.
+               "window": one path through all coordinates, linear in the stored bits (1..8 bits,
+               16, 64 or 256 states, `turboq.numbers.window`); no codebook of its own.
     codebook   "gaussian", or "fitted" arrays per segment.
     gain       "none": static, 0 bits, clips what is larger than calibration. "code": `gain_bits`
                bits choose one of the fitted `gains`. "float16": the root mean square of y, 16 bits.
 
     Static unless gain is stored; without one, NaN does not show in what is stored. Fitted by
     `turboq.codecs.fit_transform`. A kernel reads a scalar one as runs of table lookups with a
-    folded query (`reading`); trellis codes are read by XLA.
+    folded query (`reading`); trellis and window codes are read by XLA, and any reader that knows
+    `bit_form` reads window codes.
 
     Arrays of one head, float32: mean [D], analysis [C, D], synthesis [D, C]; "fitted": codebook{i}
     of each segment, ascending; gain "code": gains [2**gain_bits], ascending and positive.
@@ -81,9 +85,16 @@ class Transform(Codec):
         check_segments(self.segments, self.dim)
         if type(self.gain_bits) is not int or not 1 <= self.gain_bits <= 8:
             raise ValueError(f"{self.gain_bits=} must be 1..8")
+        if self.quantizer == "window" and (self.free_start or self.codebook == "fitted"):
+            raise ValueError(
+                f"{self.quantizer=} has no start state and no codebook: {self.free_start=} must be "
+                f"False and {self.codebook=} gaussian"
+            )
         for _, bits in self.segments:
             if self.quantizer == "trellis":
                 trellis.check(self.states, bits)
+            elif self.quantizer == "window":
+                window.check(self.states, bits)
             else:
                 checks.check_bits(bits)
 
@@ -136,6 +147,8 @@ class Transform(Codec):
     @property
     def tables(self) -> dict[str, np.ndarray]:
         tables = {}
+        if self.quantizer == "window":
+            return dataclasses.asdict(self.rows)
         if self.codebook == "gaussian":
             for i, (_, bits) in enumerate(self.segments):
                 tables[f"codebook{i}"] = unit_table(self, bits).astype(np.float32)
@@ -143,6 +156,11 @@ class Transform(Codec):
             parity = trellis.parity_matrix(self.states, self.coded)
             tables["parity"] = parity.astype(np.float32)
         return tables
+
+    @property
+    def rows(self) -> window.Rows:
+        """The linear window code of the coordinates, NumPy."""
+        return window.rows(self.states, self.segments)
 
     def level_tables(self, arrays: Arrays) -> tuple[Float[Array, "P"], ...]:
         """Points of each segment, float32, ascending, for unit variance."""
@@ -155,8 +173,8 @@ class Transform(Codec):
 
     @property
     def reading(self) -> Reading | None:
-        """One table part per segment, all with the gain; None for a trellis."""
-        if self.quantizer == "trellis":
+        """One table part per segment, all with the gain; None for a path through all of them."""
+        if self.quantizer != "scalar":
             return None
         gain = None if self.gain == "none" else "gain"
         return Reading(
@@ -171,8 +189,8 @@ class Transform(Codec):
 
     @property
     def writing(self) -> Writing | None:
-        """One part per segment; None for a trellis, whose path is a search."""
-        if self.quantizer == "trellis":
+        """One part per segment; None for a path, which is a search."""
+        if self.quantizer != "scalar":
             return None
         runs = tuple(
             Run(field=f"codes{i}", width=width, bits=bits)
@@ -190,6 +208,23 @@ class Transform(Codec):
             matrix=self.analysis_of(arrays), mean=arrays["mean"],
             levels=self.level_tables(arrays), gains=arrays.get("gains"),
         )  # fmt: skip
+
+    def bit_form(self, arrays: Arrays) -> BitForm | None:
+        """One part, with the gain, for a window code; None for tables."""
+        if self.quantizer != "window":
+            return None
+        matrix, constant = window.bit_matrix(self.states, self.segments)
+        synthesis = self.synthesis_of(arrays)
+        part = BitPart(
+            matrix=dot(synthesis, jnp.asarray(matrix, jnp.float32)),
+            constant=dot(synthesis, jnp.asarray(constant, jnp.float32)[:, None])[:, 0],
+            ones=jnp.sum(synthesis, axis=1),
+            fields=tuple(f"codes{i}" for i in range(len(self.segments))),
+            bits=tuple(bits for _, bits in self.segments),
+            scale=None if self.gain == "none" else "gain",
+            offset=None,
+        )
+        return BitForm(mean=arrays["mean"], parts=(part,))
 
     def row_values(self, arrays: Arrays, name: str, entries: Array) -> Float[Array, "*n"]:
         """The gains of codes, or stored gains as they are."""
@@ -229,6 +264,10 @@ class Transform(Codec):
         return y.reshape(*x.shape[:-1], self.coded)
 
     def _codes(self, arrays: Arrays, u: Float[Array, "*n C"]) -> Stored:
+        if self.quantizer == "window":
+            codes = window.encode(self.rows, u.reshape(-1, self.coded))
+            parts = self._split(codes.reshape(u.shape))
+            return {f"codes{i}": part for i, part in enumerate(parts)}
         tables = self.level_tables(arrays)
         if self.quantizer == "trellis":
             codes, start = trellis_runs.encode(
@@ -251,8 +290,10 @@ class Transform(Codec):
 
     def values(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n C"]:
         """Points of the codes, before the gain."""
-        tables = self.level_tables(arrays)
         codes = [stored[f"codes{i}"] for i in range(len(self.segments))]
+        if self.quantizer == "window":
+            return window.decode(self.rows, jnp.concatenate(codes, axis=-1))
+        tables = self.level_tables(arrays)
         if self.quantizer == "trellis":
             start = stored["start"][..., 0] if self.free_start else None
             path = jnp.concatenate(codes, axis=-1)

@@ -2,7 +2,8 @@
 
 A learned plan has other segments in almost every head. Compiled as they are, that is a program per
 layer and plan; here the points of every coordinate are an array, padded to a common number, and a
-dropped coordinate has the single point 0. What comes out of `decode(encode(x))` is the same.
+dropped coordinate has the single point 0. A window code is data as it is. What comes out of
+`decode(encode(x))` is the same.
 For simulation only (`turboq.cache.simulate`): nothing is packed.
 """
 
@@ -23,7 +24,7 @@ from turboq.codecs.base import Arrays, Codec, Field, Stored
 from turboq.codecs.scalar import dot, lead
 from turboq.codecs.transform import Transform
 from turboq.numbers import scale as scales
-from turboq.numbers import trellis
+from turboq.numbers import trellis, window
 
 # Stands for "no such point": its square is finite in float32 and far above any real distance.
 _FAR = 1e6
@@ -34,8 +35,8 @@ class PaddedTransform(Codec):
     """x_hat = mean + S (gain * c(A (x - mean) / gain)) with points [D, levels] of every coordinate.
 
     Not registered and never stored: its one field is the float32 value. Arrays of one head: mean
-    [D], analysis and synthesis [D, D] (zero where nothing is coded), points [D, levels], coded []
-    (how many coordinates are), gains [n] with gain "code".
+    [D], analysis and synthesis [D, D] (zero where nothing is coded), points [D, levels] or the rows
+    of a window code, coded [] (how many coordinates are), gains [n] with gain "code".
     """
 
     name: ClassVar[str] = "padded_transform"
@@ -56,9 +57,17 @@ class PaddedTransform(Codec):
         y = dot((x - lead(arrays["mean"], x.ndim)).reshape(-1, self.dim), arrays["analysis"].T)
         gain = self._gain(arrays, y)
         u = y if gain is None else y / gain[:, None]
-        c = self._trellis(arrays["points"], u) if self.states else _nearest(arrays["points"], u.T).T
+        c = self._values(arrays, u)
         values = c if gain is None else c * gain[:, None]
         return {"values": values.reshape(x.shape)}
+
+    def _values(self, arrays: Arrays, u: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        if self.quantizer == "window":
+            code = window.Rows(step=arrays["step"], last=arrays["last"], taps=arrays["taps"])
+            return window.decode(code, window.encode(code, u))
+        if self.quantizer == "trellis":
+            return self._trellis(arrays["points"], u)
+        return _nearest(arrays["points"], u.T).T
 
     def _gain(self, arrays: Arrays, y: Float[Array, "N D"]) -> Float[Array, "N"] | None:
         if self.gain == "none":
@@ -182,12 +191,12 @@ def pad_side(
     points = max(2**b for c in codecs for _, b in c.segments)
     # Few different numbers, so few programs.
     levels = next(n for n in (8, 32, 256) if n >= points)
-    trellis_code = codecs[0].quantizer == "trellis"
+    quantizer = codecs[0].quantizer
     padded = PaddedTransform(
         dim=codecs[0].dim,
-        levels=2 * levels if trellis_code else levels,
-        quantizer=codecs[0].quantizer,
-        states=codecs[0].states if trellis_code else 0,
+        levels={"scalar": levels, "trellis": 2 * levels, "window": 0}[quantizer],
+        quantizer=quantizer,
+        states=0 if quantizer == "scalar" else codecs[0].states,
         free_start=codecs[0].free_start,
         gain=codecs[0].gain,
     )
@@ -199,6 +208,26 @@ def _pad(padded: PaddedTransform, codec: Transform, arrays: Arrays) -> Arrays:
     """Arrays [n, ...] of a group's heads in the padded form."""
     rest = codec.dim - codec.coded
     heads = arrays["mean"].shape[0]
+
+    def each(matrix: Callable[[Arrays], Array]) -> np.ndarray:
+        return np.asarray(jax.vmap(matrix)(arrays))
+
+    out = {
+        "mean": arrays["mean"],
+        "analysis": jnp.asarray(np.pad(each(codec.analysis_of), ((0, 0), (0, rest), (0, 0)))),
+        "synthesis": jnp.asarray(np.pad(each(codec.synthesis_of), ((0, 0), (0, 0), (0, rest)))),
+        "coded": jnp.full(heads, codec.coded, jnp.float32),
+    }
+    out |= {"gains": arrays["gains"]} if codec.gain == "code" else {}
+    if codec.quantizer == "window":
+        code = dataclasses.asdict(window.rows(codec.states, codec.segments, codec.dim))
+        return out | {name: jnp.asarray(np.stack([a] * heads)) for name, a in code.items()}
+    return out | {"points": _points(padded, codec, arrays, heads)}
+
+
+def _points(
+    padded: PaddedTransform, codec: Transform, arrays: Arrays, heads: int
+) -> Float[Array, "n D P"]:
     points = []
     for i, (width, _) in enumerate(codec.segments):
         if codec.codebook == "fitted":
@@ -211,16 +240,5 @@ def _pad(padded: PaddedTransform, codec: Transform, arrays: Arrays) -> Arrays:
         full[:, : table.shape[1]] = table
         points.append(np.broadcast_to(full[:, None], (heads, width, padded.levels)))
     # A coordinate that is not coded costs every path the same: all its points are 0.
-    points.append(np.zeros((heads, rest, padded.levels), np.float32))
-
-    def each(matrix: Callable[[Arrays], Array]) -> np.ndarray:
-        return np.asarray(jax.vmap(matrix)(arrays))
-
-    out = {
-        "mean": arrays["mean"],
-        "analysis": jnp.asarray(np.pad(each(codec.analysis_of), ((0, 0), (0, rest), (0, 0)))),
-        "synthesis": jnp.asarray(np.pad(each(codec.synthesis_of), ((0, 0), (0, 0), (0, rest)))),
-        "points": jnp.asarray(np.concatenate(points, axis=1)),
-        "coded": jnp.full(heads, codec.coded, jnp.float32),
-    }
-    return out | ({"gains": arrays["gains"]} if codec.gain == "code" else {})
+    points.append(np.zeros((heads, codec.dim - codec.coded, padded.levels), np.float32))
+    return jnp.asarray(np.concatenate(points, axis=1))

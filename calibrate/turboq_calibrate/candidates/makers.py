@@ -2,6 +2,8 @@
 
 transform:2,2.5,3      learned transforms at so many bits per channel, gains included
 trellis:2,2.5,3        the same with trellis codes: less error, slower to encode
+window:2,2.5,3         with window codes, linear in their bits (window16, window256: of such states)
+window                 any of these without numbers: in steps around the budget
 per_head:2,3,4         any codec at several values of its first field after `dim` (bits)
 ggml:type=q4_0,q8_0    or of a field that is named
 exact                  as it is
@@ -88,47 +90,76 @@ def _needed(label: str, seen: Observed | None) -> Observed:
     return seen
 
 
+# The word of a learned transform -> what it is quantized by; None: states as in the options.
+LEARNED: dict[str, tuple[str, int | None]] = {
+    "transform": ("scalar", None),
+    "trellis": ("trellis", None),
+    "window": ("window", 64),
+    "window16": ("window", 16),
+    "window256": ("window", 256),
+}
+
+
 def default_makers(
-    bits: float | int, dim: int, options: TransformOptions | None = None
+    bits: float | int, dim: int, options: TransformOptions | None = None, word: str = "transform"
 ) -> list[Maker]:
-    """`transform` in steps of a quarter bit up to three bits on both sides of the budget.
+    """`word` in steps of a quarter bit up to three bits on both sides of the budget.
 
     `dim`: the smallest head dim, which says how small a size can be (a run of 8 coordinates).
     """
-    own = options or TransformOptions()
+    own = _options(word, options)
     least = (BLOCK + own.overhead(dim)) / dim
     bits = max(min(bits, MOST), least)
     low, high = max(least, bits - AROUND), min(MOST, bits + AROUND)
     steps = np.arange(np.ceil(low / STEP - 1e-9), np.ceil(high / STEP) + 1)
-    return learned({f"transform {r:g}": float(r) for r in steps * STEP if r <= MOST}, own)
+    return learned({f"{word} {r:g}": float(r) for r in steps * STEP if r <= MOST}, own)
 
 
 def makers_of(
-    words: Sequence[str], geometry: ModelGeometry, options: TransformOptions | None = None
+    words: Sequence[str],
+    geometry: ModelGeometry,
+    options: TransformOptions | None = None,
+    bits: float | int | None = None,
 ) -> list[Maker]:
-    """Makers of candidates that were named.
+    """Makers of candidates that were named; `bits` per channel of the budget, if there is one.
 
     Raises:
       TurboqError: unknown codec or field, or a value that it does not take.
     """
-    return [maker for word in words for maker in _makers(word, geometry, options)]
+    return [maker for word in words for maker in _makers(word, geometry, options, bits)]
 
 
 def learned_word(word: str) -> bool:
     """Whether a candidate's word names learned transforms."""
-    return word.partition(":")[0] in ("transform", "trellis")
+    return word.partition(":")[0] in LEARNED
 
 
-def _makers(word: str, geometry: ModelGeometry, options: TransformOptions | None) -> list[Maker]:
+def smallest_dim(geometry: ModelGeometry) -> int:
+    """The smallest head dim of K and V."""
+    return min(min(x.k_dim, x.v_dim) for x in geometry.cache_layers)
+
+
+def _options(word: str, options: TransformOptions | None) -> TransformOptions:
+    own, (quantizer, states) = options or TransformOptions(), LEARNED[word]
+    return dataclasses.replace(own, quantizer=quantizer, states=states or own.states)
+
+
+def _makers(
+    word: str,
+    geometry: ModelGeometry,
+    options: TransformOptions | None,
+    bits: float | int | None,
+) -> list[Maker]:
     name, _, rest = word.partition(":")
     field, equals, listed = rest.rpartition("=")
     values = [value.strip() for value in listed.split(",")] if listed else []
     if learned_word(word):
+        if word == name and bits is not None:
+            return default_makers(bits, smallest_dim(geometry), options, name)
         if equals or not values:
             raise TurboqError(f"candidates {word!r}: name bits per channel, as in {name}:2,2.5")
-        quantizer = "scalar" if name == "transform" else "trellis"
-        own = dataclasses.replace(options or TransformOptions(), quantizer=quantizer)
-        return learned({f"{name} {v}": _number(word, v) for v in values}, own)
+        rates = {f"{name} {v}": _number(word, v) for v in values}
+        return learned(rates, _options(name, options))
     if name not in CODECS:
         raise TurboqError(f"candidates {word!r}: known codecs are {', '.join(sorted(CODECS))}")
     if not values:

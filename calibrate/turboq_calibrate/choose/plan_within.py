@@ -29,7 +29,13 @@ from turboq.plan import Measurement, ModelGeometry, Plan, Quality
 from turboq.plan.build import Side
 from turboq.plan.constraints import Constraints, Granularity
 from turboq.plan.geometry import ROPE_FORMS, RopeForm
-from turboq_calibrate.candidates.makers import default_makers, engine_menu, learned_word, makers_of
+from turboq_calibrate.candidates.makers import (
+    default_makers,
+    engine_menu,
+    learned_word,
+    makers_of,
+    smallest_dim,
+)
 from turboq_calibrate.candidates.table import Arrays, Table, build_table
 from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.check import Checked, check_plans, rivals
@@ -155,10 +161,9 @@ def menu(
                 observed, layers, wanted.options, min(max(bits, 0.5), 8.0), progress=progress
             )
         if wanted.candidates:
-            makers = makers_of(wanted.candidates, geometry, guarded.options)
+            makers = makers_of(wanted.candidates, geometry, guarded.options, bits)
         else:
-            dim = min(min(x.k_dim, x.v_dim) for x in geometry.cache_layers)
-            makers = default_makers(bits, dim, guarded.options)
+            makers = default_makers(bits, smallest_dim(geometry), guarded.options)
     table = build_table(
         geometry, makers, observed, source=statistics.sha256, k_rope=k_rope, progress=progress
     )

@@ -1,8 +1,9 @@
 """Decode in XLA through the codec's own methods: for what no kernel reads.
 
-Block codecs (scales per channel over a run of tokens), trellis codes, exact vectors, formats of
-other engines: whatever has `logits` and `accumulate`, block of pages by block of pages. Keys stored
-before their rotary embedding are decoded and rotated, a block at a time, and meet the query there.
+Block codecs (scales per channel over a run of tokens), trellis and window codes, exact vectors,
+formats of other engines: whatever has `logits` and `accumulate`, block of pages by block of pages.
+Keys stored before their rotary embedding are decoded and rotated, a block at a time, and meet the
+query there.
 """
 
 from __future__ import annotations

@@ -124,9 +124,9 @@ def test_free_start_never_hurts_and_is_stored():
 
 
 @pytest.mark.parametrize("gain", ["none", "code", "float16"])
-@pytest.mark.parametrize("quantizer", ["scalar", "trellis"])
+@pytest.mark.parametrize("quantizer", ["scalar", "trellis", "window"])
 def test_folding_equals_decoding(gain, quantizer):
-    codec = Transform(dim=DIM, segments=SEGMENTS, gain=gain, quantizer=quantizer, states=4)
+    codec = Transform(dim=DIM, segments=SEGMENTS, gain=gain, quantizer=quantizer, states=16)
     x, arrays = fitted(codec)
     rng = np.random.default_rng(3)
     q = jnp.asarray(rng.normal(size=(5, DIM)), jnp.float32)
@@ -194,6 +194,37 @@ def test_refused_fields(field, value):
 def test_trellis_refuses_bits_without_a_table():
     with pytest.raises(ValueError, match="bits"):
         Transform(dim=DIM, segments=((8, 7),), quantizer="trellis")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"states": 8}, "states=8 must be one of 16, 64, 256"),
+        ({"free_start": True}, "no start state"),
+        ({"codebook": "fitted"}, "no codebook"),
+    ],
+)
+def test_window_codes_have_no_start_state_and_no_codebook(fields, says):
+    with pytest.raises(ValueError, match=says) as refused:
+        Transform(
+            **({"dim": DIM, "segments": ((8, 7),), "quantizer": "window", "states": 16} | fields)
+        )
+    assert "\n" not in str(refused.value)
+
+
+def test_window_codes_lean_on_the_bits_before(rng):
+    """No word that differs in a few bits is nearer than the one found."""
+    codec = Transform(dim=DIM, segments=SEGMENTS, quantizer="window", states=16)
+    x, arrays = fitted(codec)
+    u = np.asarray(codec.analyse(arrays, jnp.asarray(x[:40])), np.float64)
+    stored = codec.encode(arrays, jnp.asarray(x[:40]))
+    found = np.sum((u - np.asarray(codec.values(arrays, stored))) ** 2, axis=1)
+    for _ in range(50):
+        other = {
+            n: v ^ jnp.asarray(rng.random(v.shape) < 0.05, jnp.uint8) for n, v in stored.items()
+        }
+        error = np.sum((u - np.asarray(codec.values(arrays, other))) ** 2, axis=1)
+        assert np.all(error >= found * (1 - TOL["transform_float64"]))
 
 
 def test_tables_are_the_codebooks():

@@ -45,6 +45,8 @@ def layer(**options):
         {"quantizer": "trellis", "states": 4},
         {"quantizer": "trellis", "states": 8, "free_start": True, "gain": "code"},
         {"gain": "float16", "codebook": "fitted"},
+        {"quantizer": "window", "states": 16},
+        {"quantizer": "window", "states": 64, "gain": "code"},
     ],
     ids=str,
 )

@@ -125,6 +125,10 @@ def test_measured_curves():
     shannon = 4.0 ** -np.arange(1, 7)
     assert np.all(trellis[1:7] < scalar[1:7])
     assert np.all(trellis[1:7] > shannon)
+    window = distortion_curve("window", 16)
+    assert np.all(window[2:5] < scalar[2:5])
+    assert np.all(window[1:] > 4.0 ** -np.arange(1, 9))
+    assert np.all(np.diff(window) < 0)
     with pytest.raises(ValueError, match="quantizer"):
         distortion_curve("vector")
 
