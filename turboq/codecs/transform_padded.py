@@ -228,6 +228,7 @@ def _pad(padded: PaddedTransform, codec: Transform, arrays: Arrays) -> Arrays:
 def _points(
     padded: PaddedTransform, codec: Transform, arrays: Arrays, heads: int
 ) -> Float[Array, "n D P"]:
+    """Points of every coordinate of a group's heads, padded."""
     points = []
     for i, (width, _) in enumerate(codec.segments):
         if codec.codebook == "fitted":

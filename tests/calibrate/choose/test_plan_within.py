@@ -354,7 +354,7 @@ def test_every_engine_gets_a_plan_that_its_rules_allow(name, rng):
         (["--budget=3bpc", "--engine=vllm", "--granularity=per_kv"], "--engine=vllm decides"),
         (["--budget=3bpc", "--candidates=rabitq:3"], "known codecs are"),
         (["--budget=3bpc", "--candidates=turboquant_mse:9"], "bits"),
-        (["--budget=3bpc", "--candidates=transform"], "transform:2,2.5"),
+        (["--budget=3bpc", "--candidates=transform:"], "transform:2,2.5"),
         (["--budget=3bpc", "--candidates=transform:two"], "'two' is no number"),
         (["--budget=3bpc", "--window_length=24"], "--window_length: --statistics="),
         (["--budget=3bpc", "--nocheck", "--rounds=1"], "--rounds=1 measures on the model"),
@@ -403,6 +403,23 @@ def test_default_candidates_lie_around_the_budget():
     high = [m.label for m in default_makers(16, 64)]
     assert (high[0], high[-1]) == ("transform 5", "transform 8")
     assert default_makers(1, 64)[0].label == "transform 0.25"
+
+
+def test_the_default_steps_of_another_quantizer(layout):
+    """A word without numbers: steps around the budget, of that quantizer and so many states."""
+    window = makers_of(["window256"], layout, bits=3.25)
+    assert window[0].label == "window256 0.5"  # a run of 8 of a head dim of 16
+    assert {m.label.partition(" ")[0] for m in window} == {"window256"}
+    assert len(window) == len(default_makers(3.25, 16))
+
+
+def test_window_plans_are_written_and_read(run, tmp_path):
+    flags = ("--budget=2.5bpc", "--candidates=window:2,3", "--candidates=window", "--nocheck")
+    assert turboq("plan", *flags, f"--statistics={run}", f"--out={tmp_path}") == 0
+    sides = [side for layer in load(tmp_path)[0].layers for side in (layer.k, layer.v)]
+    codecs = {codec for side in sides for codec in (side.codec, *side.heads.values())}
+    assert {c.quantizer for c in codecs} == {"window"}
+    assert {c.states for c in codecs} == {64}
 
 
 def test_exact_tokens_are_chosen_with_their_bytes_counted(run, tmp_path, capsys):
