@@ -146,9 +146,11 @@ def fit_rope_block(
     )
     order = np.argsort(-(v * w), kind="stable")
     scale, start = (v / w) ** 0.25, 0
+    cost = np.ones(codec.dim)
     for width, _ in codec.segments:
         run = order[start // 2 : (start + width) // 2]
         scale[run] *= np.sqrt(np.mean(v[run] / scale[run] ** 2))
+        cost[start : start + width] = np.mean(w[run] * scale[run] ** 2)
         start += width
     arrays = {"place": np.argsort(order).astype(np.float32), "scale": scale.astype(np.float32)}
     analysis, synthesis = matrices(codec, arrays)
@@ -157,7 +159,7 @@ def fit_rope_block(
         mean=mean,
         analysis=np.pad(analysis, rest),
         synthesis=np.pad(synthesis.T, rest).T,
-        variances=np.ones(codec.dim),
+        variances=cost,
     )
     fitted = fit_arrays(codec, full, x)
     kept = {name: fitted[name] for name in codec.array_shapes if name in fitted}

@@ -254,6 +254,9 @@ def fit_arrays(
         "analysis": basis.analysis[:coded] / stretch[:, None],
         "synthesis": basis.synthesis[:, :coded] * stretch,
     }
+    if codec.quantizer == "window":
+        cost = basis.variances[:coded] * np.square(stretch)
+        arrays["weights"] = cost / max(cost.mean(), 1e-300)
     if codec.gain == "code" or codec.codebook == "fitted":
         if samples is None:
             raise ValueError(f"{codec.gain=} and {codec.codebook=} need samples to fit")

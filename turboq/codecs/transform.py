@@ -56,7 +56,8 @@ class Transform(Codec):
     `bit_form` reads window codes.
 
     Arrays of one head, float32: mean [D], analysis [C, D], synthesis [D, C]; "fitted": codebook{i}
-    of each segment, ascending; gain "code": gains [2**gain_bits], ascending and positive.
+    of each segment, ascending; gain "code": gains [2**gain_bits], ascending and positive;
+    "window": weights [C], what an error of each coordinate costs, for the search alone.
 
     Source: transform coding with reverse water-filling (Goyal 2001; Cover and Thomas, theorem
     10.3.3), weighted by what attention does with the vector (`turboq.codecs.fit_basis`).
@@ -130,6 +131,8 @@ class Transform(Codec):
             more = self.quantizer == "trellis"
             for i, (_, bits) in enumerate(self.segments):
                 shapes[f"codebook{i}"] = (2 ** (bits + more),)
+        if self.quantizer == "window":
+            shapes["weights"] = (coded,)
         if self.gain == "code":
             shapes["gains"] = (2**self.gain_bits,)
         return shapes
@@ -265,7 +268,7 @@ class Transform(Codec):
 
     def _codes(self, arrays: Arrays, u: Float[Array, "*n C"]) -> Stored:
         if self.quantizer == "window":
-            codes = window.encode(self.rows, u.reshape(-1, self.coded))
+            codes = window.encode(self.rows, u.reshape(-1, self.coded), arrays["weights"])
             parts = self._split(codes.reshape(u.shape))
             return {f"codes{i}": part for i, part in enumerate(parts)}
         tables = self.level_tables(arrays)

@@ -36,7 +36,7 @@ class PaddedTransform(Codec):
 
     Not registered and never stored: its one field is the float32 value. Arrays of one head: mean
     [D], analysis and synthesis [D, D] (zero where nothing is coded), points [D, levels] or the rows
-    of a window code, coded [] (how many coordinates are), gains [n] with gain "code".
+    and weights of a window code, coded [] (how many coordinates are), gains [n] with gain "code".
     """
 
     name: ClassVar[str] = "padded_transform"
@@ -64,7 +64,7 @@ class PaddedTransform(Codec):
     def _values(self, arrays: Arrays, u: Float[Array, "N D"]) -> Float[Array, "N D"]:
         if self.quantizer == "window":
             code = window.Rows(step=arrays["step"], last=arrays["last"], taps=arrays["taps"])
-            return window.decode(code, window.encode(code, u))
+            return window.decode(code, window.encode(code, u, arrays["weights"]))
         if self.quantizer == "trellis":
             return self._trellis(arrays["points"], u)
         return _nearest(arrays["points"], u.T).T
@@ -221,6 +221,7 @@ def _pad(padded: PaddedTransform, codec: Transform, arrays: Arrays) -> Arrays:
     out |= {"gains": arrays["gains"]} if codec.gain == "code" else {}
     if codec.quantizer == "window":
         code = dataclasses.asdict(window.rows(codec.states, codec.segments, codec.dim))
+        out["weights"] = jnp.asarray(np.pad(np.asarray(arrays["weights"]), ((0, 0), (0, rest))))
         return out | {name: jnp.asarray(np.stack([a] * heads)) for name, a in code.items()}
     return out | {"points": _points(padded, codec, arrays, heads)}
 

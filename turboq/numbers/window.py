@@ -83,28 +83,35 @@ def rows(states: int, segments: tuple[tuple[int, int], ...], length: int | None 
     return Rows(step=values[:, 0], last=last, taps=values[:, 1:] * reach)
 
 
-def encode(code: Rows, u: Float[Array, "N C"]) -> UInt8[Array, "N C"]:
-    """Codes s + 2 q of the path of least squared error (Viterbi); bit p of a code is stored bit p.
+def encode(
+    code: Rows, u: Float[Array, "N C"], weights: Float[Array, "C"] | None = None
+) -> UInt8[Array, "N C"]:
+    """Codes s + 2 q of the path of least sum of weights_t (u_t - x_hat_t)^2, by Viterbi search.
+
+    Bit p of a code is stored bit p. `weights` None: all 1. As a bit serves several coordinates,
+    they matter wherever neighbours differ in bits.
 
     Works on a bounded number of vectors at a time: beside input and output, memory does not grow
     with N.
     """
+    weights = jnp.ones_like(jnp.asarray(code.step)) if weights is None else weights
+    search = functools.partial(_encode, code, weights)
     count = max(16, STEP_VALUES >> (code.taps.shape[1] - 1))
     n = u.shape[0]
     if n <= count:
-        return _encode(code, u)
+        return search(u)
     whole = -(-n // count) * count
     parts = jnp.pad(u, ((0, whole - n), (0, 0))).reshape(-1, count, u.shape[1])
-    return jax.lax.map(functools.partial(_encode, code), parts).reshape(whole, -1)[:n]
+    return jax.lax.map(search, parts).reshape(whole, -1)[:n]
 
 
-def _encode(code: Rows, u: Float[Array, "N C"]) -> UInt8[Array, "N C"]:
-    own = _search(code, u)
+def _encode(code: Rows, weights: Float[Array, "C"], u: Float[Array, "N C"]) -> UInt8[Array, "N C"]:
+    own = _search(code, weights, u)
     place = _place(code, u - _product(_signs(own), band(code.taps).T))
     return own.astype(jnp.uint8) + 2 * place.astype(jnp.uint8)
 
 
-def _search(code: Rows, u: Float[Array, "N C"]) -> Bool[Array, "N C"]:
+def _search(code: Rows, weights: Float[Array, "C"], u: Float[Array, "N C"]) -> Bool[Array, "N C"]:
     """Own bits of the best path."""
     # A register is the state and the new bit: its bit j is s_{t-j}. In units of the step.
     memory = code.taps.shape[1] - 1
@@ -114,7 +121,7 @@ def _search(code: Rows, u: Float[Array, "N C"]) -> Bool[Array, "N C"]:
     centres = centres / step[:, None] - 0.5 * last[:, None]
     # Taps before the first coordinate are 0, so paths from all states are the same at first.
     start = jnp.zeros((1 << memory, len(u)), jnp.float32)
-    each = (u.T / step[:, None], centres, jnp.square(step), last)
+    each = (u.T / step[:, None], centres, weights * jnp.square(step), last)
     cost, dropped = jax.lax.scan(_forward, start, each)
     end = jnp.argmin(cost, axis=0).astype(jnp.int32)
     _, own = jax.lax.scan(functools.partial(_back, memory), end, dropped, reverse=True)

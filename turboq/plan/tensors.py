@@ -63,6 +63,8 @@ def check_arrays(plan: Plan, arrays: Mapping[str, Any]) -> Tensors:
             raise PlanConflict(name, "a codebook must ascend")
         if array == "scale" and not np.all(values >= 0):
             raise PlanConflict(name, "a scale must not be negative")
+        if array == "weights" and not np.all(values >= 0):
+            raise PlanConflict(name, "weights must not be negative")
         out[name] = values
     return out
 

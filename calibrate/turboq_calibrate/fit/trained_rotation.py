@@ -361,7 +361,9 @@ def _arrays(job: _Job, h: int, params: dict[str, np.ndarray]) -> Arrays:
     stretch = np.asarray(job.data["stretch"][h], np.float64) * np.exp(params["spread"][h])
     sigma = np.sqrt(fit.basis.variances @ turn**2) * stretch[: codec.coded]
     back = fit.basis.synthesis / np.sqrt(fit.basis.variances)[None, :]
-    return {
+    cost = np.square(sigma)
+    own = {"weights": (cost / cost.mean()).astype(np.float32)}
+    return (own if codec.quantizer == "window" else {}) | {
         "analysis": (turn.T @ _frame(fit) / sigma[:, None]).astype(np.float32),
         "synthesis": (back @ turn * sigma[None, :]).astype(np.float32),
     }

@@ -59,12 +59,15 @@ def test_viterbi_equals_all_bit_strings(bits, memory, rng):
     b, c = matrix(code, bits)
     words = strings(bits) @ b.T + c
     u = rng.normal(size=(30, len(bits))) * 2
-    least = np.min(np.sum((u[:, None] - words[None]) ** 2, axis=-1), axis=1)
-    codes = np.asarray(encode(code, jnp.asarray(u, jnp.float32)))
-    assert np.all(codes < 2 ** np.array(bits))
-    got = np.asarray(decode(code, jnp.asarray(codes)), np.float64)
-    error = np.sum((got - u) ** 2, axis=-1)
-    np.testing.assert_allclose(error, least, rtol=TOL["path_error_f32"], atol=TOL["path_error_f32"])
+    for weights in (np.ones(len(bits)), rng.uniform(0.2, 2, len(bits))):
+        least = np.min(np.square(u[:, None] - words[None]) @ weights, axis=1)
+        given = None if np.all(weights == 1) else jnp.asarray(weights, jnp.float32)
+        codes = np.asarray(encode(code, jnp.asarray(u, jnp.float32), given))
+        assert np.all(codes < 2 ** np.array(bits))
+        got = np.asarray(decode(code, jnp.asarray(codes)), np.float64)
+        error = np.square(got - u) @ weights
+        tol = TOL["path_error_f32"]
+        np.testing.assert_allclose(error, least, rtol=tol, atol=tol)
 
 
 @pytest.mark.parametrize("states", window.MEMORY)
