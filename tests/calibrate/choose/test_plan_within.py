@@ -414,12 +414,12 @@ def test_the_default_steps_of_another_quantizer(layout):
 
 
 def test_window_plans_are_written_and_read(run, tmp_path):
-    flags = ("--budget=2.5bpc", "--candidates=window:2,3", "--candidates=window", "--nocheck")
+    flags = ("--budget=2.5bpc", "--candidates=window", "--candidates=window16:2", "--nocheck")
     assert turboq("plan", *flags, f"--statistics={run}", f"--out={tmp_path}") == 0
     sides = [side for layer in load(tmp_path)[0].layers for side in (layer.k, layer.v)]
     codecs = {codec for side in sides for codec in (side.codec, *side.heads.values())}
     assert {c.quantizer for c in codecs} == {"window"}
-    assert {c.states for c in codecs} == {64}
+    assert {c.states for c in codecs} <= {16, 64}
 
 
 def test_exact_tokens_are_chosen_with_their_bytes_counted(run, tmp_path, capsys):
