@@ -50,12 +50,8 @@ def strings(bits: list[int]) -> np.ndarray:
     return np.array(list(itertools.product((0, 1), repeat=sum(bits))), np.float64)
 
 
-@pytest.mark.parametrize(
-    ("bits", "memory"), [([2] * 6, 4), ([3, 3, 2, 1, 1, 1, 1], 4), ([1] * 10, 6), ([3, 1, 3, 2], 6)]
-)
-def test_viterbi_equals_all_bit_strings(bits, memory, rng):
+def check_least(code: window.Rows, bits: list[int], rng) -> None:
     """The least error over every word there is, and codes of as many bits."""
-    code = random_code(rng, bits, memory)
     b, c = matrix(code, bits)
     words = strings(bits) @ b.T + c
     u = rng.normal(size=(30, len(bits))) * 2
@@ -68,6 +64,19 @@ def test_viterbi_equals_all_bit_strings(bits, memory, rng):
         error = np.square(got - u) @ weights
         tol = TOL["path_error_f32"]
         np.testing.assert_allclose(error, least, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize(
+    ("bits", "memory"), [([2] * 6, 4), ([3, 3, 2, 1, 1, 1, 1], 4), ([1] * 10, 6), ([3, 1, 3, 2], 6)]
+)
+def test_viterbi_equals_all_bit_strings(bits, memory, rng):
+    check_least(random_code(rng, bits, memory), bits, rng)
+
+
+@pytest.mark.parametrize("states", [16, 64])
+def test_viterbi_of_committed_weights_equals_all_bit_strings(states, rng):
+    """Bits before the first coordinate must not count in the search either."""
+    check_least(window.rows(states, ((2, 3), (3, 2), (1, 1))), [3, 3, 2, 2, 2, 1], rng)
 
 
 @pytest.mark.parametrize("states", window.MEMORY)
