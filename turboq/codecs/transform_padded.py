@@ -3,8 +3,8 @@
 A learned plan has other segments in almost every head. Compiled as they are, that is a program per
 layer and plan; here the points of every coordinate are an array, padded to a common number, and a
 dropped coordinate has the single point 0. A window code is data as it is. What comes out of
-`decode(encode(x))` is the same.
-For simulation only (`turboq.cache.simulate`): nothing is packed.
+`decode(encode(x))` is the same, and so are the codes: a coordinate's code is its entry of the
+`transform`'s own fields, which `turboq.cache.columns` stores in exactly their bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from turboq.cache.layer import HeadGroup, KVLayer
 from turboq.codecs.base import Arrays, Codec, Field, Stored
@@ -34,7 +34,7 @@ _FAR = 1e6
 class PaddedTransform(Codec):
     """x_hat = mean + S (gain * c(A (x - mean) / gain)) with points [D, levels] of every coordinate.
 
-    Not registered and never stored: its one field is the float32 value. Arrays of one head: mean
+    Not registered: its fields are as wide as the widest may be. Arrays of one head: mean
     [D], analysis and synthesis [D, D] (zero where nothing is coded), points [D, levels] or the rows
     and weights of a window code, coded [] (how many coordinates are), gains [n] with gain "code".
     """
@@ -50,48 +50,80 @@ class PaddedTransform(Codec):
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        return (Field(name="values", width=self.dim, bits=32, dtype="float32"),)
+        fields = [Field(name="codes", width=self.dim, bits=8, dtype="codes")]
+        if self.free_start:
+            start = self.states.bit_length() - 1
+            fields.append(Field(name="start", width=1, bits=start, dtype="codes"))
+        if self.gain == "code":
+            fields.append(Field(name="gain", width=1, bits=8, dtype="codes"))
+        if self.gain == "float16":
+            fields.append(Field(name="gain", width=1, bits=16, dtype="float16"))
+        return tuple(fields)
 
     def encode(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Stored:
-        x = x.astype(jnp.float32)
+        lead_axes, x = x.shape[:-1], x.astype(jnp.float32)
         y = dot((x - lead(arrays["mean"], x.ndim)).reshape(-1, self.dim), arrays["analysis"].T)
-        gain = self._gain(arrays, y)
-        u = y if gain is None else y / gain[:, None]
-        c = self._values(arrays, u)
-        values = c if gain is None else c * gain[:, None]
-        return {"values": values.reshape(x.shape)}
+        stored = self._gain(arrays, y)
+        gain = self.gain_of(arrays, stored)
+        stored |= self._codes(arrays, y if gain is None else y / gain[:, None])
+        return {name: entries.reshape(*lead_axes, -1) for name, entries in stored.items()}
 
-    def _values(self, arrays: Arrays, u: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    def _codes(self, arrays: Arrays, u: Float[Array, "N D"]) -> Stored:
         if self.quantizer == "window":
-            code = window.Rows(step=arrays["step"], last=arrays["last"], taps=arrays["taps"])
-            return window.decode(code, window.encode(code, u, arrays["weights"]))
+            return {"codes": window.encode(_window(arrays), u, arrays["weights"])}
         if self.quantizer == "trellis":
             return self._trellis(arrays["points"], u)
-        return _nearest(arrays["points"], u.T).T
+        return {"codes": _nearest(arrays["points"], u.T).T.astype(jnp.uint8)}
 
-    def _gain(self, arrays: Arrays, y: Float[Array, "N D"]) -> Float[Array, "N"] | None:
+    def _gain(self, arrays: Arrays, y: Float[Array, "N D"]) -> Stored:
         if self.gain == "none":
-            return None
+            return {}
         # Rows of A that are not coded give 0.
         if self.gain == "float16":
             rms = scales.unit_rms(y)[1] * jnp.sqrt(self.dim / arrays["coded"])
-            return rms.astype(jnp.float16).astype(jnp.float32)
+            return {"gain": rms.astype(jnp.float16)[:, None]}
         rms = jnp.sqrt(jnp.sum(jnp.square(y), axis=-1) / arrays["coded"])
         gains = arrays["gains"]
         edges = jnp.sqrt(gains[1:] * gains[:-1])
         code = jnp.sum(rms[:, None] > edges[None, :], axis=-1)
-        return gains.at[code].get(mode="promise_in_bounds")
+        return {"gain": code.astype(jnp.uint8)[:, None]}
 
-    def _trellis(self, points: Float[Array, "D P"], u: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    def gain_of(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n"] | None:
+        """Gain of every stored vector, float32; None without one."""
+        if self.gain == "none":
+            return None
+        gain = stored["gain"][..., 0]
+        if self.gain == "float16":
+            return gain.astype(jnp.float32)
+        return arrays["gains"].at[gain.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+    def _trellis(self, points: Float[Array, "D P"], u: Float[Array, "N D"]) -> Stored:
         count = max(16, trellis.STEP_VALUES // self.states)
         n = len(u)
         whole = -(-n // count) * count
         parts = jnp.pad(u, ((0, whole - n), (0, 0))).reshape(-1, count, self.dim)
         search = functools.partial(_path, self.states, self.free_start, points)
-        return jax.lax.map(search, parts).reshape(whole, self.dim)[:n]
+        codes, start = jax.lax.map(search, parts)
+        stored = {"codes": codes.reshape(whole, self.dim)[:n]}
+        return stored | ({"start": start.reshape(whole, 1)[:n]} if self.free_start else {})
+
+    def values(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n D"]:
+        """Values of the codes times their gain; 0 where a coordinate is not coded."""
+        codes = stored["codes"]
+        if self.quantizer == "window":
+            values = window.decode(_window(arrays), codes)
+        else:
+            if self.quantizer == "trellis":
+                start = stored["start"][..., 0] if self.free_start else None
+                index = trellis.indices(self.states, codes, start)
+            else:
+                index = codes.astype(jnp.int32)
+            values = _at(arrays["points"], index.reshape(-1, self.dim).T).T.reshape(codes.shape)
+        gain = self.gain_of(arrays, stored)
+        return values if gain is None else values * gain[..., None]
 
     def decode(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n D"]:
-        values = stored["values"]
+        values = self.values(arrays, stored)
         x = dot(values.reshape(-1, self.dim), arrays["synthesis"].T).reshape(values.shape)
         return x + lead(arrays["mean"], x.ndim)
 
@@ -102,12 +134,12 @@ class PaddedTransform(Codec):
     def logits(
         self, arrays: Arrays, folded: dict[str, Array], stored: Stored
     ) -> Float[Array, "T S"]:
-        return dot(folded["q"], stored["values"].T) + folded["offset"][:, None]
+        return dot(folded["q"], self.values(arrays, stored).T) + folded["offset"][:, None]
 
     def accumulate(
         self, arrays: Arrays, weights: Float[Array, "T S"], stored: Stored
     ) -> Float[Array, "T C"]:
-        return dot(weights, stored["values"])
+        return dot(weights, self.values(arrays, stored))
 
     def unfold_output(
         self, arrays: Arrays, acc: Float[Array, "T C"], mass: Float[Array, "T"]
@@ -115,30 +147,36 @@ class PaddedTransform(Codec):
         return dot(acc, arrays["synthesis"].T) + mass[:, None] * arrays["mean"][None, :]
 
 
-def _nearest(points: Float[Array, "D P"], columns: Float[Array, "D N"]) -> Float[Array, "D N"]:
-    """Nearest point of every coordinate, points ascending; halfway between two the lower one."""
-    rows, levels = points.shape
+def _window(arrays: Arrays) -> window.Rows:
+    return window.Rows(step=arrays["step"], last=arrays["last"], taps=arrays["taps"])
+
+
+def _at(table: Float[Array, "D m"], index: Int[Array, "D N"]) -> Float[Array, "D N"]:
+    """table[d, index[d, n]]."""
+    row = jnp.arange(table.shape[0], dtype=jnp.int32)[:, None]
+    flat = row * table.shape[1] + index
+    return table.reshape(-1).at[flat].get(mode="promise_in_bounds")
+
+
+def _nearest(points: Float[Array, "D P"], columns: Float[Array, "D N"]) -> Int[Array, "D N"]:
+    """Number of every coordinate's nearest point (ascending); halfway between two the lower."""
     edges = 0.5 * (points[:, 1:] + points[:, :-1])
-    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
-
-    def at(table: Float[Array, "D m"], index: Int[Array, "D N"]) -> Float[Array, "D N"]:
-        flat = row * table.shape[1] + index
-        return table.reshape(-1).at[flat].get(mode="promise_in_bounds")
-
     code = jnp.zeros(columns.shape, jnp.int32)
-    for bit in reversed(range((levels - 1).bit_length())):  # from the top bit: edges are sorted
+    for bit in reversed(range((points.shape[1] - 1).bit_length())):  # edges are sorted
         step = 1 << bit
-        code += jnp.where(columns > at(edges, code + step - 1), step, 0)
-    return at(points, code)
+        code += jnp.where(columns > _at(edges, code + step - 1), step, 0)
+    return code
 
 
 def _path(
     states: int, free: bool, points: Float[Array, "D P"], u: Float[Array, "N D"]
-) -> Float[Array, "N D"]:
-    """Values of the path of least squared error (`turboq.numbers.trellis_runs.encode`)."""
+) -> tuple[UInt8[Array, "N D"], UInt8[Array, "N"]]:
+    """Codes and start states of the path of least squared error (`numbers.trellis_runs.encode`)."""
     columns = u.T
-    left = jnp.stack([columns - _nearest(points[:, z::4], columns) for z in range(4)], axis=1)
-    left = jax.lax.optimization_barrier(left)
+    subsets = [points[:, z::4] for z in range(4)]
+    places = [_nearest(own, columns) for own in subsets]
+    left = [columns - _at(own, place) for own, place in zip(subsets, places, strict=True)]
+    left = jax.lax.optimization_barrier(jnp.stack(left, axis=1))
     never = jnp.where(jnp.arange(states) == 0, 0.0, 0.0 if free else 1e12).astype(jnp.float32)
     cost, kept = jax.lax.scan(
         functools.partial(trellis.advance, states),
@@ -146,13 +184,13 @@ def _path(
         jnp.square(left),
     )
     end = jnp.argmin(cost, axis=0).astype(jnp.int32)
-    _, (z1, z0) = jax.lax.scan(functools.partial(trellis.back, states), end, kept, reverse=True)
-    own = jnp.where(
+    start, (z1, z0) = jax.lax.scan(functools.partial(trellis.back, states), end, kept, reverse=True)
+    place = jnp.where(
         z1 == 1,
-        jnp.where(z0 == 1, left[:, 3], left[:, 2]),
-        jnp.where(z0 == 1, left[:, 1], left[:, 0]),
+        jnp.where(z0 == 1, places[3], places[2]),
+        jnp.where(z0 == 1, places[1], places[0]),
     )
-    return (columns - own).T
+    return (z1 + 2 * place).astype(jnp.uint8).T, start.astype(jnp.uint8)
 
 
 def shared_layer(layer: KVLayer) -> KVLayer:
