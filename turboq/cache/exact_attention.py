@@ -12,9 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 HIGHEST = jax.lax.Precision.HIGHEST
 PREFIXES = 2  # lengths of keys that blocks of queries in order read: 3/4 of all; each is compiled
 
-# Keys, values, and which of those keys the queries at given positions may see.
-Visible = Callable[[Int[Array, "B T"]], Bool[Array, "B T S"]]
-Segment = tuple[Float[Array, "B S K D"], Float[Array, "B S K E"], Visible]
+# Keys, values, and which of those keys the queries at given positions may see; each has its own
+# number of keys.
+Visible = Callable[[Int[Array, "B T"]], Bool[Array, "B T _"]]
+Unfold = Callable[[Float[Array, "B K n C"], Float[Array, "B K n"]], Float[Array, "B K n E"]]
+Segment = tuple[Float[Array, "B _ K D"], Float[Array, "B _ K _"], Visible]
 
 
 def causal(
@@ -85,11 +87,15 @@ def attention_over_segments(
     q_positions: Int[Array, "B T"] | None = None,
     softcap: float | None = None,
     query_block: int = 128,
+    unfold: Unfold | None = None,
 ) -> Float[Array, "B T H E"]:
     """One softmax over several key/value segments, each with its own visibility rule.
 
     Without `q_positions` query t is token t, and sees no key of a segment after its t-th: those are
     not read either, but up to the end of its half of the queries.
+
+    `unfold` turns the first segment's sum of values, and the sum of their weights, into outputs:
+    its values may be in the space of their codes.
     """
     batch, t, heads, _ = q.shape
     kv_heads = segments[0][0].shape[2]
@@ -100,8 +106,9 @@ def attention_over_segments(
         q_positions = _in_order(batch, t)
     ready = [_prepared(k, v) for k, v, _ in segments]
     attend = functools.partial(
-        _attend_block, visible=[rule for _, _, rule in segments], scale=scale, softcap=softcap
-    )
+        _attend_block, visible=[rule for _, _, rule in segments], scale=scale, softcap=softcap,
+        unfold=unfold,
+    )  # fmt: skip
     blocks = -(-t // query_block)
     if blocks <= 1:
         return attend(q, q_positions, ready)
@@ -135,7 +142,7 @@ def _prepared(
     return k, v, broken_k | broken_v
 
 
-def _attend_block(q, q_positions, segments, *, visible, scale, softcap):
+def _attend_block(q, q_positions, segments, *, visible, scale, softcap, unfold):
     batch, t, heads, dim = q.shape
     kv_heads = segments[0][0].shape[2]
     per = heads // kv_heads
@@ -155,9 +162,10 @@ def _attend_block(q, q_positions, segments, *, visible, scale, softcap):
     p = jnp.exp(joint - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(p, axis=-1, keepdims=True)
     out, start = 0.0, 0
-    for _, v, _ in segments:
+    for i, (_, v, _) in enumerate(segments):
         part = p[..., start : start + v.shape[1]]
-        out += jnp.einsum("bkns,bske->bkne", part, v, precision=HIGHEST)
+        acc = jnp.einsum("bkns,bske->bkne", part, v, precision=HIGHEST)
+        out += acc if unfold is None or i else unfold(acc, jnp.sum(part, axis=-1))
         start += v.shape[1]
     out = out / jnp.where(total > 0, total, 1.0)
     out = out.reshape(batch, kv_heads, per, t, -1).transpose(0, 3, 1, 2, 4)

@@ -26,6 +26,8 @@ from turboq.codecs.transform import Transform
 from turboq.numbers import scale as scales
 from turboq.numbers import trellis, window
 
+Levels = tuple[int, int]  # of K and V
+
 # Stands for "no such point": its square is finite in float32 and far above any real distance.
 _FAR = 1e6
 
@@ -50,7 +52,9 @@ class PaddedTransform(Codec):
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        fields = [Field(name="codes", width=self.dim, bits=8, dtype="codes")]
+        most = (self.levels - 1).bit_length() - (self.quantizer == "trellis")
+        bits = window.MAX_BITS if self.quantizer == "window" else most
+        fields = [Field(name="codes", width=self.dim, bits=bits, dtype="codes")]
         if self.free_start:
             start = self.states.bit_length() - 1
             fields.append(Field(name="start", width=1, bits=start, dtype="codes"))
@@ -63,9 +67,8 @@ class PaddedTransform(Codec):
     def encode(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Stored:
         lead_axes, x = x.shape[:-1], x.astype(jnp.float32)
         y = dot((x - lead(arrays["mean"], x.ndim)).reshape(-1, self.dim), arrays["analysis"].T)
-        stored = self._gain(arrays, y)
-        gain = self.gain_of(arrays, stored)
-        stored |= self._codes(arrays, y if gain is None else y / gain[:, None])
+        u, stored = self._gain(arrays, y)
+        stored |= self._codes(arrays, u)
         return {name: entries.reshape(*lead_axes, -1) for name, entries in stored.items()}
 
     def _codes(self, arrays: Arrays, u: Float[Array, "N D"]) -> Stored:
@@ -75,23 +78,23 @@ class PaddedTransform(Codec):
             return self._trellis(arrays["points"], u)
         return {"codes": _nearest(arrays["points"], u.T).T.astype(jnp.uint8)}
 
-    def _gain(self, arrays: Arrays, y: Float[Array, "N D"]) -> Stored:
+    def _gain(self, arrays: Arrays, y: Float[Array, "N D"]) -> tuple[Float[Array, "N D"], Stored]:
+        """y over its gain, and the gain as it is stored. Rows of A that are not coded give 0."""
         if self.gain == "none":
-            return {}
-        # Rows of A that are not coded give 0.
+            return y, {}
         if self.gain == "float16":
-            rms = scales.unit_rms(y)[1] * jnp.sqrt(self.dim / arrays["coded"])
-            return {"gain": rms.astype(jnp.float16)[:, None]}
+            unit, rms = scales.unit_rms(y)
+            more = jnp.sqrt(self.dim / arrays["coded"])
+            return unit / more, {"gain": (rms * more).astype(jnp.float16)[:, None]}
         rms = jnp.sqrt(jnp.sum(jnp.square(y), axis=-1) / arrays["coded"])
         gains = arrays["gains"]
         edges = jnp.sqrt(gains[1:] * gains[:-1])
-        code = jnp.sum(rms[:, None] > edges[None, :], axis=-1)
-        return {"gain": code.astype(jnp.uint8)[:, None]}
+        code = jnp.sum(rms[:, None] > edges[None, :], axis=-1).astype(jnp.uint8)[:, None]
+        gain = self.gain_of(arrays, {"gain": code})
+        return y / gain[:, None], {"gain": code}
 
-    def gain_of(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n"] | None:
-        """Gain of every stored vector, float32; None without one."""
-        if self.gain == "none":
-            return None
+    def gain_of(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n"]:
+        """Gain of every stored vector, float32."""
         gain = stored["gain"][..., 0]
         if self.gain == "float16":
             return gain.astype(jnp.float32)
@@ -119,8 +122,7 @@ class PaddedTransform(Codec):
             else:
                 index = codes.astype(jnp.int32)
             values = _at(arrays["points"], index.reshape(-1, self.dim).T).T.reshape(codes.shape)
-        gain = self.gain_of(arrays, stored)
-        return values if gain is None else values * gain[..., None]
+        return values if self.gain == "none" else values * self.gain_of(arrays, stored)[..., None]
 
     def decode(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n D"]:
         values = self.values(arrays, stored)
@@ -193,25 +195,46 @@ def _path(
     return (z1 + 2 * place).astype(jnp.uint8).T, start.astype(jnp.uint8)
 
 
-def shared_layer(layer: KVLayer) -> KVLayer:
+def shared_layer(layer: KVLayer, levels: Levels | None = None) -> KVLayer:
     """The layer with one group of padded codecs, if all its codecs are `transform`s of one kind.
 
-    Any other layer comes back as it is.
+    Any other layer comes back as it is. Heads are in order, so that layers differ in data only.
     """
-    sides = {}
-    for side in ("k", "v"):
+    if not all(one_kind(side) for side in _sides(layer)):
+        return layer
+    heads = [h for g in layer.groups for h in g.heads]
+    sides = []
+    for side, at_least in zip(("k", "v"), levels or (0, 0), strict=True):
         codecs = [getattr(g, side) for g in layer.groups]
-        if not one_kind(codecs):
-            return layer
-        sides[side] = pad_side(codecs, [getattr(g, f"{side}_arrays") for g in layer.groups])
-    group = HeadGroup(
-        heads=tuple(h for g in layer.groups for h in g.heads),
-        k=sides["k"][0],
-        v=sides["v"][0],
-        k_arrays=sides["k"][1],
-        v_arrays=sides["v"][1],
-    )
+        rows = [getattr(g, f"{side}_arrays") for g in layer.groups]
+        codec, arrays = pad_side(codecs, rows, levels=at_least)
+        sides.append((codec, {name: a[np.argsort(heads)] for name, a in arrays.items()}))
+    (k, k_arrays), (v, v_arrays) = sides
+    group = HeadGroup(heads=tuple(sorted(heads)), k=k, v=v, k_arrays=k_arrays, v_arrays=v_arrays)
     return dataclasses.replace(layer, groups=(group,))
+
+
+def shared_layers(layers: Sequence[KVLayer]) -> list[KVLayer] | None:
+    """`shared_layer` of all layers, with as many levels in each; None: some are of another kind."""
+    both = [_sides(layer) for layer in layers]
+    if not all(one_kind(side) for sides in both for side in sides):
+        return None
+    k, v = (max(_levels(sides[i]) for sides in both) for i in range(2))
+    return [shared_layer(layer, (k, v)) for layer in layers]
+
+
+def _sides(layer: KVLayer) -> tuple[list[Codec], list[Codec]]:
+    return [g.k for g in layer.groups], [g.v for g in layer.groups]
+
+
+def _levels(codecs: Sequence[Codec]) -> int:
+    """Points of a coordinate: few different numbers, so few programs. A window code has none."""
+    transforms = [c for c in codecs if isinstance(c, Transform)]
+    if transforms[0].quantizer == "window":
+        return 0
+    points = max(2**b for c in transforms for _, b in c.segments)
+    levels = next(n for n in (8, 32, 256) if n >= points)
+    return 2 * levels if transforms[0].quantizer == "trellis" else levels
 
 
 def one_kind(codecs: Sequence[Codec]) -> bool:
@@ -223,16 +246,13 @@ def one_kind(codecs: Sequence[Codec]) -> bool:
 
 
 def pad_side(
-    codecs: Sequence[Transform], groups: Sequence[Arrays]
+    codecs: Sequence[Transform], groups: Sequence[Arrays], *, levels: int = 0
 ) -> tuple[PaddedTransform, Arrays]:
     """One codec and arrays [K, ...] for codecs of one kind and arrays [n, ...] of their heads."""
-    points = max(2**b for c in codecs for _, b in c.segments)
-    # Few different numbers, so few programs.
-    levels = next(n for n in (8, 32, 256) if n >= points)
     quantizer = codecs[0].quantizer
     padded = PaddedTransform(
         dim=codecs[0].dim,
-        levels={"scalar": levels, "trellis": 2 * levels, "window": 0}[quantizer],
+        levels=max(levels, _levels(codecs)),
         quantizer=quantizer,
         states=0 if quantizer == "scalar" else codecs[0].states,
         free_start=codecs[0].free_start,

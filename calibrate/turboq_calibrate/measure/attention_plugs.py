@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboq.cache import contiguous as caches
+from turboq.cache import model_cache
 from turboq.cache.layer import KVLayer
 from turboq.cache.simulate import attend_to, simulate
 from turboq.errors import TurboqError
@@ -40,6 +41,15 @@ class Cached:
 
     layer: KVLayer
     cache: caches.LayerCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pooled:
+    """A layer's part of a model's cache and the pool it shares: the state of `pool_attend`."""
+
+    layer: model_cache.LayerState
+    words: Array
 
 
 def simulated_attend(
@@ -82,12 +92,35 @@ def packed_by(implementation: str | None) -> Callable[..., tuple[Array, Any]]:
     def plug(spec: LayerSpec, q, k, v, positions, state):
         if state is None:
             return exact_attend(spec, q, k, v, positions, None)
-        empty = caches.init(state, batch=k.shape[0], capacity=k.shape[1])
-        out, _ = attend(spec, q, k, v, positions, Cached(layer=state, cache=empty))
-        stored = simulate(state, k, v)
-        return out, head_errors(q, (k, v), stored, state.policy.sinks, spec.scale)
+        if isinstance(state, model_cache.Fresh):
+            layer = state.form.layer
+            part, words = state.init(k.shape[0], k.shape[1])
+            out, _ = pool_attend(spec, q, k, v, positions, Pooled(layer=part, words=words))
+        else:
+            layer = state
+            empty = caches.init(layer, batch=k.shape[0], capacity=k.shape[1])
+            out, _ = attend(spec, q, k, v, positions, Cached(layer=layer, cache=empty))
+        stored = simulate(layer, k, v)
+        return out, head_errors(q, (k, v), stored, layer.policy.sinks, spec.scale)
 
     return plug
+
+
+def pool_attend(
+    spec: LayerSpec,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    positions: Int[Array, "B T"],
+    state: Pooled,
+) -> tuple[Float[Array, "B T H E"], Pooled]:
+    """Plug: `cache_attend` where all layers share a pool (`turboq.cache.model_cache`)."""
+    layer, words, tail = model_cache.write(state.layer, state.words, k, v)
+    out = model_cache.attend(
+        q, layer, words, tail, q_positions=positions,
+        scale=spec.scale, window=spec.window, softcap=spec.softcap,
+    )  # fmt: skip
+    return out, Pooled(layer=layer, words=words)
 
 
 def cache_attend(

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from turboq.cache import model_cache
 from turboq.cache.layer import KVLayer
 from turboq.codecs.transform_padded import shared_layer
 from turboq.errors import TurboqError
@@ -216,9 +217,12 @@ def _measure(
 ) -> tuple[dict[str, Any], list[str]]:
     """A `Part`: some plans on one text; and why some have no row."""
     size, names = options["window_batch"], list(layers)
-    running = layers
-    if options["attention"] == "simulated":  # one program for all learned segments
+    running: dict[str, list[Any]] = dict(layers)
+    # One program for all learned segments.
+    if options["attention"] == "simulated":
         running = {name: [x and shared_layer(x) for x in found] for name, found in layers.items()}
+    elif options["attention"] == "packed":
+        running = {name: model_cache.fresh(found) or found for name, found in layers.items()}
     measured: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in names}
     exact_nll: list[np.ndarray] = []
     errors: dict[str, list[list[dict[str, np.ndarray]]]] = {name: [] for name in names}

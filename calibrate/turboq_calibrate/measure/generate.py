@@ -16,12 +16,13 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from turboq.cache import contiguous as caches
-from turboq.cache import overflow
+from turboq.cache import model_cache, overflow
 from turboq.cache.layer import KVLayer
 from turboq.errors import TurboqError
-from turboq_calibrate.measure.attention_plugs import Cached, cached_by
+from turboq_calibrate.measure.attention_plugs import Cached, Pooled, cached_by, pool_attend
 from turboq_calibrate.models import Model, embed_tokens
-from turboq_calibrate.models.decoder import exact_attend, run_head, run_layer
+from turboq_calibrate.models.decoder import Params, exact_attend, run_head, run_layer
+from turboq_calibrate.models.spec import LayerSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,24 +72,69 @@ def greedy(
         return _plain(model, prompt, steps, keep_logits)
     if len(layers) != len(model.spec.layers):
         raise ValueError(f"{len(layers)=} must be the number of layers, {len(model.spec.layers)}")
-    return _cached(model, prompt, steps, layers, keep_logits, cached_by(attention))
+    form = model_cache.forms(layers) if attention is None else None
+    # The last token is returned but never written, hence one token less.
+    batch, capacity = len(prompt), total - 1
+    if form is not None:
+        cache = _OnePool(form, batch, capacity)
+    else:
+        cache = _ByLayer(layers, batch, capacity, cached_by(attention))
+    return _cached(model, prompt, steps, cache, keep_logits)
+
+
+class _ByLayer:
+    """A cache per layer, of any codecs; a program per kind of layer."""
+
+    def __init__(self, layers: Sequence[KVLayer], batch: int, capacity: int, attend: Callable):
+        self.attend = attend
+        self.states = [
+            # The copy is ours to donate; the caller's arrays stay valid.
+            Cached(
+                layer=jax.tree.map(jnp.copy, layer),
+                cache=caches.init(layer, batch=batch, capacity=capacity),
+            )
+            for layer in layers
+        ]
+
+    def layer(self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array) -> Array:
+        x, self.states[i] = run_layer(
+            spec, params, x, positions, self.attend, self.states[i], donate=True
+        )
+        return x
+
+    def counters(self) -> list[Any]:
+        """Whatever counts an overflow."""
+        return [state.cache for state in self.states]
+
+    def nbytes(self) -> int:
+        return sum(state.cache.nbytes for state in self.states)
+
+
+class _OnePool:
+    """One cache of all layers, whose heads differ in data only: one program per kind of layer."""
+
+    def __init__(self, form: model_cache.ModelForm, batch: int, capacity: int):
+        self.states, self.words = model_cache.init(form, batch=batch, capacity=capacity)
+
+    def layer(self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array) -> Array:
+        state = Pooled(layer=self.states[i], words=self.words)
+        x, state = run_layer(spec, params, x, positions, pool_attend, state, donate=True)
+        self.states[i], self.words = state.layer, state.words
+        return x
+
+    def counters(self) -> list[Any]:
+        return list(self.states)
+
+    def nbytes(self) -> int:
+        return model_cache.nbytes(self.states, self.words)
 
 
 def _cached(
-    model: Model, prompt, steps: int, layers, keep_logits: bool, attend: Callable
+    model: Model, prompt, steps: int, cache: _ByLayer | _OnePool, keep_logits: bool
 ) -> Generation:
     batch, length = prompt.shape
-    # The last token is returned but never written, hence one token less.
-    states = [
-        # The copy is ours to donate; the caller's arrays stay valid.
-        Cached(
-            layer=jax.tree.map(jnp.copy, layer),
-            cache=caches.init(layer, batch=batch, capacity=length + steps - 1),
-        )
-        for layer in layers
-    ]
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    logits = _step(model, jnp.asarray(prompt), positions, states, attend)
+    logits = _step(model, jnp.asarray(prompt), positions, cache)
     tokens, kept = [], []
     for step in range(steps):
         token = _choose(logits, step)
@@ -97,22 +143,21 @@ def _cached(
             kept.append(np.asarray(logits))
         if step + 1 < steps:
             where = jnp.full((batch, 1), length + step, jnp.int32)
-            logits = _step(model, jnp.asarray(token)[:, None], where, states, attend)
-    overflow.check([s.cache for s in states])
-    return _generation(tokens, kept, sum(s.cache.nbytes for s in states))
+            logits = _step(model, jnp.asarray(token)[:, None], where, cache)
+    overflow.check(cache.counters())
+    return _generation(tokens, kept, cache.nbytes())
 
 
 def _step(
     model: Model,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    states: list[Any],
-    attend: Callable,
+    cache: _ByLayer | _OnePool,
 ) -> Float[Array, "B V"]:
-    """Writes the tokens into the caches (`states` is updated), returns the last one's logits."""
+    """Writes the tokens into the cache, which is updated; returns the last one's logits."""
     x = embed_tokens(model, tokens)
     for i, spec in enumerate(model.spec.layers):
-        x, states[i] = run_layer(spec, model.layer(i), x, positions, attend, states[i], donate=True)
+        x = cache.layer(i, spec, model.layer(i), x, positions)
     return run_head(model.spec, model.head_params(), x[:, -1:])[:, 0]
 
 

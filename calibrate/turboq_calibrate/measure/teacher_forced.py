@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from turboq.cache.layer import KVLayer
 from turboq_calibrate.cost import metrics
 from turboq_calibrate.models import Model, default_positions, embed_tokens, exact_attend
 from turboq_calibrate.models.decoder import run_head, run_parts
@@ -27,12 +26,15 @@ _exact = jax.jit(exact_attend, static_argnames=("spec",))
 
 def hidden_states(
     model: Model,
-    plans: dict[str, list[KVLayer | None]],
+    plans: dict[str, list[Any]],
     tokens: Int[np.ndarray, "B T"],
     plug: Callable,
     step: Callable[[], None],
 ) -> tuple[dict[str | None, Array], dict[str, list[dict[str, np.ndarray]]]]:
-    """Last hidden states of the exact model (key None) and of every plan, and the head errors."""
+    """Last hidden states of the exact model (key None) and of every plan, and the head errors.
+
+    `plans` hold what the plug takes for every layer: a `KVLayer`, a `Fresh` cache, or None.
+    """
     positions = default_positions(jnp.asarray(tokens))
     start = embed_tokens(model, tokens)
     hidden: dict[str | None, Array] = dict.fromkeys([None, *plans], start)

@@ -11,7 +11,7 @@ from tolerances import TOL
 from turboq.cache import accounting
 from turboq.cache.layer import TokenPolicy
 from turboq.cache.simulate import simulated_attention
-from turboq.codecs import Exact, PerHead, TurboQuantMSE, TurboQuantProd
+from turboq.codecs import Exact, PerHead, Transform, TurboQuantMSE, TurboQuantProd
 from turboq.errors import TurboqError
 from turboq.plan import collect_arrays, head_plan, uniform_plan
 from turboq_calibrate.measure.generate import greedy
@@ -159,3 +159,26 @@ def test_bad_requests_are_one_clear_line(model, prompt):
     broken._head = broken._head | {"norm": broken._head["norm"] * jnp.float32(np.nan)}
     with pytest.raises(TurboqError, match="token 0 are not finite"):
         greedy(broken, prompt, 2)
+
+
+def learned(model, policy=POLICY):
+    """Learned transforms that differ in every layer, side and head."""
+
+    def choose(index, side, head):
+        segments = ((8, 4 - head),) if side == "k" else ((8, 5), (8, 1 + index + head))
+        return Transform(dim=16, segments=segments, gain="code")
+
+    geometry = model_geometry(model)
+    plan = head_plan(geometry, choose, policy=policy)
+    return plan.kv_layers(collect_arrays(plan, random_fit(geometry)))
+
+
+def test_learned_plans_share_one_cache_and_two_programs(model, prompt):
+    """Prefill and one step, whatever the layers' bits; the logits are those of one pass."""
+    layers = learned(model)
+    before = decoder.whole_layer_donated._cache_size()
+    got = greedy(model, prompt, 5, layers=layers, keep_logits=True)
+    assert decoder.whole_layer_donated._cache_size() - before == 2
+    sequence = np.concatenate([prompt, got.tokens[:, :-1]], axis=1)
+    want = parallel(model, layers, sequence)[:, prompt.shape[1] - 1 :]
+    np.testing.assert_allclose(got.logits, want, rtol=0, atol=TOL["decode_packed"])

@@ -1,0 +1,213 @@
+"""One pool for all layers: each head in its own bits, read back as the codecs themselves say."""
+
+import jax
+import jax.numpy as jnp
+import kernel_oracle
+import numpy as np
+import pytest
+from tolerances import TOL
+
+from turboq.cache import contiguous, model_cache
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
+from turboq.cache.simulate import simulate
+from turboq.codecs import TurboQuantMSE
+from turboq.codecs.observed import Observed
+from turboq.codecs.transform import Transform
+from turboq.numbers import packing
+from turboq.numbers.rope import Rope
+
+DIM, HEADS, SCALE = 24, 3, 0.3
+SEGMENTS = [((8, 3), (8, 1)), ((16, 2), (8, 1)), ((24, 4),), ((8, 2),)]
+KINDS = {
+    "scalar": {},
+    "gain code": {"gain": "code", "gain_bits": 5},
+    "gain float16, fitted": {"gain": "float16", "codebook": "fitted"},
+    "trellis": {"quantizer": "trellis", "states": 4},
+    "trellis, free start": {
+        "quantizer": "trellis", "states": 8, "free_start": True, "gain": "code",
+    },
+    "window": {"quantizer": "window", "states": 16, "gain": "code"},
+}  # fmt: skip
+
+
+def make_layers(rng, policy, rope=None, **options):
+    """Two layers whose heads have other bits each, K and V alike, in groups out of order."""
+
+    def side(segments, heads):
+        codec = Transform(dim=DIM, segments=segments, **options)
+        x = rng.normal(size=(len(heads), 60, DIM)) * 0.8 ** np.arange(DIM)
+        fitted = codec.fit(Observed.of(x.astype(np.float32)))
+        return codec, {name: jnp.asarray(a) for name, a in fitted.items()}
+
+    def group(heads, k, v):
+        (k, k_arrays), (v, v_arrays) = side(k, heads), side(v, heads)
+        return HeadGroup(heads=heads, k=k, v=v, k_arrays=k_arrays, v_arrays=v_arrays)
+
+    a, b, c, d = SEGMENTS
+    first = KVLayer(groups=(group((0, 2), a, b), group((1,), c, d)), policy=policy, rope=rope)
+    return [first, KVLayer(groups=(group((0, 1, 2), b, c),), policy=policy, rope=rope)]
+
+
+def inputs(rng, t, batch=2):
+    shape = 0.8 ** np.arange(DIM)
+    k, v = (rng.normal(size=(batch, t, HEADS, DIM)) * shape for _ in range(2))
+    q = rng.normal(size=(batch, t, 2 * HEADS, DIM))
+    return tuple(jnp.asarray(x, jnp.float32) for x in (q, k, v))
+
+
+write, attend = (
+    jax.jit(model_cache.write),
+    jax.jit(model_cache.attend, static_argnames=("scale", "window", "softcap")),
+)
+
+
+def run(state, words, q, k, v, chunks, **options):
+    outs, at = [], 0
+    for size in chunks:
+        part = slice(at, at + size)
+        state, words, tail = write(state, words, k[:, part], v[:, part])
+        where = jnp.broadcast_to(jnp.arange(at, at + size, dtype=jnp.int32), (len(q), size))
+        outs.append(attend(q[:, part], state, words, tail, q_positions=where, **options))
+        at += size
+    return np.concatenate(outs, axis=1), state, words
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_is_that_of_the_codecs_in_float64(rng, kind):
+    """A chunk, single tokens, a chunk; sinks and a recent window; keys before RoPE; grouped."""
+    policy = TokenPolicy(sinks=2, recent=3)
+    layers = make_layers(rng, policy, Rope(dim=DIM, theta=50.0), **KINDS[kind])
+    form = model_cache.forms(layers)
+    states, words = model_cache.init(form, batch=2, capacity=40)
+    for layer, state in zip(layers, states, strict=True):
+        q, k, v = inputs(rng, 30)
+        got, _, words = run(state, words, q, k, v, (7, 1, 1, 21), scale=SCALE)
+        # What the codecs decode to, with their segments as data: a test of that form compares it
+        # with the codecs themselves.
+        stored = simulate(state.form.layer, k, v)
+        want = kernel_oracle.policy_attention(layer, q, k, v, scale=SCALE, stored_values=stored)
+        np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
+
+
+@pytest.mark.parametrize("options", [{"window": 9}, {"softcap": 2.0}], ids=str)
+def test_windows_and_soft_caps(rng, options):
+    layers = make_layers(rng, TokenPolicy(sinks=1))
+    states, words = model_cache.init(model_cache.forms(layers), batch=2, capacity=20)
+    q, k, v = inputs(rng, 20)
+    got, _, _ = run(states[0], words, q, k, v, (19, 1), scale=SCALE, **options)
+    want = kernel_oracle.policy_attention(layers[0], q, k, v, scale=SCALE, **options)
+    np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pool_holds_the_codecs_own_bits(rng, kind):
+    """Column by column what `packing` makes of the codec's fields; layer 0 lies before layer 1."""
+    layers = make_layers(rng, TokenPolicy(), **KINDS[kind])
+    form = model_cache.forms(layers)
+    states, words = model_cache.init(form, batch=1, capacity=256)
+    _, k, v = inputs(rng, 256, batch=1)
+    for state in states:
+        _, words, _ = write(state, words, k, v)
+    kept, start = np.asarray(words)[0, 0], 0
+    for layer in layers:
+        for side, x in (("k", k), ("v", v)):
+            for h in range(HEADS):
+                group = next(g for g in layer.groups if h in g.heads)
+                codec = getattr(group, side)
+                own = {
+                    n: a[group.heads.index(h)] for n, a in getattr(group, f"{side}_arrays").items()
+                }
+                fields = codec.encode(own, x[0, :, h])
+                rows = [_planes(field, np.asarray(fields[field.name])) for field in codec.fields]
+                want = np.concatenate(rows, axis=1)  # [8, T]
+                width = want.shape[1]
+                assert width == codec.bits_per_vector
+                got = kept[8 * start : 8 * (start + width)].reshape(8, width)
+                # A value at a threshold may differ between two programs: at most one token here.
+                wrong = np.bitwise_or.reduce(got ^ want, axis=1)
+                assert sum(int(row).bit_count() for row in wrong) <= 1
+                start += width
+    assert len(kept) == 8 * start == 8 * form.bits_per_token
+
+
+def _planes(field, entries):
+    """A page of a field as rows of words, plane by plane: [8, bits * width]."""
+    if field.packed:
+        words = packing.pack_host(entries, field.bits)[0]  # [bits, 8, width]
+    else:
+        raw = entries.view(np.uint16)
+        low, high = (packing.pack_host((raw >> s).astype(np.uint8), 8)[0] for s in (0, 8))
+        words = np.concatenate([low, high])
+    return words.swapaxes(0, 1).reshape(8, -1)
+
+
+def test_nothing_is_padded(rng):
+    """Bytes of the pool are the plan's bits, whatever the widest head has."""
+    layers = make_layers(rng, TokenPolicy(sinks=3), gain="code")
+    form = model_cache.forms(layers)
+    states, words = model_cache.init(form, batch=2, capacity=300)
+    assert form.bits_per_token == sum(layer.bits_per_token for layer in layers)
+    assert words.nbytes == 2 * 512 * form.bits_per_token // 8
+    assert model_cache.nbytes(states, words) == words.nbytes + 2 * 2 * 3 * 2 * HEADS * DIM * 2
+
+
+def test_chunks_equal_one_write(rng):
+    """Across a page's end and to the end of the pool; another layer's bits stay."""
+    layers = make_layers(rng, TokenPolicy(recent=2), gain="code")
+    states, empty = model_cache.init(model_cache.forms(layers), batch=2, capacity=512)
+    _, k, v = inputs(rng, 512)
+    _, empty, _ = write(states[0], empty, v, k)
+    whole, words, _ = write(states[1], empty, k, v)
+    parts, other = states[1], empty
+    for size in (1, 250, 1, 9, 1, 249, 1):
+        at = int(parts.lengths[0])
+        parts, other, _ = write(parts, other, k[:, at : at + size], v[:, at : at + size])
+    for a, b in zip(jax.tree.leaves((whole, words)), jax.tree.leaves((parts, other)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float64), np.asarray(b, np.float64))
+
+
+def test_padding_leaves_no_trace_and_overflow_is_counted(rng):
+    layers = make_layers(rng, TokenPolicy(), gain="code")
+    states, words = model_cache.init(model_cache.forms(layers), batch=2, capacity=256)
+    _, k, v = inputs(rng, 250)
+    state, words, _ = write(states[0], words, k, v)
+    _, more_k, more_v = inputs(rng, 40)
+    counts = jnp.array([3, 33], jnp.int32)
+    padded, got, _ = write(state, words, more_k, more_v, counts)
+    assert padded.lengths.tolist() == [253, 256]
+    assert padded.overflow.tolist() == [0, 27]
+    _, want, _ = write(state, words, more_k[:, :6], more_v[:, :6], jnp.array([3, 6], jnp.int32))
+    np.testing.assert_array_equal(got, want)
+    one, after, _ = write(padded, got, more_k[:, :1], more_v[:, :1])  # the second one is full
+    assert one.overflow.tolist() == [0, 28]
+    np.testing.assert_array_equal(after[1], got[1])
+
+
+def test_layers_differ_in_data_only(rng):
+    one, other = model_cache.forms(make_layers(rng, TokenPolicy(sinks=1), gain="code")).layers
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), form) for form in (one, other)]
+    assert shapes[0] == shapes[1]
+
+
+def test_other_codecs_have_no_such_form(rng):
+    layers = make_layers(rng, TokenPolicy())
+    plain = TurboQuantMSE(dim=DIM, bits=2)
+    group = HeadGroup(heads=(0, 1, 2), k=plain, v=plain, k_arrays={}, v_arrays={})
+    other = KVLayer(groups=(group,), policy=TokenPolicy())
+    assert model_cache.forms([layers[0], other]) is None
+    assert model_cache.forms([layers[0], None]) is None
+    assert model_cache.fresh([other]) is None
+    with pytest.raises(ValueError, match="batch=0"):
+        model_cache.init(model_cache.forms(layers), batch=0, capacity=1)
+
+
+def test_exact_tokens_are_those_of_the_grouped_cache(rng):
+    layers = make_layers(rng, TokenPolicy(sinks=1, recent=2), gain="code")
+    states, words = model_cache.init(model_cache.forms(layers), batch=2, capacity=9)
+    _, k, v = inputs(rng, 9)
+    state, _, tail = write(states[0], words, k, v)
+    cache, due = contiguous.write(layers[0], contiguous.init(layers[0], batch=2, capacity=9), k, v)
+    np.testing.assert_array_equal(tail.k, due.k)
+    np.testing.assert_array_equal(tail.positions, due.positions)
+    assert state.lengths.tolist() == cache.lengths.tolist()
