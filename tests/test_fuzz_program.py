@@ -34,14 +34,14 @@ def test_damage_is_a_value_or_one_line():
 
 
 def test_every_kind_of_fault_is_noticed():
-    done = run("--target=planted", "--cases=6", f"--seed={SEED}", "--limit=0.5")
+    done = run("--target=planted", "--cases=6", f"--seed={SEED}", "--limit=0.25")
     assert done.returncode == 1
     said = [line.partition(": ")[2] for line in done.stdout.splitlines() if "FAILED" in line]
     wanted = (
         "KeyError: 'a bug' at .*fuzz_targets.py",
         "the error has 5000 characters",
         "the error is not printable",
-        r"[12]\.\d s of processor time",
+        r"\d\.\d s of processor time",
         r"the process ended \(exit code 1: a hang",
         r"the process ended \(exit code -6: signal 6",
     )

@@ -239,10 +239,11 @@ class HFFolder:
 
 def shard_path(folder: Path, name: str, file: Any) -> Path:
     """Where an index says that a tensor is. Raises TurboqError for any place but the folder."""
-    plain = isinstance(file, str) and Path(file).name == file and "\0" not in file
+    plain = isinstance(file, str) and Path(file).name == file and file.isprintable()
     if not plain or len(file) > LONGEST_NAME:
         raise TurboqError(
-            f"{folder / INDEX}: tensor {shortened(name)} points outside the folder ({quoted(file)})"
+            f"{folder / INDEX}: tensor {shortened(name)} must be in a file of the same folder, not "
+            f"in {quoted(file)}"
         )
     return folder / file
 
