@@ -1,9 +1,10 @@
-"""Seeded damage to plan documents and files, for the fuzz and schema tests."""
+"""Seeded damage to documents and files, for the fuzz and schema tests."""
 
 from __future__ import annotations
 
 import copy
 import json
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,6 +115,13 @@ def damage(raw: bytes, rng: np.random.Generator) -> bytes:
         else:
             out[at : at + n] = pick(rng, (b"NaN", b"-Infinity", b"1e999", b"[[[[", b'"\\ud800"'))
     return bytes(out)
+
+
+def damage_header(raw: bytes, rng: np.random.Generator) -> bytes:
+    """The header of a safetensors file changed as JSON, the data kept."""
+    (size,) = struct.unpack("<Q", raw[:8])
+    text = json.dumps(mutate(json.loads(raw[8 : 8 + size]), rng)).encode()
+    return struct.pack("<Q", len(text)) + text + raw[8 + size :]
 
 
 def repeat_key(text: str, rng: np.random.Generator) -> str:

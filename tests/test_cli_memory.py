@@ -173,6 +173,7 @@ def test_prefix_weights_and_overhead(ask):
     assert found["needed_bytes"] == pytest.approx(6 * GIB + 1.1 * 11 * GIB, abs=1)
     auto = ask(f"--model={GOLDEN}", "--weights=auto")
     assert auto["weights_bytes"] == (GOLDEN / "model.safetensors").stat().st_size
+    assert auto["geometry"]["weights_from"] == "model.safetensors"
 
 
 def test_the_estimate_is_labelled_and_by_hand(ask, capsys):
@@ -291,7 +292,7 @@ def hostile(tmp_path: Path) -> None:
         ([LLAMA, "--weights=Q4_K_M", "--memory_gib=4"], "weights (4.58 GiB)"),
         ([LLAMA, "--weights=Q4", "--weights_gib=3"], "not both"),
         (["--geometry=60x4x128", "--weights=f16"], "give --weights_gib"),
-        ([LLAMA, "--weights=auto"], "--weights=auto needs weight files"),
+        ([LLAMA, "--weights=auto"], "--weights=auto needs the weight files of llama-3-8b: no"),
         ([LLAMA, "--prefix=40000"], "--prefix=40000 is above --context=32768"),
         ([LLAMA, "--memory_gib=nan"], "--memory_gib=nan must be a number"),
         ([LLAMA, "--weights_gib=inf"], "--weights_gib=inf must be a number"),

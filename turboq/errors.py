@@ -1,5 +1,6 @@
 """The one error that is meant for the user: says what is wrong, the value, and the fix."""
 
+import itertools
 import reprlib
 
 LONGEST = 80  # characters quoted of a value that somebody else wrote
@@ -23,6 +24,12 @@ def quoted(value: object) -> str:
 
 
 def shortened(text: object, longest: int = 2 * LONGEST) -> str:
-    """Words of a file or of another package on one line, at most `longest` characters."""
+    """Words of a file or of another package on one line, at most `longest` characters.
+
+    What a terminal would obey instead of showing it (control characters) is escaped.
+    """
     line = " ".join(str(text).split())
+    if not line.isprintable():
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        line = "".join(itertools.islice(shown, longest + 1))
     return line if len(line) <= longest else line[: longest - 3] + "..."

@@ -41,3 +41,11 @@ def test_text_of_others():
     assert shortened("two\n  lines\t.") == "two lines ."
     assert shortened(LONG, 10) == "abababa..."
     assert shortened(ValueError("why")) == "why"
+
+
+def test_what_a_terminal_would_obey_is_escaped():
+    assert (
+        shortened("red \x1b[31m and \u202e back \ud800") == r"red \x1b[31m and \u202e back \ud800"
+    )
+    assert shortened("\x00" * 100, 10) == r"\x00\x0..."
+    assert shortened("Grüße \U0001f600") == "Grüße \U0001f600"

@@ -38,7 +38,7 @@ from turboq.codecs.turboquant_mse import TurboQuantMSE as TurboQuantMSE
 from turboq.codecs.turboquant_prod import TurboQuantProd as TurboQuantProd
 from turboq.codecs.vllm_turboquant import VLLMTurboQuantKey as VLLMTurboQuantKey
 from turboq.codecs.vllm_turboquant import VLLMTurboQuantValue as VLLMTurboQuantValue
-from turboq.errors import TurboqError, quoted
+from turboq.errors import LONGEST, TurboqError, quoted, shortened
 
 CODECS: dict[str, type[Codec]] = {
     c.name: c
@@ -112,7 +112,7 @@ def from_config(config: Any) -> Codec:
     try:
         return cls(**given)
     except ValueError as error:
-        raise TurboqError(f"codec {name!r}: {error}") from error
+        raise TurboqError(f"codec {name!r}: {shortened(error, 4 * LONGEST)}") from error
 
 
 def _tuples(value: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -20,9 +18,10 @@ from turboq.export.report import (
     engine_plan,
     make_report,
 )
-from turboq.files import atomic_write, make_folder
+from turboq.files import PARTIAL, atomic_write, clear_abandoned, exchange, make_folder
 from turboq.plan import Plan, check_arrays, save
 from turboq.plan.document import fingerprint
+from turboq.plan.json_file import read_json
 
 
 def export(
@@ -58,8 +57,9 @@ def export(
     report = make_report(plan, arrays, exporter, projection, names)
     _check_holds(plan, arrays, exporter, projection)
     parent = make_folder(out.absolute().parent)
+    clear_abandoned(parent / out.name)
     try:
-        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}."))
+        temporary = Path(tempfile.mkdtemp(PARTIAL, f".{out.name}.", parent))
     except OSError as error:
         raise TurboqError(f"cannot write to {parent}: {error.strerror or error}") from error
     try:
@@ -108,37 +108,24 @@ def _check_folder(out: Path, plan: Plan, exporter: Exporter) -> None:
         raise TurboqError(f"output folder {out} is a file: choose another --out")
     if not any(out.iterdir()):
         return
-    try:
-        report = json.loads((out / FILE).read_text("utf-8"))
-        engine, held = report["engine"], report["plan_hash"]
-        model = report["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise TurboqError(
-            f"output folder {out} holds other files: choose another --out, or empty it"
-        ) from None
+    fix = "choose another --out, or empty it"
+    if not (out / FILE).is_file():
+        raise TurboqError(f"output folder {out} holds other files: {fix}")
+    report = read_json(out / FILE, ExportReport, otherwise=fix)
+    engine, held = report["engine"], report["plan_hash"]
     if (engine, held) != (exporter.name, fingerprint(plan)):
         raise TurboqError(
-            f"output folder {out} holds the export of another plan ({shortened(model)}, for "
-            f"{shortened(engine)}, {str(held)[:23]}): choose another --out, or delete it"
+            f"output folder {out} holds the export of another plan ({shortened(report['model'])}, "
+            f"for {shortened(engine)}, {shortened(held, 23)}): choose another --out, or delete it"
         )
 
 
 def _replace(temporary: Path, out: Path) -> None:
-    """Puts the finished folder in place of an earlier one; if that fails, the earlier one stays."""
-    old = None
+    """Puts the finished folder in place of an earlier one, which `temporary` is then."""
     try:
         if out.exists():
-            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
-            os.replace(out, old / "export")
-        try:
+            exchange(temporary, out)
+        else:
             os.replace(temporary, out)
-        except OSError:
-            if old is not None:
-                os.replace(old / "export", out)
-            raise
     except OSError as error:
         raise TurboqError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        if old is not None:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(old)

@@ -35,7 +35,7 @@ ARRAYS_NAME = "plan.safetensors"
 MAX_ARRAY_BYTES = 4 << 30
 # Spare side files, and temporary files of `atomic_write`, of saves that were cut off.
 _LEFT_OVER = re.compile(
-    r"plan\.[0-9a-f]{16}\.safetensors|\.plan\.(json|[0-9a-f]{16}\.safetensors)\.[a-z0-9_]{8}"
+    r"plan\.[0-9a-f]{16}\.safetensors|\.plan\.(json|[0-9a-f]{16}\.safetensors)\.[a-z0-9_]{8}(\.partial)?"
 )
 
 

@@ -50,9 +50,7 @@ def _rows() -> dict[str, dict[str, Any]]:
     return {row["arch"]: row for row in _file()["architectures"]}
 
 
-def from_metadata(
-    metadata: Mapping[str, Any], name: str, *, weights_bytes: int | None = None, source: str = ""
-) -> CacheGeometry:
+def from_metadata(metadata: Mapping[str, Any], name: str, *, source: str = "") -> CacheGeometry:
     """The cache geometry that a GGUF header describes.
 
     Raises:
@@ -84,7 +82,6 @@ def from_metadata(
         family=arch,
         layers=tuple(layers),
         context=read.integer("context_length", MAX_TOKENS),
-        weights_bytes=weights_bytes,
         source=source,
         note=_note(read, layers),
     )

@@ -70,7 +70,8 @@ class CacheGeometry:
 
     `context` is what the model is made for; `parameters` counts all weights, `active` those that
     one token uses and `experts` those that MXFP4 checkpoints store so; `weights_bytes` is the size
-    of the weights where files were seen. None: unknown. `note` is for people.
+    of the weights where files were seen (`weights_from`: which, or why not). None: unknown. `note`
+    is for people.
     """
 
     name: str
@@ -81,6 +82,7 @@ class CacheGeometry:
     active: int | None = None
     experts: int | None = None
     weights_bytes: int | None = None
+    weights_from: str = "no weight files were seen"
     source: str = ""
     note: str = ""
 

@@ -98,7 +98,7 @@ def _inner(read: Fields) -> int:
 def _recurrence(read: Fields) -> int:
     """Bytes of one number of the recurrence."""
     dtype = read.get("mamba_ssm_cache_dtype") or "float32"
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise read.fail("mamba_ssm_cache_dtype", f"must be one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
 

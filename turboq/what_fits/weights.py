@@ -28,8 +28,9 @@ def weights_bytes(geometry: CacheGeometry, kind: str) -> int:
     if kind.lower() == "auto":
         if geometry.weights_bytes is None:
             raise TurboqError(
-                f"--weights=auto needs weight files, and none were seen of {geometry.name}: "
-                "name a type such as --weights=Q4_K_M, or give --weights_gib"
+                f"--weights=auto needs the weight files of {geometry.name}: "
+                f"{geometry.weights_from}; name a type such as --weights=Q4_K_M, or give "
+                "--weights_gib"
             )
         return geometry.weights_bytes
     if kind.lower() == "mxfp4":

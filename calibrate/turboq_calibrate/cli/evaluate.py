@@ -64,7 +64,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
-    from turboq.files import make_folder
+    from turboq.files import make_folder, settle
     from turboq.plan import check_model, load
     from turboq_calibrate.measure.evaluate import NotFinite, evaluate_texts
     from turboq_calibrate.measure.quality_table import format_table, write_quality
@@ -82,7 +82,8 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         check_model(plan, geometry)
         plans.append((name, plan, arrays))
     texts = _texts(values, model)
-    make_folder(values.out)  # an unusable folder shows now, not after the evaluation
+    # An unusable folder shows now, not after the evaluation; so does what a killed one left.
+    settle(make_folder(values.out))
     unfinished = Path(values.out) / "unfinished"
     try:
         quality = evaluate_texts(

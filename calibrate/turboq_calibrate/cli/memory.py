@@ -264,7 +264,7 @@ def _weights(values: flags.FlagValues, geometry: CacheGeometry) -> tuple[int, st
         return int(values.weights_gib * GIB), "as given"
     if values.weights is not None:
         seen = values.weights.lower() == "auto"
-        where = "the files seen" if seen else f"about, by type {values.weights}"
+        where = geometry.weights_from if seen else f"about, by type {values.weights}"
         return weights_bytes(geometry, values.weights), where
     return 0, "not counted: --weights or --weights_gib"
 

@@ -134,7 +134,8 @@ def _check(values: flags.FlagValues) -> None:
 
 def _one_codec(values: flags.FlagValues) -> None:
     from turboq.plan import save, summary
-    from turboq_calibrate.fit.plan import make_plan
+    from turboq_calibrate.fit.plan import check_statistics, make_plan
+    from turboq_calibrate.fit.scale_type import wide_enough
     from turboq_calibrate.models import load_model
     from turboq_calibrate.models.geometry import model_geometry
     from turboq_calibrate.observe.statistics_files import load_statistics
@@ -142,14 +143,25 @@ def _one_codec(values: flags.FlagValues) -> None:
     statistics = load_statistics(values.statistics) if values.statistics else None
     geometry = model_geometry(load_model(values.model, resident=False))
     owners = geometry.cache_layers
+    rope = values.k_rope or "after"
+    codecs = {
+        side: common.codec_of(values, side, dim)
+        for side, dim in (("k", owners[0].k_dim), ("v", owners[0].v_dim))
+    }
+    if statistics is not None and values.scale_dtype is None:
+        check_statistics(statistics, geometry)
+        for side, codec in codecs.items():
+            layers = (statistics[i] for i in range(len(statistics)))
+            codecs[side], note = wide_enough(codec, layers, side, rope)
+            if note:
+                print(note)
     with common.as_user_error():
         plan, arrays = make_plan(
             geometry,
-            k=common.codec_of(values, "k", owners[0].k_dim),
-            v=common.codec_of(values, "v", owners[0].v_dim),
+            **codecs,
             policy=common.policy_of(values),
             statistics=statistics,
-            k_rope=values.k_rope or "after",
+            k_rope=rope,
         )
     saved = save(plan, arrays, values.out)
     print(summary(saved))

@@ -20,6 +20,7 @@ from turboq.cache import model_cache, overflow
 from turboq.cache.layer import KVLayer
 from turboq.errors import TurboqError
 from turboq_calibrate.measure.attention_plugs import Cached, Pooled, cached_by, pool_attend
+from turboq_calibrate.measure.broken import first_broken
 from turboq_calibrate.models import Model, embed_tokens
 from turboq_calibrate.models.decoder import Params, exact_attend, run_head, run_layer
 from turboq_calibrate.models.spec import LayerSpec
@@ -55,7 +56,7 @@ def greedy(
 
     Raises:
       TurboqError: empty prompt, no steps, a sequence longer than the model's context, or logits
-        that are not finite.
+        that are not finite: names the layer, side, head and token that the caches cannot store.
     """
     prompt = np.asarray(prompt, np.int32)
     if prompt.shape[0] < 1 or prompt.shape[1] < 1:
@@ -79,7 +80,7 @@ def greedy(
         cache = _OnePool(form, batch, capacity)
     else:
         cache = _ByLayer(layers, batch, capacity, cached_by(attention))
-    return _cached(model, prompt, steps, cache, keep_logits)
+    return _cached(model, prompt, steps, layers, cache, keep_logits)
 
 
 class _ByLayer:
@@ -130,14 +131,23 @@ class _OnePool:
 
 
 def _cached(
-    model: Model, prompt, steps: int, cache: _ByLayer | _OnePool, keep_logits: bool
+    model: Model,
+    prompt: np.ndarray,
+    steps: int,
+    layers: Sequence[KVLayer],
+    cache: _ByLayer | _OnePool,
+    keep_logits: bool,
 ) -> Generation:
     batch, length = prompt.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     logits = _step(model, jnp.asarray(prompt), positions, cache)
     tokens, kept = [], []
     for step in range(steps):
-        token = _choose(logits, step)
+        if (bad := _first_bad(logits)) is not None:
+            sequence = np.concatenate([prompt[bad], *(t[bad : bad + 1] for t in tokens)])
+            cause = first_broken(model, list(layers), sequence)
+            raise _not_finite(step, bad, cause or "nothing that the caches store is to blame")
+        token = _choose(logits)
         tokens.append(token)
         if keep_logits:
             kept.append(np.asarray(logits))
@@ -175,7 +185,9 @@ def _plain(model: Model, prompt, steps: int, keep_logits: bool) -> Generation:
             x, _ = run_layer(spec, model.layer(i), x, positions, exact_attend, None)
         last = jax.lax.dynamic_slice_in_dim(x, jnp.int32(at - 1), 1, axis=1)
         logits = run_head(model.spec, model.head_params(), last)[:, 0]
-        tokens.append(_choose(logits, step))
+        if (bad := _first_bad(logits)) is not None:
+            raise _not_finite(step, bad, "the model's own, without a cache: another --model_dtype?")
+        tokens.append(_choose(logits))
         if keep_logits:
             kept.append(np.asarray(logits))
         if at < capacity:
@@ -183,11 +195,20 @@ def _plain(model: Model, prompt, steps: int, keep_logits: bool) -> Generation:
     return _generation(tokens, kept, 0)
 
 
-def _choose(logits: Float[Array, "B V"], step: int) -> Int32[np.ndarray, "B"]:
-    host = np.asarray(logits)
-    if not np.isfinite(host).all():
-        raise TurboqError(f"logits of generated token {step} are not finite")
-    return host.argmax(axis=-1).astype(np.int32)
+def _first_bad(logits: Float[Array, "B V"]) -> int | None:
+    """The first sequence whose logits are not finite."""
+    bad = ~np.isfinite(np.asarray(logits)).all(axis=-1)
+    return int(bad.argmax()) if bad.any() else None
+
+
+def _not_finite(step: int, sequence: int, cause: object) -> TurboqError:
+    return TurboqError(
+        f"logits of generated token {step} of sequence {sequence} are not finite: {cause}"
+    )
+
+
+def _choose(logits: Float[Array, "B V"]) -> Int32[np.ndarray, "B"]:
+    return np.asarray(logits).argmax(axis=-1).astype(np.int32)
 
 
 def _generation(tokens, kept, cache_bytes: int) -> Generation:

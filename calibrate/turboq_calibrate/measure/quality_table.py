@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from turboq.errors import TurboqError
-from turboq.files import atomic_write, make_folder
+from turboq.files import make_folder, settle, write_together
 from turboq_calibrate.measure.quality_schema import Run, Table, read_json
 
 QUALITY, TABLE, RUN = "quality.json", "quality.csv", "run.json"
@@ -53,15 +53,14 @@ class Quality:
 
 
 def write_quality(quality: Quality, folder: str | Path) -> Path:
-    """Writes the three files into `folder` (made if absent); returns the path of `quality.json`.
+    """Writes the three files into `folder` (made if absent), together; the path of `quality.json`.
 
     Raises:
       TurboqError: the folder cannot be made or written.
     """
     folder = make_folder(folder)
-    atomic_write(folder / TABLE, csv_text(quality.rows))
-    atomic_write(folder / RUN, json_text(quality.run))
-    atomic_write(folder / QUALITY, json_text(quality.table))
+    table, run = json_text(quality.table), json_text(quality.run)
+    write_together(folder, {TABLE: csv_text(quality.rows), RUN: run, QUALITY: table})
     return folder / QUALITY
 
 
@@ -71,6 +70,7 @@ def read_quality(folder: str | Path) -> Quality:
     Raises:
       TurboqError: a file is not what `quality_schema` says, or its rows do not fit its texts.
     """
+    settle(Path(folder))
     path, run = Path(folder) / QUALITY, Path(folder) / RUN
     again = "run `turboq evaluate` again"
     table = read_json(path, Table, otherwise=again)

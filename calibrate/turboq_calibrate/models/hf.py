@@ -6,6 +6,7 @@ import dataclasses
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors hands out)
 import numpy as np
@@ -128,12 +129,7 @@ class HFFolder:
             raise TurboqError(f"{index} is not a safetensors index: it has no weight_map")
         located = {}
         for name, file in names.items():
-            plain = isinstance(file, str) and Path(file).name == file and "\0" not in file
-            if not plain or len(file) > LONGEST_NAME:
-                raise TurboqError(
-                    f"{index}: tensor {shortened(name)} points outside the folder ({quoted(file)})"
-                )
-            located[name] = self.folder / file
+            located[name] = shard_path(self.folder, name, file)
             if not located[name].is_file():
                 raise TurboqError(
                     f"{located[name]} is missing; {INDEX} says it holds {shortened(name)}"
@@ -239,6 +235,17 @@ class HFFolder:
                     P.check_finite(name, value, path)
                     out[ours] = value
         return out
+
+
+def shard_path(folder: Path, name: str, file: Any) -> Path:
+    """Where an index says that a tensor is. Raises TurboqError for any place but the folder."""
+    plain = isinstance(file, str) and Path(file).name == file and file.isprintable()
+    if not plain or len(file) > LONGEST_NAME:
+        raise TurboqError(
+            f"{folder / INDEX}: tensor {shortened(name)} must be in a file of the same folder, not "
+            f"in {quoted(file)}"
+        )
+    return folder / file
 
 
 def open_safetensors(path: Path):

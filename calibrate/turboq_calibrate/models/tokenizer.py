@@ -276,7 +276,7 @@ def _byte_level_bpe(
     metadata: dict[str, Any], tokens: list[str], path: Path
 ) -> tokenizers.Tokenizer:
     pre = metadata.get("tokenizer.ggml.pre")
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise TurboqError(
             f"{path}: pre-tokenizer {quoted(pre)} is not supported (supported: "
             f"{', '.join(PRE_TOKENIZERS)})"

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors import numpy as st_numpy
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, shortened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class Tokens:
         try:
             tensors = st_numpy.load(raw)
         except (SafetensorError, ValueError) as error:
-            raise TurboqError(f"token file {source} is damaged: {error}") from error
+            raise TurboqError(f"token file {source} is damaged: {shortened(error)}") from error
         wanted = {f.name for f in dataclasses.fields(cls)}
         if tensors.keys() != wanted:
             raise TurboqError(f"token file {source} holds {sorted(tensors)}, not {sorted(wanted)}")

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Float
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, shortened
 
 
 class RowsFile:
@@ -78,7 +78,9 @@ class RowsFile:
             np.lib.format.read_magic(f)
             shape, _, dtype = np.lib.format.read_array_header_1_0(f)
         except ValueError as error:
-            raise TurboqError(f"{self.path} is damaged ({error}): remove the folder") from error
+            raise TurboqError(
+                f"{self.path} is damaged ({shortened(error)}): remove the folder"
+            ) from error
         if shape != self.shape or dtype != np.dtype("<f4"):
             raise TurboqError(f"{self.path} is {dtype}{shape}, expected float32{self.shape}")
         return f.tell()

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as st_numpy
 
 from turboq.cache.exact_attention import HIGHEST, causal, soft_cap
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, shortened
 from turboq.files import atomic_write, make_folder
 from turboq.plan import TextSource
 from turboq_calibrate.models import LayerSpec, Model, ModelSpec, Tokenizer, decoder
@@ -279,7 +279,7 @@ class Kept:
                 raw = f.read()
             tokens = st_numpy.load(raw)["tokens"]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise TurboqError(f"{self.path} is damaged ({error}): remove it") from error
+            raise TurboqError(f"{self.path} is damaged ({shortened(error)}): remove it") from error
         if tokens.dtype != np.int32 or tokens.ndim != 2 or tokens.shape[1] != self.length:
             raise TurboqError(f"{self.path} holds {tokens.dtype}{tokens.shape}: remove it")
         return tokens

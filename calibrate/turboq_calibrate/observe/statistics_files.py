@@ -26,7 +26,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors import numpy as st_numpy
 
-from turboq.errors import TurboqError, quoted
+from turboq.errors import TurboqError, quoted, shortened
 from turboq.files import atomic_write
 from turboq.numbers.rope import Rope
 from turboq.plan import ModelGeometry
@@ -85,7 +85,7 @@ def _tensors(raw: bytes, source: Path) -> dict[str, np.ndarray]:
     try:
         return st_numpy.load(raw)
     except (SafetensorError, ValueError) as error:
-        raise TurboqError(f"statistics file {source} is damaged: {error}") from error
+        raise TurboqError(f"statistics file {source} is damaged: {shortened(error)}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

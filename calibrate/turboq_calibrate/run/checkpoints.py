@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, shortened
 from turboq.files import make_folder
 
 
@@ -55,7 +55,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.PyTreeSave(item), force=True)
         except (OSError, ValueError) as error:
             raise TurboqError(
-                f"cannot write checkpoint {step} in {self.folder}: {error}"
+                f"cannot write checkpoint {step} in {self.folder}: {shortened(error)}"
             ) from error
 
     def restore(self) -> tuple[tuple[int, ...], dict[str, Any]] | None:
@@ -67,8 +67,8 @@ class Checkpoints:
             item = self._manager.restore(step, args=ocp.args.PyTreeRestore())
         except (OSError, ValueError, KeyError) as error:
             raise TurboqError(
-                f"checkpoint {step} in {self.folder} is damaged ({error}): remove the folder to "
-                f"start again"
+                f"checkpoint {step} in {self.folder} is damaged ({shortened(error)}): remove the "
+                "folder to start again"
             ) from error
         return tuple(int(p) for p in item["position"]), item["tree"]
 

@@ -16,6 +16,7 @@ from turboq.what_fits.gguf_metadata import from_metadata
 from turboq.what_fits.hf_config import from_config
 from turboq.what_fits.layers import CacheGeometry
 from turboq_calibrate.models.config import read_config
+from turboq_calibrate.what_fits import weight_files
 
 MAX_CONFIG_BYTES = 16 << 20  # the largest real ones have a few hundred kB
 
@@ -35,8 +36,7 @@ def read_geometry(path: str | os.PathLike[str]) -> CacheGeometry:
         raise TurboqError(f"model {path} does not exist")
     if path.is_dir():
         found = _from_json(path / "config.json", model_name(path))
-        sizes = [file.stat().st_size for file in sorted(path.glob("*.safetensors"))]
-        return dataclasses.replace(found, weights_bytes=sum(sizes) or None)
+        return _with(found, weight_files.of_folder(path))
     if path.suffix == ".json":
         return _from_json(path, model_name(path.parent))
     if path.suffix == ".gguf":
@@ -54,10 +54,9 @@ def _from_gguf(path: Path) -> CacheGeometry:
     from turboq_calibrate.models import gguf_header
 
     metadata, tensors, _ = gguf_header.read(path)
-    whole = metadata.get("split.count", 1) in (0, 1)  # else the rest is in other files
-    return from_metadata(
-        metadata,
-        path.stem,
-        weights_bytes=sum(tensor.nbytes for tensor in tensors.values()) if whole else None,
-        source=str(path),
-    )
+    found = from_metadata(metadata, path.stem, source=str(path))
+    return _with(found, weight_files.of_gguf(path, metadata, tensors.values()))
+
+
+def _with(found: CacheGeometry, files: weight_files.WeightFiles) -> CacheGeometry:
+    return dataclasses.replace(found, weights_bytes=files.nbytes, weights_from=files.what)

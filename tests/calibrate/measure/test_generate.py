@@ -1,5 +1,6 @@
 """Generation through the packed cache against plain attention and against one parallel pass."""
 
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -157,8 +158,27 @@ def test_bad_requests_are_one_clear_line(model, prompt):
         greedy(model, prompt, 3, layers=layers_of(model, Exact(dim=16))[:1])
     broken = load_model(GOLDEN / "llama3")
     broken._head = broken._head | {"norm": broken._head["norm"] * jnp.float32(np.nan)}
-    with pytest.raises(TurboqError, match="token 0 are not finite"):
+    with pytest.raises(TurboqError, match=r"token 0 of sequence 0 are not finite: the model's own"):
         greedy(broken, prompt, 2)
+    with pytest.raises(TurboqError, match="nothing that the caches store is to blame"):
+        greedy(broken, prompt, 2, layers=layers_of(model, Exact(dim=16)))
+
+
+def test_what_a_cache_cannot_store_is_named(prompt):
+    """Values of one head far beyond float16 in one layer, of one token of the second sequence."""
+    model = load_model(GOLDEN / "llama3")
+    params, dim = model.layer(1), model.spec.layers[1].v_head_dim
+    model._layers[1] = params | {"v": params["v"].at[dim : 2 * dim].multiply(1e7)}
+    with pytest.raises(TurboqError) as error:
+        greedy(model, prompt, 2, layers=layers_of(model, TurboQuantMSE(dim=16, bits=3)))
+    assert re.fullmatch(
+        r"logits of generated token 0 of sequence 0 are not finite: layer 1, v of head 1, "
+        r"token \d+ \(norm [0-9.e+]+\): its scale exceeds float16: plan with "
+        r"--scale_dtype=bfloat16",
+        str(error.value),
+    ), error.value
+    wide = TurboQuantMSE(dim=16, bits=3, scale_dtype="bfloat16")
+    assert greedy(model, prompt, 2, layers=layers_of(model, wide)).tokens.shape == (2, 2)
 
 
 def learned(model, policy=POLICY):

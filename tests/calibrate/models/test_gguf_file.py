@@ -190,6 +190,7 @@ def test_parts_of_a_split_file(tmp_path):
     """Only the first part describes the model; none holds all of its weights."""
     first = write(tmp_path / "m-00001-of-00002.gguf", fields={"split.count": 2, "split.no": 0})
     assert read_geometry(first).weights_bytes is None
+    assert read_geometry(first).weights_from == "m-00002-of-00002.gguf is missing"
     second = tmp_path / "m-00002-of-00002.gguf"
     writer = gguf.GGUFWriter(second, "qwen3")
     writer.kv_data[0].clear()

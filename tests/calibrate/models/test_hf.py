@@ -256,16 +256,18 @@ def test_bad_shards(tmp_path):
     with_map(lambda m: m.pop(K_PROJ))
     refuses(folder, index_path, K_PROJ, "missing")
     with_map(lambda m: m.update({K_PROJ: "../other.safetensors"}))
-    refuses(folder, index_path, "outside the folder")
+    refuses(folder, index_path, "must be in a file of the same folder")
+    with_map(lambda m: m.update({K_PROJ: "red \x1b[31m"}))
+    refuses(folder, index_path, r"not in 'red \x1b[31m'")
     with_map(lambda m: m.update({K_PROJ: "a\0b"}))
-    refuses(folder, index_path, "outside the folder")
+    refuses(folder, index_path, "must be in a file of the same folder")
     for text, says in {
         "{": "not valid JSON",
         "[]": "must hold a JSON object",
         "{}": "not a safetensors index",
         '{"weight_map": [1]}': "not a safetensors index",
         '{"weight_map": "x"}': "not a safetensors index",
-        '{"weight_map": {"x": 3}}': "outside the folder (3)",
+        '{"weight_map": {"x": 3}}': "a file of the same folder, not in 3",
     }.items():
         index_path.write_text(text)
         refuses(folder, index_path, says)

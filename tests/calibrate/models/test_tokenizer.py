@@ -374,6 +374,7 @@ def test_sentencepiece_equals_the_transformers_class():
         ({"merges": ["single"]}, "merges are not usable"),
         ({"pre": "tekken"}, r"pre-tokenizer 'tekken' is not supported \(supported: gpt-2, smollm"),
         ({"pre": None}, "pre-tokenizer None is not supported"),
+        ({"pre": ["a", "b"]}, r"pre-tokenizer \['a', 'b'\] is not supported"),
         ({"tokens": ["a"] * 320}, "319 tokens of the vocabulary repeat"),
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from plan_cases import geometry, hybrid, random_fit
 
+from turboq import files
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import FP8, Exact, Ggml, Int8TokenHead, KiviKey, KiviValue, TurboQuantMSE
 from turboq.errors import TurboqError
@@ -54,6 +55,30 @@ def test_report_counts_bytes_and_drops(tmp_path):
     assert stored["layers"][1]["v"][0]["dropped"] == []
     assert stored["tokens_dropped"] == ["first 4 tokens exact -> 0"]
     assert set(stored["files"]) == set(files_of(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: "{", "not JSON|JSON"),
+        (lambda r: json.dumps([r]), "must be an object"),
+        (lambda r: json.dumps(r | {"engine": ["llama.cpp"]}), "engine: .* must be a string"),
+        (lambda r: json.dumps(r | {"plan_hash": None}), "plan_hash: .* must be a string"),
+        (lambda r: json.dumps({k: v for k, v in r.items() if k != "kl"}), "kl: missing"),
+        (lambda r: json.dumps(r)[:-1] + ', "engine": "vllm"}', "engine"),  # given twice
+    ],
+)
+def test_a_damaged_report_is_one_line_and_stays(tmp_path, change, message):
+    pair, out = plan_of(Q8), tmp_path / "out"
+    path = out / "export_report.json"
+    export(*pair, ENGINES["llama.cpp"], out)
+    path.write_text(change(json.loads(path.read_text())))
+    before = files_of(tmp_path)
+    with pytest.raises(TurboqError, match=message) as error:
+        export(*pair, ENGINES["llama.cpp"], out)
+    assert "choose another --out, or empty it" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert files_of(tmp_path) == before
 
 
 def test_quality_is_never_invented(tmp_path):
@@ -148,7 +173,24 @@ def test_a_write_that_fails_leaves_nothing_or_the_earlier_export(tmp_path, monke
     assert os.listdir(tmp_path) == (["out"] if again else [])
 
 
+def without_renameat2(monkeypatch):
+    """A system that has no call to exchange two folders."""
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
+
+
+def test_an_export_is_replaced_on_any_system(tmp_path, monkeypatch):
+    without_renameat2(monkeypatch)
+    pair, out = plan_of(Q8), tmp_path / "out"
+    export(*pair, ENGINES["llama.cpp"], out)
+    first = files_of(out)
+    (out / "stray").write_text("left over")
+    export(*pair, ENGINES["llama.cpp"], out)
+    assert files_of(out) == first
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def test_a_swap_that_fails_puts_the_earlier_export_back(tmp_path, monkeypatch):
+    without_renameat2(monkeypatch)
     pair, out = plan_of(Q8), tmp_path / "out"
     export(*pair, ENGINES["lmstudio"], out)
     before, replace = files_of(tmp_path), os.replace
@@ -158,7 +200,7 @@ def test_a_swap_that_fails_puts_the_earlier_export_back(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(write.os, "replace", failing)
+    monkeypatch.setattr(files.os, "replace", failing)
     with pytest.raises(TurboqError, match="No space"):
         export(*pair, ENGINES["lmstudio"], out)
     assert files_of(tmp_path) == before

@@ -6,7 +6,6 @@ them; of the others none may load as anything but the original plan.
 
 import hashlib
 import json
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +58,6 @@ def outcome(folder: Folder) -> tuple[dict, dict[str, np.ndarray]] | None:
     return document(plan), arrays
 
 
-def header_damage(side: bytes, rng: np.random.Generator) -> bytes:
-    """The header of a safetensors file changed as JSON, the data kept."""
-    (size,) = struct.unpack("<Q", side[:8])
-    entries = plan_mutations.mutate(json.loads(side[8 : 8 + size]), rng)
-    text = json.dumps(entries).encode()
-    return struct.pack("<Q", len(text)) + text + side[8 + size :]
-
-
 def trial(folder: Folder, rng: np.random.Generator) -> str:
     text, side = folder.json, folder.side
     doc, kind, honest = folder.document, int(rng.integers(10)), bool(rng.integers(2))
@@ -81,7 +72,7 @@ def trial(folder: Folder, rng: np.random.Generator) -> str:
     elif kind == 7:  # bytes of the side file
         side = plan_mutations.damage(side, rng)
     elif kind == 8:
-        side = header_damage(side, rng)
+        side = plan_mutations.damage_header(side, rng)
     else:  # values of the side file
         raw = np.frombuffer(side, np.uint8).copy()
         at = len(raw) - 4 - 4 * int(rng.integers(sum(t.size for t in folder.tensors.values())))

@@ -137,7 +137,7 @@ def test_measured_quality_orders_the_options():
     [
         ("llama-3-8b", "Q4_K_N", "unknown weight type 'Q4_K_N' .did you mean"),
         ("60x4x128", "f16", "how many parameters 60x4x128 has is not known"),
-        ("llama-3-8b", "auto", "needs weight files"),
+        ("llama-3-8b", "auto", "no weight files were seen; name a type"),
     ],
 )
 def test_weights_that_are_not_known(name, kind, words):
