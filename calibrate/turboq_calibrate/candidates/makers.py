@@ -90,10 +90,10 @@ def _needed(label: str, seen: Observed | None) -> Observed:
     return seen
 
 
-# The word of a learned transform -> what it is quantized by; None: states as in the options.
-LEARNED: dict[str, tuple[str, int | None]] = {
-    "transform": ("scalar", None),
-    "trellis": ("trellis", None),
+# The word of a learned transform -> what it is quantized by, and states.
+LEARNED: dict[str, tuple[str, int]] = {
+    "transform": ("scalar", 8),
+    "trellis": ("trellis", 8),
     "window": ("window", 64),
     "window16": ("window", 16),
     "window256": ("window", 256),
@@ -101,7 +101,7 @@ LEARNED: dict[str, tuple[str, int | None]] = {
 
 
 def default_makers(
-    bits: float | int, dim: int, options: TransformOptions | None = None, word: str = "transform"
+    bits: float | int, dim: int, options: TransformOptions | None = None, word: str = "window"
 ) -> list[Maker]:
     """`word` in steps of a quarter bit up to three bits on both sides of the budget.
 
@@ -140,8 +140,8 @@ def smallest_dim(geometry: ModelGeometry) -> int:
 
 
 def _options(word: str, options: TransformOptions | None) -> TransformOptions:
-    own, (quantizer, states) = options or TransformOptions(), LEARNED[word]
-    return dataclasses.replace(own, quantizer=quantizer, states=states or own.states)
+    quantizer, states = LEARNED[word]
+    return dataclasses.replace(options or TransformOptions(), quantizer=quantizer, states=states)
 
 
 def _makers(

@@ -54,7 +54,9 @@ from turboq_calibrate.observe.statistics_files import Statistics
 OBJECTIVES = ("mean", "worst")
 SINKS = TokenPolicy(sinks=4)
 # A stored gain of 4 bits: what text of another kind needs most is another size of vectors.
-LEARNED = TransformOptions(gain="code", gain_bits=4)
+# Window codes: a reader needs one product with their bits, and they err 1.2 to 1.7 dB less than
+# scalar codes from 2 bits on.
+LEARNED = TransformOptions(quantizer="window", states=64, gain="code", gain_bits=4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

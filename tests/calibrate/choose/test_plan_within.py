@@ -397,12 +397,12 @@ def test_makers(layout):
 
 def test_default_candidates_lie_around_the_budget():
     labels = [m.label for m in default_makers(3.25, 64)]
-    assert labels[0] == "transform 0.25"
-    assert labels[-1] == "transform 6.25"
+    assert labels[0] == "window 0.25"
+    assert labels[-1] == "window 6.25"
     assert len(labels) == 25
     high = [m.label for m in default_makers(16, 64)]
-    assert (high[0], high[-1]) == ("transform 5", "transform 8")
-    assert default_makers(1, 64)[0].label == "transform 0.25"
+    assert (high[0], high[-1]) == ("window 5", "window 8")
+    assert default_makers(1, 64)[0].label == "window 0.25"
 
 
 def test_the_default_steps_of_another_quantizer(layout):
