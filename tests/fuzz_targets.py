@@ -394,7 +394,9 @@ def planted(folder: Path) -> Case:
         raise TurboqError("x" * 5000)
 
     def unprintable() -> None:
-        raise TurboqError("a value of \x1b[31m colour")
+        error = TurboqError()
+        error.args = ("a value of \x1b[31m colour",)  # past what escapes it
+        raise error
 
     def slow() -> None:
         until = time.process_time() + 0.6

@@ -1,6 +1,5 @@
 """The one error that is meant for the user: says what is wrong, the value, and the fix."""
 
-import itertools
 import reprlib
 
 LONGEST = 80  # characters quoted of a value that somebody else wrote
@@ -11,7 +10,14 @@ _REPR.maxstring = _REPR.maxother = LONGEST
 
 
 class TurboqError(ValueError):
-    """Bad input. Commands print it as one line and exit with 1."""
+    """Bad input. Commands print it as one line and exit with 1.
+
+    What a terminal would obey instead of showing it (control characters of a name that somebody
+    else wrote) is escaped.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(_visible(str(message)))
 
 
 class TurboqWarning(UserWarning):
@@ -24,12 +30,15 @@ def quoted(value: object) -> str:
 
 
 def shortened(text: object, longest: int = 2 * LONGEST) -> str:
-    """Words of a file or of another package on one line, at most `longest` characters.
-
-    What a terminal would obey instead of showing it (control characters) is escaped.
-    """
-    line = " ".join(str(text).split())
-    if not line.isprintable():
-        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        line = "".join(itertools.islice(shown, longest + 1))
+    """Words of a file or of another package on one line, at most `longest` characters."""
+    # An escape is longer than what it stands for: cut before, and after.
+    line = _visible(" ".join(str(text).split())[: longest + 1])
     return line if len(line) <= longest else line[: longest - 3] + "..."
+
+
+def _visible(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c.isspace() else c.encode("unicode_escape").decode() for c in text
+    )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from turboq.errors import LONGEST, quoted, shortened
+from turboq.errors import LONGEST, TurboqError, quoted, shortened
 
 LONG = "ab" * 10_000
 
@@ -49,3 +49,5 @@ def test_what_a_terminal_would_obey_is_escaped():
     )
     assert shortened("\x00" * 100, 10) == r"\x00\x0..."
     assert shortened("Grüße \U0001f600") == "Grüße \U0001f600"
+    assert str(TurboqError("field \x1b[31m of\n a file")) == "field \\x1b[31m of\n a file"
+    assert str(TurboqError()) == ""
