@@ -50,7 +50,7 @@ LONG = flags.DEFINE_multi_string("long", [], "Texts to measure in long windows t
 LONG_LENGTH = flags.DEFINE_integer("long_length", 4096, "Tokens of long windows.", lower_bound=2)
 WINDOWS = flags.DEFINE_integer("windows", 2, "Windows of 1024 tokens per text.", lower_bound=1)
 CANDIDATES = flags.DEFINE_multi_string("candidates", [], "Of learned plans (`turboq plan`).")
-BUDGETS = flags.DEFINE_list("budgets", ["2.25", "2.75", "3.25"], "Bits of learned plans.")
+BUDGETS = flags.DEFINE_list("budgets", ["2.25", "2.5", "2.75", "3.25"], "Bits of learned plans.")
 ONLY = flags.DEFINE_string("only", "", "Only rows whose name contains this.")
 FIELD = flags.DEFINE_boolean("field", False, "Also 2-bit, per-head, INT, OSCAR-like and KIVI rows.")
 SHARING = flags.DEFINE_boolean("sharing", False, "Also learned plans per layer and uniform.")
@@ -65,6 +65,7 @@ TARGETS = {
     "a bit saved": ("learned 3.25", "turboquant_mse 4b"),
     "a bit saved, low": ("learned 2.25", "turboquant_mse 3b"),
     "a bit and a half": ("learned 2.75", "turboquant_mse 4b"),
+    "a bit and three quarters": ("learned 2.5", "turboquant_mse 4b"),
     "two bits (stretch)": ("learned 2.25", "turboquant_mse 4b"),
 }
 
