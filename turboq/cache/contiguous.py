@@ -119,18 +119,22 @@ def init(layer: KVLayer, *, batch: int, capacity: int) -> LayerCache:
     return LayerCache(groups=groups, lengths=lengths, overflow=lost, capacity=capacity)
 
 
-def check_room(cache: LayerCache, tokens: int | Int[np.ndarray, "B"]) -> None:
-    """Refuses, outside jit, to write `tokens` more (of all or of each) than the cache can hold.
+def check_room(
+    lengths: Int[Array, "B"], capacity: int, tokens: int, counts: Int[Array, "B"] | None = None
+) -> None:
+    """Refuses, where lengths are known (outside jit), `tokens` or `counts` more than there is room.
 
     Raises:
       TurboqError: a sequence would outgrow the capacity.
     """
-    lengths = np.asarray(cache.lengths)
-    more = np.broadcast_to(tokens, lengths.shape)
-    b = int(np.argmax(lengths + more))
-    if lengths[b] + more[b] > cache.capacity:
+    known, more = overflow.known(lengths), overflow.known(tokens if counts is None else counts)
+    if known is None or more is None:
+        return
+    more = np.broadcast_to(more, known.shape)
+    b = int(np.argmax(known + more))
+    if known[b] + more[b] > capacity:
         raise TurboqError(
-            f"{lengths[b]} + {more[b]} tokens do not fit a cache of capacity {cache.capacity}: "
+            f"{known[b]} + {more[b]} tokens do not fit a cache of capacity {capacity}: "
             "create it with a larger capacity"
         )
 
@@ -157,9 +161,7 @@ def write(
     Raises:
       TurboqError: outside jit, tokens that do not fit.
     """
-    real = k.shape[1] if counts is None else overflow.known(counts)
-    if real is not None and overflow.known(cache.lengths) is not None:
-        check_room(cache, real)
+    check_room(cache.lengths, cache.capacity, k.shape[1], counts)
     return _write(layer, cache, k, v, counts, store or store_encoded)
 
 

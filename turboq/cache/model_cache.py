@@ -15,6 +15,7 @@ This is the reference: tokens are decoded, then attended to.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -157,7 +158,17 @@ def write(
     v: Float[Array, "B T K E"],
     counts: Int[Array, "B"] | None = None,
 ) -> tuple[LayerState, UInt32[Array, "B P W"], Tail]:
-    """Encodes and stores the next T tokens of every sequence (`turboq.cache.contiguous.write`)."""
+    """Encodes and stores the next T tokens of every sequence (`turboq.cache.contiguous.write`).
+
+    Raises:
+      TurboqError: outside jit, tokens that do not fit.
+    """
+    contiguous.check_room(state.lengths, words.shape[1] * PAGE, k.shape[1], counts)
+    return _write(state, words, k, v, counts)
+
+
+@jax.jit
+def _write(state: LayerState, words, k, v, counts):
     layer, group, t = state.form.layer, state.form.group, k.shape[1]
     steps = jnp.arange(t, dtype=jnp.int32)
     counts = jnp.full((k.shape[0],), t, jnp.int32) if counts is None else counts
@@ -216,6 +227,7 @@ def _read(codec: Codec, columns: Columns, words: UInt32[Array, "B P W"]) -> Stor
     return _stored(codec, bits.read(words, columns, count, planes))
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "window", "softcap"))
 def attend(
     q: Float[Array, "B T H D"],
     state: LayerState,

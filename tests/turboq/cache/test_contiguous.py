@@ -81,9 +81,9 @@ def test_capacity_is_whole_pages_and_room_is_checked(rng):
     assert cache.capacity == 2 * PAGE
     k, v = tokens(rng, layer, 500)
     cache, _ = kv_cache.write(layer, cache, k, v)
-    kv_cache.check_room(cache, 12)
+    kv_cache.check_room(cache.lengths, cache.capacity, 12)
     with pytest.raises(TurboqError, match=r"500 \+ 13 tokens do not fit .* 512"):
-        kv_cache.check_room(cache, 13)
+        kv_cache.check_room(cache.lengths, cache.capacity, 13)
     with pytest.raises(ValueError, match="capacity=0"):
         kv_cache.init(layer, batch=1, capacity=0)
 
