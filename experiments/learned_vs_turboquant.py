@@ -54,6 +54,7 @@ BUDGETS = flags.DEFINE_list("budgets", ["2.25", "2.5", "2.75", "3.25"], "Bits of
 ONLY = flags.DEFINE_string("only", "", "Only rows whose name contains this.")
 FIELD = flags.DEFINE_boolean("field", False, "Also 2-bit, per-head, INT, OSCAR-like and KIVI rows.")
 SHARING = flags.DEFINE_boolean("sharing", False, "Also learned plans per layer and uniform.")
+SHRINK = flags.DEFINE_list("shrink", [], "Learned plans so (0 to 1) instead of as guarded.")
 OUT = flags.DEFINE_string("out", "runs/learned_vs_turboquant", "Folder for the result.")
 
 POLICY = TokenPolicy(sinks=4)
@@ -107,6 +108,13 @@ def learned(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPl
         wanted = Wanted(
             budget=Budget.parse(f"{bits}bpc"), policy=POLICY, candidates=tuple(CANDIDATES.value)
         )
+        for shrink in map(float, SHRINK.value):
+            own = dataclasses.replace(wanted.options, shrink=shrink)
+            unguarded = dataclasses.replace(wanted, options=own, guard=False)
+            found = plan_within(statistics, geometry, unguarded, progress=False)
+            yield f"{name}, shrunk by {shrink:g}", found.plan, found.arrays
+        if SHRINK.value:
+            continue
         rows = {name: wanted}
         if bits in SHARED and SHARING.value:
             for granularity, says in (("per_layer", "per layer"), ("uniform", "uniform")):

@@ -50,6 +50,7 @@ from turboq_calibrate.fit.guard import Guarded, guard
 from turboq_calibrate.fit.plan import check_statistics, provenance
 from turboq_calibrate.models import Model
 from turboq_calibrate.observe.statistics_files import Statistics
+from turboq_calibrate.observe.texts import kind_of
 
 OBJECTIVES = ("mean", "worst")
 SINKS = TokenPolicy(sinks=4)
@@ -69,7 +70,8 @@ class Wanted:
       of a layer), "per_head".
     policy: tokens kept exact. k_rope: keys stored "before" or "after" their rotary embedding.
     objective: least predicted loss over the "mean" of the calibration texts, or on the "worst".
-    options: of the learned transforms; with `guard` their shrinkage is chosen on texts left out.
+    options: of the learned transforms; with `guard` their shrinkage is chosen on texts left out,
+      where no text is the model's own: what it writes is of no one kind already.
     rounds: refinements by KL measured around the plan (need the model).
     """
 
@@ -157,7 +159,8 @@ def menu(
     guarded = Guarded(options=wanted.options, held_out={})
     if makers is None:
         learns = not wanted.candidates or any(learned_word(w) for w in wanted.candidates)
-        if learns and wanted.guard:
+        own = any(kind_of(name) == "self" for name in statistics.texts)
+        if learns and wanted.guard and not own:
             layers = [layer.index for layer in geometry.cache_layers]
             guarded = guard(
                 observed, layers, wanted.options, min(max(bits, 0.5), 8.0), progress=progress

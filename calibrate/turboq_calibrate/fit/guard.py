@@ -5,6 +5,9 @@ of shrinkage is tried the way it will be used: fitted to all calibration texts b
 measured on the one left out, summed over texts, sides and some layers. The strongest within
 `TOLERANCE` of the least total wins: text of a new kind is further away than the texts are from each
 other, and near the optimum the cost is flat (Breiman et al. 1984, the one-standard-error rule).
+
+Not asked where the model's own text is among the texts: what half of two texts cannot say of the
+other half is then no measure of unseen text (LOG, 2026-11-29).
 """
 
 from __future__ import annotations

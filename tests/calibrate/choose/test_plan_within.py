@@ -17,11 +17,14 @@ from turboq.plan import load
 from turboq.plan.violations import violations, violations_of
 from turboq_calibrate.candidates.makers import default_makers, engine_menu, makers_of
 from turboq_calibrate.choose import check
+from turboq_calibrate.choose.budget import Budget
+from turboq_calibrate.choose.plan_within import Wanted, menu
 from turboq_calibrate.choose.solver.problem import Infeasible, Problem
 from turboq_calibrate.choose.solver.solve import allocate
 from turboq_calibrate.cli import main as cli
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
+from turboq_calibrate.observe.statistics_files import load_statistics
 
 MODEL = Path(__file__).parents[2] / "golden" / "llama3"
 OBSERVE = ("--windows=2", "--window_length=24", "--check_length=48", "--reservoir=64")
@@ -393,6 +396,21 @@ def test_makers(layout):
         "fp8 token",
         "fp8 none",
     ]
+
+
+def test_the_models_own_text_needs_no_guard(run, layout, monkeypatch):
+    """What it writes is of no one kind: nothing is left out, and nothing shrunk."""
+    statistics = load_statistics(run)
+    wanted = Wanted(budget=Budget.parse("3bpc"), candidates=("window:2,3",))
+
+    def guarded(*texts):
+        monkeypatch.setattr(type(statistics), "texts", texts)
+        return menu(statistics, layout, wanted, progress=False).guarded
+
+    assert set(guarded("a.txt", "b.txt").held_out) == {0.0, 0.2, 0.4, 0.6}
+    found = guarded("self:7", "b.txt")
+    assert found.held_out == {}
+    assert found.options == wanted.options
 
 
 def test_default_candidates_lie_around_the_budget():
