@@ -34,6 +34,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import _paths  # noqa: F401  where the packages are
 import chaos_commands
 from chaos_commands import COMMANDS, Command
 

@@ -26,6 +26,8 @@ import warnings
 import zlib
 from pathlib import Path
 
+import _paths  # noqa: F401  where the packages are
+
 TARGETS = ("plan", "codec", "safetensors", "gguf", "config", "geometry", "tokenizer", "statistics")
 TARGETS += ("inputs", "quality", "export")
 LONGEST = 600  # characters of an error, the folder's name left out
