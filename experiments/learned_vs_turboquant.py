@@ -8,11 +8,11 @@ measures all of them on topics:heldout, source:heldout and every --text beside T
 --field, per-head and field codecs): first 4 tokens exact, no recent window, K and V quantized, KL
 to the model's own exact cache. --long texts are measured again in windows of --long_length tokens.
 Block codecs keep up to a block of recent tokens exact: their rows say so. Nothing is fitted to what
-is measured; the default text was chosen on three of the README's six (calibration_text.py).
+is measured; the default text was chosen on three of the README's seven (calibration_text.py).
 
 Writes quality.json (rows of all texts), quality.csv, long/quality.json and `targets`, resumes after
-an interruption. Expected: about 15 minutes on two cores with two windows of six texts;
-`learned` at 2.75 bits below `turboquant_mse` at 4.25 on every text, at 3.25 in long windows too.
+an interruption. Expected: about 25 minutes on two cores with two windows of seven texts;
+`learned` at 2.5 bits below `turboquant_mse` at 4.25 on every text, at 3.25 in long windows too.
 """
 
 from __future__ import annotations
