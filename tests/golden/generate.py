@@ -174,7 +174,29 @@ FAMILIES = {
                  "layer_types": ["full_attention", "sliding_attention"]},
         torch.bfloat16, None, None, None,
     ),
+    "olmo2": (
+        "olmo2",
+        {"intermediate_size": 20, "rope_parameters": rope(theta=5e5)},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "smollm3": (
+        "smollm3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16,
+         "num_hidden_layers": 5, "tie_word_embeddings": True, "pad_token_id": 1},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "granite": (
+        "granite",
+        {"intermediate_size": 20, "attention_bias": True, "mlp_bias": True,
+         "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.125,
+         "logits_scaling": 2.5, "tie_word_embeddings": True},
+        torch.bfloat16, None, "BF16", None,
+    ),
 }  # fmt: skip
+# Whose GGUF copies transformers does not read.
+UNREAD = ("mixtral", "olmo2", "smollm3", "granite")
+# Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
+INTERLEAVED = ("llama", "mixtral", "smollm3", "granite")
 
 
 def build(family: str) -> transformers.PreTrainedModel:
@@ -282,7 +304,12 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     if head_dim != config.hidden_size // config.num_attention_heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if model_type in ("llama", "mixtral"):
+    if model_type == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if model_type in INTERLEAVED:
         writer.add_rope_dimension_count(head_dim)
     if model_type in ("mixtral", "qwen3_moe"):
         writer.add_expert_count(config.num_local_experts)
@@ -307,7 +334,7 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         value = p.float().numpy()
-        if model_type in ("llama", "mixtral") and ("q_proj" in name or "k_proj" in name):
+        if model_type in INTERLEAVED and ("q_proj" in name or "k_proj" in name):
             key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             value = interleave(value, getattr(config, key))
         if "gemma" in model_type and "norm" in name:
@@ -383,7 +410,7 @@ def make_family(family: str) -> None:
     if gguf_type is not None:
         path = folder / "model.gguf"
         write_gguf(family, model, tokenizer, path)
-        if FAMILIES[family][0] != "mixtral":  # which transformers does not read from GGUF
+        if FAMILIES[family][0] not in UNREAD:
             check_copy(family, path, model.config, tokens, positions, logits)
     model.set_attn_implementation("eager")
     options = {} if shard is None else {"max_shard_size": shard}
@@ -445,6 +472,9 @@ $table
 | `gemma2` | gemma2 | soft caps, 1 + weight norms on both sides, GELU, scaled embedding, GGUF copy |
 | `gemma3` | gemma3_text | windows and rotary embeddings by layer, every sixth full, GGUF copy |
 | `gemma3_vision` | gemma3 | the decoder as a part of a model that also sees |
+| `olmo2` | olmo2 | norms after attention and MLP alone, QK-norm over whole projections, GGUF copy |
+| `smollm3` | smollm3 | layers without a rotary embedding, GGUF copy |
+| `granite` | granite | factors on embedding, residual, attention and logits, biases, GGUF copy |
 
 `smollm2_135m.npz`: the embedded SmolLM2-135M-Instruct on `passage.txt` (written for this project),
 read from its GGUF file by transformers: token ids, perplexity, log-normalisers, the 8 leading

@@ -15,6 +15,7 @@ from turboq.hub_cache import snapshot_hint
 from turboq.json_object import read_object
 from turboq_calibrate.models.config_experts import read_experts
 from turboq_calibrate.models.config_fields import Reader
+from turboq_calibrate.models.config_nope import rotated_layers
 from turboq_calibrate.models.config_rope import read_ropes
 from turboq_calibrate.models.families import FAMILIES, UNREAD_INSIDE, WRAPPERS, Family
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
@@ -22,7 +23,8 @@ from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 _QUANTIZED = "quantization_config"
 MAX_LAYERS = 10_000
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-FACTORS = ("logit_scale", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+EMBEDDING_FACTOR = "embedding_multiplier"
+FACTORS = ("logit_scale", EMBEDDING_FACTOR, "residual_multiplier", "logits_scaling")
 # Fields that a family's own code never reads but whose presence says that the weights were trained
 # with them.
 REFUSED = (
@@ -40,6 +42,7 @@ REFUSED = (
     "attention_multiplier",
     "clip_qkv",
     "no_rope_layers",
+    "no_rope_layer_interval",
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
@@ -100,8 +103,9 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
         norm_eps=read.number("rms_norm_eps", 1e-6),
         tied_embeddings=read.boolean("tie_word_embeddings", False),
         layers=_layers(read, row),
-        embed_scale=hidden**0.5 if row.scaled_embedding else 1.0,
+        embed_scale=hidden**0.5 if row.scaled_embedding else _factor(read, row, EMBEDDING_FACTOR),
         norm_offset=row.norm_offset,
+        logit_scale=1 / _factor(read, row, "logits_scaling"),
         logit_softcap=read.optional("final_logit_softcapping"),
     )
 
@@ -121,7 +125,7 @@ def _layers(read: Reader, row: Family) -> tuple[LayerSpec, ...]:
     full, sliding = read_ropes(
         read, head_dim, read.integer("max_position_embeddings"), row.theta, row.sliding_theta
     )
-    scalar = read.optional("query_pre_attn_scalar")
+    rotated = rotated_layers(read, count) if row.nope else [True] * count
     common = LayerSpec(
         hidden=hidden,
         intermediate=0,
@@ -133,9 +137,11 @@ def _layers(read: Reader, row: Family) -> tuple[LayerSpec, ...]:
         rope=full,
         qk_norm=row.qk_norm,
         norm_offset=row.norm_offset,
+        pre_norms=row.pre_norms,
         post_norms=row.post_norms,
         activation=_activation(read, row),
-        softmax_scale=None if scalar is None else scalar**-0.5,
+        residual_scale=_factor(read, row, "residual_multiplier"),
+        softmax_scale=_softmax_scale(read, row),
         softcap=read.optional("attn_logit_softcapping"),
         **_biases(read, row),
     )
@@ -147,9 +153,9 @@ def _layers(read: Reader, row: Family) -> tuple[LayerSpec, ...]:
             intermediate=dense if mixture is None else 0,
             experts=mixture,
             window=window,
-            rope=full if window is None else sliding,
+            rope=(full if window is None else sliding) if turns else None,
         )
-        for window, mixture in zip(row.windows(read, count), experts, strict=True)
+        for window, mixture, turns in zip(row.windows(read, count), experts, rotated, strict=True)
     )
 
 
@@ -182,6 +188,20 @@ def _head_dim(read: Reader, row: Family, hidden: int, heads: int) -> int:
             "and head_dim is not given"
         )
     return read.integer("head_dim", row.head_dim or hidden // heads)
+
+
+def _factor(read: Reader, row: Family, key: str) -> float:
+    """A factor that the family reads; 1 where it does not, or the file has none."""
+    value = read.optional(key) if key in row.reads else None
+    return 1.0 if value is None else value
+
+
+def _softmax_scale(read: Reader, row: Family) -> float | None:
+    """Where it is not head_dim^-1/2."""
+    if "attention_multiplier" in row.reads:
+        return read.optional("attention_multiplier")
+    scalar = read.optional("query_pre_attn_scalar")
+    return None if scalar is None else scalar**-0.5
 
 
 def _activation(read: Reader, row: Family) -> Any:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
-from turboq_calibrate.models import config_windows
+from turboq_calibrate.models import config_nope, config_windows
 from turboq_calibrate.models.config_experts import Mixture
 from turboq_calibrate.models.config_fields import Reader
 
@@ -31,8 +31,10 @@ class Family:
     activation: str = "hidden_act"  # the field that names it
     biases: frozenset[str] = frozenset()  # of attention_bias, mlp_bias, qkv_bias: those read
     qkv_bias: bool = False  # where it is not read, always
-    qk_norm: bool = False
+    nope: bool = False  # some layers have no rotary embedding
+    qk_norm: Literal["head", "projection"] | None = None
     norm_offset: float = 0.0
+    pre_norms: bool = True
     post_norms: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden)
     experts: Mixture | None = None
@@ -71,7 +73,34 @@ FAMILIES: dict[str, Family] = {
         windows=config_windows.switched,
         head_dim=128,
         biases=frozenset({"attention_bias"}),
-        qk_norm=True,
+        qk_norm="head",
+    ),
+    "olmo2": Family(
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        windows=config_windows.never,
+        biases=frozenset({"attention_bias"}),
+        qk_norm="projection",
+        pre_norms=False,
+        post_norms=True,
+    ),
+    "smollm3": Family(
+        defaults={
+            "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+        },
+        windows=config_windows.switched_unrotated,
+        theta=2e6,
+        nope=True,
+        biases=frozenset({"attention_bias", "mlp_bias"}),
+        reads=frozenset({config_nope.LIST, config_nope.INTERVAL}),
+    ),
+    "granite": Family(
+        defaults={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+        windows=config_windows.never,
+        biases=frozenset({"attention_bias", "mlp_bias"}),
+        reads=frozenset({
+            "embedding_multiplier", "residual_multiplier", "attention_multiplier",
+            "logits_scaling",
+        }),
     ),
     "mixtral": Family(
         defaults={
@@ -102,7 +131,7 @@ FAMILIES: dict[str, Family] = {
         },
         windows=config_windows.switched_everywhere,
         biases=frozenset({"attention_bias"}),
-        qk_norm=True,
+        qk_norm="head",
         experts=Mixture(some_layers=True),
         reads=_EXPERTS,
     ),
@@ -121,7 +150,7 @@ FAMILIES: dict[str, Family] = {
         windows=functools.partial(config_windows.every_nth_full, n=6),
         theta=1e6,
         sliding_theta=1e4,
-        qk_norm=True,
+        qk_norm="head",
         # transformers' Gemma 3 has a soft cap of attention logits in its configuration only.
         reads=frozenset({
             "query_pre_attn_scalar", "final_logit_softcapping", "rope_local_base_freq",

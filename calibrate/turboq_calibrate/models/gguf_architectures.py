@@ -19,6 +19,11 @@ class Architecture:
     window: int | None = None  # where the file names none
     full_every: int | None = None  # every n-th layer is full; None: all slide if there is a window
     sliding_theta: float | None = None  # sliding layers rotate with this base, unscaled
+    sliding_unscaled: bool = False  # or with that of the others, unscaled
+    no_rope_every: int | None = None  # every n-th layer has no rotary embedding
+    rope_switch: bool = False  # rope.scaling.finetuned = false: no layer has one
+    qk_norm: Literal["head", "projection"] = "head"  # where the file has such norms
+    pre_norms: bool = True
     post_norms: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden)
     activation: Literal["silu", "gelu_tanh"] = "silu"
@@ -37,6 +42,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture(),
     "qwen3": Architecture(),
     "qwen3moe": Architecture(renormalised=True, reads=frozenset({"expert_count"})),
+    "smollm3": Architecture(interleaved=True, no_rope_every=4),
+    "granite": Architecture(
+        interleaved=True,
+        rope_switch=True,
+        reads=frozenset({"logit_scale", "residual_scale", "embedding_scale", "attention.scale"}),
+    ),
+    "olmo2": Architecture(
+        full_every=4,
+        sliding_unscaled=True,
+        qk_norm="projection",
+        pre_norms=False,
+        post_norms=True,
+    ),
     "gemma2": _gemma(
         window=4096,
         full_every=2,

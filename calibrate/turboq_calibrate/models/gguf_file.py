@@ -212,9 +212,16 @@ class GGUFFile:
             norm_eps=eps,
             tied_embeddings="output.weight" not in self._tensors,
             layers=tuple(self._layer_spec(i, hidden, eps) for i in range(count)),
-            embed_scale=hidden**0.5 if self._row.scaled_embedding else 1.0,
+            embed_scale=hidden**0.5
+            if self._row.scaled_embedding
+            else self._factor("embedding_scale"),
+            logit_scale=1 / self._factor("logit_scale"),
             logit_softcap=self._cap("final_logit_softcapping", self._row.logit_softcap),
         )
+
+    def _factor(self, key: str) -> float:
+        """A factor; 0 in the file is none, as in llama.cpp."""
+        return self._positive(key) if self._get(key, 0) else 1.0
 
     def _cap(self, key: str, default: float | None) -> float | None:
         """A soft cap; 0 in the file is none, as in llama.cpp."""
@@ -254,7 +261,6 @@ class GGUFFile:
             return f"blk.{index}.{LAYER_TENSORS[name]}" in self._tensors
 
         row, window, experts = self._row, self._window(index), self._experts(index)
-        wide = self._integer("block_count") == row.wide_scale_layers
         return LayerSpec(
             hidden=hidden,
             intermediate=0 if experts else self._integer("feed_forward_length", layer=index),
@@ -263,18 +269,33 @@ class GGUFFile:
             head_dim=head_dim,
             v_head_dim=self._integer("attention.value_length", head_dim),
             norm_eps=eps,
-            rope=self._rope(head_dim, sliding=window is not None),
+            rope=self._rope(head_dim, sliding=window is not None) if self._turns(index) else None,
             qkv_bias=has("q_bias"),
             o_bias=has("o_bias"),
             mlp_bias=has("gate_bias"),
-            qk_norm=has("q_norm"),
+            qk_norm=row.qk_norm if has("q_norm") else None,
             experts=experts,
+            pre_norms=row.pre_norms,
             post_norms=row.post_norms,
             activation=row.activation,
-            softmax_scale=(hidden / heads) ** -0.5 if wide else None,
+            residual_scale=self._factor("residual_scale"),
+            softmax_scale=self._softmax_scale(hidden / heads),
             window=window,
             softcap=self._cap("attn_logit_softcapping", row.softcap),
         )
+
+    def _softmax_scale(self, wide: float) -> float | None:
+        """Where it is not head_dim^-1/2; `wide` is hidden / heads."""
+        if self._integer("block_count") == self._row.wide_scale_layers:
+            return wide**-0.5
+        return self._positive("attention.scale") if self._get("attention.scale", 0) else None
+
+    def _turns(self, index: int) -> bool:
+        """Whether a layer has a rotary embedding."""
+        every = self._row.no_rope_every
+        if self._row.rope_switch and not self._get("rope.scaling.finetuned", True):
+            return False
+        return every is None or (index + 1) % every != 0
 
     def _experts(self, index: int) -> Experts | None:
         if not self._get("expert_count", 0):
@@ -299,10 +320,9 @@ class GGUFFile:
                 "supported (all, and an even number)"
             )
         scaling = self._rope_scaling()
-        if sliding and self._row.sliding_theta is not None:
-            return Rope(
-                theta=self._positive("rope.freq_base_swa", self._row.sliding_theta), dim=head_dim
-            )
+        if sliding and self._own_sliding_rope:
+            base = self._positive("rope.freq_base_swa", self._row.sliding_theta or theta)
+            return Rope(theta=base, dim=head_dim)
         if "rope_freqs.weight" not in self._tensors:
             return Rope(theta=theta, dim=head_dim, scaling=scaling)
         if scaling is not None:
@@ -313,12 +333,16 @@ class GGUFFile:
         inv_freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim) / divisors
         return Rope(theta=theta, dim=head_dim, inv_freq=tuple(float(f) for f in inv_freq))
 
+    @property
+    def _own_sliding_rope(self) -> bool:
+        return self._row.sliding_theta is not None or self._row.sliding_unscaled
+
     def _rope_scaling(self) -> Scaling | None:
         """Linear scaling as llama.cpp reads it: a factor without a type is linear."""
         prefix = f"{self.metadata['general.architecture']}.rope."
         given = {k[len(prefix) :]: v for k, v in self.metadata.items() if k.startswith(prefix)}
         for key, value in given.items():
-            own = key == "freq_base_swa" and self._row.sliding_theta is not None
+            own = key == "freq_base_swa" and self._own_sliding_rope
             if key not in ROPE and not own:
                 raise TurboqError(f"{self.path}: {prefix}{key}={quoted(value)} is not supported")
         if given.get("scaling.attn_factor", 1.0) != 1.0:

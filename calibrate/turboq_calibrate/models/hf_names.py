@@ -42,7 +42,11 @@ POST_NORMS = {
     "mlp_norm": "pre_feedforward_layernorm.weight",
     "mlp_post_norm": "post_feedforward_layernorm.weight",
 }
-
+# Where it normalises nothing else.
+POST_NORMS_ALONE = {
+    "attn_post_norm": "post_attention_layernorm.weight",
+    "mlp_post_norm": "post_feedforward_layernorm.weight",
+}
 
 ROUTING = {
     "router": "mlp.gate.weight",
@@ -67,7 +71,8 @@ MIXTRAL_EXPERT = {
 def layer_names(spec: LayerSpec, family: str) -> dict[str, str]:
     """Our name of a layer's weight -> the checkpoint's, after the layer's own prefix."""
     routing = MIXTRAL_ROUTING if family == "mixtral" else ROUTING
-    return LAYER_TENSORS | (POST_NORMS if spec.post_norms else {}) | routing
+    post = {} if not spec.post_norms else POST_NORMS if spec.pre_norms else POST_NORMS_ALONE
+    return LAYER_TENSORS | post | routing
 
 
 def expert_names(family: str, number: int) -> dict[str, str]:

@@ -25,14 +25,10 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
         spec.kv_heads * spec.v_head_dim,
     )
     o = spec.heads * spec.v_head_dim
-    shapes: Shapes = {
-        "attn_norm": (m,),
-        "q": (q, m),
-        "k": (k, m),
-        "v": (v, m),
-        "o": (m, o),
-        "mlp_norm": (m,),
-    }
+    shapes: Shapes = {"attn_norm": (m,)} if spec.pre_norms else {}
+    shapes |= {"q": (q, m), "k": (k, m), "v": (v, m), "o": (m, o)}
+    if spec.pre_norms:
+        shapes["mlp_norm"] = (m,)
     if spec.experts is None:
         shapes |= mlp_shapes(m, f)
     else:
@@ -48,8 +44,10 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
         shapes |= {"o_bias": (m,)}
     if spec.mlp_bias:
         shapes |= {"gate_bias": (f,), "up_bias": (f,), "down_bias": (m,)}
-    if spec.qk_norm:
+    if spec.qk_norm == "head":
         shapes |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
+    if spec.qk_norm == "projection":
+        shapes |= {"q_norm": (q,), "k_norm": (k,)}
     return shapes
 
 

@@ -41,6 +41,11 @@ def rms_norm(
     return x * inverse * jnp.broadcast_to(factor, x.shape)
 
 
+def pre_normed(spec: LayerSpec, params: Params, x: Array, name: str) -> Array:
+    """What attention (`name` attn_norm) or the MLP (mlp_norm) reads of the residual stream."""
+    return normed(spec, params, x, name) if spec.pre_norms else x
+
+
 def normed(spec: LayerSpec, params: Params, x: Array, name: str) -> Array:
     return rms_norm(x, params[name], spec.norm_eps, spec.norm_offset)
 
@@ -57,5 +62,7 @@ def gated_mlp(
 def add(
     spec: LayerSpec, params: Params, x: Float[Array, "*A M"], y: Float[Array, "*A M"], norm: str
 ) -> Float[Array, "*A M"]:
-    """The residual sum x + y, with y normalised by weight `norm` where the layer does that."""
-    return x + (normed(spec, params, y, norm) if spec.post_norms else y)
+    """The residual sum x + y, with y normalised by weight `norm`, or scaled, where the layer does
+    that."""
+    y = normed(spec, params, y, norm) if spec.post_norms else y
+    return x + (y if spec.residual_scale == 1.0 else y * jnp.float32(spec.residual_scale))

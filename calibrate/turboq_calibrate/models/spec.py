@@ -34,13 +34,15 @@ class LayerSpec:
     head_dim: int  # of q and k
     v_head_dim: int
     norm_eps: float
-    rope: Rope | None
+    rope: Rope | None  # None: no rotary embedding (NoPE)
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["head", "projection"] | None = None  # what is normalised at a time
     norm_offset: float = 0.0  # RMS norms multiply by offset + weight
+    pre_norms: bool = True  # norms of what attention and the MLP read
     post_norms: bool = False  # norms of what attention and the MLP add to the residual stream
+    residual_scale: float = 1.0  # of what attention and the MLP add
     activation: Literal["silu", "gelu_tanh"] = "silu"
     softmax_scale: float | None = None  # None: head_dim^-1/2
     window: int | None = None  # sliding window in tokens, the query's own included
@@ -72,6 +74,7 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     embed_scale: float = 1.0  # embeddings are multiplied by its float32 value
     norm_offset: float = 0.0  # of the final norm
+    logit_scale: float = 1.0  # logits are multiplied by it
     logit_softcap: float | None = None  # of the final logits
     prefix: str = "model."  # of the decoder's module names
 

@@ -40,8 +40,15 @@ FAMILIES = (
     "mixtral",
     "qwen2_moe",
     "qwen3_moe",
+    "olmo2",
+    "smollm3",
+    "granite",
 )
-COPIES = ("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+COPIES = (
+    *("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"),
+    *("olmo2", "smollm3", "granite"),
+)
 
 
 def capturing(spec, q, k, v, positions, state):
@@ -87,7 +94,8 @@ def test_golden_families_cover_what_they_claim():
         "qwen3",
         "gemma2",
         *["gemma3_text"] * 2,
-        *("mixtral", "qwen2_moe", "qwen3_moe"),
+        *MIXTURES,
+        *("olmo2", "smollm3", "granite"),
     ]
     assert first["llama3"].rope.scaling.type == "llama3"
     assert first["llama_bias"].rope.scaling == Scaling(type="linear", factor=2.5)
@@ -114,8 +122,16 @@ def test_golden_families_cover_what_they_claim():
     assert specs["gemma3_vision"].path(1) == "language_model.model.layers.1.self_attn"
     mixtures = {family: [layer.experts for layer in spec.layers] for family, spec in specs.items()}
     assert [bool(mixture) for mixture in mixtures["qwen2_moe"]] == [True, False, True]
-    assert [mixtures[f][0].renormalised for f in FAMILIES[-3:]] == [True, False, True]
-    assert [mixtures[f][0].shared for f in FAMILIES[-3:]] == [0, 10, 0]
+    assert [mixtures[f][0].renormalised for f in MIXTURES] == [True, False, True]
+    assert [mixtures[f][0].shared for f in MIXTURES] == [0, 10, 0]
+    assert (first["olmo2"].pre_norms, first["olmo2"].post_norms) == (False, True)
+    assert first["olmo2"].qk_norm == "projection"
+    turned = [layer.rope is not None for layer in specs["smollm3"].layers]
+    assert turned == [True, True, True, False, True]
+    assert specs["smollm3"].layers[0].rope.theta == 2e6
+    granite = specs["granite"]
+    assert (granite.embed_scale, granite.logit_scale, first["granite"].scale) == (3, 0.4, 0.125)
+    assert first["granite"].residual_scale == 0.4
     # Random norms and biases: a decoder that skips one of them cannot pass.
     norms = load_model(GOLDEN / "qwen3").layer(0)
     assert all(np.std(norms[name]) > 0.1 for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm"))
