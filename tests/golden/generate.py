@@ -56,6 +56,12 @@ LLAMA3 = rope(
     high_freq_factor=4.0,
     original_max_position_embeddings=128,
 )
+LONGROPE = rope(
+    "longrope",
+    partial_rotary_factor=0.75,  # 6 pairs
+    short_factor=[1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    long_factor=[1.0, 2.0, 4.0, 6.0, 8.0, 9.0],
+)
 BY_LAYER = {
     "full_attention": rope("linear", 50000.0, factor=4.0),
     "sliding_attention": rope(theta=10000.0),
@@ -192,6 +198,18 @@ FAMILIES = {
          "logits_scaling": 2.5, "tie_word_embeddings": True},
         torch.bfloat16, None, "BF16", None,
     ),
+    "phi3": (
+        "phi3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20,
+         "pad_token_id": 1, "original_max_position_embeddings": 80, "rope_parameters": LONGROPE},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "phi3_window": (
+        "phi3",
+        {"intermediate_size": 20, "pad_token_id": 1, "sliding_window": 5,
+         "original_max_position_embeddings": 256},
+        torch.bfloat16, None, None, None,
+    ),
 }  # fmt: skip
 # Whose GGUF copies transformers does not read.
 UNREAD = ("mixtral", "olmo2", "smollm3", "granite")
@@ -309,6 +327,13 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_logit_scale(config.logits_scaling)
+    if model_type == "phi3":
+        writer.add_rope_dimension_count(int(head_dim * rotation["partial_rotary_factor"]))
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+        writer.add_rope_scaling_attn_factors(model.model.rotary_emb.attention_scaling)
+        for name in ("long_factor", "short_factor"):
+            factors = np.array(rotation[name], np.float32)
+            writer.add_tensor(f"rope_factors_{name.removesuffix('_factor')}.weight", factors)
     if model_type in INTERLEAVED:
         writer.add_rope_dimension_count(head_dim)
     if model_type in ("mixtral", "qwen3_moe"):
@@ -474,6 +499,8 @@ $table
 | `gemma3_vision` | gemma3 | the decoder as a part of a model that also sees |
 | `olmo2` | olmo2 | norms after attention and MLP alone, QK-norm over whole projections, GGUF copy |
 | `smollm3` | smollm3 | layers without a rotary embedding, GGUF copy |
+| `phi3` | phi3 | fused matrices, longrope, partial rotation, GGUF copy |
+| `phi3_window` | phi3 | fused matrices of grouped heads, a sliding window on every layer |
 | `granite` | granite | factors on embedding, residual, attention and logits, biases, GGUF copy |
 
 `smollm2_135m.npz`: the embedded SmolLM2-135M-Instruct on `passage.txt` (written for this project),

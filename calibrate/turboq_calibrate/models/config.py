@@ -16,7 +16,7 @@ from turboq.json_object import read_object
 from turboq_calibrate.models.config_experts import read_experts
 from turboq_calibrate.models.config_fields import Reader
 from turboq_calibrate.models.config_nope import rotated_layers
-from turboq_calibrate.models.config_rope import read_ropes
+from turboq_calibrate.models.config_rope import Turn, read_ropes
 from turboq_calibrate.models.families import FAMILIES, UNREAD_INSIDE, WRAPPERS, Family
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 
@@ -93,16 +93,17 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
         if key not in reads and not neutral:
             raise TurboqError(f"{where}: {key}={quoted(value)} is not supported")
     _check_unquantized(read)
-    hidden = read.integer("hidden_size")
+    hidden, context = read.integer("hidden_size"), read.integer("max_position_embeddings")
+    ropes = read_ropes(read, _head_dim(read, row), context, row.rotation)
     return ModelSpec(
         family=str(family),
         name=name,
         vocab=read.integer("vocab_size"),
         hidden=hidden,
-        context=read.integer("max_position_embeddings"),
+        context=context if ropes[0].context is None else min(context, ropes[0].context),
         norm_eps=read.number("rms_norm_eps", 1e-6),
         tied_embeddings=read.boolean("tie_word_embeddings", False),
-        layers=_layers(read, row),
+        layers=_layers(read, row, ropes),
         embed_scale=hidden**0.5 if row.scaled_embedding else _factor(read, row, EMBEDDING_FACTOR),
         norm_offset=row.norm_offset,
         logit_scale=1 / _factor(read, row, "logits_scaling"),
@@ -110,7 +111,7 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
     )
 
 
-def _layers(read: Reader, row: Family) -> tuple[LayerSpec, ...]:
+def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerSpec, ...]:
     count = read.integer("num_hidden_layers")
     if count > MAX_LAYERS:
         raise TurboqError(f"{read.where}: num_hidden_layers={count} is above {MAX_LAYERS}")
@@ -121,10 +122,7 @@ def _layers(read: Reader, row: Family) -> tuple[LayerSpec, ...]:
             f"{read.where}: num_attention_heads={heads} must be a multiple of "
             f"num_key_value_heads={kv_heads}"
         )
-    head_dim = _head_dim(read, row, hidden, heads)
-    full, sliding = read_ropes(
-        read, head_dim, read.integer("max_position_embeddings"), row.theta, row.sliding_theta
-    )
+    (full, sliding), head_dim = ropes, _head_dim(read, row)
     rotated = rotated_layers(read, count) if row.nope else [True] * count
     common = LayerSpec(
         hidden=hidden,
@@ -134,7 +132,8 @@ def _layers(read: Reader, row: Family) -> tuple[LayerSpec, ...]:
         head_dim=head_dim,
         v_head_dim=head_dim,
         norm_eps=read.number("rms_norm_eps", 1e-6),
-        rope=full,
+        rope=full.rope,
+        rope_magnitude=full.magnitude,
         qk_norm=row.qk_norm,
         norm_offset=row.norm_offset,
         pre_norms=row.pre_norms,
@@ -153,7 +152,7 @@ def _layers(read: Reader, row: Family) -> tuple[LayerSpec, ...]:
             intermediate=dense if mixture is None else 0,
             experts=mixture,
             window=window,
-            rope=(full if window is None else sliding) if turns else None,
+            rope=(full if window is None else sliding).rope if turns else None,
         )
         for window, mixture, turns in zip(row.windows(read, count), experts, rotated, strict=True)
     )
@@ -181,7 +180,8 @@ def _decoder_part(config: dict[str, Any], name: str) -> dict[str, Any]:
     return outer | inner
 
 
-def _head_dim(read: Reader, row: Family, hidden: int, heads: int) -> int:
+def _head_dim(read: Reader, row: Family) -> int:
+    hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
     if read.config.get("head_dim") is None and row.head_dim is None and hidden % heads:
         raise TurboqError(
             f"{read.where}: hidden_size={hidden} is not a multiple of num_attention_heads={heads} "

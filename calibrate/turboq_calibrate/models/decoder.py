@@ -53,6 +53,8 @@ def project_qkv(
         q, k = normed(spec, params, q, "q_norm"), normed(spec, params, k, "k_norm")
     if spec.rope is not None:
         cos, sin = rope.tables(spec.rope, positions[:, :, None])
+        if spec.rope_magnitude != 1.0:
+            cos, sin = cos * spec.rope_magnitude, sin * spec.rope_magnitude
         layout = spec.rope.layout
         q, k = rope.apply(q, cos, sin, layout), rope.apply(k, cos, sin, layout)
     return q, k, v

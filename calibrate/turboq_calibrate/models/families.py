@@ -13,6 +13,7 @@ from typing import Any, Literal
 from turboq_calibrate.models import config_nope, config_windows
 from turboq_calibrate.models.config_experts import Mixture
 from turboq_calibrate.models.config_fields import Reader
+from turboq_calibrate.models.config_rope import Rotation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,7 @@ class Family:
     defaults: Mapping[str, Any]
     windows: Callable[[Reader, int], list[int | None]]
     head_dim: int | None = None  # default; None: hidden / heads
-    theta: float = 10000.0
-    sliding_theta: float | None = None  # sliding layers have a rotary embedding of their own
+    rotation: Rotation = dataclasses.field(default_factory=Rotation)
     activation: str = "hidden_act"  # the field that names it
     biases: frozenset[str] = frozenset()  # of attention_bias, mlp_bias, qkv_bias: those read
     qkv_bias: bool = False  # where it is not read, always
@@ -88,7 +88,7 @@ FAMILIES: dict[str, Family] = {
             "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True,
         },
         windows=config_windows.switched_unrotated,
-        theta=2e6,
+        rotation=Rotation(theta=2e6),
         nope=True,
         biases=frozenset({"attention_bias", "mlp_bias"}),
         reads=frozenset({config_nope.LIST, config_nope.INTERVAL}),
@@ -102,13 +102,23 @@ FAMILIES: dict[str, Family] = {
             "logits_scaling",
         }),
     ),
+    "phi3": Family(
+        defaults={
+            "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        windows=functools.partial(config_windows.always, default=None),
+        rotation=Rotation(partial=1.0, longrope=True),
+        # Published files name the code of before transformers had it.
+        reads=frozenset({"auto_map"}),
+    ),
     "mixtral": Family(
         defaults={
             "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
             "num_experts_per_tok": 2,
         },
         windows=functools.partial(config_windows.always, default=None),
-        theta=1e6,
+        rotation=Rotation(theta=1e6),
         experts=Mixture(width="intermediate_size", renormalised=True),
         reads=_EXPERTS,
     ),
@@ -148,8 +158,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _gemma(
         defaults=_GEMMA | {"vocab_size": 262208, "max_position_embeddings": 131072},
         windows=functools.partial(config_windows.every_nth_full, n=6),
-        theta=1e6,
-        sliding_theta=1e4,
+        rotation=Rotation(theta=1e6, sliding_theta=1e4),
         qk_norm="head",
         # transformers' Gemma 3 has a soft cap of attention logits in its configuration only.
         reads=frozenset({

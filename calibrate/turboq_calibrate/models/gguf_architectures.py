@@ -17,12 +17,17 @@ class Architecture:
 
     interleaved: bool = False  # rows of Q and K are stored as pairs of neighbours
     window: int | None = None  # where the file names none
+    ignores_window: bool = False  # llama.cpp attends to all tokens whatever the file says
     full_every: int | None = None  # every n-th layer is full; None: all slide if there is a window
     sliding_theta: float | None = None  # sliding layers rotate with this base, unscaled
+    layout: Literal["half", "interleaved"] = "half"  # of the rotary embedding as we do it
+    partial_rotary: bool = False  # only the first rope.dimension_count channels may be rotated
+    longrope: bool = False  # by rope_factors_short, up to the original context
     sliding_unscaled: bool = False  # or with that of the others, unscaled
     no_rope_every: int | None = None  # every n-th layer has no rotary embedding
     rope_switch: bool = False  # rope.scaling.finetuned = false: no layer has one
     qk_norm: Literal["head", "projection"] = "head"  # where the file has such norms
+    fused: tuple[str, ...] = ()  # matrices that are kept as one (`params.FUSED`)
     pre_norms: bool = True
     post_norms: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden)
@@ -47,6 +52,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         interleaved=True,
         rope_switch=True,
         reads=frozenset({"logit_scale", "residual_scale", "embedding_scale", "attention.scale"}),
+    ),
+    "phi3": Architecture(
+        ignores_window=True,
+        partial_rotary=True,
+        longrope=True,
+        fused=("qkv", "gate_up"),
     ),
     "olmo2": Architecture(
         full_every=4,

@@ -6,6 +6,7 @@ llama.cpp's converter stores llama-family Q and K rows with the two halves of ea
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models import gguf_header
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config_fields import positive
+from turboq_calibrate.models.config_longrope import divided
 from turboq_calibrate.models.gguf_architectures import ARCHITECTURES, Architecture
 from turboq_calibrate.models.spec import Experts, LayerSpec, ModelSpec
 
 LAYER_TENSORS = {
     "attn_norm": "attn_norm.weight",
     "q": "attn_q.weight",
+    "qkv": "attn_qkv.weight",
     "k": "attn_k.weight",
     "v": "attn_v.weight",
     "o": "attn_output.weight",
@@ -39,6 +42,7 @@ LAYER_TENSORS = {
     "gate": "ffn_gate.weight",
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
+    "gate_up": "ffn_up.weight",
     "router": "ffn_gate_inp.weight",
     "expert_gate": "ffn_gate_exps.weight",
     "expert_up": "ffn_up_exps.weight",
@@ -74,6 +78,10 @@ ROPE = (
 )
 
 
+# What longrope divides frequencies by, in short sequences and in long ones.
+FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
+
+
 class GGUFFile:
     """Weight source of one `.gguf` file. Metadata is read at once, tensors on demand.
 
@@ -107,13 +115,14 @@ class GGUFFile:
         """Float32 weights of one layer but its experts'."""
         spec = self.spec.layers[index]
         out = {}
-        for name, shape in P.layer_shapes(spec).items():
+        shapes = P.layer_shapes(spec)
+        for name, shape in P.fused_shapes(shapes, self._row.fused).items():
             value = self._read(f"blk.{index}.{LAYER_TENSORS[name]}", shape)
             if self._row.interleaved and name in ("q", "k", "q_bias", "k_bias"):
                 heads = spec.heads if name[0] == "q" else spec.kv_heads
                 value = unpermute(value, heads)
             out[name] = value
-        return out
+        return P.unfuse(out, shapes, self._row.fused)
 
     def experts(self, index: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Float32 matrices of some experts of one layer, stacked."""
@@ -208,7 +217,7 @@ class GGUFFile:
             name=self.path.stem,
             vocab=self._tensors["token_embd.weight"].shape[0],
             hidden=hidden,
-            context=self._integer("context_length"),
+            context=self._context,
             norm_eps=eps,
             tied_embeddings="output.weight" not in self._tensors,
             layers=tuple(self._layer_spec(i, hidden, eps) for i in range(count)),
@@ -231,6 +240,8 @@ class GGUFFile:
     def _window(self, index: int) -> int | None:
         """The window of a layer, None where it is full."""
         row, key = self._row, "attention.sliding_window"
+        if row.ignores_window:
+            return None
         if not self._get(key, row.window or 0):
             return None
         window = self._integer(key, row.window)
@@ -270,6 +281,7 @@ class GGUFFile:
             v_head_dim=self._integer("attention.value_length", head_dim),
             norm_eps=eps,
             rope=self._rope(head_dim, sliding=window is not None) if self._turns(index) else None,
+            rope_magnitude=self._positive("rope.scaling.attn_factor", 1.0),
             qkv_bias=has("q_bias"),
             o_bias=has("o_bias"),
             mlp_bias=has("gate_bias"),
@@ -313,25 +325,42 @@ class GGUFFile:
 
     def _rope(self, head_dim: int, *, sliding: bool) -> Rope:
         theta = self._positive("rope.freq_base", 10000.0)
-        rotated = self._integer("rope.dimension_count", head_dim)
-        if rotated != head_dim or head_dim % 2:
-            raise TurboqError(
-                f"{self.path}: rotary embedding of {rotated} of {head_dim} channels is not "
-                "supported (all, and an even number)"
+        dim = self._integer("rope.dimension_count", head_dim)
+        if dim > head_dim or dim % 2 or (dim < head_dim and not self._row.partial_rotary):
+            some = (
+                "an even number of them" if self._row.partial_rotary else "all, and an even number"
             )
-        scaling = self._rope_scaling()
+            raise TurboqError(
+                f"{self.path}: rotary embedding of {dim} of {head_dim} channels is not supported "
+                f"({some})"
+            )
+        rope, scaling = Rope(theta=theta, dim=dim, layout=self._row.layout), self._rope_scaling()
         if sliding and self._own_sliding_rope:
             base = self._positive("rope.freq_base_swa", self._row.sliding_theta or theta)
-            return Rope(theta=base, dim=head_dim)
-        if "rope_freqs.weight" not in self._tensors:
-            return Rope(theta=theta, dim=head_dim, scaling=scaling)
+            return dataclasses.replace(rope, theta=base)
+        name = self._divisors
+        if name is None:
+            return dataclasses.replace(rope, scaling=scaling)
         if scaling is not None:
-            raise TurboqError(f"{self.path}: both rope_freqs.weight and linear rope scaling")
-        divisors = self._read("rope_freqs.weight", (head_dim // 2,)).astype(np.float64)
+            raise TurboqError(f"{self.path}: both {name} and linear rope scaling")
+        divisors = self._read(name, (dim // 2,)).astype(np.float64)
         if not (divisors > 0).all():
-            raise TurboqError(f"{self.path}: tensor rope_freqs.weight must be positive")
-        inv_freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim) / divisors
-        return Rope(theta=theta, dim=head_dim, inv_freq=tuple(float(f) for f in inv_freq))
+            raise TurboqError(f"{self.path}: tensor {name} must be positive")
+        return divided(rope, divisors)
+
+    @property
+    def _divisors(self) -> str | None:
+        """The tensor that each frequency is divided by; of longrope the one of short sequences."""
+        name = FACTORS[0] if self._row.longrope else "rope_freqs.weight"
+        return name if name in self._tensors else None
+
+    @property
+    def _context(self) -> int:
+        """The longest sequence, of longrope the longest short one."""
+        context = self._integer("context_length")
+        if self._row.longrope and self._divisors is not None:
+            return min(context, self._integer("rope.scaling.original_context_length"))
+        return context
 
     @property
     def _own_sliding_rope(self) -> bool:
@@ -345,7 +374,7 @@ class GGUFFile:
             own = key == "freq_base_swa" and self._own_sliding_rope
             if key not in ROPE and not own:
                 raise TurboqError(f"{self.path}: {prefix}{key}={quoted(value)} is not supported")
-        if given.get("scaling.attn_factor", 1.0) != 1.0:
+        if given.get("scaling.attn_factor", 1.0) != 1.0 and not self._row.longrope:
             raise TurboqError(
                 f"{self.path}: {prefix}scaling.attn_factor={quoted(given['scaling.attn_factor'])} "
                 "is not supported: it would multiply rotated queries and keys"
@@ -377,13 +406,15 @@ class GGUFFile:
         if not spec.tied_embeddings:
             expected["output.weight"] = (spec.vocab, spec.hidden)
         for i, layer in enumerate(spec.layers):
-            for name, shape in (P.layer_shapes(layer) | _stacked(layer)).items():
+            stored = P.fused_shapes(P.layer_shapes(layer), self._row.fused)
+            for name, shape in (stored | _stacked(layer)).items():
                 expected[f"blk.{i}.{LAYER_TENSORS[name]}"] = shape
         for name, shape in expected.items():
             if name not in self._tensors:
                 raise TurboqError(f"{self.path}: tensor {name} is missing")
             P.check_shape(name, self._tensors[name].shape, shape, self.path)
-        extra = sorted(set(self._tensors) - set(expected) - {"rope_freqs.weight"})
+        divisors = FACTORS if self._row.longrope else ("rope_freqs.weight",)
+        extra = sorted(set(self._tensors) - set(expected) - set(divisors))
         if extra:
             raise TurboqError(
                 f"{self.path}: tensor {shortened(extra[0])} ({len(extra)} in all) has no place in "

@@ -38,6 +38,7 @@ class HFFolder:
         self.folder = Path(folder)
         config = read_config(self.folder / "config.json")
         self.spec = model_spec(config, model_name(self.folder))
+        self._fused = hf_names.FUSED.get(self.spec.family, ())
         self._cache_scales = keeps_weights(config.get("quantization_config"))
         self._file_of = self._locate()
         self._part = config["model_type"] in WRAPPERS  # of a model that also sees
@@ -66,7 +67,9 @@ class HFFolder:
     def layer(self, index: int) -> dict[str, np.ndarray]:
         """Float32 weights of one layer but its experts'."""
         names, shapes = self._layer_names(index), P.layer_shapes(self.spec.layers[index])
-        return self._read({name: (names[name], shape) for name, shape in shapes.items()})
+        stored = P.fused_shapes(shapes, self._fused)
+        read = self._read({name: (names[name], shape) for name, shape in stored.items()})
+        return P.unfuse(read, shapes, self._fused)
 
     def _layer_names(self, index: int) -> dict[str, str]:
         names = hf_names.layer_names(self.spec.layers[index], self.spec.family)
@@ -144,7 +147,8 @@ class HFFolder:
             expected[self._head] = (spec.vocab, spec.hidden)
         for i, layer in enumerate(spec.layers):
             names = self._layer_names(i)
-            expected |= {names[ours]: shape for ours, shape in P.layer_shapes(layer).items()}
+            stored = P.fused_shapes(P.layer_shapes(layer), self._fused)
+            expected |= {names[ours]: shape for ours, shape in stored.items()}
             for number in range(layer.experts.count if layer.experts else 0):
                 names = self._expert_names(i, number)
                 expected |= {names[ours]: s for ours, s in P.expert_shapes(layer).items()}

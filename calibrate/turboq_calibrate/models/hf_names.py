@@ -19,6 +19,7 @@ OTHER_PARTS = tuple(
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
+    "qkv": "self_attn.qkv_proj.weight",
     "k": "self_attn.k_proj.weight",
     "v": "self_attn.v_proj.weight",
     "o": "self_attn.o_proj.weight",
@@ -30,6 +31,7 @@ LAYER_TENSORS = {
     "k_norm": "self_attn.k_norm.weight",
     "mlp_norm": "post_attention_layernorm.weight",
     "gate": "mlp.gate_proj.weight",
+    "gate_up": "mlp.gate_up_proj.weight",
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
     "gate_bias": "mlp.gate_proj.bias",
@@ -46,7 +48,8 @@ POST_NORMS = {
 POST_NORMS_ALONE = {
     "attn_post_norm": "post_attention_layernorm.weight",
     "mlp_post_norm": "post_feedforward_layernorm.weight",
-}
+}  # Matrices that are kept as one (`params.FUSED`).
+FUSED = {"phi3": ("qkv", "gate_up")}
 
 ROUTING = {
     "router": "mlp.gate.weight",

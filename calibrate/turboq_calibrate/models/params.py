@@ -6,6 +6,7 @@ Matrices keep the checkpoint's orientation [out, in]; `decoder.py` contracts the
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 
@@ -58,6 +59,33 @@ def mlp_shapes(hidden: int, intermediate: int, prefix: str = "") -> Shapes:
         f"{prefix}up": (intermediate, hidden),
         f"{prefix}down": (hidden, intermediate),
     }
+
+
+# Matrices that some checkpoints keep as one, rows of the first on top.
+FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
+
+def fused_shapes(shapes: Shapes, fused: Collection[str]) -> Shapes:
+    """`shapes` as a checkpoint has them that keeps the matrices `fused` (of `FUSED`) as one."""
+    out = dict(shapes)
+    for name in fused:
+        parts = [out.pop(part) for part in FUSED[name]]
+        out[name] = (sum(rows for rows, _ in parts), parts[0][1])
+    return out
+
+
+def unfuse(
+    weights: dict[str, np.ndarray], shapes: Shapes, fused: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Weights of `fused_shapes` by the names of `shapes`."""
+    out = dict(weights)
+    for name in fused:
+        stored, start = out.pop(name), 0
+        for part in FUSED[name]:
+            rows = shapes[part][0]
+            out[part] = stored[start : start + rows].copy()
+            start += rows
+    return out
 
 
 def expert_shapes(spec: LayerSpec) -> Shapes:

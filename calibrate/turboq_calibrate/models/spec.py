@@ -35,6 +35,7 @@ class LayerSpec:
     v_head_dim: int
     norm_eps: float
     rope: Rope | None  # None: no rotary embedding (NoPE)
+    rope_magnitude: float = 1.0  # channels that are rotated are multiplied by it (longrope)
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False

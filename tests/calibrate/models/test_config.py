@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -393,6 +394,61 @@ def test_layers_without_rotary_embedding():
     ]  # fmt: skip
 
 
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4 + [2.0] * 4, "long_factor": [4.0] * 8}
+
+
+def phi(**fields):
+    """A small Phi-3 configuration of heads of 16 channels."""
+    return config("phi3", max_position_embeddings=16384, **fields)
+
+
+def test_longrope_is_read_as_of_short_sequences():
+    spec = model_spec(phi(rope_scaling=LONGROPE, sliding_window=9, auto_map={"A": "b.C"}), "x")
+    layer = spec.layers[0]
+    assert (spec.context, layer.window, layer.rope.dim) == (4096, 9, 16)
+    want = [10000.0 ** (-2 * i / 16) / (1 if i < 4 else 2) for i in range(8)]
+    assert layer.rope.inv_freq == pytest.approx(want, rel=1e-12)
+    assert layer.rope_magnitude == pytest.approx((1 + math.log(4) / math.log(4096)) ** 0.5)
+    old = model_spec(phi(rope_scaling={**LONGROPE, "type": "su"}), "x").layers[0]
+    assert (old.rope, old.rope_magnitude) == (layer.rope, layer.rope_magnitude)
+    said = model_spec(phi(rope_scaling={**LONGROPE, "attention_factor": 1.5}), "x").layers[0]
+    assert said.rope_magnitude == 1.5
+    part = {"partial_rotary_factor": 0.5, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+    partial = model_spec(phi(rope_scaling={**LONGROPE, **part}), "x").layers[0]
+    assert (partial.rope.dim, partial.head_dim) == (8, 16)
+    plain = model_spec(phi(partial_rotary_factor=0.5), "x")
+    assert (plain.layers[0].rope, plain.context) == (Rope(theta=10000.0, dim=8), 16384)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"rope_scaling": {**LONGROPE, "short_factor": [1.0]}},
+            r"short_factor=\[1.0\] must hold 8",
+        ),
+        ({"rope_scaling": {**LONGROPE, "long_factor": [1.0] * 7 + [0]}}, "long_factor=0 must be"),
+        (
+            {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 9}},
+            "=4096 but 9 among",
+        ),
+        ({"rope_scaling": {**LONGROPE, "type": "yarn"}}, "default, linear, llama3, longrope"),
+        (
+            {"partial_rotary_factor": 1.5},
+            "partial_rotary_factor=1.5 of head_dim=16 must be an even",
+        ),
+        ({"partial_rotary_factor": 0.45}, "must be an even number of channels, at most all"),
+        (
+            {"model_type": "llama", "rope_scaling": LONGROPE},
+            "rope type 'longrope' is not supported",
+        ),
+    ],
+)
+def test_what_phi_3_does_not_do_is_refused(fields, message):
+    with pytest.raises(TurboqError, match=message):
+        model_spec(phi() | fields, "some/folder")
+
+
 def test_windows_per_layer():
     on = {"use_sliding_window": True, "sliding_window": 7}
     explicit = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -516,6 +572,7 @@ def test_neutral_values_of_refused_fields_pass():
 def test_supported_families_are_the_documented_ones():
     assert [*FAMILIES, *WRAPPERS] == [
         *("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "granite"),
+        "phi3",
         *("mixtral", "qwen2_moe", "qwen3_moe"),
         *("gemma2", "gemma3_text"),
         *("gemma3",),
@@ -531,4 +588,7 @@ def test_the_planner_reads_the_same_layers(folder):
     assert [(x.kv_heads, x.k_dim, x.v_dim, x.window) for x in planned.layers] == [
         (x.kv_heads, x.head_dim, x.v_head_dim, x.window) for x in spec.layers
     ]
-    assert planned.context == spec.context
+    # With longrope a model is read up to where longer sequences rotate otherwise.
+    scaled = config.get("rope_parameters", {}).get("rope_type") == "longrope"
+    original = config["original_max_position_embeddings"] if scaled else planned.context
+    assert spec.context == original

@@ -123,6 +123,10 @@ def test_what_llama_cpp_builds_into_others(tmp_path):
     layer = spec.layers[0]
     assert (spec.embed_scale, layer.residual_scale, layer.scale) == (1.0, 1.0, 8**-0.5)
     assert spec.logit_scale == 0.125
+    spec = spec_of(tmp_path, "phi3", attention__sliding_window=4)  # which llama.cpp ignores
+    assert (spec.context, spec.layers[0].window) == (80, None)
+    with pytest.raises(TurboqError, match=r"scaling.original_context_length is missing"):
+        spec_of(tmp_path, "phi3", rope__scaling__original_context_length=None)
 
 
 @pytest.mark.parametrize("layers", [46, 26])

@@ -1,6 +1,7 @@
 """Every family against transformers' own outputs (tests/golden), and the ways to run a model."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -43,11 +44,13 @@ FAMILIES = (
     "olmo2",
     "smollm3",
     "granite",
+    "phi3",
+    "phi3_window",
 )
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 COPIES = (
     *("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"),
-    *("olmo2", "smollm3", "granite"),
+    *("olmo2", "smollm3", "granite", "phi3"),
 )
 
 
@@ -96,6 +99,7 @@ def test_golden_families_cover_what_they_claim():
         *["gemma3_text"] * 2,
         *MIXTURES,
         *("olmo2", "smollm3", "granite"),
+        *["phi3"] * 2,
     ]
     assert first["llama3"].rope.scaling.type == "llama3"
     assert first["llama_bias"].rope.scaling == Scaling(type="linear", factor=2.5)
@@ -132,6 +136,10 @@ def test_golden_families_cover_what_they_claim():
     granite = specs["granite"]
     assert (granite.embed_scale, granite.logit_scale, first["granite"].scale) == (3, 0.4, 0.125)
     assert first["granite"].residual_scale == 0.4
+    phi3, plain = first["phi3"], first["phi3_window"]
+    assert (phi3.rope.dim, phi3.head_dim, specs["phi3"].context) == (12, 16, 80)
+    assert phi3.rope_magnitude == math.sqrt(1 + math.log(256 / 80) / math.log(80))
+    assert (plain.rope, plain.rope_magnitude, plain.window) == (Rope(theta=1e4, dim=8), 1.0, 5)
     # Random norms and biases: a decoder that skips one of them cannot pass.
     norms = load_model(GOLDEN / "qwen3").layer(0)
     assert all(np.std(norms[name]) > 0.1 for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm"))
