@@ -75,6 +75,14 @@ GEMMA = {
     "sliding_window": 5,
     "tie_word_embeddings": True,
 }
+GLM = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 12,  # 6 rotated channels
+    "intermediate_size": 20,
+    "pad_token_id": 1,
+    "rope_parameters": rope(partial_rotary_factor=0.5),
+}
 MOE = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -210,9 +218,21 @@ FAMILIES = {
          "original_max_position_embeddings": 256},
         torch.bfloat16, None, None, None,
     ),
+    "glm": (
+        "glm",
+        GLM | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+               "attention_bias": False},
+        torch.bfloat16, None, None, None,
+    ),
+    "glm4": ("glm4", GLM, torch.bfloat16, None, "BF16", None),
+    "starcoder2": (
+        "starcoder2",
+        {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1},
+        torch.bfloat16, None, "BF16", None,
+    ),
 }  # fmt: skip
 # Whose GGUF copies transformers does not read.
-UNREAD = ("mixtral", "olmo2", "smollm3", "granite")
+UNREAD = ("mixtral", "olmo2", "smollm3", "granite", "glm4")
 # Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
 INTERLEAVED = ("llama", "mixtral", "smollm3", "granite")
 
@@ -233,7 +253,9 @@ def build(family: str) -> transformers.PreTrainedModel:
                 unit = 0.25 if config.tie_word_embeddings else 1.0  # keeps logits of order one
                 value = noise * (unit if "embed" in name else p.shape[-1] ** -0.5)
             else:
-                one = "norm" in name and "gemma" not in model_type  # which adds it itself
+                one = (
+                    name.endswith("norm.weight") and "gemma" not in model_type
+                )  # which adds it itself
                 value = 1 + 0.3 * noise if one else 0.3 * noise
             p.copy_(value.to(stored).float())
     return model
@@ -307,7 +329,10 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if model_type == "starcoder2":
+        writer.add_layer_norm_eps(config.norm_epsilon)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rotation = config.rope_parameters.get("full_attention", config.rope_parameters)
     writer.add_rope_freq_base(rotation["rope_theta"])
     if rotation["rope_type"] == "linear":
@@ -327,8 +352,9 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_logit_scale(config.logits_scaling)
-    if model_type == "phi3":
+    if "partial_rotary_factor" in rotation:
         writer.add_rope_dimension_count(int(head_dim * rotation["partial_rotary_factor"]))
+    if model_type == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
         writer.add_rope_scaling_attn_factors(model.model.rotary_emb.attention_scaling)
         for name in ("long_factor", "short_factor"):
@@ -501,6 +527,9 @@ $table
 | `smollm3` | smollm3 | layers without a rotary embedding, GGUF copy |
 | `phi3` | phi3 | fused matrices, longrope, partial rotation, GGUF copy |
 | `phi3_window` | phi3 | fused matrices of grouped heads, a sliding window on every layer |
+| `glm` | glm | partial rotation of neighbours, fused matrices |
+| `glm4` | glm4 | the same with biases and norms on both sides, GGUF copy |
+| `starcoder2` | starcoder2 | layer norms, biases everywhere, an MLP without gate, GGUF copy |
 | `granite` | granite | factors on embedding, residual, attention and logits, biases, GGUF copy |
 
 `smollm2_135m.npz`: the embedded SmolLM2-135M-Instruct on `passage.txt` (written for this project),

@@ -101,7 +101,8 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
         vocab=read.integer("vocab_size"),
         hidden=hidden,
         context=context if ropes[0].context is None else min(context, ropes[0].context),
-        norm_eps=read.number("rms_norm_eps", 1e-6),
+        norm_eps=read.number(row.eps, 1e-6),
+        norm=row.norm,
         tied_embeddings=read.boolean("tie_word_embeddings", False),
         layers=_layers(read, row, ropes),
         embed_scale=hidden**0.5 if row.scaled_embedding else _factor(read, row, EMBEDDING_FACTOR),
@@ -131,11 +132,13 @@ def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerS
         kv_heads=kv_heads,
         head_dim=head_dim,
         v_head_dim=head_dim,
-        norm_eps=read.number("rms_norm_eps", 1e-6),
+        norm_eps=read.number(row.eps, 1e-6),
+        norm=row.norm,
         rope=full.rope,
         rope_magnitude=full.magnitude,
         qk_norm=row.qk_norm,
         norm_offset=row.norm_offset,
+        gated=row.gated,
         pre_norms=row.pre_norms,
         post_norms=row.post_norms,
         activation=_activation(read, row),
@@ -221,11 +224,13 @@ def _biases(read: Reader, row: Family) -> dict[str, Any]:
         if value and key not in row.biases:
             raise TurboqError(f"{read.where}: {key}=True is not supported")
     attention, qkv = said["attention_bias"], row.qkv_bias
+    if "use_bias" in row.biases:
+        return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), read.boolean("use_bias", False))
     if "qkv_bias" in row.biases:
         qkv = read.boolean("qkv_bias", qkv)
     return {
         "qkv_bias": attention or qkv,
-        "o_bias": attention,
+        "o_bias": attention and row.o_bias,
         "mlp_bias": said["mlp_bias"],
     }
 

@@ -26,8 +26,8 @@ from turboq_calibrate.models.primitives import (
     gated_mlp,
     linear,
     normed,
+    plain_mlp,
     pre_normed,
-    rms_norm,
 )
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 from turboq_calibrate.models.streamed_experts import Streamed
@@ -87,7 +87,9 @@ def join_feed_forward(
 ) -> Float[Array, "B T M"]:
     """The residual sum with the MLP, or the chosen experts, of the normalised x."""
     n = pre_normed(spec, params, x, "mlp_norm")
-    mlp = gated_mlp if spec.experts is None else experts.mixture
+    mlp = gated_mlp if spec.gated else plain_mlp
+    if spec.experts is not None:
+        mlp = experts.mixture
     return add(spec, params, x, mlp(spec, params, n), "mlp_post_norm")
 
 
@@ -139,7 +141,7 @@ def scaled(spec: ModelSpec, rows: Float[Array, "*A M"]) -> Float[Array, "*A M"]:
 
 def head(spec: ModelSpec, params: Params, x: Float[Array, "B T M"]) -> Float[Array, "B T V"]:
     """Final norm and unembedding: logits in nats."""
-    n = rms_norm(x, params["norm"], spec.norm_eps, spec.norm_offset)
+    n = normed(spec, params, x, "norm")
     logits = linear(n, params, "unembedding")
     if spec.logit_scale != 1.0:
         logits = logits * jnp.float32(spec.logit_scale)

@@ -29,11 +29,15 @@ class Family:
     head_dim: int | None = None  # default; None: hidden / heads
     rotation: Rotation = dataclasses.field(default_factory=Rotation)
     activation: str = "hidden_act"  # the field that names it
-    biases: frozenset[str] = frozenset()  # of attention_bias, mlp_bias, qkv_bias: those read
+    biases: frozenset[str] = frozenset()  # of attention_bias, mlp_bias, qkv_bias, use_bias
     qkv_bias: bool = False  # where it is not read, always
+    o_bias: bool = True  # attention_bias is of the output projection too
     nope: bool = False  # some layers have no rotary embedding
     qk_norm: Literal["head", "projection"] | None = None
     norm_offset: float = 0.0
+    norm: Literal["rms", "layer"] = "rms"
+    eps: str = "rms_norm_eps"  # the field that names it
+    gated: bool = True
     pre_norms: bool = True
     post_norms: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden)
@@ -56,6 +60,20 @@ _gemma = functools.partial(
     norm_offset=1.0,
     post_norms=True,
     scaled_embedding=True,
+)
+_glm = functools.partial(
+    Family,
+    defaults={
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1.5625e-7,
+        "attention_bias": True,
+    },
+    windows=config_windows.never,
+    head_dim=128,
+    rotation=Rotation(partial=0.5, layout="interleaved"),
+    biases=frozenset({"attention_bias"}),
+    o_bias=False,
 )
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -111,6 +129,20 @@ FAMILIES: dict[str, Family] = {
         rotation=Rotation(partial=1.0, longrope=True),
         # Published files name the code of before transformers had it.
         reads=frozenset({"auto_map"}),
+    ),
+    "glm": _glm(),
+    "glm4": _glm(post_norms=True),
+    "starcoder2": Family(
+        defaults={
+            "num_key_value_heads": 2, "max_position_embeddings": 4096,
+            "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "use_bias": True,
+            "norm_epsilon": 1e-5,
+        },
+        windows=functools.partial(config_windows.always, default=None),
+        biases=frozenset({"use_bias"}),
+        norm="layer",
+        eps="norm_epsilon",
+        gated=False,
     ),
     "mixtral": Family(
         defaults={

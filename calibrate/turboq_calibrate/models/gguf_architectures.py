@@ -28,6 +28,8 @@ class Architecture:
     rope_switch: bool = False  # rope.scaling.finetuned = false: no layer has one
     qk_norm: Literal["head", "projection"] = "head"  # where the file has such norms
     fused: tuple[str, ...] = ()  # matrices that are kept as one (`params.FUSED`)
+    norm: Literal["rms", "layer"] = "rms"
+    gated: bool = True
     pre_norms: bool = True
     post_norms: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden)
@@ -58,6 +60,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rotary=True,
         longrope=True,
         fused=("qkv", "gate_up"),
+    ),
+    "glm4": Architecture(
+        layout="interleaved", partial_rotary=True, fused=("gate_up",), post_norms=True
+    ),
+    "starcoder2": Architecture(
+        norm="layer", gated=False, activation="gelu_tanh", ignores_window=True
     ),
     "olmo2": Architecture(
         full_every=4,

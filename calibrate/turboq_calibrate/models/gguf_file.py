@@ -23,7 +23,10 @@ from turboq_calibrate.models.config_longrope import divided
 from turboq_calibrate.models.gguf_architectures import ARCHITECTURES, Architecture
 from turboq_calibrate.models.spec import Experts, LayerSpec, ModelSpec
 
+NORM, NORM_BIAS = "output_norm.weight", "output_norm.bias"
 LAYER_TENSORS = {
+    "attn_norm_bias": "attn_norm.bias",
+    "mlp_norm_bias": "ffn_norm.bias",
     "attn_norm": "attn_norm.weight",
     "q": "attn_q.weight",
     "qkv": "attn_qkv.weight",
@@ -141,10 +144,9 @@ class GGUFFile:
 
     def head(self) -> dict[str, np.ndarray]:
         name = "token_embd.weight" if self.spec.tied_embeddings else "output.weight"
-        return {
-            "norm": self._read("output_norm.weight", (self.spec.hidden,)),
-            "unembedding": self._read(name, (self.spec.vocab, self.spec.hidden)),
-        }
+        names = {"norm": NORM, "norm_bias": NORM_BIAS, "unembedding": name}
+        shapes = P.head_shapes(self.spec)
+        return {ours: self._read(names[ours], shape) for ours, shape in shapes.items()}
 
     def tokenizer(self):
         from turboq_calibrate.models.tokenizer import from_gguf
@@ -211,7 +213,8 @@ class GGUFFile:
         hidden, count = self._integer("embedding_length"), self._integer("block_count")
         if count > len(self._tensors):
             raise TurboqError(f"{self.path}: {count} layers but {len(self._tensors)} tensors")
-        eps = self._positive("attention.layer_norm_rms_epsilon")
+        rms = self._row.norm == "rms"
+        eps = self._positive(f"attention.layer_norm_{'rms_' if rms else ''}epsilon")
         return ModelSpec(
             family=arch,
             name=self.path.stem,
@@ -219,6 +222,7 @@ class GGUFFile:
             hidden=hidden,
             context=self._context,
             norm_eps=eps,
+            norm=self._row.norm,
             tied_embeddings="output.weight" not in self._tensors,
             layers=tuple(self._layer_spec(i, hidden, eps) for i in range(count)),
             embed_scale=hidden**0.5
@@ -284,7 +288,9 @@ class GGUFFile:
             rope_magnitude=self._positive("rope.scaling.attn_factor", 1.0),
             qkv_bias=has("q_bias"),
             o_bias=has("o_bias"),
-            mlp_bias=has("gate_bias"),
+            mlp_bias=has("up_bias"),
+            norm=row.norm,
+            gated=row.gated,
             qk_norm=row.qk_norm if has("q_norm") else None,
             experts=experts,
             pre_norms=row.pre_norms,
@@ -401,8 +407,10 @@ class GGUFFile:
         spec = self.spec
         expected = {
             "token_embd.weight": (spec.vocab, spec.hidden),
-            "output_norm.weight": (spec.hidden,),
+            NORM: (spec.hidden,),
         }
+        if spec.norm == "layer":
+            expected[NORM_BIAS] = (spec.hidden,)
         if not spec.tied_embeddings:
             expected["output.weight"] = (spec.vocab, spec.hidden)
         for i, layer in enumerate(spec.layers):

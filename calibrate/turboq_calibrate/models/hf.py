@@ -48,6 +48,7 @@ class HFFolder:
             self._head = hf_names.part_head(self._file_of)
         self.spec = dataclasses.replace(self.spec, prefix=prefix)
         self._embedding, self._norm = prefix + hf_names.EMBEDDING, prefix + hf_names.NORM
+        self._norm_bias = prefix + hf_names.NORM_BIAS
         self._check()
         if self.spec.tied_embeddings and self._head_differs():
             self.spec = dataclasses.replace(self.spec, tied_embeddings=False)
@@ -109,10 +110,9 @@ class HFFolder:
 
     def head(self) -> dict[str, np.ndarray]:
         name = self._embedding if self.spec.tied_embeddings else self._head
+        names = {"norm": self._norm, "norm_bias": self._norm_bias, "unembedding": name}
         shapes = P.head_shapes(self.spec)
-        return self._read(
-            {"norm": (self._norm, shapes["norm"]), "unembedding": (name, shapes["unembedding"])}
-        )
+        return self._read({ours: (names[ours], shape) for ours, shape in shapes.items()})
 
     def tokenizer(self) -> Tokenizer:
         return from_folder(self.folder)
@@ -143,6 +143,8 @@ class HFFolder:
         """Every tensor the decoder needs is there with its shape, and no tensor is left over."""
         spec = self.spec
         expected = {self._embedding: (spec.vocab, spec.hidden), self._norm: (spec.hidden,)}
+        if spec.norm == "layer":
+            expected[self._norm_bias] = (spec.hidden,)
         if not spec.tied_embeddings or self._head in self._file_of:
             expected[self._head] = (spec.vocab, spec.hidden)
         for i, layer in enumerate(spec.layers):

@@ -32,6 +32,8 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
         shapes["mlp_norm"] = (m,)
     if spec.experts is None:
         shapes |= mlp_shapes(m, f)
+        if not spec.gated:
+            del shapes["gate"]
     else:
         shapes["router"] = (spec.experts.count, m)
         if spec.experts.shared:
@@ -44,7 +46,10 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
     if spec.o_bias:
         shapes |= {"o_bias": (m,)}
     if spec.mlp_bias:
-        shapes |= {"gate_bias": (f,), "up_bias": (f,), "down_bias": (m,)}
+        shapes |= {"gate_bias": (f,)} if spec.gated else {}
+        shapes |= {"up_bias": (f,), "down_bias": (m,)}
+    if spec.norm == "layer":
+        shapes |= {f"{name}_bias": (m,) for name in shapes if name.endswith("_norm")}
     if spec.qk_norm == "head":
         shapes |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
     if spec.qk_norm == "projection":
@@ -108,7 +113,8 @@ def embed_shapes(spec: ModelSpec) -> Shapes:
 
 def head_shapes(spec: ModelSpec) -> Shapes:
     """Weights after the layers; `unembedding` is the embedding itself when they are tied."""
-    return {"norm": (spec.hidden,), "unembedding": (spec.vocab, spec.hidden)}
+    bias = {"norm_bias": (spec.hidden,)} if spec.norm == "layer" else {}
+    return {"norm": (spec.hidden,), **bias, "unembedding": (spec.vocab, spec.hidden)}
 
 
 def parameter_count(spec: ModelSpec) -> int:

@@ -11,6 +11,8 @@ from typing import Literal
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope
 
+Norm = Literal["rms", "layer"]  # "layer": less the mean, and with a bias
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experts:
@@ -40,10 +42,12 @@ class LayerSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: Literal["head", "projection"] | None = None  # what is normalised at a time
+    norm: Norm = "rms"
     norm_offset: float = 0.0  # RMS norms multiply by offset + weight
     pre_norms: bool = True  # norms of what attention and the MLP read
     post_norms: bool = False  # norms of what attention and the MLP add to the residual stream
     residual_scale: float = 1.0  # of what attention and the MLP add
+    gated: bool = True  # the MLP is down(act(gate) * up), not down(act(up))
     activation: Literal["silu", "gelu_tanh"] = "silu"
     softmax_scale: float | None = None  # None: head_dim^-1/2
     window: int | None = None  # sliding window in tokens, the query's own included
@@ -74,6 +78,7 @@ class ModelSpec:
     tied_embeddings: bool
     layers: tuple[LayerSpec, ...]
     embed_scale: float = 1.0  # embeddings are multiplied by its float32 value
+    norm: Norm = "rms"  # the final one
     norm_offset: float = 0.0  # of the final norm
     logit_scale: float = 1.0  # logits are multiplied by it
     logit_softcap: float | None = None  # of the final logits

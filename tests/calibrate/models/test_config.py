@@ -2,7 +2,6 @@
 
 import collections
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -369,86 +368,6 @@ def test_absent_fields_take_the_family_defaults():
     assert biased.o_bias
 
 
-def test_layers_without_rotary_embedding():
-    def layers(**fields):
-        return model_spec(config("smollm3", num_hidden_layers=4, **fields), "x").layers
-
-    def turned(**fields):
-        return [layer.rope is not None for layer in layers(**fields)]
-
-    assert turned() == [True, True, True, False]
-    assert turned(no_rope_layer_interval=2) == [True, False, True, False]
-    assert turned(no_rope_layers=[0, 1, 1, 0], no_rope_layer_interval=2) == [
-        False,
-        True,
-        True,
-        False,
-    ]
-    assert {layer.window for layer in layers(sliding_window=7)} == {None}
-    on = {"use_sliding_window": True, "sliding_window": 7}
-    assert [layer.window for layer in layers(**on)] == [None, None, None, 7]
-    types = ["sliding_attention", *["full_attention"] * 3]
-    mixed = layers(**on, layer_types=types)
-    assert [(layer.window, layer.rope is None) for layer in mixed] == [
-        (7, False), (None, False), (None, False), (None, True),
-    ]  # fmt: skip
-
-
-LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4 + [2.0] * 4, "long_factor": [4.0] * 8}
-
-
-def phi(**fields):
-    """A small Phi-3 configuration of heads of 16 channels."""
-    return config("phi3", max_position_embeddings=16384, **fields)
-
-
-def test_longrope_is_read_as_of_short_sequences():
-    spec = model_spec(phi(rope_scaling=LONGROPE, sliding_window=9, auto_map={"A": "b.C"}), "x")
-    layer = spec.layers[0]
-    assert (spec.context, layer.window, layer.rope.dim) == (4096, 9, 16)
-    want = [10000.0 ** (-2 * i / 16) / (1 if i < 4 else 2) for i in range(8)]
-    assert layer.rope.inv_freq == pytest.approx(want, rel=1e-12)
-    assert layer.rope_magnitude == pytest.approx((1 + math.log(4) / math.log(4096)) ** 0.5)
-    old = model_spec(phi(rope_scaling={**LONGROPE, "type": "su"}), "x").layers[0]
-    assert (old.rope, old.rope_magnitude) == (layer.rope, layer.rope_magnitude)
-    said = model_spec(phi(rope_scaling={**LONGROPE, "attention_factor": 1.5}), "x").layers[0]
-    assert said.rope_magnitude == 1.5
-    part = {"partial_rotary_factor": 0.5, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
-    partial = model_spec(phi(rope_scaling={**LONGROPE, **part}), "x").layers[0]
-    assert (partial.rope.dim, partial.head_dim) == (8, 16)
-    plain = model_spec(phi(partial_rotary_factor=0.5), "x")
-    assert (plain.layers[0].rope, plain.context) == (Rope(theta=10000.0, dim=8), 16384)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (
-            {"rope_scaling": {**LONGROPE, "short_factor": [1.0]}},
-            r"short_factor=\[1.0\] must hold 8",
-        ),
-        ({"rope_scaling": {**LONGROPE, "long_factor": [1.0] * 7 + [0]}}, "long_factor=0 must be"),
-        (
-            {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 9}},
-            "=4096 but 9 among",
-        ),
-        ({"rope_scaling": {**LONGROPE, "type": "yarn"}}, "default, linear, llama3, longrope"),
-        (
-            {"partial_rotary_factor": 1.5},
-            "partial_rotary_factor=1.5 of head_dim=16 must be an even",
-        ),
-        ({"partial_rotary_factor": 0.45}, "must be an even number of channels, at most all"),
-        (
-            {"model_type": "llama", "rope_scaling": LONGROPE},
-            "rope type 'longrope' is not supported",
-        ),
-    ],
-)
-def test_what_phi_3_does_not_do_is_refused(fields, message):
-    with pytest.raises(TurboqError, match=message):
-        model_spec(phi() | fields, "some/folder")
-
-
 def test_windows_per_layer():
     on = {"use_sliding_window": True, "sliding_window": 7}
     explicit = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -572,7 +491,7 @@ def test_neutral_values_of_refused_fields_pass():
 def test_supported_families_are_the_documented_ones():
     assert [*FAMILIES, *WRAPPERS] == [
         *("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "granite"),
-        "phi3",
+        *("phi3", "glm", "glm4", "starcoder2"),
         *("mixtral", "qwen2_moe", "qwen3_moe"),
         *("gemma2", "gemma3_text"),
         *("gemma3",),

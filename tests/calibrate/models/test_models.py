@@ -46,11 +46,14 @@ FAMILIES = (
     "granite",
     "phi3",
     "phi3_window",
+    "glm",
+    "glm4",
+    "starcoder2",
 )
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 COPIES = (
     *("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"),
-    *("olmo2", "smollm3", "granite", "phi3"),
+    *("olmo2", "smollm3", "granite", "phi3", "glm4", "starcoder2"),
 )
 
 
@@ -100,6 +103,7 @@ def test_golden_families_cover_what_they_claim():
         *MIXTURES,
         *("olmo2", "smollm3", "granite"),
         *["phi3"] * 2,
+        *("glm", "glm4", "starcoder2"),
     ]
     assert first["llama3"].rope.scaling.type == "llama3"
     assert first["llama_bias"].rope.scaling == Scaling(type="linear", factor=2.5)
@@ -140,6 +144,17 @@ def test_golden_families_cover_what_they_claim():
     assert (phi3.rope.dim, phi3.head_dim, specs["phi3"].context) == (12, 16, 80)
     assert phi3.rope_magnitude == math.sqrt(1 + math.log(256 / 80) / math.log(80))
     assert (plain.rope, plain.rope_magnitude, plain.window) == (Rope(theta=1e4, dim=8), 1.0, 5)
+    turned = Rope(theta=1e4, dim=6, layout="interleaved")
+    assert (first["glm4"].rope, first["glm4"].head_dim) == (turned, 12)
+    assert first["glm"].rope == dataclasses.replace(turned, dim=4)
+    assert [x.qkv_bias for x in (first["glm"], first["glm4"])] == [False, True]
+    assert [x.post_norms for x in (first["glm"], first["glm4"])] == [False, True]
+    assert not first["glm4"].o_bias
+    star = first["starcoder2"]
+    assert (star.norm, specs["starcoder2"].norm, star.gated) == ("layer", "layer", False)
+    assert star.qkv_bias
+    assert star.o_bias
+    assert star.mlp_bias
     # Random norms and biases: a decoder that skips one of them cannot pass.
     norms = load_model(GOLDEN / "qwen3").layer(0)
     assert all(np.std(norms[name]) > 0.1 for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm"))
@@ -183,7 +198,9 @@ def test_a_streamed_layer_reads_only_its_own_tensors(monkeypatch):
     assert all(name.startswith("model.layers.1.") for name in names)
 
 
-@pytest.mark.parametrize("family", ["llama_bias", "llama3", "qwen3", "gemma2", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "family", ["llama_bias", "llama3", "qwen3", "gemma2", "qwen2_moe", "starcoder2"]
+)
 def test_nnx_module_equals_the_functions(family):
     model, expected = load_model(GOLDEN / family), golden(family)
     module = Decoder.from_model(model)
