@@ -28,7 +28,7 @@ MODELS = {
     # layers without a rotary embedding among others; keys stored before it where there is one
     "smollm3": [None] * 5,
     # partial rotation of neighbouring channels
-    "glm4": [None] * 2,
+    "glm": [None] * 2,
 }
 
 
