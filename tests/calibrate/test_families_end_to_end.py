@@ -25,6 +25,10 @@ MODELS = {
     "gemma2": [5, None, 5],
     # experts, read as they are due, with a shared one; a dense layer
     "qwen2_moe": [5, None, None],
+    # layers without a rotary embedding among others; keys stored before it where there is one
+    "smollm3": [None] * 5,
+    # partial rotation of neighbouring channels
+    "glm": [None] * 2,
 }
 
 
@@ -38,11 +42,14 @@ def test_calibrate_plan_evaluate(name, tmp_path):
     found = observe(model, windows, tmp_path, recipe, progress=False, log=lambda line: None)
     geometry = model_geometry(model)
     assert [layer.window for layer in geometry.layers] == MODELS[name]
+    rotations = {layer.rope_layout for layer in geometry.layers}
+    before = rotations & {"none", "interleaved"}
     plans = []
     for bits in (2, 8):
         codec = PerHead(dim=geometry.layers[0].k_dim, bits=bits)
         policy = TokenPolicy(sinks=1, recent=2, exact_dtype="float32")
-        plan, arrays = make_plan(geometry, k=codec, v=codec, policy=policy, statistics=found)
+        plan, arrays = make_plan(geometry, k=codec, v=codec, policy=policy, statistics=found,
+                                 k_rope="before" if before else "after")  # fmt: skip
         plans.append((f"{bits} bits", plan, arrays))
     tokens = np.asarray(windows.tokens[:2])
     rows = evaluate(model, plans, tokens, text="random", progress=False).rows

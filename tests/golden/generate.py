@@ -56,6 +56,12 @@ LLAMA3 = rope(
     high_freq_factor=4.0,
     original_max_position_embeddings=128,
 )
+LONGROPE = rope(
+    "longrope",
+    partial_rotary_factor=0.75,  # 6 pairs
+    short_factor=[1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    long_factor=[1.0, 2.0, 4.0, 6.0, 8.0, 9.0],
+)
 BY_LAYER = {
     "full_attention": rope("linear", 50000.0, factor=4.0),
     "sliding_attention": rope(theta=10000.0),
@@ -68,6 +74,14 @@ GEMMA = {
     "query_pre_attn_scalar": 8,  # head_dim: a GGUF file cannot say another
     "sliding_window": 5,
     "tie_word_embeddings": True,
+}
+GLM = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 12,  # 6 rotated channels
+    "intermediate_size": 20,
+    "pad_token_id": 1,
+    "rope_parameters": rope(partial_rotary_factor=0.5),
 }
 MOE = {
     "num_attention_heads": 2,
@@ -174,7 +188,53 @@ FAMILIES = {
                  "layer_types": ["full_attention", "sliding_attention"]},
         torch.bfloat16, None, None, None,
     ),
+    "olmo2": (
+        "olmo2",
+        {"intermediate_size": 20, "rope_parameters": rope(theta=5e5)},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "smollm3": (
+        "smollm3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16,
+         "num_hidden_layers": 5, "tie_word_embeddings": True, "pad_token_id": 1},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "granite": (
+        "granite",
+        {"intermediate_size": 20, "attention_bias": True, "mlp_bias": True,
+         "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.125,
+         "logits_scaling": 2.5, "tie_word_embeddings": True},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "phi3": (
+        "phi3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20,
+         "pad_token_id": 1, "original_max_position_embeddings": 80, "rope_parameters": LONGROPE},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "phi3_window": (
+        "phi3",
+        {"intermediate_size": 20, "pad_token_id": 1, "sliding_window": 5,
+         "original_max_position_embeddings": 256},
+        torch.bfloat16, None, None, None,
+    ),
+    "glm": (
+        "glm",
+        GLM | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+               "attention_bias": False},
+        torch.bfloat16, None, None, None,
+    ),
+    "glm4": ("glm4", GLM, torch.bfloat16, None, "BF16", None),
+    "starcoder2": (
+        "starcoder2",
+        {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1},
+        torch.bfloat16, None, "BF16", None,
+    ),
 }  # fmt: skip
+# Whose GGUF copies transformers does not read.
+UNREAD = ("mixtral", "olmo2", "smollm3", "granite", "glm4")
+# Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
+INTERLEAVED = ("llama", "mixtral", "smollm3", "granite")
 
 
 def build(family: str) -> transformers.PreTrainedModel:
@@ -193,7 +253,9 @@ def build(family: str) -> transformers.PreTrainedModel:
                 unit = 0.25 if config.tie_word_embeddings else 1.0  # keeps logits of order one
                 value = noise * (unit if "embed" in name else p.shape[-1] ** -0.5)
             else:
-                one = "norm" in name and "gemma" not in model_type  # which adds it itself
+                one = (
+                    name.endswith("norm.weight") and "gemma" not in model_type
+                )  # which adds it itself
                 value = 1 + 0.3 * noise if one else 0.3 * noise
             p.copy_(value.to(stored).float())
     return model
@@ -267,7 +329,10 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if model_type == "starcoder2":
+        writer.add_layer_norm_eps(config.norm_epsilon)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rotation = config.rope_parameters.get("full_attention", config.rope_parameters)
     writer.add_rope_freq_base(rotation["rope_theta"])
     if rotation["rope_type"] == "linear":
@@ -282,7 +347,20 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     if head_dim != config.hidden_size // config.num_attention_heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if model_type in ("llama", "mixtral"):
+    if model_type == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if "partial_rotary_factor" in rotation:
+        writer.add_rope_dimension_count(int(head_dim * rotation["partial_rotary_factor"]))
+    if model_type == "phi3":
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+        writer.add_rope_scaling_attn_factors(model.model.rotary_emb.attention_scaling)
+        for name in ("long_factor", "short_factor"):
+            factors = np.array(rotation[name], np.float32)
+            writer.add_tensor(f"rope_factors_{name.removesuffix('_factor')}.weight", factors)
+    if model_type in INTERLEAVED:
         writer.add_rope_dimension_count(head_dim)
     if model_type in ("mixtral", "qwen3_moe"):
         writer.add_expert_count(config.num_local_experts)
@@ -307,7 +385,7 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         value = p.float().numpy()
-        if model_type in ("llama", "mixtral") and ("q_proj" in name or "k_proj" in name):
+        if model_type in INTERLEAVED and ("q_proj" in name or "k_proj" in name):
             key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             value = interleave(value, getattr(config, key))
         if "gemma" in model_type and "norm" in name:
@@ -383,7 +461,7 @@ def make_family(family: str) -> None:
     if gguf_type is not None:
         path = folder / "model.gguf"
         write_gguf(family, model, tokenizer, path)
-        if FAMILIES[family][0] != "mixtral":  # which transformers does not read from GGUF
+        if FAMILIES[family][0] not in UNREAD:
             check_copy(family, path, model.config, tokens, positions, logits)
     model.set_attn_implementation("eager")
     options = {} if shard is None else {"max_shard_size": shard}
@@ -445,6 +523,14 @@ $table
 | `gemma2` | gemma2 | soft caps, 1 + weight norms on both sides, GELU, scaled embedding, GGUF copy |
 | `gemma3` | gemma3_text | windows and rotary embeddings by layer, every sixth full, GGUF copy |
 | `gemma3_vision` | gemma3 | the decoder as a part of a model that also sees |
+| `olmo2` | olmo2 | norms after attention and MLP alone, QK-norm over whole projections, GGUF copy |
+| `smollm3` | smollm3 | layers without a rotary embedding, GGUF copy |
+| `phi3` | phi3 | fused matrices, longrope, partial rotation, GGUF copy |
+| `phi3_window` | phi3 | fused matrices of grouped heads, a sliding window on every layer |
+| `glm` | glm | partial rotation of neighbours, fused matrices |
+| `glm4` | glm4 | the same with biases and norms on both sides, GGUF copy |
+| `starcoder2` | starcoder2 | layer norms, biases everywhere, an MLP without gate, GGUF copy |
+| `granite` | granite | factors on embedding, residual, attention and logits, biases, GGUF copy |
 
 `smollm2_135m.npz`: the embedded SmolLM2-135M-Instruct on `passage.txt` (written for this project),
 read from its GGUF file by transformers: token ids, perplexity, log-normalisers, the 8 leading

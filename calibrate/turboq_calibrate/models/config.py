@@ -15,14 +15,16 @@ from turboq.hub_cache import snapshot_hint
 from turboq.json_object import read_object
 from turboq_calibrate.models.config_experts import read_experts
 from turboq_calibrate.models.config_fields import Reader
-from turboq_calibrate.models.config_rope import read_ropes
+from turboq_calibrate.models.config_nope import rotated_layers
+from turboq_calibrate.models.config_rope import Turn, read_ropes
 from turboq_calibrate.models.families import FAMILIES, UNREAD_INSIDE, WRAPPERS, Family
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 
 _QUANTIZED = "quantization_config"
 MAX_LAYERS = 10_000
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-FACTORS = ("logit_scale", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+EMBEDDING_FACTOR = "embedding_multiplier"
+FACTORS = ("logit_scale", EMBEDDING_FACTOR, "residual_multiplier", "logits_scaling")
 # Fields that a family's own code never reads but whose presence says that the weights were trained
 # with them.
 REFUSED = (
@@ -40,6 +42,7 @@ REFUSED = (
     "attention_multiplier",
     "clip_qkv",
     "no_rope_layers",
+    "no_rope_layer_interval",
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
@@ -90,23 +93,26 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
         if key not in reads and not neutral:
             raise TurboqError(f"{where}: {key}={quoted(value)} is not supported")
     _check_unquantized(read)
-    hidden = read.integer("hidden_size")
+    hidden, context = read.integer("hidden_size"), read.integer("max_position_embeddings")
+    ropes = read_ropes(read, _head_dim(read, row), context, row.rotation)
     return ModelSpec(
         family=str(family),
         name=name,
         vocab=read.integer("vocab_size"),
         hidden=hidden,
-        context=read.integer("max_position_embeddings"),
-        norm_eps=read.number("rms_norm_eps", 1e-6),
+        context=context if ropes[0].context is None else min(context, ropes[0].context),
+        norm_eps=read.number(row.eps, 1e-6),
+        norm=row.norm,
         tied_embeddings=read.boolean("tie_word_embeddings", False),
-        layers=_layers(read, row),
-        embed_scale=hidden**0.5 if row.scaled_embedding else 1.0,
+        layers=_layers(read, row, ropes),
+        embed_scale=hidden**0.5 if row.scaled_embedding else _factor(read, row, EMBEDDING_FACTOR),
         norm_offset=row.norm_offset,
+        logit_scale=1 / _factor(read, row, "logits_scaling"),
         logit_softcap=read.optional("final_logit_softcapping"),
     )
 
 
-def _layers(read: Reader, row: Family) -> tuple[LayerSpec, ...]:
+def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerSpec, ...]:
     count = read.integer("num_hidden_layers")
     if count > MAX_LAYERS:
         raise TurboqError(f"{read.where}: num_hidden_layers={count} is above {MAX_LAYERS}")
@@ -117,11 +123,8 @@ def _layers(read: Reader, row: Family) -> tuple[LayerSpec, ...]:
             f"{read.where}: num_attention_heads={heads} must be a multiple of "
             f"num_key_value_heads={kv_heads}"
         )
-    head_dim = _head_dim(read, row, hidden, heads)
-    full, sliding = read_ropes(
-        read, head_dim, read.integer("max_position_embeddings"), row.theta, row.sliding_theta
-    )
-    scalar = read.optional("query_pre_attn_scalar")
+    (full, sliding), head_dim = ropes, _head_dim(read, row)
+    rotated = rotated_layers(read, count) if row.nope else [True] * count
     common = LayerSpec(
         hidden=hidden,
         intermediate=0,
@@ -129,13 +132,18 @@ def _layers(read: Reader, row: Family) -> tuple[LayerSpec, ...]:
         kv_heads=kv_heads,
         head_dim=head_dim,
         v_head_dim=head_dim,
-        norm_eps=read.number("rms_norm_eps", 1e-6),
-        rope=full,
+        norm_eps=read.number(row.eps, 1e-6),
+        norm=row.norm,
+        rope=full.rope,
+        rope_magnitude=full.magnitude,
         qk_norm=row.qk_norm,
         norm_offset=row.norm_offset,
+        gated=row.gated,
+        pre_norms=row.pre_norms,
         post_norms=row.post_norms,
         activation=_activation(read, row),
-        softmax_scale=None if scalar is None else scalar**-0.5,
+        residual_scale=_factor(read, row, "residual_multiplier"),
+        softmax_scale=_softmax_scale(read, row),
         softcap=read.optional("attn_logit_softcapping"),
         **_biases(read, row),
     )
@@ -147,9 +155,9 @@ def _layers(read: Reader, row: Family) -> tuple[LayerSpec, ...]:
             intermediate=dense if mixture is None else 0,
             experts=mixture,
             window=window,
-            rope=full if window is None else sliding,
+            rope=(full if window is None else sliding).rope if turns else None,
         )
-        for window, mixture in zip(row.windows(read, count), experts, strict=True)
+        for window, mixture, turns in zip(row.windows(read, count), experts, rotated, strict=True)
     )
 
 
@@ -175,13 +183,28 @@ def _decoder_part(config: dict[str, Any], name: str) -> dict[str, Any]:
     return outer | inner
 
 
-def _head_dim(read: Reader, row: Family, hidden: int, heads: int) -> int:
+def _head_dim(read: Reader, row: Family) -> int:
+    hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
     if read.config.get("head_dim") is None and row.head_dim is None and hidden % heads:
         raise TurboqError(
             f"{read.where}: hidden_size={hidden} is not a multiple of num_attention_heads={heads} "
             "and head_dim is not given"
         )
     return read.integer("head_dim", row.head_dim or hidden // heads)
+
+
+def _factor(read: Reader, row: Family, key: str) -> float:
+    """A factor that the family reads; 1 where it does not, or the file has none."""
+    value = read.optional(key) if key in row.reads else None
+    return 1.0 if value is None else value
+
+
+def _softmax_scale(read: Reader, row: Family) -> float | None:
+    """Where it is not head_dim^-1/2."""
+    if "attention_multiplier" in row.reads:
+        return read.optional("attention_multiplier")
+    scalar = read.optional("query_pre_attn_scalar")
+    return None if scalar is None else scalar**-0.5
 
 
 def _activation(read: Reader, row: Family) -> Any:
@@ -201,11 +224,13 @@ def _biases(read: Reader, row: Family) -> dict[str, Any]:
         if value and key not in row.biases:
             raise TurboqError(f"{read.where}: {key}=True is not supported")
     attention, qkv = said["attention_bias"], row.qkv_bias
+    if "use_bias" in row.biases:
+        return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), read.boolean("use_bias", False))
     if "qkv_bias" in row.biases:
         qkv = read.boolean("qkv_bias", qkv)
     return {
         "qkv_bias": attention or qkv,
-        "o_bias": attention,
+        "o_bias": attention and row.o_bias,
         "mlp_bias": said["mlp_bias"],
     }
 

@@ -3,26 +3,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 from turboq.errors import TurboqError, quoted
 from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models.config_fields import Reader, positive
+from turboq_calibrate.models.config_longrope import TYPES, longrope
 from turboq_calibrate.models.config_windows import FULL, SLIDING
 
 
-def read_ropes(
-    read: Reader, head_dim: int, context: int, theta: float, sliding_theta: float | None
-) -> tuple[Rope, Rope]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """How a model type rotates; `theta` and `partial` where the file does not say."""
+
+    theta: float = 10000.0
+    sliding_theta: float | None = None  # sliding layers have a rotary embedding of their own
+    partial: float | None = None  # of a head's channels; None: all, and no other part is supported
+    layout: Literal["half", "interleaved"] = "half"
+    longrope: bool = False
+
+
+class Turn(NamedTuple):
+    """A rotary embedding, the factor on what it rotates, and for how many tokens it holds."""
+
+    rope: Rope
+    magnitude: float = 1.0
+    context: int | None = None  # longer sequences would rotate otherwise
+
+
+def read_ropes(read: Reader, head_dim: int, context: int, rotation: Rotation) -> tuple[Turn, Turn]:
     """Rotary embeddings of full and of sliding layers; the same without a `sliding_theta`.
 
-    `theta` and `sliding_theta` are the bases where the file names none. Scaling that v4 names
-    without a kind of layer is that of full layers.
+    Scaling that v4 names without a kind of layer is that of full layers.
     """
     if head_dim % 2:
         raise TurboqError(f"{read.where}: head_dim={head_dim} must be even for rotary embedding")
-    if sliding_theta is None:
-        both = _rope(read, head_dim, context, theta)
+    if rotation.sliding_theta is None:
+        both = _rope(read, head_dim, context, rotation)
         return both, both
     by_kind = read.config.get("rope_parameters") or {}
     if not isinstance(by_kind, dict) or not set(by_kind) <= {FULL, SLIDING}:
@@ -35,30 +53,29 @@ def read_ropes(
         "rope_parameters": by_kind.get(SLIDING),
         "rope_theta": read.config.get("rope_local_base_freq"),
     }
+    other = dataclasses.replace(rotation, theta=rotation.sliding_theta)
     return (
-        _rope(Reader(full, read.where), head_dim, context, theta),
-        _rope(Reader(sliding, f"{read.where}, sliding layers"), head_dim, context, sliding_theta),
+        _rope(Reader(full, read.where), head_dim, context, rotation),
+        _rope(Reader(sliding, f"{read.where}, sliding layers"), head_dim, context, other),
     )
 
 
-def _rope(read: Reader, head_dim: int, context: int, base: float) -> Rope:
+def _rope(read: Reader, head_dim: int, context: int, rotation: Rotation) -> Turn:
     """The rotary embedding; where v4's and v5's names both describe it, they must agree."""
     names = [k for k in ("rope_parameters", "rope_scaling") if read.config.get(k) not in (None, {})]
-    found = {name: _rope_of(read, read.config[name], head_dim, context, base) for name in names}
+    found = {n: _rope_of(read, read.config[n], head_dim, context, rotation) for n in names}
     if len(set(found.values())) > 1:
         said = " but ".join(f"{name}={quoted(read.config[name])}" for name in names)
         raise TurboqError(f"{read.where}: {said}: leave one of them out of a copy of the file")
-    return found[names[0]] if names else _rope_of(read, {}, head_dim, context, base)
+    return found[names[0]] if names else _rope_of(read, {}, head_dim, context, rotation)
 
 
-def _rope_of(read: Reader, fields: Any, head_dim: int, context: int, base: float) -> Rope:
+def _rope_of(read: Reader, fields: Any, head_dim: int, context: int, rotation: Rotation) -> Turn:
     if not isinstance(fields, dict) or any(isinstance(v, dict) for v in fields.values()):
         raise TurboqError(f"{read.where}: rope parameters {quoted(fields)} are not supported")
-    partial = _said_once(read, fields, "partial_rotary_factor")
-    if partial not in (None, 1, 1.0):
-        raise TurboqError(f"{read.where}: partial_rotary_factor={quoted(partial)} is not supported")
     theta = _said_once(read, fields, "rope_theta")
-    theta = base if theta is None else positive(theta, "rope_theta", read.where)
+    theta = rotation.theta if theta is None else positive(theta, "rope_theta", read.where)
+    rope = Rope(theta=theta, dim=_rotated(read, fields, head_dim, rotation), layout=rotation.layout)
 
     def need(key: str, default: Any = None) -> float:
         return positive(fields.get(key, default), f"rope {key}", read.where)
@@ -66,7 +83,9 @@ def _rope_of(read: Reader, fields: Any, head_dim: int, context: int, base: float
     kind = _rope_type(read, fields)
     match kind:
         case "default":
-            scaling = None
+            return Turn(rope)
+        case _ if kind in TYPES and rotation.longrope:
+            return Turn(*longrope(read, fields, rope, context))
         case "linear":
             scaling = Scaling(type="linear", factor=need("factor"))
         case "llama3":
@@ -79,11 +98,33 @@ def _rope_of(read: Reader, fields: Any, head_dim: int, context: int, base: float
                 original_context=original,
             )  # fmt: skip
         case _:
+            more = ", longrope" if rotation.longrope else ""
             raise TurboqError(
                 f"{read.where}: rope type {quoted(kind)} is not supported (supported: default, "
-                "linear, llama3)"
+                f"linear, llama3{more})"
             )
-    return Rope(theta=theta, dim=head_dim, scaling=scaling)
+    return Turn(dataclasses.replace(rope, scaling=scaling))
+
+
+def _rotated(read: Reader, fields: dict[str, Any], head_dim: int, rotation: Rotation) -> int:
+    """How many channels are rotated."""
+    partial = _said_once(read, fields, "partial_rotary_factor")
+    if rotation.partial is None:
+        if partial not in (None, 1, 1.0):
+            raise TurboqError(
+                f"{read.where}: partial_rotary_factor={quoted(partial)} is not supported"
+            )
+        return head_dim
+    if partial is None:
+        partial = rotation.partial
+    part = positive(partial, "partial_rotary_factor", read.where)
+    dim = int(head_dim * part)
+    if part > 1 or dim % 2 or not dim:
+        raise TurboqError(
+            f"{read.where}: partial_rotary_factor={quoted(partial)} of head_dim={head_dim} must be "
+            "an even number of channels, at most all"
+        )
+    return dim
 
 
 def _said_once(read: Reader, fields: dict[str, Any], key: str) -> Any:

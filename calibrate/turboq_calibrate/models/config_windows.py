@@ -9,6 +9,7 @@ from typing import Any
 
 from turboq.errors import TurboqError, quoted
 from turboq_calibrate.models.config_fields import Reader
+from turboq_calibrate.models.config_nope import rotated_layers
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 Windows = list[int | None]
@@ -36,6 +37,15 @@ def switched(read: Reader, count: int) -> Windows:
         return _by_type(read, count, types, window, "use_sliding_window is off")
     first = _first(read)
     return [window if i >= first else None for i in range(count)]
+
+
+def switched_unrotated(read: Reader, count: int) -> Windows:
+    """With `use_sliding_window` layers without rotary embedding, or as `layer_types` says."""
+    window = _switch(read, None)
+    types = read.config.get("layer_types")
+    if types is not None:
+        return _by_type(read, count, types, window, "use_sliding_window is off or has no window")
+    return [None if rotated else window for rotated in rotated_layers(read, count)]
 
 
 def switched_everywhere(read: Reader, count: int) -> Windows:
@@ -68,8 +78,8 @@ def every_nth_full(read: Reader, count: int, n: int) -> Windows:
     return _by_type(read, count, types, _window(read, 4096), "sliding_window is null")
 
 
-def _switch(read: Reader) -> int | None:
-    return _window(read, 4096) if read.boolean("use_sliding_window", False) else None
+def _switch(read: Reader, default: int | None = 4096) -> int | None:
+    return _window(read, default) if read.boolean("use_sliding_window", False) else None
 
 
 def _window(read: Reader, default: int | None) -> int | None:

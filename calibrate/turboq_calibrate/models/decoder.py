@@ -2,7 +2,7 @@
 
     x <- x + o(attend(q, k, v)),   x <- x + down(act(gate(n)) * up(n)),   n = RMS-normalised x
 
-where a layer may normalise what is added once more (`LayerSpec.post_norms`).
+where a layer may normalise what is added too, or that alone (`LayerSpec.post_norms`, `pre_norms`).
 Every use of attention is an `Attend` function: exact attention, capture of q, k, v, simulated
 quantization, the packed cache. Arithmetic is float32 at HIGHEST precision on every device, whatever
 type the weights are stored in.
@@ -20,7 +20,15 @@ from jaxtyping import Array, Float, Int
 from turboq.cache.exact_attention import attention, soft_cap
 from turboq.numbers import rope
 from turboq_calibrate.models import experts, streamed_experts
-from turboq_calibrate.models.primitives import Params, add, gated_mlp, linear, normed, rms_norm
+from turboq_calibrate.models.primitives import (
+    Params,
+    add,
+    gated_mlp,
+    linear,
+    normed,
+    plain_mlp,
+    pre_normed,
+)
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 from turboq_calibrate.models.streamed_experts import Streamed
 
@@ -33,15 +41,20 @@ def project_qkv(
     spec: LayerSpec, params: Params, x: Float[Array, "B T M"], positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K Dv"]]:
     """Queries, keys and values as attention sees them: after bias, QK-norm and rotation."""
-    n = normed(spec, params, x, "attn_norm")
+    n = pre_normed(spec, params, x, "attn_norm")
     batch, time = x.shape[:2]
-    q = linear(n, params, "q").reshape(batch, time, spec.heads, spec.head_dim)
-    k = linear(n, params, "k").reshape(batch, time, spec.kv_heads, spec.head_dim)
-    v = linear(n, params, "v").reshape(batch, time, spec.kv_heads, spec.v_head_dim)
-    if spec.qk_norm:
+    q, k, v = (linear(n, params, name) for name in "qkv")
+    if spec.qk_norm == "projection":
+        q, k = normed(spec, params, q, "q_norm"), normed(spec, params, k, "k_norm")
+    q = q.reshape(batch, time, spec.heads, spec.head_dim)
+    k = k.reshape(batch, time, spec.kv_heads, spec.head_dim)
+    v = v.reshape(batch, time, spec.kv_heads, spec.v_head_dim)
+    if spec.qk_norm == "head":
         q, k = normed(spec, params, q, "q_norm"), normed(spec, params, k, "k_norm")
     if spec.rope is not None:
         cos, sin = rope.tables(spec.rope, positions[:, :, None])
+        if spec.rope_magnitude != 1.0:
+            cos, sin = cos * spec.rope_magnitude, sin * spec.rope_magnitude
         layout = spec.rope.layout
         q, k = rope.apply(q, cos, sin, layout), rope.apply(k, cos, sin, layout)
     return q, k, v
@@ -73,8 +86,10 @@ def join_feed_forward(
     spec: LayerSpec, params: Params, x: Float[Array, "B T M"]
 ) -> Float[Array, "B T M"]:
     """The residual sum with the MLP, or the chosen experts, of the normalised x."""
-    n = normed(spec, params, x, "mlp_norm")
-    mlp = gated_mlp if spec.experts is None else experts.mixture
+    n = pre_normed(spec, params, x, "mlp_norm")
+    mlp = gated_mlp if spec.gated else plain_mlp
+    if spec.experts is not None:
+        mlp = experts.mixture
     return add(spec, params, x, mlp(spec, params, n), "mlp_post_norm")
 
 
@@ -126,8 +141,11 @@ def scaled(spec: ModelSpec, rows: Float[Array, "*A M"]) -> Float[Array, "*A M"]:
 
 def head(spec: ModelSpec, params: Params, x: Float[Array, "B T M"]) -> Float[Array, "B T V"]:
     """Final norm and unembedding: logits in nats."""
-    n = rms_norm(x, params["norm"], spec.norm_eps, spec.norm_offset)
-    return soft_cap(linear(n, params, "unembedding"), spec.logit_softcap)
+    n = normed(spec, params, x, "norm")
+    logits = linear(n, params, "unembedding")
+    if spec.logit_scale != 1.0:
+        logits = logits * jnp.float32(spec.logit_scale)
+    return soft_cap(logits, spec.logit_softcap)
 
 
 # One compiled function per (spec, attend, shapes): jit's own cache is the cache, so layers that

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
-from turboq_calibrate.models import config_windows
+from turboq_calibrate.models import config_nope, config_windows
 from turboq_calibrate.models.config_experts import Mixture
 from turboq_calibrate.models.config_fields import Reader
+from turboq_calibrate.models.config_rope import Rotation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,13 +27,18 @@ class Family:
     defaults: Mapping[str, Any]
     windows: Callable[[Reader, int], list[int | None]]
     head_dim: int | None = None  # default; None: hidden / heads
-    theta: float = 10000.0
-    sliding_theta: float | None = None  # sliding layers have a rotary embedding of their own
+    rotation: Rotation = dataclasses.field(default_factory=Rotation)
     activation: str = "hidden_act"  # the field that names it
-    biases: frozenset[str] = frozenset()  # of attention_bias, mlp_bias, qkv_bias: those read
+    biases: frozenset[str] = frozenset()  # of attention_bias, mlp_bias, qkv_bias, use_bias
     qkv_bias: bool = False  # where it is not read, always
-    qk_norm: bool = False
+    o_bias: bool = True  # attention_bias is of the output projection too
+    nope: bool = False  # some layers have no rotary embedding
+    qk_norm: Literal["head", "projection"] | None = None
     norm_offset: float = 0.0
+    norm: Literal["rms", "layer"] = "rms"
+    eps: str = "rms_norm_eps"  # the field that names it
+    gated: bool = True
+    pre_norms: bool = True
     post_norms: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden)
     experts: Mixture | None = None
@@ -55,6 +61,20 @@ _gemma = functools.partial(
     post_norms=True,
     scaled_embedding=True,
 )
+_glm = functools.partial(
+    Family,
+    defaults={
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1.5625e-7,
+        "attention_bias": True,
+    },
+    windows=config_windows.never,
+    head_dim=128,
+    rotation=Rotation(partial=0.5, layout="interleaved"),
+    biases=frozenset({"attention_bias"}),
+    o_bias=False,
+)
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         defaults={"max_position_embeddings": 2048},
@@ -71,7 +91,58 @@ FAMILIES: dict[str, Family] = {
         windows=config_windows.switched,
         head_dim=128,
         biases=frozenset({"attention_bias"}),
-        qk_norm=True,
+        qk_norm="head",
+    ),
+    "olmo2": Family(
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        windows=config_windows.never,
+        biases=frozenset({"attention_bias"}),
+        qk_norm="projection",
+        pre_norms=False,
+        post_norms=True,
+    ),
+    "smollm3": Family(
+        defaults={
+            "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+        },
+        windows=config_windows.switched_unrotated,
+        rotation=Rotation(theta=2e6),
+        nope=True,
+        biases=frozenset({"attention_bias", "mlp_bias"}),
+        reads=frozenset({config_nope.LIST, config_nope.INTERVAL}),
+    ),
+    "granite": Family(
+        defaults={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+        windows=config_windows.never,
+        biases=frozenset({"attention_bias", "mlp_bias"}),
+        reads=frozenset({
+            "embedding_multiplier", "residual_multiplier", "attention_multiplier",
+            "logits_scaling",
+        }),
+    ),
+    "phi3": Family(
+        defaults={
+            "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        windows=functools.partial(config_windows.always, default=None),
+        rotation=Rotation(partial=1.0, longrope=True),
+        # Published files name the code of before transformers had it.
+        reads=frozenset({"auto_map"}),
+    ),
+    "glm": _glm(),
+    "glm4": _glm(post_norms=True),
+    "starcoder2": Family(
+        defaults={
+            "num_key_value_heads": 2, "max_position_embeddings": 4096,
+            "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "use_bias": True,
+            "norm_epsilon": 1e-5,
+        },
+        windows=functools.partial(config_windows.always, default=None),
+        biases=frozenset({"use_bias"}),
+        norm="layer",
+        eps="norm_epsilon",
+        gated=False,
     ),
     "mixtral": Family(
         defaults={
@@ -79,7 +150,7 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 2,
         },
         windows=functools.partial(config_windows.always, default=None),
-        theta=1e6,
+        rotation=Rotation(theta=1e6),
         experts=Mixture(width="intermediate_size", renormalised=True),
         reads=_EXPERTS,
     ),
@@ -102,7 +173,7 @@ FAMILIES: dict[str, Family] = {
         },
         windows=config_windows.switched_everywhere,
         biases=frozenset({"attention_bias"}),
-        qk_norm=True,
+        qk_norm="head",
         experts=Mixture(some_layers=True),
         reads=_EXPERTS,
     ),
@@ -119,9 +190,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _gemma(
         defaults=_GEMMA | {"vocab_size": 262208, "max_position_embeddings": 131072},
         windows=functools.partial(config_windows.every_nth_full, n=6),
-        theta=1e6,
-        sliding_theta=1e4,
-        qk_norm=True,
+        rotation=Rotation(theta=1e6, sliding_theta=1e4),
+        qk_norm="head",
         # transformers' Gemma 3 has a soft cap of attention logits in its configuration only.
         reads=frozenset({
             "query_pre_attn_scalar", "final_logit_softcapping", "rope_local_base_freq",

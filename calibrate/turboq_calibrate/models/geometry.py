@@ -23,7 +23,7 @@ def spec_geometry(spec: ModelSpec, fingerprint: str) -> ModelGeometry:
 
 
 def _layer(index: int, path: str, spec: LayerSpec) -> LayerGeometry:
-    # Both file formats are loaded with half-rotation pairs (GGUF rows are put back in that order).
+    # Pairs are as the family's own code makes them (rows of GGUF are put back in that order).
     rope = spec.rope
     return LayerGeometry(
         index=index,

@@ -6,6 +6,7 @@ llama.cpp's converter stores llama-family Q and K rows with the two halves of ea
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,17 @@ from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models import gguf_header
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config_fields import positive
+from turboq_calibrate.models.config_longrope import divided
 from turboq_calibrate.models.gguf_architectures import ARCHITECTURES, Architecture
 from turboq_calibrate.models.spec import Experts, LayerSpec, ModelSpec
 
+NORM, NORM_BIAS = "output_norm.weight", "output_norm.bias"
 LAYER_TENSORS = {
+    "attn_norm_bias": "attn_norm.bias",
+    "mlp_norm_bias": "ffn_norm.bias",
     "attn_norm": "attn_norm.weight",
     "q": "attn_q.weight",
+    "qkv": "attn_qkv.weight",
     "k": "attn_k.weight",
     "v": "attn_v.weight",
     "o": "attn_output.weight",
@@ -39,6 +45,7 @@ LAYER_TENSORS = {
     "gate": "ffn_gate.weight",
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
+    "gate_up": "ffn_up.weight",
     "router": "ffn_gate_inp.weight",
     "expert_gate": "ffn_gate_exps.weight",
     "expert_up": "ffn_up_exps.weight",
@@ -74,6 +81,10 @@ ROPE = (
 )
 
 
+# What longrope divides frequencies by, in short sequences and in long ones.
+FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
+
+
 class GGUFFile:
     """Weight source of one `.gguf` file. Metadata is read at once, tensors on demand.
 
@@ -107,13 +118,14 @@ class GGUFFile:
         """Float32 weights of one layer but its experts'."""
         spec = self.spec.layers[index]
         out = {}
-        for name, shape in P.layer_shapes(spec).items():
+        shapes = P.layer_shapes(spec)
+        for name, shape in P.fused_shapes(shapes, self._row.fused).items():
             value = self._read(f"blk.{index}.{LAYER_TENSORS[name]}", shape)
             if self._row.interleaved and name in ("q", "k", "q_bias", "k_bias"):
                 heads = spec.heads if name[0] == "q" else spec.kv_heads
                 value = unpermute(value, heads)
             out[name] = value
-        return out
+        return P.unfuse(out, shapes, self._row.fused)
 
     def experts(self, index: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Float32 matrices of some experts of one layer, stacked."""
@@ -132,10 +144,9 @@ class GGUFFile:
 
     def head(self) -> dict[str, np.ndarray]:
         name = "token_embd.weight" if self.spec.tied_embeddings else "output.weight"
-        return {
-            "norm": self._read("output_norm.weight", (self.spec.hidden,)),
-            "unembedding": self._read(name, (self.spec.vocab, self.spec.hidden)),
-        }
+        names = {"norm": NORM, "norm_bias": NORM_BIAS, "unembedding": name}
+        shapes = P.head_shapes(self.spec)
+        return {ours: self._read(names[ours], shape) for ours, shape in shapes.items()}
 
     def tokenizer(self):
         from turboq_calibrate.models.tokenizer import from_gguf
@@ -202,19 +213,28 @@ class GGUFFile:
         hidden, count = self._integer("embedding_length"), self._integer("block_count")
         if count > len(self._tensors):
             raise TurboqError(f"{self.path}: {count} layers but {len(self._tensors)} tensors")
-        eps = self._positive("attention.layer_norm_rms_epsilon")
+        rms = self._row.norm == "rms"
+        eps = self._positive(f"attention.layer_norm_{'rms_' if rms else ''}epsilon")
         return ModelSpec(
             family=arch,
             name=self.path.stem,
             vocab=self._tensors["token_embd.weight"].shape[0],
             hidden=hidden,
-            context=self._integer("context_length"),
+            context=self._context,
             norm_eps=eps,
+            norm=self._row.norm,
             tied_embeddings="output.weight" not in self._tensors,
             layers=tuple(self._layer_spec(i, hidden, eps) for i in range(count)),
-            embed_scale=hidden**0.5 if self._row.scaled_embedding else 1.0,
+            embed_scale=hidden**0.5
+            if self._row.scaled_embedding
+            else self._factor("embedding_scale"),
+            logit_scale=1 / self._factor("logit_scale"),
             logit_softcap=self._cap("final_logit_softcapping", self._row.logit_softcap),
         )
+
+    def _factor(self, key: str) -> float:
+        """A factor; 0 in the file is none, as in llama.cpp."""
+        return self._positive(key) if self._get(key, 0) else 1.0
 
     def _cap(self, key: str, default: float | None) -> float | None:
         """A soft cap; 0 in the file is none, as in llama.cpp."""
@@ -224,6 +244,8 @@ class GGUFFile:
     def _window(self, index: int) -> int | None:
         """The window of a layer, None where it is full."""
         row, key = self._row, "attention.sliding_window"
+        if row.ignores_window:
+            return None
         if not self._get(key, row.window or 0):
             return None
         window = self._integer(key, row.window)
@@ -254,7 +276,6 @@ class GGUFFile:
             return f"blk.{index}.{LAYER_TENSORS[name]}" in self._tensors
 
         row, window, experts = self._row, self._window(index), self._experts(index)
-        wide = self._integer("block_count") == row.wide_scale_layers
         return LayerSpec(
             hidden=hidden,
             intermediate=0 if experts else self._integer("feed_forward_length", layer=index),
@@ -263,18 +284,36 @@ class GGUFFile:
             head_dim=head_dim,
             v_head_dim=self._integer("attention.value_length", head_dim),
             norm_eps=eps,
-            rope=self._rope(head_dim, sliding=window is not None),
+            rope=self._rope(head_dim, sliding=window is not None) if self._turns(index) else None,
+            rope_magnitude=self._positive("rope.scaling.attn_factor", 1.0),
             qkv_bias=has("q_bias"),
             o_bias=has("o_bias"),
-            mlp_bias=has("gate_bias"),
-            qk_norm=has("q_norm"),
+            mlp_bias=has("up_bias"),
+            norm=row.norm,
+            gated=row.gated,
+            qk_norm=row.qk_norm if has("q_norm") else None,
             experts=experts,
+            pre_norms=row.pre_norms,
             post_norms=row.post_norms,
             activation=row.activation,
-            softmax_scale=(hidden / heads) ** -0.5 if wide else None,
+            residual_scale=self._factor("residual_scale"),
+            softmax_scale=self._softmax_scale(hidden / heads),
             window=window,
             softcap=self._cap("attn_logit_softcapping", row.softcap),
         )
+
+    def _softmax_scale(self, wide: float) -> float | None:
+        """Where it is not head_dim^-1/2; `wide` is hidden / heads."""
+        if self._integer("block_count") == self._row.wide_scale_layers:
+            return wide**-0.5
+        return self._positive("attention.scale") if self._get("attention.scale", 0) else None
+
+    def _turns(self, index: int) -> bool:
+        """Whether a layer has a rotary embedding."""
+        every = self._row.no_rope_every
+        if self._row.rope_switch and not self._get("rope.scaling.finetuned", True):
+            return False
+        return every is None or (index + 1) % every != 0
 
     def _experts(self, index: int) -> Experts | None:
         if not self._get("expert_count", 0):
@@ -292,36 +331,56 @@ class GGUFFile:
 
     def _rope(self, head_dim: int, *, sliding: bool) -> Rope:
         theta = self._positive("rope.freq_base", 10000.0)
-        rotated = self._integer("rope.dimension_count", head_dim)
-        if rotated != head_dim or head_dim % 2:
+        dim = self._integer("rope.dimension_count", head_dim)
+        if dim > head_dim or dim % 2 or (dim < head_dim and not self._row.partial_rotary):
+            some = (
+                "an even number of them" if self._row.partial_rotary else "all, and an even number"
+            )
             raise TurboqError(
-                f"{self.path}: rotary embedding of {rotated} of {head_dim} channels is not "
-                "supported (all, and an even number)"
+                f"{self.path}: rotary embedding of {dim} of {head_dim} channels is not supported "
+                f"({some})"
             )
-        scaling = self._rope_scaling()
-        if sliding and self._row.sliding_theta is not None:
-            return Rope(
-                theta=self._positive("rope.freq_base_swa", self._row.sliding_theta), dim=head_dim
-            )
-        if "rope_freqs.weight" not in self._tensors:
-            return Rope(theta=theta, dim=head_dim, scaling=scaling)
+        rope, scaling = Rope(theta=theta, dim=dim, layout=self._row.layout), self._rope_scaling()
+        if sliding and self._own_sliding_rope:
+            base = self._positive("rope.freq_base_swa", self._row.sliding_theta or theta)
+            return dataclasses.replace(rope, theta=base)
+        name = self._divisors
+        if name is None:
+            return dataclasses.replace(rope, scaling=scaling)
         if scaling is not None:
-            raise TurboqError(f"{self.path}: both rope_freqs.weight and linear rope scaling")
-        divisors = self._read("rope_freqs.weight", (head_dim // 2,)).astype(np.float64)
+            raise TurboqError(f"{self.path}: both {name} and linear rope scaling")
+        divisors = self._read(name, (dim // 2,)).astype(np.float64)
         if not (divisors > 0).all():
-            raise TurboqError(f"{self.path}: tensor rope_freqs.weight must be positive")
-        inv_freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim) / divisors
-        return Rope(theta=theta, dim=head_dim, inv_freq=tuple(float(f) for f in inv_freq))
+            raise TurboqError(f"{self.path}: tensor {name} must be positive")
+        return divided(rope, divisors)
+
+    @property
+    def _divisors(self) -> str | None:
+        """The tensor that each frequency is divided by; of longrope the one of short sequences."""
+        name = FACTORS[0] if self._row.longrope else "rope_freqs.weight"
+        return name if name in self._tensors else None
+
+    @property
+    def _context(self) -> int:
+        """The longest sequence, of longrope the longest short one."""
+        context = self._integer("context_length")
+        if self._row.longrope and self._divisors is not None:
+            return min(context, self._integer("rope.scaling.original_context_length"))
+        return context
+
+    @property
+    def _own_sliding_rope(self) -> bool:
+        return self._row.sliding_theta is not None or self._row.sliding_unscaled
 
     def _rope_scaling(self) -> Scaling | None:
         """Linear scaling as llama.cpp reads it: a factor without a type is linear."""
         prefix = f"{self.metadata['general.architecture']}.rope."
         given = {k[len(prefix) :]: v for k, v in self.metadata.items() if k.startswith(prefix)}
         for key, value in given.items():
-            own = key == "freq_base_swa" and self._row.sliding_theta is not None
+            own = key == "freq_base_swa" and self._own_sliding_rope
             if key not in ROPE and not own:
                 raise TurboqError(f"{self.path}: {prefix}{key}={quoted(value)} is not supported")
-        if given.get("scaling.attn_factor", 1.0) != 1.0:
+        if given.get("scaling.attn_factor", 1.0) != 1.0 and not self._row.longrope:
             raise TurboqError(
                 f"{self.path}: {prefix}scaling.attn_factor={quoted(given['scaling.attn_factor'])} "
                 "is not supported: it would multiply rotated queries and keys"
@@ -348,18 +407,22 @@ class GGUFFile:
         spec = self.spec
         expected = {
             "token_embd.weight": (spec.vocab, spec.hidden),
-            "output_norm.weight": (spec.hidden,),
+            NORM: (spec.hidden,),
         }
+        if spec.norm == "layer":
+            expected[NORM_BIAS] = (spec.hidden,)
         if not spec.tied_embeddings:
             expected["output.weight"] = (spec.vocab, spec.hidden)
         for i, layer in enumerate(spec.layers):
-            for name, shape in (P.layer_shapes(layer) | _stacked(layer)).items():
+            stored = P.fused_shapes(P.layer_shapes(layer), self._row.fused)
+            for name, shape in (stored | _stacked(layer)).items():
                 expected[f"blk.{i}.{LAYER_TENSORS[name]}"] = shape
         for name, shape in expected.items():
             if name not in self._tensors:
                 raise TurboqError(f"{self.path}: tensor {name} is missing")
             P.check_shape(name, self._tensors[name].shape, shape, self.path)
-        extra = sorted(set(self._tensors) - set(expected) - {"rope_freqs.weight"})
+        divisors = FACTORS if self._row.longrope else ("rope_freqs.weight",)
+        extra = sorted(set(self._tensors) - set(expected) - set(divisors))
         if extra:
             raise TurboqError(
                 f"{self.path}: tensor {shortened(extra[0])} ({len(extra)} in all) has no place in "

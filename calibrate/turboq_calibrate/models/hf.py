@@ -38,6 +38,7 @@ class HFFolder:
         self.folder = Path(folder)
         config = read_config(self.folder / "config.json")
         self.spec = model_spec(config, model_name(self.folder))
+        self._fused = hf_names.FUSED.get(self.spec.family, ())
         self._cache_scales = keeps_weights(config.get("quantization_config"))
         self._file_of = self._locate()
         self._part = config["model_type"] in WRAPPERS  # of a model that also sees
@@ -47,6 +48,7 @@ class HFFolder:
             self._head = hf_names.part_head(self._file_of)
         self.spec = dataclasses.replace(self.spec, prefix=prefix)
         self._embedding, self._norm = prefix + hf_names.EMBEDDING, prefix + hf_names.NORM
+        self._norm_bias = prefix + hf_names.NORM_BIAS
         self._check()
         if self.spec.tied_embeddings and self._head_differs():
             self.spec = dataclasses.replace(self.spec, tied_embeddings=False)
@@ -66,7 +68,9 @@ class HFFolder:
     def layer(self, index: int) -> dict[str, np.ndarray]:
         """Float32 weights of one layer but its experts'."""
         names, shapes = self._layer_names(index), P.layer_shapes(self.spec.layers[index])
-        return self._read({name: (names[name], shape) for name, shape in shapes.items()})
+        stored = P.fused_shapes(shapes, self._fused)
+        read = self._read({name: (names[name], shape) for name, shape in stored.items()})
+        return P.unfuse(read, shapes, self._fused)
 
     def _layer_names(self, index: int) -> dict[str, str]:
         names = hf_names.layer_names(self.spec.layers[index], self.spec.family)
@@ -106,10 +110,9 @@ class HFFolder:
 
     def head(self) -> dict[str, np.ndarray]:
         name = self._embedding if self.spec.tied_embeddings else self._head
+        names = {"norm": self._norm, "norm_bias": self._norm_bias, "unembedding": name}
         shapes = P.head_shapes(self.spec)
-        return self._read(
-            {"norm": (self._norm, shapes["norm"]), "unembedding": (name, shapes["unembedding"])}
-        )
+        return self._read({ours: (names[ours], shape) for ours, shape in shapes.items()})
 
     def tokenizer(self) -> Tokenizer:
         return from_folder(self.folder)
@@ -140,11 +143,14 @@ class HFFolder:
         """Every tensor the decoder needs is there with its shape, and no tensor is left over."""
         spec = self.spec
         expected = {self._embedding: (spec.vocab, spec.hidden), self._norm: (spec.hidden,)}
+        if spec.norm == "layer":
+            expected[self._norm_bias] = (spec.hidden,)
         if not spec.tied_embeddings or self._head in self._file_of:
             expected[self._head] = (spec.vocab, spec.hidden)
         for i, layer in enumerate(spec.layers):
             names = self._layer_names(i)
-            expected |= {names[ours]: shape for ours, shape in P.layer_shapes(layer).items()}
+            stored = P.fused_shapes(P.layer_shapes(layer), self._fused)
+            expected |= {names[ours]: shape for ours, shape in stored.items()}
             for number in range(layer.experts.count if layer.experts else 0):
                 names = self._expert_names(i, number)
                 expected |= {names[ours]: s for ours, s in P.expert_shapes(layer).items()}

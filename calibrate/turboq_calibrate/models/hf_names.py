@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 from turboq_calibrate.models.spec import LayerSpec
 
-EMBEDDING, NORM = "embed_tokens.weight", "norm.weight"  # after the prefix
+# After the prefix.
+EMBEDDING, NORM, NORM_BIAS = "embed_tokens.weight", "norm.weight", "norm.bias"
 PREFIX, HEAD = "model.", "lm_head.weight"
 # The same where the decoder is a part of a model that also sees: published names, then v5's own.
 PART_PREFIXES = ("language_model.model.", "model.language_model.")
@@ -19,6 +20,9 @@ OTHER_PARTS = tuple(
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
+    "attn_norm_bias": "input_layernorm.bias",
+    "mlp_norm_bias": "post_attention_layernorm.bias",
+    "qkv": "self_attn.qkv_proj.weight",
     "k": "self_attn.k_proj.weight",
     "v": "self_attn.v_proj.weight",
     "o": "self_attn.o_proj.weight",
@@ -30,6 +34,7 @@ LAYER_TENSORS = {
     "k_norm": "self_attn.k_norm.weight",
     "mlp_norm": "post_attention_layernorm.weight",
     "gate": "mlp.gate_proj.weight",
+    "gate_up": "mlp.gate_up_proj.weight",
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
     "gate_bias": "mlp.gate_proj.bias",
@@ -42,7 +47,23 @@ POST_NORMS = {
     "mlp_norm": "pre_feedforward_layernorm.weight",
     "mlp_post_norm": "post_feedforward_layernorm.weight",
 }
-
+GLM_POST_NORMS = {
+    "attn_post_norm": "post_self_attn_layernorm.weight",
+    "mlp_post_norm": "post_mlp_layernorm.weight",
+}
+# Where it normalises nothing else.
+POST_NORMS_ALONE = {
+    "attn_post_norm": "post_attention_layernorm.weight",
+    "mlp_post_norm": "post_feedforward_layernorm.weight",
+}
+STARCODER2_MLP = {
+    "up": "mlp.c_fc.weight",
+    "down": "mlp.c_proj.weight",
+    "up_bias": "mlp.c_fc.bias",
+    "down_bias": "mlp.c_proj.bias",
+}
+# Matrices that are kept as one (`params.FUSED`).
+FUSED = {"phi3": ("qkv", "gate_up"), "glm": ("gate_up",), "glm4": ("gate_up",)}
 
 ROUTING = {
     "router": "mlp.gate.weight",
@@ -67,7 +88,12 @@ MIXTRAL_EXPERT = {
 def layer_names(spec: LayerSpec, family: str) -> dict[str, str]:
     """Our name of a layer's weight -> the checkpoint's, after the layer's own prefix."""
     routing = MIXTRAL_ROUTING if family == "mixtral" else ROUTING
-    return LAYER_TENSORS | (POST_NORMS if spec.post_norms else {}) | routing
+    post: dict[str, str] = {}
+    if spec.post_norms:
+        post = POST_NORMS if spec.pre_norms else POST_NORMS_ALONE
+        post = GLM_POST_NORMS if family == "glm4" else post
+    plain = {} if spec.gated else STARCODER2_MLP
+    return LAYER_TENSORS | post | routing | plain
 
 
 def expert_names(family: str, number: int) -> dict[str, str]:

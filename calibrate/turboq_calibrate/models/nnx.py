@@ -62,7 +62,7 @@ class Decoder(nnx.Module):
     ):
         self.spec = spec
         self.embedding = nnx.Param(embed["embedding"])
-        self.norm = nnx.Param(head["norm"])
+        self.ends = _Weights({n: w for n, w in head.items() if n != "unembedding"})
         if not spec.tied_embeddings:
             self.unembedding = nnx.Param(head["unembedding"])
         self.layers = nnx.List(
@@ -91,5 +91,5 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(self.layers):
             x, states[i] = layer(x, positions, attend, states[i])
         unembedding = embedding if self.spec.tied_embeddings else self.unembedding[...]
-        head = {"norm": self.norm[...], "unembedding": unembedding}
+        head = {**self.ends.params(), "unembedding": unembedding}
         return decoder.head(self.spec, head, x), states

@@ -6,6 +6,7 @@ Matrices keep the checkpoint's orientation [out, in]; `decoder.py` contracts the
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 
@@ -25,16 +26,14 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
         spec.kv_heads * spec.v_head_dim,
     )
     o = spec.heads * spec.v_head_dim
-    shapes: Shapes = {
-        "attn_norm": (m,),
-        "q": (q, m),
-        "k": (k, m),
-        "v": (v, m),
-        "o": (m, o),
-        "mlp_norm": (m,),
-    }
+    shapes: Shapes = {"attn_norm": (m,)} if spec.pre_norms else {}
+    shapes |= {"q": (q, m), "k": (k, m), "v": (v, m), "o": (m, o)}
+    if spec.pre_norms:
+        shapes["mlp_norm"] = (m,)
     if spec.experts is None:
         shapes |= mlp_shapes(m, f)
+        if not spec.gated:
+            del shapes["gate"]
     else:
         shapes["router"] = (spec.experts.count, m)
         if spec.experts.shared:
@@ -47,9 +46,14 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
     if spec.o_bias:
         shapes |= {"o_bias": (m,)}
     if spec.mlp_bias:
-        shapes |= {"gate_bias": (f,), "up_bias": (f,), "down_bias": (m,)}
-    if spec.qk_norm:
+        shapes |= {"gate_bias": (f,)} if spec.gated else {}
+        shapes |= {"up_bias": (f,), "down_bias": (m,)}
+    if spec.norm == "layer":
+        shapes |= {f"{name}_bias": (m,) for name in shapes if name.endswith("_norm")}
+    if spec.qk_norm == "head":
         shapes |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
+    if spec.qk_norm == "projection":
+        shapes |= {"q_norm": (q,), "k_norm": (k,)}
     return shapes
 
 
@@ -60,6 +64,33 @@ def mlp_shapes(hidden: int, intermediate: int, prefix: str = "") -> Shapes:
         f"{prefix}up": (intermediate, hidden),
         f"{prefix}down": (hidden, intermediate),
     }
+
+
+# Matrices that some checkpoints keep as one, rows of the first on top.
+FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
+
+def fused_shapes(shapes: Shapes, fused: Collection[str]) -> Shapes:
+    """`shapes` as a checkpoint has them that keeps the matrices `fused` (of `FUSED`) as one."""
+    out = dict(shapes)
+    for name in fused:
+        parts = [out.pop(part) for part in FUSED[name]]
+        out[name] = (sum(rows for rows, _ in parts), parts[0][1])
+    return out
+
+
+def unfuse(
+    weights: dict[str, np.ndarray], shapes: Shapes, fused: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Weights of `fused_shapes` by the names of `shapes`."""
+    out = dict(weights)
+    for name in fused:
+        stored, start = out.pop(name), 0
+        for part in FUSED[name]:
+            rows = shapes[part][0]
+            out[part] = stored[start : start + rows].copy()
+            start += rows
+    return out
 
 
 def expert_shapes(spec: LayerSpec) -> Shapes:
@@ -82,7 +113,8 @@ def embed_shapes(spec: ModelSpec) -> Shapes:
 
 def head_shapes(spec: ModelSpec) -> Shapes:
     """Weights after the layers; `unembedding` is the embedding itself when they are tied."""
-    return {"norm": (spec.hidden,), "unembedding": (spec.vocab, spec.hidden)}
+    bias = {"norm_bias": (spec.hidden,)} if spec.norm == "layer" else {}
+    return {"norm": (spec.hidden,), **bias, "unembedding": (spec.vocab, spec.hidden)}
 
 
 def parameter_count(spec: ModelSpec) -> int:

@@ -1,4 +1,4 @@
-"""Pieces of a decoder layer: matrix product, RMS norm, gated MLP, residual sum. All in float32."""
+"""Pieces of a decoder layer: matrix product, norms, MLPs, residual sum. All in float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from turboq_calibrate.models.spec import LayerSpec
+from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 
 Params = dict[str, Array]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -41,8 +41,31 @@ def rms_norm(
     return x * inverse * jnp.broadcast_to(factor, x.shape)
 
 
-def normed(spec: LayerSpec, params: Params, x: Array, name: str) -> Array:
+def layer_norm(
+    x: Float[Array, "*A N"], weight: Float[Array, "N"], bias: Float[Array, "N"], eps: float
+) -> Float[Array, "*A N"]:
+    """weight * (x - mean(x)) / sqrt(var(x) + eps) + bias over the last axis."""
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    weight, bias = (jnp.broadcast_to(y.astype(jnp.float32), x.shape) for y in (weight, bias))
+    return centred * inverse * weight + bias
+
+
+def pre_normed(spec: LayerSpec, params: Params, x: Array, name: str) -> Array:
+    """What attention (`name` attn_norm) or the MLP (mlp_norm) reads of the residual stream."""
+    return normed(spec, params, x, name) if spec.pre_norms else x
+
+
+def normed(spec: LayerSpec | ModelSpec, params: Params, x: Array, name: str) -> Array:
+    """The norm of a layer, or the final one, with the weight `name`."""
+    if spec.norm == "layer":
+        return layer_norm(x, params[name], params[f"{name}_bias"], spec.norm_eps)
     return rms_norm(x, params[name], spec.norm_eps, spec.norm_offset)
+
+
+def plain_mlp(spec: LayerSpec, params: Params, n: Float[Array, "*A M"]) -> Float[Array, "*A M"]:
+    """down(act(up(n)))."""
+    return linear(ACTIVATIONS[spec.activation](linear(n, params, "up")), params, "down")
 
 
 def gated_mlp(
@@ -57,5 +80,7 @@ def gated_mlp(
 def add(
     spec: LayerSpec, params: Params, x: Float[Array, "*A M"], y: Float[Array, "*A M"], norm: str
 ) -> Float[Array, "*A M"]:
-    """The residual sum x + y, with y normalised by weight `norm` where the layer does that."""
-    return x + (normed(spec, params, y, norm) if spec.post_norms else y)
+    """The residual sum x + y, with y normalised by weight `norm`, or scaled, where the layer does
+    that."""
+    y = normed(spec, params, y, norm) if spec.post_norms else y
+    return x + (y if spec.residual_scale == 1.0 else y * jnp.float32(spec.residual_scale))

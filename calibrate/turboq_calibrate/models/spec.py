@@ -11,6 +11,8 @@ from typing import Literal
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope
 
+Norm = Literal["rms", "layer"]  # "layer": less the mean, and with a bias
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experts:
@@ -34,13 +36,18 @@ class LayerSpec:
     head_dim: int  # of q and k
     v_head_dim: int
     norm_eps: float
-    rope: Rope | None
+    rope: Rope | None  # None: no rotary embedding (NoPE)
+    rope_magnitude: float = 1.0  # channels that are rotated are multiplied by it (longrope)
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["head", "projection"] | None = None  # what is normalised at a time
+    norm: Norm = "rms"
     norm_offset: float = 0.0  # RMS norms multiply by offset + weight
+    pre_norms: bool = True  # norms of what attention and the MLP read
     post_norms: bool = False  # norms of what attention and the MLP add to the residual stream
+    residual_scale: float = 1.0  # of what attention and the MLP add
+    gated: bool = True  # the MLP is down(act(gate) * up), not down(act(up))
     activation: Literal["silu", "gelu_tanh"] = "silu"
     softmax_scale: float | None = None  # None: head_dim^-1/2
     window: int | None = None  # sliding window in tokens, the query's own included
@@ -71,7 +78,9 @@ class ModelSpec:
     tied_embeddings: bool
     layers: tuple[LayerSpec, ...]
     embed_scale: float = 1.0  # embeddings are multiplied by its float32 value
+    norm: Norm = "rms"  # the final one
     norm_offset: float = 0.0  # of the final norm
+    logit_scale: float = 1.0  # logits are multiplied by it
     logit_softcap: float | None = None  # of the final logits
     prefix: str = "model."  # of the decoder's module names
 

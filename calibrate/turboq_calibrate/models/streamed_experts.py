@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from turboq_calibrate.models import experts
-from turboq_calibrate.models.primitives import Params, add, normed
+from turboq_calibrate.models.primitives import Params, add, pre_normed
 from turboq_calibrate.models.spec import LayerSpec
 
 GROUP_BYTES = 2**28
@@ -109,7 +109,7 @@ def _sum(spec: LayerSpec, params: Streamed, y: Array, n: Array, chosen: Array, w
 def _prepared(spec: LayerSpec, params: Params, x: Array) -> tuple[Array, Array, Array, Array]:
     """Normalised rows [N, M], their experts and weights, and what the shared expert adds."""
     assert spec.experts is not None
-    n = normed(spec, params, x, "mlp_norm").reshape(-1, x.shape[-1])
+    n = pre_normed(spec, params, x, "mlp_norm").reshape(-1, x.shape[-1])
     chosen, weights = experts.route(spec.experts, params, n)
     return n, chosen, weights, experts.shared(spec, params, n)
 

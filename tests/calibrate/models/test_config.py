@@ -429,6 +429,23 @@ def test_windows_per_layer():
         ({"rope_scaling": {**LINEAR, "type": "yarn"}}, "names two rope types"),
         ({"rope_scaling": {"factor": 2.0}}, "names no rope type: add rope_type"),
         ({"rope_theta": -1}, "rope_theta=-1 must be a positive"),
+        ({"no_rope_layers": [1, 0, 1]}, r"no_rope_layers=\[1, 0, 1\] is not supported"),
+        ({"no_rope_layer_interval": 4}, "no_rope_layer_interval=4 is not supported"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "must hold 0 or 1 for each of the 3"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 2, 1]}, "must hold 0 or 1 for each"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "interval=0 must be a positive"),
+        (
+            {
+                "model_type": "smollm3",
+                "layer_types": ["sliding_attention"] * 3,
+                "use_sliding_window": True,
+            },
+            "use_sliding_window is off or has no window",
+        ),
+        ({"residual_multiplier": 0.2}, "residual_multiplier=0.2 is not supported"),
+        ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling=0 must be a positive"),
+        ({"model_type": "granite", "logit_scale": 0.5}, "logit_scale=0.5 is not supported"),
+        ({"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv=8.0 is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor=0.25"),
         ({"rope_interleaved": True}, "rope_interleaved=True is not supported"),
@@ -466,12 +483,16 @@ def test_what_would_change_the_result_is_refused(fields, message):
 def test_neutral_values_of_refused_fields_pass():
     fields = {"logit_scale": 1.0, "num_experts": 0, "rope_interleaved": False, "clip_qkv": None}
     assert model_spec(config(**fields), "x") == model_spec(config(), "x")
+    factors = {"residual_multiplier": None, "logits_scaling": 0, "embedding_multiplier": 1}
+    assert model_spec(config(**factors), "x") == model_spec(config(), "x")
     assert model_spec(config(partial_rotary_factor=1.0), "x") == model_spec(config(), "x")
 
 
 def test_supported_families_are_the_documented_ones():
     assert [*FAMILIES, *WRAPPERS] == [
-        *("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"),
+        *("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "granite"),
+        *("phi3", "glm", "glm4", "starcoder2"),
+        *("mixtral", "qwen2_moe", "qwen3_moe"),
         *("gemma2", "gemma3_text"),
         *("gemma3",),
     ]
@@ -486,4 +507,7 @@ def test_the_planner_reads_the_same_layers(folder):
     assert [(x.kv_heads, x.k_dim, x.v_dim, x.window) for x in planned.layers] == [
         (x.kv_heads, x.head_dim, x.v_head_dim, x.window) for x in spec.layers
     ]
-    assert planned.context == spec.context
+    # With longrope a model is read up to where longer sequences rotate otherwise.
+    scaled = config.get("rope_parameters", {}).get("rope_type") == "longrope"
+    original = config["original_max_position_embeddings"] if scaled else planned.context
+    assert spec.context == original

@@ -6,7 +6,7 @@ import pytest
 from model_files import GOLDEN, refuses, write
 
 from turboq.errors import TurboqError
-from turboq.numbers.rope import Scaling, inverse_frequencies
+from turboq.numbers.rope import Rope, Scaling, inverse_frequencies
 from turboq_calibrate.models import gguf_header, load_model
 from turboq_calibrate.models.gguf_architectures import ARCHITECTURES
 from turboq_calibrate.models.gguf_file import GGUFFile
@@ -105,6 +105,28 @@ def test_what_llama_cpp_builds_into_gemma(tmp_path):
     assert [layer.rope.theta for layer in spec.layers] == [7e3] * 5 + [5e4, 7e3]
     with pytest.raises(TurboqError, match="must say true or false for every layer"):
         spec_of(tmp_path, "gemma3", attention__sliding_window_pattern=[True, False])
+
+
+def test_what_llama_cpp_builds_into_others(tmp_path):
+    """OLMo 2's architecture is OLMo 3's too; Granite's switch of its rotary embedding."""
+    scaled = {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}
+    spec = spec_of(tmp_path, "olmo2", attention__sliding_window=6, **scaled)
+    assert [layer.window for layer in spec.layers] == [6, 6]
+    assert {layer.rope for layer in spec.layers} == {Rope(theta=5e5, dim=8)}
+    spec = spec_of(tmp_path, "olmo2", attention__sliding_window=6,
+                   attention__sliding_window_pattern=[True, False], **scaled)  # fmt: skip
+    assert spec.layers[1].rope.scaling == Scaling(type="linear", factor=4.0)
+    spec = spec_of(tmp_path, "granite", rope__scaling__finetuned=False)
+    assert {layer.rope for layer in spec.layers} == {None}
+    bare = dict.fromkeys(("embedding_scale", "residual_scale", "attention__scale"))
+    spec = spec_of(tmp_path, "granite", **bare, logit_scale=8.0)
+    layer = spec.layers[0]
+    assert (spec.embed_scale, layer.residual_scale, layer.scale) == (1.0, 1.0, 8**-0.5)
+    assert spec.logit_scale == 0.125
+    spec = spec_of(tmp_path, "phi3", attention__sliding_window=4)  # which llama.cpp ignores
+    assert (spec.context, spec.layers[0].window) == (80, None)
+    with pytest.raises(TurboqError, match=r"scaling.original_context_length is missing"):
+        spec_of(tmp_path, "phi3", rope__scaling__original_context_length=None)
 
 
 @pytest.mark.parametrize("layers", [46, 26])

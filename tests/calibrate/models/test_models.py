@@ -1,6 +1,7 @@
 """Every family against transformers' own outputs (tests/golden), and the ways to run a model."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -40,8 +41,20 @@ FAMILIES = (
     "mixtral",
     "qwen2_moe",
     "qwen3_moe",
+    "olmo2",
+    "smollm3",
+    "granite",
+    "phi3",
+    "phi3_window",
+    "glm",
+    "glm4",
+    "starcoder2",
 )
-COPIES = ("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+COPIES = (
+    *("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"),
+    *("olmo2", "smollm3", "granite", "phi3", "glm4", "starcoder2"),
+)
 
 
 def capturing(spec, q, k, v, positions, state):
@@ -87,7 +100,10 @@ def test_golden_families_cover_what_they_claim():
         "qwen3",
         "gemma2",
         *["gemma3_text"] * 2,
-        *("mixtral", "qwen2_moe", "qwen3_moe"),
+        *MIXTURES,
+        *("olmo2", "smollm3", "granite"),
+        *["phi3"] * 2,
+        *("glm", "glm4", "starcoder2"),
     ]
     assert first["llama3"].rope.scaling.type == "llama3"
     assert first["llama_bias"].rope.scaling == Scaling(type="linear", factor=2.5)
@@ -114,8 +130,31 @@ def test_golden_families_cover_what_they_claim():
     assert specs["gemma3_vision"].path(1) == "language_model.model.layers.1.self_attn"
     mixtures = {family: [layer.experts for layer in spec.layers] for family, spec in specs.items()}
     assert [bool(mixture) for mixture in mixtures["qwen2_moe"]] == [True, False, True]
-    assert [mixtures[f][0].renormalised for f in FAMILIES[-3:]] == [True, False, True]
-    assert [mixtures[f][0].shared for f in FAMILIES[-3:]] == [0, 10, 0]
+    assert [mixtures[f][0].renormalised for f in MIXTURES] == [True, False, True]
+    assert [mixtures[f][0].shared for f in MIXTURES] == [0, 10, 0]
+    assert (first["olmo2"].pre_norms, first["olmo2"].post_norms) == (False, True)
+    assert first["olmo2"].qk_norm == "projection"
+    turned = [layer.rope is not None for layer in specs["smollm3"].layers]
+    assert turned == [True, True, True, False, True]
+    assert specs["smollm3"].layers[0].rope.theta == 2e6
+    granite = specs["granite"]
+    assert (granite.embed_scale, granite.logit_scale, first["granite"].scale) == (3, 0.4, 0.125)
+    assert first["granite"].residual_scale == 0.4
+    phi3, plain = first["phi3"], first["phi3_window"]
+    assert (phi3.rope.dim, phi3.head_dim, specs["phi3"].context) == (12, 16, 80)
+    assert phi3.rope_magnitude == math.sqrt(1 + math.log(256 / 80) / math.log(80))
+    assert (plain.rope, plain.rope_magnitude, plain.window) == (Rope(theta=1e4, dim=8), 1.0, 5)
+    turned = Rope(theta=1e4, dim=6, layout="interleaved")
+    assert (first["glm4"].rope, first["glm4"].head_dim) == (turned, 12)
+    assert first["glm"].rope == dataclasses.replace(turned, dim=4)
+    assert [x.qkv_bias for x in (first["glm"], first["glm4"])] == [False, True]
+    assert [x.post_norms for x in (first["glm"], first["glm4"])] == [False, True]
+    assert not first["glm4"].o_bias
+    star = first["starcoder2"]
+    assert (star.norm, specs["starcoder2"].norm, star.gated) == ("layer", "layer", False)
+    assert star.qkv_bias
+    assert star.o_bias
+    assert star.mlp_bias
     # Random norms and biases: a decoder that skips one of them cannot pass.
     norms = load_model(GOLDEN / "qwen3").layer(0)
     assert all(np.std(norms[name]) > 0.1 for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm"))
@@ -159,7 +198,9 @@ def test_a_streamed_layer_reads_only_its_own_tensors(monkeypatch):
     assert all(name.startswith("model.layers.1.") for name in names)
 
 
-@pytest.mark.parametrize("family", ["llama_bias", "llama3", "qwen3", "gemma2", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "family", ["llama_bias", "llama3", "qwen3", "gemma2", "qwen2_moe", "starcoder2"]
+)
 def test_nnx_module_equals_the_functions(family):
     model, expected = load_model(GOLDEN / family), golden(family)
     module = Decoder.from_model(model)

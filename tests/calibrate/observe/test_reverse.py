@@ -43,6 +43,9 @@ MODELS = {
     "qwen3": lambda: load_model(GOLDEN / "qwen3"),
     "gemma2": lambda: load_model(GOLDEN / "gemma2"),  # windows, soft caps, norms after
     "qwen2_moe": lambda: load_model(GOLDEN / "qwen2_moe"),  # a dense layer among them, windows
+    "smollm3": lambda: load_model(GOLDEN / "smollm3"),  # layers with and without rotation
+    "phi3": lambda: load_model(GOLDEN / "phi3"),  # partial rotation, times a factor
+    "glm4": lambda: load_model(GOLDEN / "glm4"),  # partial rotation of neighbours
     "without rope": lambda: without_rope("llama3"),
 }
 
@@ -104,9 +107,13 @@ def turned_back(spec, x):
     if spec.rope is None:
         return x
     angle = np.arange(x.shape[1])[:, None] * rope.inverse_frequencies(spec.rope).astype(np.float64)
-    half = angle.shape[1]
-    z = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(-1j * angle)[None, :, None]
-    return np.concatenate([z.real, z.imag, x[..., 2 * half :]], axis=-1)
+    first, second = np.arange(spec.rope.dim).reshape(2, -1)
+    if spec.rope.layout == "interleaved":
+        first, second = np.arange(spec.rope.dim).reshape(-1, 2).T
+    z = (x[..., first] + 1j * x[..., second]) * np.exp(-1j * angle)[None, :, None]
+    out = np.array(x)
+    out[..., first], out[..., second] = z.real, z.imag
+    return out
 
 
 def heads(x):
@@ -159,7 +166,7 @@ def test_everything_a_fit_may_use_equals_the_whole_model(name, tmp_path):
             weighted = np.swapaxes(weight * centered, 1, 2) @ centered
             close(seen.weighted_covariance, weighted, "gradient_moments")
             turns = side == "k" and when == "after" and spec.rope is not None
-            assert seen.rope_layout == ("half" if turns else "none")
+            assert seen.rope_layout == (spec.rope.layout if turns else "none")
             assert seen.rope_dim == (spec.rope.dim if turns else None)
             if queries is None:
                 assert seen.queries is None

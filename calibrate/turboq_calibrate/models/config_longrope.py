@@ -1,0 +1,63 @@
+"""LongRoPE scaling (arXiv 2402.13753, Phi-3) from a `config.json`.
+
+Sequences up to the original context divide each frequency by `short_factor`, longer ones all of
+theirs by `long_factor`: keys of one cache cannot be both, so a model is read as its short form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from turboq.errors import TurboqError, quoted
+from turboq.numbers.rope import Rope
+from turboq_calibrate.models.config_fields import Reader, positive
+
+ORIGINAL = "original_max_position_embeddings"
+TYPES = ("longrope", "su")  # one, by its new and its old name
+
+
+def longrope(
+    read: Reader, fields: dict[str, Any], rope: Rope, context: int
+) -> tuple[Rope, float, int]:
+    """The rotary embedding of short sequences, the factor on what it rotates, and how long such a
+    sequence may be.
+
+    Raises:
+      TurboqError: a list that does not count the frequencies, a number that is not positive.
+    """
+    beside, inside = read.config.get(ORIGINAL), fields.get(ORIGINAL)
+    if None not in (beside, inside) and beside != inside:
+        raise TurboqError(
+            f"{read.where}: {ORIGINAL}={quoted(beside)} but {quoted(inside)} among the rope "
+            "parameters: leave one of them out of a copy of the file"
+        )
+    original = Reader({ORIGINAL: inside if beside is None else beside}, read.where).integer(
+        ORIGINAL
+    )
+    factor = positive(fields.get("factor") or context / original, "rope factor", read.where)
+    magnitude = fields.get("attention_factor")
+    if magnitude is None:
+        magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    magnitude = positive(magnitude, "rope attention_factor", read.where)
+    _divisors(read, fields, "long_factor", rope)
+    return divided(rope, _divisors(read, fields, "short_factor", rope)), magnitude, original
+
+
+def divided(rope: Rope, divisors: np.ndarray) -> Rope:
+    """`rope` with each of its frequencies divided."""
+    inv_freq = rope.theta ** -(np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim) / divisors
+    return dataclasses.replace(rope, inv_freq=tuple(float(f) for f in inv_freq))
+
+
+def _divisors(read: Reader, fields: dict[str, Any], key: str, rope: Rope) -> np.ndarray:
+    said = fields.get(key)
+    if not isinstance(said, list) or len(said) != rope.dim // 2:
+        raise TurboqError(
+            f"{read.where}: rope {key}={quoted(said)} must hold {rope.dim // 2} numbers, one for "
+            "each frequency"
+        )
+    return np.array([positive(x, f"rope {key}", read.where) for x in said])
