@@ -12,11 +12,11 @@ closest within it:
   --budget=131072@4GiB     all memory of one sequence of 131072 tokens (131072x8@40GiB: of eight)
 
 Without --statistics the model is calibrated first, into --out (flags as in `turboq calibrate`).
-Candidates are --candidates=window:2,2.5,3 (bits per channel; transform:2,2.5,3 errs more and is
-quicker to encode, trellis:2,2.5,3 errs as little and is slower to read; a word without numbers: in
-steps around the budget) or per_head:2,3,4 or ggml:type=q4_0,q8_0 or exact (several --candidates add
-up), by default window; with --engine=NAME what that engine holds, in the combinations it can load
-(`turboq export --engine=list`).
+Candidates are --candidates=window:2,2.5,3 (bits per channel; transform:2,2.5,3 has scalar codes and
+is quicker to encode, trellis:2,2.5,3 reads tables; a word without numbers: in steps around the
+budget) or per_head:2,3,4 or ggml:type=q4_0,q8_0 or exact (several --candidates add up), by default
+window; with --engine=NAME what that engine holds, in the combinations it can load (`turboq export
+--engine=list`).
 
 The plan is checked before it is written: on windows held back from every calibration text, beside
 the best uniform per_head plan, and at --check_length tokens of `turboq calibrate`; what loses to

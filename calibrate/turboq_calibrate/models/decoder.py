@@ -116,9 +116,8 @@ def layer(
     state: Any = None,
 ) -> tuple[Float[Array, "B T M"], Any]:
     """One decoder layer with all of its weights."""
-    q, k, v = project_qkv(spec, params, x, positions)
-    out, state = attend(spec, q, k, v, positions, state)
-    return join(spec, params, x, out), state
+    x, state = attention_half(spec, params, x, positions, attend, state)
+    return join_feed_forward(spec, params, x), state
 
 
 def join(
