@@ -34,8 +34,8 @@ ROPES = {
 }
 
 
-def before(layer: KVLayer, rope: str = "half") -> KVLayer:
-    return dataclasses.replace(layer, rope=ROPES[rope])
+def before(layer: KVLayer, rope: str = "half", block: int = 1) -> KVLayer:
+    return dataclasses.replace(layer, rope=ROPES[rope], rope_block=block)
 
 
 def inputs(rng, layer, t, batch=2):
@@ -44,12 +44,16 @@ def inputs(rng, layer, t, batch=2):
     return jnp.asarray(q), k, v
 
 
-def turn(rope: Rope, x: np.ndarray, sign: float) -> np.ndarray:
-    """[B, T, K, D] at positions 0..T-1, pairs as complex numbers in float64."""
+def turn(rope: Rope, x: np.ndarray, sign: float, block: int = 0) -> np.ndarray:
+    """[B, T, K, D] at positions 0..T-1, pairs as complex numbers in float64.
+
+    With `block`, turned by what positions exceed their block's first.
+    """
     half = rope.dim // 2
     pairs = np.arange(rope.dim).reshape((2, half) if rope.layout == "half" else (half, 2))
     first, second = pairs if rope.layout == "half" else pairs.T
-    angle = np.arange(x.shape[1])[:, None] * inverse_frequencies(rope).astype(np.float64)
+    at = np.arange(x.shape[1]) % block if block else np.arange(x.shape[1])
+    angle = at[:, None] * inverse_frequencies(rope).astype(np.float64)
     z = (x[..., first] + 1j * x[..., second]) * np.exp(sign * 1j * angle)[None, :, None]
     out = np.array(x, np.float64)
     out[..., first], out[..., second] = z.real, z.imag
@@ -63,9 +67,17 @@ def stored(layer: KVLayer, k, v):
         k, v = round_exact(layer.policy, k), round_exact(layer.policy, v)
     policy = dataclasses.replace(layer.policy, exact_dtype="float32")
     plain = dataclasses.replace(layer, policy=policy, rope=None)
-    unrotated = jnp.asarray(turn(layer.rope, np.asarray(k, np.float64), -1.0), jnp.float32)
-    k_hat, v_hat = simulate(plain, unrotated, v)
-    return turn(layer.rope, np.asarray(k_hat, np.float64), 1.0), v_hat
+    unrotated = turn(layer.rope, np.asarray(k, np.float64), -1.0)
+    if layer.rope_block == 1:
+        k_hat, v_hat = simulate(plain, jnp.asarray(unrotated, jnp.float32), v)
+        return turn(layer.rope, np.asarray(k_hat, np.float64), 1.0), v_hat
+    # R(o) (k - mu) is what is coded, about mu again as the codec takes it off by itself.
+    (group,), block = layer.groups, layer.rope_block
+    mean = np.asarray(group.k_arrays["mean"], np.float64)[None, None]
+    relative = turn(layer.rope, unrotated - mean, 1.0, block) + mean
+    k_hat, v_hat = simulate(plain, jnp.asarray(relative, jnp.float32), v)
+    left = turn(layer.rope, np.asarray(k_hat, np.float64) - mean, -1.0, block)
+    return turn(layer.rope, left + mean, 1.0), v_hat
 
 
 def oracle(layer, q, k, v, **options):
@@ -91,16 +103,18 @@ def run(layer, q, k, v, sizes, **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "rope", "options"),
+    ("name", "rope", "block", "options"),
     [
-        ("per_head", "half", {}),
-        ("mixed", "llama3", {"window": 9, "softcap": 1.5}),
-        ("blocks", "partial", {}),
+        ("per_head", "half", 1, {}),
+        ("mixed", "llama3", 1, {"window": 9, "softcap": 1.5}),
+        ("blocks", "partial", 1, {}),
+        ("per_head", "partial", 16, {}),
+        ("per_head", "llama3", 16, {"window": 9}),
     ],
 )
-def test_chunks_and_single_tokens_match_float64(rng, name, rope, options):
+def test_chunks_and_single_tokens_match_float64(rng, name, rope, block, options):
     """Sinks, a recent window, grouped queries; 26 tokens in one chunk are many query rows."""
-    layer = before(cases.make_layer(name, rng), rope)
+    layer = before(cases.make_layer(name, rng), rope, block)
     q, k, v = inputs(rng, layer, 34)
     got, _ = run(layer, q, k, v, (6, 1, 1, 26), **options)
     want = oracle(layer, q, k, v, **options)

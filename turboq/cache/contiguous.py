@@ -11,8 +11,8 @@ again. Per head group the buffers are
     exact recent     dtype  [B, N, ring, D]                          at position mod ring
 
 with N heads in the group and ring = recent + block - 1. A layer with `rope` has its keys encoded as
-they were before it, unrotated at their slot's position; exact ones stay rotated. Appending never
-changes a shape, so nothing is recompiled as it grows.
+`turboq.cache.key_form` says, turned at their slot's position; exact ones stay as they come.
+Appending never changes a shape, so nothing is recompiled as it grows.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from turboq.cache import overflow
+from turboq.cache.key_form import to_stored
 from turboq.cache.layer import HeadGroup, KVLayer, Leaves, in_head_order
 from turboq.cache.simulate import check_heads, round_exact, take_heads
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.errors import TurboqError
 from turboq.numbers import packing
-from turboq.numbers.rope import Rope, unrotate
 
 
 @jax.tree_util.register_dataclass
@@ -217,7 +217,10 @@ def write_group(
             return store(codec, arrays, stored, x, positions, valid)
         return _store_blocks(layer, codec, arrays, stored, recent, x, start, counts, store)
 
-    k_store = store if layer.rope is None else _before(layer.rope, store)
+    def k_store(codec, arrays, stored, x, positions, valid):
+        x = to_stored(layer, arrays, x, positions)
+        return store(codec, arrays, stored, x, positions, valid)
+
     return GroupBuffers(
         k=side(group.k, group.k_arrays, buffers.k, buffers.k_recent, k, k_store),
         v=side(group.v, group.v_arrays, buffers.v, buffers.v_recent, v, store),
@@ -226,16 +229,6 @@ def write_group(
         k_recent=_scatter(buffers.k_recent, k, slot),
         v_recent=_scatter(buffers.v_recent, v, slot),
     )
-
-
-def _before(rope: Rope, store: Store) -> Store:
-    """`store` of keys as they were before their rotary embedding."""
-
-    def unrotated(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
-        x = unrotate(rope, x, positions[:, None, :])
-        return store(codec, arrays, stored, x, positions, valid)
-
-    return unrotated
 
 
 def store_encoded(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:

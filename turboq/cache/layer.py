@@ -57,14 +57,16 @@ class HeadGroup:
 class KVLayer:
     """One layer of a plan: every KV head is in exactly one group.
 
-    With `rope`, quantized keys are stored before that rotary embedding: unrotated when encoded,
-    rotated again when read, at their index in the sequence. Keys come and go rotated, exact tokens
+    With `rope`, quantized keys are stored before that rotary embedding, or relative to the first
+    position of their block of `rope_block` tokens (`turboq.cache.key_form`): turned when encoded,
+    turned again when read, at their index in the sequence. Keys come and go rotated, exact tokens
     (sinks, recent window) are kept as they come. None: all keys are stored as they come.
     """
 
     groups: tuple[HeadGroup, ...]
     policy: TokenPolicy = dataclasses.field(metadata={"static": True})
     rope: Rope | None = dataclasses.field(default=None, metadata={"static": True})
+    rope_block: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def kv_heads(self) -> int:
@@ -112,9 +114,10 @@ def uniform_layer(
     k_arrays: Arrays | None = None,
     v_arrays: Arrays | None = None,
     rope: Rope | None = None,
+    rope_block: int = 1,
 ) -> KVLayer:
     """All heads in one group; arrays (leading axis kv_heads) default to none (data-free codecs)."""
     group = HeadGroup(
         heads=tuple(range(kv_heads)), k=k, v=v, k_arrays=k_arrays or {}, v_arrays=v_arrays or {}
     )
-    return KVLayer(groups=(group,), policy=policy, rope=rope)
+    return KVLayer(groups=(group,), policy=policy, rope=rope, rope_block=rope_block)

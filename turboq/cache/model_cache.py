@@ -29,12 +29,12 @@ from turboq.cache import contiguous, overflow
 from turboq.cache.columns import Columns, field_planes
 from turboq.cache.contiguous import GroupBuffers, Tail
 from turboq.cache.exact_attention import Segment, attention_over_segments, causal
+from turboq.cache.key_form import from_stored
 from turboq.cache.layer import HeadGroup, KVLayer
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.codecs.transform import Transform
 from turboq.codecs.transform_padded import PaddedTransform, shared_layers
 from turboq.numbers.packing import PAGE
-from turboq.numbers.rope import rotate
 
 
 @jax.tree_util.register_dataclass
@@ -244,10 +244,9 @@ def attend(
     k_codec, v_codec = form.codecs
     k = jax.vmap(k_codec.decode)(group.k_arrays, _read(k_codec, form.k, words))
     v = jax.vmap(v_codec.values)(group.v_arrays, _read(v_codec, form.v, words))
-    k, v = (jnp.moveaxis(x, 0, 2) for x in (k, v))  # [B, S, K, D]
-    slots = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-    if layer.rope is not None:
-        k = rotate(layer.rope, k, slots[:, :, None])
+    slots = jnp.arange(k.shape[2], dtype=jnp.int32)[None]
+    k = from_stored(layer, group.k_arrays, k.swapaxes(0, 1), slots)
+    k, v = k.swapaxes(1, 2), jnp.moveaxis(v, 0, 2)  # [B, S, K, D]
     sinks = layer.policy.sinks
     held = jnp.where((slots >= sinks) & (slots < state.lengths[:, None]), slots, -1)
     seen = causal(held, window=window)

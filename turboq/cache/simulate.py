@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboq.cache.exact_attention import attention_over_segments, causal
-from turboq.cache.layer import KVLayer, TokenPolicy, in_head_order, stored_until
+from turboq.cache.key_form import from_stored, to_stored
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, in_head_order, stored_until
 from turboq.codecs.base import Arrays, Codec
-from turboq.numbers.rope import rotate, unrotate
 
 
 def quantize_dequantize(
@@ -43,9 +43,9 @@ def simulate(
 ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]]:
     """Keys and values as a cache of this layer would return them (every token quantized).
 
-    With `layer.rope`, k_hat = R decode(encode(R^-1 k)), R turning a key to its position (default:
-    0..T-1, the index in its row). A layer that encodes blocks takes its tokens from the exact ring,
-    so rounded to its dtype.
+    With `layer.rope` keys are encoded as they are stored (`turboq.cache.key_form`), at `positions`
+    (default: 0..T-1, the index in its row). A layer that encodes blocks takes its tokens from the
+    exact ring, so rounded to its dtype.
 
     Raises:
       ValueError: the number of heads differs from the layer's.
@@ -55,19 +55,16 @@ def simulate(
         k, v = round_exact(layer.policy, k), round_exact(layer.policy, v)
     if positions is None:
         positions = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
-    if layer.rope is not None:
-        k = unrotate(layer.rope, k, positions[:, :, None])
-    parts = [
-        (
-            quantize_dequantize(g.k, g.k_arrays, take_heads(k, g.heads)),
-            quantize_dequantize(g.v, g.v_arrays, take_heads(v, g.heads)),
-        )
-        for g in layer.groups
-    ]
-    k_hat = jnp.concatenate([p[0] for p in parts], axis=2)
-    v_hat = jnp.concatenate([p[1] for p in parts], axis=2)
-    if layer.rope is not None:
-        k_hat = rotate(layer.rope, k_hat, positions[:, :, None])
+
+    def keys(group: HeadGroup) -> Array:
+        x = take_heads(k, group.heads).swapaxes(1, 2)
+        x = to_stored(layer, group.k_arrays, x, positions).swapaxes(1, 2)
+        x = quantize_dequantize(group.k, group.k_arrays, x).swapaxes(1, 2)
+        return from_stored(layer, group.k_arrays, x, positions).swapaxes(1, 2)
+
+    k_hat = jnp.concatenate([keys(g) for g in layer.groups], axis=2)
+    v_hat = [quantize_dequantize(g.v, g.v_arrays, take_heads(v, g.heads)) for g in layer.groups]
+    v_hat = jnp.concatenate(v_hat, axis=2)
     return in_head_order(layer, k_hat, 2), in_head_order(layer, v_hat, 2)
 
 

@@ -74,7 +74,7 @@ class Options:
 class Entry:
     """One head's K or V in the plan, with its fitted arrays.
 
-    With `rope` "before", codec and arrays are those of keys before their rotary embedding.
+    Unless `rope` is "after", codec and arrays are of keys as `turboq.cache.key_form` has them.
     """
 
     place: Place

@@ -176,8 +176,8 @@ class Qwix(Exporter):
         dtype = model_dtype(plan, options)
         held = {}
         for e in entries(plan, arrays):
-            if e.rope == "before" and e.arrays:
-                note = "its arrays were fitted to keys before RoPE"
+            if e.rope != "after" and e.arrays:
+                note = f"its arrays were fitted to keys {e.rope} RoPE"
                 held[e.place] = exact_held(e, dtype, reduced=False, note=note)
             elif representable(e.codec):
                 held[e.place] = Held(format="QArray", codec=e.codec, arrays=e.arrays)

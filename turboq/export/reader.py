@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from turboq.cache.key_form import from_stored
+from turboq.cache.layer import KVLayer, TokenPolicy
 from turboq.export.base import (
     Entry,
     Exporter,
@@ -20,10 +22,9 @@ from turboq.export.base import (
     entries,
 )
 from turboq.numbers.packing import PAGE, pack_host
-from turboq.numbers.rope import rotate
 from turboq.plan import ModelGeometry, Plan
 from turboq.plan.constraints import Constraints
-from turboq.plan.geometry import ROPE_FORMS
+from turboq.plan.geometry import ROPE_FORMS, rope_block
 
 SCRIPT, GOLDEN = "read_plan.py", "page.npz"
 
@@ -32,16 +33,24 @@ def page(entry: Entry, seed: int = 0) -> dict[str, np.ndarray]:
     """One page of one head: random vectors x, what is stored of them, and what that decodes to.
 
     Packed fields are words [1, bits, 8, width], others one row per token (or block of tokens).
-    Keys stored before RoPE have `rotated` besides: what was decoded, at positions 0, 1, ...
+    Keys not stored after RoPE have `rotated` besides: what was decoded, at positions 0, 1, ...
     """
     x = np.random.default_rng(seed).normal(size=(PAGE, entry.dim)).astype(np.float32)
     arrays = {name: jnp.asarray(values) for name, values in entry.arrays.items()}
     stored = jax.jit(entry.codec.encode)(arrays, jnp.asarray(x))
     out = {"x": x, "decoded": np.asarray(jax.jit(entry.codec.decode)(arrays, stored))}
-    if entry.rope == "before":
+    if entry.rope != "after":
         assert entry.layer.rope is not None  # plans are refused without
-        at = jnp.arange(PAGE, dtype=jnp.int32)
-        out["rotated"] = np.asarray(rotate(entry.layer.rope, jnp.asarray(out["decoded"]), at))
+        layer = KVLayer(
+            groups=(),
+            policy=TokenPolicy(),
+            rope=entry.layer.rope,
+            rope_block=rope_block(entry.rope),
+        )
+        heads = {name: values[None] for name, values in arrays.items()}
+        at = jnp.arange(PAGE, dtype=jnp.int32)[None]
+        keys = from_stored(layer, heads, jnp.asarray(out["decoded"])[None, None], at)
+        out["rotated"] = np.asarray(keys[0, 0])
     for field in entry.codec.fields:
         values = np.asarray(stored[field.name])
         if field.packed:

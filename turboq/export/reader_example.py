@@ -1,12 +1,12 @@
 """Reads plan.json, plan.safetensors and packed pages with Python's library and NumPy alone.
 
 Meant to be read and ported to C++ or CUDA: nothing here imports turboq. Three steps, and a fourth
-for keys that the plan stores before their rotary embedding ("rope": "before" in a layer's k):
+for keys that the plan stores before their rotary embedding ("rope" in a layer's k):
 
     plan, tensors = read_plan("folder")               JSON, and a safetensors file by hand
     codes = unpack(words)                             bit planes -> one code per token and channel
     x = decode(codec, arrays, fields)                 codes -> numbers
-    x = rotate(rope_of(plan, layer), x, positions)    if there is a rope
+    x = turn(plan, layer, arrays, x, positions)       if there is a rope
 
 A page is 256 tokens of one KV head: words uint32 [bits, 8, C]; bit j of words[p, r, c] is bit p of
 the code of token 8 j + r, channel c. Pages follow each other; a field that is not packed has one
@@ -97,10 +97,21 @@ def decode(codec, arrays, codes, scale=None):
     raise ValueError(f"codec {codec['codec']!r} is not in this example")
 
 
-def rope_of(plan, layer):
-    """How keys of a layer are rotated after decoding; None: they are stored rotated."""
-    chosen = next(entry for entry in plan["layers"] if entry["index"] == layer)["k"]
-    return plan["model"]["layers"][layer]["rope"] if "rope" in chosen else None
+def turn(plan, layer, arrays, x, positions):
+    """Decoded keys [tokens, D] of one head as attention takes them, at their positions [tokens].
+
+    Keys "before" are rotated to their positions. Those of a "block:P" lie relative to the first
+    position p0 of their P positions, the head's mean turned apart: R(p0) (x - mean) + R(p) mean.
+    """
+    form = next(e for e in plan["layers"] if e["index"] == layer)["k"].get("rope", "after")
+    if form == "after":
+        return x
+    rope, positions = plan["model"]["layers"][layer]["rope"], np.asarray(positions)
+    if form == "before":
+        return rotate(rope, x, positions)
+    mean = np.broadcast_to(arrays["mean"], x.shape)
+    start = positions - positions % int(form.removeprefix("block:"))
+    return rotate(rope, x - mean, start) + rotate(rope, mean, positions)
 
 
 def inverse_frequencies(rope):

@@ -47,7 +47,7 @@ def rope_envelope(entry: Entry, peak: np.ndarray) -> np.ndarray:
 
     An upper bound of the pair norms that were seen; values and channels without RoPE keep theirs.
     """
-    if entry.side == "v" or entry.rope == "before":  # `peaks` has done it
+    if entry.side == "v" or entry.rope != "after":  # `peaks` has done it
         return peak
     return _norms(entry, peak)
 

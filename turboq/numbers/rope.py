@@ -170,3 +170,15 @@ def unrotate(
     """R(-position) x in float32: what `rotate` turned, turned back."""
     cos, sin = tables(rope, positions)
     return apply(x.astype(jnp.float32), cos, -sin, rope.layout)
+
+
+def matrices(rope: Rope, dim: int, positions: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n D D"]:
+    """R(position) of keys of `dim` channels as matrices, float64."""
+    angles = np.asarray(positions, np.float64)[:, None] * inverse_frequencies(rope)
+    half, index = rope.dim // 2, np.arange(rope.dim // 2)
+    first, second = (index, index + half) if rope.layout == "half" else (2 * index, 2 * index + 1)
+    out = np.broadcast_to(np.eye(dim), (len(angles), dim, dim)).copy()
+    out[:, first, first] = out[:, second, second] = np.cos(angles)
+    out[:, second, first] = np.sin(angles)
+    out[:, first, second] = -np.sin(angles)
+    return out

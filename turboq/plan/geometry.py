@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import ClassVar, Literal
 
 from turboq.numbers.rope import Rope
@@ -12,8 +13,21 @@ MAX_LAYERS = 1024
 MAX_HEADS = 1024
 MAX_DIM = 1024  # of a head; the largest known is the 576 of latent attention
 ROPE_LAYOUTS = ("half", "interleaved", "none")
-RopeForm = Literal["after", "before"]  # keys are stored after or before their rotary embedding
-ROPE_FORMS: tuple[RopeForm, ...] = ("after", "before")
+# Keys are stored after or before their rotary embedding, or relative to the first position of their
+# block of so many tokens (`turboq.cache.key_form`).
+RopeForm = Literal["after", "before", "block:16", "block:32", "block:64", "block:128", "block:256"]
+ROPE_FORMS: tuple[RopeForm, ...] = typing.get_args(RopeForm)
+
+
+def rope_block(form: RopeForm) -> int:
+    """Tokens of a block whose keys are relative to its first position; 1 for "before".
+
+    Raises:
+      ValueError: keys after their rotary embedding have none.
+    """
+    if form == "after":
+        raise ValueError(f"{form=} has no block")
+    return 1 if form == "before" else int(form.removeprefix("block:"))
 
 
 def check_range(name: str, value: int, low: int, high: int) -> None:

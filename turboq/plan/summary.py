@@ -62,7 +62,7 @@ def _side(side: SidePlan) -> str:
         groups.setdefault(codec_label(side.heads[head]), []).append(head)
     groups.pop(usual, None)  # codecs may differ in what a label does not say
     others = [f"heads {','.join(map(str, heads))}: {label}" for label, heads in groups.items()]
-    form = ["before RoPE"] if side.rope == "before" else []
+    form = {"after": [], "before": ["before RoPE"]}.get(side.rope, [f"RoPE {side.rope}"])
     return "; ".join([usual, *others, *form])
 
 

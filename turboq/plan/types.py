@@ -29,6 +29,7 @@ from turboq.plan.geometry import (
     ModelGeometry,
     RopeForm,
     check_range,
+    rope_block,
 )
 from turboq.plan.provenance import Provenance, Quality, check_sha256
 from turboq.plan.read import Extra, build, read_codec, read_heads
@@ -51,9 +52,10 @@ class Producer:
 class SidePlan:
     """K or V of one layer: the codec of every head, except those that `heads` overrides.
 
-    `rope` says whether keys are stored after their rotary embedding, as attention consumes them,
-    or before it: unrotated when encoded, rotated again at their position when read. It holds for
-    all heads of the side; the document has it only where it is "before".
+    `rope` says whether keys are stored "after" their rotary embedding, as attention consumes them,
+    or turned when encoded and turned again when read: back to "before" it, or relative to the first
+    position of their "block:P" of tokens. It holds for all heads of the side; the document has it
+    only where it is not "after".
     """
 
     codec: Codec
@@ -72,15 +74,15 @@ class SidePlan:
     def read_json(cls, value: Any, path: str, extra: Extra) -> SidePlan:
         """Reads the codec's flat fields, `rope` and `heads` from one object."""
         codec = read_codec(value, path, extra, also=("rope", "heads"))
-        rope = value.get("rope", "before")
-        if rope != "before":
+        rope = value.get("rope", "after")
+        if "rope" in value and rope not in ROPE_FORMS[1:]:
+            allowed = ", ".join(ROPE_FORMS[1:])
             raise PlanError(
-                member(path, "rope"), f'{shown(rope)} must be "before", or be left out (after)'
+                member(path, "rope"), f"{shown(rope)} must be {allowed}, or be left out (after)"
             )
         where = member(path, "heads")
         heads = read_heads(value["heads"], where, extra) if "heads" in value else {}
-        form = "before" if "rope" in value else "after"
-        return build(cls, {"codec": codec, "heads": heads, "rope": form}, path)
+        return build(cls, {"codec": codec, "heads": heads, "rope": rope}, path)
 
     def of(self, head: int) -> Codec:
         """Codec of one head."""
@@ -214,8 +216,12 @@ class Plan:
             )
             for heads in _groups(k, v)
         )
-        rope = self.model.layers[index].rope if plan.k.rope == "before" else None
-        return KVLayer(groups=groups, policy=self.tokens, rope=rope)
+        if plan.k.rope == "after":
+            return KVLayer(groups=groups, policy=self.tokens)
+        return KVLayer(
+            groups=groups, policy=self.tokens, rope=self.model.layers[index].rope,
+            rope_block=rope_block(plan.k.rope),
+        )  # fmt: skip
 
     def kv_layers(self, arrays: Mapping[str, Any]) -> tuple[KVLayer, ...]:
         """Every layer that owns a cache, in order."""
@@ -273,8 +279,8 @@ def array_name(index: int, side: str, array: str, head: int | None = None) -> st
 
 def _check_side(path: str, side: SidePlan, geometry: LayerGeometry, name: str) -> None:
     dim = geometry.k_dim if name == "k" else geometry.v_dim
-    if side.rope == "before":
-        _check_before(f"{path}.rope", geometry, name)
+    if side.rope != "after":
+        _check_turned(f"{path}.rope", geometry, name, side)
     if side.codec.dim != dim:
         raise PlanConflict(f"{path}.dim", f"{side.codec.dim}, but the model's {name}_dim is {dim}")
     for head, codec in side.heads.items():
@@ -290,15 +296,22 @@ def _check_side(path: str, side: SidePlan, geometry: LayerGeometry, name: str) -
         raise PlanConflict(f"{path}.heads", "every head is overridden, the side's codec is unused")
 
 
-def _check_before(path: str, geometry: LayerGeometry, name: str) -> None:
-    """Refuses "before" where nothing is rotated, or where nobody knows how."""
+def _check_turned(path: str, geometry: LayerGeometry, name: str, side: SidePlan) -> None:
+    """Refuses turned keys where nothing is rotated, or where nobody knows how."""
     if name == "v":
-        raise PlanConflict(path, "values have no rotary embedding: only k may be stored before it")
+        raise PlanConflict(path, "values have no rotary embedding: only keys may be turned")
     if geometry.rope_layout == "none" or geometry.rope_dim == 0:
         raise PlanConflict(path, f"layer {geometry.index} has no rotary embedding")
     if geometry.rope is None:
         due = f"model.layers[{geometry.index}].rope"
         raise PlanConflict(path, f"needs {due}, by which keys are turned back")
+    if rope_block(side.rope) > 1:
+        for codec in (side.codec, *side.heads.values()):
+            if "mean" not in codec.array_shapes:
+                raise PlanConflict(
+                    path, f"{side.rope} turns each head's mean within its block, and {codec.name} "
+                    "has none: take before or after, or a codec with a mean (transform, per_head)",
+                )  # fmt: skip
 
 
 def _groups(k: tuple[Codec, ...], v: tuple[Codec, ...]) -> list[tuple[int, ...]]:

@@ -67,7 +67,8 @@ class Wanted:
       budget. engine: only what that engine loads, which decides candidates, granularity and k_rope.
     granularity: what may choose on its own: "uniform" (all K, all V), "per_layer", "per_kv" (K or V
       of a layer), "per_head".
-    policy: tokens kept exact. k_rope: keys stored "before" or "after" their rotary embedding.
+    policy: tokens kept exact. k_rope: keys stored "before" or "after" their rotary embedding, or
+      relative to their "block:P" of positions.
     objective: least predicted loss over the "mean" of the calibration texts, or on the "worst".
     options: of the learned transforms; with `guard` their shrinkage is chosen on texts left out,
       where no text is the model's own: what it writes is of no one kind already.

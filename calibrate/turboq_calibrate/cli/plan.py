@@ -38,6 +38,9 @@ from absl import flags
 from turboq.errors import TurboqError
 from turboq_calibrate.cli import common
 
+# Of `turboq.plan.geometry`, which --help must not wait for.
+ROPE_FORMS = ("before", "block:16", "block:32", "block:64", "block:128", "block:256", "after")
+
 REQUIRED = ("out",)
 RESUME = "run the same command again to continue"
 GRANULARITIES = ("uniform", "per_layer", "per_kv", "per_head")  # of turboq.plan.constraints
@@ -56,8 +59,9 @@ def define(values: flags.FlagValues) -> None:
     common.policy(values)
     common.out(values, "Folder for plan.json and plan.safetensors.")
     flags.DEFINE_enum(
-        "k_rope", None, ("before", "after"), "Keys are stored before or after their rotary "
-        "embedding (default: before with --budget, after with a codec).", flag_values=values,
+        "k_rope", None, ROPE_FORMS, "Keys are stored before or after their rotary embedding, or "
+        "relative to their block of so many positions (default: before with --budget, after with a "
+        "codec).", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string(
         "budget", None, "Choose codecs within: 4680B (per token), 3.25bpc or 131072@4GiB.",

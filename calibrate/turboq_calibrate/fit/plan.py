@@ -68,7 +68,9 @@ def make_plan(
     plan = plans.uniform_plan(
         geometry, k=k, v=v, k_rope=k_rope, policy=policy, provenance=provenance(statistics)
     )
-    stored = {(x.index, side): x.side(side).rope for x in plan.layers for side in SIDES}
+    stored: dict[tuple[int, str], RopeForm] = {
+        (x.index, side): x.side(side).rope for x in plan.layers for side in SIDES
+    }
 
     def fit(index: int, side: str, codec: Codec) -> Arrays:
         assert statistics is not None  # checked above: the codec is calibrated

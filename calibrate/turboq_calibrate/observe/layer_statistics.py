@@ -12,8 +12,10 @@ from jaxtyping import Float
 from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope, rotate
+from turboq.plan.geometry import ROPE_FORMS, RopeForm, rope_block
 from turboq_calibrate.models.spec import LayerSpec
 from turboq_calibrate.observe import statistics as st
+from turboq_calibrate.observe.blocks import in_blocks
 from turboq_calibrate.observe.reservoir import Tokens
 from turboq_calibrate.observe.statistics import SideStatistics
 
@@ -74,19 +76,20 @@ class LayerStatistics:
             raise TurboqError(NO_TOKENS)
         return self.read_tokens()
 
-    def observed(self, side: str, rope: str = "after") -> Observed:
+    def observed(self, side: str, rope: RopeForm = "after") -> Observed:
         """What a fit of `side` ("k" or "v") may use.
 
         Args:
-          rope: keys, their gradients and queries "after" or "before" rotary embedding; values and
+          rope: keys, their gradients and queries "after" or "before" rotary embedding, or relative
+            to their "block:P" of positions (`turboq.cache.key_form`); values and
             layers without one are the same either way.
 
         Raises:
           TurboqError: there is no reservoir, or its file is damaged.
           ValueError: another side or rope.
         """
-        if side not in ("k", "v") or rope not in ("after", "before"):
-            raise ValueError(f"{side=} must be 'k' or 'v', {rope=} 'after' or 'before'")
+        if side not in ("k", "v") or rope not in ROPE_FORMS:
+            raise ValueError(f"{side=} must be 'k' or 'v', {rope=} one of {ROPE_FORMS}")
         tokens = self.tokens()
         rotary = self.rotary if side == "k" and rope == "after" else None
         found = self.v if side == "v" else self.k if rope == "after" else self.k_before
@@ -97,13 +100,16 @@ class LayerStatistics:
         queries = None
         if side == "k":
             queries = grouped_moment(self.q if rope == "after" else self.q_before, found.heads)
-        return Observed(
+        seen = Observed(
             x=_by_head(x), g=_by_head(g), text=tokens.text, tokens=int(found.count.max()),
             mean=found.mean, covariance=found.covariance, metric=found.metric,
             weighted_mean=found.weighted_mean, weighted_covariance=found.weighted_covariance,
             queries=queries, rope_layout="none" if rotary is None else rotary.layout,
             rope_dim=None if rotary is None else rotary.dim,
         )  # fmt: skip
+        if side == "v" or self.rotary is None or rope in ("after", "before"):
+            return seen
+        return in_blocks(seen, self.rotary, rope_block(rope), tokens.position)
 
 
 def grouped_moment(q: SideStatistics, kv_heads: int) -> Float[np.ndarray, "K D D"]:

@@ -146,7 +146,7 @@ def _stored(
             )
         return codec_decode.decode(
             rows, (group.k, group.k_arrays, view.k), (group.v, group.v_arrays, view.v),
-            view.pages, starts, ends, page=view.page, rope=layer.rope,
+            view.pages, starts, ends, page=view.page, layer=layer,
             block_tokens=options.block_tokens, **read,
         )  # fmt: skip
     folded, bias = sides.fold(group.k, group.k_arrays, rows)
@@ -168,7 +168,7 @@ def _stored(
 def unsupported(layer: KVLayer, group: HeadGroup) -> str | None:
     """Why no kernel reads a group's stored tokens at all, or None."""
     if layer.rope is not None:
-        return "keys before RoPE: XLA reads them"
+        return "keys before RoPE, or relative to a block: XLA reads them"
     for codec in (group.k, group.v):
         if codec.reading is None:
             return f"codec {codec.name!r} as configured has no reading for kernels"

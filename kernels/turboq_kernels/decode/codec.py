@@ -2,8 +2,8 @@
 
 Block codecs (scales per channel over a run of tokens), trellis and window codes, exact vectors,
 formats of other engines: whatever has `logits` and `accumulate`, block of pages by block of pages.
-Keys stored before their rotary embedding are decoded and rotated, a block at a time, and meet the
-query there.
+Keys stored before their rotary embedding, or relative to a block of positions, are decoded and
+turned, some pages at a time, and meet the query there.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from turboq.cache.exact_attention import HIGHEST
+from turboq.cache.key_form import from_stored
+from turboq.cache.layer import KVLayer
 from turboq.codecs.base import Arrays, Codec, Field, Stored
 from turboq.numbers import packing
-from turboq.numbers.rope import Rope, rotate
 from turboq_kernels.decode import base
 from turboq_kernels.decode.types import Pages, Partial
 from turboq_kernels.sides import of_heads
@@ -32,27 +33,29 @@ def decode(
     page: int,
     scale: float,
     softcap: float | None,
-    rope: Rope | None = None,
+    layer: KVLayer | None = None,
     splits: int | None = None,
     block_tokens: int | None = None,
 ) -> Partial:
     """As `turboq_kernels.decode.decode`, of queries that are not folded yet.
 
-    `k` and `v` are codec, arrays [N, ...] and head-pages (`turboq_kernels.sides`). With `rope` the
-    stored keys are unrotated; slot s is position s.
+    `k` and `v` are codec, arrays [N, ...] and head-pages (`turboq_kernels.sides`). Stored keys of a
+    `layer` with a rotary embedding are turned (`turboq.cache.key_form`); slot s is position s.
     """
     heads, count = q.shape[1], pages.table.shape[1]
     block = max(1, min((block_tokens or base.BLOCK_TOKENS) // page, count))
     (k_codec, k_arrays, k_stored), (v_codec, v_arrays, v_stored) = k, v
     q = q.astype(jnp.float32)
-    folded = of_heads(k_codec.fold_query)(k_arrays, q) if rope is None else {}
+    turned = None if layer is None or layer.rope is None else layer
+    folded = {} if turned else of_heads(k_codec.fold_query)(k_arrays, q)
 
     def logits(first, valid):
         fields = fetch(k_codec, k_stored, pages, heads, first, block, valid)
-        if rope is None:
+        if turned is None:
             return of_heads(k_codec.logits)(k_arrays, folded, fields)
         slots = first * page + jnp.arange(block * page, dtype=jnp.int32)
-        keys = rotate(rope, of_heads(k_codec.decode)(k_arrays, fields), slots[None, None, :])
+        keys = of_heads(k_codec.decode)(k_arrays, fields)
+        keys = from_stored(turned, k_arrays, keys, slots[None])
         return jnp.einsum("bnmd,bnsd->bnms", q, keys, precision=HIGHEST)
 
     def sums(p, seen, first, valid):

@@ -82,7 +82,7 @@ def unsupported(layer: KVLayer, page: int, name: str) -> str | None:
     if name == "xla":
         return None
     if layer.rope is not None:
-        return "keys before RoPE: XLA writes them"
+        return "keys before RoPE, or relative to a block: XLA writes them"
     codecs = (codec for group in layer.groups for codec in (group.k, group.v))
     reasons = (store.unsupported(name, codec, page) for codec in codecs)
     return next((reason for reason in reasons if reason is not None), None)

@@ -10,7 +10,7 @@ from stat_cases import random_windows
 from turboq import codecs as c
 from turboq.codecs import PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
-from turboq.plan import PlanConflict, check_arrays, check_model
+from turboq.plan import PlanConflict, PlanError, check_arrays, check_model
 from turboq_calibrate.fit.plan import make_plan
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry, spec_geometry
@@ -96,10 +96,14 @@ def known(tmp_path_factory):
     ],
     ids=lambda codec: codec.name,
 )
-@pytest.mark.parametrize("k_rope", ["after", "before"])
+@pytest.mark.parametrize("k_rope", ["after", "before", "block:16"])
 def test_any_calibrated_codec_is_fitted_from_a_folder(known, codec, k_rope):
     """Every layer and side gets what the codec makes of the keys as they are stored."""
     geometry, statistics = known
+    if k_rope == "block:16" and "mean" not in codec.array_shapes:
+        with pytest.raises(PlanError, match=f"block:16 turns each .*{codec.name} has none: take"):
+            make_plan(geometry, k=codec, v=codec, statistics=statistics, k_rope=k_rope)
+        return
     plan, arrays = make_plan(geometry, k=codec, v=codec, statistics=statistics, k_rope=k_rope)
     check_arrays(plan, arrays)
     for layer in plan.layers:

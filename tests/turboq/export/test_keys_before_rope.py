@@ -8,7 +8,7 @@ import pytest
 from plan_cases import geometry, random_fit
 from tolerances import TOL
 
-from turboq.codecs import FP8, NVFP4, Ggml, PerChannel, TurboQuantMSE
+from turboq.codecs import FP8, NVFP4, Ggml, PerChannel, PerHead
 from turboq.errors import TurboqError
 from turboq.export import ENGINES, Options, qwix_arrays, reader_example
 from turboq.export.base import entries
@@ -17,6 +17,7 @@ from turboq.export.report import engine_plan, make_report
 from turboq.export.static import peaks
 from turboq.numbers.rope import Rope, Scaling
 from turboq.plan import ModelGeometry, collect_arrays, save, uniform_plan
+from turboq.plan.geometry import ROPE_FORMS, RopeForm
 
 D = 64
 LLAMA3 = Scaling(
@@ -39,9 +40,9 @@ def model(rope: Rope) -> ModelGeometry:
     return dataclasses.replace(plain, layers=layers)
 
 
-def planned(codec, rope: Rope = ROPES["llama3"]):
+def planned(codec, rope: Rope = ROPES["llama3"], form: RopeForm = "before"):
     of = model(rope)
-    plan = uniform_plan(of, k=codec, v=codec, k_rope="before")
+    plan = uniform_plan(of, k=codec, v=codec, k_rope=form)
     return plan, collect_arrays(plan, random_fit(of))
 
 
@@ -102,15 +103,16 @@ def test_qarrays_hold_no_fit_of_unrotated_keys():
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_constraints_name_the_forms_that_an_engine_loads(name):
-    due = ("after", "before") if name == "reader" else ("after",)
+    due = ROPE_FORMS if name == "reader" else ("after",)
     rules = ENGINES[name].constraints(model(ROPES["llama3"]))
     assert {rule.k_rope for rule in rules} == {due}
 
 
+@pytest.mark.parametrize("form", ["before", "block:32"])
 @pytest.mark.parametrize("name", ROPES)
-def test_the_reader_rotates_what_it_decodes(name, tmp_path):
-    codec = TurboQuantMSE(dim=D, bits=3)
-    plan, arrays = planned(codec, ROPES[name])
+def test_the_reader_turns_what_it_decodes(name, form, tmp_path):
+    codec = PerHead(dim=D, bits=3)
+    plan, arrays = planned(codec, ROPES[name], form)
     found = ENGINES["reader"].project(plan, arrays, Options())
     report = make_report(plan, arrays, ENGINES["reader"], found, list(found.files))
     assert report.status == "exact"
@@ -122,8 +124,6 @@ def test_the_reader_rotates_what_it_decodes(name, tmp_path):
     of = reader_example.arrays_of(read, tensors, 1, "k", 1)
     codes = reader_example.unpack(fields["codes"])
     keys = reader_example.decode(codec.config(), of, codes, fields["scale"][:, 0])
-    rope = reader_example.rope_of(read, 1)
-    assert rope is not None
-    got = reader_example.rotate(rope, keys, np.arange(len(keys)))
+    got = reader_example.turn(read, 1, of, keys, np.arange(len(keys)))
     np.testing.assert_allclose(got, fields["rotated"], atol=TOL["rope_rotate"])
     assert np.max(np.abs(got - keys)) > 0.5
