@@ -55,6 +55,7 @@ ONLY = flags.DEFINE_string("only", "", "Only rows whose name contains this.")
 FIELD = flags.DEFINE_boolean("field", False, "Also 2-bit, per-head, INT, OSCAR-like and KIVI rows.")
 SHARING = flags.DEFINE_boolean("sharing", False, "Also learned plans per layer and uniform.")
 SHRINK = flags.DEFINE_list("shrink", [], "Learned plans so (0 to 1) instead of as guarded.")
+K_ROPE = flags.DEFINE_list("k_rope", ["before"], "Forms of keys (`turboq plan --k_rope`).")
 OUT = flags.DEFINE_string("out", "runs/learned_vs_turboquant", "Folder for the result.")
 
 POLICY = TokenPolicy(sinks=4)
@@ -108,6 +109,13 @@ def learned(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPl
         wanted = Wanted(
             budget=Budget.parse(f"{bits}bpc"), policy=POLICY, candidates=tuple(CANDIDATES.value)
         )
+        for form in K_ROPE.value:
+            if form != "before" and ONLY.value in (own := f"{name}, keys {form}"):
+                turned = dataclasses.replace(wanted, k_rope=form)
+                found = plan_within(statistics, geometry, turned)
+                yield own, found.plan, found.arrays
+        if "before" not in K_ROPE.value:
+            continue
         for shrink in map(float, SHRINK.value):
             own = dataclasses.replace(wanted.options, shrink=shrink)
             unguarded = dataclasses.replace(wanted, options=own, guard=False)
