@@ -1,17 +1,19 @@
 """Stored vectors as rows of bits, any number of them per head: one pool for all layers and heads.
 
-A stored vector is T bits, one column each; T differs from head to head. A page is 256 tokens, and
-of a head that begins at column `start` of the pool
+A stored vector is T bits, one column each; T differs from head to head. A page is 256 tokens, the
+columns of all heads and layers side by side, nothing padded:
 
-    words[page, 8 start + T r + t] bit j  =  column t of token 256 page + 8 j + r
+    words[page, r, lane] bit 8 b + j  =  column `lane` of token 256 page + 32 j + 8 b + r
 
-so a head's page is one run of 8 T words: T / 8 bytes per token, nothing is padded, and where a head
-lies and what its columns mean is data. One program reads and writes all heads of all plans. A token
-is one bit of T words in a row, which an append ORs in.
+so a mask 0x01010101 << j takes 32 tokens in a row out of the words, as bytes that a matrix unit
+reads without a shift. Which lanes a head has and what they mean is data: a token of a layer is one
+row of bits, a plan the matrix that it is multiplied by, and one program reads and writes all heads
+of all plans. A token is one bit of a word per column, which an append ORs in.
 
 A column is one bit of an *entry*, an unsigned number of the vector (a code, a gain): entry e of a
-vector is the sum of its columns, column t worth 2^plane[t]. Columns are in the order of the codec's
-fields, each plane by plane and channel by channel, as in the pages of `turboq.numbers.packing`.
+vector is the sum of its columns, column t worth 2^plane[t]. A layer has the codes of its keys, head
+by head; what else its keys and then its values store; the codes of its values. A reader thus finds
+all that it must know before it weighs values in one run of lanes, and the rest in another.
 """
 
 from __future__ import annotations
@@ -29,20 +31,32 @@ from jaxtyping import Array, Bool, Int, UInt32
 from turboq.numbers.packing import PAGE, ROWS, WORD_BITS
 
 NONE = -1  # the plane of a column that is not there
+BYTES = 4  # of a word
+# Bit of a word of the tokens r, 8 + r, 16 + r, ... of a page.
+BIT_OF = np.arange(WORD_BITS) % BYTES * 8 + np.arange(WORD_BITS) // BYTES
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Where K heads lie in the pool and what their columns mean; `plane` is NONE behind a head."""
+    """Where K heads lie in a page and what their columns mean; `plane` is NONE behind a head."""
 
-    start: Any  # int32 [K], in columns of the pool
-    width: Any  # int32 [K], columns of the head
-    entry: Any  # int32 [K, T], T the widest head's columns
+    lane: Any  # int32 [K, T], T the widest head's columns
+    entry: Any  # int32 [K, T]
     plane: Any  # int32 [K, T]
 
 
 Planes = Sequence[tuple[int, int]]  # (entry, plane) of every column of one head
+Head = tuple[Planes, Planes]  # of its codes, and of the rest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Columns of K and V of a layer, and the lanes of both runs: [start, stop) of each."""
+
+    k: Columns
+    v: Columns
+    runs: tuple[tuple[int, int], tuple[int, int]]
 
 
 def field_planes(first: int, width: int, bits: int) -> list[tuple[int, int]]:
@@ -50,41 +64,47 @@ def field_planes(first: int, width: int, bits: int) -> list[tuple[int, int]]:
     return [(first + c, p) for p in range(bits) for c in range(width)]
 
 
-def lay_out(sides: Iterable[Sequence[Planes]]) -> tuple[list[Columns], int]:
-    """One `Columns` per side (K or V of a layer), heads one behind the other; columns of the pool.
+def lay_out(
+    layers: Iterable[tuple[Sequence[Head], Sequence[Head]]],
+) -> tuple[list[Layout], int]:
+    """A `Layout` per layer, one behind the other, of its heads' K and V; lanes of a page.
 
-    All have the same shape if all sides have as many heads.
+    All have the same shapes if all layers have as many heads.
     """
-    sides = list(sides)
-    most = max(len(planes) for heads in sides for planes in heads)
-    out, start = [], 0
-    for heads in sides:
-        entry = np.zeros((len(heads), most), np.int32)
-        plane = np.full((len(heads), most), NONE, np.int32)
-        starts = []
-        for h, planes in enumerate(heads):
-            entry[h, : len(planes)] = [e for e, _ in planes]
-            plane[h, : len(planes)] = [p for _, p in planes]
-            starts.append(start)
-            start += len(planes)
-        width = np.array([len(planes) for planes in heads], np.int32)
-        starts = np.array(starts, np.int32)
-        out.append(Columns(start=starts, width=width, entry=entry, plane=plane))
-    return out, start
+    layers = list(layers)
+    most = max(len(codes) + len(rest) for sides in layers for s in sides for codes, rest in s)
+    out, lane = [], 0
+    for k, v in layers:
+        sides = [np.full((3, len(heads), most), NONE, np.int32) for heads in (k, v)]
+        used = [[0] * len(heads) for heads in (k, v)]
+        first = lane
+        for side, part in ((0, 0), (0, 1), (1, 1), (1, 0)):
+            if (side, part) == (1, 0):
+                middle = lane
+            for h, head in enumerate((k, v)[side]):
+                for entry, plane in head[part]:
+                    sides[side][:, h, used[side][h]] = lane, entry, plane
+                    used[side][h], lane = used[side][h] + 1, lane + 1
+        k_columns, v_columns = (
+            Columns(lane=np.maximum(a, 0), entry=np.maximum(e, 0), plane=p) for a, e, p in sides
+        )
+        runs = ((first, middle), (middle, lane))
+        out.append(Layout(k=k_columns, v=v_columns, runs=runs))
+    return out, lane
 
 
-def pool(batch: int, pages: int, columns: int) -> UInt32[Array, "B P W"]:
+def pool(batch: int, pages: int, lanes: int) -> UInt32[Array, "B P R C"]:
     """An empty pool."""
-    return jnp.zeros((batch, pages, ROWS * columns), jnp.uint32)
+    return jnp.zeros((batch, pages, ROWS, lanes), jnp.uint32)
 
 
 def write(
-    words: UInt32[Array, "B P W"],
+    words: UInt32[Array, "B P R C"],
     columns: Columns,
     entries: UInt32[Array, "B K T E"],
     start: Int[Array, "B"],
     valid: Bool[Array, "B T"],
-) -> UInt32[Array, "B P W"]:
+) -> UInt32[Array, "B P R C"]:
     """ORs the entries of T tokens into slots start[b] onwards, where `valid`.
 
     Slots must still be zero. Tokens that are not valid leave no trace, nor do those behind the
@@ -92,13 +112,23 @@ def write(
     """
     bits = jnp.where(valid[:, :, None, None], jax.vmap(_bits, (0, 1), 2)(columns, entries), 0)
     first, new = (_one_token if bits.shape[1] == 1 else _pages)(bits, start, words.shape[1])
+    pages = first[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)[None]
+    batch, row = (jnp.arange(n, dtype=jnp.int32) for n in (len(words), ROWS))
     where = (
-        jnp.arange(len(words), dtype=jnp.int32)[:, None, None, None, None],
-        (first[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)[None])[:, :, None, None, None],
-        _index(columns, jnp.arange(columns.plane.shape[1], dtype=jnp.int32)[None])[None, None],
+        batch[:, None, None, None, None],
+        pages[:, :, None, None, None],
+        row[None, None, None, :, None],
+        # Columns that are not there lie behind the pool, each for itself.
+        _lanes(columns, words.shape[-1])[None, None, :, None, :],
     )
     old = words.at[where].get(mode="fill", fill_value=0)
     return words.at[where].set(old | new, mode="drop", unique_indices=True)
+
+
+def _lanes(columns: Columns, lanes: int) -> Int[Array, "K T"]:
+    """Lanes of columns; from `lanes` on where there is none."""
+    behind = lanes + jnp.arange(columns.plane.size, dtype=jnp.int32).reshape(columns.plane.shape)
+    return jnp.where(columns.plane == NONE, behind, columns.lane)
 
 
 def _bits(one: Columns, entries: UInt32[Array, "B T E"]) -> UInt32[Array, "B T C"]:
@@ -107,14 +137,6 @@ def _bits(one: Columns, entries: UInt32[Array, "B T E"]) -> UInt32[Array, "B T C
     shift = jnp.where(there, one.plane, 0).astype(jnp.uint32)[None, None]
     taken = jnp.take(entries, one.entry, axis=-1) >> shift
     return jnp.where(there[None, None], taken & jnp.uint32(1), jnp.uint32(0))
-
-
-def _index(columns: Columns, column: Int[Array, "*k c"]) -> Int[Array, "K R c"]:
-    """Place in a page of the words of `column`, of all rows; out of bounds where there is none."""
-    row = jnp.arange(ROWS, dtype=jnp.int32)[None, :, None] * columns.width[:, None, None]
-    column = jnp.broadcast_to(column, (len(columns.start), column.shape[-1]))[:, None]
-    place = ROWS * columns.start[:, None, None] + row + column
-    return jnp.where(column < columns.width[:, None, None], place, jnp.iinfo(jnp.int32).max)
 
 
 def _pages(
@@ -130,7 +152,7 @@ def _pages(
         room = jnp.zeros((count * PAGE + tokens, heads, width), jnp.uint32)
         room = jax.lax.dynamic_update_slice_in_dim(room, bits, slot, axis=0)
         split = room[: count * PAGE].reshape(count, WORD_BITS, ROWS, heads, width)
-        shifts = jnp.arange(WORD_BITS, dtype=jnp.uint32).reshape(1, -1, 1, 1, 1)
+        shifts = jnp.asarray(BIT_OF, jnp.uint32).reshape(1, -1, 1, 1, 1)
         # Disjoint bits: their sum is their OR.
         return jnp.sum(split << shifts, axis=1, dtype=jnp.uint32).swapaxes(1, 2)
 
@@ -142,27 +164,26 @@ def _one_token(
 ) -> tuple[Int[Array, "B"], UInt32[Array, "B 1 K R C"]]:
     """`_pages` of one token: one row of one page."""
     row = jnp.arange(ROWS, dtype=jnp.int32)[None] == (slot % ROWS)[:, None]
-    word = bits << (slot % PAGE // ROWS).astype(jnp.uint32)[:, None, None, None]
+    bit = jnp.asarray(BIT_OF, jnp.uint32)[slot % PAGE // ROWS]
+    word = bits << bit[:, None, None, None]
     new = jnp.where(row[:, None, None, :, None], word[:, :, :, None], jnp.uint32(0))
     return slot // PAGE, new
 
 
 def read(
-    words: UInt32[Array, "B P W"], columns: Columns, count: int, planes: int
+    words: UInt32[Array, "B P R C"], columns: Columns, count: int, planes: int
 ) -> UInt32[Array, "K B S E"]:
     """All entries of all heads, `count` per vector of up to `planes` bits; S = 256 P slots."""
-    heads, width = columns.plane.shape
+    heads = len(columns.plane)
     # Words are put in the order of the entries before they are taken apart, 32 tokens at a time.
     there = jnp.where(columns.plane == NONE, planes, columns.plane)
     head = jnp.arange(heads, dtype=jnp.int32)[:, None]
-    column = jnp.full((heads, planes, count), width, jnp.int32)
-    numbers = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], there.shape)
-    column = column.at[head, there, columns.entry].set(numbers, mode="drop", unique_indices=True)
-    at = _index(columns, column.reshape(heads, -1))
-    own = jnp.moveaxis(words.at[:, :, at].get(mode="fill", fill_value=0), 2, 0)
-    own = jax.lax.optimization_barrier(own.reshape(*own.shape[:-1], planes, count))
-    own = own[:, :, :, None]  # [K, B, P, 1, R, planes, E]
-    shifts = jnp.arange(WORD_BITS, dtype=jnp.uint32).reshape(1, 1, 1, -1, 1, 1)
+    lane = jnp.full((heads, planes, count), words.shape[-1], jnp.int32)
+    lane = lane.at[head, there, columns.entry].set(columns.lane, mode="drop", unique_indices=True)
+    own = words.at[..., lane.reshape(-1)].get(mode="fill", fill_value=0)
+    own = jax.lax.optimization_barrier(own.reshape(*own.shape[:-1], heads, planes, count))
+    own = jnp.moveaxis(own, 3, 0)[:, :, :, None]  # [K, B, P, 1, R, planes, E]
+    shifts = jnp.asarray(BIT_OF, jnp.uint32).reshape(1, 1, 1, -1, 1, 1)
     entries = functools.reduce(
         jnp.bitwise_or,
         [((own[..., p, :] >> shifts) & jnp.uint32(1)) << jnp.uint32(p) for p in range(planes)],

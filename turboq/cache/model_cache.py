@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.cache import columns as bits
@@ -40,11 +41,17 @@ from turboq.numbers.packing import PAGE
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerForm:
-    """A layer of padded codecs, and where its heads lie in the pool."""
+    """A layer of padded codecs, and where its heads lie in the pool.
+
+    `first` has the lanes at which the layer's two runs begin (`turboq.cache.columns`), `most` how
+    many lanes they have in the layer that has most.
+    """
 
     layer: KVLayer
     k: Columns
     v: Columns
+    first: Any  # int32 [2]
+    most: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
     @property
     def group(self) -> HeadGroup:
@@ -94,37 +101,40 @@ def forms(layers: Sequence[KVLayer | None]) -> ModelForm | None:
     shared = shared_layers(kept) if len(kept) == len(layers) else None
     if shared is None:
         return None
-    sides = []
-    for layer in kept:
-        for side in ("k", "v"):
-            planes = {h: _planes(getattr(g, side)) for g in layer.groups for h in g.heads}
-            sides.append([planes[h] for h in sorted(planes)])
-    laid, count = bits.lay_out(sides)
+    laid, count = bits.lay_out((_heads(layer, "k"), _heads(layer, "v")) for layer in kept)
+    runs = np.array([one.runs for one in laid], np.int32)  # [L, 2, 2]
+    most_k, most_v = (int(n) for n in np.max(runs[:, :, 1] - runs[:, :, 0], axis=0))
     return ModelForm(
         layers=tuple(
-            LayerForm(layer=layer, k=laid[2 * i], v=laid[2 * i + 1])
-            for i, layer in enumerate(shared)
+            LayerForm(layer=layer, k=x.k, v=x.v, first=first, most=(most_k, most_v))
+            for x, layer, first in zip(laid, shared, runs[:, :, 0], strict=True)
         ),
         columns=count,
     )
 
 
-def _planes(codec: Transform) -> list[tuple[int, int]]:
-    """Columns of one head, in the order of the codec's fields: codes, start, gain."""
-    planes, coordinate, entry = [], 0, codec.dim
+def _heads(layer: KVLayer, side: str) -> list[bits.Head]:
+    """Columns of every head of one side, in order."""
+    heads = {h: _planes(getattr(g, side)) for g in layer.groups for h in g.heads}
+    return [heads[h] for h in sorted(heads)]
+
+
+def _planes(codec: Transform) -> bits.Head:
+    """Columns of one head: codes in the order of the codec's fields, then start and gain."""
+    codes, rest, coordinate, entry = [], [], 0, codec.dim
     for field in codec.fields:
         if field.name.startswith("codes"):
-            planes += field_planes(coordinate, field.width, field.bits)
+            codes += field_planes(coordinate, field.width, field.bits)
             coordinate += field.width
         else:
-            planes += field_planes(entry, field.width, field.bits)
+            rest += field_planes(entry, field.width, field.bits)
             entry += field.width
-    return planes
+    return codes, rest
 
 
 def init(
     form: ModelForm, *, batch: int, capacity: int
-) -> tuple[list[LayerState], UInt32[Array, "B P W"]]:
+) -> tuple[list[LayerState], UInt32[Array, "B P R C"]]:
     """Empty states and an empty pool for `capacity` tokens, rounded up to whole pages of 256.
 
     Raises:
@@ -153,11 +163,11 @@ def init(
 
 def write(
     state: LayerState,
-    words: UInt32[Array, "B P W"],
+    words: UInt32[Array, "B P R C"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     counts: Int[Array, "B"] | None = None,
-) -> tuple[LayerState, UInt32[Array, "B P W"], Tail]:
+) -> tuple[LayerState, UInt32[Array, "B P R C"], Tail]:
     """Encodes and stores the next T tokens of every sequence (`turboq.cache.contiguous.write`).
 
     Raises:
@@ -221,7 +231,7 @@ def _stored(codec: Codec, entries: UInt32[Array, "*n E"]) -> Stored:
     return out
 
 
-def _read(codec: Codec, columns: Columns, words: UInt32[Array, "B P W"]) -> Stored:
+def _read(codec: Codec, columns: Columns, words: UInt32[Array, "B P R C"]) -> Stored:
     """All slots of all heads of one side: field -> [K, B, S, width]."""
     count, planes = sum(f.width for f in codec.fields), max(f.bits for f in codec.fields)
     return _stored(codec, bits.read(words, columns, count, planes))
@@ -231,7 +241,7 @@ def _read(codec: Codec, columns: Columns, words: UInt32[Array, "B P W"]) -> Stor
 def attend(
     q: Float[Array, "B T H D"],
     state: LayerState,
-    words: UInt32[Array, "B P W"],
+    words: UInt32[Array, "B P R C"],
     tail: Tail,
     *,
     q_positions: Int[Array, "B T"],
@@ -293,7 +303,7 @@ class Fresh:
     form: LayerForm
     columns: int = dataclasses.field(metadata={"static": True})
 
-    def init(self, batch: int, capacity: int) -> tuple[LayerState, UInt32[Array, "B P W"]]:
+    def init(self, batch: int, capacity: int) -> tuple[LayerState, UInt32[Array, "B P R C"]]:
         """An empty state and pool."""
         one = ModelForm(layers=(self.form,), columns=self.columns)
         (state,), words = init(one, batch=batch, capacity=capacity)
@@ -306,6 +316,6 @@ def fresh(layers: Sequence[KVLayer | None]) -> list[Fresh] | None:
     return form and [Fresh(form=one, columns=form.columns) for one in form.layers]
 
 
-def nbytes(states: Sequence[LayerState], words: UInt32[Array, "B P W"]) -> int:
+def nbytes(states: Sequence[LayerState], words: UInt32[Array, "B P R C"]) -> int:
     """Bytes of all live token buffers."""
     return words.nbytes + sum(state.nbytes for state in states)

@@ -14,7 +14,6 @@ from turboq.codecs import TurboQuantMSE
 from turboq.codecs.observed import Observed
 from turboq.codecs.transform import Transform
 from turboq.errors import TurboqError
-from turboq.numbers import packing
 from turboq.numbers.rope import Rope
 
 DIM, HEADS, SCALE = 24, 3, 0.3
@@ -99,44 +98,49 @@ def test_windows_and_soft_caps(rng, options):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pool_holds_the_codecs_own_bits(rng, kind):
-    """Column by column what `packing` makes of the codec's fields; layer 0 lies before layer 1."""
+    """Bit by bit what codecs encode; a layer: codes of K, the rest of K and V, codes of V."""
     layers = make_layers(rng, TokenPolicy(), **KINDS[kind])
     form = model_cache.forms(layers)
     states, words = model_cache.init(form, batch=1, capacity=256)
     _, k, v = inputs(rng, 256, batch=1)
     for state in states:
         _, words, _ = write(state, words, k, v)
-    kept, start = np.asarray(words)[0, 0], 0
-    for layer in layers:
-        for side, x in (("k", k), ("v", v)):
-            for h in range(HEADS):
-                group = next(g for g in layer.groups if h in g.heads)
-                codec = getattr(group, side)
-                own = {
-                    n: a[group.heads.index(h)] for n, a in getattr(group, f"{side}_arrays").items()
-                }
-                fields = codec.encode(own, x[0, :, h])
-                rows = [_planes(field, np.asarray(fields[field.name])) for field in codec.fields]
-                want = np.concatenate(rows, axis=1)  # [8, T]
-                width = want.shape[1]
-                assert width == codec.bits_per_vector
-                got = kept[8 * start : 8 * (start + width)].reshape(8, width)
-                # A value at a threshold may differ between two programs: at most one token here.
-                wrong = np.bitwise_or.reduce(got ^ want, axis=1)
-                assert sum(int(row).bit_count() for row in wrong) <= 1
-                start += width
-    assert len(kept) == 8 * start == 8 * form.bits_per_token
+    kept, lane = np.asarray(words)[0, 0], 0
+    token = np.arange(256)
+    held = kept[token % 8] >> (8 * (token // 8 % 4) + token // 32)[:, None].astype(np.uint32) & 1
+    for layer, state in zip(layers, states, strict=True):
+        k_bits, v_bits = (_bits(layer, side, x) for side, x in (("k", k), ("v", v)))
+        runs, order = [], [(k_bits, "codes"), (k_bits, "rest"), (v_bits, "rest"), (v_bits, "codes")]
+        for heads, name in order:
+            runs.append(lane)
+            for head in heads:
+                want = head[name]
+                got = held[:, lane : lane + want.shape[1]]
+                # A value at a threshold may differ between two programs: one token at most.
+                assert np.any(got != want, axis=1).sum() <= 1
+                lane += want.shape[1]
+        assert state.form.first.tolist() == [runs[0], runs[3]]
+        assert lane - runs[3] <= state.form.most[1]
+    assert kept.shape[1] == lane == form.bits_per_token
 
 
-def _planes(field, entries):
-    """A page of a field as rows of words, plane by plane: [8, bits * width]."""
-    if field.packed:
-        words = packing.pack_host(entries, field.bits)[0]  # [bits, 8, width]
-    else:
-        raw = entries.view(np.uint16)
-        low, high = (packing.pack_host((raw >> s).astype(np.uint8), 8)[0] for s in (0, 8))
-        words = np.concatenate([low, high])
-    return words.swapaxes(0, 1).reshape(8, -1)
+def _bits(layer, side, x):
+    """Stored bits of every head's 256 tokens, [256, columns], of codes and of the rest."""
+    out = []
+    for h in range(HEADS):
+        group = next(g for g in layer.groups if h in g.heads)
+        codec, arrays = getattr(group, side), getattr(group, f"{side}_arrays")
+        stored = codec.encode({n: a[group.heads.index(h)] for n, a in arrays.items()}, x[0, :, h])
+        parts = {"codes": [np.zeros((256, 0), int)], "rest": [np.zeros((256, 0), int)]}
+        for field in codec.fields:
+            entries = np.asarray(stored[field.name])
+            if not field.packed:
+                entries = entries.view(np.uint16)
+            planes = [entries.astype(int) >> p & 1 for p in range(field.bits)]
+            parts["codes" if field.name.startswith("codes") else "rest"] += planes
+        out.append({name: np.concatenate(found, axis=1) for name, found in parts.items()})
+        assert sum(found.shape[1] for found in out[-1].values()) == codec.bits_per_vector
+    return out
 
 
 def test_nothing_is_padded(rng):
