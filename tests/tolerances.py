@@ -9,6 +9,9 @@ TOL: dict[str, float] = {
     # two orders of summation (folded query in the rotated basis, 16 products, ~16 eps each way):
     # 8 * 32 * 6e-8 = 1.5e-5 relative on p, times max|v| ~ 4, sum(p) = 1: 6e-5.
     "packed_attention": 6e-5,
+    # Queries as 16-bit integers of |q| |column| ~ 10: unit 3e-4, over sqrt(72) bits of +-1/2 at
+    # 0.29 units each, gain 2, scale 0.3: 2.2e-4 on a logit, as much relative on p, times |v| ~ 2.
+    "columns": 5e-4,
     # Tiny decoders of 2-3 layers against transformers in float32: residual stream of order 1..5,
     # ~10 rounded sums of 28..48 products per layer, each ~4 eps of its size: 30 * 4 * 6e-8 = 7e-6.
     "model_golden": 1e-5,

@@ -1,0 +1,5 @@
+"""Attention to the one pool of a model (`turboq.cache.model_cache`): bits per head are data."""
+
+from turboq_kernels.columns.api import IMPLEMENTATIONS, attend, prepare
+
+__all__ = ["IMPLEMENTATIONS", "attend", "prepare"]

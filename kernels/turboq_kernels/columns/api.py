@@ -1,0 +1,130 @@
+"""Attention to a layer of the one pool, by a kernel that reads its bits or by decoding it (XLA).
+
+matrices = prepare(state, words)                        once per plan, or None
+out = attend(q, state, words, tail, matrices, q_positions=at, scale=scale)
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from turboq.cache import model_cache
+from turboq.cache.contiguous import Tail
+from turboq.cache.model_cache import LayerState
+from turboq.numbers.packing import PAGE
+from turboq_kernels import merge
+from turboq_kernels.columns import linear, mosaic_tpu, queries
+from turboq_kernels.columns.linear import LinearLayer
+from turboq_kernels.decode.types import Partial
+
+IMPLEMENTATIONS = ("xla", "mosaic_tpu")
+_PREFERENCE = {"tpu": ("mosaic_tpu",)}
+
+
+def prepare(state: LayerState, words: UInt32[Array, "B P R C"]) -> LinearLayer | None:
+    """What kernels need to know of a layer; None if its codes are not linear in their bits."""
+    if linear.unsupported(state.form) is not None:
+        return None
+    return linear.linear_layer(state.form, pool_lanes=words.shape[-1])
+
+
+def unsupported(
+    q: Float[Array, "B T H D"], state: LayerState, words: UInt32[Array, "B P R C"], name: str
+) -> str | None:
+    """Why an implementation cannot run a case, or None."""
+    if name == "xla":
+        return None
+    layer = state.form.layer
+    block = layer.rope_block if layer.rope is not None else None
+    reason = linear.unsupported(state.form)
+    return reason or mosaic_tpu.unsupported(
+        q.shape[1] * q.shape[2], linear.run_lanes(state.form, words.shape[-1]), block
+    )
+
+
+def attend(
+    q: Float[Array, "B T H D"],
+    state: LayerState,
+    words: UInt32[Array, "B P R C"],
+    tail: Tail,
+    matrices: LinearLayer | None = None,
+    *,
+    q_positions: Int[Array, "B T"],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T H E"]:
+    """`turboq.cache.model_cache.attend`, by the implementation named; None takes the fastest.
+
+    `matrices` are those of `prepare`; without them they are made in every call.
+
+    Raises:
+      ValueError: unknown, or named and not able to; the message says why.
+    """
+    if implementation is None:
+        order = (*_PREFERENCE.get(jax.default_backend(), ()), "xla")
+        name = next(n for n in order if unsupported(q, state, words, n) is None)
+    elif implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{implementation=} must be None or one of {IMPLEMENTATIONS}")
+    else:
+        name, reason = implementation, unsupported(q, state, words, implementation)
+        if reason is not None:
+            raise ValueError(f"{implementation=} cannot run this case: {reason}; use 'xla' or None")
+    options = {"scale": scale, "softcap": softcap}
+    if name == "xla":
+        return model_cache.attend(
+            q, state, words, tail, q_positions=q_positions, window=window, **options
+        )
+    made = prepare(state, words) if matrices is None else matrices
+    assert made is not None  # `unsupported` has said so
+    layer, heads, tokens = state.form.layer, made.k.mean.shape[0], q.shape[1]
+    rows = queries.to_rows(q, heads)
+    per_token = rows.shape[1] // heads // tokens
+    at = jnp.tile(jnp.repeat(q_positions, per_token, axis=1), (1, heads))  # [B, M]
+    low = jnp.zeros_like(at) if window is None else at - window + 1
+    folded = queries.fold(
+        rows, made.k, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block
+    )
+    sums = mosaic_tpu.attend(
+        folded, words, made, jnp.maximum(low, layer.policy.sinks),
+        jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]),
+        interpret=interpret, **options,
+    )  # fmt: skip
+    head = jnp.arange(rows.shape[1], dtype=jnp.int32) // (rows.shape[1] // heads)
+    own = (head[:, None] == made.v.head[None]).astype(jnp.float32)
+    bits = (sums.acc - 0.5 * sums.gained[..., None]) * own[None]
+    acc = jnp.einsum("bmw,dw->bmd", bits, made.v.matrix, precision=queries.HIGHEST)
+    acc = acc + sums.total[..., None] * made.v.mean[head][None]
+    parts = [Partial(acc=acc, top=sums.top, total=sums.total)]
+    parts += _exact(rows, state, tail, at, low, heads, options)
+    whole = merge.merge(merge.stack(parts))
+    total = jnp.where(whole.total > 0, whole.total, 1.0)
+    return queries.from_rows(whole.acc / total[..., None], tokens, heads)
+
+
+def _exact(rows, state: LayerState, tail: Tail, at, low, heads: int, options) -> list[Partial]:
+    """The softmaxes over sinks and recent tokens."""
+    layer, sinks = state.form.layer, state.form.layer.policy.sinks
+    batch, m, dim = rows.shape
+    each = rows.reshape(batch, heads, m // heads, dim)
+    out = []
+
+    def over(k, v, positions, lower):
+        seen = (positions[:, None] >= lower[..., None]) & (positions[:, None] <= at[..., None])
+        # All heads see the same tokens: rows of the first stand for all.
+        part = merge.exact(each, k, v, seen[:, : m // heads] & (positions >= 0)[:, None], **options)
+        out.append(jax.tree.map(lambda x: x.reshape(batch, m, *x.shape[3:]), part))
+
+    if sinks:
+        slots = jnp.arange(sinks, dtype=jnp.int32)[None]
+        held = jnp.where(slots < state.lengths[:, None], slots, -1)
+        over(state.exact.k_sinks, state.exact.v_sinks, held, low)
+    if tail.positions.shape[1]:
+        k, v = (x.swapaxes(1, 2) for x in (tail.k, tail.v))
+        lower = jnp.maximum(jnp.maximum(low, layer.stored_until(at + 1)), sinks)
+        over(k, v, tail.positions, lower)
+    return out

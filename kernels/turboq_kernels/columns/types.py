@@ -1,0 +1,24 @@
+"""What every implementation of the column kernels takes and returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sums:
+    """One softmax over the stored tokens of a layer, not yet normalised, for every query row.
+
+    With p = exp(logit - top) and g the gain of a row's head at each token: `acc` [B, M, W] is the
+    sum of p g bit, `gained` [B, M] that of p g, `total` [B, M] that of p; `top` [B, M] the largest
+    logit. A row that saw nothing has all sums 0, its top is arbitrary.
+    """
+
+    acc: Any
+    gained: Any
+    total: Any
+    top: Any

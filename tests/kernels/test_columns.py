@@ -1,0 +1,189 @@
+"""Kernels over the one pool against decoding it, and against float64 by way of the codecs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import kernel_oracle
+import numpy as np
+import pytest
+from tolerances import TOL
+
+from turboq.cache import model_cache
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
+from turboq.cache.simulate import simulate
+from turboq.codecs.observed import Observed
+from turboq.codecs.transform import Transform
+from turboq.numbers import rope as rotary
+from turboq.numbers.rope import Rope
+from turboq_kernels import columns
+from turboq_kernels.columns import linear, queries
+
+DIM, HEADS, GROUP, SCALE = 24, 3, 2, 0.3
+SEGMENTS = [((8, 3), (8, 1)), ((16, 2), (8, 1)), ((24, 4),), ((8, 2),)]
+ROPES = {
+    "half": Rope(dim=DIM, theta=50.0),
+    "partial": Rope(dim=10, theta=9.0, layout="interleaved"),
+}
+KERNELS = ("mosaic_tpu",)
+
+
+def make_layers(rng, policy, rope=None, block=1, gain="code"):
+    """Two layers whose heads have other bits each, K and V alike, in groups out of order."""
+
+    def side(segments, heads):
+        codec = Transform(dim=DIM, segments=segments, quantizer="window", states=16, gain=gain)
+        x = rng.normal(size=(len(heads), 60, DIM)) * 0.8 ** np.arange(DIM) + 0.5
+        fitted = codec.fit(Observed.of(x.astype(np.float32)))
+        return codec, {name: jnp.asarray(a) for name, a in fitted.items()}
+
+    def group(heads, k, v):
+        (k, k_arrays), (v, v_arrays) = side(k, heads), side(v, heads)
+        return HeadGroup(heads=heads, k=k, v=v, k_arrays=k_arrays, v_arrays=v_arrays)
+
+    def layer(*groups):
+        return KVLayer(groups=groups, policy=policy, rope=rope, rope_block=block)
+
+    a, b, c, d = SEGMENTS
+    first = layer(group((0, 2), a, b), group((1,), c, d))
+    return [first, layer(group((0, 1, 2), b, c))]
+
+
+def inputs(rng, t, batch=2):
+    shape = 0.8 ** np.arange(DIM)
+    k, v = (rng.normal(size=(batch, t, HEADS, DIM)) * shape + 0.5 for _ in range(2))
+    q = rng.normal(size=(batch, t, GROUP * HEADS, DIM))
+    return tuple(jnp.asarray(x, jnp.float32) for x in (q, k, v))
+
+
+def filled(rng, layers, t, capacity, batch=2):
+    """States and pool of layers that hold t tokens, and the last layer's keys and values."""
+    states, words = model_cache.init(model_cache.forms(layers), batch=batch, capacity=capacity)
+    out = []
+    for state in states:
+        _, k, v = inputs(rng, t, batch)
+        state, words, tail = model_cache.write(state, words, k, v)
+        out.append((state, tail, k, v))
+    return out, words
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    ("rope", "block", "gain", "options"),
+    [
+        (None, 1, "code", {}),
+        (None, 1, "none", {"softcap": 1.5}),
+        ("half", 256, "code", {"window": 270}),
+        ("partial", 128, "code", {}),
+    ],
+    ids=str,
+)
+def test_a_kernel_reads_what_decoding_reads(rng, name, rope, block, gain, options):
+    """Two pages and a bit, other bits in every head, ragged lengths, sinks, a recent window."""
+    policy = TokenPolicy(sinks=3, recent=2)
+    layers = make_layers(rng, policy, rope and ROPES[rope], block, gain)
+    held, words = filled(rng, layers, 530, 600)
+    for layer, (state, _, k, v) in zip(layers, held, strict=True):
+        q, more_k, more_v = inputs(rng, 1)
+        state, after, tail = model_cache.write(
+            state, words, more_k, more_v, jnp.array([1, 0], jnp.int32)
+        )
+        at = state.lengths[:, None] - 1
+        got = columns.attend(
+            q, state, after, tail, q_positions=at, scale=SCALE, implementation=name,
+            interpret=True, **options,
+        )  # fmt: skip
+        want = columns.attend(
+            q, state, after, tail, q_positions=at, scale=SCALE, implementation="xla", **options
+        )
+        np.testing.assert_allclose(got, want, atol=TOL["columns"])
+        # Of the sequence that got a token: what the codecs store, in float64.
+        whole = [jnp.concatenate(x, axis=1)[:1] for x in ((k, more_k), (v, more_v))]
+        every = jnp.zeros((1, 531, *q.shape[2:])).at[:, -1:].set(q[:1])
+        due = kernel_oracle.policy_attention(
+            layer, every, *whole, scale=SCALE,
+            stored_values=simulate(state.form.layer, *whole), **options,
+        )  # fmt: skip
+        np.testing.assert_allclose(got[:1], due[:, -1:], atol=TOL["columns"])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_some_tokens_at_once_and_an_empty_cache(rng, name):
+    layers = make_layers(rng, TokenPolicy())
+    states, words = model_cache.init(model_cache.forms(layers), batch=2, capacity=300)
+    q, k, v = inputs(rng, 5)
+    state, words, tail = model_cache.write(states[1], words, k, v, jnp.array([5, 0], jnp.int32))
+    at = jnp.arange(5, dtype=jnp.int32)[None] + jnp.zeros((2, 1), jnp.int32)
+    run = functools.partial(columns.attend, q, state, words, tail, q_positions=at, scale=SCALE)
+    got, want = run(implementation=name, interpret=True), run(implementation="xla")
+    np.testing.assert_allclose(got, want, atol=TOL["columns"])
+    assert not np.any(np.asarray(got)[1])
+
+
+def test_one_program_for_layers_of_other_bits(rng):
+    """Two layers, two plans: traced once."""
+    traced = []
+
+    @jax.jit
+    def step(q, state, words, tail, matrices, at):
+        traced.append(1)
+        return columns.attend(
+            q, state, words, tail, matrices, q_positions=at, scale=SCALE,
+            implementation="mosaic_tpu", interpret=True,
+        )  # fmt: skip
+
+    held, words = filled(rng, make_layers(rng, TokenPolicy()), 20, 256)
+    for state, tail, *_ in held:
+        q, _, _ = inputs(rng, 1)
+        step(q, state, words, tail, columns.prepare(state, words), state.lengths[:, None] - 1)
+    assert len(traced) == 1
+
+
+def test_the_matrix_is_what_the_codec_decodes(rng):
+    """Every bit by itself: x_hat = mean + gain (matrix (bits - 1/2)), against `Codec.decode`."""
+    layers = make_layers(rng, TokenPolicy())
+    held, words = filled(rng, layers, 256, 256, batch=1)
+    token = np.arange(256)
+    lanes = np.asarray(words)[0, 0]
+    bits = lanes[token % 8] >> (8 * (token // 8 % 4) + token // 32)[:, None].astype(np.uint32) & 1
+    for state, _, k, v in held:
+        form = linear.linear_layer(state.form, pool_lanes=words.shape[-1])
+        k_hat, v_hat = simulate(state.form.layer, k, v)
+        codes = None
+        for i, (side, due) in enumerate(((form.k, k_hat), (form.v, v_hat))):
+            first, width = int(form.first[i]), side.matrix.shape[1]
+            own = np.pad(bits, ((0, 0), (0, width)))[:, first : first + width].astype(np.float64)
+            if i == 0:
+                codes = own @ np.asarray(form.gain_weights).T
+            code = codes.astype(int) >> 4 * i & 15
+            for h in range(HEADS):
+                mine = (np.asarray(side.head) == h) * (own - 0.5)
+                gain = np.asarray(side.gains)[h, code[:, h]]
+                got = np.asarray(side.mean)[h] + gain[:, None] * (mine @ np.asarray(side.matrix).T)
+                np.testing.assert_allclose(got, due[0, :, h], atol=TOL["rope_rotate"])
+
+
+def test_mean_logits_are_those_of_turned_means(rng):
+    for rope in ROPES.values():
+        q, mean = (rng.normal(size=(*n, DIM)).astype(np.float32) for n in ((2, 3), (3,)))
+        got = queries.mean_logits(rope, jnp.asarray(q), jnp.asarray(mean), 40)
+        turned = rotary.matrices(rope, DIM, np.arange(40)) @ mean[:, None, :, None]
+        want = np.einsum("bmd,msd->bms", q, turned[..., 0])
+        np.testing.assert_allclose(got, want, atol=TOL["rope_rotate"])
+
+
+def test_what_no_kernel_reads_is_refused_by_name(rng):
+    q, _, _ = inputs(rng, 1)
+    for layers, reason in (
+        (make_layers(rng, TokenPolicy(), ROPES["half"]), "blocks of 1 positions"),
+        (make_layers(rng, TokenPolicy(), gain="float16"), "a float16 gain per vector"),
+    ):
+        held, words = filled(rng, layers, 4, 256)
+        state, tail, *_ = held[0]
+        at = state.lengths[:, None] - 1
+        with pytest.raises(ValueError, match=f"'mosaic_tpu' cannot run this case: .*{reason}"):
+            columns.attend(
+                q, state, words, tail, q_positions=at, scale=1.0, implementation="mosaic_tpu"
+            )
+    with pytest.raises(ValueError, match="implementation='cuda' must be None or one of"):
+        columns.attend(q, state, words, tail, q_positions=at, scale=1.0, implementation="cuda")
