@@ -25,7 +25,7 @@ ROPES = {
     "half": Rope(dim=DIM, theta=50.0),
     "partial": Rope(dim=10, theta=9.0, layout="interleaved"),
 }
-KERNELS = ("mosaic_tpu",)
+KERNELS = ("mosaic_tpu", "triton")
 
 
 def make_layers(rng, policy, rope=None, block=1, gain="code"):
@@ -80,6 +80,8 @@ def filled(rng, layers, t, capacity, batch=2):
 )
 def test_a_kernel_reads_what_decoding_reads(rng, name, rope, block, gain, options):
     """Two pages and a bit, other bits in every head, ragged lengths, sinks, a recent window."""
+    if name == "triton" and block == 128:
+        pytest.skip("it reads blocks of 256 positions")
     policy = TokenPolicy(sinks=3, recent=2)
     layers = make_layers(rng, policy, rope and ROPES[rope], block, gain)
     held, words = filled(rng, layers, 530, 600)
@@ -154,7 +156,9 @@ def test_the_matrix_is_what_the_codec_decodes(rng):
             first, width = int(form.first[i]), side.matrix.shape[1]
             own = np.pad(bits, ((0, 0), (0, width)))[:, first : first + width].astype(np.float64)
             if i == 0:
-                codes = own @ np.asarray(form.gain_weights).T
+                weights = np.asarray(form.gain_weights)
+                lane = int(form.gain_lane)
+                codes = own[:, lane : lane + weights.shape[1]] @ weights.T
             code = codes.astype(int) >> 4 * i & 15
             for h in range(HEADS):
                 mine = (np.asarray(side.head) == h) * (own - 0.5)

@@ -11,9 +11,10 @@ row of bits, a plan the matrix that it is multiplied by, and one program reads a
 of all plans. A token is one bit of a word per column, which an append ORs in.
 
 A column is one bit of an *entry*, an unsigned number of the vector (a code, a gain): entry e of a
-vector is the sum of its columns, column t worth 2^plane[t]. A layer has the codes of its keys, head
-by head; what else its keys and then its values store; the codes of its values. A reader thus finds
-all that it must know before it weighs values in one run of lanes, and the rest in another.
+vector is the sum of its columns, column t worth 2^plane[t]. A layer has what its keys and values
+store beside their codes (gains), head by head; the codes of its keys; the codes of its values. So a
+reader finds all that it must know before it weighs values in one run of lanes, what is not codes
+first, and the rest in another.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def lay_out(
         sides = [np.full((3, len(heads), most), NONE, np.int32) for heads in (k, v)]
         used = [[0] * len(heads) for heads in (k, v)]
         first = lane
-        for side, part in ((0, 0), (0, 1), (1, 1), (1, 0)):
+        for side, part in ((0, 1), (1, 1), (0, 0), (1, 0)):
             if (side, part) == (1, 0):
                 middle = lane
             for h, head in enumerate((k, v)[side]):

@@ -24,6 +24,7 @@ from turboq.errors import TurboqError
 from turboq.numbers.packing import PAGE
 from turboq_calibrate.models.decoder import exact_attend
 from turboq_calibrate.models.spec import LayerSpec
+from turboq_kernels import columns
 from turboq_kernels.attention import cache_attention
 from turboq_kernels.encode import api as encoding
 from turboq_kernels.encode import encode
@@ -46,10 +47,11 @@ class Cached:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pooled:
-    """A layer's part of a model's cache and the pool it shares: the state of `pool_attend`."""
+    """A layer's part of a model's cache and the pool it shares: the state of `pool_by`."""
 
     layer: model_cache.LayerState
     words: Array
+    matrices: columns.LinearLayer | None = None  # for kernels; None: they are not needed
 
 
 def simulated_attend(
@@ -95,7 +97,7 @@ def packed_by(implementation: str | None) -> Callable[..., tuple[Array, Any]]:
         if isinstance(state, model_cache.Fresh):
             layer = state.form.layer
             part, words = state.init(k.shape[0], k.shape[1])
-            out, _ = pool_attend(spec, q, k, v, positions, Pooled(layer=part, words=words))
+            out, _ = pool_by(None)(spec, q, k, v, positions, Pooled(layer=part, words=words))
         else:
             layer = state
             empty = caches.init(layer, batch=k.shape[0], capacity=k.shape[1])
@@ -106,21 +108,30 @@ def packed_by(implementation: str | None) -> Callable[..., tuple[Array, Any]]:
     return plug
 
 
-def pool_attend(
-    spec: LayerSpec,
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K E"],
-    positions: Int[Array, "B T"],
-    state: Pooled,
-) -> tuple[Float[Array, "B T H E"], Pooled]:
-    """Plug: `cache_attend` where all layers share a pool (`turboq.cache.model_cache`)."""
-    layer, words, tail = model_cache.write(state.layer, state.words, k, v)
-    out = model_cache.attend(
-        q, layer, words, tail, q_positions=positions,
-        scale=spec.scale, window=spec.window, softcap=spec.softcap,
-    )  # fmt: skip
-    return out, Pooled(layer=layer, words=words)
+@functools.cache
+def pool_by(implementation: str | None) -> Callable[..., tuple[Array, Pooled]]:
+    """`cached_by` where all layers share a pool (`turboq.cache.model_cache`).
+
+    A named kernel reads single tokens; prompts are read by XLA.
+
+    Raises:
+      TurboqError: an unknown name.
+    """
+    if implementation not in (None, *columns.IMPLEMENTATIONS):
+        raise TurboqError(f"{implementation=} must be None or one of {columns.IMPLEMENTATIONS}")
+    interpret = jax.default_backend() not in KERNELS[implementation or "xla"]
+
+    def plug(spec: LayerSpec, q, k, v, positions, state: Pooled):
+        layer, words, tail = model_cache.write(state.layer, state.words, k, v)
+        single = q.shape[1] == 1
+        out = columns.attend(
+            q, layer, words, tail, state.matrices, q_positions=positions,
+            scale=spec.scale, window=spec.window, softcap=spec.softcap,
+            implementation=implementation if single else "xla", interpret=interpret and single,
+        )  # fmt: skip
+        return out, dataclasses.replace(state, layer=layer, words=words)
+
+    return plug
 
 
 def cache_attend(

@@ -19,11 +19,12 @@ from turboq.cache import contiguous as caches
 from turboq.cache import model_cache, overflow
 from turboq.cache.layer import KVLayer
 from turboq.errors import TurboqError
-from turboq_calibrate.measure.attention_plugs import Cached, Pooled, cached_by, pool_attend
+from turboq_calibrate.measure.attention_plugs import Cached, Pooled, cached_by, pool_by
 from turboq_calibrate.measure.broken import first_broken
 from turboq_calibrate.models import Model, embed_tokens
 from turboq_calibrate.models.decoder import Params, exact_attend, run_head, run_layer
 from turboq_calibrate.models.spec import LayerSpec
+from turboq_kernels import columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ def greedy(
     its final length, through plain attention: slow, without any cache, the reference.
 
     `attention` names the kernel that reads the caches (`plugs.KERNELS`; None takes the first that
-    supports the case), interpreted where its platform is missing.
+    supports the case), interpreted where its platform is missing; of one pool for all layers it
+    reads single tokens, XLA the prompt.
 
     Raises:
       TurboqError: empty prompt, no steps, a sequence longer than the model's context, or logits
@@ -73,11 +75,12 @@ def greedy(
         return _plain(model, prompt, steps, keep_logits)
     if len(layers) != len(model.spec.layers):
         raise ValueError(f"{len(layers)=} must be the number of layers, {len(model.spec.layers)}")
-    form = model_cache.forms(layers) if attention is None else None
+    pooled = attention in (None, *columns.IMPLEMENTATIONS)
+    form = model_cache.forms(layers) if pooled else None
     # The last token is returned but never written, hence one token less.
     batch, capacity = len(prompt), total - 1
     if form is not None:
-        cache = _OnePool(form, batch, capacity)
+        cache = _OnePool(form, batch, capacity, attention)
     else:
         cache = _ByLayer(layers, batch, capacity, cached_by(attention))
     return _cached(model, prompt, steps, layers, cache, keep_logits)
@@ -114,13 +117,18 @@ class _ByLayer:
 class _OnePool:
     """One cache of all layers, whose heads differ in data only: one program per kind of layer."""
 
-    def __init__(self, form: model_cache.ModelForm, batch: int, capacity: int):
+    def __init__(
+        self, form: model_cache.ModelForm, batch: int, capacity: int, attention: str | None
+    ):
+        self.attend = pool_by(attention)
         self.states, self.words = model_cache.init(form, batch=batch, capacity=capacity)
+        kernel = attention not in (None, "xla") or jax.default_backend() == "tpu"
+        self.matrices = [columns.prepare(s, self.words) if kernel else None for s in self.states]
 
     def layer(self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array) -> Array:
-        state = Pooled(layer=self.states[i], words=self.words)
-        x, state = run_layer(spec, params, x, positions, pool_attend, state, donate=True)
-        self.states[i], self.words = state.layer, state.words
+        state = Pooled(layer=self.states[i], words=self.words, matrices=self.matrices[i])
+        x, state = run_layer(spec, params, x, positions, self.attend, state, donate=True)
+        self.states[i], self.words, self.matrices[i] = state.layer, state.words, state.matrices
         return x
 
     def counters(self) -> list[Any]:

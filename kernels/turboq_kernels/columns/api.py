@@ -15,12 +15,12 @@ from turboq.cache.contiguous import Tail
 from turboq.cache.model_cache import LayerState
 from turboq.numbers.packing import PAGE
 from turboq_kernels import merge
-from turboq_kernels.columns import linear, mosaic_tpu, queries
+from turboq_kernels.columns import linear, mosaic_tpu, queries, triton
 from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.decode.types import Partial
 
-IMPLEMENTATIONS = ("xla", "mosaic_tpu")
-_PREFERENCE = {"tpu": ("mosaic_tpu",)}
+IMPLEMENTATIONS = ("xla", "mosaic_tpu", "triton")
+_PREFERENCE = {"tpu": ("mosaic_tpu",), "gpu": ("triton",)}
 
 
 def prepare(state: LayerState, words: UInt32[Array, "B P R C"]) -> LinearLayer | None:
@@ -39,9 +39,11 @@ def unsupported(
     layer = state.form.layer
     block = layer.rope_block if layer.rope is not None else None
     reason = linear.unsupported(state.form)
-    return reason or mosaic_tpu.unsupported(
-        q.shape[1] * q.shape[2], linear.run_lanes(state.form, words.shape[-1]), block
-    )
+    rows = q.shape[1] * q.shape[2]
+    if name == "triton":
+        return reason or triton.unsupported(rows, len(state.form.group.heads), block)
+    widths = linear.run_lanes(state.form, words.shape[-1])
+    return reason or mosaic_tpu.unsupported(rows, widths, block)
 
 
 def attend(
@@ -89,14 +91,15 @@ def attend(
     folded = queries.fold(
         rows, made.k, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block
     )
-    sums = mosaic_tpu.attend(
+    run = triton.attend if name == "triton" else mosaic_tpu.attend
+    sums = run(
         folded, words, made, jnp.maximum(low, layer.policy.sinks),
         jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]),
         interpret=interpret, **options,
     )  # fmt: skip
     head = jnp.arange(rows.shape[1], dtype=jnp.int32) // (rows.shape[1] // heads)
-    own = (head[:, None] == made.v.head[None]).astype(jnp.float32)
-    bits = (sums.acc - 0.5 * sums.gained[..., None]) * own[None]
+    own = (head[:, None] == made.v.head[None])[None]
+    bits = jnp.where(own, sums.acc - 0.5 * sums.gained[..., None], 0.0)
     acc = jnp.einsum("bmw,dw->bmd", bits, made.v.matrix, precision=queries.HIGHEST)
     acc = acc + sums.total[..., None] * made.v.mean[head][None]
     parts = [Partial(acc=acc, top=sums.top, total=sums.total)]

@@ -36,6 +36,9 @@ class LinearSide:
     head: Any  # int32 [W]: the KV head of a code's lane, NONE of any other
     mean: Any  # float32 [N, D]
     gains: Any  # float32 [N, 16]: of every stored gain; ones without
+    start: Any  # int32 [N]: the first of a head's lanes
+    count: Any  # int32 [N]: how many follow each other
+    most: int = dataclasses.field(metadata={"static": True})  # no head has more
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +49,9 @@ class LinearLayer:
     k: LinearSide
     v: LinearSide
     first: Any  # int32 [2], lanes of the pool, multiples of 128
-    gain_weights: Any  # int32 [N, W of K]
+    gain_lane: Any  # int32 [], a multiple of 128: where in K's lanes the gains begin
+    gain_weights: Any  # int32 [N, lanes from there on]
+    gain_lanes: Any  # int32 [2, N, 4]: lane of the pool of each bit of K's and V's gain, or NONE
     gained: bool = dataclasses.field(metadata={"static": True})
 
 
@@ -88,15 +93,20 @@ def linear_layer(form: LayerForm, *, pool_lanes: int) -> LinearLayer:
     ]
     group, (k, v) = form.group, form.codecs
     gained = k.gain == "code" or v.gain == "code"
-    weights = jnp.zeros((len(group.heads), widths[0]), jnp.int32)
+    # Gains are the first columns of a layer.
+    lanes = min(_up(2 * GAIN_BITS * len(group.heads) + LANES - 1), widths[0])
+    gain_lane = jnp.minimum((form.first[0] - first[0]) // LANES * LANES, widths[0] - lanes)
+    weights = jnp.zeros((len(group.heads), lanes), jnp.int32)
     for codec, columns, worth in ((k, form.k, 1), (v, form.v, 1 << GAIN_BITS)):
         if codec.gain == "code":
-            weights = weights + _gain_weights(codec, columns, first[0], widths[0]) * worth
+            weights = weights + _gain_weights(codec, columns, first[0] + gain_lane, lanes) * worth
     return LinearLayer(
         k=_side(k, group.k_arrays, form.k, first[0], widths[0]),
         v=_side(v, group.v_arrays, form.v, first[1], widths[1]),
         first=jnp.stack(first),
+        gain_lane=gain_lane,
         gain_weights=weights,
+        gain_lanes=jnp.stack([_gain_lanes(c, at) for c, at in ((k, form.k), (v, form.v))]),
         gained=gained,
     )
 
@@ -117,6 +127,9 @@ def _side(
         head=jnp.full(width, NONE, jnp.int32).at[lane].set(heads, mode="drop"),
         mean=arrays["mean"],
         gains=gains,
+        start=jnp.min(jnp.where(codes, lane, jnp.iinfo(jnp.int32).max), axis=1),
+        count=jnp.sum(codes, axis=1, dtype=jnp.int32),
+        most=lane.shape[1],
     )
 
 
@@ -139,3 +152,14 @@ def _gain_weights(codec: PaddedTransform, columns: Columns, first: Array, width:
     head = jnp.arange(len(lane), dtype=jnp.int32)[:, None]
     worth = jnp.left_shift(1, jnp.maximum(columns.plane, 0))
     return jnp.zeros((len(lane), width), jnp.int32).at[head, lane].set(worth, mode="drop")
+
+
+def _gain_lanes(codec: PaddedTransform, columns: Columns) -> Array:
+    """Lane of the pool of bit p of every head's gain, int32 [N, 4]; NONE where it has none."""
+    gain = (columns.plane != NONE) & (columns.entry >= codec.dim)
+    if codec.gain != "code":
+        gain = jnp.zeros_like(gain)
+    plane = jnp.where(gain, columns.plane, GAIN_BITS)  # dropped
+    head = jnp.arange(len(plane), dtype=jnp.int32)[:, None]
+    out = jnp.full((len(plane), GAIN_BITS), NONE, jnp.int32)
+    return out.at[head, plane].set(columns.lane, mode="drop")

@@ -42,7 +42,7 @@ def vmem_bytes(rows: int, widths: tuple[int, int]) -> int:
     """Bytes of VMEM of operands and scratch."""
     m = _up(rows, inner.ROW_TILE)
     words = 2 * ROWS * 4 * sum(widths)
-    left = 4 * inner.left_rows(m) * widths[0]
+    left = 4 * 2 * m * widths[0]
     sums = 2 * m * 4 * widths[1]
     rest = m * LANES * 4 * 32
     return words + left + sums + rest
@@ -69,7 +69,7 @@ def attend(
     spec = Spec(
         rows=_up(rows, inner.ROW_TILE), widths=(layer.k.matrix.shape[1], layer.v.matrix.shape[1]),
         blocks=folded.left.shape[1], pages=pages, per_token=folded.bias.shape[-1] > 1,
-        softcap=softcap, gained=layer.gained,
+        softcap=softcap, gained=layer.gained, gain_lanes=layer.gain_weights.shape[1],
     )  # fmt: skip
     factor = scale / softcap if softcap else scale * inner.LOG2_E
     extra = spec.rows - rows
@@ -104,9 +104,10 @@ def attend(
     first = jnp.minimum(low_slot // PAGE, pages - 1)
     last = -(-jnp.max(jnp.where(any_row, ends, 0), axis=1) // PAGE)
     plan = jnp.stack([first, jnp.maximum(last - first, 0)], axis=-1).astype(jnp.int32)
+    places = jnp.append(layer.first, layer.gain_lane)
     wide = [jnp.broadcast_to(x[..., None], (*x.shape, LANES)) for x in (starts, ends)]
     acc, stats = _call(
-        spec, interpret, plan.reshape(-1), layer.first // LANES, row, *wide, gains, weights,
+        spec, interpret, plan.reshape(-1), places // LANES, row, *wide, gains, weights,
         query, constants, bias, words,
     )  # fmt: skip
     return Sums(

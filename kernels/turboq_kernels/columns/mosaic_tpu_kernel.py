@@ -1,7 +1,9 @@
 """The body of the TPU column kernel: all heads of one sequence, page by page.
 
-    raw [3 M, 128] = [high; low; gains] [3 M, W] @ bits [128 tokens, W]^T     twice a page
-    sums [2 M, W']  = [high; low] [2 M, 128] @ bits [128 tokens, W']
+    raw [2 M, 128] = [high; low] [2 M, W] @ bits [128 tokens, W]^T     twice a page
+    sums [2 M, W'] = [high; low] [2 M, 128] @ bits [128 tokens, W']
+
+and the gains, which are in a few lanes, as integers: weights [M, .] @ bits^T.
 
 A mask leaves bytes 2^j (bit 7: -128). Logits and gains are divided by them per token; for values
 the weights of half a page are multiplied by what its bytes lack to 8 or 128, at the cost of 3 of
@@ -39,6 +41,7 @@ class Spec:
     per_token: bool  # a bias per token
     softcap: float | None
     gained: bool
+    gain_lanes: int  # lanes of K that may hold gains
 
     @property
     def turned(self) -> bool:
@@ -48,11 +51,6 @@ class Spec:
     @property
     def per_page(self) -> int:
         return self.blocks // self.pages if self.turned else 1
-
-
-def left_rows(rows: int) -> int:
-    """High, low and gain rows."""
-    return 2 * rows + -(-rows // 32) * 32
 
 
 def kernel(
@@ -65,6 +63,7 @@ def kernel(
     k_lanes, v_lanes = (
         pl.ds(pl.multiple_of(first[i] * LANES, LANES), spec.widths[i]) for i in range(2)
     )
+    gain_lanes = pl.ds(pl.multiple_of(first[2] * LANES, LANES), spec.gain_lanes)
 
     def transfers(slot, page):
         yield words.at[b, page, :, k_lanes], k_words.at[slot]
@@ -103,16 +102,17 @@ def kernel(
 
         arrived(slot, page)
         logits, gained = [], []
-        for half, (token, inverse, _) in enumerate(orders):
+        for half, (token, inverse, _lacking) in enumerate(orders):
             which = half if spec.per_page > 1 else 0
             query = queries[slot, which] if spec.turned else query_ref[0, 0]
             constant = constants[slot, which] if spec.turned else constant_ref[0, 0]
-            left = jnp.concatenate([query, weights_ref[...]], axis=0) if spec.gained else query
-            raw = _dot(left, _bytes_of(k_words[slot], half), transposed=True)
+            raw = _dot(query, _bytes_of(k_words[slot], half), transposed=True)
             value = raw[:m].astype(jnp.float32) * 256.0 + raw[m : 2 * m].astype(jnp.float32)
             value = value * inverse * unit + constant
             if spec.gained:
-                code = (raw[2 * m : 3 * m].astype(jnp.float32) * inverse).astype(jnp.int32)
+                gains = _bytes_of(k_words[slot, :, gain_lanes], half)
+                found = _dot(weights_ref[...], gains, transposed=True)
+                code = (found[:m].astype(jnp.float32) * inverse).astype(jnp.int32)
                 low = code & ((1 << GAIN_BITS) - 1)
                 high = (code >> GAIN_BITS) & ((1 << GAIN_BITS) - 1)
                 value = value * jnp.take_along_axis(gains_ref[0], low, axis=1)

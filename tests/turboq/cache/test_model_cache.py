@@ -98,7 +98,7 @@ def test_windows_and_soft_caps(rng, options):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pool_holds_the_codecs_own_bits(rng, kind):
-    """Bit by bit what codecs encode; a layer: codes of K, the rest of K and V, codes of V."""
+    """Bit by bit what codecs encode; a layer: what is not codes of K and V, codes of K, of V."""
     layers = make_layers(rng, TokenPolicy(), **KINDS[kind])
     form = model_cache.forms(layers)
     states, words = model_cache.init(form, batch=1, capacity=256)
@@ -110,7 +110,7 @@ def test_the_pool_holds_the_codecs_own_bits(rng, kind):
     held = kept[token % 8] >> (8 * (token // 8 % 4) + token // 32)[:, None].astype(np.uint32) & 1
     for layer, state in zip(layers, states, strict=True):
         k_bits, v_bits = (_bits(layer, side, x) for side, x in (("k", k), ("v", v)))
-        runs, order = [], [(k_bits, "codes"), (k_bits, "rest"), (v_bits, "rest"), (v_bits, "codes")]
+        runs, order = [], [(k_bits, "rest"), (v_bits, "rest"), (k_bits, "codes"), (v_bits, "codes")]
         for heads, name in order:
             runs.append(lane)
             for head in heads:

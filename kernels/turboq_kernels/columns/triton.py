@@ -1,0 +1,259 @@
+"""Columns on GPUs (Pallas-Triton): one KV head's stored bits as bfloat16 zeros and ones.
+
+One program reads one sequence, one KV head and one part of its pages, `TILE` word rows (32 tokens
+each) at a time; a head's lanes are read in runs of `RUN`, as many as the widest head has, those
+behind its last masked.
+
+    K run [RUN, T] of bits   S [T, M] = gain (sum over runs of run^T q - sum(q) / 2) + bias
+    softmax over T, online   acc [RUN, M] += run (p gain)
+
+Queries and weights of up to 16 rows are two bfloat16 numbers each, side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int, UInt32
+
+from turboq.numbers.packing import PAGE, ROWS, WORD_BITS
+from turboq_kernels import merge
+from turboq_kernels.columns.linear import GAIN_BITS, LinearLayer
+from turboq_kernels.columns.queries import Folded
+from turboq_kernels.columns.types import Sums
+from turboq_kernels.decode.triton import join
+from turboq_kernels.decode.types import Partial
+
+LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
+RUN = 64  # lanes of a run
+TILE = 4  # word rows of a step
+MAX_ROWS = 16  # of a KV head
+PROGRAMS = 396  # three per SM of an H100
+BLOCKS = (PAGE,)  # positions of a block of keys
+
+
+def unsupported(rows: int, heads: int, block: int | None) -> str | None:
+    """Why this kernel cannot run a case, or None; `block` None: keys after RoPE."""
+    if rows // heads > MAX_ROWS:
+        return f"{rows // heads} query rows per KV head; it reads up to {MAX_ROWS}"
+    if block is not None and block not in BLOCKS:
+        return f"keys of blocks of {block} positions; it reads blocks of {BLOCKS} positions"
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything static about a call."""
+
+    m: int  # query rows of a head, padded
+    rows: int  # query rows of a head
+    runs: tuple[int, int]  # of K and V
+    splits: int
+    turned: bool
+    per_token: bool
+    gained: bool
+    scale: float
+    softcap: float | None
+    interpret: bool
+
+
+def attend(
+    folded: Folded,
+    words: UInt32[Array, "B P R C"],
+    layer: LinearLayer,
+    starts: Int[Array, "B M"],
+    ends: Int[Array, "B M"],
+    *,
+    scale: float,
+    softcap: float | None,
+    interpret: bool = False,
+    splits: int | None = None,
+) -> Sums:
+    """Softmax over slots starts[b, m] <= s < ends[b, m] of every row (`columns.queries`)."""
+    batch, rows = starts.shape
+    heads, pages = layer.k.mean.shape[0], words.shape[1]
+    if splits is None:
+        splits = max(1, min(PROGRAMS // (batch * heads), pages))
+    plan = Plan(
+        m=max(8, 1 << (rows // heads - 1).bit_length()), rows=rows // heads,
+        runs=(-(-layer.k.most // RUN), -(-layer.v.most // RUN)), splits=splits,
+        turned=folded.left.shape[1] > 1, per_token=folded.bias.shape[-1] > 1,
+        gained=layer.gained, scale=scale, softcap=softcap, interpret=interpret,
+    )  # fmt: skip
+    ends = jnp.minimum(ends, pages * PAGE)
+    seen = ends > starts
+    low = jnp.min(jnp.where(seen, starts, jnp.iinfo(jnp.int32).max), axis=1) // PAGE
+    high = -(-jnp.max(jnp.where(seen, ends, 0), axis=1) // PAGE)
+    share = -(-jnp.maximum(high - low, 0) // splits)
+    first = low[:, None] + share[:, None] * jnp.arange(splits, dtype=jnp.int32)[None]
+    inputs = {
+        "words": words, "left": folded.left, "bias": folded.bias, "starts": starts, "ends": ends,
+        "half": -0.5 * jnp.sum(folded.left, axis=-1),
+        "bounds": jnp.stack([first, jnp.minimum(first + share[:, None], high[:, None])], axis=-1),
+        "first": layer.first,
+        "lanes": [jnp.stack([side.start, side.count], axis=-1) for side in (layer.k, layer.v)],
+        "gains": [layer.k.gains, layer.v.gains], "gain_lanes": layer.gain_lanes,
+    }  # fmt: skip
+    leaves, tree = jax.tree.flatten(inputs)
+    width = layer.v.matrix.shape[1]
+    lead = (batch, splits, heads * plan.m)
+    acc, *stats = pl.pallas_call(
+        functools.partial(_kernel, plan=plan, tree=tree),
+        grid=(splits, heads, batch),
+        out_shape=[
+            jax.ShapeDtypeStruct((*lead, width), jnp.float32),
+            *[jax.ShapeDtypeStruct(lead, jnp.float32)] * 3,
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="turboq_columns",
+    )(*leaves)
+    own = (jnp.arange(heads, dtype=jnp.int32)[:, None] * plan.m
+           + jnp.arange(plan.rows, dtype=jnp.int32)[None]).reshape(-1)  # fmt: skip
+    acc, gained, total, top = (y[:, :, own] for y in (acc, *stats))
+    if splits == 1:
+        return Sums(acc=acc[:, 0], gained=gained[:, 0], total=total[:, 0], top=top[:, 0])
+    # Lanes that no program wrote hold anything: they are no code of the row's head.
+    both = Partial(acc=jnp.append(acc, gained[..., None], axis=-1), top=top, total=total)
+    whole = merge.merge(jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), both))
+    return Sums(
+        acc=whole.acc[..., :-1], gained=whole.acc[..., -1], total=whole.total, top=whole.top
+    )
+
+
+def _kernel(*refs, plan: Plan, tree) -> None:
+    x: dict[str, Any] = jax.tree.unflatten(tree, refs[: tree.num_leaves])
+    acc_ref, gained_ref, total_ref, top_ref = refs[tree.num_leaves :]
+    split, n, b = (pl.program_id(i) for i in range(3))
+    m = plan.m
+    row = jnp.arange(m, dtype=jnp.int32)
+    real = row < plan.rows  # padding rows see nothing
+    rows = n * plan.rows + jnp.minimum(row, plan.rows - 1)
+    starts = jnp.where(real, x["starts"][b, rows], 0)
+    ends = jnp.where(real, x["ends"][b, rows], 0)
+    gain = plan.scale * (LOG2E if plan.softcap is None else 1.0)
+    lane = jnp.arange(RUN, dtype=jnp.int32)
+    fields = jnp.arange(WORD_BITS, dtype=jnp.int32)
+    bits = fields // 2 + 16 * (fields % 2)
+    inner = 32 * (bits % 8) + ROWS * (bits // 8)  # of row 0 of a page
+    sides = [(x["lanes"][i][n, 0], x["lanes"][i][n, 1]) for i in range(2)]
+
+    def queries(block):
+        out = []
+        for i in range(plan.runs[0]):
+            at = sides[0][0] + i * RUN + lane
+            place = (b, block, rows[None, :], at[:, None])
+            held = (i * RUN + lane < sides[0][1])[:, None] & real[None, :]
+            out.append(_two(plgpu.load(x["left"].at[place], mask=held, other=0.0)))
+        return out, x["half"][b, block, rows]
+
+    once = None if plan.turned else queries(0)
+
+    def step(s, carry):
+        accs, gained, total, top = carry
+        page, part = s // (ROWS // TILE), s % (ROWS // TILE)
+        word_rows = part * TILE + jnp.arange(TILE, dtype=jnp.int32)
+        slots = page * PAGE + (word_rows[:, None] + inner[None, :]).reshape(TILE * WORD_BITS)
+
+        def run(side, i):
+            start, count = sides[side]
+            at = x["first"][side] + start + i * RUN + lane
+            held = jnp.broadcast_to((i * RUN + lane < count)[None, :], (TILE, RUN))
+            ref = x["words"].at[b, page, word_rows[:, None], at[None, :]]
+            return _bits(plgpu.load(ref, mask=held, other=0), plan)
+
+        def gains(side):
+            code = jnp.zeros((TILE * WORD_BITS,), jnp.int32)
+            for p in range(GAIN_BITS):
+                at = x["gain_lanes"][side, n, p]
+                word = plgpu.load(
+                    x["words"].at[b, page, word_rows, jnp.maximum(at, 0)], mask=at >= 0, other=0
+                )
+                bit = (word[:, None] >> bits[None, :].astype(jnp.uint32)) & jnp.uint32(1)
+                code += bit.astype(jnp.int32).reshape(TILE * WORD_BITS) << p
+            return x["gains"][side][n, code]
+
+        query, half = queries(page) if once is None else once
+        raw = jnp.zeros((TILE * WORD_BITS, 2 * m), jnp.float32)
+        for i in range(plan.runs[0]):
+            raw += _dot(run(0, i), query[i], 0)
+        logits = _one(raw, m) + half[None, :]
+        if plan.gained:
+            logits = logits * gains(0)[:, None]
+        if plan.per_token:
+            logits += x["bias"][b, rows[None, :], slots[:, None]]
+        else:
+            logits += x["bias"][b, rows, 0][None, :]
+        logits = logits * gain
+        if plan.softcap is not None:
+            logits = jnp.tanh(logits / plan.softcap) * (plan.softcap * LOG2E)
+        seen = (slots[:, None] >= starts[None, :]) & (slots[:, None] < ends[None, :])
+        logits = jnp.where(seen, logits, -jnp.inf)
+
+        new_top = jnp.maximum(top, jnp.max(logits, axis=0))
+        base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+        p = jnp.exp2(logits - base[None, :])
+        old = jnp.exp2(top - base)
+        weighted = p * gains(1)[:, None] if plan.gained else p
+        two = _two(weighted)
+        new = [acc * old[None, :] + _one(_dot(run(1, i), two, 1), m) for i, acc in enumerate(accs)]
+        gained = gained * old + jnp.sum(weighted, axis=0)
+        return new, gained, total * old + jnp.sum(p, axis=0), new_top
+
+    zero = jnp.zeros((m,), jnp.float32)
+    carry = (
+        [jnp.zeros((RUN, m), jnp.float32) for _ in range(plan.runs[1])], zero, zero,
+        jnp.full((m,), -jnp.inf, jnp.float32),
+    )  # fmt: skip
+    pages = [x["bounds"][b, split, i] * (ROWS // TILE) for i in range(2)]
+    accs, gained, total, top = jax.lax.fori_loop(pages[0], pages[1], step, carry)
+    start, count = sides[1]
+    for i, acc in enumerate(accs):
+        held = jnp.broadcast_to((i * RUN + lane < count)[:, None], acc.shape)
+        place = (b, split, (n * m + row)[None, :], (start + i * RUN + lane)[:, None])
+        plgpu.store(acc_ref.at[place], acc, mask=held)
+    for ref, values in ((gained_ref, gained), (total_ref, total), (top_ref, top * LN2)):
+        ref[b, split, pl.ds(n * m, m)] = values
+
+
+def _bits(words: UInt32[Array, "R L"], plan: Plan) -> Array:
+    """bfloat16 [L, 32 R] of zeros and ones; field 2 i + h is bit i + 16 h."""
+    pairs = [(words >> jnp.uint32(i)) & jnp.uint32(0x00010001) for i in range(16)]
+    pairs = [pair * jnp.uint32(0x3F80) for pair in pairs]  # 1.0
+    joined = jnp.stack(pairs, axis=-1) if plan.interpret else join(pairs)
+    halves = (joined.astype(jnp.uint16), (joined >> 16).astype(jnp.uint16))
+    halves = [jax.lax.bitcast_convert_type(half, jnp.bfloat16) for half in halves]
+    tile = jnp.stack(halves, axis=-1).reshape(*words.shape, WORD_BITS).transpose(1, 0, 2)
+    return tile.reshape(words.shape[1], -1)
+
+
+def _two(x: Float[Array, "L M"]) -> Array:
+    """bfloat16 [L, 2 M]: x cut to 8 leading bits, and beside it the next 8."""
+    high, rest = _cut(x)
+    pair = jnp.stack([high, _cut(rest)[0]], axis=-1)
+    return pair.swapaxes(-1, -2).reshape(x.shape[0], 2 * x.shape[1])
+
+
+def _cut(x: Array) -> tuple[Array, Array]:
+    """x cut to bfloat16, and what is left in float32."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    high = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    kept = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return high, x - kept
+
+
+def _one(x: Float[Array, "T M2"], m: int) -> Float[Array, "T M"]:
+    high, low = jax.lax.split(x, (m, m), axis=1)
+    return high + low
+
+
+def _dot(levels: Array, other: Array, axis: int) -> Array:
+    """Product of levels [L, T], over their axis `axis`, with queries or weights, in float32."""
+    axes = (((axis,), (0,)), ((), ()))
+    return jax.lax.dot_general(levels, other, axes, preferred_element_type=jnp.float32)
