@@ -33,6 +33,7 @@ from turboq_kernels.decode.types import Partial
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 RUN = 64  # lanes of a run
 TILE = 4  # word rows of a step
+WARPS = 4
 MAX_ROWS = 16  # of a KV head
 PROGRAMS = 396  # three per SM of an H100
 BLOCKS = (PAGE,)  # positions of a block of keys
@@ -110,7 +111,7 @@ def attend(
             jax.ShapeDtypeStruct((*lead, width), jnp.float32),
             *[jax.ShapeDtypeStruct(lead, jnp.float32)] * 3,
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=2),
         interpret=interpret,
         name="turboq_columns",
     )(*leaves)
