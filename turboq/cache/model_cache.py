@@ -44,7 +44,8 @@ class LayerForm:
     """A layer of padded codecs, and where its heads lie in the pool.
 
     `first` has the lanes at which the layer's two runs begin (`turboq.cache.columns`), `most` how
-    many lanes they have in the layer that has most.
+    many lanes they have in the layer that has most, `fewest` the columns of codes of the head of
+    the model that has fewest.
     """
 
     layer: KVLayer
@@ -52,6 +53,7 @@ class LayerForm:
     v: Columns
     first: Any  # int32 [2]
     most: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    fewest: int = dataclasses.field(metadata={"static": True})
 
     @property
     def group(self) -> HeadGroup:
@@ -101,12 +103,14 @@ def forms(layers: Sequence[KVLayer | None]) -> ModelForm | None:
     shared = shared_layers(kept) if len(kept) == len(layers) else None
     if shared is None:
         return None
-    laid, count = bits.lay_out((_heads(layer, "k"), _heads(layer, "v")) for layer in kept)
+    heads = [(_heads(layer, "k"), _heads(layer, "v")) for layer in kept]
+    laid, count = bits.lay_out(heads)
+    fewest = min(len(codes) for sides in heads for side in sides for codes, _ in side)
     runs = np.array([one.runs for one in laid], np.int32)  # [L, 2, 2]
     most_k, most_v = (int(n) for n in np.max(runs[:, :, 1] - runs[:, :, 0], axis=0))
     return ModelForm(
         layers=tuple(
-            LayerForm(layer=layer, k=x.k, v=x.v, first=first, most=(most_k, most_v))
+            LayerForm(layer=layer, k=x.k, v=x.v, first=first, most=(most_k, most_v), fewest=fewest)
             for x, layer, first in zip(laid, shared, runs[:, :, 0], strict=True)
         ),
         columns=count,

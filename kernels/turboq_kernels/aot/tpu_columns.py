@@ -75,7 +75,7 @@ def arguments(c: Configuration) -> tuple[Any, ...]:
             matrix=struct(c.dim, width), head=struct(width, dtype=jnp.int32),
             mean=struct(HEADS, c.dim), gains=struct(HEADS, 1 << GAIN_BITS),
             start=struct(HEADS, dtype=jnp.int32), count=struct(HEADS, dtype=jnp.int32),
-            most=c.bits * c.dim,
+            tile_head=struct(width // LANES, dtype=jnp.int32), most=c.bits * c.dim, slots=2,
         )  # fmt: skip
 
     gain_lanes = _up(2 * HEADS * GAIN_BITS + LANES - 1)
@@ -103,7 +103,8 @@ def compile_columns(configuration: Configuration):
     """
     c, shapes = configuration, arguments(configuration)
     block = None if c.cache == "after" else int(c.cache)
-    reason = mosaic_tpu.unsupported(HEADS * c.group * c.tokens, c.widths, block)
+    rows = HEADS * c.group * c.tokens
+    reason = mosaic_tpu.unsupported(rows, HEADS, c.bits * c.dim, c.widths, block)
     if reason is not None:
         raise ValueError(f"{configuration}: {reason}")
 
@@ -123,7 +124,7 @@ def row(configuration: Configuration, dump: pathlib.Path) -> dict[str, Any]:
         "loop_tokens": PAGE,
         "slots_used": cost.busy,
         "vmem_bytes": max(
-            mosaic_tpu.vmem_bytes(HEADS * c.group * c.tokens, c.widths), cost.vmem_bytes
+            mosaic_tpu.vmem_bytes(HEADS * c.group * c.tokens, HEADS, 2, c.widths), cost.vmem_bytes
         ),
     }  # fmt: skip
 

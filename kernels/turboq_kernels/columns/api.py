@@ -39,11 +39,11 @@ def unsupported(
     layer = state.form.layer
     block = layer.rope_block if layer.rope is not None else None
     reason = linear.unsupported(state.form)
-    rows = q.shape[1] * q.shape[2]
+    rows, heads = q.shape[1] * q.shape[2], len(state.form.group.heads)
     if name == "triton":
-        return reason or triton.unsupported(rows, len(state.form.group.heads), block)
+        return reason or triton.unsupported(rows, heads, block)
     widths = linear.run_lanes(state.form, words.shape[-1])
-    return reason or mosaic_tpu.unsupported(rows, widths, block)
+    return reason or mosaic_tpu.unsupported(rows, heads, state.form.fewest, widths, block)
 
 
 def attend(

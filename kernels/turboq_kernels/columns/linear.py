@@ -38,7 +38,9 @@ class LinearSide:
     gains: Any  # float32 [N, 16]: of every stored gain; ones without
     start: Any  # int32 [N]: the first of a head's lanes
     count: Any  # int32 [N]: how many follow each other
-    most: int = dataclasses.field(metadata={"static": True})  # no head has more
+    tile_head: Any  # int32 [W / 128]: the first head that has lanes in a tile
+    most: int = dataclasses.field(metadata={"static": True})  # no head has more lanes
+    slots: int = dataclasses.field(metadata={"static": True})  # no tile has lanes of more heads
 
 
 @jax.tree_util.register_dataclass
@@ -100,9 +102,10 @@ def linear_layer(form: LayerForm, *, pool_lanes: int) -> LinearLayer:
     for codec, columns, worth in ((k, form.k, 1), (v, form.v, 1 << GAIN_BITS)):
         if codec.gain == "code":
             weights = weights + _gain_weights(codec, columns, first[0] + gain_lane, lanes) * worth
+    slots = (LANES - 2) // form.fewest + 2
     return LinearLayer(
-        k=_side(k, group.k_arrays, form.k, first[0], widths[0]),
-        v=_side(v, group.v_arrays, form.v, first[1], widths[1]),
+        k=_side(k, group.k_arrays, form.k, first[0], widths[0], slots),
+        v=_side(v, group.v_arrays, form.v, first[1], widths[1], slots),
         first=jnp.stack(first),
         gain_lane=gain_lane,
         gain_weights=weights,
@@ -112,7 +115,7 @@ def linear_layer(form: LayerForm, *, pool_lanes: int) -> LinearLayer:
 
 
 def _side(
-    codec: PaddedTransform, arrays: Arrays, columns: Columns, first: Array, width: int
+    codec: PaddedTransform, arrays: Arrays, columns: Columns, first: Array, width: int, slots: int
 ) -> LinearSide:
     codes = (columns.plane != NONE) & (columns.entry < codec.dim)
     each = jax.vmap(_columns)(arrays, jnp.asarray(columns.entry), jnp.asarray(columns.plane))
@@ -122,14 +125,18 @@ def _side(
     gains = jnp.ones((len(lane), 1 << GAIN_BITS), jnp.float32)
     if codec.gain == "code":
         gains = jnp.pad(arrays["gains"], ((0, 0), (0, gains.shape[1])))[:, : gains.shape[1]]
+    head = jnp.full(width, NONE, jnp.int32).at[lane].set(heads, mode="drop")
+    tiles = jnp.where(head == NONE, len(lane) - 1, head).reshape(-1, LANES)
     return LinearSide(
         matrix=matrix.at[:, lane].set(jnp.moveaxis(each, 1, 0), mode="drop"),
-        head=jnp.full(width, NONE, jnp.int32).at[lane].set(heads, mode="drop"),
+        head=head,
+        tile_head=jnp.min(tiles, axis=1),
         mean=arrays["mean"],
         gains=gains,
         start=jnp.min(jnp.where(codes, lane, jnp.iinfo(jnp.int32).max), axis=1),
         count=jnp.sum(codes, axis=1, dtype=jnp.int32),
         most=lane.shape[1],
+        slots=min(slots, len(lane)),
     )
 
 

@@ -1,10 +1,9 @@
-"""Columns on TPU (Pallas, Mosaic): all heads of a layer in one matrix product per page, whatever
-their bits.
+"""Columns on TPU (Pallas, Mosaic): a layer's heads in one pass over a page, whatever their bits.
 
 A page [8, W] of words is masked to bytes of value 2^j, 32 tokens each, which the matrix unit takes
-as int8; the rows of all query heads stand on the other side, each zero outside its head's lanes, as
-a signed high and low byte, below them rows that read the stored gains. Probabilities times gains
-are 12 bits or more of the largest of their page. `mosaic_tpu_kernel` is the loop.
+as int8. A tile of 128 lanes has codes of a few heads, whose query rows (a signed high and low byte)
+stand on the other side; which heads is data. Probabilities times gains are 12 bits or more of the
+largest of their page. `mosaic_tpu_kernel` is the loop.
 """
 
 from __future__ import annotations
@@ -15,37 +14,40 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Int8, UInt32
 
 from turboq.numbers.packing import PAGE, ROWS
 from turboq_kernels.columns import mosaic_tpu_kernel as inner
-from turboq_kernels.columns.linear import GAIN_BITS, LANES, LinearLayer
+from turboq_kernels.columns.linear import GAIN_BITS, LANES, LinearLayer, LinearSide
 from turboq_kernels.columns.mosaic_tpu_kernel import HALF, PIECE, Spec
 from turboq_kernels.columns.queries import Folded, as_integers
 from turboq_kernels.columns.types import Sums
 
 BLOCKS = (HALF, PAGE)  # positions of a block of keys
 MAX_VMEM = 14 * 2**20
+SUBLANES = 8
 
 
-def unsupported(rows: int, widths: tuple[int, int], block: int | None) -> str | None:
+def unsupported(
+    rows: int, heads: int, fewest: int, widths: tuple[int, int], block: int | None
+) -> str | None:
     """Why this kernel cannot run a case, or None; `block` None: keys after RoPE."""
     if block is not None and block not in BLOCKS:
         return f"keys of blocks of {block} positions; it reads blocks of {BLOCKS} positions"
-    used = vmem_bytes(rows, widths)
+    used = vmem_bytes(rows, heads, min((LANES - 2) // fewest + 2, heads), widths)
     if used > MAX_VMEM:
         return f"{rows} query rows of {widths} lanes need {used} bytes of VMEM"
     return None
 
 
-def vmem_bytes(rows: int, widths: tuple[int, int]) -> int:
+def vmem_bytes(rows: int, heads: int, slots: int, widths: tuple[int, int]) -> int:
     """Bytes of VMEM of operands and scratch."""
-    m = _up(rows, inner.ROW_TILE)
+    each = _up(rows // heads, SUBLANES)
+    left = _up(2 * slots * each, 32)
     words = 2 * ROWS * 4 * sum(widths)
-    left = 4 * 2 * m * widths[0]
-    sums = 2 * m * 4 * widths[1]
-    rest = m * LANES * 4 * 32
-    return words + left + sums + rest
+    operands = 2 * (2 * left * widths[0] + 4 * slots * each * widths[1])
+    weights = 2 * heads * left * LANES
+    return words + operands + weights + 24 * (heads + slots) * each * LANES * 4
 
 
 def _up(n: int, tile: int) -> int:
@@ -64,58 +66,90 @@ def attend(
     interpret: bool = False,
 ) -> Sums:
     """Softmax over slots starts[b, m] <= s < ends[b, m] of every row (`columns.queries`)."""
-    batch, rows = starts.shape
-    pages = words.shape[1]
+    rows, heads, pages = starts.shape[1], layer.k.mean.shape[0], words.shape[1]
     spec = Spec(
-        rows=_up(rows, inner.ROW_TILE), widths=(layer.k.matrix.shape[1], layer.v.matrix.shape[1]),
+        each=_up(rows // heads, SUBLANES), heads=heads, slots=layer.k.slots,
+        widths=(layer.k.matrix.shape[1], layer.v.matrix.shape[1]),
         blocks=folded.left.shape[1], pages=pages, per_token=folded.bias.shape[-1] > 1,
         softcap=softcap, gained=layer.gained, gain_lanes=layer.gain_weights.shape[1],
     )  # fmt: skip
     factor = scale / softcap if softcap else scale * inner.LOG2_E
-    extra = spec.rows - rows
-    bias = jnp.pad(folded.bias, ((0, 0), (0, extra), (0, 0))) * factor
-    starts, ends = (jnp.pad(x, ((0, 0), (0, extra))) for x in (starts, ends))
-    ends = jnp.minimum(ends, pages * PAGE)
+
+    def padded(x, axis: int):
+        """Rows [.., M, ..] with whole sublanes for each head."""
+        shape = (*x.shape[:axis], heads, rows // heads, *x.shape[axis + 1 :])
+        room = [(0, 0)] * (x.ndim + 1)
+        room[axis + 1] = (0, spec.each - rows // heads)
+        whole = jnp.pad(x.reshape(shape), room)
+        return whole.reshape(*x.shape[:axis], spec.rows, *x.shape[axis + 1 :])
 
     whole, unit = as_integers(folded, PIECE)
-    whole = jnp.pad(whole, ((0, 0), (0, 0), (0, extra), (0, 0)))
-    unit = jnp.pad(unit, ((0, 0), (0, extra)))
-    high = (whole + 128) >> 8
-    low = whole - (high << 8)
-    half = -0.5 * jnp.sum(whole, axis=-1).astype(jnp.float32) * unit[:, None] * factor
-    query = jnp.concatenate([high, low], axis=2).astype(jnp.int8)
-    constants = jnp.broadcast_to(half[..., None], (*half.shape, LANES))
-    row = jnp.broadcast_to((unit * factor)[..., None], (batch, spec.rows, LANES))
+    half = -0.5 * jnp.sum(whole, axis=-1).astype(jnp.float32) * (unit * factor)[:, None]
+    query = _by_tile(spec, layer.k, padded(whole, 2))
+    constants = jnp.broadcast_to(padded(half, 2)[..., None], (*half.shape[:2], spec.rows, LANES))
+    starts, ends = padded(starts, 1), padded(jnp.minimum(ends, pages * PAGE), 1)
+    wide = [_wide(x) for x in (padded(unit * factor, 1), starts, ends)]
+    bias = padded(folded.bias * factor, 1)
     if spec.per_token:
         bias = _page_order(jnp.pad(bias, ((0, 0), (0, 0), (0, pages * PAGE - bias.shape[-1]))))
     else:
-        bias = jnp.broadcast_to(bias, (*bias.shape[:2], LANES))[:, None]
-    heads = layer.k.mean.shape[0]
-    of_row = jnp.minimum(jnp.arange(spec.rows, dtype=jnp.int32) // (rows // heads), heads - 1)
-    gains = jnp.stack([jnp.pad(s.gains, ((0, 0), (0, LANES - (1 << GAIN_BITS))))[of_row]
-                       for s in (layer.k, layer.v)])  # fmt: skip
+        bias = _wide(bias[..., 0])
+    of_row = jnp.repeat(jnp.arange(heads, dtype=jnp.int32), spec.each)
+    gains = [jnp.pad(s.gains, ((0, 0), (0, LANES - (1 << GAIN_BITS)))) for s in (layer.k, layer.v)]
+    gains = jnp.stack([x[of_row] for x in gains])
     weights = layer.gain_weights[of_row]
     weights = jnp.where(weights >= 128, weights - 256, weights).astype(jnp.int8)
     weights = jnp.pad(weights, ((0, _up(spec.rows, 32) - spec.rows), (0, 0)))
-    lanes = words.shape[-1]
-    words = jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, -lanes % LANES)))
+    words = jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, -words.shape[-1] % LANES)))
     any_row = ends > starts
-    low_slot = jnp.min(jnp.where(any_row, starts, jnp.iinfo(jnp.int32).max), axis=1)
-    first = jnp.minimum(low_slot // PAGE, pages - 1)
+    low = jnp.min(jnp.where(any_row, starts, jnp.iinfo(jnp.int32).max), axis=1)
+    first = jnp.minimum(low // PAGE, pages - 1)
     last = -(-jnp.max(jnp.where(any_row, ends, 0), axis=1) // PAGE)
-    plan = jnp.stack([first, jnp.maximum(last - first, 0)], axis=-1).astype(jnp.int32)
-    places = jnp.append(layer.first, layer.gain_lane)
-    wide = [jnp.broadcast_to(x[..., None], (*x.shape, LANES)) for x in (starts, ends)]
+    plan = jnp.stack([first, jnp.maximum(last - first, 0)], axis=-1).astype(jnp.int32).reshape(-1)
+    places = jnp.append(layer.first, layer.gain_lane) // LANES
     acc, stats = _call(
-        spec, interpret, plan.reshape(-1), places // LANES, row, *wide, gains, weights,
-        query, constants, bias, words,
+        spec, interpret, (plan, places, layer.k.tile_head, layer.v.tile_head), wide,
+        gains, weights, query, constants, bias, words,
     )  # fmt: skip
+    own = (of_row.reshape(heads, -1)[:, : rows // heads] * spec.each
+           + jnp.arange(rows // heads, dtype=jnp.int32)[None]).reshape(-1)  # fmt: skip
+    stats = stats[:, :, own]
     return Sums(
-        acc=acc[:, :rows],
-        gained=jnp.sum(stats[:, 2, :rows], axis=-1),
-        total=jnp.sum(stats[:, 1, :rows], axis=-1),
-        top=stats[:, 0, :rows, 0] / inner.LOG2_E,
-    )
+        acc=_by_row(spec, layer.v, acc)[:, own],
+        gained=jnp.sum(stats[:, 2], axis=-1), total=jnp.sum(stats[:, 1], axis=-1),
+        top=stats[:, 0, :, 0] / inner.LOG2_E,
+    )  # fmt: skip
+
+
+def _wide(x: Float[Array, "B M"] | Int[Array, "B M"]) -> Array:
+    return jnp.broadcast_to(x[..., None], (*x.shape, LANES))
+
+
+def _by_tile(
+    spec: Spec, side: LinearSide, whole: Int[Array, "B Q M W"]
+) -> Int8[Array, "B Q n L 128"]:
+    """High and low bytes of the rows of those heads that have lanes in a tile, tile by tile."""
+    batch, blocks, _, width = whole.shape
+    tiles = whole.reshape(batch, blocks, spec.heads, spec.each, width // LANES, LANES)
+    head = side.tile_head[:, None] + jnp.arange(spec.slots, dtype=jnp.int32)[None]  # [n, S]
+    # A row is zero outside its head's lanes; slots behind the last head are no head's.
+    every = jnp.moveaxis(tiles, 4, 0)  # [n, B, Q, N, rows, 128]
+    own = jax.vmap(lambda x, h: x.at[:, :, h].get(mode="fill", fill_value=0))(every, head)
+    own = jnp.moveaxis(own, 0, 2).reshape(batch, blocks, len(head), -1, LANES)
+    high = (own + 128) >> 8
+    both = jnp.concatenate([high, own - (high << 8)], axis=3).astype(jnp.int8)
+    return jnp.pad(both, ((0, 0),) * 3 + ((0, spec.left - both.shape[3]), (0, 0)))
+
+
+def _by_row(spec: Spec, side: LinearSide, acc: Float[Array, "B n SR 128"]) -> Float[Array, "B M W"]:
+    """Sums of every row over all lanes; those of other heads' lanes are arbitrary or zero."""
+    batch, tiles = acc.shape[:2]
+    parts = acc.reshape(batch, tiles, spec.slots, spec.each, LANES)
+    head = side.tile_head[:, None] + jnp.arange(spec.slots, dtype=jnp.int32)[None]
+    out = jnp.zeros((spec.heads, tiles, batch, spec.each, LANES), jnp.float32)
+    tile = jnp.arange(tiles, dtype=jnp.int32)[:, None]
+    out = out.at[head, tile].set(jnp.moveaxis(parts, 0, 2), mode="drop")
+    return out.transpose(2, 0, 3, 1, 4).reshape(batch, spec.rows, tiles * LANES)
 
 
 def _page_order(bias: Float[Array, "B M S"]) -> Float[Array, "B P M 256"]:
@@ -125,10 +159,9 @@ def _page_order(bias: Float[Array, "B M S"]) -> Float[Array, "B P M 256"]:
     return parts.reshape(batch, m, slots // PAGE, PAGE).swapaxes(1, 2)
 
 
-def _call(spec: Spec, interpret, plan, first, row, starts, ends, gains, weights, *streamed):
-    query, constants, bias, words = streamed
-    batch, m, (k_width, v_width) = row.shape[0], spec.rows, spec.widths
-    once = not spec.turned
+def _call(spec: Spec, interpret, scalars, wide, gains, weights, query, constants, bias, words):
+    batch, m, (k_width, v_width) = len(words), spec.rows, spec.widths
+    sums = (v_width // LANES, spec.slots * spec.each, LANES)
 
     def block(x):
         return pl.BlockSpec((1, *x.shape[1:]), lambda b, *_: (b, *(0,) * (x.ndim - 1)))
@@ -137,25 +170,29 @@ def _call(spec: Spec, interpret, plan, first, row, starts, ends, gains, weights,
         return pl.BlockSpec(x.shape, lambda b, *_: (0,) * x.ndim)
 
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    rows = (spec.heads + spec.slots) * spec.each  # a tile's last slots may lie behind the heads
     grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2,
+        num_scalar_prefetch=len(scalars),
         grid=(batch,),
         in_specs=[
-            *(block(x) for x in (row, starts, ends)), whole(gains), whole(weights),
-            *(block(x) if once else hbm for x in (query, constants)),
+            *(block(x) for x in wide), whole(gains), whole(weights),
+            *(hbm if spec.turned else block(x) for x in (query, constants)),
             hbm if spec.per_token else block(bias),
             hbm,
         ],
         out_specs=[
-            pl.BlockSpec((1, m, v_width), lambda b, *_: (b, 0, 0)),
+            pl.BlockSpec((1, *sums), lambda b, *_: (b, 0, 0, 0)),
             pl.BlockSpec((1, 3, m, LANES), lambda b, *_: (b, 0, 0, 0)),
         ],
         scratch_shapes=[
             pltpu.VMEM((2, ROWS, k_width), jnp.uint32),
-            pltpu.VMEM((2, ROWS, v_width), jnp.uint32),
-            pltpu.VMEM((2, spec.per_page, 2 * m, k_width), jnp.int8),
+            pltpu.VMEM((3, ROWS, v_width), jnp.uint32),
+            pltpu.VMEM((2, spec.per_page, *query.shape[2:]), jnp.int8),
             pltpu.VMEM((2, spec.per_page, m, LANES), jnp.float32),
             pltpu.VMEM((2, m, PAGE), jnp.float32),
+            pltpu.VMEM((2, rows, LANES), jnp.int32),  # products of K
+            pltpu.VMEM((2, spec.heads, spec.left, LANES), jnp.int8),  # weights of V
+            pltpu.VMEM((2, rows, LANES), jnp.float32),  # what sums are multiplied by, old and new
             pltpu.SemaphoreType.DMA((2,)),
         ],
     )  # fmt: skip
@@ -164,7 +201,7 @@ def _call(spec: Spec, interpret, plan, first, row, starts, ends, gains, weights,
     return pl.pallas_call(
         functools.partial(inner.kernel, spec),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, m, v_width), jnp.float32),
+            jax.ShapeDtypeStruct((batch, *sums), jnp.float32),
             jax.ShapeDtypeStruct((batch, 3, m, LANES), jnp.float32),
         ],
         grid_spec=grid_spec,
@@ -173,4 +210,4 @@ def _call(spec: Spec, interpret, plan, first, row, starts, ends, gains, weights,
         ),
         interpret=interpret,
         name="turboq_columns",
-    )(plan, first, row, starts, ends, gains, weights, query, constants, bias, words)
+    )(*scalars, *wide, gains, weights, query, constants, bias, words)

@@ -1,13 +1,14 @@
 """The body of the TPU column kernel: all heads of one sequence, page by page.
 
-    raw [2 M, 128] = [high; low] [2 M, W] @ bits [128 tokens, W]^T     twice a page
-    sums [2 M, W'] = [high; low] [2 M, 128] @ bits [128 tokens, W']
+Twice a page, for 128 tokens, and for every tile of 128 lanes with the heads h, h + 1, ... that have
+codes there:
 
-and the gains, which are in a few lanes, as integers: weights [M, .] @ bits^T.
+    [high; low] of their query rows [L, 128] @ bits [128 tokens, 128]^T  -> added to their logits
+    [high; low] of their weights [L, 128] @ bits [128 tokens, 128]       -> added to the tile's sums
 
 A mask leaves bytes 2^j (bit 7: -128). Logits and gains are divided by them per token; for values
 the weights of half a page are multiplied by what its bytes lack to 8 or 128, at the cost of 3 of
-their 15 bits.
+their 15 bits. Stored gains are a product of their own, of the few lanes that hold them.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ MASKS = 4  # of half a page
 LOWEST = -1e38
 LOG2_E = 1.4426950408889634
 PIECE = 32639.0  # 127 * 256 + 127: the largest integer of a signed high and low byte
-ROW_TILE = 16  # twice that is a tile of int8
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
     """Everything static about a call."""
 
-    rows: int  # M, a multiple of ROW_TILE
+    each: int  # query rows of a head, a multiple of 8
+    heads: int
+    slots: int  # heads that a tile may have
     widths: tuple[int, int]  # lanes of K and V, multiples of 128
     blocks: int  # of queries; 1: the same for all tokens
     pages: int
@@ -42,6 +44,16 @@ class Spec:
     softcap: float | None
     gained: bool
     gain_lanes: int  # lanes of K that may hold gains
+
+    @property
+    def rows(self) -> int:
+        """M: query rows of all heads."""
+        return self.heads * self.each
+
+    @property
+    def left(self) -> int:
+        """L: rows of a tile's left operand, whole tiles of int8."""
+        return -(-2 * self.slots * self.each // 32) * 32
 
     @property
     def turned(self) -> bool:
@@ -54,20 +66,22 @@ class Spec:
 
 
 def kernel(
-    spec: Spec, plan, first, row_ref, start_ref, end_ref, gains_ref, weights_ref, query_ref,
-    constant_ref, bias_ref, words, acc_ref, stats_ref, k_words, v_words, queries, constants,
-    biases, semaphores,
+    spec: Spec, plan, places, k_heads, v_heads, unit_ref, start_ref, end_ref, gains_ref,
+    weights_ref, query_ref, constant_ref, bias_ref, words, acc_ref, stats_ref, k_words, v_words,
+    queries, constants, biases, products, weighted_ref, factors, semaphores,
 ):  # fmt: skip
-    b, m = pl.program_id(0), spec.rows
+    b, m, size = pl.program_id(0), spec.rows, spec.slots * spec.each
     page0, count = plan[2 * b], plan[2 * b + 1]
-    k_lanes, v_lanes = (
-        pl.ds(pl.multiple_of(first[i] * LANES, LANES), spec.widths[i]) for i in range(2)
+    k_tiles, v_tiles = (width // LANES for width in spec.widths)
+    k_lanes, v_lanes, gain_lanes = (
+        pl.ds(pl.multiple_of(places[i] * LANES, LANES), width)
+        for i, width in enumerate((*spec.widths, spec.gain_lanes))
     )
-    gain_lanes = pl.ds(pl.multiple_of(first[2] * LANES, LANES), spec.gain_lanes)
 
     def transfers(slot, page):
         yield words.at[b, page, :, k_lanes], k_words.at[slot]
-        yield words.at[b, page, :, v_lanes], v_words.at[slot]
+        # Values are read one page later.
+        yield words.at[b, page, :, v_lanes], v_words.at[(page - page0) % 3]
         if spec.turned:
             own = pl.ds(page * spec.per_page, spec.per_page)
             yield query_ref.at[b, own], queries.at[slot]
@@ -83,15 +97,41 @@ def kernel(
         for source, target in transfers(slot, page):
             pltpu.make_async_copy(source, target, semaphores.at[slot]).wait()
 
+    def rows_of(heads, tile):
+        """Rows of the heads of a tile."""
+        return pl.ds(pl.multiple_of(heads[tile] * spec.each, 8), size)
+
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
     stats_ref[...] = jnp.zeros(stats_ref.shape, jnp.float32)
     stats_ref[0, 0] = jnp.full((m, LANES), LOWEST, jnp.float32)
-    unit = row_ref[0]
+    factors[...] = jnp.zeros(factors.shape, jnp.float32)
+    weighted_ref[...] = jnp.zeros(weighted_ref.shape, jnp.int8)
     orders = [_order(m, half) for half in (0, 1)]
 
     @pl.when(count > 0)
     def _():
         send(0, page0)
+
+    def add_values(i, tile):
+        """Weighted values of page i of the call: of nothing, with weights of zero, for -1."""
+        held = v_words[(i + 3) % 3, :, tile * LANES : (tile + 1) * LANES]
+        rows, left = rows_of(v_heads, tile), v_heads[tile]
+        raw = [
+            _dot(weighted_ref[half, left], _bytes_of(held, half), transposed=False)
+            for half in (0, 1)
+        ]
+        fresh = _joined((raw[0] << MASKS) + raw[1], size)
+        acc_ref[0, tile] = acc_ref[0, tile] * factors[0, rows] + fresh * factors[1, rows]
+
+    def add_products(slot, tile):
+        held = k_words[slot, :, tile * LANES : (tile + 1) * LANES]
+        rows = rows_of(k_heads, tile)
+        for half in (0, 1):
+            which = half if spec.per_page > 1 else 0
+            query = queries[slot, which, tile] if spec.turned else query_ref[0, 0, tile]
+            raw = _dot(query, _bytes_of(held, half), transposed=True)
+            whole = (raw[:size] << 8) + raw[size : 2 * size]
+            products[half, rows] = products[half, rows] + whole
 
     def body(i, _):
         slot, page = i % 2, page0 + i
@@ -101,17 +141,22 @@ def kernel(
             send(1 - slot, page + 1)
 
         arrived(slot, page)
+        products[...] = jnp.zeros(products.shape, jnp.int32)
+        # Side by side, so that each fills the other's gaps.
+        for tile in range(max(k_tiles, v_tiles)):
+            if tile < k_tiles:
+                add_products(slot, tile)
+            if tile < v_tiles:
+                add_values(i - 1, tile)
+
         logits, gained = [], []
         for half, (token, inverse, _lacking) in enumerate(orders):
             which = half if spec.per_page > 1 else 0
-            query = queries[slot, which] if spec.turned else query_ref[0, 0]
             constant = constants[slot, which] if spec.turned else constant_ref[0, 0]
-            raw = _dot(query, _bytes_of(k_words[slot], half), transposed=True)
-            value = raw[:m].astype(jnp.float32) * 256.0 + raw[m : 2 * m].astype(jnp.float32)
-            value = value * inverse * unit + constant
+            value = products[half, :m].astype(jnp.float32) * inverse * unit_ref[0] + constant
             if spec.gained:
-                gains = _bytes_of(k_words[slot, :, gain_lanes], half)
-                found = _dot(weights_ref[...], gains, transposed=True)
+                found = _bytes_of(k_words[slot, :, gain_lanes], half)
+                found = _dot(weights_ref[...], found, transposed=True)
                 code = (found[:m].astype(jnp.float32) * inverse).astype(jnp.int32)
                 low = code & ((1 << GAIN_BITS) - 1)
                 high = (code >> GAIN_BITS) & ((1 << GAIN_BITS) - 1)
@@ -120,7 +165,7 @@ def kernel(
             if spec.per_token:
                 value = value + biases[slot, :, half * HALF : (half + 1) * HALF]
             else:
-                value = value + bias_ref[0, 0]
+                value = value + bias_ref[0]
             if spec.softcap:
                 value = jnp.tanh(value) * (spec.softcap * LOG2_E)
             at = token + page * PAGE
@@ -138,26 +183,44 @@ def kernel(
 
         weighted = [x * g for x, g in zip(p, gained, strict=True)] if spec.gained else p
         scaled = [x * lacking for x, (_, _, lacking) in zip(weighted, orders, strict=True)]
-        size = jnp.max(jnp.maximum(*(jnp.abs(x) for x in scaled)), axis=1, keepdims=True)
-        size = jnp.maximum(size, 1e-30)
-        whole = [jnp.round(x * (PIECE / size)) for x in scaled]
+        most = jnp.max(jnp.maximum(*(jnp.abs(x) for x in scaled)), axis=1, keepdims=True)
+        most = jnp.maximum(most, 1e-30)
+        whole = [jnp.round(x * (PIECE / most)) for x in scaled]
         # What the bits are multiplied with is summed, not what it was before rounding.
         mass = sum(x / lacking for x, (_, _, lacking) in zip(whole, orders, strict=True))
-        gain = new * size * (1.0 / PIECE)
+        gain = new * most * (1.0 / PIECE)
         stats_ref[0, 2] = stats_ref[0, 2] * old + mass * gain
-        total = jnp.zeros((2 * m, spec.widths[1]), jnp.int32)
+        factors[0, :m], factors[1, :m] = old, gain * (1.0 / 128.0)
         for half, x in enumerate(whole):
             integers = x.astype(jnp.int32)
             high = (integers + 128) >> 8
-            left = jnp.concatenate([high, integers - (high << 8)], axis=0).astype(jnp.int8)
-            raw = _dot(left, _bytes_of(v_words[slot], half), transposed=False)
-            total = total + (raw if half else raw << MASKS)
-        fresh = total[:m].astype(jnp.float32) * 256.0 + total[m:].astype(jnp.float32)
-        keep, take = (x[:, :1] for x in (old, gain * (1.0 / 128.0)))
-        acc_ref[0] = acc_ref[0] * keep + fresh * take
+            _by_head(spec, weighted_ref, half, high, integers - (high << 8))
+
         return 0
 
     jax.lax.fori_loop(0, count, body, 0)
+    for tile in range(v_tiles):
+        add_values(count - 1, tile)
+
+
+def _joined(raw, size: int):
+    """float32 256 high + low of integers [L, 128], high rows first."""
+    high, low = raw[:size].astype(jnp.float32), raw[size : 2 * size].astype(jnp.float32)
+    return high * 256.0 + low
+
+
+def _by_head(spec: Spec, ref, half: int, high, low) -> None:
+    """Left operands of V of every head and those after it, as far as a tile may have them."""
+    zeros = jnp.zeros((spec.each, LANES), jnp.int32)
+    unused = spec.left - 2 * spec.slots * spec.each
+    spare = [jnp.zeros((unused, LANES), jnp.int32)] if unused else []
+
+    def rows(x, head: int):
+        return x[head * spec.each : (head + 1) * spec.each] if head < spec.heads else zeros
+
+    for head in range(spec.heads):
+        both = [rows(x, head + s) for x in (high, low) for s in range(spec.slots)]
+        ref[half, head] = jnp.concatenate([*both, *spare], axis=0).astype(jnp.int8)
 
 
 def _order(m: int, half: int):
@@ -173,7 +236,7 @@ def _order(m: int, half: int):
 
 
 def _bytes_of(words, half: int):
-    """int8 [128, W]: bytes of half a page, 32 tokens of a mask after the other."""
+    """int8 [128, lanes]: bytes of half a page, 32 tokens of a mask after the other."""
     masks = [jnp.uint32((0x01010101 << (j + MASKS * half)) & 0xFFFFFFFF) for j in range(MASKS)]
     return jnp.concatenate([pltpu.bitcast(words & mask, jnp.int8) for mask in masks], axis=0)
 
