@@ -21,9 +21,11 @@ MODULES = {
     ("tpu", "decode"): "tpu",
     ("tpu", "encode"): "tpu_encode",
     ("tpu", "prefill"): "tpu_prefill",
+    ("tpu", "columns"): "tpu_columns",
     ("cuda", "decode"): "cuda",
     ("cuda", "prefill"): "cuda_prefill",
     ("cuda", "encode"): "cuda_encode",
+    ("cuda", "columns"): "cuda_columns",
 }
 # What makes two rows the same measurement.
 KEYS = ("target", "op", "bits", "levels", "dim", "group", "tokens", "cache")

@@ -27,6 +27,8 @@ HALF = PAGE // 2  # tokens of one operand of the matrix unit
 MASKS = 4  # of half a page
 LOWEST = -1e38
 LOG2_E = 1.4426950408889634
+ROUND = 1.5 * 2.0**23  # added to |x| < 2**22, leaves round(x) in the low bits of the float
+ROUND_BITS = 0x4B400000  # the bits of ROUND
 PIECE = 32639.0  # 127 * 256 + 127: the largest integer of a signed high and low byte
 
 
@@ -107,6 +109,7 @@ def kernel(
     factors[...] = jnp.zeros(factors.shape, jnp.float32)
     weighted_ref[...] = jnp.zeros(weighted_ref.shape, jnp.int8)
     orders = [_order(m, half) for half in (0, 1)]
+    restores = [1.0 / order[3] for order in orders]
 
     @pl.when(count > 0)
     def _():
@@ -150,14 +153,14 @@ def kernel(
                 add_values(i - 1, tile)
 
         logits, gained = [], []
-        for half, (token, inverse, _lacking) in enumerate(orders):
+        for half, (token, byte, inverse, _lacking) in enumerate(orders):
             which = half if spec.per_page > 1 else 0
             constant = constants[slot, which] if spec.turned else constant_ref[0, 0]
             value = products[half, :m].astype(jnp.float32) * inverse * unit_ref[0] + constant
             if spec.gained:
                 found = _bytes_of(k_words[slot, :, gain_lanes], half)
                 found = _dot(weights_ref[...], found, transposed=True)
-                code = (found[:m].astype(jnp.float32) * inverse).astype(jnp.int32)
+                code = jnp.where(byte == 7, -found[:m], found[:m]) >> byte
                 low = code & ((1 << GAIN_BITS) - 1)
                 high = (code >> GAIN_BITS) & ((1 << GAIN_BITS) - 1)
                 value = value * jnp.take_along_axis(gains_ref[0], low, axis=1)
@@ -182,17 +185,18 @@ def kernel(
         stats_ref[0, 1] = stats_ref[0, 1] * old + (p[0] + p[1]) * new
 
         weighted = [x * g for x, g in zip(p, gained, strict=True)] if spec.gained else p
-        scaled = [x * lacking for x, (_, _, lacking) in zip(weighted, orders, strict=True)]
+        scaled = [x * order[3] for x, order in zip(weighted, orders, strict=True)]
         most = jnp.max(jnp.maximum(*(jnp.abs(x) for x in scaled)), axis=1, keepdims=True)
         most = jnp.maximum(most, 1e-30)
-        whole = [jnp.round(x * (PIECE / most)) for x in scaled]
+        factor = PIECE / most
+        rounded = [x * factor + ROUND for x in scaled]
         # What the bits are multiplied with is summed, not what it was before rounding.
-        mass = sum(x / lacking for x, (_, _, lacking) in zip(whole, orders, strict=True))
+        mass = sum((x - ROUND) * restore for x, restore in zip(rounded, restores, strict=True))
         gain = new * most * (1.0 / PIECE)
         stats_ref[0, 2] = stats_ref[0, 2] * old + mass * gain
         factors[0, :m], factors[1, :m] = old, gain * (1.0 / 128.0)
-        for half, x in enumerate(whole):
-            integers = x.astype(jnp.int32)
+        for half, x in enumerate(rounded):
+            integers = jax.lax.bitcast_convert_type(x, jnp.int32) - ROUND_BITS
             high = (integers + 128) >> 8
             _by_head(spec, weighted_ref, half, high, integers - (high << 8))
 
@@ -224,7 +228,7 @@ def _by_head(spec: Spec, ref, half: int, high, low) -> None:
 
 
 def _order(m: int, half: int):
-    """Of the 128 tokens of half a page, [M, 128]: slot in the page, 1 / byte, what a byte lacks."""
+    """Of the 128 tokens of half a page, [M, 128]: slot, bit, 1 / byte, what a byte lacks."""
     n = jax.lax.broadcasted_iota(jnp.int32, (m, LANES), 1)
     mask, inner = n // 32, n % 32
     j = mask + MASKS * half
@@ -232,7 +236,7 @@ def _order(m: int, half: int):
     size = jnp.exp2(-j.astype(jnp.float32))
     inverse = jnp.where(j == 7, -size, size)
     lacking = inverse * (128.0 if half else 8.0)
-    return token, inverse, lacking
+    return token, j, inverse, lacking
 
 
 def _bytes_of(words, half: int):
