@@ -161,7 +161,7 @@ def run(out: Path) -> None:
     print(quality_table.format_table(found))
     show(found.table["x-targets"])
     if LONG.value:
-        few = [row for row in rows if row[0] in LONG_ROWS]
+        few = [row for row in rows if row[0].split(", keys ")[0] in LONG_ROWS]
         windows = windows_of(model, LONG.value, LONG_LENGTH.value, 1)
         long = evaluate_texts(model, few, windows, folder=out / "parts")
         long.table["x-targets"] = targets(long.rows)
