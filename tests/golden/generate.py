@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import platform
 import shutil
 import string
@@ -22,10 +23,13 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.masking_utils import eager_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as with_sinks
 
 HERE = Path(__file__).resolve().parent
 BATCH, TIME = 2, 12
@@ -62,6 +66,17 @@ LONGROPE = rope(
     short_factor=[1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
     long_factor=[1.0, 2.0, 4.0, 6.0, 8.0, 9.0],
 )
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
+GPT_OSS = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 32,  # and hidden_size: whole blocks of MXFP4
+    "num_hidden_layers": 3,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "sliding_window": 5,
+}
 BY_LAYER = {
     "full_attention": rope("linear", 50000.0, factor=4.0),
     "sliding_attention": rope(theta=10000.0),
@@ -102,6 +117,8 @@ WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ARCHITECTURES = {
     "gemma3_text": "gemma3",
+    "gpt_oss": "gpt-oss",
+    "olmo3": "olmo2",
     "mixtral": "llama",
     "qwen3_moe": "qwen3moe",
 }  # model type -> GGUF's, where they differ
@@ -171,6 +188,38 @@ FAMILIES = {
         MOE | {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True, "head_dim": 8},
         torch.bfloat16, None, "BF16", None,
     ),
+    "olmo3": (
+        "olmo3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20,
+         "num_hidden_layers": 5, "sliding_window": 5,
+         "rope_parameters": {"full_attention": rope("yarn", 5e5, **YARN),
+                             "sliding_attention": rope(theta=5e5)}},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "qwen3_dynamic": (
+        "qwen3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16,
+         "head_dim": 8, "rope_parameters": rope("dynamic", factor=2.0)},
+        torch.bfloat16, None, None, None,
+    ),
+    "cohere2": (
+        "cohere2",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20,
+         "num_hidden_layers": 5, "sliding_window": 5, "logit_scale": 0.5, "pad_token_id": 1,
+         "attention_bias": True, "tie_word_embeddings": True},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        GPT_OSS | {"rope_parameters": rope("yarn", 150000.0, truncate=False, **YARN)},
+        torch.bfloat16, None, None, None,
+    ),
+    "gpt_oss_mxfp4": (
+        "gpt_oss",
+        GPT_OSS | {"num_hidden_layers": 2,
+                   "rope_parameters": rope("yarn", 150000.0, truncate=True, **YARN)},
+        torch.bfloat16, None, "BF16", None,
+    ),
     "gemma2": (
         "gemma2",
         GEMMA | {"num_hidden_layers": 3, "attn_logit_softcapping": 1.5,
@@ -232,7 +281,7 @@ FAMILIES = {
     ),
 }  # fmt: skip
 # Whose GGUF copies transformers does not read.
-UNREAD = ("mixtral", "olmo2", "smollm3", "granite", "glm4")
+UNREAD = ("mixtral", "olmo2", "olmo3", "smollm3", "granite", "glm4", "gpt_oss", "cohere2")
 # Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
 INTERLEAVED = ("llama", "mixtral", "smollm3", "granite")
 
@@ -258,7 +307,42 @@ def build(family: str) -> transformers.PreTrainedModel:
                 )  # which adds it itself
                 value = 1 + 0.3 * noise if one else 0.3 * noise
             p.copy_(value.to(stored).float())
+        if family.endswith("mxfp4"):
+            pack_experts(model, generator)
     return model
+
+
+def pack_experts(model, generator) -> None:
+    """Experts that MXFP4 holds exactly, as transformers itself reads it; the bytes are kept."""
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        experts.packed = {}
+        for name in ("gate_up_proj", "down_proj"):
+            p = getattr(experts, name)
+            count, columns, rows = p.shape  # [in, out]
+            shape = (count, rows, columns // 32)
+            blocks = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            scales = torch.randint(121, 126, shape, generator=generator, dtype=torch.uint8)
+            p.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+            experts.packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+def keep_packed(model, folder: Path) -> None:
+    """Puts the bytes in the place of the experts, as in published checkpoints."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for i, layer in enumerate(model.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            del tensors[f"model.layers.{i}.mlp.experts.{name}"]
+        for name, value in layer.mlp.experts.packed.items():
+            tensors[f"model.layers.{i}.mlp.experts.{name}"] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"],
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def run(model, tokens: np.ndarray, positions: np.ndarray):
@@ -268,7 +352,8 @@ def run(model, tokens: np.ndarray, positions: np.ndarray):
     def capture(module, query, key, value, attention_mask, **kwargs):
         for name, x in (("q", query), ("k", key), ("v", value)):
             seen[f"{name}{module.layer_idx}"] = x.transpose(1, 2).contiguous().numpy()
-        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        attend = with_sinks if "s_aux" in kwargs else eager_attention_forward
+        return attend(module, query, key, value, attention_mask, **kwargs)
 
     # Both registries: a name without a mask function gets no causal mask, and no error.
     AttentionInterface.register("golden", capture)
@@ -329,8 +414,9 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    if model_type == "starcoder2":
-        writer.add_layer_norm_eps(config.norm_epsilon)
+    if model_type in ("starcoder2", "cohere2"):
+        eps = "norm_epsilon" if model_type == "starcoder2" else "layer_norm_eps"
+        writer.add_layer_norm_eps(getattr(config, eps))
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rotation = config.rope_parameters.get("full_attention", config.rope_parameters)
@@ -338,7 +424,7 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     if rotation["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rotation["factor"])
-    if model_type.startswith("gemma"):
+    if model_type.startswith("gemma") or model_type in ("olmo3", "gpt_oss", "cohere2"):
         writer.add_sliding_window(config.sliding_window)
     if model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -352,8 +438,14 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_logit_scale(config.logits_scaling)
+    if model_type == "cohere2":
+        writer.add_logit_scale(config.logit_scale)
     if "partial_rotary_factor" in rotation:
         writer.add_rope_dimension_count(int(head_dim * rotation["partial_rotary_factor"]))
+    if rotation["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rotation["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rotation["original_max_position_embeddings"])
     if model_type == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
         writer.add_rope_scaling_attn_factors(model.model.rotary_emb.attention_scaling)
@@ -362,9 +454,11 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
             writer.add_tensor(f"rope_factors_{name.removesuffix('_factor')}.weight", factors)
     if model_type in INTERLEAVED:
         writer.add_rope_dimension_count(head_dim)
-    if model_type in ("mixtral", "qwen3_moe"):
+    if model_type in ("mixtral", "qwen3_moe", "gpt_oss"):
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
+    if model_type == "gpt_oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     if model_type == "qwen3_moe":
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if tokenizer is not None:
@@ -377,23 +471,27 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_token_merges([" ".join(m) for m in merges_of(tokenizer)])
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
-    arch = getattr(gguf.MODEL_ARCH, ARCHITECTURES.get(model_type, model_type).upper())
+    arch = ARCHITECTURES.get(model_type, model_type).upper().replace("-", "_")
+    arch = getattr(gguf.MODEL_ARCH, arch)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     kind = gguf.GGMLQuantizationType[stored]
-    for name, p in split_experts(model.state_dict()):
+    for name, p in split_experts(model_type, model.state_dict()):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        target += ".weight" if name.endswith("sinks") else ""
         value = p.float().numpy()
         if model_type in INTERLEAVED and ("q_proj" in name or "k_proj" in name):
             key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             value = interleave(value, getattr(config, key))
         if "gemma" in model_type and "norm" in name:
             value = value + 1  # as the converter does: the file holds whole factors
-        if value.ndim == 1:
+        if value.ndim == 1 or name.endswith("bias"):
             writer.add_tensor(target, value)
         else:
-            writer.add_tensor(target, gguf.quants.quantize(value, kind), raw_dtype=kind)
+            packed = family.endswith("mxfp4") and "exps" in target
+            own = gguf.GGMLQuantizationType.MXFP4 if packed else kind
+            writer.add_tensor(target, gguf.quants.quantize(value, own), raw_dtype=own)
     if rotation["rope_type"] == "llama3":
         # The file stores what each default frequency is divided by.
         scaled = model.model.rotary_emb.inv_freq.double().numpy()
@@ -406,10 +504,20 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     writer.close()
 
 
-def split_experts(state: dict[str, torch.Tensor]):
-    """Names and weights as the gguf package's tables know them: gate and up apart."""
+def split_experts(model_type: str, state: dict[str, torch.Tensor]):
+    """Names and weights as the gguf package's tables know them: gate and up apart, [out, in]."""
     for name, p in state.items():
-        if name.endswith("experts.gate_up_proj"):
+        if model_type == "gpt_oss" and ".experts.gate_up_proj" in name:
+            base = name[: name.index("gate_up_proj")]
+            p = p if name.endswith("bias") else p.swapaxes(1, 2)
+            kind = "bias" if name.endswith("bias") else "weight"
+            for i, part in enumerate(("gate_proj", "up_proj")):
+                yield f"{base}{part}.{kind}", p[:, i::2].contiguous()
+        elif model_type == "gpt_oss" and name.endswith("experts.down_proj"):
+            yield f"{name}.weight", p.swapaxes(1, 2).contiguous()
+        elif name.endswith("experts.down_proj_bias"):
+            yield name.replace("_bias", ".bias"), p
+        elif name.endswith("experts.gate_up_proj"):
             base = name.removesuffix("gate_up_proj")
             for part, value in zip(("gate_proj", "up_proj"), p.chunk(2, dim=1), strict=True):
                 yield f"{base}{part}.weight", value.contiguous()
@@ -420,8 +528,6 @@ def split_experts(state: dict[str, torch.Tensor]):
 
 
 def merges_of(tokenizer: tokenizers.Tokenizer) -> list[list[str]]:
-    import json
-
     return json.loads(tokenizer.to_str())["model"]["merges"]
 
 
@@ -466,6 +572,8 @@ def make_family(family: str) -> None:
     model.set_attn_implementation("eager")
     options = {} if shard is None else {"max_shard_size": shard}
     model.to(stored).save_pretrained(folder, **options)
+    if family.endswith("mxfp4"):
+        keep_packed(model, folder)
 
 
 def make_embedded() -> None:

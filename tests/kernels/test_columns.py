@@ -58,7 +58,7 @@ def inputs(rng, t, batch=2):
 
 def filled(rng, layers, t, capacity, batch=2):
     """States and pool of layers that hold t tokens, and the last layer's keys and values."""
-    states, words = model_cache.init(model_cache.forms(layers), batch=batch, capacity=capacity)
+    states, (words,) = model_cache.init(model_cache.forms(layers), batch=batch, capacity=capacity)
     out = []
     for state in states:
         _, k, v = inputs(rng, t, batch)
@@ -112,7 +112,7 @@ def test_a_kernel_reads_what_decoding_reads(rng, name, rope, block, gain, option
 @pytest.mark.parametrize("name", KERNELS)
 def test_some_tokens_at_once_and_an_empty_cache(rng, name):
     layers = make_layers(rng, TokenPolicy())
-    states, words = model_cache.init(model_cache.forms(layers), batch=2, capacity=300)
+    states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=300)
     q, k, v = inputs(rng, 5)
     state, words, tail = model_cache.write(states[1], words, k, v, jnp.array([5, 0], jnp.int32))
     at = jnp.arange(5, dtype=jnp.int32)[None] + jnp.zeros((2, 1), jnp.int32)

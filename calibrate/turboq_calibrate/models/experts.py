@@ -64,7 +64,7 @@ def add_chosen(
     A number of `experts.count` or more is padding: nothing chooses it.
     """
     assert spec.experts is not None
-    matrices = {name: params[PREFIX + name] for name in ("gate", "up", "down")}
+    matrices = {n.removeprefix(PREFIX): w for n, w in params.items() if n.startswith(PREFIX)}
     group, k = numbers.shape[0], chosen.shape[1]
     # Place of each (token, choice) in the group; `group` where its expert is not there.
     places = jnp.full(spec.experts.count, group, jnp.int32)

@@ -15,7 +15,7 @@ import safetensors
 from turboq.errors import TurboqError, TurboqWarning, quoted, shortened
 from turboq.hub_cache import model_name
 from turboq.json_object import read_object
-from turboq_calibrate.models import hf_names
+from turboq_calibrate.models import hf_gpt_oss, hf_names
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config import keeps_weights, model_spec, read_config
 from turboq_calibrate.models.families import WRAPPERS
@@ -39,7 +39,9 @@ class HFFolder:
         config = read_config(self.folder / "config.json")
         self.spec = model_spec(config, model_name(self.folder))
         self._fused = hf_names.FUSED.get(self.spec.family, ())
-        self._cache_scales = keeps_weights(config.get("quantization_config"))
+        quantized = config.get("quantization_config")
+        self._cache_scales = keeps_weights(quantized)
+        self._packed = bool(quantized) and not self._cache_scales  # config.py knows the method
         self._file_of = self._locate()
         self._part = config["model_type"] in WRAPPERS  # of a model that also sees
         prefix, self._head = hf_names.PREFIX, hf_names.HEAD
@@ -81,15 +83,30 @@ class HFFolder:
         return {ours: f"{self.spec.prefix}layers.{index}.{name}" for ours, name in names.items()}
 
     def experts(self, index: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Float32 matrices of some experts of one layer, stacked."""
+        """Float32 weights of some experts of one layer, stacked."""
         shapes = P.expert_shapes(self.spec.layers[index])
         out = {name: np.empty((len(numbers), *s), np.float32) for name, s in shapes.items()}
         for row, number in enumerate(numbers):
-            names = self._expert_names(index, int(number))
-            read = self._read({name: (names[name], shape) for name, shape in shapes.items()})
-            for name, value in read.items():
+            for name, value in self._expert(index, int(number), shapes).items():
                 out[name][row] = value
         return out
+
+    def _expert(self, index: int, number: int, shapes: P.Shapes) -> dict[str, np.ndarray]:
+        if self.spec.family != "gpt_oss":
+            names = self._expert_names(index, number)
+            return self._read({name: (names[name], shape) for name, shape in shapes.items()})
+
+        def read(name: str) -> np.ndarray:
+            name = f"{self.spec.prefix}layers.{index}.{name}"
+            with open_safetensors(self._file_of[name]) as f:
+                value = f.get_slice(name)[number : number + 1][0]
+            return value if value.dtype == np.uint8 else _float32(value)
+
+        found = hf_gpt_oss.expert(read, packed=self._packed)
+        for name, value in found.items():
+            where = self.folder / f"layers.{index}.mlp.experts"
+            P.check_finite(f"{name} of expert {number}", value, where)
+        return found
 
     def embed(self) -> dict[str, np.ndarray]:
         return self._read({"embedding": (self._embedding, (self.spec.vocab, self.spec.hidden))})
@@ -142,6 +159,7 @@ class HFFolder:
     def _check(self) -> None:
         """Every tensor the decoder needs is there with its shape, and no tensor is left over."""
         spec = self.spec
+        kinds: dict[str, tuple[str, ...]] = {}  # of tensors that are not floats
         expected = {self._embedding: (spec.vocab, spec.hidden), self._norm: (spec.hidden,)}
         if spec.norm == "layer":
             expected[self._norm_bias] = (spec.hidden,)
@@ -151,6 +169,13 @@ class HFFolder:
             names = self._layer_names(i)
             stored = P.fused_shapes(P.layer_shapes(layer), self._fused)
             expected |= {names[ours]: shape for ours, shape in stored.items()}
+            if spec.family == "gpt_oss":
+                for name, (shape, types) in hf_gpt_oss.stored(layer, packed=self._packed).items():
+                    whole = f"{spec.prefix}layers.{i}.{name}"
+                    expected[whole] = shape
+                    if types is not None:
+                        kinds[whole] = types
+                continue
             for number in range(layer.experts.count if layer.experts else 0):
                 names = self._expert_names(i, number)
                 expected |= {names[ours]: s for ours, s in P.expert_shapes(layer).items()}
@@ -168,10 +193,11 @@ class HFFolder:
                         continue
                     info = f.get_slice(name)
                     P.check_shape(name, tuple(info.get_shape()), expected[name], path)
-                    if info.get_dtype() not in FLOATS:
+                    types = kinds.get(name, FLOATS)
+                    if info.get_dtype() not in types:
                         raise TurboqError(
                             f"{path}: tensor {name} has type {info.get_dtype()}, which is not "
-                            f"supported (supported: {', '.join(FLOATS)})"
+                            f"supported (supported: {', '.join(types)})"
                         )
         extra = sorted(n for n in self._file_of if n not in expected and not self._redundant(n))
         if extra:

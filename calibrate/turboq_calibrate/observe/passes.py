@@ -44,8 +44,8 @@ def forward(
     return y, finite | {"output": _finite_rows(y)}
 
 
-def _look(spec, q, k, v, positions, state):
-    out, _ = exact_attend(spec, q, k, v, positions, None)
+def _look(spec, q, k, v, positions, state, *sinks):
+    out, _ = exact_attend(spec, q, k, v, positions, None, *sinks)
     return out, {"k": _finite(k), "v": _finite(v), "q": _finite(q)}
 
 
@@ -139,8 +139,8 @@ def reverse_part(spec, params, x, positions, g, sampled, *, skip: int, whole: bo
     part = decoder.layer if whole else decoder.attention_half
 
     def run(x, offset_k, offset_v):
-        def attend(spec, q, k, v, positions, state):
-            out, _ = exact_attend(spec, q, k + offset_k, v + offset_v, positions, None)
+        def attend(spec, q, k, v, positions, state, *sinks):
+            out, _ = exact_attend(spec, q, k + offset_k, v + offset_v, positions, None, *sinks)
             return out, (q, k, v)
 
         return part(spec, params, x, positions, attend, None)
