@@ -15,7 +15,9 @@ import json
 import platform
 import shutil
 import string
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import gguf
@@ -32,6 +34,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as with_sinks
 
 HERE = Path(__file__).resolve().parent
+PROGRAM = HERE.parents[1] / "calibrate" / "turboq_calibrate" / "hf" / "capture.py"
 BATCH, TIME = 2, 12
 SPECIAL = ["<|begin|>", "<|end|>"]
 BASE = {
@@ -278,6 +281,40 @@ FAMILIES = {
         "starcoder2",
         {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1},
         torch.bfloat16, None, "BF16", None,
+    ),
+}  # fmt: skip
+# name -> (model type, settings, KV heads, window and lender of every layer, or the refusal)
+CAPTURED = {
+    "hybrid": (
+        "qwen3_next",
+        {"vocab_size": 320, "num_hidden_layers": 4, "head_dim": 8, "linear_num_value_heads": 4,
+         "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+         "shared_expert_intermediate_size": 8},
+        [*[(0, None, None)] * 3, (2, None, None)],
+    ),
+    "shared": (
+        "gemma4_text",
+        {"vocab_size": 320, "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16,
+         "num_kv_shared_layers": 2, "sliding_window": 5, "hidden_size_per_layer_input": 4,
+         "vocab_size_per_layer_input": 320,
+         "layer_types": ["sliding_attention", "full_attention"] * 2},
+        [(2, 5, None), (2, None, None), (2, 5, 0), (2, None, 1)],
+    ),
+    "sinks": (
+        "gpt_oss", GPT_OSS | {"vocab_size": 320, "num_hidden_layers": 2},
+        [(1, 5, None), (1, None, None)],
+    ),
+    "latent": (
+        "deepseek_v3",
+        {"vocab_size": 320, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+         "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+         "n_group": 1, "topk_group": 1, "moe_intermediate_size": 8, "num_key_value_heads": 4},
+        "one latent vector per token",
+    ),
+    "elsewhere": (
+        "bloom", {"vocab_size": 320, "n_head": 4, "n_layer": 2},
+        "no layer attends through transformers' attention interface",
     ),
 }  # fmt: skip
 # Whose GGUF copies transformers does not read.
@@ -646,11 +683,50 @@ logits of every position, and the last layer's keys at every eighth.
 """)
 
 
+def captured(model: Path, folder: Path) -> subprocess.CompletedProcess:
+    """Runs the program of the extra `hf` in this environment."""
+    words = [sys.executable, str(PROGRAM), f"--model={model}", f"--folder={folder}"]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def make_captured() -> None:
+    """What the program captures of `llama3`, from the committed request, and its way with others.
+
+    A hybrid's linear layers keep no cache, a shared one's are named; what it must refuse, it does.
+    """
+    folder = HERE / "captured"
+    for path in folder.iterdir():
+        if path.name != "request.safetensors":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = captured(HERE / "llama3", folder)
+    assert done.returncode == 0, done.stderr
+    with tempfile.TemporaryDirectory() as place:
+        for name, (model_type, fields, expected) in CAPTURED.items():
+            model, raw = Path(place) / name, Path(place) / f"{name}_raw"
+            config = transformers.AutoConfig.for_model(model_type, **BASE | fields)
+            torch.manual_seed(0)
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model)
+            raw.mkdir()
+            shutil.copy(folder / "request.safetensors", raw)
+            done = captured(model, raw)
+            if isinstance(expected, str):
+                assert done.returncode == 1, done.stdout
+                assert expected in done.stderr, done.stderr
+                continue
+            assert done.returncode == 0, done.stderr
+            layers = json.loads((raw / "capture.json").read_text())["layers"]
+            found = [(x["kv_heads"], x["window"], x["borrows_cache_of"]) for x in layers]
+            assert found == expected, found
+            print(f"captured {name}: {found}")
+
+
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    for family in names or FAMILIES:
+    for family in [n for n in names if n != "captured"] or ([] if names else FAMILIES):
         make_family(family)
+    if not names or "captured" in names:
+        make_captured()
     if not names:
         make_embedded()
     packages = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy")

@@ -102,9 +102,9 @@ def join_feed_forward(
 
     The MLP of a parallel layer reads what there was `before` attention.
     """
-    if spec.parallel:
-        assert before is not None
-    n = pre_normed(spec, params, before if spec.parallel else x, "mlp_norm")
+    read = before if spec.parallel else x
+    assert read is not None
+    n = pre_normed(spec, params, read, "mlp_norm")
     mlp = gated_mlp if spec.gated else plain_mlp
     if spec.experts is not None:
         mlp = experts.mixture

@@ -42,7 +42,7 @@ class HFFolder:
         quantized = config.get("quantization_config")
         self._cache_scales = keeps_weights(quantized)
         self._packed = bool(quantized) and not self._cache_scales  # config.py knows the method
-        self._file_of = self._locate()
+        self._file_of = locate(self.folder)
         self._part = config["model_type"] in WRAPPERS  # of a model that also sees
         prefix, self._head = hf_names.PREFIX, hf_names.HEAD
         if self._part:
@@ -63,9 +63,7 @@ class HFFolder:
 
     @property
     def files(self) -> list[Path]:
-        found = [self.folder / "config.json", *sorted(set(self._file_of.values()))]
-        index = self.folder / INDEX
-        return [*found, index] if self._sharded else found
+        return weight_files(self.folder)
 
     def layer(self, index: int) -> dict[str, np.ndarray]:
         """Float32 weights of one layer but its experts'."""
@@ -134,28 +132,6 @@ class HFFolder:
     def tokenizer(self) -> Tokenizer:
         return from_folder(self.folder)
 
-    def _locate(self) -> dict[str, Path]:
-        """Which file holds each tensor, from the index or the one file's header."""
-        index = self.folder / INDEX
-        self._sharded = index.is_file()
-        if not self._sharded:
-            single = self.folder / SINGLE
-            if not single.is_file():
-                raise TurboqError(f"{self.folder} has neither {SINGLE} nor {INDEX}")
-            with open_safetensors(single) as f:
-                return dict.fromkeys(f.keys(), single)
-        names = read_object(index).get("weight_map")
-        if not isinstance(names, dict):
-            raise TurboqError(f"{index} is not a safetensors index: it has no weight_map")
-        located = {}
-        for name, file in names.items():
-            located[name] = shard_path(self.folder, name, file)
-            if not located[name].is_file():
-                raise TurboqError(
-                    f"{located[name]} is missing; {INDEX} says it holds {shortened(name)}"
-                )
-        return located
-
     def _check(self) -> None:
         """Every tensor the decoder needs is there with its shape, and no tensor is left over."""
         spec = self.spec
@@ -181,7 +157,8 @@ class HFFolder:
                 expected |= {names[ours]: s for ours, s in P.expert_shapes(layer).items()}
         for name in expected:
             if name not in self._file_of:
-                where = self.folder / (INDEX if self._sharded else SINGLE)
+                index = self.folder / INDEX
+                where = index if index.is_file() else self.folder / SINGLE
                 raise TurboqError(f"{where}: tensor {name} is missing{self._hint(name)}")
         for path in sorted(set(self._file_of.values())):
             with open_safetensors(path) as f:
@@ -267,6 +244,38 @@ class HFFolder:
                     P.check_finite(name, value, path)
                     out[ours] = value
         return out
+
+
+def locate(folder: Path) -> dict[str, Path]:
+    """Which file of a folder holds each tensor, from the index or the one file's header.
+
+    Raises:
+      TurboqError: no weights, a damaged index, or a shard that is missing.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        single = folder / SINGLE
+        if not single.is_file():
+            raise TurboqError(f"{folder} has neither {SINGLE} nor {INDEX}")
+        with open_safetensors(single) as f:
+            return dict.fromkeys(f.keys(), single)
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise TurboqError(f"{index} is not a safetensors index: it has no weight_map")
+    located = {}
+    for name, file in names.items():
+        located[name] = shard_path(folder, name, file)
+        if not located[name].is_file():
+            raise TurboqError(
+                f"{located[name]} is missing; {INDEX} says it holds {shortened(name)}"
+            )
+    return located
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The configuration and all files of weights, the index included."""
+    found = [folder / "config.json", *sorted(set(locate(folder).values()))]
+    return [*found, folder / INDEX] if (folder / INDEX).is_file() else found
 
 
 def shard_path(folder: Path, name: str, file: Any) -> Path:

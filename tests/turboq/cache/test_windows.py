@@ -230,8 +230,8 @@ def test_the_pool_of_sequences(rng):
     assert len(pool.pager.pages_of(a)) == 2  # token 330 sees 261 on: pages 4 and 5
     pool.pager.check()
     pool.pager.truncate(child, 320)
-    with pytest.raises(TurboqError, match="length=200 of sequence 2: the window of 70 tokens"):
-        pool.pager.truncate(child, 200)
+    with pytest.raises(TurboqError, match="length=200 of sequence 0: the window of 70 tokens"):
+        pool.pager.truncate(a, 200)
     page = 64 * layers[0].bits_per_token // 8
     held = [pool.pager.report(i) for i in range(2)]
     found = pool.residency()
