@@ -77,8 +77,8 @@ class Soak:
             page=self.page, evict=evict,
         )  # fmt: skip
 
-    def _evict(self, pager, pages, rows, keep):
-        drop_least_recent(pager, pages, rows, keep)
+    def _evict(self, pager, enough, keep):
+        drop_least_recent(pager, enough, keep)
         for name in set(self.tokens) - set(pager.sequences):
             del self.tokens[name]
             self.done["evicted"] += 1

@@ -92,9 +92,9 @@ def attention_by_heads(
     specs = (
         heads2,
         jax.tree.map(lambda _: heads0, local),
-        LayerCache(
-            groups=jax.tree.map(lambda _: heads1, cache.groups), lengths=P(), overflow=P(),
-            capacity=cache.capacity,
+        dataclasses.replace(
+            jax.tree.map(lambda _: P(), cache),
+            groups=jax.tree.map(lambda _: heads1, cache.groups),
         ),
         Tail(k=heads2, v=heads2, positions=P()),
         P(),
@@ -123,11 +123,9 @@ def heads_sharding(cache: LayerCache, mesh: Mesh, axis: str) -> LayerCache:
     """The cache with every buffer's head axis over `axis`."""
     over_heads = jax.NamedSharding(mesh, P(None, axis))
     whole = jax.NamedSharding(mesh, P())
-    return LayerCache(
+    return dataclasses.replace(
+        jax.tree.map(lambda x: jax.device_put(x, whole), cache),
         groups=jax.tree.map(lambda x: jax.device_put(x, over_heads), cache.groups),
-        lengths=jax.device_put(cache.lengths, whole),
-        overflow=jax.device_put(cache.overflow, whole),
-        capacity=cache.capacity,
     )
 
 

@@ -37,7 +37,7 @@ def of_group(cache: LayerCache | PagedView, group: HeadGroup, buffers: GroupBuff
     batch, n = cache.lengths.shape[0], len(group.heads)
     # Without the barrier XLA writes the cache twice, once per shape, and copies it for that.
     k, v = jax.lax.optimization_barrier((buffers.k, buffers.v))
-    count = cache.capacity // packing.PAGE
+    count = cache.slots // packing.PAGE
     return GroupView(
         k=sides.flat(k, group.k, packing.PAGE),
         v=sides.flat(v, group.v, packing.PAGE),

@@ -29,6 +29,10 @@ MODELS = {
     "smollm3": [None] * 5,
     # partial rotation of neighbouring channels
     "glm": [None] * 2,
+    # logit sinks, experts with biases, YaRN
+    "gpt_oss": [5, None, 5],
+    # attention and MLP side by side
+    "cohere2": [5, 5, 5, None, 5],
 }
 
 

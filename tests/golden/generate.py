@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import platform
 import shutil
 import string
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import gguf
@@ -22,219 +25,29 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from families import (
+    ARCHITECTURES,
+    BASE,
+    CAPTURED,
+    FAMILIES,
+    INTERLEAVED,
+    REST,
+    UNREAD,
+    VISION,
+    WORD,
+)
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.masking_utils import eager_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as with_sinks
 
 HERE = Path(__file__).resolve().parent
+PROGRAM = HERE.parents[1] / "calibrate" / "turboq_calibrate" / "hf" / "capture.py"
 BATCH, TIME = 2, 12
 SPECIAL = ["<|begin|>", "<|end|>"]
-BASE = {
-    "hidden_size": 32,
-    "intermediate_size": 28,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": 96,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-
-
-def rope(kind: str = "default", theta: float = 10000.0, **fields) -> dict:
-    return {"rope_type": kind, "rope_theta": theta, **fields}
-
-
-LLAMA3 = rope(
-    "llama3",
-    50000.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=128,
-)
-LONGROPE = rope(
-    "longrope",
-    partial_rotary_factor=0.75,  # 6 pairs
-    short_factor=[1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
-    long_factor=[1.0, 2.0, 4.0, 6.0, 8.0, 9.0],
-)
-BY_LAYER = {
-    "full_attention": rope("linear", 50000.0, factor=4.0),
-    "sliding_attention": rope(theta=10000.0),
-}
-GEMMA = {
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "intermediate_size": 20,
-    "query_pre_attn_scalar": 8,  # head_dim: a GGUF file cannot say another
-    "sliding_window": 5,
-    "tie_word_embeddings": True,
-}
-GLM = {
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 12,  # 6 rotated channels
-    "intermediate_size": 20,
-    "pad_token_id": 1,
-    "rope_parameters": rope(partial_rotary_factor=0.5),
-}
-MOE = {
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 20,
-    "moe_intermediate_size": 12,
-    "num_experts_per_tok": 2,
-}
-VISION = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "image_size": 8,
-    "patch_size": 4,
-}
-WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-ARCHITECTURES = {
-    "gemma3_text": "gemma3",
-    "mixtral": "llama",
-    "qwen3_moe": "qwen3moe",
-}  # model type -> GGUF's, where they differ
-# name -> (model type, settings, stored type, shard size, GGUF type, tokenizer kind)
-FAMILIES = {
-    "llama": ("llama", {"num_key_value_heads": 4}, torch.float32, None, None, None),
-    "llama3": (
-        "llama",
-        {"vocab_size": 320, "tie_word_embeddings": True, "rope_parameters": LLAMA3, "head_dim": 16},
-        torch.bfloat16,
-        None,
-        "BF16",
-        "llama-bpe",
-    ),
-    "llama_bias": (
-        "llama",
-        {
-            "attention_bias": True,
-            "mlp_bias": True,
-            "head_dim": 6,
-            "rope_parameters": rope("linear", factor=2.5),
-        },
-        torch.bfloat16,
-        None,
-        None,
-        None,
-    ),
-    "smollm2": (
-        "llama",
-        {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 36,
-         "tie_word_embeddings": True, "rope_parameters": rope(theta=100000.0)},
-        torch.float16, None, None, None,
-    ),
-    "mistral": (
-        "mistral",
-        {"sliding_window": 6, "head_dim": 16, "num_attention_heads": 3, "num_key_value_heads": 1,
-         "hidden_size": 33},
-        torch.bfloat16, None, None, None,
-    ),
-    "qwen2": (
-        "qwen2",
-        {"vocab_size": 320, "tie_word_embeddings": True, "rope_parameters": rope(theta=1e6)},
-        torch.float16, None, "F16", "qwen2",
-    ),
-    "qwen2_window": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
-         "num_hidden_layers": 3, "intermediate_size": 24},
-        torch.bfloat16, None, None, None,
-    ),
-    "qwen3": ("qwen3", {"head_dim": 12, "rope_parameters": rope(theta=1e6)},
-              torch.bfloat16, "20KB", "BF16", None),
-    "mixtral": (
-        "mixtral",
-        MOE | {"num_local_experts": 4, "intermediate_size": 12},
-        torch.bfloat16, None, "BF16", None,
-    ),
-    "qwen2_moe": (
-        "qwen2_moe",
-        MOE | {"num_experts": 5, "shared_expert_intermediate_size": 10, "mlp_only_layers": [1],
-               "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5,
-               "max_window_layers": 1},
-        torch.bfloat16, None, None, None,
-    ),
-    "qwen3_moe": (
-        "qwen3_moe",
-        MOE | {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True, "head_dim": 8},
-        torch.bfloat16, None, "BF16", None,
-    ),
-    "gemma2": (
-        "gemma2",
-        GEMMA | {"num_hidden_layers": 3, "attn_logit_softcapping": 1.5,
-                 "final_logit_softcapping": 2.0},
-        torch.bfloat16, None, "BF16", None,
-    ),
-    "gemma3": (
-        "gemma3_text",
-        GEMMA | {"num_hidden_layers": 7, "rope_parameters": BY_LAYER},
-        torch.bfloat16, None, "BF16", None,
-    ),
-    "gemma3_vision": (
-        "gemma3",
-        GEMMA | {"num_hidden_layers": 2, "num_key_value_heads": 2, "query_pre_attn_scalar": 20,
-                 "layer_types": ["full_attention", "sliding_attention"]},
-        torch.bfloat16, None, None, None,
-    ),
-    "olmo2": (
-        "olmo2",
-        {"intermediate_size": 20, "rope_parameters": rope(theta=5e5)},
-        torch.bfloat16, None, "BF16", None,
-    ),
-    "smollm3": (
-        "smollm3",
-        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16,
-         "num_hidden_layers": 5, "tie_word_embeddings": True, "pad_token_id": 1},
-        torch.bfloat16, None, "BF16", None,
-    ),
-    "granite": (
-        "granite",
-        {"intermediate_size": 20, "attention_bias": True, "mlp_bias": True,
-         "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.125,
-         "logits_scaling": 2.5, "tie_word_embeddings": True},
-        torch.bfloat16, None, "BF16", None,
-    ),
-    "phi3": (
-        "phi3",
-        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20,
-         "pad_token_id": 1, "original_max_position_embeddings": 80, "rope_parameters": LONGROPE},
-        torch.bfloat16, None, "BF16", None,
-    ),
-    "phi3_window": (
-        "phi3",
-        {"intermediate_size": 20, "pad_token_id": 1, "sliding_window": 5,
-         "original_max_position_embeddings": 256},
-        torch.bfloat16, None, None, None,
-    ),
-    "glm": (
-        "glm",
-        GLM | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-               "attention_bias": False},
-        torch.bfloat16, None, None, None,
-    ),
-    "glm4": ("glm4", GLM, torch.bfloat16, None, "BF16", None),
-    "starcoder2": (
-        "starcoder2",
-        {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1},
-        torch.bfloat16, None, "BF16", None,
-    ),
-}  # fmt: skip
-# Whose GGUF copies transformers does not read.
-UNREAD = ("mixtral", "olmo2", "smollm3", "granite", "glm4")
-# Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
-INTERLEAVED = ("llama", "mixtral", "smollm3", "granite")
 
 
 def build(family: str) -> transformers.PreTrainedModel:
@@ -258,7 +71,42 @@ def build(family: str) -> transformers.PreTrainedModel:
                 )  # which adds it itself
                 value = 1 + 0.3 * noise if one else 0.3 * noise
             p.copy_(value.to(stored).float())
+        if family.endswith("mxfp4"):
+            pack_experts(model, generator)
     return model
+
+
+def pack_experts(model, generator) -> None:
+    """Experts that MXFP4 holds exactly, as transformers itself reads it; the bytes are kept."""
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        experts.packed = {}
+        for name in ("gate_up_proj", "down_proj"):
+            p = getattr(experts, name)
+            count, columns, rows = p.shape  # [in, out]
+            shape = (count, rows, columns // 32)
+            blocks = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            scales = torch.randint(121, 126, shape, generator=generator, dtype=torch.uint8)
+            p.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+            experts.packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+def keep_packed(model, folder: Path) -> None:
+    """Puts the bytes in the place of the experts, as in published checkpoints."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for i, layer in enumerate(model.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            del tensors[f"model.layers.{i}.mlp.experts.{name}"]
+        for name, value in layer.mlp.experts.packed.items():
+            tensors[f"model.layers.{i}.mlp.experts.{name}"] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"],
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def run(model, tokens: np.ndarray, positions: np.ndarray):
@@ -268,7 +116,8 @@ def run(model, tokens: np.ndarray, positions: np.ndarray):
     def capture(module, query, key, value, attention_mask, **kwargs):
         for name, x in (("q", query), ("k", key), ("v", value)):
             seen[f"{name}{module.layer_idx}"] = x.transpose(1, 2).contiguous().numpy()
-        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        attend = with_sinks if "s_aux" in kwargs else eager_attention_forward
+        return attend(module, query, key, value, attention_mask, **kwargs)
 
     # Both registries: a name without a mask function gets no causal mask, and no error.
     AttentionInterface.register("golden", capture)
@@ -329,8 +178,9 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    if model_type == "starcoder2":
-        writer.add_layer_norm_eps(config.norm_epsilon)
+    if model_type in ("starcoder2", "cohere2"):
+        eps = "norm_epsilon" if model_type == "starcoder2" else "layer_norm_eps"
+        writer.add_layer_norm_eps(getattr(config, eps))
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rotation = config.rope_parameters.get("full_attention", config.rope_parameters)
@@ -338,7 +188,7 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     if rotation["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rotation["factor"])
-    if model_type.startswith("gemma"):
+    if model_type.startswith("gemma") or model_type in ("olmo3", "gpt_oss", "cohere2"):
         writer.add_sliding_window(config.sliding_window)
     if model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -352,8 +202,14 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_logit_scale(config.logits_scaling)
+    if model_type == "cohere2":
+        writer.add_logit_scale(config.logit_scale)
     if "partial_rotary_factor" in rotation:
         writer.add_rope_dimension_count(int(head_dim * rotation["partial_rotary_factor"]))
+    if rotation["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rotation["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rotation["original_max_position_embeddings"])
     if model_type == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
         writer.add_rope_scaling_attn_factors(model.model.rotary_emb.attention_scaling)
@@ -362,9 +218,11 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
             writer.add_tensor(f"rope_factors_{name.removesuffix('_factor')}.weight", factors)
     if model_type in INTERLEAVED:
         writer.add_rope_dimension_count(head_dim)
-    if model_type in ("mixtral", "qwen3_moe"):
+    if model_type in ("mixtral", "qwen3_moe", "gpt_oss"):
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
+    if model_type == "gpt_oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     if model_type == "qwen3_moe":
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if tokenizer is not None:
@@ -377,23 +235,27 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_token_merges([" ".join(m) for m in merges_of(tokenizer)])
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
-    arch = getattr(gguf.MODEL_ARCH, ARCHITECTURES.get(model_type, model_type).upper())
+    arch = ARCHITECTURES.get(model_type, model_type).upper().replace("-", "_")
+    arch = getattr(gguf.MODEL_ARCH, arch)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     kind = gguf.GGMLQuantizationType[stored]
-    for name, p in split_experts(model.state_dict()):
+    for name, p in split_experts(model_type, model.state_dict()):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        target += ".weight" if name.endswith("sinks") else ""
         value = p.float().numpy()
         if model_type in INTERLEAVED and ("q_proj" in name or "k_proj" in name):
             key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             value = interleave(value, getattr(config, key))
         if "gemma" in model_type and "norm" in name:
             value = value + 1  # as the converter does: the file holds whole factors
-        if value.ndim == 1:
+        if value.ndim == 1 or name.endswith("bias"):
             writer.add_tensor(target, value)
         else:
-            writer.add_tensor(target, gguf.quants.quantize(value, kind), raw_dtype=kind)
+            packed = family.endswith("mxfp4") and "exps" in target
+            own = gguf.GGMLQuantizationType.MXFP4 if packed else kind
+            writer.add_tensor(target, gguf.quants.quantize(value, own), raw_dtype=own)
     if rotation["rope_type"] == "llama3":
         # The file stores what each default frequency is divided by.
         scaled = model.model.rotary_emb.inv_freq.double().numpy()
@@ -406,10 +268,20 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     writer.close()
 
 
-def split_experts(state: dict[str, torch.Tensor]):
-    """Names and weights as the gguf package's tables know them: gate and up apart."""
+def split_experts(model_type: str, state: dict[str, torch.Tensor]):
+    """Names and weights as the gguf package's tables know them: gate and up apart, [out, in]."""
     for name, p in state.items():
-        if name.endswith("experts.gate_up_proj"):
+        if model_type == "gpt_oss" and ".experts.gate_up_proj" in name:
+            base = name[: name.index("gate_up_proj")]
+            p = p if name.endswith("bias") else p.swapaxes(1, 2)
+            kind = "bias" if name.endswith("bias") else "weight"
+            for i, part in enumerate(("gate_proj", "up_proj")):
+                yield f"{base}{part}.{kind}", p[:, i::2].contiguous()
+        elif model_type == "gpt_oss" and name.endswith("experts.down_proj"):
+            yield f"{name}.weight", p.swapaxes(1, 2).contiguous()
+        elif name.endswith("experts.down_proj_bias"):
+            yield name.replace("_bias", ".bias"), p
+        elif name.endswith("experts.gate_up_proj"):
             base = name.removesuffix("gate_up_proj")
             for part, value in zip(("gate_proj", "up_proj"), p.chunk(2, dim=1), strict=True):
                 yield f"{base}{part}.weight", value.contiguous()
@@ -420,8 +292,6 @@ def split_experts(state: dict[str, torch.Tensor]):
 
 
 def merges_of(tokenizer: tokenizers.Tokenizer) -> list[list[str]]:
-    import json
-
     return json.loads(tokenizer.to_str())["model"]["merges"]
 
 
@@ -466,6 +336,8 @@ def make_family(family: str) -> None:
     model.set_attn_implementation("eager")
     options = {} if shard is None else {"max_shard_size": shard}
     model.to(stored).save_pretrained(folder, **options)
+    if family.endswith("mxfp4"):
+        keep_packed(model, folder)
 
 
 def make_embedded() -> None:
@@ -538,11 +410,50 @@ logits of every position, and the last layer's keys at every eighth.
 """)
 
 
+def captured(model: Path, folder: Path) -> subprocess.CompletedProcess:
+    """Runs the program of the extra `hf` in this environment."""
+    words = [sys.executable, str(PROGRAM), f"--model={model}", f"--folder={folder}"]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def make_captured() -> None:
+    """What the program captures of `llama3`, from the committed request, and its way with others.
+
+    A hybrid's linear layers keep no cache, a shared one's are named; what it must refuse, it does.
+    """
+    folder = HERE / "captured"
+    for path in folder.iterdir():
+        if path.name != "request.safetensors":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = captured(HERE / "llama3", folder)
+    assert done.returncode == 0, done.stderr
+    with tempfile.TemporaryDirectory() as place:
+        for name, (model_type, fields, expected) in CAPTURED.items():
+            model, raw = Path(place) / name, Path(place) / f"{name}_raw"
+            config = transformers.AutoConfig.for_model(model_type, **BASE | fields)
+            torch.manual_seed(0)
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model)
+            raw.mkdir()
+            shutil.copy(folder / "request.safetensors", raw)
+            done = captured(model, raw)
+            if isinstance(expected, str):
+                assert done.returncode == 1, done.stdout
+                assert expected in done.stderr, done.stderr
+                continue
+            assert done.returncode == 0, done.stderr
+            layers = json.loads((raw / "capture.json").read_text())["layers"]
+            found = [(x["kv_heads"], x["window"], x["borrows_cache_of"]) for x in layers]
+            assert found == expected, found
+            print(f"captured {name}: {found}")
+
+
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    for family in names or FAMILIES:
+    for family in [n for n in names if n != "captured"] or ([] if names else FAMILIES):
         make_family(family)
+    if not names or "captured" in names:
+        make_captured()
     if not names:
         make_embedded()
     packages = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy")

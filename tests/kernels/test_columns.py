@@ -1,5 +1,6 @@
 """Kernels over the one pool against decoding it, and against float64 by way of the codecs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -58,7 +59,7 @@ def inputs(rng, t, batch=2):
 
 def filled(rng, layers, t, capacity, batch=2):
     """States and pool of layers that hold t tokens, and the last layer's keys and values."""
-    states, words = model_cache.init(model_cache.forms(layers), batch=batch, capacity=capacity)
+    states, (words,) = model_cache.init(model_cache.forms(layers), batch=batch, capacity=capacity)
     out = []
     for state in states:
         _, k, v = inputs(rng, t, batch)
@@ -112,7 +113,7 @@ def test_a_kernel_reads_what_decoding_reads(rng, name, rope, block, gain, option
 @pytest.mark.parametrize("name", KERNELS)
 def test_some_tokens_at_once_and_an_empty_cache(rng, name):
     layers = make_layers(rng, TokenPolicy())
-    states, words = model_cache.init(model_cache.forms(layers), batch=2, capacity=300)
+    states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=300)
     q, k, v = inputs(rng, 5)
     state, words, tail = model_cache.write(states[1], words, k, v, jnp.array([5, 0], jnp.int32))
     at = jnp.arange(5, dtype=jnp.int32)[None] + jnp.zeros((2, 1), jnp.int32)
@@ -191,3 +192,40 @@ def test_what_no_kernel_reads_is_refused_by_name(rng):
             )
     with pytest.raises(ValueError, match="implementation='cuda' must be None or one of"):
         columns.attend(q, state, words, tail, q_positions=at, scale=1.0, implementation="cuda")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_pool_that_has_given_up_pages(rng, name):
+    """Behind a window: slots count from the first page that is held, positions do not."""
+    policy = TokenPolicy(sinks=3, recent=2)
+    layers = [
+        dataclasses.replace(layer, window=100)
+        for layer in make_layers(rng, policy, ROPES["half"], 256)
+    ]
+    form = model_cache.forms(layers)
+    states, pools = model_cache.init(form, batch=1, capacity=1024)
+    _, k, v = inputs(rng, 530, batch=1)
+    states, pools = model_cache.holding(form, states, pools, new=530)
+    states[0], pools[0], _ = model_cache.write(states[0], pools[0], k, v)
+    states[1] = dataclasses.replace(states[1], lengths=states[0].lengths)
+    states, (words,) = model_cache.holding(form, states, pools, new=1)
+    assert (words.shape[1], states[0].dropped.tolist()) == (2, [256])
+    q, more_k, more_v = inputs(rng, 1, batch=1)
+    state, words, tail = model_cache.write(states[0], words, more_k, more_v)
+    run = functools.partial(
+        columns.attend, q, state, words, tail, q_positions=jnp.array([[530]], jnp.int32),
+        scale=SCALE, window=100,
+    )  # fmt: skip
+    got, want = run(implementation=name, interpret=True), run(implementation="xla")
+    np.testing.assert_allclose(got, want, atol=TOL["columns"])
+    whole = [jnp.concatenate(x, axis=1) for x in ((k, more_k), (v, more_v))]
+    every = jnp.zeros((1, 531, *q.shape[2:])).at[:, -1:].set(q)
+    due = kernel_oracle.policy_attention(
+        layers[0], every, *whole, scale=SCALE, window=100,
+        stored_values=simulate(state.form.layer, *whole),
+    )  # fmt: skip
+    np.testing.assert_allclose(got, due[:, -1:], atol=TOL["columns"])
+    with pytest.raises(ValueError, match="sees more than the 100 tokens"):
+        columns.attend(q, state, words, tail, q_positions=jnp.array([[530]]), scale=SCALE)
+    with pytest.raises(ValueError, match="cannot run this case: logit sinks"):
+        run(implementation=name, interpret=True, sink_logits=jnp.zeros(GROUP * HEADS))

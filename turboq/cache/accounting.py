@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from turboq.cache.layer import KVLayer
+from turboq.cache.windows import pages_held
 from turboq.codecs.base import Codec
 from turboq.numbers.packing import PAGE, kept_shape
 
@@ -39,13 +40,14 @@ class Buffer:
 class Residency:
     """Bytes in memory for `batch` sequences of `context` tokens each.
 
-    Every token is stored quantized (`quantized`); sinks and the recent window are kept exact
-    *besides*; `padding` is the unused rest of the last page.
+    Every token that its layer keeps (of a sliding window: the last `window`) is stored quantized
+    (`quantized`); sinks and the recent window are kept exact *besides*; `padding` is the rest of
+    the pages.
     """
 
     context: int
     batch: int
-    channels: int  # K and V numbers per token: 2*K*D*L when D is one number
+    numbers: int  # of K and V in all layers that keep them: 2*K*D*L per token without windows
     quantized: int
     padding: int
     sinks: int
@@ -65,12 +67,12 @@ class Residency:
     @property
     def baseline(self) -> int:
         """The same tokens in an exact bfloat16 cache without padding."""
-        return self.context * self.batch * self.channels * BASELINE_BITS // 8
+        return self.numbers * BASELINE_BITS // 8
 
     @property
     def bits_per_channel(self) -> float:
-        """All-in: every byte of `total` over every number stored."""
-        return 8 * self.total / (self.context * self.batch * self.channels)
+        """All-in: every byte of `total` over every number kept."""
+        return 8 * self.total / self.numbers
 
     @property
     def compression(self) -> float:
@@ -119,11 +121,11 @@ def buffers(layer: KVLayer, *, batch: int, context: int) -> dict[str, Buffer]:
     """
     if batch < 1:
         raise ValueError(f"{batch=} must be at least 1 sequence")
-    out = {}
+    out, slots = {}, pages_held(layer.window, capacity(context)) * PAGE
     for i, group in enumerate(layer.groups):
         lead = (batch, len(group.heads))
         for side, codec in (("k", group.k), ("v", group.v)):
-            for name, buffer in _stored(codec, lead, capacity(context)).items():
+            for name, buffer in _stored(codec, lead, slots).items():
                 out[f"{i}.{side}.{name}"] = buffer
             for name, tokens in (("sinks", layer.policy.sinks), ("recent", layer.ring)):
                 out[f"{i}.{side}.{name}"] = Buffer(
@@ -196,11 +198,13 @@ def residency(layers: Sequence[KVLayer], *, context: int, batch: int = 1) -> Res
         return sum(buffer.nbytes for which, buffer in all_buffers if which == name)
 
     stored = sum(b.nbytes for _, b in all_buffers) - kept("sinks") - kept("recent")
-    quantized = batch * context * bits_per_token(layers) // 8
+    tokens = [min(context, layer.window or context) for layer in layers]
+    bits = sum(n * layer.bits_per_token for n, layer in zip(tokens, layers, strict=True))
+    quantized = batch * bits // 8
     return Residency(
         context=context,
         batch=batch,
-        channels=channels(layers),
+        numbers=batch * sum(n * channels([x]) for n, x in zip(tokens, layers, strict=True)),
         quantized=quantized,
         padding=stored - quantized,
         sinks=kept("sinks"),

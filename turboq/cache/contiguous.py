@@ -11,8 +11,9 @@ again. Per head group the buffers are
     exact recent     dtype  [B, N, ring, D]                          at position mod ring
 
 with N heads in the group and ring = recent + block - 1. A layer with `rope` has its keys encoded as
-`turboq.cache.key_form` says, turned at their slot's position; exact ones stay as they come.
-Appending never changes a shape, so nothing is recompiled as it grows.
+`turboq.cache.key_form` says, turned at their slot's position; exact ones stay as they come. Of a
+layer with a window only the pages that it needs are there: slot s belongs to token `dropped` + s
+(`turboq.cache.windows`). Appending a token never changes a shape: nothing is recompiled.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from turboq.cache import overflow
+from turboq.cache import overflow, windows
 from turboq.cache.key_form import to_stored
 from turboq.cache.layer import HeadGroup, KVLayer, Leaves, in_head_order
 from turboq.cache.simulate import check_heads, round_exact, take_heads
@@ -53,7 +54,10 @@ class GroupBuffers:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCache:
-    """Cache of one layer for B sequences. `lengths[b]` tokens of sequence b are present.
+    """Cache of one layer for B sequences, which have `lengths[b]` tokens.
+
+    The first `dropped[b]` of them, whole pages, no window reaches any more: they are not held.
+    Their slots went to others; None: the buffers have `slots` for all `capacity` tokens.
 
     `overflow[b]` tokens were written behind the capacity: they are not stored, and what is
     computed from them is wrong. `turboq.cache.overflow.check` refuses such a cache.
@@ -63,6 +67,13 @@ class LayerCache:
     lengths: Any  # int32 [B], never above the capacity
     overflow: Any  # int32 [B]
     capacity: int = dataclasses.field(metadata={"static": True})
+    slots: int = dataclasses.field(metadata={"static": True})
+    dropped: Any = None  # int32 [B]
+
+    @property
+    def first(self) -> Any:
+        """Position of slot 0: int32 [B], or 0."""
+        return 0 if self.dropped is None else self.dropped
 
     @property
     def nbytes(self) -> int:
@@ -90,13 +101,22 @@ Store = Callable[[Codec, Arrays, Stored, Any, Any, Any], Stored]
 def init(layer: KVLayer, *, batch: int, capacity: int) -> LayerCache:
     """An empty cache for `capacity` tokens per sequence, rounded up to whole pages of 256.
 
+    A layer with a window holds the pages that one query needs.
+
     Raises:
-      ValueError: `batch` or `capacity` is not positive.
+      ValueError: `batch` or `capacity` is not positive, or a window over blocks of tokens that do
+        not divide a page.
     """
     if batch < 1 or capacity < 1:
         raise ValueError(f"{batch=} and {capacity=} must be at least 1")
+    slots = windows.pages_held(layer.window, capacity) * packing.PAGE
     capacity = math.ceil(capacity / packing.PAGE) * packing.PAGE
     policy = layer.policy
+    if slots < capacity and packing.PAGE % layer.block:
+        raise ValueError(
+            f"blocks of {layer.block} tokens must divide pages of {packing.PAGE} in a layer with a"
+            " window: another codec, or smaller blocks"
+        )
 
     def exact(group: HeadGroup, codec: Codec, tokens: int) -> Array:
         return jnp.zeros(
@@ -105,8 +125,8 @@ def init(layer: KVLayer, *, batch: int, capacity: int) -> LayerCache:
 
     groups = tuple(
         GroupBuffers(
-            k=_empty(g.k, (batch, len(g.heads)), capacity),
-            v=_empty(g.v, (batch, len(g.heads)), capacity),
+            k=_empty(g.k, (batch, len(g.heads)), slots),
+            v=_empty(g.v, (batch, len(g.heads)), slots),
             k_sinks=exact(g, g.k, policy.sinks),
             v_sinks=exact(g, g.v, policy.sinks),
             k_recent=exact(g, g.k, layer.ring),
@@ -114,9 +134,47 @@ def init(layer: KVLayer, *, batch: int, capacity: int) -> LayerCache:
         )
         for g in layer.groups
     )
-    # Two arrays: a cache is donated, and no buffer may be given twice.
-    lengths, lost = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
-    return LayerCache(groups=groups, lengths=lengths, overflow=lost, capacity=capacity)
+    # Separate arrays: a cache is donated, and no buffer may be given twice.
+    lengths, lost, dropped = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
+    return LayerCache(
+        groups=groups, lengths=lengths, overflow=lost, capacity=capacity, slots=slots,
+        dropped=dropped if slots < capacity else None,
+    )  # fmt: skip
+
+
+def settled(layer: KVLayer, cache: LayerCache) -> LayerCache:
+    """The cache with no more pages than one more token of a layer with a window needs.
+
+    Several tokens written at once need more while their queries look: `write` makes room for them,
+    and after attention this gives it up. A cache that is not settled only takes more memory.
+    """
+    return _holding(layer, cache, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("new",))
+def _holding(layer: KVLayer, cache: LayerCache, new: int) -> LayerCache:
+    """The cache with the pages that the next `new` queries need, and no others."""
+    if cache.dropped is None or layer.window is None:
+        return cache
+    old = cache.slots // packing.PAGE
+    count = windows.pages_held(layer.window, cache.capacity, new=new)
+    first = windows.first_needed(layer.window, cache.lengths)
+    given_up = (first - cache.dropped) // packing.PAGE
+
+    def move(groups):
+        def one(x):
+            return windows.moved(x, given_up, old, count, axis=2)
+
+        return tuple(
+            dataclasses.replace(g, k=jax.tree.map(one, g.k), v=jax.tree.map(one, g.v))
+            for g in groups
+        )
+
+    if count == old:  # most tokens begin no page
+        groups = jax.lax.cond(jnp.any(given_up > 0), move, lambda groups: groups, cache.groups)
+    else:
+        groups = move(cache.groups)
+    return dataclasses.replace(cache, groups=groups, dropped=first, slots=count * packing.PAGE)
 
 
 def check_room(
@@ -169,19 +227,20 @@ def write(
 def _write(layer: KVLayer, cache: LayerCache, k, v, counts, store: Store):
     check_heads(layer, k.shape[2])
     batch, t = k.shape[:2]
+    cache = _holding(layer, cache, t)
     steps = jnp.arange(t, dtype=jnp.int32)
     counts = jnp.full((batch,), t, jnp.int32) if counts is None else counts
     fitting, lost = overflow.split(cache.lengths, counts, jnp.int32(cache.capacity))
     positions = cache.lengths[:, None] + steps[None, :]
     valid = steps[None, :] < fitting[:, None]
+    store = store if cache.dropped is None else _after(cache.dropped, store)
     groups = tuple(
         write_group(layer, g, buffers, k, v, cache.lengths, positions, valid, fitting, store)
         for g, buffers in zip(layer.groups, cache.groups, strict=True)
     )
-    new = LayerCache(
-        groups=groups, lengths=cache.lengths + fitting, overflow=cache.overflow + lost,
-        capacity=cache.capacity,
-    )  # fmt: skip
+    new = dataclasses.replace(
+        cache, groups=groups, lengths=cache.lengths + fitting, overflow=cache.overflow + lost
+    )
     before, after = (cache.groups, cache.lengths), (groups, new.lengths)
     return new, tail_of(layer, before, after, k, v, positions, valid)
 
@@ -229,6 +288,15 @@ def write_group(
         k_recent=_scatter(buffers.k_recent, k, slot),
         v_recent=_scatter(buffers.v_recent, v, slot),
     )
+
+
+def _after(dropped: Int[Array, "B"], store: Store) -> Store:
+    """`store` into slots counted from token `dropped` on."""
+
+    def shifted(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
+        return store(codec, arrays, stored, x, positions - dropped[:, None], valid)
+
+    return shifted
 
 
 def store_encoded(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:

@@ -57,13 +57,15 @@ def attention(
     k_positions: Int[Array, "B S"] | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Float[Array, "H"] | None = None,
     query_block: int = 128,
 ) -> Float[Array, "B T H E"]:
     """Causal grouped-query attention, softmax(scale q k^T) v, in float32.
 
     Positions default to 0..T-1 and 0..S-1; a negative key position marks an empty slot. A query
     that sees no key gets zeros, one that sees Inf or NaN in a key or value NaN; what a query may
-    not see never reaches it. Peak memory is B * H * query_block * S logits.
+    not see never reaches it. `sink_logits` join the softmax and no output (gpt-oss). Peak memory is
+    B * H * query_block * S logits.
 
     Raises:
       ValueError: the number of query heads is not a multiple of the number of KV heads.
@@ -75,8 +77,9 @@ def attention(
         k_positions = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (batch, s))
     segment = (k, v, causal(k_positions, window=window))
     return attention_over_segments(
-        q, [segment], scale=scale, q_positions=q_positions, softcap=softcap, query_block=query_block
-    )
+        q, [segment], scale=scale, q_positions=q_positions, softcap=softcap,
+        sink_logits=sink_logits, query_block=query_block,
+    )  # fmt: skip
 
 
 def attention_over_segments(
@@ -86,6 +89,7 @@ def attention_over_segments(
     scale: float,
     q_positions: Int[Array, "B T"] | None = None,
     softcap: float | None = None,
+    sink_logits: Float[Array, "H"] | None = None,
     query_block: int = 128,
     unfold: Unfold | None = None,
 ) -> Float[Array, "B T H E"]:
@@ -107,7 +111,7 @@ def attention_over_segments(
     ready = [_prepared(k, v) for k, v, _ in segments]
     attend = functools.partial(
         _attend_block, visible=[rule for _, _, rule in segments], scale=scale, softcap=softcap,
-        unfold=unfold,
+        unfold=unfold, sink_logits=sink_logits,
     )  # fmt: skip
     blocks = -(-t // query_block)
     if blocks <= 1:
@@ -142,7 +146,7 @@ def _prepared(
     return k, v, broken_k | broken_v
 
 
-def _attend_block(q, q_positions, segments, *, visible, scale, softcap, unfold):
+def _attend_block(q, q_positions, segments, *, visible, scale, softcap, unfold, sink_logits):
     batch, t, heads, dim = q.shape
     kv_heads = segments[0][0].shape[2]
     per = heads // kv_heads
@@ -159,8 +163,15 @@ def _attend_block(q, q_positions, segments, *, visible, scale, softcap, unfold):
     mask = jnp.tile(jnp.concatenate(seen, axis=-1), (1, per, 1))[:, None]
     joint = jnp.where(mask, jnp.concatenate(logits, axis=-1), -jnp.inf)
     top = jnp.max(joint, axis=-1, keepdims=True)
-    p = jnp.exp(joint - jnp.where(jnp.isfinite(top), top, 0.0))
+    sink = None
+    if sink_logits is not None:  # of each row, group by group, query by query
+        by_group = sink_logits.astype(jnp.float32).reshape(kv_heads, per)
+        sink = jnp.repeat(by_group, t, axis=1)[None, :, :, None]
+        top = jnp.maximum(top, sink)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    p = jnp.exp(joint - top)
     total = jnp.sum(p, axis=-1, keepdims=True)
+    total = total if sink is None else total + jnp.exp(sink - top)
     out, start = 0.0, 0
     for i, (_, v, _) in enumerate(segments):
         part = p[..., start : start + v.shape[1]]

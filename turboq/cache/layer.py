@@ -61,12 +61,18 @@ class KVLayer:
     position of their block of `rope_block` tokens (`turboq.cache.key_form`): turned when encoded,
     turned again when read, at their index in the sequence. Keys come and go rotated, exact tokens
     (sinks, recent window) are kept as they come. None: all keys are stored as they come.
+    `window` is how many tokens queries see at most, their own included: a cache may give up others.
     """
 
     groups: tuple[HeadGroup, ...]
     policy: TokenPolicy = dataclasses.field(metadata={"static": True})
     rope: Rope | None = dataclasses.field(default=None, metadata={"static": True})
     rope_block: int = dataclasses.field(default=1, metadata={"static": True})
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __post_init__(self):
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"{self.window=} must be at least 1 token, or None")
 
     @property
     def kv_heads(self) -> int:
@@ -115,9 +121,10 @@ def uniform_layer(
     v_arrays: Arrays | None = None,
     rope: Rope | None = None,
     rope_block: int = 1,
+    window: int | None = None,
 ) -> KVLayer:
     """All heads in one group; arrays (leading axis kv_heads) default to none (data-free codecs)."""
     group = HeadGroup(
         heads=tuple(range(kv_heads)), k=k, v=v, k_arrays=k_arrays or {}, v_arrays=v_arrays or {}
     )
-    return KVLayer(groups=(group,), policy=policy, rope=rope, rope_block=rope_block)
+    return KVLayer(groups=(group,), policy=policy, rope=rope, rope_block=rope_block, window=window)

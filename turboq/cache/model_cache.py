@@ -3,10 +3,13 @@
 The stored tokens of all layers and heads lie in one pool of columns (`turboq.cache.columns`), each
 head in exactly its own bits. Codecs are `transform`s of one kind, with their segments as data
 (`turboq.codecs.transform_padded`), so every layer of one geometry runs the same program, whatever
-the plan. Sinks, recent window and keys before RoPE are those of `turboq.cache.contiguous`.
+the plan. Sinks, recent window and keys before RoPE are those of `turboq.cache.contiguous`. Layers
+of a sliding window have a pool of their own, which holds the pages that the window needs.
 
-    states, words = init(forms(layers), batch=1, capacity=4096)
-    state, words, tail = write(states[0], words, k, v)
+    form = forms(layers)
+    states, pools = init(form, batch=1, capacity=4096)
+    states, pools = holding(form, states, pools, new=k.shape[1])  # before the first layer writes
+    state, words, tail = write(states[i], pools[form.pool_of[i]], k, v)
     out = attend(q, state, words, tail, q_positions=at, scale=scale)
 
 This is the reference: tokens are decoded, then attended to.
@@ -26,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.cache import columns as bits
-from turboq.cache import contiguous, overflow
+from turboq.cache import contiguous, overflow, windows
 from turboq.cache.columns import Columns, field_planes
 from turboq.cache.contiguous import GroupBuffers, Tail
 from turboq.cache.exact_attention import Segment, attention_over_segments, causal
@@ -70,10 +73,12 @@ class LayerForm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelForm:
-    """All layers, and how many columns the pool has."""
+    """All layers, and of every pool its window, its columns and the most tokens of a sequence."""
 
     layers: tuple[LayerForm, ...]
-    columns: int
+    pool_of: tuple[int, ...]  # of each layer
+    windows: tuple[int | None, ...]
+    columns: tuple[int, ...]
 
     @property
     def bits_per_token(self) -> int:
@@ -90,6 +95,12 @@ class LayerState:
     exact: GroupBuffers
     lengths: Any  # int32 [B]
     overflow: Any  # int32 [B]
+    dropped: Any = None  # int32 [B], position of the pool's slot 0; None: 0, nothing is given up
+
+    @property
+    def first(self) -> Any:
+        """Position of slot 0: int32 [B], or 0."""
+        return 0 if self.dropped is None else self.dropped
 
     @property
     def nbytes(self) -> int:
@@ -104,16 +115,24 @@ def forms(layers: Sequence[KVLayer | None]) -> ModelForm | None:
     if shared is None:
         return None
     heads = [(_heads(layer, "k"), _heads(layer, "v")) for layer in kept]
-    laid, count = bits.lay_out(heads)
     fewest = min(len(codes) for sides in heads for side in sides for codes, _ in side)
-    runs = np.array([one.runs for one in laid], np.int32)  # [L, 2, 2]
-    most_k, most_v = (int(n) for n in np.max(runs[:, :, 1] - runs[:, :, 0], axis=0))
+    kinds = list(dict.fromkeys(layer.window for layer in kept))
+    out, columns = {}, []
+    for window in kinds:
+        own = [i for i, layer in enumerate(kept) if layer.window == window]
+        laid, count = bits.lay_out(heads[i] for i in own)
+        runs = np.array([one.runs for one in laid], np.int32)  # [L, 2, 2]
+        most_k, most_v = (int(n) for n in np.max(runs[:, :, 1] - runs[:, :, 0], axis=0))
+        for i, x, first in zip(own, laid, runs[:, :, 0], strict=True):
+            out[i] = LayerForm(
+                layer=shared[i], k=x.k, v=x.v, first=first, most=(most_k, most_v), fewest=fewest
+            )
+        columns.append(count)
     return ModelForm(
-        layers=tuple(
-            LayerForm(layer=layer, k=x.k, v=x.v, first=first, most=(most_k, most_v), fewest=fewest)
-            for x, layer, first in zip(laid, shared, runs[:, :, 0], strict=True)
-        ),
-        columns=count,
+        layers=tuple(out[i] for i in range(len(kept))),
+        pool_of=tuple(kinds.index(layer.window) for layer in kept),
+        windows=tuple(kinds),
+        columns=tuple(columns),
     )
 
 
@@ -136,18 +155,23 @@ def _planes(codec: Transform) -> bits.Head:
     return codes, rest
 
 
-def init(
-    form: ModelForm, *, batch: int, capacity: int
-) -> tuple[list[LayerState], UInt32[Array, "B P R C"]]:
-    """Empty states and an empty pool for `capacity` tokens, rounded up to whole pages of 256.
+Pools = list[UInt32[Array, "B _ R _"]]
+
+
+def init(form: ModelForm, *, batch: int, capacity: int) -> tuple[list[LayerState], Pools]:
+    """Empty states and empty pools for `capacity` tokens, rounded up to whole pages of 256.
+
+    A pool of a window holds the pages that one query needs.
 
     Raises:
       ValueError: `batch` or `capacity` is not positive.
     """
     if batch < 1 or capacity < 1:
         raise ValueError(f"{batch=} and {capacity=} must be at least 1")
+    counts = [windows.pages_held(window, capacity) for window in form.windows]
+    whole = math.ceil(capacity / PAGE)
     states = []
-    for one in form.layers:
+    for one, pool in zip(form.layers, form.pool_of, strict=True):
         group, layer = one.group, one.layer
         dtype = jnp.dtype(layer.policy.exact_dtype)
         exact = {
@@ -155,14 +179,53 @@ def init(
             for side, codec in (("k", group.k), ("v", group.v))
             for name, tokens in (("sinks", layer.policy.sinks), ("recent", layer.ring))
         }
-        lengths, lost = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
+        lengths, lost, dropped = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
         state = LayerState(
             # The copy is the state's own to donate; the caller's arrays stay valid.
             form=jax.tree.map(jnp.array, one), exact=GroupBuffers(k={}, v={}, **exact),
-            lengths=lengths, overflow=lost,
+            lengths=lengths, overflow=lost, dropped=dropped if counts[pool] < whole else None,
         )  # fmt: skip
         states.append(state)
-    return states, bits.pool(batch, math.ceil(capacity / PAGE), form.columns)
+    return states, [bits.pool(batch, *sizes) for sizes in zip(counts, form.columns, strict=True)]
+
+
+def holding(
+    form: ModelForm, states: list[LayerState], pools: Pools, *, new: int
+) -> tuple[list[LayerState], Pools]:
+    """States and pools with the pages that the next `new` queries of all layers need.
+
+    Pages that no window needs are given up; those that new tokens need come. Call it before the
+    first layer writes `new` tokens, and after the last one with new=1, so that nothing is left of
+    a chunk but windows. All layers have as many tokens at that time.
+    """
+    states, pools = list(states), list(pools)
+    for i, window in enumerate(form.windows):
+        own = [n for n, pool in enumerate(form.pool_of) if pool == i]
+        first = states[own[0]]
+        if window is None or first.dropped is None:
+            continue
+        count = -(-(window + new - 2) // PAGE) + 1
+        move = _move_in_place if pools[i].shape[1] == count else _move
+        pools[i], dropped = move(pools[i], first.dropped, first.lengths, window, count)
+        for n in own:  # each its own: a state is donated
+            states[n] = dataclasses.replace(states[n], dropped=jnp.copy(dropped))
+    return states, pools
+
+
+def _moved(words, dropped, lengths, window: int, count: int):
+    old, first = words.shape[1], windows.first_needed(window, lengths)
+    given_up = (first - dropped) // PAGE
+
+    def move(words):
+        return windows.moved(words, given_up, old, count, axis=1)
+
+    if count == old:  # most tokens begin no page
+        return jax.lax.cond(jnp.any(given_up > 0), move, lambda words: words, words), first
+    return move(words), first
+
+
+_move = jax.jit(_moved, static_argnums=(3, 4))
+_move_in_place = jax.jit(_moved, static_argnums=(3, 4), donate_argnums=0)
 
 
 def write(
@@ -177,7 +240,8 @@ def write(
     Raises:
       TurboqError: outside jit, tokens that do not fit.
     """
-    contiguous.check_room(state.lengths, words.shape[1] * PAGE, k.shape[1], counts)
+    length, room = state.lengths - state.first, words.shape[1] * PAGE
+    contiguous.check_room(length, room, k.shape[1], counts)
     return _write(state, words, k, v, counts)
 
 
@@ -186,8 +250,8 @@ def _write(state: LayerState, words, k, v, counts):
     layer, group, t = state.form.layer, state.form.group, k.shape[1]
     steps = jnp.arange(t, dtype=jnp.int32)
     counts = jnp.full((k.shape[0],), t, jnp.int32) if counts is None else counts
-    capacity = jnp.int32(words.shape[1] * PAGE)
-    fitting, lost = overflow.split(state.lengths, counts, capacity)
+    room = jnp.int32(words.shape[1] * PAGE) + state.first
+    fitting, lost = overflow.split(state.lengths, counts, room)
     positions = state.lengths[:, None] + steps[None, :]
     valid = steps[None, :] < fitting[:, None]
     found = contiguous.write_group(
@@ -197,7 +261,8 @@ def _write(state: LayerState, words, k, v, counts):
         (group.k, found.k, state.form.k),
         (group.v, found.v, state.form.v),
     ):
-        words = bits.write(words, columns, _entries(codec, side), positions[:, 0], valid)
+        start = positions[:, 0] - state.first
+        words = bits.write(words, columns, _entries(codec, side), start, valid)
     exact = dataclasses.replace(found, k={}, v={})
     new = dataclasses.replace(
         state, exact=exact, lengths=state.lengths + fitting, overflow=state.overflow + lost
@@ -252,13 +317,15 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """Attention to what is stored: a query at t sees token s exactly if s < sinks or recent."""
     form, layer, group = state.form, state.form.layer, state.form.group
+    check_window(state, window)
     k_codec, v_codec = form.codecs
     k = jax.vmap(k_codec.decode)(group.k_arrays, _read(k_codec, form.k, words))
     v = jax.vmap(v_codec.values)(group.v_arrays, _read(v_codec, form.v, words))
-    slots = jnp.arange(k.shape[2], dtype=jnp.int32)[None]
+    slots = jnp.arange(k.shape[2], dtype=jnp.int32)[None] + jnp.reshape(state.first, (-1, 1))
     k = from_stored(layer, group.k_arrays, k.swapaxes(0, 1), slots)
     k, v = k.swapaxes(1, 2), jnp.moveaxis(v, 0, 2)  # [B, S, K, D]
     sinks = layer.policy.sinks
@@ -268,7 +335,7 @@ def attend(
     def packed(at):
         return seen(at) & (slots[:, None, :] < layer.stored_until(at + 1)[:, :, None])
 
-    first = jnp.broadcast_to(slots[:, :sinks], (len(q), sinks))
+    first = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32)[None], (len(q), sinks))
     first = jnp.where(first < state.lengths[:, None], first, -1)
     segments: list[Segment] = [(k, v, packed)]
     if sinks:
@@ -295,31 +362,45 @@ def attend(
         return jnp.moveaxis(flat.reshape(*acc.shape[:-1], -1), 0, 1)
 
     return attention_over_segments(
-        q, segments, scale=scale, q_positions=q_positions, softcap=softcap, unfold=unfolded
-    )
+        q, segments, scale=scale, q_positions=q_positions, softcap=softcap, unfold=unfolded,
+        sink_logits=sink_logits,
+    )  # fmt: skip
+
+
+def check_window(state: LayerState, window: int | None) -> None:
+    """Refuses a window of more tokens than the layer keeps."""
+    kept = state.form.layer.window
+    if kept is not None and (window is None or window > kept):
+        raise ValueError(f"{window=} sees more than the {kept} tokens that the layer keeps")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fresh:
-    """A layer whose cache is made where it is used, of a pool for all layers: for one prefill."""
+    """A layer whose cache is made where it is used, of a pool for all layers: for one prefill.
+
+    All tokens are held, whatever the window, while their queries look.
+    """
 
     form: LayerForm
     columns: int = dataclasses.field(metadata={"static": True})
 
     def init(self, batch: int, capacity: int) -> tuple[LayerState, UInt32[Array, "B P R C"]]:
         """An empty state and pool."""
-        one = ModelForm(layers=(self.form,), columns=self.columns)
-        (state,), words = init(one, batch=batch, capacity=capacity)
+        one = ModelForm(layers=(self.form,), pool_of=(0,), windows=(None,), columns=(self.columns,))
+        (state,), (words,) = init(one, batch=batch, capacity=capacity)
         return state, words
 
 
 def fresh(layers: Sequence[KVLayer | None]) -> list[Fresh] | None:
     """All layers so, or None as of `forms`."""
     form = forms(layers)
-    return form and [Fresh(form=one, columns=form.columns) for one in form.layers]
+    return form and [
+        Fresh(form=one, columns=form.columns[pool])
+        for one, pool in zip(form.layers, form.pool_of, strict=True)
+    ]
 
 
-def nbytes(states: Sequence[LayerState], words: UInt32[Array, "B P R C"]) -> int:
+def nbytes(states: Sequence[LayerState], pools: Pools) -> int:
     """Bytes of all live token buffers."""
-    return words.nbytes + sum(state.nbytes for state in states)
+    return sum(words.nbytes for words in pools) + sum(state.nbytes for state in states)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,7 @@ class PagedCache:
     groups: tuple[GroupBuffers, ...]
     overflow: Any  # int32 [rows]
     page: int = dataclasses.field(metadata={"static": True})
+    pool: int = dataclasses.field(default=0, metadata={"static": True})  # which of the pager's
 
     @property
     def nbytes(self) -> int:
@@ -66,11 +67,16 @@ class PagedCache:
 class Where:
     """A `turboq.cache.pager.Step` on the device: where B sequences write and read."""
 
-    table: Any  # int32 [B, P]
+    tables: tuple[Any, ...]  # int32 [B, P], of each pool
     rows: Any  # int32 [B]
     starts: Any  # int32 [B]
     counts: Any  # int32 [B]
     room: Any  # int32 [B], slots of the sequence's pages
+
+    @property
+    def table(self) -> Any:
+        """Of the first pool."""
+        return self.tables[0]
 
 
 @jax.tree_util.register_dataclass
@@ -86,9 +92,16 @@ class PagedView:
     lengths: Any  # int32 [B]
     page: int = dataclasses.field(metadata={"static": True})
 
+    @property
+    def first(self) -> int:
+        """Position of slot 0: a page table counts from the first token, whatever was given up."""
+        return 0
 
-def init(layer: KVLayer, *, pages: int, rows: int, page: int = packing.PAGE) -> PagedCache:
-    """Empty buffers for `pages` pages and `rows` sequences.
+
+def init(
+    layer: KVLayer, *, pages: int, rows: int, page: int = packing.PAGE, pool: int = 0
+) -> PagedCache:
+    """Empty buffers for `pages` pages and `rows` sequences; `pool` of the pager's has them.
 
     Raises:
       ValueError: a count that is not positive, an unknown page size, or one that a codec's blocks
@@ -134,21 +147,24 @@ def init(layer: KVLayer, *, pages: int, rows: int, page: int = packing.PAGE) -> 
         ),
         overflow=jnp.zeros((rows,), jnp.int32),
         page=page,
+        pool=pool,
     )
 
 
 def locate(step: Step) -> Where:
     """The step's arrays on the device."""
-    arrays = (step.table, step.rows, step.starts, step.counts, step.room)
-    table, rows, starts, counts, room = (jnp.asarray(x, jnp.int32) for x in arrays)
-    return Where(table=table, rows=rows, starts=starts, counts=counts, room=room)
+    arrays = (step.rows, step.starts, step.counts, step.room)
+    rows, starts, counts, room = (jnp.asarray(x, jnp.int32) for x in arrays)
+    tables = tuple(jnp.asarray(table, jnp.int32) for table in step.tables)
+    return Where(tables=tables, rows=rows, starts=starts, counts=counts, room=room)
 
 
 def copy(cache: PagedCache, step: Step) -> PagedCache:
     """The copies that a step owes (copy-on-write pages, rows of forks); often none."""
-    if not len(step.pages_copied) and not len(step.rows_copied):
+    copies = step.copies[cache.pool]
+    if not len(copies) and not len(step.rows_copied):
         return cache
-    return _copy(cache, *_padded(step.pages_copied), *_padded(step.rows_copied))
+    return _copy(cache, *_padded(copies), *_padded(step.rows_copied))
 
 
 @jax.jit
@@ -170,7 +186,7 @@ def _copy(cache: PagedCache, page_from, page_to, row_from, row_to) -> PagedCache
         )
         for g in cache.groups
     )
-    return PagedCache(groups=groups, overflow=rows(cache.overflow), page=cache.page)
+    return dataclasses.replace(cache, groups=groups, overflow=rows(cache.overflow))
 
 
 def _padded(copies: np.ndarray) -> tuple[Array, Array]:
@@ -234,7 +250,7 @@ def _write(layer: KVLayer, cache: PagedCache, where: Where, k, v, store: PoolSto
     positions = starts[:, None] + steps
     fitting, lost = overflow.split(starts, where.counts, where.room)
     valid = steps < fitting[:, None]
-    into_pages = functools.partial(store or _store, cache.page, where.table)
+    into_pages = functools.partial(store or _store, cache.page, where.tables[cache.pool])
     old = _exact_of(cache, where.rows)
     new = tuple(
         caches.write_group(layer, g, buffers, k, v, starts, positions, valid, fitting, into_pages)
@@ -255,15 +271,16 @@ def _write(layer: KVLayer, cache: PagedCache, where: Where, k, v, store: PoolSto
     # A row begins anew with its sequence.
     before = jnp.where(starts > 0, cache.overflow[where.rows], 0)
     counted = cache.overflow.at[where.rows].set(before + lost)
-    return PagedCache(groups=groups, overflow=counted, page=cache.page), tail
+    return dataclasses.replace(cache, groups=groups, overflow=counted), tail
 
 
 def view(cache: PagedCache, where: Where, *, before: bool = False) -> PagedView:
     """The sequences of `where` after its tokens were written, or as they were `before`."""
     lengths = jnp.minimum(where.starts if before else where.starts + where.counts, where.room)
     return PagedView(
-        groups=_exact_of(cache, where.rows), table=where.table, lengths=lengths, page=cache.page
-    )
+        groups=_exact_of(cache, where.rows), table=where.tables[cache.pool], lengths=lengths,
+        page=cache.page,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,24 +301,35 @@ class Residency:
     fragmentation: float
 
 
-def residency(cache_list: list[PagedCache], report: PoolReport) -> Residency:
-    """What a pool's pages and rows cost, from the live buffers of all layers and `Pager.report`."""
-    pooled = [x for c in cache_list for g in c.groups for x in jax.tree.leaves((g.k, g.v))]
+def residency(cache_list: list[PagedCache], reports: Sequence[PoolReport]) -> Residency:
+    """What pages and rows cost: live buffers of all layers, and `Pager.report` of each pool.
+
+    Fragmentation is that of the bytes of active pages.
+    """
+    pools, empty = [0] * len(reports), 0.0
+    for c in cache_list:
+        pools[c.pool] += sum(x.nbytes for g in c.groups for x in jax.tree.leaves((g.k, g.v)))
     exact = [
         x for c in cache_list for g in c.groups
         for x in (g.k_sinks, g.v_sinks, g.k_recent, g.v_recent)
     ]  # fmt: skip
-    pool, rows = sum(x.nbytes for x in pooled), sum(x.nbytes for x in exact)
-    per_page = pool // report.pages
+    rows = sum(x.nbytes for x in exact)
     per_row = rows // exact[0].shape[0] if exact else 0
+    active = shared = saved = 0
+    for nbytes, report in zip(pools, reports, strict=True):
+        per_page = nbytes // report.pages
+        active += report.active * per_page
+        shared += report.shared * per_page
+        saved += report.saved * per_page
+        empty += report.fragmentation * report.active * per_page
     return Residency(
-        reserved=pool + rows,
-        active=report.active * per_page,
-        shared=report.shared * per_page,
-        saved=report.saved * per_page,
-        exact=report.sequences * per_row,
+        reserved=sum(pools) + rows,
+        active=active,
+        shared=shared,
+        saved=saved,
+        exact=reports[0].sequences * per_row,
         exact_reserved=rows,
-        fragmentation=report.fragmentation,
+        fragmentation=empty / active if active else 0.0,
     )
 
 

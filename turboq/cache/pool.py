@@ -1,5 +1,8 @@
 """All layers of a model over one pool of pages: sequences that come, grow, fork and go.
 
+Layers with a sliding window share a pool of their own (one per window), whose pages go back when no
+query reaches them.
+
 pool = Pool(layers, pages=1024, rows=64, per_sequence=32, page=256)
 a = pool.pager.create()
 where = pool.step([a], [512])                         # the prompt's pages
@@ -18,6 +21,7 @@ import jax
 from jaxtyping import Array, Float
 
 from turboq.cache import paged as paged_cache
+from turboq.cache import windows as windows_
 from turboq.cache.contiguous import Tail
 from turboq.cache.layer import KVLayer
 from turboq.cache.paged import PagedCache, PagedView, Residency, Where
@@ -31,7 +35,12 @@ _write = functools.partial(jax.jit, donate_argnums=1)(paged_cache.write)
 class Pool:
     """A pager and the paged caches of all layers, which share page and row numbers.
 
-    Args: those of `turboq.cache.pager.Pager`, and one `KVLayer` per layer.
+    Args: those of `turboq.cache.pager.Pager`, and one `KVLayer` per layer. `pages` are those of the
+      layers without a window; a window has as many at most, else
+
+        rows * (pages of one sequence that decodes) + per_sequence,
+
+      so that all rows decode while a prompt of any length comes in one step.
 
     Raises:
       ValueError: no layer, or a page size that does not suit one.
@@ -50,8 +59,16 @@ class Pool:
         if not layers:
             raise ValueError(f"{len(layers)=} must be at least 1")
         self.layers = list(layers)
+        windows = list(dict.fromkeys(layer.window for layer in layers))
+
+        def count(window: int | None) -> int:
+            one = windows_.pages_held(window, per_sequence * page, page=page)
+            return pages if window is None else min(pages, rows * one + per_sequence)
+
+        counts = [count(window) for window in windows]
         self.pager = Pager(
-            pages=pages,
+            pages=counts,
+            windows=windows,
             rows=rows,
             per_sequence=per_sequence,
             page=page,
@@ -59,7 +76,9 @@ class Pool:
             evict=evict,
         )
         self.caches: list[PagedCache] = [
-            paged_cache.init(layer, pages=pages, rows=rows, page=page) for layer in layers
+            paged_cache.init(layer, pages=counts[pool], rows=rows, page=page, pool=pool)
+            for layer in layers
+            for pool in [windows.index(layer.window)]
         ]
 
     def step(self, names: Sequence[int], counts: Sequence[int]) -> Where:
@@ -85,4 +104,5 @@ class Pool:
 
     def residency(self) -> Residency:
         """Bytes of all layers: reserved, active, shared, exact tokens, fragmentation."""
-        return paged_cache.residency(self.caches, self.pager.report())
+        pools = range(len(self.pager.pools))
+        return paged_cache.residency(self.caches, [self.pager.report(i) for i in pools])

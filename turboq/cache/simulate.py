@@ -82,6 +82,7 @@ def simulated_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """Causal attention of a whole window at positions 0..T-1 through a quantized cache.
 
@@ -89,7 +90,7 @@ def simulated_attention(
     """
     return attend_to(
         layer.policy, layer.block, q, (k, v), simulate(layer, k, v),
-        scale=scale, window=window, softcap=softcap,
+        scale=scale, window=window, softcap=softcap, sink_logits=sink_logits,
     )  # fmt: skip
 
 
@@ -104,6 +105,7 @@ def attend_to(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """`simulated_attention` from what `simulate` returned: one program for codecs of all kinds."""
     (k, v), (k_hat, v_hat) = exact, stored
@@ -126,7 +128,9 @@ def attend_to(
             (k_hat, v_hat, lambda at: seen(at) & packed(at)),
             (round_exact(policy, k), round_exact(policy, v), lambda at: seen(at) & ~packed(at)),
         ]
-    return attention_over_segments(q, segments, scale=scale, softcap=softcap)
+    return attention_over_segments(
+        q, segments, scale=scale, softcap=softcap, sink_logits=sink_logits
+    )
 
 
 def take_heads(x: Float[Array, "B T K D"], heads: tuple[int, ...]) -> Float[Array, "B T N D"]:

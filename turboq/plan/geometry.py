@@ -156,3 +156,12 @@ class ModelGeometry:
     def cache_layers(self) -> tuple[LayerGeometry, ...]:
         """Layers that own a cache: exactly those a plan lists."""
         return tuple(layer for layer in self.layers if layer.owns_cache)
+
+    def kept_window(self, index: int) -> int | None:
+        """Tokens that the cache of layer `index` must keep: the widest window of its readers.
+
+        None: all, one of them sees every token.
+        """
+        readers = [x for x in self.layers if index in (x.index, x.borrows_cache_of)]
+        found = [x.window for x in readers if x.window is not None]
+        return max(found) if len(found) == len(readers) else None

@@ -216,11 +216,12 @@ class Plan:
             )
             for heads in _groups(k, v)
         )
+        window = self.model.kept_window(index)
         if plan.k.rope == "after":
-            return KVLayer(groups=groups, policy=self.tokens)
+            return KVLayer(groups=groups, policy=self.tokens, window=window)
         return KVLayer(
             groups=groups, policy=self.tokens, rope=self.model.layers[index].rope,
-            rope_block=rope_block(plan.k.rope),
+            rope_block=rope_block(plan.k.rope), window=window,
         )  # fmt: skip
 
     def kv_layers(self, arrays: Mapping[str, Any]) -> tuple[KVLayer, ...]:
@@ -237,7 +238,8 @@ class Plan:
                 HeadGroup(heads=heads, k=k[heads[0]], v=v[heads[0]], k_arrays={}, v_arrays={})
                 for heads in _groups(k, v)
             )
-            out.append(KVLayer(groups=groups, policy=self.tokens))
+            window = self.model.kept_window(layer.index)
+            out.append(KVLayer(groups=groups, policy=self.tokens, window=window))
         return tuple(out)
 
     @property

@@ -73,7 +73,7 @@ class Budget:
         """
         self.check(memory)
         page = self.cache.page_tokens
-        pages = _largest(lambda n: self.needed(n * page) <= memory)
+        pages = largest(lambda n: self.needed(n * page) <= memory)
         return None if pages is None else pages * page
 
     def max_sessions(self, memory: int, context: int) -> int | None:
@@ -83,7 +83,7 @@ class Budget:
           TurboqError: weights and working memory alone do not fit.
         """
         self.check(memory)
-        return _largest(lambda n: self.needed(context, n) <= memory)
+        return largest(lambda n: self.needed(context, n) <= memory)
 
     def check(self, memory: int) -> None:
         """Raises TurboqError unless weights and working memory leave room."""
@@ -120,7 +120,7 @@ def card_table(budget: Budget, context: int, cards: tuple[int | float, ...] = CA
     return rows
 
 
-def _largest(fits: Callable[[int], bool]) -> int | None:
+def largest(fits: Callable[[int], bool]) -> int | None:
     """The largest n >= 0 that fits, 0 if 1 does not, None if `UNLIMITED` does."""
     if not fits(1):
         return 0

@@ -4,10 +4,10 @@
 
     bytes = sum over layers of bits_per_token * min(context, window + slack) / 8
 
-exact for any context and page. `Ours` is what `cache.contiguous` holds:
-whole pages of 256 tokens, exact sinks and recent window besides, every token of a sliding-window
-layer. `Formula` at `page_tokens=256` and `Ours` agree where there are no exact tokens and no
-windows; `differences` says what the rest is made of.
+exact for any context and page. `Ours` is what `cache.contiguous` holds: whole pages of 256 tokens
+(of a sliding window its own and one more), exact sinks and recent window besides. `Formula` at
+`page_tokens=256` and `Ours` agree where there are no exact tokens and no windows; `differences`
+says what the rest is made of.
 """
 
 from __future__ import annotations
@@ -109,26 +109,43 @@ class Formula:
 class Ours:
     """What `cache.contiguous` allocates for a plan's layers, from `cache.accounting`."""
 
-    page_bytes: int
+    page_bytes: int  # of the layers without a window
     exact_bytes: int  # sinks and recent window of one sequence
     fixed_bytes: int  # fitted arrays and static tables
     page_tokens: int = OUR_PAGE
+    windowed: tuple[tuple[int, int], ...] = ()  # (window, bytes of a page of its layers)
 
     @classmethod
     def of(cls, layers: Sequence[KVLayer]) -> Ours:
         from turboq.cache import accounting
 
         at = accounting.residency(layers, context=OUR_PAGE)
+        pages: dict[int | None, int] = {None: 0}
+        for layer in layers:
+            pages.setdefault(layer.window, 0)
+            pages[layer.window] += OUR_PAGE * layer.bits_per_token // 8
         return cls(
-            page_bytes=at.quantized + at.padding,
+            page_bytes=pages.pop(None),
             exact_bytes=at.sinks + at.recent,
             fixed_bytes=at.arrays + at.tables,
+            windowed=tuple((window, n) for window, n in pages.items() if window is not None),
         )
 
     def kv_bytes(self, context: int, batch: int = 1, prefix: int = 0) -> int:
-        shared = 0 if batch == 1 else min(prefix, context) // OUR_PAGE
-        pages = shared + batch * (-(-context // OUR_PAGE) - shared)
-        return pages * self.page_bytes + batch * self.exact_bytes
+        total = batch * self.exact_bytes
+        for window, nbytes in ((None, self.page_bytes), *self.windowed):
+            pages, held = _pages(None, context), _pages(window, context)
+            # Of the shared prefix only whole pages are shared, and only what is still held.
+            whole = 0 if batch == 1 else min(prefix, context) // OUR_PAGE
+            shared = max(0, whole - (pages - held))
+            total += (shared + batch * (held - shared)) * nbytes
+        return total
+
+
+def _pages(window: int | None, tokens: int) -> int:
+    """`turboq.cache.windows.pages_held`, which would import jax; a test holds them together."""
+    pages = -(-tokens // OUR_PAGE)
+    return pages if window is None else min(pages, -(-(window - 1) // OUR_PAGE) + 1)
 
 
 def formula(
@@ -205,11 +222,9 @@ def baseline(layers: Iterable[CacheLayer], context: int) -> int:
 
 def differences(engine: Formula, ours: Ours, *, context: int, batch: int = 1) -> dict[str, int]:
     """Why `ours` is larger than `engine` at page 1: bytes by reason, summing to the difference."""
-    exact = dataclasses.replace(engine, page_tokens=1, window_slack=0)
-    every = batch * context * engine.bits_per_token // 8
-    pages = batch * -(-context // OUR_PAGE) * ours.page_bytes
+    neutral = dataclasses.replace(engine, page_tokens=1, window_slack=0).kv_bytes(context, batch)
+    exact = batch * ours.exact_bytes
     return {
-        "rest of the last page of 256 tokens": pages - every,
-        "exact sinks and recent window": batch * ours.exact_bytes,
-        "tokens outside sliding windows": every - exact.kv_bytes(context, batch),
+        "rest of pages of 256 tokens": ours.kv_bytes(context, batch) - exact - neutral,
+        "exact sinks and recent window": exact,
     }

@@ -187,13 +187,15 @@ def kv_layers(
             "not store: leave out --view=ours, --sinks and --recent"
         )
     policy = policy or TokenPolicy()
-    made: dict[tuple[int, int, int], KVLayer] = {}
+    made: dict[tuple[int, int, int, int | None], KVLayer] = {}
     for layer in geometry.layers:
-        shape = (layer.kv_heads, layer.k_dim, layer.v_dim)
+        shape = (layer.kv_heads, layer.k_dim, layer.v_dim, layer.window)
         if layer.stores and shape not in made:
             k, v = at("k", layer.k_dim), at("v", layer.v_dim)
-            made[shape] = uniform_layer(kv_heads=layer.kv_heads, k=k, v=v, policy=policy)
-    return tuple(made[x.kv_heads, x.k_dim, x.v_dim] for x in geometry.layers if x.stores)
+            made[shape] = uniform_layer(
+                kv_heads=layer.kv_heads, k=k, v=v, policy=policy, window=layer.window
+            )
+    return tuple(made[x.kv_heads, x.k_dim, x.v_dim, x.window] for x in geometry.layers if x.stores)
 
 
 def _twin(name: str, dim: int) -> Codec:

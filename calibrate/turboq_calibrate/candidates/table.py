@@ -136,13 +136,15 @@ class Maker:
 class Table:
     """Candidates of all units: `options[layer, side][c]` is labelled `labels[c]`.
 
-    `source` identifies what they are fitted to (a hash), `k_rope` says where keys stand.
+    `source` identifies what they are fitted to (a hash), `k_rope` says where keys stand, `windows`
+    how many tokens the caches of some layers keep (`ModelGeometry.kept_window`; others: all).
     """
 
     labels: tuple[str, ...]
     options: dict[tuple[int, Side], tuple[Option, ...]]
     source: str = ""
     k_rope: RopeForm = "after"
+    windows: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not self.labels or len(set(self.labels)) != len(self.labels):
@@ -300,4 +302,6 @@ def build_table(
                 seen = None if observed is None else observed(layer.index, side)
                 options[layer.index, side] = tuple(m.make(layer, side, seen) for m in makers)
                 bar.advance(1)
-    return Table(tuple(m.label for m in makers), options, source, k_rope)
+    kept = {layer.index: geometry.kept_window(layer.index) for layer in layers}
+    windows = {index: window for index, window in kept.items() if window is not None}
+    return Table(tuple(m.label for m in makers), options, source, k_rope, windows)

@@ -5,14 +5,15 @@
     131072@4GiB      everything in memory for one sequence of 131072 tokens
     131072x8@40GiB   the same for eight sequences
 
-The last two count what `cache.accounting.residency` counts: whole pages, exact sinks and recent
-tokens, fitted arrays, static tables.
+The last two count what `cache.accounting.residency` counts: whole pages (of a sliding window those
+that it needs), exact sinks and recent tokens, fitted arrays, static tables.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 
 import numpy as np
@@ -20,7 +21,9 @@ from jaxtyping import Int
 
 from turboq.cache import accounting
 from turboq.cache.layer import EXACT_DTYPES, TokenPolicy
+from turboq.cache.windows import pages_held
 from turboq.errors import TurboqError
+from turboq.numbers.packing import PAGE
 from turboq_calibrate.choose.solver.problem import Problem
 
 _UNITS = {"b": 1}
@@ -82,12 +85,22 @@ class Budget:
             raise ValueError(f"budget {self.text!r} is not per token")
         return int(self.nbytes * 8)
 
-    def bits_near(self, channels: int) -> int:
-        """The same, also at a context, where exact tokens and arrays are not taken off."""
+    def bits_near(self, channels: Mapping[int | None, int]) -> int:
+        """The same, also at a context, where exact tokens and arrays are not taken off.
+
+        `channels` of the layers of every window. At a context it is bits of a token that all keep.
+        """
+        total = sum(channels.values())
         if self.context is None:
-            return self.bits(channels)
-        tokens = self.batch * accounting.capacity(self.context)
-        return int((self.nbytes or 0) * 8 / tokens)
+            return self.bits(total)
+        numbers = sum(_tokens(self, window) * n for window, n in channels.items())
+        return int((self.nbytes or 0) * 8 * total / numbers)
+
+
+def _tokens(budget: Budget, window: int | None) -> int:
+    """Token slots of all sequences at the budget's context."""
+    assert budget.context is not None
+    return budget.batch * pages_held(window, accounting.capacity(budget.context)) * PAGE
 
 
 def _nbytes(number: str, unit: str) -> Fraction:
@@ -111,7 +124,7 @@ class Memory:
             for codec in row:
                 if codec.block != 1:
                     raise TurboqError(f"codec {codec.name} stores blocks: name a budget per token")
-        tokens = budget.batch * accounting.capacity(budget.context)
+        tokens = np.array([_tokens(budget, window) for window in problem.windows], np.int64)
         arrays = [
             [4 * sum(map(_count, codec.array_shapes.values())) for codec in row]
             for row in problem.codecs
@@ -119,7 +132,7 @@ class Memory:
         exact = {name: 4 if name == "float32" else 2 for name in EXACT_DTYPES}[policy.exact_dtype]
         kept = budget.batch * (policy.sinks + policy.recent) * exact * problem.channels
         # Capacity is whole pages of 256 tokens, so bits of a token times it are whole bytes.
-        return cls(problem.sizes * (tokens // 8) + np.array(arrays, np.int64), kept)
+        return cls(problem.sizes * (tokens // 8)[:, None] + np.array(arrays, np.int64), kept)
 
     @staticmethod
     def tables(problem: Problem, chosen: Int[np.ndarray, "U"]) -> int:

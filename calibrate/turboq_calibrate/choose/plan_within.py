@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,10 @@ def menu(
       TurboqError: statistics of another model, or without what a candidate needs.
     """
     check_statistics(statistics, geometry)
-    channels = sum(x.kv_heads * (x.k_dim + x.v_dim) for x in geometry.cache_layers)
-    bits = wanted.budget.bits_near(channels) / channels
+    channels = Counter()
+    for x in geometry.cache_layers:
+        channels[geometry.kept_window(x.index)] += x.kv_heads * (x.k_dim + x.v_dim)
+    bits = wanted.budget.bits_near(channels) / channels.total()
     constraints = _own_rules(wanted)
     policy, k_rope, notes, makers = wanted.policy, wanted.k_rope, (), None
     if wanted.engine is not None:

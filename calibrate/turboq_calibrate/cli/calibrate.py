@@ -40,6 +40,11 @@ def define(values: flags.FlagValues) -> None:
     )  # fmt: skip
     flags.DEFINE_integer("processes", None, "Number of processes.", flag_values=values)
     flags.DEFINE_integer("process", None, "Number of this process.", flag_values=values)
+    flags.DEFINE_string(
+        "captured", None, "Folder for what transformers captures of a model of any family, in an "
+        "environment with torch: without a capture in it, writes the request and says what to run "
+        "there; with one, writes the statistics.", flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_boolean("dry_run", False, "Only say what it would take.", flag_values=values)
 
 
@@ -49,6 +54,9 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq_calibrate.observe.observe import observe
     from turboq_calibrate.observe.recipe import Shard
 
+    if values.captured is not None:
+        captured(values)
+        return
     if values.coordinator is not None:
         join(values)
     shard = None if values.shard is None else Shard.parse(values.shard)
@@ -68,6 +76,31 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         model, windows, values.out, recipe, shard=shard, mesh=mesh,
         checkpoint_every=values.checkpoint_every,
     )  # fmt: skip
+
+
+def captured(values: flags.FlagValues) -> None:
+    """--captured: the request, or the statistics of what was captured."""
+    from turboq_calibrate.observe.captured import (
+        PROGRAM,
+        is_captured,
+        observe_captured,
+        request,
+        source_of,
+    )
+
+    for name in ("shard", "mesh", "coordinator", "dry_run"):
+        if values[name].value:
+            raise TurboqError(f"--captured takes no --{name}: transformers runs the model")
+    source, recipe = source_of(values.model), common.recipe_of(values)
+    windows = common.captured_windows(values, source)
+    if is_captured(values.captured):
+        observe_captured(values.captured, source, windows, values.out, recipe)
+        return
+    request(values.captured, windows, recipe)
+    print(
+        f"run this where torch and transformers are, then the same command again:\n"
+        f"  python {PROGRAM} --model={values.model} --folder={values.captured}"
+    )
 
 
 def join(values: flags.FlagValues) -> None:

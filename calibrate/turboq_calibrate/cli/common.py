@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from turboq.cache.layer import TokenPolicy
     from turboq.codecs import Codec
     from turboq_calibrate.models import Model, Tokenizer
+    from turboq_calibrate.observe.captured import Source
     from turboq_calibrate.observe.recipe import ObserveRecipe
     from turboq_calibrate.observe.texts import Windows
 
@@ -301,6 +302,33 @@ def observed_windows(values: flags.FlagValues, model: Model, *, written: bool = 
         values, model.tokenizer, sources, model=model, folder=values.out,
         check=values.check_windows, check_length=length,
     )  # fmt: skip
+
+
+def captured_windows(values: flags.FlagValues, source: Source) -> Windows:
+    """The same of a model that turboq itself does not run, and which writes no text.
+
+    Raises:
+      TurboqError: text of the model's own is asked for, or sizes that do not fit.
+    """
+    from turboq_calibrate.observe.texts import CALIBRATION_OF_LARGE, kind_of, long_check
+
+    length, context = values.window_length, source.context
+    check = long_check(context, length) if values.check_length is None else values.check_length
+    for name, tokens in (("window_length", length), ("check_length", check)):
+        if tokens > context:
+            raise TurboqError(f"--{name}={tokens} exceeds the model's context of {context}")
+    sources = sources_of(values.text or []) or list(CALIBRATION_OF_LARGE)
+    own = [name for name in sources if kind_of(name) == "self"]
+    if own:
+        raise TurboqError(f"--captured: the model writes no text: another than {', '.join(own)}")
+    windows = windows_of(
+        values, source.tokenizer, sources, check=values.check_windows, check_length=check
+    )
+    if int(windows.tokens.max()) >= source.vocab:
+        raise TurboqError(
+            f"token {int(windows.tokens.max())} is outside the model's vocabulary of {source.vocab}"
+        )
+    return windows
 
 
 def recipe_of(values: flags.FlagValues) -> ObserveRecipe:

@@ -6,9 +6,9 @@ than the decoder runs), or a --plan. The cache is --codec: an engine's format (f
 fp8, ...; --k_codec and --v_codec for each side) or a turboq codec.
 
 Two views are kept apart. 'engine' is stored bits, block scales included, times the tokens that
-each layer keeps. 'ours' is what turboq's own cache holds: whole pages of 256 tokens, exact sinks
-and recent window, every token of sliding layers, arrays and tables; the output says what makes
-the difference. A plan, --sinks or --recent is counted as 'ours', all else as 'engine'.
+each layer keeps. 'ours' is what turboq's own cache holds: whole pages of 256 tokens (of a sliding
+window its own and one more), exact sinks and recent window, arrays and tables; the output says
+what makes the difference. A plan, --sinks or --recent is counted as 'ours', all else as 'engine'.
 
 Sizes are GiB (2^30 bytes). Where published numbers differ they leave out block scales (q8_0 is 8.5
 bits per number, q4_0 4.5), call GiB GB, or count query heads or layers that keep no cache.

@@ -34,6 +34,7 @@ from turboq_calibrate.models.decoder import (
     run_head,
     run_layer,
     run_project,
+    sinks_of,
 )
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 
@@ -69,6 +70,7 @@ def mixed_attention(
     q: Float[Array, "B T H D"],
     near: tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]],
     far: tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]],
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """Causal attention that sees `near` (keys, values) for exact tokens and `far` for the others.
 
@@ -92,7 +94,9 @@ def mixed_attention(
             (*far, lambda at: seen(at) & packed(at)),
             (*near, lambda at: seen(at) & ~packed(at)),
         ]
-    return attention_over_segments(q, segments, scale=spec.scale, softcap=spec.softcap)
+    return attention_over_segments(
+        q, segments, scale=spec.scale, softcap=spec.softcap, sink_logits=sinks
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "policy"))
@@ -113,7 +117,8 @@ def finish(
         return jnp.where(mask, round_exact(policy, clean[side]), clean[side])
 
     near = (rounded("k"), rounded("v"))
-    out = mixed_attention(spec, policy, q, near, (hat["k"], hat["v"]))
+    sinks = sinks_of(spec, params)
+    out = mixed_attention(spec, policy, q, near, (hat["k"], hat["v"]), *sinks)
     return join_attention(spec, params, x, out)
 
 
@@ -221,8 +226,9 @@ class Engine:
                 new = _repeat(quantized(self.table.options[i, side][c], y), rows)
                 hat[side] = _take(jnp.asarray(choice == c), new, hat[side])
         errors = {side: hat[side] - clean[side] for side in SIDES} if keep else {}
-        x = finish(spec, self.policy, params, _repeat(x, rows), _repeat(q, rows), clean, hat, used)
-        return run_feed_forward(spec, params, x), errors
+        x = _repeat(x, rows)
+        y = finish(spec, self.policy, params, x, _repeat(q, rows), clean, hat, used)
+        return run_feed_forward(spec, params, y, x), errors
 
     def positions(self, rows: int) -> Int[Array, "B T"]:
         return default_positions(jnp.zeros((rows, self.tokens.shape[1]), jnp.int32))

@@ -61,14 +61,15 @@ def simulated_attend(
     v: Float[Array, "B T K E"],
     positions: Int[Array, "B T"],
     state: Any,
+    sinks: Float[Array, "H"] | None = None,
 ) -> tuple[Float[Array, "B T H E"], Any]:
     """Plug: quantize and dequantize K and V. In: a `KVLayer` (None: exact), out: `head_errors`."""
     if state is None:
-        return exact_attend(spec, q, k, v, positions, None)
+        return exact_attend(spec, q, k, v, positions, None, sinks)
     stored = simulate(state, k, v)
     out = attend_to(
         state.policy, state.block, q, (k, v), stored,
-        scale=spec.scale, window=spec.window, softcap=spec.softcap,
+        scale=spec.scale, window=spec.window, softcap=spec.softcap, sink_logits=sinks,
     )  # fmt: skip
     return out, head_errors(q, (k, v), stored, state.policy.sinks, spec.scale)
 
@@ -80,9 +81,10 @@ def packed_attend(
     v: Float[Array, "B T K E"],
     positions: Int[Array, "B T"],
     state: Any,
+    sinks: Float[Array, "H"] | None = None,
 ) -> tuple[Float[Array, "B T H E"], Any]:
     """Like `simulated_attend`, but through a fresh packed cache: one prefill of T tokens."""
-    return packed_by(None)(spec, q, k, v, positions, state)
+    return packed_by(None)(spec, q, k, v, positions, state, sinks)
 
 
 @functools.cache
@@ -91,17 +93,18 @@ def packed_by(implementation: str | None) -> Callable[..., tuple[Array, Any]]:
     attend = cached_by(implementation)
 
     @functools.partial(jax.jit, static_argnames=("spec",))
-    def plug(spec: LayerSpec, q, k, v, positions, state):
+    def plug(spec: LayerSpec, q, k, v, positions, state, sinks=None):
         if state is None:
-            return exact_attend(spec, q, k, v, positions, None)
+            return exact_attend(spec, q, k, v, positions, None, sinks)
         if isinstance(state, model_cache.Fresh):
             layer = state.form.layer
             part, words = state.init(k.shape[0], k.shape[1])
-            out, _ = pool_by(None)(spec, q, k, v, positions, Pooled(layer=part, words=words))
+            pooled = Pooled(layer=part, words=words)
+            out, _ = pool_by(None)(spec, q, k, v, positions, pooled, sinks)
         else:
             layer = state
             empty = caches.init(layer, batch=k.shape[0], capacity=k.shape[1])
-            out, _ = attend(spec, q, k, v, positions, Cached(layer=layer, cache=empty))
+            out, _ = attend(spec, q, k, v, positions, Cached(layer=layer, cache=empty), sinks)
         stored = simulate(layer, k, v)
         return out, head_errors(q, (k, v), stored, layer.policy.sinks, spec.scale)
 
@@ -121,12 +124,12 @@ def pool_by(implementation: str | None) -> Callable[..., tuple[Array, Pooled]]:
         raise TurboqError(f"{implementation=} must be None or one of {columns.IMPLEMENTATIONS}")
     interpret = jax.default_backend() not in KERNELS[implementation or "xla"]
 
-    def plug(spec: LayerSpec, q, k, v, positions, state: Pooled):
+    def plug(spec: LayerSpec, q, k, v, positions, state: Pooled, sinks=None):
         layer, words, tail = model_cache.write(state.layer, state.words, k, v)
         single = q.shape[1] == 1
         out = columns.attend(
             q, layer, words, tail, state.matrices, q_positions=positions,
-            scale=spec.scale, window=spec.window, softcap=spec.softcap,
+            scale=spec.scale, window=spec.window, softcap=spec.softcap, sink_logits=sinks,
             implementation=implementation if single else "xla", interpret=interpret and single,
         )  # fmt: skip
         return out, dataclasses.replace(state, layer=layer, words=words)
@@ -141,9 +144,10 @@ def cache_attend(
     v: Float[Array, "B T K E"],
     positions: Int[Array, "B T"],
     state: Cached,
+    sinks: Float[Array, "H"] | None = None,
 ) -> tuple[Float[Array, "B T H E"], Cached]:
     """Plug: append K and V to the packed cache, then attend to all it holds (prefill or a step)."""
-    return cached_by(None)(spec, q, k, v, positions, state)
+    return cached_by(None)(spec, q, k, v, positions, state, sinks)
 
 
 @functools.cache
@@ -165,15 +169,15 @@ def cached_by(implementation: str | None) -> Callable[..., tuple[Array, Cached]]
             return {"implementation": implementation, "interpret": interpret}
         return {"implementation": "xla"}
 
-    def plug(spec: LayerSpec, q, k, v, positions, state: Cached):
+    def plug(spec: LayerSpec, q, k, v, positions, state: Cached, sinks=None):
         cache, tail = encode(state.layer, state.cache, k, v, **writer(state.layer))
         assert isinstance(cache, caches.LayerCache)  # as it came
         out = cache_attention(
             q, state.layer, cache, tail, q_positions=positions,
-            scale=spec.scale, window=spec.window, softcap=spec.softcap,
+            scale=spec.scale, window=spec.window, softcap=spec.softcap, sink_logits=sinks,
             implementation=implementation, interpret=interpret,
         )  # fmt: skip
-        return out, Cached(layer=state.layer, cache=cache)
+        return out, Cached(layer=state.layer, cache=caches.settled(state.layer, cache))
 
     return plug
 

@@ -81,9 +81,10 @@ def _look(
     v: Float[Array, "B T K E"],
     positions: Int[Array, "B T"],
     state: Any,
+    sinks: Float[Array, "H"] | None = None,
 ) -> tuple[Float[Array, "B T H E"], Any]:
     """Plug: as `simulated_attend`. Out: which vectors are stored broken, and norms, [B, T, K]."""
-    out, _ = simulated_attend(spec, q, k, v, positions, state)
+    out, _ = simulated_attend(spec, q, k, v, positions, state, sinks)
     if state is None:
         return out, None
     at = jnp.arange(k.shape[1], dtype=jnp.int32)

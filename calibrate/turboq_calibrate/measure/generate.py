@@ -100,6 +100,9 @@ class _ByLayer:
             for layer in layers
         ]
 
+    def hold(self, new: int) -> None:
+        """Room for the windows of the next `new` queries: each layer's write and plug see to it."""
+
     def layer(self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array) -> Array:
         x, self.states[i] = run_layer(
             spec, params, x, positions, self.attend, self.states[i], donate=True
@@ -120,22 +123,30 @@ class _OnePool:
     def __init__(
         self, form: model_cache.ModelForm, batch: int, capacity: int, attention: str | None
     ):
-        self.attend = pool_by(attention)
-        self.states, self.words = model_cache.init(form, batch=batch, capacity=capacity)
-        kernel = attention not in (None, "xla") or jax.default_backend() == "tpu"
-        self.matrices = [columns.prepare(s, self.words) if kernel else None for s in self.states]
+        self.form, self.attend = form, pool_by(attention)
+        self.states, self.pools = model_cache.init(form, batch=batch, capacity=capacity)
+        kernel = attention not in (None, "xla") or jax.default_backend() != "cpu"
+        self.matrices = [
+            columns.prepare(state, self.pools[pool]) if kernel else None
+            for state, pool in zip(self.states, form.pool_of, strict=True)
+        ]
+
+    def hold(self, new: int) -> None:
+        self.states, self.pools = model_cache.holding(self.form, self.states, self.pools, new=new)
 
     def layer(self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array) -> Array:
-        state = Pooled(layer=self.states[i], words=self.words, matrices=self.matrices[i])
+        pool = self.form.pool_of[i]
+        state = Pooled(layer=self.states[i], words=self.pools[pool], matrices=self.matrices[i])
         x, state = run_layer(spec, params, x, positions, self.attend, state, donate=True)
-        self.states[i], self.words, self.matrices[i] = state.layer, state.words, state.matrices
+        self.states[i], self.pools[pool] = state.layer, state.words
+        self.matrices[i] = state.matrices
         return x
 
     def counters(self) -> list[Any]:
         return list(self.states)
 
     def nbytes(self) -> int:
-        return model_cache.nbytes(self.states, self.words)
+        return model_cache.nbytes(self.states, self.pools)
 
 
 def _cached(
@@ -174,8 +185,11 @@ def _step(
 ) -> Float[Array, "B V"]:
     """Writes the tokens into the cache, which is updated; returns the last one's logits."""
     x = embed_tokens(model, tokens)
+    cache.hold(tokens.shape[1])
     for i, spec in enumerate(model.spec.layers):
         x = cache.layer(i, spec, model.layer(i), x, positions)
+    if tokens.shape[1] > 1:  # what only the chunk's own queries needed is given up
+        cache.hold(1)
     return run_head(model.spec, model.head_params(), x[:, -1:])[:, 0]
 
 

@@ -18,6 +18,7 @@ from turboq_calibrate.models.config_fields import Reader
 from turboq_calibrate.models.config_nope import rotated_layers
 from turboq_calibrate.models.config_rope import Turn, read_ropes
 from turboq_calibrate.models.families import FAMILIES, UNREAD_INSIDE, WRAPPERS, Family
+from turboq_calibrate.models.primitives import SWIGLU_ALPHA, SWIGLU_LIMIT
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 
 _QUANTIZED = "quantization_config"
@@ -92,7 +93,7 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
         neutral = not value or (key in FACTORS and value == 1 and value is not True)
         if key not in reads and not neutral:
             raise TurboqError(f"{where}: {key}={quoted(value)} is not supported")
-    _check_unquantized(read)
+    _check_unquantized(read, row)
     hidden, context = read.integer("hidden_size"), read.integer("max_position_embeddings")
     ropes = read_ropes(read, _head_dim(read, row), context, row.rotation)
     return ModelSpec(
@@ -107,7 +108,7 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
         layers=_layers(read, row, ropes),
         embed_scale=hidden**0.5 if row.scaled_embedding else _factor(read, row, EMBEDDING_FACTOR),
         norm_offset=row.norm_offset,
-        logit_scale=1 / _factor(read, row, "logits_scaling"),
+        logit_scale=_factor(read, row, "logit_scale") / _factor(read, row, "logits_scaling"),
         logit_softcap=read.optional("final_logit_softcapping"),
     )
 
@@ -135,18 +136,22 @@ def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerS
         norm_eps=read.number(row.eps, 1e-6),
         norm=row.norm,
         rope=full.rope,
-        rope_magnitude=full.magnitude,
         qk_norm=row.qk_norm,
         norm_offset=row.norm_offset,
         gated=row.gated,
         pre_norms=row.pre_norms,
+        parallel=row.parallel,
         post_norms=row.post_norms,
         activation=_activation(read, row),
         residual_scale=_factor(read, row, "residual_multiplier"),
         softmax_scale=_softmax_scale(read, row),
         softcap=read.optional("attn_logit_softcapping"),
+        logit_sinks=row.logit_sinks,
         **_biases(read, row),
     )
+    windows = row.windows(read, count)
+    if row.sliding_rope_only:
+        rotated = [window is not None for window in windows]
     experts = read_experts(read, row.experts, count)
     dense = read.integer("intermediate_size") if None in experts else 0
     return tuple(
@@ -156,8 +161,9 @@ def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerS
             experts=mixture,
             window=window,
             rope=(full if window is None else sliding).rope if turns else None,
+            rope_magnitude=(full if window is None else sliding).magnitude if turns else 1.0,
         )
-        for window, mixture, turns in zip(row.windows(read, count), experts, rotated, strict=True)
+        for window, mixture, turns in zip(windows, experts, rotated, strict=True)
     )
 
 
@@ -208,6 +214,13 @@ def _softmax_scale(read: Reader, row: Family) -> float | None:
 
 
 def _activation(read: Reader, row: Family) -> Any:
+    if row.clipped:
+        for key, value in (("swiglu_alpha", SWIGLU_ALPHA), ("swiglu_limit", SWIGLU_LIMIT)):
+            if read.number(key, value) != value:
+                raise TurboqError(
+                    f"{read.where}: {key}={quoted(read.config[key])} is not supported: {value} is"
+                )
+        return "clipped_swiglu"
     act = read.config.get(row.activation, "silu")
     if not isinstance(act, str) or act not in ACTIVATIONS:
         raise TurboqError(
@@ -235,12 +248,17 @@ def _biases(read: Reader, row: Family) -> dict[str, Any]:
     }
 
 
-def _check_unquantized(read: Reader) -> None:
-    """Refuses quantized weights; what says nothing of weights, as a cache's scales, may stand."""
+def _check_unquantized(read: Reader, row: Family) -> None:
+    """Refuses quantized weights but those of the family's own published checkpoints.
+
+    What says nothing of weights, as a cache's scales, may stand.
+    """
     settings = read.config.get(_QUANTIZED)
     if not settings or keeps_weights(settings):
         return
     method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method is not None and method == row.quantized:
+        return
     raise TurboqError(
         f"{read.where}: quantization_config says that the weights are quantized (quant_method "
         f"{quoted(method)}), which is not supported: give the checkpoint that they were made from, "

@@ -18,6 +18,7 @@ class Mixture:
     width: str = "moe_intermediate_size"
     renormalised: bool | None = None  # None: as `norm_topk_prob` says
     shared: bool = False
+    bias: bool = False  # of the router and of every expert
     some_layers: bool = False  # `decoder_sparse_step` and `mlp_only_layers` leave layers dense
 
 
@@ -45,6 +46,7 @@ def read_experts(read: Reader, mixture: Mixture | None, layers: int) -> list[Exp
         intermediate=read.integer(mixture.width),
         renormalised=renormalised,
         shared=read.integer("shared_expert_intermediate_size") if mixture.shared else 0,
+        bias=mixture.bias,
     )
     if not mixture.some_layers:
         return [one] * layers

@@ -29,15 +29,7 @@ def longrope(
     Raises:
       TurboqError: a list that does not count the frequencies, a number that is not positive.
     """
-    beside, inside = read.config.get(ORIGINAL), fields.get(ORIGINAL)
-    if None not in (beside, inside) and beside != inside:
-        raise TurboqError(
-            f"{read.where}: {ORIGINAL}={quoted(beside)} but {quoted(inside)} among the rope "
-            "parameters: leave one of them out of a copy of the file"
-        )
-    original = Reader({ORIGINAL: inside if beside is None else beside}, read.where).integer(
-        ORIGINAL
-    )
+    original = original_context(read, fields)
     factor = positive(fields.get("factor") or context / original, "rope factor", read.where)
     magnitude = fields.get("attention_factor")
     if magnitude is None:
@@ -45,6 +37,18 @@ def longrope(
     magnitude = positive(magnitude, "rope attention_factor", read.where)
     _divisors(read, fields, "long_factor", rope)
     return divided(rope, _divisors(read, fields, "short_factor", rope)), magnitude, original
+
+
+def original_context(read: Reader, fields: dict[str, Any], default: int | None = None) -> int:
+    """The context that a model was trained on before it was stretched."""
+    beside, inside = read.config.get(ORIGINAL), fields.get(ORIGINAL)
+    if None not in (beside, inside) and beside != inside:
+        raise TurboqError(
+            f"{read.where}: {ORIGINAL}={quoted(beside)} but {quoted(inside)} among the rope "
+            "parameters: leave one of them out of a copy of the file"
+        )
+    said = Reader({ORIGINAL: inside if beside is None else beside}, read.where)
+    return said.integer(ORIGINAL, default)
 
 
 def divided(rope: Rope, divisors: np.ndarray) -> Rope:

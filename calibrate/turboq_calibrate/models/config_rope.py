@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from turboq.errors import TurboqError, quoted
@@ -11,6 +12,7 @@ from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models.config_fields import Reader, positive
 from turboq_calibrate.models.config_longrope import TYPES, longrope
 from turboq_calibrate.models.config_windows import FULL, SLIDING
+from turboq_calibrate.models.config_yarn import yarn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,8 @@ class Rotation:
     sliding_theta: float | None = None  # sliding layers have a rotary embedding of their own
     partial: float | None = None  # of a head's channels; None: all, and no other part is supported
     layout: Literal["half", "interleaved"] = "half"
-    longrope: bool = False
+    unscaled_sliding: bool = False  # sliding layers rotate with the same base, not scaled
+    defaults: Mapping[str, Any] | None = None  # rope parameters of a file that names none
 
 
 class Turn(NamedTuple):
@@ -33,13 +36,13 @@ class Turn(NamedTuple):
 
 
 def read_ropes(read: Reader, head_dim: int, context: int, rotation: Rotation) -> tuple[Turn, Turn]:
-    """Rotary embeddings of full and of sliding layers; the same without a `sliding_theta`.
+    """Rotary embeddings of full and of sliding layers; the same where a family has but one.
 
     Scaling that v4 names without a kind of layer is that of full layers.
     """
     if head_dim % 2:
         raise TurboqError(f"{read.where}: head_dim={head_dim} must be even for rotary embedding")
-    if rotation.sliding_theta is None:
+    if rotation.sliding_theta is None and not rotation.unscaled_sliding:
         both = _rope(read, head_dim, context, rotation)
         return both, both
     by_kind = read.config.get("rope_parameters") or {}
@@ -49,11 +52,9 @@ def read_ropes(read: Reader, head_dim: int, context: int, rotation: Rotation) ->
             f"{SLIDING} apart"
         )
     full = read.config | {"rope_parameters": by_kind.get(FULL)}
-    sliding = {
-        "rope_parameters": by_kind.get(SLIDING),
-        "rope_theta": read.config.get("rope_local_base_freq"),
-    }
-    other = dataclasses.replace(rotation, theta=rotation.sliding_theta)
+    base = "rope_theta" if rotation.unscaled_sliding else "rope_local_base_freq"
+    sliding = {"rope_parameters": by_kind.get(SLIDING), "rope_theta": read.config.get(base)}
+    other = dataclasses.replace(rotation, theta=rotation.sliding_theta or rotation.theta)
     return (
         _rope(Reader(full, read.where), head_dim, context, rotation),
         _rope(Reader(sliding, f"{read.where}, sliding layers"), head_dim, context, other),
@@ -63,6 +64,8 @@ def read_ropes(read: Reader, head_dim: int, context: int, rotation: Rotation) ->
 def _rope(read: Reader, head_dim: int, context: int, rotation: Rotation) -> Turn:
     """The rotary embedding; where v4's and v5's names both describe it, they must agree."""
     names = [k for k in ("rope_parameters", "rope_scaling") if read.config.get(k) not in (None, {})]
+    if not names and rotation.defaults is not None:
+        return _rope_of(read, dict(rotation.defaults), head_dim, context, rotation)
     found = {n: _rope_of(read, read.config[n], head_dim, context, rotation) for n in names}
     if len(set(found.values())) > 1:
         said = " but ".join(f"{name}={quoted(read.config[name])}" for name in names)
@@ -84,8 +87,13 @@ def _rope_of(read: Reader, fields: Any, head_dim: int, context: int, rotation: R
     match kind:
         case "default":
             return Turn(rope)
-        case _ if kind in TYPES and rotation.longrope:
+        case _ if kind in TYPES:
             return Turn(*longrope(read, fields, rope, context))
+        case "yarn":
+            return Turn(*yarn(read, fields, rope, context))
+        case "dynamic":  # longer sequences have another base: read as up to the context
+            need("factor")
+            return Turn(rope, context=context)
         case "linear":
             scaling = Scaling(type="linear", factor=need("factor"))
         case "llama3":
@@ -98,10 +106,9 @@ def _rope_of(read: Reader, fields: Any, head_dim: int, context: int, rotation: R
                 original_context=original,
             )  # fmt: skip
         case _:
-            more = ", longrope" if rotation.longrope else ""
             raise TurboqError(
                 f"{read.where}: rope type {quoted(kind)} is not supported (supported: default, "
-                f"linear, llama3{more})"
+                "linear, dynamic, llama3, yarn, longrope)"
             )
     return Turn(dataclasses.replace(rope, scaling=scaling))
 

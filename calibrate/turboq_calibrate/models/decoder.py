@@ -2,7 +2,8 @@
 
     x <- x + o(attend(q, k, v)),   x <- x + down(act(gate(n)) * up(n)),   n = RMS-normalised x
 
-where a layer may normalise what is added too, or that alone (`LayerSpec.post_norms`, `pre_norms`).
+where a layer may normalise what is added too, or that alone (`LayerSpec.post_norms`, `pre_norms`),
+and the n of both may be the same (`LayerSpec.parallel`).
 Every use of attention is an `Attend` function: exact attention, capture of q, k, v, simulated
 quantization, the packed cache. Arithmetic is float32 at HIGHEST precision on every device, whatever
 type the weights are stored in.
@@ -34,7 +35,8 @@ from turboq_calibrate.models.streamed_experts import Streamed
 
 # attend(spec, q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv], positions [B,T], state)
 #   -> (out [B,T,H,Dv], state)
-Attend = Callable[[LayerSpec, Array, Array, Array, Array, Any], tuple[Array, Any]]
+# and of layers with logit sinks [H] those behind the state.
+Attend = Callable[..., tuple[Array, Any]]
 
 
 def project_qkv(
@@ -67,11 +69,19 @@ def exact_attend(
     v: Float[Array, "B T K Dv"],
     positions: Int[Array, "B T"],
     state: Any,
+    sinks: Float[Array, "H"] | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Any]:
     """Causal float32 attention over the tokens at hand: the default plug."""
     del positions  # both sides are the same tokens: only their order matters
-    out = attention(q, k, v, scale=spec.scale, window=spec.window, softcap=spec.softcap)
+    out = attention(
+        q, k, v, scale=spec.scale, window=spec.window, softcap=spec.softcap, sink_logits=sinks
+    )
     return out, state
+
+
+def sinks_of(spec: LayerSpec, params: Params) -> tuple[Array, ...]:
+    """What an attention plug is given behind its state."""
+    return (params["sinks"].astype(jnp.float32),) if spec.logit_sinks else ()
 
 
 def join_attention(
@@ -83,10 +93,18 @@ def join_attention(
 
 
 def join_feed_forward(
-    spec: LayerSpec, params: Params, x: Float[Array, "B T M"]
+    spec: LayerSpec,
+    params: Params,
+    x: Float[Array, "B T M"],
+    before: Float[Array, "B T M"] | None = None,
 ) -> Float[Array, "B T M"]:
-    """The residual sum with the MLP, or the chosen experts, of the normalised x."""
-    n = pre_normed(spec, params, x, "mlp_norm")
+    """The residual sum with the MLP, or the chosen experts, of the normalised x.
+
+    The MLP of a parallel layer reads what there was `before` attention.
+    """
+    read = before if spec.parallel else x
+    assert read is not None
+    n = pre_normed(spec, params, read, "mlp_norm")
     mlp = gated_mlp if spec.gated else plain_mlp
     if spec.experts is not None:
         mlp = experts.mixture
@@ -103,7 +121,7 @@ def attention_half(
 ) -> tuple[Float[Array, "B T M"], Any]:
     """A layer up to its MLP; `state` is what `attend` carries (a cache, statistics, nothing)."""
     q, k, v = project_qkv(spec, params, x, positions)
-    out, state = attend(spec, q, k, v, positions, state)
+    out, state = attend(spec, q, k, v, positions, state, *sinks_of(spec, params))
     return join_attention(spec, params, x, out), state
 
 
@@ -116,15 +134,15 @@ def layer(
     state: Any = None,
 ) -> tuple[Float[Array, "B T M"], Any]:
     """One decoder layer with all of its weights."""
-    x, state = attention_half(spec, params, x, positions, attend, state)
-    return join_feed_forward(spec, params, x), state
+    y, state = attention_half(spec, params, x, positions, attend, state)
+    return join_feed_forward(spec, params, y, x), state
 
 
 def join(
     spec: LayerSpec, params: Params, x: Float[Array, "B T M"], out: Float[Array, "B T H Dv"]
 ) -> Float[Array, "B T M"]:
     """What a layer does after attention."""
-    return join_feed_forward(spec, params, join_attention(spec, params, x, out))
+    return join_feed_forward(spec, params, join_attention(spec, params, x, out), x)
 
 
 def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
@@ -195,7 +213,7 @@ def run_parts(
 ) -> tuple[Float[Array, "B T M"], Any]:
     """`run_layer` compiled around `attend`, which compiles itself: many attends share the rest."""
     q, k, v = run_project(spec, params, x, positions)
-    out, state = attend(spec, q, k, v, positions, state)
+    out, state = attend(spec, q, k, v, positions, state, *sinks_of(spec, params))
     if not isinstance(params, Streamed):
         return _join(spec, params, x, out), state
     x = _join_attention(spec, params, x, out)
@@ -203,12 +221,12 @@ def run_parts(
 
 
 def run_feed_forward(
-    spec: LayerSpec, params: Params, x: Float[Array, "B T M"]
+    spec: LayerSpec, params: Params, x: Float[Array, "B T M"], before: Float[Array, "B T M"]
 ) -> Float[Array, "B T M"]:
     """`join_feed_forward`, compiled, or with experts read as they are due."""
     if isinstance(params, Streamed):
         return streamed_experts.feed_forward(spec, params, x)
-    return _feed_forward(spec, params, x)
+    return _feed_forward(spec, params, x, before)
 
 
 def default_positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:

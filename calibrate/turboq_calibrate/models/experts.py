@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from turboq_calibrate.models.params import expert_shapes
 from turboq_calibrate.models.primitives import Params, gated_mlp, linear
 from turboq_calibrate.models.spec import Experts, LayerSpec
 
@@ -64,7 +65,7 @@ def add_chosen(
     A number of `experts.count` or more is padding: nothing chooses it.
     """
     assert spec.experts is not None
-    matrices = {name: params[PREFIX + name] for name in ("gate", "up", "down")}
+    matrices = {name.removeprefix(PREFIX): params[name] for name in expert_shapes(spec)}
     group, k = numbers.shape[0], chosen.shape[1]
     # Place of each (token, choice) in the group; `group` where its expert is not there.
     places = jnp.full(spec.experts.count, group, jnp.int32)

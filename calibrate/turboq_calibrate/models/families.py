@@ -14,6 +14,7 @@ from turboq_calibrate.models import config_nope, config_windows
 from turboq_calibrate.models.config_experts import Mixture
 from turboq_calibrate.models.config_fields import Reader
 from turboq_calibrate.models.config_rope import Rotation
+from turboq_calibrate.models.spec import Norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,13 +36,18 @@ class Family:
     nope: bool = False  # some layers have no rotary embedding
     qk_norm: Literal["head", "projection"] | None = None
     norm_offset: float = 0.0
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Norm = "rms"
     eps: str = "rms_norm_eps"  # the field that names it
     gated: bool = True
     pre_norms: bool = True
+    parallel: bool = False
+    sliding_rope_only: bool = False  # full layers have no rotary embedding
     post_norms: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden)
     experts: Mixture | None = None
+    logit_sinks: bool = False
+    clipped: bool = False  # the activation of gpt-oss
+    quantized: str | None = None  # quant_method of published checkpoints that is read
     reads: frozenset[str] = frozenset()
 
 
@@ -101,6 +107,15 @@ FAMILIES: dict[str, Family] = {
         pre_norms=False,
         post_norms=True,
     ),
+    "olmo3": Family(
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        windows=functools.partial(config_windows.every_nth_full, n=4),
+        rotation=Rotation(theta=5e5, unscaled_sliding=True),
+        biases=frozenset({"attention_bias"}),
+        qk_norm="projection",
+        pre_norms=False,
+        post_norms=True,
+    ),
     "smollm3": Family(
         defaults={
             "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True,
@@ -126,7 +141,7 @@ FAMILIES: dict[str, Family] = {
             "rms_norm_eps": 1e-5,
         },
         windows=functools.partial(config_windows.always, default=None),
-        rotation=Rotation(partial=1.0, longrope=True),
+        rotation=Rotation(partial=1.0),
         # Published files name the code of before transformers had it.
         reads=frozenset({"auto_map"}),
     ),
@@ -143,6 +158,22 @@ FAMILIES: dict[str, Family] = {
         norm="layer",
         eps="norm_epsilon",
         gated=False,
+    ),
+    "cohere2": Family(
+        defaults={
+            "max_position_embeddings": 8192, "layer_norm_eps": 1e-5, "logit_scale": 0.0625,
+            "tie_word_embeddings": True,
+        },
+        windows=functools.partial(config_windows.every_nth_full, n=4),
+        rotation=Rotation(layout="interleaved"),
+        sliding_rope_only=True,
+        biases=frozenset({"attention_bias"}),
+        norm="centred",
+        eps="layer_norm_eps",
+        parallel=True,
+        reads=frozenset({
+            "logit_scale", "sliding_window_pattern", "_sliding_window_pattern",
+        }),
     ),
     "mixtral": Family(
         defaults={
@@ -175,6 +206,24 @@ FAMILIES: dict[str, Family] = {
         biases=frozenset({"attention_bias"}),
         qk_norm="head",
         experts=Mixture(some_layers=True),
+        reads=_EXPERTS,
+    ),
+    "gpt_oss": Family(
+        defaults={
+            "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+            "attention_bias": True, "sliding_window": 128, "num_experts_per_tok": 4,
+        },
+        windows=functools.partial(config_windows.every_nth_full, n=2),
+        head_dim=64,
+        rotation=Rotation(theta=150000.0, defaults={
+            "rope_type": "yarn", "factor": 32.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        }),
+        biases=frozenset({"attention_bias"}),
+        experts=Mixture(width="intermediate_size", renormalised=True, bias=True),
+        logit_sinks=True,
+        clipped=True,
+        quantized="mxfp4",
         reads=_EXPERTS,
     ),
     "gemma2": _gemma(

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 from typing import Literal
 
+from turboq_calibrate.models.spec import Norm
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -17,7 +19,6 @@ class Architecture:
 
     interleaved: bool = False  # rows of Q and K are stored as pairs of neighbours
     window: int | None = None  # where the file names none
-    ignores_window: bool = False  # llama.cpp attends to all tokens whatever the file says
     full_every: int | None = None  # every n-th layer is full; None: all slide if there is a window
     sliding_theta: float | None = None  # sliding layers rotate with this base, unscaled
     layout: Literal["half", "interleaved"] = "half"  # of the rotary embedding as we do it
@@ -28,12 +29,17 @@ class Architecture:
     rope_switch: bool = False  # rope.scaling.finetuned = false: no layer has one
     qk_norm: Literal["head", "projection"] = "head"  # where the file has such norms
     fused: tuple[str, ...] = ()  # matrices that are kept as one (`params.FUSED`)
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Norm = "rms"
     gated: bool = True
     pre_norms: bool = True
+    parallel: bool = False
+    sliding_rope_only: bool = False  # full layers have no rotary embedding
+    logits_times: bool = False  # logit_scale multiplies logits; else it divides them
     post_norms: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden)
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "clipped_swiglu"] = "silu"
+    mlp_norm: str = "ffn_norm.weight"
+    logit_sinks: bool = False
     softcap: float | None = None  # of attention logits, where the file names none
     logit_softcap: float | None = None
     wide_scale_layers: int | None = None  # with so many layers the scale is (hidden / heads)^-1/2
@@ -56,7 +62,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         reads=frozenset({"logit_scale", "residual_scale", "embedding_scale", "attention.scale"}),
     ),
     "phi3": Architecture(
-        ignores_window=True,
         partial_rotary=True,
         longrope=True,
         fused=("qkv", "gate_up"),
@@ -64,8 +69,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm4": Architecture(
         layout="interleaved", partial_rotary=True, fused=("gate_up",), post_norms=True
     ),
-    "starcoder2": Architecture(
-        norm="layer", gated=False, activation="gelu_tanh", ignores_window=True
+    "starcoder2": Architecture(norm="layer", gated=False, activation="gelu_tanh"),
+    "cohere2": Architecture(
+        layout="interleaved",
+        window=4096,
+        full_every=4,
+        sliding_rope_only=True,
+        norm="centred",
+        parallel=True,
+        logits_times=True,
+        reads=frozenset({"logit_scale"}),
     ),
     "olmo2": Architecture(
         full_every=4,
@@ -73,6 +86,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="projection",
         pre_norms=False,
         post_norms=True,
+    ),
+    "gpt-oss": Architecture(
+        window=128,
+        full_every=2,
+        activation="clipped_swiglu",
+        mlp_norm="post_attention_norm.weight",
+        logit_sinks=True,
+        renormalised=True,
+        reads=frozenset({"expert_count"}),
     ),
     "gemma2": _gemma(
         window=4096,

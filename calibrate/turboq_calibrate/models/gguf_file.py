@@ -20,6 +20,7 @@ from turboq_calibrate.models import gguf_header
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config_fields import positive
 from turboq_calibrate.models.config_longrope import divided
+from turboq_calibrate.models.config_yarn import temperature, yarn_frequencies
 from turboq_calibrate.models.gguf_architectures import ARCHITECTURES, Architecture
 from turboq_calibrate.models.spec import Experts, LayerSpec, ModelSpec
 
@@ -37,6 +38,7 @@ LAYER_TENSORS = {
     "k_bias": "attn_k.bias",
     "v_bias": "attn_v.bias",
     "o_bias": "attn_output.bias",
+    "sinks": "attn_sinks.weight",
     "q_norm": "attn_q_norm.weight",
     "k_norm": "attn_k_norm.weight",
     "mlp_norm": "ffn_norm.weight",
@@ -47,6 +49,10 @@ LAYER_TENSORS = {
     "down": "ffn_down.weight",
     "gate_up": "ffn_up.weight",
     "router": "ffn_gate_inp.weight",
+    "router_bias": "ffn_gate_inp.bias",
+    "expert_gate_bias": "ffn_gate_exps.bias",
+    "expert_up_bias": "ffn_up_exps.bias",
+    "expert_down_bias": "ffn_down_exps.bias",
     "expert_gate": "ffn_gate_exps.weight",
     "expert_up": "ffn_up_exps.weight",
     "expert_down": "ffn_down_exps.weight",
@@ -120,18 +126,23 @@ class GGUFFile:
         out = {}
         shapes = P.layer_shapes(spec)
         for name, shape in P.fused_shapes(shapes, self._row.fused).items():
-            value = self._read(f"blk.{index}.{LAYER_TENSORS[name]}", shape)
+            value = self._read(self._name(index, name), shape)
             if self._row.interleaved and name in ("q", "k", "q_bias", "k_bias"):
                 heads = spec.heads if name[0] == "q" else spec.kv_heads
                 value = unpermute(value, heads)
             out[name] = value
         return P.unfuse(out, shapes, self._row.fused)
 
+    def _name(self, index: int, ours: str) -> str:
+        """What the file calls one of our weights."""
+        name = self._row.mlp_norm if ours == "mlp_norm" else LAYER_TENSORS[ours]
+        return f"blk.{index}.{name}"
+
     def experts(self, index: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Float32 matrices of some experts of one layer, stacked."""
         layer = self.spec.layers[index]
         return {
-            name: self._read(f"blk.{index}.{LAYER_TENSORS[name]}", shape, numbers)
+            name: self._read(self._name(index, name), shape, numbers)
             for name, shape in _stacked(layer).items()
         }
 
@@ -228,7 +239,7 @@ class GGUFFile:
             embed_scale=hidden**0.5
             if self._row.scaled_embedding
             else self._factor("embedding_scale"),
-            logit_scale=1 / self._factor("logit_scale"),
+            logit_scale=self._factor("logit_scale") ** (1 if self._row.logits_times else -1),
             logit_softcap=self._cap("final_logit_softcapping", self._row.logit_softcap),
         )
 
@@ -244,8 +255,6 @@ class GGUFFile:
     def _window(self, index: int) -> int | None:
         """The window of a layer, None where it is full."""
         row, key = self._row, "attention.sliding_window"
-        if row.ignores_window:
-            return None
         if not self._get(key, row.window or 0):
             return None
         window = self._integer(key, row.window)
@@ -273,9 +282,11 @@ class GGUFFile:
         head_dim = self._integer("attention.key_length", hidden // heads)
 
         def has(name: str) -> bool:
-            return f"blk.{index}.{LAYER_TENSORS[name]}" in self._tensors
+            return self._name(index, name) in self._tensors
 
         row, window, experts = self._row, self._window(index), self._experts(index)
+        rope, magnitude = self._rope(head_dim, sliding=window is not None)
+        turns = self._turns(index) and not (row.sliding_rope_only and window is None)
         return LayerSpec(
             hidden=hidden,
             intermediate=0 if experts else self._integer("feed_forward_length", layer=index),
@@ -284,8 +295,9 @@ class GGUFFile:
             head_dim=head_dim,
             v_head_dim=self._integer("attention.value_length", head_dim),
             norm_eps=eps,
-            rope=self._rope(head_dim, sliding=window is not None) if self._turns(index) else None,
-            rope_magnitude=self._positive("rope.scaling.attn_factor", 1.0),
+            rope=rope if turns else None,
+            rope_magnitude=magnitude if turns else 1.0,
+            logit_sinks=row.logit_sinks,
             qkv_bias=has("q_bias"),
             o_bias=has("o_bias"),
             mlp_bias=has("up_bias"),
@@ -294,6 +306,7 @@ class GGUFFile:
             qk_norm=row.qk_norm if has("q_norm") else None,
             experts=experts,
             pre_norms=row.pre_norms,
+            parallel=row.parallel,
             post_norms=row.post_norms,
             activation=row.activation,
             residual_scale=self._factor("residual_scale"),
@@ -327,9 +340,11 @@ class GGUFFile:
             chosen=chosen,
             intermediate=self._integer("expert_feed_forward_length", dense, index),
             renormalised=self._row.renormalised,
+            bias=self._name(index, "router_bias") in self._tensors,
         )
 
-    def _rope(self, head_dim: int, *, sliding: bool) -> Rope:
+    def _rope(self, head_dim: int, *, sliding: bool) -> tuple[Rope, float]:
+        """The rotary embedding, and the factor on what it rotates."""
         theta = self._positive("rope.freq_base", 10000.0)
         dim = self._integer("rope.dimension_count", head_dim)
         if dim > head_dim or dim % 2 or (dim < head_dim and not self._row.partial_rotary):
@@ -343,16 +358,25 @@ class GGUFFile:
         rope, scaling = Rope(theta=theta, dim=dim, layout=self._row.layout), self._rope_scaling()
         if sliding and self._own_sliding_rope:
             base = self._positive("rope.freq_base_swa", self._row.sliding_theta or theta)
-            return dataclasses.replace(rope, theta=base)
-        name = self._divisors
+            return dataclasses.replace(rope, theta=base), 1.0
+        name, magnitude = self._divisors, self._positive("rope.scaling.attn_factor", 1.0)
+        yarn = self._yarn()
+        if name is None and yarn is not None:
+            original = self._integer(
+                "rope.scaling.original_context_length", self._integer("context_length")
+            )
+            return (
+                yarn_frequencies(rope, yarn, original, 32.0, 1.0, truncate=True),
+                magnitude * temperature(yarn),
+            )
         if name is None:
-            return dataclasses.replace(rope, scaling=scaling)
-        if scaling is not None:
-            raise TurboqError(f"{self.path}: both {name} and linear rope scaling")
+            return dataclasses.replace(rope, scaling=scaling), magnitude
+        if scaling is not None or yarn is not None:
+            raise TurboqError(f"{self.path}: both {name} and another rope scaling")
         divisors = self._read(name, (dim // 2,)).astype(np.float64)
         if not (divisors > 0).all():
             raise TurboqError(f"{self.path}: tensor {name} must be positive")
-        return divided(rope, divisors)
+        return divided(rope, divisors), magnitude
 
     @property
     def _divisors(self) -> str | None:
@@ -386,12 +410,12 @@ class GGUFFile:
                 "is not supported: it would multiply rotated queries and keys"
             )
         kind = given.get("scaling.type", "linear")
-        if kind == "none":
+        if kind in ("none", "yarn"):
             return None
         if kind != "linear":
             raise TurboqError(
                 f"{self.path}: rope scaling type {quoted(kind)} is not supported (supported: none, "
-                "linear, and rope_freqs.weight as Llama 3 has it)"
+                "linear, yarn, and rope_freqs.weight as Llama 3 has it)"
             )
         keys = [key for key in ("scaling.factor", "scale_linear") if key in given]  # new, old name
         factors = [self._positive(f"rope.{key}") for key in keys]
@@ -401,6 +425,11 @@ class GGUFFile:
         if not factors and "scaling.type" in given:
             raise TurboqError(f"{self.path}: metadata field {prefix}scaling.factor is missing")
         return Scaling(type="linear", factor=factors[0]) if factors else None
+
+    def _yarn(self) -> float | None:
+        """The factor of YaRN as llama.cpp has it (32 and 1 turns, whole pairs); None: not YaRN."""
+        kind = self._get("rope.scaling.type", "none")
+        return self._positive("rope.scaling.factor") if kind == "yarn" else None
 
     def _check_tensors(self) -> None:
         """Every tensor the decoder needs is there with its shape, and no tensor is left over."""
@@ -416,7 +445,7 @@ class GGUFFile:
         for i, layer in enumerate(spec.layers):
             stored = P.fused_shapes(P.layer_shapes(layer), self._row.fused)
             for name, shape in (stored | _stacked(layer)).items():
-                expected[f"blk.{i}.{LAYER_TENSORS[name]}"] = shape
+                expected[self._name(i, name)] = shape
         for name, shape in expected.items():
             if name not in self._tensors:
                 raise TurboqError(f"{self.path}: tensor {name} is missing")

@@ -15,7 +15,7 @@ import safetensors
 from turboq.errors import TurboqError, TurboqWarning, quoted, shortened
 from turboq.hub_cache import model_name
 from turboq.json_object import read_object
-from turboq_calibrate.models import hf_names
+from turboq_calibrate.models import hf_gpt_oss, hf_names
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config import keeps_weights, model_spec, read_config
 from turboq_calibrate.models.families import WRAPPERS
@@ -39,8 +39,10 @@ class HFFolder:
         config = read_config(self.folder / "config.json")
         self.spec = model_spec(config, model_name(self.folder))
         self._fused = hf_names.FUSED.get(self.spec.family, ())
-        self._cache_scales = keeps_weights(config.get("quantization_config"))
-        self._file_of = self._locate()
+        quantized = config.get("quantization_config")
+        self._cache_scales = keeps_weights(quantized)
+        self._packed = bool(quantized) and not self._cache_scales  # config.py knows the method
+        self._file_of = locate(self.folder)
         self._part = config["model_type"] in WRAPPERS  # of a model that also sees
         prefix, self._head = hf_names.PREFIX, hf_names.HEAD
         if self._part:
@@ -61,9 +63,7 @@ class HFFolder:
 
     @property
     def files(self) -> list[Path]:
-        found = [self.folder / "config.json", *sorted(set(self._file_of.values()))]
-        index = self.folder / INDEX
-        return [*found, index] if self._sharded else found
+        return weight_files(self.folder)
 
     def layer(self, index: int) -> dict[str, np.ndarray]:
         """Float32 weights of one layer but its experts'."""
@@ -81,15 +81,30 @@ class HFFolder:
         return {ours: f"{self.spec.prefix}layers.{index}.{name}" for ours, name in names.items()}
 
     def experts(self, index: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Float32 matrices of some experts of one layer, stacked."""
+        """Float32 weights of some experts of one layer, stacked."""
         shapes = P.expert_shapes(self.spec.layers[index])
         out = {name: np.empty((len(numbers), *s), np.float32) for name, s in shapes.items()}
         for row, number in enumerate(numbers):
-            names = self._expert_names(index, int(number))
-            read = self._read({name: (names[name], shape) for name, shape in shapes.items()})
-            for name, value in read.items():
+            for name, value in self._expert(index, int(number), shapes).items():
                 out[name][row] = value
         return out
+
+    def _expert(self, index: int, number: int, shapes: P.Shapes) -> dict[str, np.ndarray]:
+        if self.spec.family != "gpt_oss":
+            names = self._expert_names(index, number)
+            return self._read({name: (names[name], shape) for name, shape in shapes.items()})
+
+        def read(name: str) -> np.ndarray:
+            name = f"{self.spec.prefix}layers.{index}.{name}"
+            with open_safetensors(self._file_of[name]) as f:
+                value = f.get_slice(name)[number : number + 1][0]
+            return value if value.dtype == np.uint8 else _float32(value)
+
+        found = hf_gpt_oss.expert(read, packed=self._packed)
+        for name, value in found.items():
+            where = self.folder / f"layers.{index}.mlp.experts"
+            P.check_finite(f"{name} of expert {number}", value, where)
+        return found
 
     def embed(self) -> dict[str, np.ndarray]:
         return self._read({"embedding": (self._embedding, (self.spec.vocab, self.spec.hidden))})
@@ -117,31 +132,10 @@ class HFFolder:
     def tokenizer(self) -> Tokenizer:
         return from_folder(self.folder)
 
-    def _locate(self) -> dict[str, Path]:
-        """Which file holds each tensor, from the index or the one file's header."""
-        index = self.folder / INDEX
-        self._sharded = index.is_file()
-        if not self._sharded:
-            single = self.folder / SINGLE
-            if not single.is_file():
-                raise TurboqError(f"{self.folder} has neither {SINGLE} nor {INDEX}")
-            with open_safetensors(single) as f:
-                return dict.fromkeys(f.keys(), single)
-        names = read_object(index).get("weight_map")
-        if not isinstance(names, dict):
-            raise TurboqError(f"{index} is not a safetensors index: it has no weight_map")
-        located = {}
-        for name, file in names.items():
-            located[name] = shard_path(self.folder, name, file)
-            if not located[name].is_file():
-                raise TurboqError(
-                    f"{located[name]} is missing; {INDEX} says it holds {shortened(name)}"
-                )
-        return located
-
     def _check(self) -> None:
         """Every tensor the decoder needs is there with its shape, and no tensor is left over."""
         spec = self.spec
+        kinds: dict[str, tuple[str, ...]] = {}  # of tensors that are not floats
         expected = {self._embedding: (spec.vocab, spec.hidden), self._norm: (spec.hidden,)}
         if spec.norm == "layer":
             expected[self._norm_bias] = (spec.hidden,)
@@ -151,12 +145,20 @@ class HFFolder:
             names = self._layer_names(i)
             stored = P.fused_shapes(P.layer_shapes(layer), self._fused)
             expected |= {names[ours]: shape for ours, shape in stored.items()}
+            if spec.family == "gpt_oss":
+                for name, (shape, types) in hf_gpt_oss.stored(layer, packed=self._packed).items():
+                    whole = f"{spec.prefix}layers.{i}.{name}"
+                    expected[whole] = shape
+                    if types is not None:
+                        kinds[whole] = types
+                continue
             for number in range(layer.experts.count if layer.experts else 0):
                 names = self._expert_names(i, number)
                 expected |= {names[ours]: s for ours, s in P.expert_shapes(layer).items()}
         for name in expected:
             if name not in self._file_of:
-                where = self.folder / (INDEX if self._sharded else SINGLE)
+                index = self.folder / INDEX
+                where = index if index.is_file() else self.folder / SINGLE
                 raise TurboqError(f"{where}: tensor {name} is missing{self._hint(name)}")
         for path in sorted(set(self._file_of.values())):
             with open_safetensors(path) as f:
@@ -168,10 +170,11 @@ class HFFolder:
                         continue
                     info = f.get_slice(name)
                     P.check_shape(name, tuple(info.get_shape()), expected[name], path)
-                    if info.get_dtype() not in FLOATS:
+                    types = kinds.get(name, FLOATS)
+                    if info.get_dtype() not in types:
                         raise TurboqError(
                             f"{path}: tensor {name} has type {info.get_dtype()}, which is not "
-                            f"supported (supported: {', '.join(FLOATS)})"
+                            f"supported (supported: {', '.join(types)})"
                         )
         extra = sorted(n for n in self._file_of if n not in expected and not self._redundant(n))
         if extra:
@@ -241,6 +244,38 @@ class HFFolder:
                     P.check_finite(name, value, path)
                     out[ours] = value
         return out
+
+
+def locate(folder: Path) -> dict[str, Path]:
+    """Which file of a folder holds each tensor, from the index or the one file's header.
+
+    Raises:
+      TurboqError: no weights, a damaged index, or a shard that is missing.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        single = folder / SINGLE
+        if not single.is_file():
+            raise TurboqError(f"{folder} has neither {SINGLE} nor {INDEX}")
+        with open_safetensors(single) as f:
+            return dict.fromkeys(f.keys(), single)
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise TurboqError(f"{index} is not a safetensors index: it has no weight_map")
+    located = {}
+    for name, file in names.items():
+        located[name] = shard_path(folder, name, file)
+        if not located[name].is_file():
+            raise TurboqError(
+                f"{located[name]} is missing; {INDEX} says it holds {shortened(name)}"
+            )
+    return located
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The configuration and all files of weights, the index included."""
+    found = [folder / "config.json", *sorted(set(locate(folder).values()))]
+    return [*found, folder / INDEX] if (folder / INDEX).is_file() else found
 
 
 def shard_path(folder: Path, name: str, file: Any) -> Path:

@@ -30,6 +30,7 @@ LAYER_TENSORS = {
     "k_bias": "self_attn.k_proj.bias",
     "v_bias": "self_attn.v_proj.bias",
     "o_bias": "self_attn.o_proj.bias",
+    "sinks": "self_attn.sinks",
     "q_norm": "self_attn.q_norm.weight",
     "k_norm": "self_attn.k_norm.weight",
     "mlp_norm": "post_attention_layernorm.weight",
@@ -77,6 +78,7 @@ EXPERT = {
     "expert_up": "mlp.experts.{}.up_proj.weight",
     "expert_down": "mlp.experts.{}.down_proj.weight",
 }
+GPT_OSS_ROUTING = {"router": "mlp.router.weight", "router_bias": "mlp.router.bias"}
 MIXTRAL_ROUTING = {"router": "block_sparse_moe.gate.weight"}
 MIXTRAL_EXPERT = {
     "expert_gate": "block_sparse_moe.experts.{}.w1.weight",
@@ -87,7 +89,7 @@ MIXTRAL_EXPERT = {
 
 def layer_names(spec: LayerSpec, family: str) -> dict[str, str]:
     """Our name of a layer's weight -> the checkpoint's, after the layer's own prefix."""
-    routing = MIXTRAL_ROUTING if family == "mixtral" else ROUTING
+    routing = {"mixtral": MIXTRAL_ROUTING, "gpt_oss": GPT_OSS_ROUTING}.get(family, ROUTING)
     post: dict[str, str] = {}
     if spec.post_norms:
         post = POST_NORMS if spec.pre_norms else POST_NORMS_ALONE

@@ -45,6 +45,15 @@ class WeightSource(Protocol):
     def tokenizer(self) -> Tokenizer: ...
 
 
+def fingerprint_of(files: list[Path]) -> str:
+    """`Model.fingerprint` of its files."""
+    digest = hashlib.sha256(b"turboq model 1\n")
+    for path in sorted(files, key=lambda p: p.name):
+        name = path.name if len(files) > 1 else path.suffix
+        digest.update(f"{name} {path.stat().st_size} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
 class Model:
     """A model's geometry, weights and tokenizer.
 
@@ -103,12 +112,7 @@ class Model:
 
         Inputs only, never derived floats, so it is the same on every machine and version.
         """
-        digest = hashlib.sha256(b"turboq model 1\n")
-        files = self.source.files
-        for path in sorted(files, key=lambda p: p.name):
-            name = path.name if len(files) > 1 else path.suffix
-            digest.update(f"{name} {path.stat().st_size} {sha256_file(path)}\n".encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.source.files)
 
     def _convert(self, weights: dict[str, np.ndarray]) -> decoder.Params:
         """To the kept type; each array is let go as soon as it is converted."""

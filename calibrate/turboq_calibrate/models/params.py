@@ -28,7 +28,7 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
     o = spec.heads * spec.v_head_dim
     shapes: Shapes = {"attn_norm": (m,)} if spec.pre_norms else {}
     shapes |= {"q": (q, m), "k": (k, m), "v": (v, m), "o": (m, o)}
-    if spec.pre_norms:
+    if spec.pre_norms and not spec.parallel:
         shapes["mlp_norm"] = (m,)
     if spec.experts is None:
         shapes |= mlp_shapes(m, f)
@@ -36,6 +36,8 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
             del shapes["gate"]
     else:
         shapes["router"] = (spec.experts.count, m)
+        if spec.experts.bias:
+            shapes["router_bias"] = (spec.experts.count,)
         if spec.experts.shared:
             shapes["shared_router"] = (1, m)
             shapes |= mlp_shapes(m, spec.experts.shared, "shared_")
@@ -54,6 +56,8 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
         shapes |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
     if spec.qk_norm == "projection":
         shapes |= {"q_norm": (q,), "k_norm": (k,)}
+    if spec.logit_sinks:
+        shapes["sinks"] = (spec.heads,)
     return shapes
 
 
@@ -97,7 +101,12 @@ def expert_shapes(spec: LayerSpec) -> Shapes:
     """Weights of one expert of a layer; in memory experts are stacked along a first axis."""
     if spec.experts is None:
         return {}
-    return mlp_shapes(spec.hidden, spec.experts.intermediate, "expert_")
+    inner, m = spec.experts.intermediate, spec.hidden
+    shapes = mlp_shapes(m, inner, "expert_")
+    if spec.experts.bias:
+        shapes |= {"expert_gate_bias": (inner,), "expert_up_bias": (inner,)}
+        shapes["expert_down_bias"] = (m,)
+    return shapes
 
 
 def layer_size(spec: LayerSpec, experts: int) -> int:

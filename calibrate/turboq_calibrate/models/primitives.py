@@ -17,6 +17,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # gpt-oss
+
 
 def linear(x: Float[Array, "*A I"], params: Params, name: str) -> Float[Array, "*A O"]:
     """x @ W^T (+ bias when the layer has one), in float32."""
@@ -53,13 +55,16 @@ def layer_norm(
 
 def pre_normed(spec: LayerSpec, params: Params, x: Array, name: str) -> Array:
     """What attention (`name` attn_norm) or the MLP (mlp_norm) reads of the residual stream."""
+    if spec.parallel:
+        name = "attn_norm"
     return normed(spec, params, x, name) if spec.pre_norms else x
 
 
 def normed(spec: LayerSpec | ModelSpec, params: Params, x: Array, name: str) -> Array:
     """The norm of a layer, or the final one, with the weight `name`."""
-    if spec.norm == "layer":
-        return layer_norm(x, params[name], params[f"{name}_bias"], spec.norm_eps)
+    if spec.norm != "rms":
+        bias = params[f"{name}_bias"] if spec.norm == "layer" else jnp.zeros_like(params[name])
+        return layer_norm(x, params[name], bias, spec.norm_eps)
     return rms_norm(x, params[name], spec.norm_eps, spec.norm_offset)
 
 
@@ -72,9 +77,18 @@ def gated_mlp(
     spec: LayerSpec, params: Params, n: Float[Array, "*A M"], prefix: str = ""
 ) -> Float[Array, "*A M"]:
     """down(act(gate(n)) * up(n)) with the weights whose names begin with `prefix`."""
-    act = ACTIVATIONS[spec.activation]
-    inner = act(linear(n, params, f"{prefix}gate")) * linear(n, params, f"{prefix}up")
+    gate, up = (linear(n, params, f"{prefix}{name}") for name in ("gate", "up"))
+    if spec.activation == "clipped_swiglu":
+        inner = clipped_swiglu(gate, up)
+    else:
+        inner = ACTIVATIONS[spec.activation](gate) * up
     return linear(inner, params, f"{prefix}down")
+
+
+def clipped_swiglu(gate: Float[Array, "*A F"], up: Float[Array, "*A F"]) -> Float[Array, "*A F"]:
+    """(u + 1) g sigmoid(1.702 g) with g at most 7 and u within -7 .. 7 (gpt-oss)."""
+    gate, up = jnp.minimum(gate, SWIGLU_LIMIT), jnp.clip(up, -SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return (up + 1.0) * gate * jax.nn.sigmoid(SWIGLU_ALPHA * gate)
 
 
 def add(

@@ -11,7 +11,7 @@ from typing import Literal
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope
 
-Norm = Literal["rms", "layer"]  # "layer": less the mean, and with a bias
+Norm = Literal["rms", "layer", "centred"]  # "layer": less the mean, with a bias; "centred": none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class Experts:
     intermediate: int  # of one expert
     renormalised: bool  # weights of the chosen experts sum to one
     shared: int = 0  # width of one more expert that every token passes, gated; 0: none
+    bias: bool = False  # of the router and of every expert's matrices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,15 @@ class LayerSpec:
     norm: Norm = "rms"
     norm_offset: float = 0.0  # RMS norms multiply by offset + weight
     pre_norms: bool = True  # norms of what attention and the MLP read
+    parallel: bool = False  # the MLP reads what attention reads, by the same norm
     post_norms: bool = False  # norms of what attention and the MLP add to the residual stream
     residual_scale: float = 1.0  # of what attention and the MLP add
     gated: bool = True  # the MLP is down(act(gate) * up), not down(act(up))
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "clipped_swiglu"] = "silu"
     softmax_scale: float | None = None  # None: head_dim^-1/2
     window: int | None = None  # sliding window in tokens, the query's own included
     softcap: float | None = None  # of attention logits
+    logit_sinks: bool = False  # a logit per query head joins the softmax and no output
     experts: Experts | None = None
     borrows_cache_of: int | None = None  # index of the layer whose cache this layer reads
 

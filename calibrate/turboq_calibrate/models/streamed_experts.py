@@ -74,7 +74,7 @@ def groups(
         read = params.read(numbers)
         pad = size - len(numbers)
         if pad:  # one shape, one compilation
-            read = {n: jnp.pad(w, ((0, pad), (0, 0), (0, 0))) for n, w in read.items()}
+            read = {n: jnp.pad(w, [(0, pad)] + [(0, 0)] * (w.ndim - 1)) for n, w in read.items()}
         yield np.concatenate([numbers, np.full(pad, count)]).astype(np.int32), read
 
 

@@ -44,6 +44,7 @@ from turboq_calibrate.observe.recipe import (
     Shard,
     check_sizes,
     differences,
+    identity,
     observe_inputs,
 )
 from turboq_calibrate.observe.stages import Observer, Stages
@@ -87,7 +88,7 @@ def observe(
     if checkpoint_every < 1:
         raise ValueError(f"{checkpoint_every=} must be 1 or more chunks")
     check_sizes(model, windows, recipe)
-    inputs = observe_inputs(model, windows, recipe, shard)
+    inputs = observe_inputs(identity(model), windows, recipe, shard)
     place = Placement() if mesh is None else MeshPlacement(mesh)
     out = Path(out_dir)
     work = make_folder(out / FOLDER)

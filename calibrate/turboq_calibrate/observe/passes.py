@@ -19,7 +19,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from turboq.numbers.rope import unrotate
 from turboq_calibrate.models import decoder, streamed_experts
@@ -44,8 +44,8 @@ def forward(
     return y, finite | {"output": _finite_rows(y)}
 
 
-def _look(spec, q, k, v, positions, state):
-    out, _ = exact_attend(spec, q, k, v, positions, None)
+def _look(spec, q, k, v, positions, state, *sinks):
+    out, _ = exact_attend(spec, q, k, v, positions, None, *sinks)
     return out, {"k": _finite(k), "v": _finite(v), "q": _finite(q)}
 
 
@@ -64,9 +64,7 @@ def head(
     the chunk.
     """
     batch, t, width = x.shape
-    key = jax.random.key(seed)
-    draw = jax.vmap(lambda n: jax.random.uniform(jax.random.fold_in(key, n), (t, 2)))
-    uniforms = draw(windows.astype(jnp.uint32))
+    drawn = uniforms(seed, windows.astype(jnp.uint32), t)
     block = max(1, HEAD_TOKENS // batch)
     pad = -t % block
 
@@ -81,9 +79,15 @@ def head(
         label = labels(p.reshape(-1, spec.vocab), u.reshape(-1, 2)).reshape(p.shape[:2])
         return pull(jax.nn.one_hot(label, spec.vocab, dtype=p.dtype) - p)[0]
 
-    g = jax.lax.map(gradient, (blocks(x), blocks(uniforms)))
+    g = jax.lax.map(gradient, (blocks(x), blocks(drawn)))
     g = g.swapaxes(0, 1).reshape(batch, -1, width)[:, :t]
     return g, {"input": _finite(g[:, :, None])}
+
+
+def uniforms(seed: int, windows: UInt32[Array, "B"], t: int) -> Float[Array, "B T 2"]:
+    """What labels are drawn with: by the window's number and the position only."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda n: jax.random.uniform(jax.random.fold_in(key, n), (t, 2)))(windows)
 
 
 def labels(p: Float[Array, "n V"], u: Float[Array, "n 2"]) -> Int[Array, "n"]:
@@ -139,8 +143,8 @@ def reverse_part(spec, params, x, positions, g, sampled, *, skip: int, whole: bo
     part = decoder.layer if whole else decoder.attention_half
 
     def run(x, offset_k, offset_v):
-        def attend(spec, q, k, v, positions, state):
-            out, _ = exact_attend(spec, q, k + offset_k, v + offset_v, positions, None)
+        def attend(spec, q, k, v, positions, state, *sinks):
+            out, _ = exact_attend(spec, q, k + offset_k, v + offset_v, positions, None, *sinks)
             return out, (q, k, v)
 
         return part(spec, params, x, positions, attend, None)

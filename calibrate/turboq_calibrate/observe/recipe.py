@@ -83,21 +83,29 @@ class ObserveRecipe:
             raise ValueError(f"{self.reservoir=} must be 0 or more tokens")
 
 
+def identity(model: Model) -> dict[str, str]:
+    """What a run keeps of its model."""
+    return {
+        "fingerprint": model.fingerprint,
+        "family": model.spec.family,
+        "name": model.spec.name,
+        "dtype": model.dtype,
+    }
+
+
 def observe_inputs(
-    model: Model, windows: Windows, recipe: ObserveRecipe, shard: Shard | None = None
+    model: dict[str, str], windows: Windows, recipe: ObserveRecipe, shard: Shard | None = None
 ) -> dict[str, Any]:
-    """What identifies a run: hashes of inputs only, never of anything computed."""
+    """What identifies a run: hashes of inputs only, never of anything computed.
+
+    `model` as `identity` has it.
+    """
     count, length = windows.tokens.shape
     per_text = np.bincount(windows.text, minlength=len(windows.texts)).tolist()
     part = {} if shard is None else {"shard": dataclasses.asdict(shard)}
     return part | {
         "statistics_version": st.VERSION,
-        "model": {
-            "fingerprint": model.fingerprint,
-            "family": model.spec.family,
-            "name": model.spec.name,
-            "dtype": model.dtype,
-        },
+        "model": model,
         "text": {
             "texts": [
                 {"name": text.name, "sha256": text.sha256, "windows": n}

@@ -58,7 +58,7 @@ def cache_attention(
       ValueError: unknown implementation, one that does not support the case, or heads that do not
         match the layer.
     """
-    check(q, layer, implementation)
+    check(q, layer, implementation, window)
     options = base.Options(
         scale=scale, window=window, softcap=softcap, implementation=implementation,
         interpret=interpret, splits=splits, block_tokens=block_tokens,
@@ -68,8 +68,12 @@ def cache_attention(
     )
 
 
-def check(q: Float[Array, "B T H D"], layer: KVLayer, implementation: str | None) -> None:
-    """Refuses an unknown implementation and query heads that the layer's heads do not divide."""
+def check(
+    q: Float[Array, "B T H D"], layer: KVLayer, implementation: str | None, window: int | None
+) -> None:
+    """Refuses an unknown implementation, heads that the layer's do not divide, a wider window."""
+    if layer.window is not None and (window is None or window > layer.window):
+        raise ValueError(f"{window=} sees more than the {layer.window} tokens that the layer keeps")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} must be None or one of {IMPLEMENTATIONS}")
     if q.shape[2] % layer.kv_heads:

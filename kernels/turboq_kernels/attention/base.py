@@ -98,9 +98,10 @@ def group_parts(
     if own:  # the tail holds the queries' own tokens: what is not stored yet is exact
         packed_until = jnp.minimum(packed_until, lengths[:, None])
     low = jnp.zeros_like(at) if options.window is None else at - options.window + 1
-    starts = jnp.maximum(low, policy.sinks)
-    ends = jnp.minimum(packed_until, lengths[:, None])
-    parts = [_stored(rows, layer, group, view, starts, ends, options)]
+    first = jnp.reshape(cache.first, (-1, 1))  # position of slot 0
+    starts = jnp.maximum(low, policy.sinks) - first
+    ends = jnp.minimum(packed_until, lengths[:, None]) - first
+    parts = [_stored(rows, layer, group, view, starts, ends, options, cache.first)]
 
     def exact(k, v, positions, lower, options):
         name = options.implementation if _many(rows) else "xla"
@@ -122,8 +123,8 @@ def group_parts(
         dtype = policy.exact_dtype if _many(rows) else "float32"
         k, v = (take_heads(x, group.heads).swapaxes(1, 2).astype(dtype) for x in (tail.k, tail.v))
         # The first tokens are among the sinks, unless they are being written now.
-        first = jnp.minimum(cache.lengths, policy.sinks) if own else jnp.int32(policy.sinks)
-        lower = jnp.maximum(jnp.maximum(low, packed_until), first.reshape(-1, 1))
+        least = jnp.minimum(cache.lengths, policy.sinks) if own else jnp.int32(policy.sinks)
+        lower = jnp.maximum(jnp.maximum(low, packed_until), least.reshape(-1, 1))
         exact(k, v, tail.positions, lower, options)
     if sink_logits is not None:
         per_head = take_heads(sink_logits[None, None, :, None], _query_heads(group.heads, per_kv))
@@ -133,7 +134,7 @@ def group_parts(
 
 
 def _stored(
-    rows, layer: KVLayer, group: HeadGroup, view: views.GroupView, starts, ends, options
+    rows, layer: KVLayer, group: HeadGroup, view: views.GroupView, starts, ends, options, first
 ) -> Partial:
     count = len(group.heads)
     read = {"scale": options.scale, "softcap": options.softcap, "splits": options.splits}
@@ -146,7 +147,7 @@ def _stored(
             )
         return codec_decode.decode(
             rows, (group.k, group.k_arrays, view.k), (group.v, group.v_arrays, view.v),
-            view.pages, starts, ends, page=view.page, layer=layer,
+            view.pages, starts, ends, page=view.page, layer=layer, first=first,
             block_tokens=options.block_tokens, **read,
         )  # fmt: skip
     folded, bias = sides.fold(group.k, group.k_arrays, rows)

@@ -98,7 +98,7 @@ def projected_attention(
     Raises:
       ValueError: as `cache_attention`.
     """
-    check(q, layer, implementation)
+    check(q, layer, implementation, window)
     options = base.Options(
         scale=scale, window=window, softcap=softcap, implementation=implementation,
         interpret=interpret, splits=splits, block_tokens=block_tokens,

@@ -14,6 +14,7 @@ from turboq.cache import model_cache
 from turboq.cache.contiguous import Tail
 from turboq.cache.model_cache import LayerState
 from turboq.numbers.packing import PAGE
+from turboq.numbers.rope import unrotate
 from turboq_kernels import merge
 from turboq_kernels.columns import linear, mosaic_tpu, queries, triton
 from turboq_kernels.columns.linear import LinearLayer
@@ -37,6 +38,8 @@ def unsupported(
     if name == "xla":
         return None
     layer = state.form.layer
+    if state.dropped is not None and PAGE % layer.rope_block:
+        return f"key blocks of {layer.rope_block} tokens that pages given up would cut"
     block = layer.rope_block if layer.rope is not None else None
     reason = linear.unsupported(state.form)
     rows, heads = q.shape[1] * q.shape[2], len(state.form.group.heads)
@@ -57,6 +60,7 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Float[Array, "H"] | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H E"]:
@@ -67,6 +71,11 @@ def attend(
     Raises:
       ValueError: unknown, or named and not able to; the message says why.
     """
+    if sink_logits is not None and implementation not in (None, "xla"):
+        raise ValueError(f"{implementation=} cannot run this case: logit sinks; use 'xla' or None")
+    if sink_logits is not None:
+        implementation = "xla"
+    model_cache.check_window(state, window)
     if implementation is None:
         order = (*_PREFERENCE.get(jax.default_backend(), ()), "xla")
         name = next(n for n in order if unsupported(q, state, words, n) is None)
@@ -79,8 +88,9 @@ def attend(
     options = {"scale": scale, "softcap": softcap}
     if name == "xla":
         return model_cache.attend(
-            q, state, words, tail, q_positions=q_positions, window=window, **options
-        )
+            q, state, words, tail, q_positions=q_positions, window=window,
+            sink_logits=sink_logits, **options,
+        )  # fmt: skip
     made = prepare(state, words) if matrices is None else matrices
     assert made is not None  # `unsupported` has said so
     layer, heads, tokens = state.form.layer, made.k.mean.shape[0], q.shape[1]
@@ -88,13 +98,16 @@ def attend(
     per_token = rows.shape[1] // heads // tokens
     at = jnp.tile(jnp.repeat(q_positions, per_token, axis=1), (1, heads))  # [B, M]
     low = jnp.zeros_like(at) if window is None else at - window + 1
+    first, seen_from = jnp.reshape(state.first, (-1, 1)), rows
+    if layer.rope is not None and state.dropped is not None:  # slots count from there
+        seen_from = queries.to_rows(unrotate(layer.rope, q, first[..., None]), heads)
     folded = queries.fold(
-        rows, made.k, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block
+        seen_from, made.k, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block
     )
     run = triton.attend if name == "triton" else mosaic_tpu.attend
     sums = run(
-        folded, words, made, jnp.maximum(low, layer.policy.sinks),
-        jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]),
+        folded, words, made, jnp.maximum(low, layer.policy.sinks) - first,
+        jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]) - first,
         interpret=interpret, **options,
     )  # fmt: skip
     head = jnp.arange(rows.shape[1], dtype=jnp.int32) // (rows.shape[1] // heads)

@@ -34,13 +34,15 @@ def decode(
     scale: float,
     softcap: float | None,
     layer: KVLayer | None = None,
+    first: Int[Array, "B"] | int = 0,
     splits: int | None = None,
     block_tokens: int | None = None,
 ) -> Partial:
     """As `turboq_kernels.decode.decode`, of queries that are not folded yet.
 
     `k` and `v` are codec, arrays [N, ...] and head-pages (`turboq_kernels.sides`). Stored keys of a
-    `layer` with a rotary embedding are turned (`turboq.cache.key_form`); slot s is position s.
+    `layer` with a rotary embedding are turned (`turboq.cache.key_form`); slot s is position
+    `first` + s.
     """
     heads, count = q.shape[1], pages.table.shape[1]
     block = max(1, min((block_tokens or base.BLOCK_TOKENS) // page, count))
@@ -48,6 +50,7 @@ def decode(
     q = q.astype(jnp.float32)
     turned = None if layer is None or layer.rope is None else layer
     folded = {} if turned else of_heads(k_codec.fold_query)(k_arrays, q)
+    origin = jnp.reshape(jnp.asarray(first, jnp.int32), (-1, 1))
 
     def logits(first, valid):
         fields = fetch(k_codec, k_stored, pages, heads, first, block, valid)
@@ -55,7 +58,7 @@ def decode(
             return of_heads(k_codec.logits)(k_arrays, folded, fields)
         slots = first * page + jnp.arange(block * page, dtype=jnp.int32)
         keys = of_heads(k_codec.decode)(k_arrays, fields)
-        keys = from_stored(turned, k_arrays, keys, slots[None])
+        keys = from_stored(turned, k_arrays, keys, origin + slots[None])
         return jnp.einsum("bnmd,bnsd->bnms", q, keys, precision=HIGHEST)
 
     def sums(p, seen, first, valid):

@@ -54,7 +54,7 @@ def prefill(
     Raises:
       ValueError: as those two.
     """
-    attention.check(q, layer, implementation)
+    attention.check(q, layer, implementation, window)
     options = base.Options(
         scale=scale, window=window, softcap=softcap, implementation=implementation,
         interpret=interpret, splits=splits, block_tokens=block_tokens,
@@ -78,7 +78,7 @@ def prefill(
         layer, cache, k, v, counts=counts, where=where,
         implementation=implementation, interpret=interpret,
     )  # fmt: skip
-    return out, new
+    return out, caches.settled(layer, new) if isinstance(new, LayerCache) else new
 
 
 def _tail(

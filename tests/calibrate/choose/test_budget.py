@@ -65,10 +65,10 @@ def test_bits_of_a_token_are_never_rounded_up():
 
 
 def test_default_candidates_lie_around_the_bits_of_a_context():
-    assert Budget.parse("3.1bpc").bits_near(64) == 198
+    assert Budget.parse("3.1bpc").bits_near({None: 64}) == 198
     # Whole pages: 257 tokens take the room of 512, in each of three sequences.
-    assert Budget.parse("257@512B").bits_near(64) == 8
-    assert Budget.parse("257x3@3072B").bits_near(64) == 16
+    assert Budget.parse("257@512B").bits_near({None: 64}) == 8
+    assert Budget.parse("257x3@3072B").bits_near({None: 64}) == 16
 
 
 @pytest.mark.parametrize("kind", ["none", "uniform", "two_formats", "one_per_layer", "skip_list"])

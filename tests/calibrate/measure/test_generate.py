@@ -1,5 +1,6 @@
 """Generation through the packed cache against plain attention and against one parallel pass."""
 
+import json
 import re
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def parallel(model, layers, tokens):
     return np.asarray(forward(model, tokens, plug, layers)[0])
 
 
-@pytest.mark.parametrize("family", ["llama3", "mistral"])  # mistral: a sliding window of 6
+# mistral: a sliding window of 6; gpt_oss: logit sinks
+@pytest.mark.parametrize("family", ["llama3", "mistral", "gpt_oss"])
 def test_exact_cache_generates_what_plain_attention_does(family):
     model = load_model(GOLDEN / family)
     prompt = np.random.default_rng(5).integers(0, model.spec.vocab, (2, 4)).astype(np.int32)
@@ -202,3 +204,27 @@ def test_learned_plans_share_one_cache_and_two_programs(model, prompt):
     sequence = np.concatenate([prompt, got.tokens[:, :-1]], axis=1)
     want = parallel(model, layers, sequence)[:, prompt.shape[1] - 1 :]
     np.testing.assert_allclose(got.logits, want, rtol=0, atol=TOL["decode_packed"])
+
+
+def test_windows_are_all_that_a_long_sequence_keeps(tmp_path):
+    """Gemma 3 over three pages: tokens as of plain attention, sliding layers two pages each."""
+    for file in (GOLDEN / "gemma3").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    model = load_model(tmp_path)
+    prompt = np.random.default_rng(5).integers(0, model.spec.vocab, (1, 508)).astype(np.int32)
+    plain = greedy(model, prompt, 8, keep_logits=True)
+    geometry = model_geometry(model)
+    for codec in (
+        Exact(dim=8, dtype="float32"),
+        Transform(dim=8, segments=((8, 5),), gain="code"),
+    ):
+        plan = uniform_plan(geometry, k=codec, v=codec, policy=TokenPolicy())
+        layers = plan.kv_layers(collect_arrays(plan, random_fit(geometry)))
+        got = greedy(model, prompt, 8, layers=layers, keep_logits=True)
+        sequence = np.concatenate([prompt, got.tokens[:, :-1]], axis=1)
+        want = plain.logits if codec.name == "exact" else parallel(model, layers, sequence)[:, 507:]
+        np.testing.assert_allclose(got.logits, want, rtol=0, atol=TOL["decode_packed"])
+        page = 256 * layers[0].bits_per_token // 8
+        assert got.cache_bytes == plan.cache_bytes(515) == (6 * 2 + 3) * page

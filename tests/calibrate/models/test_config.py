@@ -286,7 +286,7 @@ def test_gemma_3_names_its_rotary_embeddings_by_kind_of_layer():
              "rope_local_base_freq": 3.0},
             "sliding layers: rope_theta=3.0 but 2.0 among",
         ),
-        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}}, "'yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "ntk", "factor": 2.0}}}, "'ntk'"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not"),
         ({"sliding_window": None}, "names sliding_attention but sliding_window is null"),
@@ -410,8 +410,10 @@ def test_windows_per_layer():
         ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 3}, "layer_types must name"),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, "_window is off"),
         ({"model_type": "qwen2", "max_window_layers": -1}, "max_window_layers=-1 must be"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not"),
+        ({"rope_parameters": {"rope_type": "proportional"}}, "rope type 'proportional' is not"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope factor=None must be a positive"),
+        ({"rope_scaling": {"type": "yarn", "beta_fast": 0}}, "beta_fast=0 must be a positive"),
+        ({"rope_scaling": {"type": "yarn", "truncate": 1}}, "truncate=1 must be true or false"),
         ({"rope_scaling": {"type": "linear"}}, "rope factor=None must be a positive"),
         ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 4.0}}, "must be below"),
         ({"rope_scaling": "linear"}, "rope parameters 'linear' are not supported"),
@@ -490,9 +492,9 @@ def test_neutral_values_of_refused_fields_pass():
 
 def test_supported_families_are_the_documented_ones():
     assert [*FAMILIES, *WRAPPERS] == [
-        *("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "granite"),
-        *("phi3", "glm", "glm4", "starcoder2"),
-        *("mixtral", "qwen2_moe", "qwen3_moe"),
+        *("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3", "smollm3", "granite"),
+        *("phi3", "glm", "glm4", "starcoder2", "cohere2"),
+        *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"),
         *("gemma2", "gemma3_text"),
         *("gemma3",),
     ]

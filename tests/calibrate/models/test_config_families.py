@@ -1,12 +1,15 @@
-"""Hugging Face configurations of OLMo 2, SmolLM3, Granite 3, Phi-3, GLM-4 and StarCoder2."""
+"""Hugging Face configurations of OLMo 2 and 3, SmolLM3, Granite 3, Phi-3, GLM-4, StarCoder2,
+Cohere2 and gpt-oss."""
 
 import math
 
+import numpy as np
 import pytest
 
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope
 from turboq_calibrate.models.config import model_spec
+from turboq_calibrate.models.hf_gpt_oss import unpack
 from turboq_calibrate.models.params import parameter_count
 
 LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.1] * 48}
@@ -60,6 +63,26 @@ PUBLISHED_MORE = {
          "rope_theta": 999999.4420358813, "max_position_embeddings": 16384},
         3_030_371_328, 128,
     ),
+    "Olmo-3-7B": (
+        {"model_type": "olmo3", "hidden_size": 4096, "intermediate_size": 11008,
+         "num_attention_heads": 32, "num_key_value_heads": 32, "num_hidden_layers": 32,
+         "vocab_size": 100278, "rope_theta": 500000, "max_position_embeddings": 65536,
+         "sliding_window": 4096, "rope_scaling": {
+             "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0,
+             "factor": 8.0, "original_max_position_embeddings": 8192, "rope_type": "yarn"}},
+        7_298_011_136, 128,
+    ),
+    "gpt-oss-20b": (
+        {"model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880,
+         "num_attention_heads": 64, "num_hidden_layers": 24, "vocab_size": 201088,
+         "num_local_experts": 32, "experts_per_token": 4, "num_experts_per_tok": 4,
+         "initial_context_length": 4096, "rope_theta": 150000, "swiglu_limit": 7.0,
+         "sliding_window": 128, "attention_bias": True, "rope_scaling": {
+             "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn",
+             "original_max_position_embeddings": 4096, "truncate": False},
+         "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}},
+        20_914_757_184, 64,
+    ),
 }  # fmt: skip
 
 
@@ -83,7 +106,8 @@ def test_published_models_of_more_families(name):
     spec = model_spec(settings, name)
     assert parameter_count(spec) == parameters
     assert {layer.head_dim for layer in spec.layers} == {head_dim}
-    assert {layer.window for layer in spec.layers} == {settings.get("sliding_window")}
+    mixed = {None} if settings["model_type"] in ("olmo3", "gpt_oss") else set()
+    assert {layer.window for layer in spec.layers} == {settings.get("sliding_window")} | mixed
     if "Phi" in name:  # the longest short sequence
         assert spec.context == 4096
 
@@ -159,7 +183,7 @@ def test_longrope_is_read_as_of_short_sequences():
             {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 9}},
             "=4096 but 9 among",
         ),
-        ({"rope_scaling": {**LONGROPE, "type": "yarn"}}, "default, linear, llama3, longrope"),
+        ({"rope_scaling": {**LONGROPE, "type": "ntk"}}, "linear, dynamic, llama3, yarn, longrope"),
         (
             {"partial_rotary_factor": 1.5},
             "partial_rotary_factor=1.5 of head_dim=16 must be an even",
@@ -167,10 +191,74 @@ def test_longrope_is_read_as_of_short_sequences():
         ({"partial_rotary_factor": 0.45}, "must be an even number of channels, at most all"),
         (
             {"model_type": "llama", "rope_scaling": LONGROPE},
-            "rope type 'longrope' is not supported",
+            "original_max_position_embeddings is missing",
         ),
     ],
 )
 def test_what_phi_3_does_not_do_is_refused(fields, message):
     with pytest.raises(TurboqError, match=message):
         model_spec(phi() | fields, "some/folder")
+
+
+def yarn(**fields):
+    """Frequencies over those of the base, and the factor on what is rotated."""
+    told = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, **fields}
+    layer = model_spec(config(rope_scaling=told, max_position_embeddings=16384), "x").layers[0]
+    plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
+    return np.array(layer.rope.inv_freq) / plain, layer.rope_magnitude
+
+
+def test_yarn_keeps_what_turns_often_and_stretches_the_rest():
+    """By hand: pair i turns 4096 f_i / 2 pi times within the original context."""
+    turns = 4096 * 10000.0 ** -(np.arange(0, 16, 2) / 16) / (2 * math.pi)
+    ratio, magnitude = yarn(truncate=False)
+    assert magnitude == 0.1 * math.log(4) + 1
+    low, high = (np.interp(-math.log(n), -np.log(turns), np.arange(8)) for n in (32, 1))
+    ramp = np.clip((np.arange(8) - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(ratio, ramp / 4 + 1 - ramp, rtol=1e-9)
+    assert ratio[0] == 1.0
+    assert ratio[-1] == pytest.approx(0.25)
+    whole, _ = yarn()
+    ramp = np.clip((np.arange(8) - math.floor(low)) / (math.ceil(high) - math.floor(low)), 0, 1)
+    np.testing.assert_allclose(whole, ramp / 4 + 1 - ramp, rtol=1e-9)
+    assert yarn(attention_factor=1.5)[1] == 1.5
+    both = yarn(mscale=2.0, mscale_all_dim=1.0)[1]
+    assert both == pytest.approx((0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"swiglu_limit": 5.0}, "swiglu_limit=5.0 is not supported: 7.0 is"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq'"),
+        (
+            {"model_type": "llama", "num_local_experts": 0,
+             "quantization_config": {"quant_method": "mxfp4"}},
+            "'mxfp4'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_gpt_oss_does_not_do_is_refused(fields, message):
+    base = config("gpt_oss", num_local_experts=4, head_dim=16)
+    with pytest.raises(TurboqError, match=message):
+        model_spec(base | fields, "x")
+
+
+def test_mxfp4_by_its_bits():
+    """Every code at two scales: sign, two bits of exponent, one of fraction, times 2^(s - 127)."""
+    blocks = (np.arange(32, dtype=np.uint8) * 8 + 3).reshape(1, 2, 16)
+    scales = np.array([[127, 120]], np.uint8)
+
+    def value(code):
+        sign, exponent, fraction = code >> 3, code >> 1 & 3, code & 1
+        size = fraction / 2 if exponent == 0 else (1 + fraction / 2) * 2.0 ** (exponent - 1)
+        return -size if sign else size
+
+    want = [
+        value(half) * 2.0 ** (int(scales[0, b]) - 127)
+        for b in range(2)
+        for byte in blocks[0, b].tolist()
+        for half in (byte & 15, byte >> 4)
+    ]
+    np.testing.assert_array_equal(unpack(blocks, scales), [want])
+    assert np.isnan(unpack(blocks, np.array([[127, 255]], np.uint8))[0, 32:]).all()

@@ -49,17 +49,23 @@ FAMILIES = (
     "glm",
     "glm4",
     "starcoder2",
+    "olmo3",
+    "qwen3_dynamic",
+    "gpt_oss",
+    "gpt_oss_mxfp4",
+    "cohere2",
 )
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 COPIES = (
     *("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"),
-    *("olmo2", "smollm3", "granite", "phi3", "glm4", "starcoder2"),
+    *("olmo2", "smollm3", "granite", "phi3", "glm4", "starcoder2", "olmo3", "gpt_oss_mxfp4"),
+    "cohere2",
 )
 
 
-def capturing(spec, q, k, v, positions, state):
+def capturing(spec, q, k, v, positions, state, *sinks):
     """An attention plug that hands out what it saw."""
-    out, _ = exact_attend(spec, q, k, v, positions, None)
+    out, _ = exact_attend(spec, q, k, v, positions, None, *sinks)
     return out, (q, k, v)
 
 
@@ -103,7 +109,9 @@ def test_golden_families_cover_what_they_claim():
         *MIXTURES,
         *("olmo2", "smollm3", "granite"),
         *["phi3"] * 2,
-        *("glm", "glm4", "starcoder2"),
+        *("glm", "glm4", "starcoder2", "olmo3", "qwen3"),
+        *["gpt_oss"] * 2,
+        "cohere2",
     ]
     assert first["llama3"].rope.scaling.type == "llama3"
     assert first["llama_bias"].rope.scaling == Scaling(type="linear", factor=2.5)
@@ -155,6 +163,27 @@ def test_golden_families_cover_what_they_claim():
     assert star.qkv_bias
     assert star.o_bias
     assert star.mlp_bias
+    olmo3 = specs["olmo3"].layers
+    assert [layer.window for layer in olmo3] == [5, 5, 5, None, 5]
+    assert olmo3[0].rope == Rope(theta=5e5, dim=16)
+    assert (olmo3[3].rope_magnitude, olmo3[0].rope_magnitude) == (1 + 0.1 * math.log(4), 1.0)
+    # Short wavelengths are kept, long ones stretched, one lies between.
+    kept = np.array(olmo3[3].rope.inv_freq) * 5e5 ** (np.arange(0, 16, 2) / 16)
+    np.testing.assert_allclose(kept[[0, -1]], [1.0, 0.25])
+    assert any(0.25 < ratio < 1.0 for ratio in kept)
+    assert (first["qwen3_dynamic"].rope, specs["qwen3_dynamic"].context) == (
+        Rope(theta=1e4, dim=8), 256,
+    )  # fmt: skip
+    oss = specs["gpt_oss"].layers
+    assert [layer.window for layer in oss] == [5, None, 5]
+    assert all(layer.logit_sinks and layer.experts.bias for layer in oss)
+    assert (oss[0].activation, oss[0].qkv_bias, oss[0].o_bias) == ("clipped_swiglu", True, True)
+    cohere2 = specs["cohere2"].layers
+    assert [(layer.window, layer.rope is None) for layer in cohere2] == [
+        *[(5, False)] * 3, (None, True), (5, False),
+    ]  # fmt: skip
+    assert (cohere2[0].norm, cohere2[0].parallel, cohere2[0].qkv_bias) == ("centred", True, True)
+    assert specs["cohere2"].logit_scale == 0.5
     # Random norms and biases: a decoder that skips one of them cannot pass.
     norms = load_model(GOLDEN / "qwen3").layer(0)
     assert all(np.std(norms[name]) > 0.1 for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm"))
@@ -199,7 +228,7 @@ def test_a_streamed_layer_reads_only_its_own_tensors(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama_bias", "llama3", "qwen3", "gemma2", "qwen2_moe", "starcoder2"]
+    "family", ["llama_bias", "qwen3", "gemma2", "qwen2_moe", "starcoder2", "gpt_oss", "cohere2"]
 )
 def test_nnx_module_equals_the_functions(family):
     model, expected = load_model(GOLDEN / family), golden(family)

@@ -255,7 +255,9 @@ def test_inputs_hold_no_floats(model):
             return [leaf for v in value for leaf in leaves(v)]
         return [value]
 
-    inputs = recipe_module.observe_inputs(model, random_windows(model.spec.vocab), CHUNKS)
+    inputs = recipe_module.observe_inputs(
+        recipe_module.identity(model), random_windows(model.spec.vocab), CHUNKS
+    )
     assert all(isinstance(leaf, str | int) for leaf in leaves(inputs))
 
 

@@ -107,7 +107,7 @@ def test_residency_by_hand():
     plan, arrays = plan_cases.plain()
     token = 2 * 3 * (16 * 4 + 16 + 8 * 2) / 8
     r = plan.residency(300, batch=2)
-    assert (plan.bytes_per_token, r.channels) == (token, 2 * 3 * (16 + 8))
+    assert (plan.bytes_per_token, r.numbers) == (token, 2 * 300 * 2 * 3 * (16 + 8))
     assert r.quantized == 2 * 300 * token
     assert r.padding == 2 * (512 - 300) * token
     assert r.sinks == 2 * 2 * 3 * 4 * (16 + 8) * 2  # batch, layers, heads, sinks, K and V, bfloat16
@@ -115,8 +115,8 @@ def test_residency_by_hand():
     assert r.arrays == sum(a.nbytes for a in arrays.values())
     assert r.tables == 4 * (16 * 16 + 8 * 8)  # two rotations; fitted codebooks are arrays
     assert r.total == r.quantized + r.padding + r.sinks + r.arrays + r.tables
-    assert r.baseline == 2 * 300 * r.channels * 2
-    assert plan.bits_per_channel(300, batch=2) == r.total * 8 / (600 * r.channels)
+    assert r.baseline == r.numbers * 2
+    assert plan.bits_per_channel(300, batch=2) == r.total * 8 / r.numbers
     assert r.compression == r.baseline / r.total
 
 

@@ -9,7 +9,7 @@ from tolerances import TOL
 
 from turboq.cache import contiguous, model_cache
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
-from turboq.cache.simulate import simulate
+from turboq.cache.simulate import simulate, simulated_attention
 from turboq.codecs import TurboQuantMSE
 from turboq.codecs.observed import Observed
 from turboq.codecs.transform import Transform
@@ -75,7 +75,7 @@ def test_attention_is_that_of_the_codecs_in_float64(rng, kind):
     policy = TokenPolicy(sinks=2, recent=3)
     layers = make_layers(rng, policy, Rope(dim=DIM, theta=50.0), **KINDS[kind])
     form = model_cache.forms(layers)
-    states, words = model_cache.init(form, batch=2, capacity=40)
+    states, (words,) = model_cache.init(form, batch=2, capacity=40)
     for layer, state in zip(layers, states, strict=True):
         q, k, v = inputs(rng, 30)
         got, _, words = run(state, words, q, k, v, (14, 1, 1, 14), scale=SCALE)
@@ -86,14 +86,18 @@ def test_attention_is_that_of_the_codecs_in_float64(rng, kind):
         np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
 
 
-@pytest.mark.parametrize("options", [{"window": 9}, {"softcap": 2.0}], ids=str)
-def test_windows_and_soft_caps(rng, options):
+@pytest.mark.parametrize("options", [{"window": 9}, {"softcap": 2.0}, {"sink_logits": 1}], ids=str)
+def test_windows_soft_caps_and_logit_sinks(rng, options):
+    if "sink_logits" in options:
+        options = {"sink_logits": jnp.asarray(rng.normal(size=2 * HEADS) + 1, jnp.float32)}
     layers = make_layers(rng, TokenPolicy(sinks=1))
-    states, words = model_cache.init(model_cache.forms(layers), batch=2, capacity=20)
+    states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=20)
     q, k, v = inputs(rng, 20)
     got, _, _ = run(states[0], words, q, k, v, (20,), scale=SCALE, **options)
     want = kernel_oracle.policy_attention(layers[0], q, k, v, scale=SCALE, **options)
     np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
+    simulated = simulated_attention(layers[0], q, k, v, scale=SCALE, **options)
+    np.testing.assert_allclose(simulated, want, atol=TOL["packed_attention"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,7 +105,7 @@ def test_the_pool_holds_the_codecs_own_bits(rng, kind):
     """Bit by bit what codecs encode; a layer: what is not codes of K and V, codes of K, of V."""
     layers = make_layers(rng, TokenPolicy(), **KINDS[kind])
     form = model_cache.forms(layers)
-    states, words = model_cache.init(form, batch=1, capacity=256)
+    states, (words,) = model_cache.init(form, batch=1, capacity=256)
     _, k, v = inputs(rng, 256, batch=1)
     for state in states:
         _, words, _ = write(state, words, k, v)
@@ -147,16 +151,16 @@ def test_nothing_is_padded(rng):
     """Bytes of the pool are the plan's bits, whatever the widest head has."""
     layers = make_layers(rng, TokenPolicy(sinks=3), gain="code")
     form = model_cache.forms(layers)
-    states, words = model_cache.init(form, batch=2, capacity=300)
+    states, (words,) = model_cache.init(form, batch=2, capacity=300)
     assert form.bits_per_token == sum(layer.bits_per_token for layer in layers)
     assert words.nbytes == 2 * 512 * form.bits_per_token // 8
-    assert model_cache.nbytes(states, words) == words.nbytes + 2 * 2 * 3 * 2 * HEADS * DIM * 2
+    assert model_cache.nbytes(states, [words]) == words.nbytes + 2 * 2 * 3 * 2 * HEADS * DIM * 2
 
 
 def test_chunks_equal_one_write(rng):
     """Across a page's end and to the end of the pool; another layer's bits stay."""
     layers = make_layers(rng, TokenPolicy(recent=2), gain="code")
-    states, empty = model_cache.init(model_cache.forms(layers), batch=2, capacity=512)
+    states, (empty,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=512)
     _, k, v = inputs(rng, 512)
     _, empty, _ = write(states[0], empty, v, k)
     whole, words, _ = write(states[1], empty, k, v)
@@ -170,7 +174,7 @@ def test_chunks_equal_one_write(rng):
 
 def test_padding_leaves_no_trace_and_overflow_is_counted(rng):
     layers = make_layers(rng, TokenPolicy(), gain="code")
-    states, words = model_cache.init(model_cache.forms(layers), batch=2, capacity=256)
+    states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=256)
     _, k, v = inputs(rng, 250)
     state, words, _ = write(states[0], words, k, v)
     _, more_k, more_v = inputs(rng, 40)
@@ -208,7 +212,7 @@ def test_other_codecs_have_no_such_form(rng):
 
 def test_exact_tokens_are_those_of_the_grouped_cache(rng):
     layers = make_layers(rng, TokenPolicy(sinks=1, recent=2), gain="code")
-    states, words = model_cache.init(model_cache.forms(layers), batch=2, capacity=9)
+    states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=9)
     _, k, v = inputs(rng, 9)
     state, _, tail = write(states[0], words, k, v)
     cache, due = contiguous.write(layers[0], contiguous.init(layers[0], batch=2, capacity=9), k, v)

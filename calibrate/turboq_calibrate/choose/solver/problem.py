@@ -29,6 +29,7 @@ class Problem:
     units [U]; labels [C] name the candidates; codecs [U][C] is what a candidate means for a unit.
     costs [U, C]: predicted loss (KL in nats, say) of the candidate; +inf where it must not be used.
     sizes [U, C]: stored bits of one token, exact.
+    windows [U]: how many tokens the unit's cache keeps, None: all (default: all of them).
 
     Raises:
       TurboqError: shapes disagree, a cost is NaN or -inf, a size is negative, a unit appears twice
@@ -40,6 +41,7 @@ class Problem:
     codecs: tuple[tuple[Codec, ...], ...]
     costs: np.ndarray  # checked below: shapes are a user's to get wrong
     sizes: np.ndarray
+    windows: tuple[int | None, ...] = ()
 
     def __post_init__(self):
         shape = (len(self.units), len(self.labels))
@@ -51,6 +53,9 @@ class Problem:
                 raise TurboqError(f"{name} {list(found)} must be [units, candidates] {list(shape)}")
         if [len(row) for row in self.codecs] != [shape[1]] * shape[0]:
             raise TurboqError(f"codecs must be {shape[0]} rows of {shape[1]}, one per cost")
+        object.__setattr__(self, "windows", self.windows or (None,) * shape[0])
+        if len(self.windows) != shape[0]:
+            raise TurboqError(f"{len(self.windows)} windows must be {shape[0]}, one per unit")
         if len(set(self.units)) != len(self.units):
             raise TurboqError("a unit appears twice")
         self._check_values()
@@ -84,6 +89,7 @@ class Problem:
             ),
             costs=costs,
             sizes=table.sizes,
+            windows=tuple(table.windows.get(u.layer) for u in table.units),
         )
 
     @functools.cached_property

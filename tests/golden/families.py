@@ -1,0 +1,290 @@
+"""The golden checkpoints as data: what `generate.py` builds, and what it captures."""
+
+from __future__ import annotations
+
+import torch
+
+BASE = {
+    "hidden_size": 32,
+    "intermediate_size": 28,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def rope(kind: str = "default", theta: float = 10000.0, **fields) -> dict:
+    return {"rope_type": kind, "rope_theta": theta, **fields}
+
+
+LLAMA3 = rope(
+    "llama3",
+    50000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=128,
+)
+LONGROPE = rope(
+    "longrope",
+    partial_rotary_factor=0.75,  # 6 pairs
+    short_factor=[1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    long_factor=[1.0, 2.0, 4.0, 6.0, 8.0, 9.0],
+)
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
+GPT_OSS = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 32,  # and hidden_size: whole blocks of MXFP4
+    "num_hidden_layers": 3,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "sliding_window": 5,
+}
+BY_LAYER = {
+    "full_attention": rope("linear", 50000.0, factor=4.0),
+    "sliding_attention": rope(theta=10000.0),
+}
+GEMMA = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 20,
+    "query_pre_attn_scalar": 8,  # head_dim: a GGUF file cannot say another
+    "sliding_window": 5,
+    "tie_word_embeddings": True,
+}
+GLM = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 12,  # 6 rotated channels
+    "intermediate_size": 20,
+    "pad_token_id": 1,
+    "rope_parameters": rope(partial_rotary_factor=0.5),
+}
+MOE = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 20,
+    "moe_intermediate_size": 12,
+    "num_experts_per_tok": 2,
+}
+VISION = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 8,
+    "patch_size": 4,
+}
+WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "gpt_oss": "gpt-oss",
+    "olmo3": "olmo2",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+}  # model type -> GGUF's, where they differ
+# name -> (model type, settings, stored type, shard size, GGUF type, tokenizer kind)
+FAMILIES = {
+    "llama": ("llama", {"num_key_value_heads": 4}, torch.float32, None, None, None),
+    "llama3": (
+        "llama",
+        {"vocab_size": 320, "tie_word_embeddings": True, "rope_parameters": LLAMA3, "head_dim": 16},
+        torch.bfloat16,
+        None,
+        "BF16",
+        "llama-bpe",
+    ),
+    "llama_bias": (
+        "llama",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_dim": 6,
+            "rope_parameters": rope("linear", factor=2.5),
+        },
+        torch.bfloat16,
+        None,
+        None,
+        None,
+    ),
+    "smollm2": (
+        "llama",
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 36,
+         "tie_word_embeddings": True, "rope_parameters": rope(theta=100000.0)},
+        torch.float16, None, None, None,
+    ),
+    "mistral": (
+        "mistral",
+        {"sliding_window": 6, "head_dim": 16, "num_attention_heads": 3, "num_key_value_heads": 1,
+         "hidden_size": 33},
+        torch.bfloat16, None, None, None,
+    ),
+    "qwen2": (
+        "qwen2",
+        {"vocab_size": 320, "tie_word_embeddings": True, "rope_parameters": rope(theta=1e6)},
+        torch.float16, None, "F16", "qwen2",
+    ),
+    "qwen2_window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+         "num_hidden_layers": 3, "intermediate_size": 24},
+        torch.bfloat16, None, None, None,
+    ),
+    "qwen3": ("qwen3", {"head_dim": 12, "rope_parameters": rope(theta=1e6)},
+              torch.bfloat16, "20KB", "BF16", None),
+    "mixtral": (
+        "mixtral",
+        MOE | {"num_local_experts": 4, "intermediate_size": 12},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        MOE | {"num_experts": 5, "shared_expert_intermediate_size": 10, "mlp_only_layers": [1],
+               "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5,
+               "max_window_layers": 1},
+        torch.bfloat16, None, None, None,
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        MOE | {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True, "head_dim": 8},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "olmo3": (
+        "olmo3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20,
+         "num_hidden_layers": 5, "sliding_window": 5,
+         "rope_parameters": {"full_attention": rope("yarn", 5e5, **YARN),
+                             "sliding_attention": rope(theta=5e5)}},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "qwen3_dynamic": (
+        "qwen3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16,
+         "head_dim": 8, "rope_parameters": rope("dynamic", factor=2.0)},
+        torch.bfloat16, None, None, None,
+    ),
+    "cohere2": (
+        "cohere2",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20,
+         "num_hidden_layers": 5, "sliding_window": 5, "logit_scale": 0.5, "pad_token_id": 1,
+         "attention_bias": True, "tie_word_embeddings": True},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        GPT_OSS | {"rope_parameters": rope("yarn", 150000.0, truncate=False, **YARN)},
+        torch.bfloat16, None, None, None,
+    ),
+    "gpt_oss_mxfp4": (
+        "gpt_oss",
+        GPT_OSS | {"num_hidden_layers": 2,
+                   "rope_parameters": rope("yarn", 150000.0, truncate=True, **YARN)},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "gemma2": (
+        "gemma2",
+        GEMMA | {"num_hidden_layers": 3, "attn_logit_softcapping": 1.5,
+                 "final_logit_softcapping": 2.0},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "gemma3": (
+        "gemma3_text",
+        GEMMA | {"num_hidden_layers": 7, "rope_parameters": BY_LAYER},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "gemma3_vision": (
+        "gemma3",
+        GEMMA | {"num_hidden_layers": 2, "num_key_value_heads": 2, "query_pre_attn_scalar": 20,
+                 "layer_types": ["full_attention", "sliding_attention"]},
+        torch.bfloat16, None, None, None,
+    ),
+    "olmo2": (
+        "olmo2",
+        {"intermediate_size": 20, "rope_parameters": rope(theta=5e5)},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "smollm3": (
+        "smollm3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16,
+         "num_hidden_layers": 5, "tie_word_embeddings": True, "pad_token_id": 1},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "granite": (
+        "granite",
+        {"intermediate_size": 20, "attention_bias": True, "mlp_bias": True,
+         "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.125,
+         "logits_scaling": 2.5, "tie_word_embeddings": True},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "phi3": (
+        "phi3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20,
+         "pad_token_id": 1, "original_max_position_embeddings": 80, "rope_parameters": LONGROPE},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "phi3_window": (
+        "phi3",
+        {"intermediate_size": 20, "pad_token_id": 1, "sliding_window": 5,
+         "original_max_position_embeddings": 256},
+        torch.bfloat16, None, None, None,
+    ),
+    "glm": (
+        "glm",
+        GLM | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+               "attention_bias": False},
+        torch.bfloat16, None, None, None,
+    ),
+    "glm4": ("glm4", GLM, torch.bfloat16, None, "BF16", None),
+    "starcoder2": (
+        "starcoder2",
+        {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1},
+        torch.bfloat16, None, "BF16", None,
+    ),
+}  # fmt: skip
+# name -> (model type, settings, KV heads, window and lender of every layer, or the refusal)
+CAPTURED = {
+    "hybrid": (
+        "qwen3_next",
+        {"vocab_size": 320, "num_hidden_layers": 4, "head_dim": 8, "linear_num_value_heads": 4,
+         "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+         "shared_expert_intermediate_size": 8},
+        [*[(0, None, None)] * 3, (2, None, None)],
+    ),
+    "shared": (
+        "gemma4_text",
+        {"vocab_size": 320, "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16,
+         "num_kv_shared_layers": 2, "sliding_window": 5, "hidden_size_per_layer_input": 4,
+         "vocab_size_per_layer_input": 320,
+         "layer_types": ["sliding_attention", "full_attention"] * 2},
+        [(2, 5, None), (2, None, None), (2, 5, 0), (2, None, 1)],
+    ),
+    "sinks": (
+        "gpt_oss", GPT_OSS | {"vocab_size": 320, "num_hidden_layers": 2},
+        [(1, 5, None), (1, None, None)],
+    ),
+    "latent": (
+        "deepseek_v3",
+        {"vocab_size": 320, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+         "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+         "n_group": 1, "topk_group": 1, "moe_intermediate_size": 8, "num_key_value_heads": 4},
+        "one latent vector per token",
+    ),
+    "elsewhere": (
+        "bloom", {"vocab_size": 320, "n_head": 4, "n_layer": 2},
+        "no layer attends through transformers' attention interface",
+    ),
+}  # fmt: skip
+# Whose GGUF copies transformers does not read.
+UNREAD = ("mixtral", "olmo2", "olmo3", "smollm3", "granite", "glm4", "gpt_oss", "cohere2")
+# Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
+INTERLEAVED = ("llama", "mixtral", "smollm3", "granite")
