@@ -20,18 +20,17 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 BATCH, LENGTH, STEPS, PADDING = 2, 20, 6, 3
 
 
-def _window(dim, segments, states, gain="code"):
+def _window(dim, segments, states, gain="code") -> Transform:
     return Transform(
         dim=dim, segments=segments, quantizer="window", states=states, gain=gain, gain_bits=3
     )
 
 
 def _llama3(layer, side, head):
-    """Window codes, other bits in every head, a layer of exact values."""
+    """Window codes, other bits in each head, and a layer of exact values."""
     if side == "v":
-        return Exact(dim=16) if layer else _window(16, ((8, 3), (8, 1)), 64)
-    bits = ((8, 4), (8, 2)) if head else ((16, 2),)
-    return _window(16, bits, 16, "none" if layer else "code")
+        return Exact(dim=16) if layer else _window(16, ((8, 3), (8, 1)), 64, "none")
+    return _window(16, ((8, 4), (8, 2)) if head else ((16, 2),), 16)
 
 
 def _mistral(layer, side, head):

@@ -49,7 +49,7 @@ class Transformers(Exporter):
     name = "transformers"
     title = "Hugging Face transformers, the plan's own codes in PyTorch"
     versions = ">=5.23,<6"
-    checked = "5.24.0 with torch 2.13.0 on a CPU: run, see tests/golden/export/transformers.json"
+    checked = "5.23.0 and 5.24.0, torch 2.13.0, CPU: run, see tests/golden/export/transformers.json"
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
         """What needs no statistics; fitted codecs are named with --candidates."""
@@ -97,7 +97,7 @@ class Transformers(Exporter):
             files={name: folder.joinpath(source).read_bytes() for name, source in FILES.items()},
             flags=("model.generate(**inputs, past_key_values=turboq_cache.make_cache(model))",),
             notes=(
-                "pip install torch 'transformers>=5.23' is all that the modules need.",
+                "The modules need torch and transformers >= 5.23, not turboq.",
                 "Prompts are attended to as they are stored, as in turboq evaluate.",
                 "The bits of a layer are padded to whole bytes per token.",
             ),

@@ -101,8 +101,7 @@ def test_allocated_plans_are_exact(name, model):
         report = make_report(plan, arrays, engine, engine.project(plan, arrays, options), [])
         wrong = [entry for entry in report.entries() if entry[2].status != "exact"]
         assert not wrong, wrong[:2]
-        # transformers keeps recent tokens beside its integer layers, but not beside FP8 ones.
-        assert report.status == "exact" or name == "transformers"
+        assert report.status == "exact"
         assert report.engine_bytes_per_token >= report.plan_bytes_per_token
         used |= {e.codec.name for e in entries(plan, arrays)}
     assert used
