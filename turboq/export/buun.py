@@ -39,13 +39,14 @@ from turboq.export.base import (
     json_file,
     sides_of,
 )
-from turboq.export.llama_cpp import FLOATS, ggml_formats, ggml_hold
+from turboq.export.llama_cpp import ggml_formats, ggml_hold
 from turboq.plan import ModelGeometry, Plan
 from turboq.plan.constraints import Constraints
 
 BLOCK = 128  # channels, to whole numbers of which heads are padded
 TIERS = {"t8": 130, "t4": 66, "t3": 52, "t2": 36, "t1": 20}  # bytes of a block
 LADDER = ("f16", *TIERS)
+FLOATS = ("f16", "bf16")
 WINDOW = 8192  # VBR_SCHEDULE_CTX: rows that a band must cover to hold for a whole layer
 BUDGETS = (6.0, 5.0, 4.0, 3.5, 3.0, 2.5, 2.0)  # bits per value of the policy's rungs
 

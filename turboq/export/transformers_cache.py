@@ -79,7 +79,7 @@ class _Hook:
                 f"layer {self.index}: this model does not tell its layers position_ids"
             )
         batch, tokens = hidden.shape[:2]
-        layer = cache.layers[self.index]
+        layer = cache.planned[self.index]
         if cache.tokens.length == layer.get_seq_length():  # the first layer of this pass
             cache.tokens.append(positions.expand(batch, tokens), _real(mask, batch, tokens))
         mask = layer.prepare(mask, tokens, kwargs.get("position_embeddings"), hidden.device)
@@ -102,12 +102,13 @@ class Tokens:
     """Of each sequence: its first slot that is no padding, and its positions minus its slots."""
 
     def __init__(self):
-        self.length, self.first, self.offset = 0, None, None
+        self.length = 0
+        self.first = self.offset = torch.zeros(0, dtype=torch.long)  # [B]
 
     def append(self, positions, real):
         batch, new = positions.shape
         slots = torch.arange(self.length, self.length + new, device=positions.device)
-        if self.first is None:
+        if not len(self.first):
             self.first = torch.zeros(batch, dtype=torch.long, device=positions.device)
             self.offset = torch.zeros_like(self.first)
         open_ = self.first >= self.length  # only padding so far
@@ -124,7 +125,7 @@ class Tokens:
         self.first, self.offset, self.length = first, offset, self.length + new
 
     def select(self, index):
-        if self.first is not None:
+        if len(self.first):
             self.first, self.offset = self.first[index], self.offset[index]
 
 
@@ -134,16 +135,17 @@ class PlannedCache(Cache):
     def __init__(self, plan, tensors):
         self.tokens = Tokens()
         layers = range(len(plan["layers"]))
-        super().__init__(layers=[PlannedLayer(plan, tensors, i, self.tokens) for i in layers])
+        self.planned = [PlannedLayer(plan, tensors, i, self.tokens) for i in layers]
+        super().__init__(layers=list(self.planned))
 
     @property
     def nbytes(self):
         """Bytes of all stored tokens."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.planned)
 
     def _select(self, index):
         self.tokens.select(index)
-        for layer in self.layers:
+        for layer in self.planned:
             layer.select(index)
 
     def reorder_cache(self, beam_idx):
@@ -153,7 +155,7 @@ class PlannedCache(Cache):
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats):
-        if self.tokens.first is not None:
+        if len(self.tokens.first):
             index = torch.arange(len(self.tokens.first), device=self.tokens.first.device)
             self._select(index.repeat_interleave(repeats))
 
@@ -163,7 +165,7 @@ class PlannedCache(Cache):
 
     def crop(self, tokens_to_remove):
         super().crop(tokens_to_remove)
-        self.tokens.length = self.layers[0].get_seq_length()
+        self.tokens.length = self.planned[0].get_seq_length()
 
 
 class PlannedLayer(DynamicLayer):
@@ -216,7 +218,7 @@ class PlannedLayer(DynamicLayer):
         """What the hook says before `update`; returns the mask for what `update` will return."""
         self.ready = True
         if self.rope is not None and angles is not None and not self.get_seq_length():
-            self._check_angles(angles, new, device)
+            self._check_angles(self.rope, angles, new, device)
         if new == 1 or not self.recent:
             return mask
         past = self.get_seq_length()
@@ -236,13 +238,13 @@ class PlannedLayer(DynamicLayer):
             [mask.masked_fill(exact, low), mask.masked_fill(~exact, low)[..., tail]], dim=-1
         )
 
-    def _check_angles(self, angles, new, device):
+    def _check_angles(self, rope, angles, new, device):
         """Refuses a model that rotates keys in another way than the plan says."""
-        self.rope.to(device)
+        rope.to(device)
         cos, sin = (x.float() for x in angles)
         at = torch.arange(new, device=device) + self.tokens.offset.to(device)[:, None]
         keep = torch.arange(new, device=device) >= self.tokens.first.to(device)[:, None]
-        for ours, theirs in zip(self.rope.tables(at), (cos, sin), strict=True):
+        for ours, theirs in zip(rope.tables(at), (cos, sin), strict=True):
             half = ours.shape[-1]
             forms = (theirs[..., :half], theirs[..., : 2 * half : 2])  # halves, or pairs repeated
             off = min(float(((f - ours).abs() * keep[..., None]).max()) for f in forms)
