@@ -52,12 +52,12 @@ def _glm(layer, side, head):
     return TurboQuantMSE(dim=8, bits=4, scale_dtype="bfloat16" if head else "float32")
 
 
-# Checkpoint -> (codec of every head, keys before RoPE, exact tokens).
+# Checkpoint -> (codec of every head, how keys stand when stored, exact tokens).
 CASES = {
-    "llama3": (_llama3, True, TokenPolicy(sinks=4)),
-    "mistral": (_mistral, False, TokenPolicy(sinks=2, recent=5, exact_dtype="float32")),
-    "gemma3": (_gemma3, True, TokenPolicy(sinks=1, recent=3, exact_dtype="float16")),
-    "glm": (_glm, True, TokenPolicy()),
+    "llama3": (_llama3, "before", TokenPolicy(sinks=4)),
+    "mistral": (_mistral, "after", TokenPolicy(sinks=2, recent=5, exact_dtype="float32")),
+    "gemma3": (_gemma3, "block:16", TokenPolicy(sinks=1, recent=3, exact_dtype="float16")),
+    "glm": (_glm, "before", TokenPolicy()),
 }
 
 
@@ -69,9 +69,8 @@ def prompts(model) -> np.ndarray:
 
 def planned(name: str):
     """(model, plan, arrays) of a case."""
-    choose, before, policy = CASES[name]
+    choose, form, policy = CASES[name]
     model = load_model(str(GOLDEN / name))
-    form = "before" if before else "after"
     plan = head_plan(model_geometry(model), choose, k_rope=lambda _: form, policy=policy)
 
     def fit(layer, side, codec):

@@ -1,8 +1,8 @@
 """Hugging Face transformers, executed: a cache that stores the plan's own codes, in plain PyTorch.
 
 The export is two modules and the reader of plans (`turboq.export.transformers_cache`, `_codecs`,
-`reader_example`), which read the plan itself: every head in its own codec and bits, keys before
-RoPE, exact sinks and recent tokens.
+`reader_example`), which read the plan itself: every head in its own codec and bits, keys in
+any form, exact sinks and recent tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from turboq.export.base import (
 )
 from turboq.plan import ModelGeometry, Plan
 from turboq.plan.constraints import Constraints, match
-from turboq.plan.geometry import RopeForm
+from turboq.plan.geometry import ROPE_FORMS
 
 FILES = {
     "turboq_cache.py": "transformers_cache.py",
@@ -39,7 +39,6 @@ READS = (
     match("per_head"),
     match("transform", quantizer=("scalar", "window")),
 )
-K_ROPE: tuple[RopeForm, ...] = ("after", "before")
 CANDIDATES = (2, 3, 4)  # bits of the data-free codec that `turboq plan --engine` is offered
 
 
@@ -67,7 +66,7 @@ class Transformers(Exporter):
     def constraints(
         self, model: ModelGeometry, options: Options | None = None
     ) -> tuple[Constraints, ...]:
-        return (Constraints(k=READS, v=READS, k_rope=K_ROPE),)
+        return (Constraints(k=READS, v=READS, k_rope=ROPE_FORMS),)
 
     def policy(self, wanted):
         return wanted
@@ -83,11 +82,6 @@ class Transformers(Exporter):
         for entry in found:
             if not any(m(entry.codec) for m in READS):
                 raise _refused(entry)
-            if entry.rope not in K_ROPE:
-                raise TurboqError(
-                    f"{self.name} cannot read {entry}: keys stored {entry.rope!r} must be "
-                    f"{' or '.join(K_ROPE)} their rotary embedding (--k_rope)"
-                )
         folder = importlib.resources.files("turboq.export")
         return Projection(
             held={

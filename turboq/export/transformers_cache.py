@@ -13,10 +13,11 @@ sequence and its last `recent` are kept exact besides, and replace what is decod
 at once, whose last tokens differ, the recent ones stand behind the decoded ones and the mask of the
 layer says which of the two a query sees.
 
-A model hands its cache rotated keys. Keys that the plan stores before their rotary embedding are
-turned back by the plan's rotation at the position that the model gave them, and forward again when
-read; the model's own angles are compared with the plan's first. Positions, padding and masks come
-from a hook on each attention module, which leaves other caches alone.
+A model hands its cache rotated keys. Keys that the plan stores before their rotary embedding, or
+relative to a block of positions, are turned back by the plan's rotation at the position that the
+model gave them, and forward again when read; the model's own angles are compared with the plan's
+first. Positions, padding and masks come from a hook on each attention module, which leaves other
+caches alone.
 
 Needs torch and transformers >= 5.23 (with "sdpa" or "eager" attention where a plan keeps a recent
 window). What is linear in its bits could be read without decoding; this is the reference that can.
@@ -25,9 +26,9 @@ window). What is linear in its bits could be read without decoding; this is the 
 import pathlib
 
 import torch
-from read_plan import read_plan, rope_of
+from read_plan import read_plan
 from transformers.cache_utils import Cache, DynamicLayer
-from turboq_codecs import Rope, Side
+from turboq_codecs import Side, rope_of
 
 PLAN = pathlib.Path(__file__).resolve().parent / "engine_plan"
 BLOCK = 1024  # tokens that are encoded or decoded at a time: bounds what is temporary
@@ -179,12 +180,8 @@ class PlannedLayer(DynamicLayer):
         kept = plan["tokens"]
         self.sinks, self.recent = kept["sinks"], kept["recent"]
         self.exact_dtype = getattr(torch, kept["exact_dtype"])
-        form = plan["layers"][index]["k"].get("rope", "before")
-        if form != "before":
-            raise ValueError(f"layer {index}: keys stored {form!r} cannot be read by this module")
-        rope = rope_of(plan, plan["layers"][index]["index"])
-        self.rope = None if rope is None else Rope(rope)
         self.sides = [Side(plan, tensors, index, side) for side in ("k", "v")]
+        self.rope = rope_of(plan, index, self.sides[0])
         self.is_croppable = self.recent == 0
 
     def lazy_initialization(self, key_states, value_states):
@@ -296,7 +293,7 @@ class PlannedLayer(DynamicLayer):
         for start in range(0, k.shape[2], BLOCK):
             part = [x[:, :, start : start + BLOCK].float() for x in (k, v)]
             if self.rope is not None:
-                part[0] = self.rope.turn(part[0], offset, past + start, -1.0)
+                part[0] = self.rope.stored(part[0], offset, past + start)
             bits = [s.encode(x) for s, x in zip(self.sides, part, strict=True)]
             rows.append(_packed(torch.cat(bits, dim=-1), self.rows.shape[-1]))
         self.rows = torch.cat(rows, dim=1)
@@ -315,7 +312,7 @@ class PlannedLayer(DynamicLayer):
             ):
                 x = self.sides[i].decode(part)
                 if i == 0 and self.rope is not None:
-                    x = self.rope.turn(x, offset, start, 1.0)
+                    x = self.rope.read(x, offset, start)
                 out[i][:, :, start : start + BLOCK] = x.to(out[i].dtype)
         return out
 

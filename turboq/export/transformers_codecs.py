@@ -14,24 +14,64 @@ import torch
 from read_plan import arrays_of, codec_of, inverse_frequencies
 
 
-class Rope:
-    """The plan's rotary embedding of a layer."""
+def rope_of(plan, position, keys):
+    """How a layer's keys stand when they are stored; None: as the model hands them over."""
+    layer = plan["layers"][position]
+    form = layer["k"].get("rope", "after")
+    if form == "after":
+        return None
+    block = 1 if form == "before" else int(form.removeprefix("block:"))
+    return Rope(plan["model"]["layers"][layer["index"]]["rope"], block, keys.mean)
 
-    def __init__(self, rope):
-        self.half, self.layout = rope["dim"] // 2, rope["layout"]
+
+class Rope:
+    """A rotary embedding, and keys relative to their block of positions (turboq/cache/key_form.py).
+
+    x = R(-p0) k - (R(p - p0) - I) mean with p0 the first position of p's block; of blocks of one
+    position, x is the key before its rotary embedding.
+    """
+
+    def __init__(self, rope, block, mean):
+        self.half, self.layout, self.block, self.mean = (
+            rope["dim"] // 2,
+            rope["layout"],
+            block,
+            mean,
+        )
         self.inv_freq = torch.from_numpy(inverse_frequencies(rope))
 
     def to(self, device):
-        self.inv_freq = self.inv_freq.to(device)
+        self.inv_freq, self.mean = self.inv_freq.to(device), self.mean.to(device)
 
     def tables(self, positions):
         angles = positions.float()[..., None] * self.inv_freq
         return angles.cos(), angles.sin()
 
-    def turn(self, x, offset, start, sign):
-        """x [B, K, T, D] of slots from `start` on, turned to their positions (sign -1: back)."""
+    def stored(self, k, offset, start):
+        """Rotated keys [B, K, T, D] of slots from `start` on, as codecs store them."""
+        at, within = self._places(k, offset, start)
+        return self._turn(k, at - within, -1.0) - self._swing(k, within)
+
+    def read(self, x, offset, start):
+        """The inverse of `stored`."""
+        at, within = self._places(x, offset, start)
+        return self._turn(x + self._swing(x, within), at - within, 1.0)
+
+    def _places(self, x, offset, start):
         slots = torch.arange(start, start + x.shape[2], device=x.device)
-        cos, sin = (t[:, None] for t in self.tables(slots + offset[:, None]))
+        at = slots + offset[:, None]
+        return at, at % self.block
+
+    def _swing(self, x, within):
+        """What a head's mean turns within a block."""
+        if self.block == 1:
+            return 0.0
+        mean = self.mean[:, None].expand(x.shape)
+        return self._turn(mean, within, 1.0) - mean
+
+    def _turn(self, x, positions, sign):
+        """x [B, K, T, D] turned by positions [B, T] (sign -1: back)."""
+        cos, sin = (t[:, None] for t in self.tables(positions))
         sin = sin * sign
         if self.layout == "half":
             a, b = x[..., : self.half], x[..., self.half : 2 * self.half]
@@ -52,11 +92,13 @@ class Side:
         geometry = plan["model"]["layers"][index]
         self.heads, self.dim = geometry["kv_heads"], geometry[f"{side}_dim"]
         heads = {}  # kind -> [(head, codec, arrays)]
+        self.mean = torch.zeros(self.heads, self.dim)
         for head in range(self.heads):
             codec = codec_of(plan, index, side, head)
             arrays = arrays_of(plan, tensors, index, side, head)
             arrays = {name: torch.tensor(values) for name, values in arrays.items()}
             heads.setdefault(_kind(codec), []).append((head, codec, arrays))
+            self.mean[head] = arrays.get("mean", self.mean[head])
         self.groups = [
             (torch.tensor([head for head, _, _ in members]), kind[0](members, *kind[1:]))
             for kind, members in heads.items()

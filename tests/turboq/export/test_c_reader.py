@@ -22,8 +22,12 @@ WORDS, FLOATS, NUMBERS = (np.ctypeslib.ndpointer(t, flags="C") for t in ("u4", "
 DIM, HEADS, TOKENS = 24, 2, 300  # a page and a part of one
 
 
-class Head(ctypes.Structure):
-    _fields_ = (("start", ctypes.c_uint32), ("width", ctypes.c_uint32))
+class Some(ctypes.Structure):
+    """`turboq_columns`."""
+
+    _fields_ = (
+        ("lanes", ctypes.c_uint32), ("count", ctypes.c_uint32), ("lane", ctypes.c_void_p),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +42,9 @@ def reader(tmp_path_factory):
     subprocess.run([compiler, *strict, *shared, str(source), "-lm"], check=True)
     found = ctypes.CDLL(str(out))
     u32 = ctypes.c_uint32
-    found.turboq_entries.argtypes = [WORDS, Head, NUMBERS, NUMBERS, u32, WORDS]
-    found.turboq_dots.argtypes = [WORDS, Head, u32, FLOATS, FLOATS]
-    found.turboq_sums.argtypes = [WORDS, Head, u32, FLOATS, FLOATS]
+    found.turboq_entries.argtypes = [WORDS, Some, NUMBERS, NUMBERS, u32, WORDS]
+    found.turboq_dots.argtypes = [WORDS, Some, FLOATS, FLOATS]
+    found.turboq_sums.argtypes = [WORDS, Some, FLOATS, FLOATS]
     codes = np.ctypeslib.ndpointer("u1", flags="C")
     found.turboq_codes.argtypes = [WORDS, u32, u32, u32, codes]
     found.turboq_half.argtypes, found.turboq_half.restype = [u32], ctypes.c_float
@@ -70,20 +74,22 @@ def written():
     return codec, arrays, stored, state.form, np.asarray(words[0])
 
 
-def head_of(laid: columns.Columns, h: int) -> tuple[Head, np.ndarray, np.ndarray]:
-    width = int(laid.width[h])
-    entry, plane = (np.asarray(a)[h, :width].astype("i4") for a in (laid.entry, laid.plane))
-    return Head(int(laid.start[h]), width), entry, plane
+def columns_of(laid: columns.Columns, h: int, words, *, codes: bool = False):
+    """(lane, entry, plane) of one head, int32, and `turboq_columns`; `codes`: without its gain."""
+    lane, entry, plane = (np.asarray(a)[h] for a in (laid.lane, laid.entry, laid.plane))
+    keep = (plane != columns.NONE) & ((entry < DIM) | (not codes))
+    arrays = tuple(np.ascontiguousarray(a[keep].astype("i4")) for a in (lane, entry, plane))
+    return arrays, Some(words.shape[-1], int(keep.sum()), arrays[0].ctypes.data)
 
 
 @pytest.mark.parametrize(("side", "h"), [("k", 0), ("k", 1), ("v", 1)])
 def test_entries_of_a_page_are_what_was_stored(reader, written, side, h):
     codec, _, stored, form, words = written
-    head, entry, plane = head_of(getattr(form, side), h)
+    (_lane, entry, plane), some = columns_of(getattr(form, side), h, words)
     count = DIM + 1
     got = np.empty((len(words), 256, count), "u4")
     for page, out in zip(words, got, strict=True):
-        reader.turboq_entries(np.ascontiguousarray(page), head, entry, plane, count, out)
+        reader.turboq_entries(np.ascontiguousarray(page), some, entry, plane, count, out)
     got = got.reshape(-1, count)
     codes = np.concatenate([np.asarray(stored[h][f"codes{i}"]) for i in range(2)], axis=1)
     np.testing.assert_array_equal(got[:TOKENS, : codec.coded], codes)
@@ -99,10 +105,9 @@ def test_attention_needs_only_the_bits(reader, written):
     bits = codec.bit_form(one)
     assert bits is not None
     (part,) = bits.parts
-    head, entry, plane = head_of(form.k, 1)
+    (_lane, entry, plane), keys = columns_of(form.k, 1, words, codes=True)
     bit_of = np.cumsum([0, *np.repeat(part.bits, [w for w, _ in codec.segments])])
-    coded = head.width - 16  # the gain's columns come last
-    matrix = np.asarray(part.matrix)[:, bit_of[entry[:coded]] + plane[:coded]]  # in column order
+    matrix = np.asarray(part.matrix)[:, bit_of[entry] + plane]  # in column order
     x_hat = np.asarray(codec.decode(one, {n: a[:256] for n, a in stored[1].items()}))
     gain = np.asarray(stored[1]["gain"], np.float32)[:256, 0]
     page = np.ascontiguousarray(words[0])
@@ -110,13 +115,15 @@ def test_attention_needs_only_the_bits(reader, written):
 
     q = rng.normal(size=DIM).astype(np.float32)
     dots = np.empty(256, "f4")
-    reader.turboq_dots(page, head, coded, np.ascontiguousarray(matrix.T @ q), dots)
+    reader.turboq_dots(page, keys, np.ascontiguousarray(matrix.T @ q), dots)
     logits = gain * (dots + q @ np.asarray(part.constant)) + q @ np.asarray(bits.mean)
     np.testing.assert_allclose(logits, x_hat @ q, rtol=0, atol=TOL["product_f32"] * 64)
 
     p = rng.dirichlet(np.ones(256)).astype(np.float32)
-    sums = np.zeros(coded, "f4")
-    reader.turboq_sums(page, head, coded, p * gain, sums)
+    (_lane, entry, plane), values = columns_of(form.v, 1, words, codes=True)
+    matrix = np.asarray(part.matrix)[:, bit_of[entry] + plane]
+    sums = np.zeros(len(entry), "f4")
+    reader.turboq_sums(page, values, p * gain, sums)
     out = matrix @ sums + np.asarray(part.constant) * (p @ gain) + np.asarray(bits.mean)
     np.testing.assert_allclose(out, p @ x_hat, rtol=0, atol=TOL["product_f32"] * 64)
 

@@ -4,41 +4,42 @@
 #include <math.h>
 #include <string.h>
 
-/* The word with a column's bits of tokens row, 8 + row, ..., 248 + row: the layout's only statement. */
-static uint32_t word_of(const uint32_t *words, turboq_head head, uint32_t row, uint32_t column) {
-  return words[(size_t)TURBOQ_ROWS * head.start + (size_t)head.width * row + column];
+/* The layout of columns, stated once: the word of tokens row, 8 + row, ..., 248 + row of a column,
+ * and the token of its bit i = 8 b + j. */
+static uint32_t word_of(const uint32_t *words, turboq_columns columns, uint32_t row, uint32_t t) {
+  return words[(size_t)row * columns.lanes + (uint32_t)columns.lane[t]];
 }
 
-void turboq_entries(const uint32_t *words, turboq_head head, const int32_t *entry,
-                    const int32_t *plane, uint32_t count, uint32_t *entries) {
-  memset(entries, 0, (size_t)TURBOQ_PAGE * count * sizeof *entries);
+static uint32_t token_of(uint32_t row, uint32_t i) { return 32 * (i % 8) + 8 * (i / 8) + row; }
+
+void turboq_entries(const uint32_t *words, turboq_columns columns, const int32_t *entry,
+                    const int32_t *plane, uint32_t width, uint32_t *entries) {
+  memset(entries, 0, (size_t)TURBOQ_PAGE * width * sizeof *entries);
   for (uint32_t row = 0; row < TURBOQ_ROWS; row++)
-    for (uint32_t t = 0; t < head.width; t++) {
-      const uint32_t word = word_of(words, head, row, t);
-      for (uint32_t j = 0; j < 32; j++)
-        entries[(size_t)(TURBOQ_ROWS * j + row) * count + (uint32_t)entry[t]] |=
-            (word >> j & 1u) << plane[t];
+    for (uint32_t t = 0; t < columns.count; t++) {
+      const uint32_t word = word_of(words, columns, row, t);
+      for (uint32_t i = 0; i < 32; i++)
+        entries[(size_t)token_of(row, i) * width + (uint32_t)entry[t]] |=
+            (word >> i & 1u) << plane[t];
     }
 }
 
-void turboq_dots(const uint32_t *words, turboq_head head, uint32_t columns, const float *weights,
-                 float *dots) {
+void turboq_dots(const uint32_t *words, turboq_columns columns, const float *weights, float *dots) {
   memset(dots, 0, TURBOQ_PAGE * sizeof *dots);
   for (uint32_t row = 0; row < TURBOQ_ROWS; row++)
-    for (uint32_t t = 0; t < columns; t++) {
-      const uint32_t word = word_of(words, head, row, t);
-      for (uint32_t j = 0; j < 32; j++)
-        if (word >> j & 1u) dots[TURBOQ_ROWS * j + row] += weights[t];
+    for (uint32_t t = 0; t < columns.count; t++) {
+      const uint32_t word = word_of(words, columns, row, t);
+      for (uint32_t i = 0; i < 32; i++)
+        if (word >> i & 1u) dots[token_of(row, i)] += weights[t];
     }
 }
 
-void turboq_sums(const uint32_t *words, turboq_head head, uint32_t columns, const float *p,
-                 float *sums) {
+void turboq_sums(const uint32_t *words, turboq_columns columns, const float *p, float *sums) {
   for (uint32_t row = 0; row < TURBOQ_ROWS; row++)
-    for (uint32_t t = 0; t < columns; t++) {
-      const uint32_t word = word_of(words, head, row, t);
-      for (uint32_t j = 0; j < 32; j++)
-        if (word >> j & 1u) sums[t] += p[TURBOQ_ROWS * j + row];
+    for (uint32_t t = 0; t < columns.count; t++) {
+      const uint32_t word = word_of(words, columns, row, t);
+      for (uint32_t i = 0; i < 32; i++)
+        if (word >> i & 1u) sums[t] += p[token_of(row, i)];
     }
 }
 

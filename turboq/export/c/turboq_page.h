@@ -3,11 +3,11 @@
  * A page is 256 tokens of one sequence, made of little-endian 32-bit words. There are two kinds.
  *
  * Pages of columns (turboq/cache/columns.py: learned plans, all layers and heads in one pool). A
- * stored vector is a row of `width` bits, one column each, in the order of the codec's fields, each
- * plane by plane and channel by channel; column t is bit `plane[t]` of the unsigned number
- * `entry[t]` (a code, a gain). Of a head that begins at column `start`, of token 8 j + r of a page,
+ * stored vector is a row of bits, one column each, and a page has the columns of all heads and
+ * layers side by side, `lanes` of them. Column t of a head lies in lane[t] and is bit plane[t] of the
+ * unsigned number entry[t] (a code, a gain). Of token 32 j + 8 b + r of a page,
  *
- *     words[8 start + width r + t] bit j  =  column t
+ *     words[r lanes + lane[t]] bit 8 b + j  =  column t
  *
  * Pages of planes (turboq/numbers/packing.py: one field of `channels` codes of `bits` bits), with
  * rows = tokens / 32, for pages of 256 or 64 tokens. Of token rows j + r,
@@ -28,24 +28,23 @@
 #define TURBOQ_PAGE 256 /* tokens of a page of columns */
 #define TURBOQ_ROWS 8
 
-/* Where one head lies in a page of columns. */
+/* Some columns of one head: all of them, or only those of its codes. */
 typedef struct {
-  uint32_t start; /* first column of the head in the pool */
-  uint32_t width; /* columns of the head */
-} turboq_head;
+  uint32_t lanes;      /* of a page */
+  uint32_t count;      /* columns */
+  const int32_t *lane; /* [count] */
+} turboq_columns;
 
-/* The unsigned numbers of every token of a page: entries[token][count], which it overwrites.
- * entry and plane [head.width] say what the columns mean; every entry is below count. */
-void turboq_entries(const uint32_t *words, turboq_head head, const int32_t *entry,
-                    const int32_t *plane, uint32_t count, uint32_t *entries);
+/* The unsigned numbers of every token of a page: entries[token][width], which it overwrites.
+ * entry and plane [count] say what the columns mean; every entry is below width. */
+void turboq_entries(const uint32_t *words, turboq_columns columns, const int32_t *entry,
+                    const int32_t *plane, uint32_t width, uint32_t *entries);
 
-/* dots[token] = sum over columns t of weights[t] times column t, for the first `columns` columns. */
-void turboq_dots(const uint32_t *words, turboq_head head, uint32_t columns, const float *weights,
-                 float *dots);
+/* dots[token] = sum over columns t of weights[t] times column t. */
+void turboq_dots(const uint32_t *words, turboq_columns columns, const float *weights, float *dots);
 
-/* sums[t] += sum over the page's tokens of p[token] times column t, for the first `columns`. */
-void turboq_sums(const uint32_t *words, turboq_head head, uint32_t columns, const float *p,
-                 float *sums);
+/* sums[t] += sum over the page's tokens of p[token] times column t. */
+void turboq_sums(const uint32_t *words, turboq_columns columns, const float *p, float *sums);
 
 /* Codes of a page of planes: codes[token][channels], tokens = 32 rows. bits is 1 to 8. */
 void turboq_codes(const uint32_t *words, uint32_t bits, uint32_t rows, uint32_t channels,
