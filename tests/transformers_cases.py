@@ -27,10 +27,10 @@ def _window(dim, segments, states, gain="code") -> Transform:
 
 
 def _llama3(layer, side, head):
-    """Window codes, other bits in each head, and a layer of exact values."""
+    """Window codes, other coordinates and bits in each head, and a layer of exact values."""
     if side == "v":
         return Exact(dim=16) if layer else _window(16, ((8, 3), (8, 1)), 64, "none")
-    return _window(16, ((8, 4), (8, 2)) if head else ((16, 2),), 16)
+    return _window(16, ((8, 4),) if head else ((16, 2),), 16)
 
 
 def _mistral(layer, side, head):

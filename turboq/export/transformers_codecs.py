@@ -222,6 +222,8 @@ class Coded:
             values = [form[name] for form in forms]
             if name in rows:
                 values = [_padded(x, wide, rows[name]) for x in values]
+            if name == "synthesis":
+                values = [_padded(x.T, wide, 0.0).T for x in values]
             if name == "levels":
                 values = [_padded(x.T, max(v.shape[1] for v in values), math.inf).T for x in values]
             self.arrays[name] = torch.stack(values)
