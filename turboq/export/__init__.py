@@ -13,6 +13,7 @@ from turboq.export.base import Exporter as Exporter
 from turboq.export.base import Held as Held
 from turboq.export.base import Options as Options
 from turboq.export.base import Projection as Projection
+from turboq.export.buun import Buun
 from turboq.export.flags_jax import MaxText, TpuInference
 from turboq.export.hf_transformers import Transformers
 from turboq.export.ik_llama import IkLlama
@@ -42,6 +43,7 @@ ENGINES: dict[str, Exporter] = {
         LlamaCpp(),
         IkLlama(),
         TurboquantFork(),
+        Buun(),
         Ollama(),
         LMStudio(),
         SGLang(),

@@ -171,7 +171,7 @@ class Exporter(abc.ABC):
 
     @abc.abstractmethod
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
-        """What this engine holds exactly: its name for it -> (K codec, V codec).
+        """What this engine holds exactly, or our nearest codec: its name -> (K codec, V codec).
 
         At the head dims of the model's first cache: templates for `turboq.plan.build.at_dim`.
         """

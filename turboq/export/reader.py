@@ -1,4 +1,4 @@
-"""Any engine: the plan, a reader of 150 lines without dependencies, and a page to test with."""
+"""Any engine: the plan, readers in NumPy and C without dependencies, and a page to test with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ from turboq.plan import ModelGeometry, Plan
 from turboq.plan.constraints import Constraints
 from turboq.plan.geometry import ROPE_FORMS, rope_block
 
-SCRIPT, GOLDEN = "read_plan.py", "page.npz"
+GOLDEN = "page.npz"
+SOURCES = {  # name in the export -> here
+    "read_plan.py": "reader_example.py",
+    "turboq_page.h": "c/turboq_page.h",
+    "turboq_page.c": "c/turboq_page.c",
+}
 
 
 def page(entry: Entry, seed: int = 0) -> dict[str, np.ndarray]:
@@ -65,7 +70,7 @@ class Reader(Exporter):
     """Everything is exact: the plan is handed over as it is."""
 
     name = "reader"
-    title = "any engine: plan, dependency-free reader, golden page"
+    title = "any engine: plan, readers in NumPy and C, golden page"
     versions = "plan schema 1"
     checked = "run by the tests"
 
@@ -84,14 +89,18 @@ class Reader(Exporter):
         found = entries(plan, arrays)
         buffer = io.BytesIO()
         np.savez(buffer, **page(found[0]))  # pyright: ignore[reportArgumentType]
-        source = importlib.resources.files("turboq.export").joinpath("reader_example.py")
+        here = importlib.resources.files("turboq.export")
+        sources = {name: here.joinpath(place).read_bytes() for name, place in SOURCES.items()}
         return Projection(
             held={
                 e.place: Held(format=e.codec.name, codec=e.codec, arrays=e.arrays, rope=e.rope)
                 for e in found
             },
-            files={SCRIPT: source.read_bytes(), GOLDEN: buffer.getvalue()},
+            files={**sources, GOLDEN: buffer.getvalue()},
             flags=("plan, tensors = read_plan.read_plan('engine_plan')",),
-            notes=(f"{GOLDEN} is a page of {found[0]}: words, scales, and what they decode to.",),
+            notes=(
+                f"{GOLDEN} is a page of {found[0]}: words, scales, and what they decode to.",
+                "turboq_page.h says how pages lie in memory; turboq_page.c reads them, in C99.",
+            ),
             policy=plan.tokens,
         )

@@ -1,16 +1,19 @@
-"""ONNX Runtime GenAI, compressed-tensors and transformers with optimum-quanto, each really run.
+"""ONNX Runtime GenAI, compressed-tensors and transformers with our cache, each really run.
 
 python oracle_torch.py WORK        after prepare.py; writes WORK/{ort,vllm,hf}/result.json
 """
 
+import hashlib
 import importlib.metadata
-import importlib.util
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+
+GOLDEN = Path(__file__).resolve().parents[1]
 
 
 def versions(*names: str) -> dict[str, str]:
@@ -112,60 +115,70 @@ def compressed(work: Path) -> dict:
     return out
 
 
-def load_module(path: Path):
-    spec = importlib.util.spec_from_file_location("turboq_cache", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def hugging_face(work: Path) -> dict:
-    """Generates with the exported cache; codes of its quanto and FP8 layers on known vectors."""
+    """Runs tiny models on the caches of their plans: logits, tokens and bytes."""
     import torch
     import transformers
 
-    module = load_module(work / "hf" / "turboq_cache.py")
-    model = transformers.LlamaForCausalLM.from_pretrained(work / "checkpoint").eval()
-    prompt = torch.tensor(np.load(work / "hf" / "prompt.npy").astype(np.int64))
-    cache = module.make_cache()
-    with torch.no_grad():
-        tokens = model.generate(
-            prompt, past_key_values=cache, max_new_tokens=8, do_sample=False, use_cache=True
-        )
-    assert len(cache.layers) == 3
-    out = {
-        "versions": versions("transformers", "optimum-quanto", "torch"),
-        "layers": [type(layer).__name__ for layer in cache.layers],
-        "generated": tokens[0, prompt.shape[1] :].tolist(),
-        "rows": [],
-    }
-    # Vectors that the tests can make again: seeded normals in float32, 2 heads, 64 tokens.
-    x = np.random.default_rng(11).normal(size=(2, 1, 2, 64, 32)).astype(np.float32)
-    fresh = module.make_cache().layers
-    for number, layer in enumerate(fresh):
-        layer.update(torch.tensor(x[0]), torch.tensor(x[1]))
-        row = {"layer": number, "class": type(layer).__name__}
-        for side, value in (("k", layer._quantized_keys), ("v", layer._quantized_values)):
-            if type(layer).__name__ == "PlannedFp8":
-                row[side] = value[0].view(torch.uint8)[0].flatten().tolist()[:256]
-                row[f"{side}_scale"] = value[1].flatten().tolist()
-                continue
-            quantized, _ = value
-            restored = quantized.dequantize()[0].flatten().tolist()
-            row[side] = restored[:256]
-            row[f"{side}_bits"] = quantized.qtype.bits
-        out["rows"].append(row)
-    # 70 tokens are no multiple of a group of 32: groups must not run over into the next head.
-    odd = np.random.default_rng(12).normal(size=(2, 1, 2, 70, 32)).astype(np.float32)
-    layer = module.make_cache().layers[0]
-    layer.update(torch.tensor(odd[0]), torch.tensor(odd[1]))
-    restored = layer._dequantize(layer._quantized_keys)[0, 1].numpy()
-    out["odd_head1_first_group"] = restored[:4].flatten().tolist()
+    names = sorted(path.stem for path in (work / "hf").glob("*.npy"))
+    folder = work / "hf" / names[0]  # the modules are the same for all plans
+    sys.path.insert(0, str(folder))
+    import turboq_cache
+
+    out = {"versions": versions("transformers", "torch"), "modules": {}, "cases": {}}
+    for module in ("turboq_cache.py", "turboq_codecs.py"):
+        out["modules"][module] = hashlib.sha256((folder / module).read_bytes()).hexdigest()
+    for name in names:
+        prompt = torch.tensor(np.load(work / "hf" / f"{name}.npy").astype(np.int64))
+        row = out["cases"][name] = {}
+        for attention in ("eager", "sdpa"):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                GOLDEN / name, dtype=torch.float32, attn_implementation=attention
+            ).eval()
+
+            def fresh(model=model, plan=work / "hf" / name / "engine_plan"):
+                return turboq_cache.make_cache(model, plan)
+
+            with torch.no_grad():
+                row[attention] = run(model, prompt, fresh)
     return out
 
 
+def run(model, prompt, fresh) -> dict:
+    """One prompt at once, in pieces, and padded on the left, and what is generated."""
+    import torch
+
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache = fresh()
+    at_once = model(prompt, past_key_values=cache).logits
+    pieces = fresh()
+    ends = [7, 8, 14, *range(15, prompt.shape[1] + 1)]
+    parts = [
+        model(prompt[:, start:end], past_key_values=pieces).logits
+        for start, end in itertools.pairwise([0, *ends])
+    ]
+    apart = (torch.cat(parts, dim=1) - at_once).abs().max()
+    # The first sequence three tokens shorter than the second, padded; and each by itself.
+    padded, mask = prompt.clone(), torch.ones_like(prompt)
+    padded[0, 3:], padded[0, :3], mask[0, :3] = prompt[0, :-3], 0, 0
+    together = model.generate(padded, attention_mask=mask, past_key_values=fresh(), **settings)
+    alone = [
+        model.generate(row[None, pad:], past_key_values=fresh(), **settings)[0, -6:].tolist()
+        for row, pad in zip(padded, (3, 0), strict=True)
+    ]
+    beams = model.generate(prompt, past_key_values=fresh(), num_beams=3, **settings)
+    return {
+        "logits": [[[round(x, 6) for x in t] for t in b] for b in at_once[:, ::5, ::4].tolist()],
+        "pieces_apart": float(apart),
+        "generated": together[:, -6:].tolist(),
+        "alone": alone,
+        "beams": beams[:, -6:].tolist(),
+        "nbytes": cache.nbytes,
+    }
+
+
 def main(work: Path) -> None:
-    for folder, oracle in (("vllm", compressed), ("hf", hugging_face), ("ort", ort)):
+    for folder, oracle in (("hf", hugging_face), ("vllm", compressed), ("ort", ort)):
         result = oracle(work)
         (work / folder / "result.json").write_text(json.dumps(result))
         print(folder, json.dumps(result)[:700], flush=True)

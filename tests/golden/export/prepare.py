@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from turboq.codecs import FP8, Ggml, KiviKey, KiviValue, PerChannel
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import transformers_cases
+
+from turboq.codecs import FP8, Ggml, PerChannel
 from turboq.codecs.ggml import mainline
 from turboq.export import ENGINES, Options, export
 from turboq.plan import TextSource, collect_arrays, uniform_plan
@@ -83,26 +86,13 @@ def overlays(work: Path, geometry, statistics) -> None:
         export(plan, fitted(statistics, plan), ENGINES["vllm"], folder, options)
 
 
-def python_caches(work: Path, geometry, statistics, prompt) -> None:
-    """A mixed plan for transformers: quanto layers with different K and V, and an FP8 layer."""
-
-    def choose(layer, side, head):
-        if layer == 1:
-            return FP8(dim=32, scale="head")
-        bits = {("k", 0): 4, ("v", 0): 2, ("k", 2): 2, ("v", 2): 4}[side, layer]
-        kind = KiviKey if side == "k" else KiviValue
-        return kind(dim=32, bits=bits, group=32, scale_dtype="float32")
-
-    plan = rule_plan(geometry, choose)
-    fp8 = FP8(dim=32, scale="head")
-    arrays = {
-        f"layers.1.{side}.scale": fp8.fit(statistics.layers[1].observed(side))["scale"]
-        for side in ("k", "v")
-    }
-    folder = work / "hf"
-    shutil.rmtree(folder, ignore_errors=True)
-    export(plan, arrays, ENGINES["transformers"], folder, Options(dtype="float32"))
-    np.save(folder / "prompt.npy", prompt)
+def python_caches(work: Path, geometry) -> None:
+    """Plans of tiny models for transformers, and a mixed one for MLX."""
+    shutil.rmtree(work / "hf", ignore_errors=True)
+    for name in transformers_cases.CASES:
+        model, plan, arrays = transformers_cases.planned(name)
+        export(plan, arrays, ENGINES["transformers"], work / "hf" / name)
+        np.save(work / "hf" / f"{name}.npy", transformers_cases.prompts(model))
     mixed = rule_plan(
         geometry,
         by_layer({0: Ggml(dim=32, type="q8_0"), 1: Ggml(dim=32, type="q4_0")}),
@@ -151,7 +141,7 @@ def main(work: Path) -> None:
     geometry, prompt, statistics = tiny(work)
     ort(work, geometry, statistics, prompt)
     overlays(work, geometry, statistics)
-    python_caches(work, geometry, statistics, prompt)
+    python_caches(work, geometry)
     llama(work)
 
 

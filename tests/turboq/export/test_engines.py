@@ -361,35 +361,13 @@ def test_ort_genai_fp8_per_tensor_and_dead_channels():
     assert min(json.loads(found.files["kv_scales.json"])["scales"]["k_scales"][0]) > 0
 
 
-def test_transformers_module_names_every_layer():
-    def choose(layer, side, head):
-        if layer == 1:
-            return FP8(dim=D, scale="head")
-        if layer == 2:
-            return Exact(dim=D, dtype="float16")
-        kind = KiviKey if side == "k" else KiviValue
-        return kind(dim=D, bits=4 if side == "k" else 2, group=64)
-
-    found, report = run("transformers", choose)
-    assert report.counts["exact"] == 24
-    source = found.files["turboq_cache.py"].decode()
-    compile(source, "turboq_cache.py", "exec")
-    assert source.count("PlannedQuanto((4, -1, 64), (2, 0, 64)),") == 4
-    assert source.count("            PlannedFp8([") == 1
-    assert source.count("            DynamicLayer(),") == 1
-
-
 def test_sliding_layers_are_unsupported_where_their_cache_cannot_be_quantized():
     layers = [dataclasses.replace(la, window=256 if la.index == 1 else None) for la in MODEL.layers]
     model = dataclasses.replace(MODEL, layers=tuple(layers))
-    for name, line in (
-        ("transformers", "DynamicSlidingWindowLayer(sliding_window=256)"),
-        ("mlx-lm", "RotatingKVCache(max_size=256)"),
-    ):
-        found, report = run(name, TurboQuantMSE(dim=D, bits=4), model=model)
-        assert line in found.files["turboq_cache.py"].decode()
-        assert [layer.k[0].status for layer in report.layers].count("unsupported") == 1
-        assert report.layers[1].k[0].engine_bits == 16 * D
+    found, report = run("mlx-lm", TurboQuantMSE(dim=D, bits=4), model=model)
+    assert "RotatingKVCache(max_size=256)" in found.files["turboq_cache.py"].decode()
+    assert [layer.k[0].status for layer in report.layers].count("unsupported") == 1
+    assert report.layers[1].k[0].engine_bits == 16 * D
 
 
 def test_mlx_has_equal_bits_for_keys_and_values():

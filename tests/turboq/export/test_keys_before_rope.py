@@ -103,7 +103,7 @@ def test_qarrays_hold_no_fit_of_unrotated_keys():
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_constraints_name_the_forms_that_an_engine_loads(name):
-    due = ROPE_FORMS if name == "reader" else ("after",)
+    due = ROPE_FORMS if name in ("reader", "transformers") else ("after",)
     rules = ENGINES[name].constraints(model(ROPES["llama3"]))
     assert {rule.k_rope for rule in rules} == {due}
 

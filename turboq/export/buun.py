@@ -1,0 +1,205 @@
+"""buun-llama.cpp (VBR): a tier of its own for every (layer, K or V), and the order to give them up.
+
+    schedule.txt        VBR_LAYER_SCHEDULE: the tiers nearest to the plan, fixed
+    degrade_order.txt   VBR_DEGRADE_ORDER: which side of which layer to store in fewer bits next, as
+                        memory fills; every one begins as f16
+    policy.json         --vbr-policy: schedules along that order for fixed budgets
+
+The tiers' rotation, trellis and codebooks are the engine's, so that nothing is exact but floats;
+what a plan gives is where bits matter. A plan spends them so that one more bit would gain as much
+everywhere: with errors falling as 4^-bits, side i of n_i channels and b_i planned bits loses
+
+    n_i 4^(b_i - b)     at b bits, in one common unit,
+
+and the order takes the step of the least loss per byte first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+from turboq.codecs.tcq import TCQ
+from turboq.codecs.turboquant_mse import TurboQuantMSE
+from turboq.export import choose
+from turboq.export.base import (
+    SIDES,
+    Entry,
+    Exporter,
+    Formats,
+    Held,
+    Hold,
+    Options,
+    Projection,
+    Side,
+    Tensors,
+    entries,
+    first_dims,
+    json_file,
+    sides_of,
+)
+from turboq.export.llama_cpp import ggml_formats, ggml_hold
+from turboq.plan import ModelGeometry, Plan
+from turboq.plan.constraints import Constraints
+
+BLOCK = 128  # channels, to whole numbers of which heads are padded
+TIERS = {"t8": 130, "t4": 66, "t3": 52, "t2": 36, "t1": 20}  # bytes of a block
+LADDER = ("f16", *TIERS)
+FLOATS = ("f16", "bf16")
+WINDOW = 8192  # VBR_SCHEDULE_CTX: rows that a band must cover to hold for a whole layer
+BUDGETS = (6.0, 5.0, 4.0, 3.5, 3.0, 2.5, 2.0)  # bits per value of the policy's rungs
+
+Unit = tuple[int, Side]
+
+
+def tier_hold(tier: str) -> Hold:
+    """A head in a tier."""
+
+    def hold(entry: Entry) -> Held | None:
+        bits = -(-entry.dim // BLOCK) * TIERS[tier] * 8
+        return Held(format=tier, bits=bits, codes=int(tier[1]) * entry.dim)
+
+    return hold
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One line of the order: store `unit` in `tier` from now on, so many bytes a token less."""
+
+    unit: Unit
+    tier: str
+    saves: float
+    loss: float  # in the module's unit
+
+    def __str__(self) -> str:
+        return f"{self.unit[0]}{self.unit[1]}:{self.tier}"
+
+
+def degrade_order(found: Sequence[Entry]) -> list[Step]:
+    """All steps of all sides, by loss per byte; those of one side in the ladder's order."""
+    out = []
+    for unit, heads in units(found).items():
+        channels = sum(e.dim for e in heads)
+        planned = sum(e.codec.bits_per_vector for e in heads) / channels
+        sizes = [size(heads, tier) for tier in LADDER]
+        losses = [channels * 4.0 ** (planned - 8 * s / channels) for s in sizes]
+        for n, (a, b) in enumerate(itertools.pairwise(zip(sizes, losses, strict=True))):
+            out.append(Step(unit=unit, tier=LADDER[n + 1], saves=a[0] - b[0], loss=b[1] - a[1]))
+    # Errors are convex in bytes, so this keeps the steps of one side in order.
+    return sorted(out, key=lambda step: step.loss / step.saves)
+
+
+def units(found: Iterable[Entry]) -> dict[Unit, list[Entry]]:
+    """Heads of every layer and side."""
+    out: dict[Unit, list[Entry]] = {}
+    for entry in found:
+        out.setdefault((entry.place[0], entry.side), []).append(entry)
+    return out
+
+
+def size(heads: Sequence[Entry], tier: str) -> float:
+    """Bytes of a token's heads in a rung of the ladder."""
+    if tier == "f16":
+        return 2.0 * sum(e.dim for e in heads)
+    return float(sum(-(-e.dim // BLOCK) * TIERS[tier] for e in heads))
+
+
+def schedule(tiers: Mapping[Unit, str]) -> str:
+    """Bands of equal neighbours, one a line."""
+    lines = []
+    for side in SIDES:
+        layers = sorted(index for index, s in tiers if s == side)
+        for tier, run in itertools.groupby(layers, lambda i, side=side: tiers[i, side]):
+            run = list(run)
+            lines.append(f"band=0-{WINDOW}:{tier}:{side}:l{run[0]}-{run[-1]}")
+    return ";\n".join(lines) + ";\n"
+
+
+def rungs(found: Sequence[Entry], steps: Sequence[Step]) -> dict[float, dict[Unit, str]]:
+    """Tiers along the order: bits per value -> the first state within each of `BUDGETS`."""
+    of = units(found)
+    tiers = dict.fromkeys(of, "f16")
+    channels = sum(e.dim for e in found)
+    bytes_now, out, left = sum(size(h, "f16") for h in of.values()), {}, list(BUDGETS)
+    for step in steps:
+        tiers[step.unit] = step.tier
+        bytes_now -= step.saves
+        bits = 8 * bytes_now / channels
+        if left and bits <= left[0]:
+            out[round(bits, 4)] = dict(tiers)
+            left = [b for b in left if b < bits]
+    return out
+
+
+class Buun(Exporter):
+    """VBR_LAYER_SCHEDULE, VBR_DEGRADE_ORDER and --vbr-policy."""
+
+    name = "buun-llama.cpp"
+    title = "llama.cpp fork with variable-bit-rate caches (spiritbuun/buun-llama-cpp)"
+    versions = "VBR of August 2026 (CUDA and ROCm)"
+    checked = "its manual and the parser of its schedules; not run here"
+
+    def formats(self, model: ModelGeometry, options: Options) -> Formats:
+        """Floats exactly; for each tier our codec that is most like it."""
+        k, v = first_dims(model).values()
+        near: Formats = {}
+        for tier in TIERS:
+            bits = int(tier[1])
+            pair = [
+                TCQ(dim=d, bits=bits, states=256) if bits < 4 else TurboQuantMSE(dim=d, bits=bits)
+                for d in (k, v)
+            ]
+            near[tier] = (pair[0], pair[1])
+        return ggml_formats(model, FLOATS, False) | near
+
+    def constraints(
+        self, model: ModelGeometry, options: Options | None = None
+    ) -> tuple[Constraints, ...]:
+        """Any tier for the keys of a layer, and for its values."""
+        allowed = sides_of(self.formats(model, options or Options()))
+        return (Constraints(granularity="per_kv", **allowed),)
+
+    def project(self, plan: Plan, arrays: Tensors, options: Options) -> Projection:
+        found = entries(plan, arrays)
+        holds: dict[str, Hold] = {name: ggml_hold(name, False) for name in FLOATS}
+        holds |= {tier: tier_hold(tier) for tier in TIERS}
+        tiers, held = {}, {}
+        for unit, heads in units(found).items():
+            total = choose.costs(heads, holds, unit[1])[:, 0]
+            chosen = choose.pick(total, choose.planned_bits(heads), options.prefer)
+            tiers[unit] = list(holds)[chosen]
+            held |= choose.held_by(heads, lambda _, name=tiers[unit]: holds[name])
+        steps = degrade_order(found)
+        files = {
+            "schedule.txt": schedule(tiers),
+            "degrade_order.txt": "".join(f"{step}\n" for step in steps),
+        }
+        ladder = []
+        for bits, state in rungs(found, steps).items():
+            file = f"schedule_{bits:g}.txt"
+            files[file] = schedule(state)
+            ladder.append({"name": f"turboq {bits:g}", "bpv": bits, "schedule_file": file})
+        policy = json_file({"static_ladder": sorted(ladder, key=lambda rung: rung["bpv"])})
+        run = "llama-server -m MODEL.gguf"
+        rates = {choose.planned_bits(heads) for heads in units(found).values()}
+        alike = "All sides have equal bits in this plan, so its order is no more than by number."
+        fixed = "VBR_LAYER_SCHEDULE=@schedule.txt VBR_LAYER_STRICT=1"
+        return Projection(
+            held=held,
+            files={name: text.encode() for name, text in files.items()} | {"policy.json": policy},
+            flags=(
+                f"{fixed} {run} -ctk turbo3_tcq -ctv turbo3_tcq -fa on",
+                f"VBR_DEGRADE_ORDER=degrade_order.txt {run} -ct vbr",
+                f"{run} -ct vbr --vbr-budget BITS --vbr-policy policy.json",
+            ),
+            notes=(
+                "One of the lines, here: fixed tiers; tiers that fall as memory fills; the"
+                " schedule nearest below BITS per value.",
+                "Calibration has no effect here but on which layer and side gets how many bits.",
+                "The order is by loss per byte that the plan implies, not measured in the engine;"
+                " policy.json states no KL for its schedules, because nobody has measured it.",
+                f"Heads are padded to {BLOCK} channels.",
+                *([alike] if len(rates) == 1 else []),
+            ),
+        )
