@@ -66,6 +66,17 @@ def test_a_second_evaluation_writes_the_same_bytes(run, tmp_path):
     assert (tmp_path / "quality.json").read_bytes() == (run / "quality.json").read_bytes()
 
 
+def test_a_baseline_is_fitted_and_a_list_is_a_list(run, tmp_path):
+    """A fitted baseline is the plan that `turboq plan` fits; plans are separated by commas."""
+    plans = f"--plan=mine={run},again={run / 'plan.json'}"
+    baseline = ("--baselines=per_head:3/per_head:2", f"--statistics={run}")
+    args = (f"--model={MODEL}", plans, *baseline, *SMALL, f"--out={tmp_path}")
+    assert turboq("evaluate", *args) == 0
+    rows = {r["name"]: r for r in json.loads((tmp_path / "quality.json").read_text())["rows"]}
+    assert list(rows) == ["per_head 3b/per_head 2b", "mine", "again"]
+    assert len({row["kl_mean"] for row in rows.values()}) == 1
+
+
 def test_every_text_is_measured_by_itself(run, tmp_path, capsys):
     """Plans by texts; a text's rows are those of a run with that text alone."""
     (tmp_path / "long.txt").write_text(" ".join(f"{n} squared is {n * n}." for n in range(400)))
@@ -173,16 +184,16 @@ HERE = f"--model={MODEL}"
         (["plan", HERE, "--budget=3bpc", "--window_length=257", NEW], "context of 256"),
         (["calibrate", HERE, *CALIBRATE, "--out={tmp}/short"], "short is a file"),
         (["calibrate", HERE, *CALIBRATE, f"--observe_seed={2**40}", NEW], "seed="),
-        (["plan", HERE, "--bits=3", NEW], "give statistics"),
-        (["plan", HERE, "--codec=per_heat", "--bits=3", NEW], "unknown codec 'per_heat'"),
-        (["plan", HERE, "--codec=turboquant_mse", NEW], "needs --bits or --k_bits"),
+        (["plan", HERE, "--bits=3", NEW], "give --statistics"),
+        (["plan", HERE, "--codec=per_heat", "--bits=3", NEW], "did you mean per_head?"),
+        (["plan", HERE, "--codec=turboquant_mse", NEW], "needs bits: turboquant_mse:3"),
         (["plan", HERE, "--codec=exact", "--bits=3", NEW], "--bits is not a field of codec exact"),
         (["plan", HERE, "--codec=exact", "--v_bits=3", NEW], "codec exact has no bits"),
         (["plan", HERE, "--codec=exact", "--dtype=int3", NEW], "int3"),
         (["plan", HERE, "--statistics={tmp}", "--bits=3", NEW], "no finished statistics"),
         (["evaluate", HERE, NEW], "nothing to evaluate"),
         (["evaluate", HERE, "--plan={tmp}", NEW], "plan.json"),
-        (["evaluate", HERE, "--baselines=exact:b", NEW], "CODEC or CODEC:BITS"),
+        (["evaluate", HERE, "--baselines=exact:b", NEW], "dtype='b'"),
         (["evaluate", HERE, "--baselines=exact", "--window_length=999", NEW], "context"),
         (["report", "--run={tmp}"], "quality.json"),
         (["inspect", "{tmp}"], "is no plan"),

@@ -44,5 +44,6 @@ from turboq.what_fits.storage import Storage as Storage
 from turboq.what_fits.storage import of_codecs as of_codecs
 from turboq.what_fits.storage import of_formats as of_formats
 from turboq.what_fits.storage import of_plan as of_plan
+from turboq.what_fits.storage import of_sides as of_sides
 from turboq.what_fits.storage import option as option
 from turboq.what_fits.weights import weights_bytes as weights_bytes

@@ -17,6 +17,7 @@ from turboq_calibrate.measure.quality_table import (
     Quality,
     by_position,
     by_text,
+    cautions,
     display,
     read_quality,
     scopes,
@@ -179,8 +180,9 @@ def _quality(quality: Quality) -> list[str]:
         rows = quality.rows_of(text["text"])
         if several:
             parts.append(f"<h3>{_text(text['text'])}</h3>")
-        parts.append(_table([display(row) for row in rows]))
-        parts += [f'<p class="soft">{_text(x)}.</p>' for x in scopes(rows, text["tokens"])]
+        parts.append(_table([display(row, text["window_tokens"]) for row in rows]))
+        said = scopes(rows, text["tokens"]) + cautions(rows, text)
+        parts += [f'<p class="soft">{_text(x)}.</p>' for x in said]
         if text["window_tokens"] > LONG:
             parts += ["<h3>Mean KL by position</h3>", _table(by_position(rows))]
     return parts

@@ -69,6 +69,9 @@ class Row:
     perplexity: float
     perplexity_exact: float
     perplexity_ratio: float
+    bits_per_channel_at_window: float | None = dataclasses.field(
+        default=None, metadata={"optional": True}
+    )
 
     def __post_init__(self):
         if not all(key.isdecimal() for key in self.cache_bytes):

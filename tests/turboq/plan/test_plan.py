@@ -233,7 +233,7 @@ FIELD_ERRORS = [
     (put(("tokens", "sinks"), 4.0), "tokens.sinks: 4.0 must be an integer"),
     (put(("tokens", "exact_dtype"), "int8"), "tokens.exact_dtype: exact_dtype='int8' must be one"),
     (put(K, []), "layers[1].k: [] must be an object"),
-    (put((*K, "codec"), "magic"), 'layers[1].k.codec: unknown codec "magic"; known: exact'),
+    (put((*K, "codec"), "magic"), "layers[1].k.codec: unknown codec 'magic': known codecs are"),
     (put((*K, "codec"), put), "layers[1].k.codec: missing"),
     (put((*K, "bits"), 9), "layers[1].k.bits: bits=9 must be 1..8"),
     (put((*K, "bits"), True), "layers[1].k.bits: true must be an integer"),
