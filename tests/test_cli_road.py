@@ -77,6 +77,22 @@ def test_a_baseline_is_fitted_and_a_list_is_a_list(run, tmp_path):
     assert len({row["kl_mean"] for row in rows.values()}) == 1
 
 
+def test_an_export_is_measured_before_it_is_written(run, tmp_path, capsys):
+    """The report's KL are those of `turboq evaluate` on the plan and on the engine's own."""
+    out, model = tmp_path / "vllm", f"--model={MODEL}"
+    export = ("export", "--engine=vllm", f"--plan={run}", f"--out={out}")
+    assert turboq(*export, "--windows=3") == 1
+    assert "--windows: needs --measure" in capsys.readouterr().err
+    assert turboq(*export, "--measure", model, *SMALL) == 0
+    kl = json.loads((out / "export_report.json").read_text())["kl"]
+    plans = f"--plan=plan={run},engine={out / 'engine_plan'}"
+    assert turboq("evaluate", model, plans, *SMALL, f"--out={tmp_path / 'q'}") == 0
+    rows = json.loads((tmp_path / "q" / "quality.json").read_text())["rows"]
+    assert kl["plan"] == rows[0]["kl_mean"]
+    assert kl["plan"] + kl["change"] == pytest.approx(rows[1]["kl_mean"])
+    assert kl["source"] == "topics:heldout"
+
+
 def test_every_text_is_measured_by_itself(run, tmp_path, capsys):
     """Plans by texts; a text's rows are those of a run with that text alone."""
     (tmp_path / "long.txt").write_text(" ".join(f"{n} squared is {n * n}." for n in range(400)))

@@ -17,6 +17,8 @@ from absl import flags
 from turboq.errors import TurboqError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from turboq.cache.layer import TokenPolicy
     from turboq.codecs import Codec
     from turboq.plan import ModelGeometry
@@ -287,6 +289,26 @@ def windows_of(
         check=check,
         check_length=check_length,
     )
+
+
+def texts_of(
+    values: flags.FlagValues, model: Model, folder: str | None = None
+) -> dict[str, np.ndarray]:
+    """Name -> windows of every text that --text names, each by itself.
+
+    Raises:
+      TurboqError: a text is named twice.
+    """
+    found: dict[str, np.ndarray] = {}
+    for source in sources_of(values.text):
+        windows = windows_of(values, model.tokenizer, [source], model=model, folder=folder)
+        if windows.source in found:
+            raise TurboqError(
+                f"--text={source}: a text named {windows.source!r} is given twice: give every text "
+                "once, files under different names"
+            )
+        found[windows.source] = windows.tokens
+    return found
 
 
 # Flags of `turboq calibrate` that decide what is observed; `turboq plan` has them too.

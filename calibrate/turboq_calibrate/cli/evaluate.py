@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from turboq.plan import ModelGeometry, Plan
-    from turboq_calibrate.models import Model
 
 REQUIRED = ("out",)
 RESUME = "the same command continues"
@@ -82,7 +81,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     model = load_model(values.model, dtype=values.model_dtype, resident=not values.stream)
     geometry = model_geometry(model)
     plans = _plans(values, geometry)
-    texts = _texts(values, model)
+    texts = common.texts_of(values, model, folder=values.out)
     if not values["text"].present:
         print("text: topics:heldout, the Python language reference; yours: --text=FILE or FOLDER")
     # An unusable folder shows now, not after the evaluation; so does what a killed one left.
@@ -108,22 +107,6 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     write_quality(quality, values.out)
     shutil.rmtree(unfinished)
     print(format_table(quality))
-
-
-def _texts(values: flags.FlagValues, model: Model) -> dict[str, np.ndarray]:
-    """Name -> windows; every text is one of its own."""
-    found: dict[str, np.ndarray] = {}
-    for source in common.sources_of(values.text):
-        windows = common.windows_of(
-            values, model.tokenizer, [source], model=model, folder=values.out
-        )
-        if windows.source in found:
-            raise TurboqError(
-                f"--text={source}: a text named {windows.source!r} is given twice: give every text "
-                "once, files under different names"
-            )
-        found[windows.source] = windows.tokens
-    return found
 
 
 def _plans(
