@@ -201,7 +201,7 @@ HERE = f"--model={MODEL}"
         (["calibrate", HERE, *CALIBRATE, "--out={tmp}/short"], "short is a file"),
         (["calibrate", HERE, *CALIBRATE, f"--observe_seed={2**40}", NEW], "seed="),
         (["plan", HERE, "--bits=3", NEW], "give --statistics"),
-        (["plan", HERE, "--codec=per_heat", "--bits=3", NEW], "did you mean per_head?"),
+        (["plan", HERE, "--codec=per_heat", "--bits=3", NEW], "did you mean per_head"),
         (["plan", HERE, "--codec=turboquant_mse", NEW], "needs bits: turboquant_mse:3"),
         (["plan", HERE, "--codec=exact", "--bits=3", NEW], "--bits is not a field of codec exact"),
         (["plan", HERE, "--codec=exact", "--v_bits=3", NEW], "codec exact has no bits"),

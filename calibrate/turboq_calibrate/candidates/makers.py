@@ -128,8 +128,8 @@ def makers_of(
     """
     found: dict[str, list[str]] = {}  # sizes of a learned word together: bases are fitted once
     for item in words.split(named_as):
-        word, _, rate = item.partition(":") if learned_word(item) else (item, "", "")
-        found.setdefault(word, []).append(rate)
+        word = item.partition(":")[0] if learned_word(item) else item
+        found.setdefault(word, []).append(item.removeprefix(word))
     return [
         maker
         for word, rates in found.items()
@@ -165,9 +165,9 @@ def _makers(
         return [named(found.label, at("k", first.k_dim), at("v", first.v_dim))]
     if rates == [""] and bits is not None:
         return default_makers(bits, smallest_dim(geometry), options, word)
-    if "" in rates:
+    if not set(rates).isdisjoint(("", ":")):
         raise TurboqError(f"candidates {word!r}: name bits per channel, as in {word}:2,2.5")
-    known = {f"{word} {rate}": _number(word, rate) for rate in rates}
+    known = {f"{word} {rate[1:]}": _number(word, rate[1:]) for rate in rates}
     return learned(known, _options(word, options))
 
 

@@ -350,6 +350,19 @@ def observation(values: flags.FlagValues) -> None:
     )  # fmt: skip
 
 
+def calibration_texts(values: flags.FlagValues, model: Model) -> list[str]:
+    """The texts that --text names, or those that are calibrated on by default."""
+    from turboq_calibrate.observe.texts import calibration_sources
+
+    return sources_of(values.text or []) or list(calibration_sources(model.spec))
+
+
+def observing(values: flags.FlagValues, model: Model) -> list[str]:
+    """Labels of the steps of `turboq calibrate` (`run.progress.phases`)."""
+    own = any(source.startswith("self:") for source in calibration_texts(values, model))
+    return ["self:", "observe"] if own else ["observe"]
+
+
 def observed_windows(values: flags.FlagValues, model: Model, *, written: bool = True) -> Windows:
     """The windows to calibrate on, and those held back.
 
@@ -361,7 +374,6 @@ def observed_windows(values: flags.FlagValues, model: Model, *, written: bool = 
     """
     from turboq_calibrate.observe.texts import (
         CALIBRATION_OF_LARGE,
-        calibration_sources,
         kind_of,
         long_check,
     )
@@ -376,9 +388,8 @@ def observed_windows(values: flags.FlagValues, model: Model, *, written: bool = 
             f"--check_length={length} must be more than --window_length={values.window_length} and "
             f"within the model's context of {model.spec.context}, or 0 for none"
         )
-    sources = sources_of(values.text or [])
-    if not sources:
-        sources = list(calibration_sources(model.spec) if written else CALIBRATION_OF_LARGE)
+    given = values.text or written
+    sources = calibration_texts(values, model) if given else [str(x) for x in CALIBRATION_OF_LARGE]
     own = [source for source in sources if kind_of(source) == "self"]
     if own and not written:
         raise TurboqError(f"--dry_run writes nothing: name another text than {', '.join(own)}")

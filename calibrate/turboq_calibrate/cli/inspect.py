@@ -19,6 +19,7 @@ def define(values: flags.FlagValues) -> None:
         "context", 32768, "Tokens at which a plan's cache is counted.", lower_bound=1,
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_boolean("layers", None, "A plan's layers one by one.", flag_values=values)
 
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
@@ -27,10 +28,10 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     for i, argument in enumerate(arguments):
         if i:
             print()
-        print(describe(argument, values.context))
+        print(describe(argument, values.context, layers=values.layers))
 
 
-def describe(argument: str, context: int) -> str:
+def describe(argument: str, context: int, *, layers: bool | None = None) -> str:
     """What is at a path, as text.
 
     Raises:
@@ -41,7 +42,7 @@ def describe(argument: str, context: int) -> str:
         raise TurboqError(f"{path} does not exist")
     found = []
     if (path.suffix == ".json" and path.is_file()) or (path / "plan.json").is_file():
-        found.append(_plan(path, context))
+        found.append(_plan(path, context, layers))
     if any((path / name / "manifest.json").is_file() for name in (".", "statistics")):
         found.append(_statistics(path))
     if (path / "observe" / "inputs.json").is_file() and not found:
@@ -56,11 +57,11 @@ def describe(argument: str, context: int) -> str:
     return "\n\n".join(found)
 
 
-def _plan(path: Path, context: int) -> str:
+def _plan(path: Path, context: int, layers: bool | None) -> str:
     from turboq.plan import load, summary
 
     plan, _ = load(path)
-    return f"{path}: plan\n{summary(plan, context)}"
+    return f"{path}: plan\n{summary(plan, context, layers=layers)}"
 
 
 def _statistics(path: Path) -> str:

@@ -189,6 +189,7 @@ def _within_budget(values: flags.FlagValues) -> None:
     from turboq_calibrate.models.geometry import model_geometry
     from turboq_calibrate.observe.observe import observe
     from turboq_calibrate.observe.statistics_files import load_statistics
+    from turboq_calibrate.run.progress import phases
 
     budget, out = Budget.parse(values.budget), Path(values.out)
     with common.as_user_error():
@@ -205,11 +206,13 @@ def _within_budget(values: flags.FlagValues) -> None:
         model = None
         if values.check or values.statistics is None:
             model = load_model(values.model)
+        steps = ["guard", "fit", "costs", *["evaluate"] * values.check]
         if values.statistics is None:
             assert model is not None
-            statistics = observe(
-                model, common.observed_windows(values, model), out, common.recipe_of(values)
-            )
+            steps = [*common.observing(values, model), *steps]
+            with phases(*steps):
+                windows = common.observed_windows(values, model)
+                statistics = observe(model, windows, out, common.recipe_of(values))
         else:
             statistics = load_statistics(values.statistics)
         if model is not None:
@@ -229,11 +232,12 @@ def _within_budget(values: flags.FlagValues) -> None:
                 force=values.force,
             )
 
-        if len(policies) == 1:
-            found = search(policies[0])
-        else:
-            found, lines = best_policy(policies, search)
-            print("\n".join(lines))
+        with phases(*steps):
+            if len(policies) == 1:
+                found = search(policies[0])
+            else:
+                found, lines = best_policy(policies, search)
+                print("\n".join(lines))
     saved = save(found.plan, found.arrays, out)
     for line in found.notes:
         print(line)
