@@ -35,8 +35,9 @@ CODEC_FIELDS = ("rotation", "scale_rule", "scale", "scale_dtype", "codebook", "s
 
 def model(values: flags.FlagValues, default: str | None = "embedded") -> None:
     flags.DEFINE_string(
-        "model", default, "Model: a Hugging Face folder, a .gguf file, or 'embedded' "
-        "(SmolLM2-135M-Instruct).", flag_values=values,
+        "model", default, "Model: a Hugging Face folder, its name on the hub (Qwen/Qwen3-0.6B: "
+        "downloaded where a network is), a .gguf file, or 'embedded' (SmolLM2-135M-Instruct).",
+        flag_values=values,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 
 from absl import flags
@@ -37,7 +38,10 @@ def describe(argument: str, context: int, *, layers: bool | None = None) -> str:
     Raises:
       TurboqError: nothing is there, or what is there is damaged or of no known kind.
     """
-    path = Path(argument)
+    from turboq_calibrate.models import hub
+
+    path = Path(hub.local(argument, hub.CONFIG))
+    argument = str(path)
     if argument != "embedded" and not path.exists():
         raise TurboqError(f"{path} does not exist")
     found = []
@@ -98,7 +102,10 @@ def _model(argument: str) -> str:
     from turboq_calibrate.models.model import open_source
     from turboq_calibrate.models.params import parameter_count
 
-    spec = open_source(argument).spec
+    try:
+        spec = open_source(argument).spec
+    except TurboqError as why:
+        return _counted(argument, why)
     owners = [layer for layer in spec.layers if layer.owns_cache]
     heads = [(layer.kv_heads, layer.head_dim, layer.v_head_dim) for layer in owners]
     shapes = sorted({(s.heads, s.kv_heads, s.head_dim, s.window) for s in spec.layers}, key=str)
@@ -115,5 +122,23 @@ def _model(argument: str) -> str:
             f"exact bf16 cache: {accounting.exact_bytes(heads, context=1):,} bytes per token, "
             f"{accounting.readable(accounting.exact_bytes(heads, context=spec.context))} "
             f"at {spec.context:,} tokens",
+        ]
+    )
+
+
+def _counted(argument: str, why: TurboqError) -> str:
+    """A model that turboq counts and does not run: what `turboq memory` knows of it."""
+    from turboq.what_fits import baseline
+    from turboq_calibrate.what_fits.read_geometry import read_geometry
+
+    found = read_geometry(argument)
+    kinds = collections.Counter(layer.kind for layer in found.layers)
+    layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    return "\n".join(
+        [
+            f"{argument}: model {found.name} ({found.family}), counted but not run: {why}",
+            f"layers: {len(found.layers)} ({layers})",
+            f"exact bf16 cache: {baseline(found.layers, 1):,} bytes for the first token; more: "
+            f"turboq memory --model={argument}",
         ]
     )
