@@ -183,6 +183,24 @@ def test_prefix_weights_and_overhead(ask):
     assert auto["geometry"]["weights_from"] == "model.safetensors"
 
 
+def test_one_of_several_ranks(ask):
+    """8 KV heads over 2 and 16 ranks, 10 over 4; latents whole on each; a share of the weights."""
+    for ranks, heads in ((2, 4), (16, 1)):
+        found = ask(LLAMA, "--weights=f16", f"--tensor_parallel={ranks}")
+        assert found["bytes_per_token"] == 32 * heads * 256 * 2
+        assert found["weights_bytes"] == 8030261248 * 2 // ranks
+    assert ask("--geometry=phi-4", "--tensor_parallel=4")["bytes_per_token"] == 40 * 3 * 256 * 2
+    # DeepSeek-V3 on 8 cards of 80 GiB: each holds every token's latent vectors.
+    cards = ("--geometry=deepseek-v3", "--tensor_parallel=8", "--memory_gib=80", "--weights=int4")
+    deepseek = ask(*cards)
+    assert deepseek["max_context"] == (80 * GIB - 671026419200 // 16) // (61 * 576 * 2)
+    assert "latent vectors lie on every rank" in deepseek["geometry"]["note"]
+    auto = (f"--model={GOLDEN}", "--weights=auto")
+    whole, half = ask(*auto), ask(*auto, "--tensor_parallel=2")
+    assert half["weights_bytes"] == -(-whole["weights_bytes"] // 2)
+    assert half["kv_bytes"] == whole["kv_bytes"] // 2
+
+
 def test_the_estimate_is_labelled_and_by_hand(ask, capsys):
     flags = (LLAMA, "--codec=f16", "--weights_gib=4", "--bandwidth_gbs=100", "--efficiency=0.5")
     found = ask(*flags)["estimate"]
@@ -296,6 +314,9 @@ def hostile(tmp_path: Path) -> None:
         ),
         ([LLAMA, "--weights=Q4_K_M", "--memory_gib=4"], "weights (4.58 GiB)"),
         ([LLAMA, "--weights=Q4", "--weights_gib=3"], "not both"),
+        (["--plan={tmp}/plan", "--tensor_parallel=2"], "a plan says what each of its heads is"),
+        ([LLAMA, "--choose=x={tmp}/plan", "--tensor_parallel=2"], "does not divide a plan"),
+        ([LLAMA, "--tensor_parallel=4096"], "--tensor_parallel=4096 must be 1..1024"),
         (["--geometry=60x4x128", "--weights=f16"], "give --weights_gib"),
         ([LLAMA, "--weights=auto"], "--weights=auto needs the weight files of llama-3-8b: no"),
         ([LLAMA, "--prefix=40000"], "--prefix=40000 is above --context=32768"),

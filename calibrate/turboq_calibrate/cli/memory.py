@@ -50,6 +50,12 @@ def define(values: flags.FlagValues) -> None:
         ("context", 32768, "Tokens."),
         ("batch", 1, "Sessions held at once."),
         ("page_tokens", 1, "Tokens of the engine's cache page (vLLM: 16)."),
+        (
+            "tensor_parallel",
+            1,
+            "Ranks that share the model: all numbers, --memory_gib and "
+            "--weights_gib included, are of one of them.",
+        ),
     ):
         flags.DEFINE_integer(
             name, default, what, lower_bound=1, upper_bound=LARGEST, flag_values=values
@@ -175,6 +181,11 @@ def _subject(values: flags.FlagValues) -> tuple[CacheGeometry, Storage]:
         raise TurboqError("give either --plan, or --model or --geometry with --codec")
     sizes = {"page_tokens": values.page_tokens, "window_slack": values.window_slack}
     if values.plan is not None:
+        if values.tensor_parallel > 1:
+            raise TurboqError(
+                "--tensor_parallel divides heads of a --model or --geometry: a plan "
+                "says what each of its heads is, not on which rank"
+            )
         from turboq.plan import load
         from turboq.plan.summary import codec_label
         from turboq.what_fits import of_plan, plan_geometry
@@ -185,6 +196,8 @@ def _subject(values: flags.FlagValues) -> tuple[CacheGeometry, Storage]:
             for layer in plan.layers
         )
         return plan_geometry(plan.model), of_plan(plan, ", ".join(labels), **sizes)
+    from turboq.what_fits import rank
+
     if values.geometry is not None:
         from turboq.what_fits.geometries import geometry
 
@@ -193,6 +206,7 @@ def _subject(values: flags.FlagValues) -> tuple[CacheGeometry, Storage]:
         from turboq_calibrate.what_fits.read_geometry import read_geometry
 
         found = read_geometry(values.model)
+    found = rank(found, values.tensor_parallel)
     return found, _storage(values, found, sizes)
 
 
@@ -225,7 +239,9 @@ def _weights(values: flags.FlagValues, geometry: CacheGeometry) -> tuple[int, st
     if values.weights is not None:
         seen = values.weights.lower() == "auto"
         where = geometry.weights_from if seen else f"about, by type {values.weights}"
-        return weights_bytes(geometry, values.weights), where
+        share = 1 if seen else values.tensor_parallel  # files were divided with the geometry
+        where += f", 1/{values.tensor_parallel} of them" if values.tensor_parallel > 1 else ""
+        return -(-weights_bytes(geometry, values.weights) // share), where
     return 0, "not counted: --weights or --weights_gib"
 
 
@@ -241,10 +257,13 @@ def _cards(items: list[str]) -> tuple[int | float, ...]:
 
 def _options(values: flags.FlagValues, geometry: CacheGeometry) -> tuple[Storage, ...]:
     from turboq.what_fits import option
+    from turboq.words import is_path, labelled
 
     items = [q for item in common.listed(values, "choose") for q in (
         _llama_cpp(geometry) if item in ("llama.cpp", "llamacpp") else (item,)
     )]  # fmt: skip
+    if values.tensor_parallel > 1 and (plans := [x for x in items if is_path(labelled(x)[1])]):
+        raise TurboqError(f"--choose={plans[0]}: --tensor_parallel does not divide a plan")
     policy = common.policy_of(values) if _keeps_exact(values) else None
     found = [
         option(
