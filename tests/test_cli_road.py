@@ -55,6 +55,9 @@ def test_quality_and_report(run):
     # 2 layers * 2 heads * D=16: codes, and a 16-bit scale per vector of K and of V.
     assert rows["mine"]["bytes_per_token"] == 2 * 2 * (16 * (3 + 2) + 2 * 16) / 8
     assert rows["exact"]["kl_mean"] < rows["turboquant_mse 3b"]["kl_mean"]
+    command = json.loads((run / "run.json").read_text())["command"].split()
+    assert command[:2] == ["turboq", "evaluate"]
+    assert {f"--plan=mine={run}", "--windows=3", f"--out={run}"} <= set(command)
     assert (run / "report.html").stat().st_size > 1000
     assert not (run / "unfinished").exists()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -123,6 +124,12 @@ def policy(values: flags.FlagValues, *, sinks: int = 4, of: str = "") -> None:
     flags.DEFINE_enum(
         "exact_dtype", "bfloat16", DTYPES, f"Type of the exact tokens{of}.", flag_values=values
     )
+
+
+def command(name: str, values: flags.FlagValues) -> str:
+    """The command line that gives these flags, as a shell takes it."""
+    given = [values[flag].serialize() for flag in values if values[flag].present]
+    return shlex.join(["turboq", name, *(line for flag in given for line in flag.splitlines())])
 
 
 @contextlib.contextmanager

@@ -133,7 +133,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """`run.json`."""
+    """`run.json`. command: the one that wrote it, if one did."""
 
     seconds: float
     seconds_per_plan_and_window: float | None
@@ -144,6 +144,7 @@ class Run:
     platform: str
     cpus: int | None
     devices: tuple[str, ...]
+    command: str | None = dataclasses.field(default=None, metadata={"optional": True})
 
 
 def read_json(path: Path, kind: type, *, otherwise: str) -> dict[str, Any]:
