@@ -187,7 +187,7 @@ def test_any_field_of_a_codec_can_be_set():
     values = codec_flags(
         "--codec=ggml", "--field=type=q4_0", "--field=rotation_block=32", "--rotation=walsh"
     )
-    assert common.codec_of(values, "k", 64) == Ggml(
+    assert common.sides_of_flags(values)["k"].codec("k", 64) == Ggml(
         dim=64, type="q4_0", rotation="walsh", rotation_block=32
     )
 
@@ -201,7 +201,7 @@ def test_any_field_of_a_codec_can_be_set():
 )
 def test_fields_that_are_none_are_refused(field, words):
     with pytest.raises(TurboqError, match=words):
-        common.codec_of(codec_flags("--codec=ggml", f"--field={field}"), "k", 64)
+        common.sides_of_flags(codec_flags("--codec=ggml:q8_0", f"--field={field}"))
 
 
 def test_defaults_of_calibrate_are_those_of_the_library():

@@ -119,6 +119,10 @@ def test_choice_by_measured_quality(ask, tmp_path):
     rows = [quality_cases.row(name, kl=x, text=text) for (name, text), x in kl.items()]
     write_quality(quality_cases.quality(rows, ("a", "b")), tmp_path)
     quality = f"--quality={tmp_path}"
+    rows = [quality_cases.row(name, kl=0.1) for name in ("exact", "kivi 2b", "q8_0/q4_0")]
+    write_quality(quality_cases.quality(rows, ("noise",)), tmp_path / "rows")
+    words = ("--choose=exact,kivi:2", "--choose=q8_0/q4_0", f"--quality={tmp_path / 'rows'}")
+    assert ask(LLAMA, *Q4_ON_8, *words)["choice"]["options"][0]["name"] == "exact"
     choice = ask(LLAMA, *Q4_ON_8, "--choose=q8_0,small=q4_0", quality)["choice"]
     assert (choice["chosen"], choice["order"]) == ("small", "measured mean KL")
     assert [o["kl"] for o in choice["options"]] == [0.2, 0.5]  # means over the texts
@@ -161,6 +165,9 @@ def test_codecs_and_gguf_and_sinks(ask):
     assert sinks["kv_bytes"] == 1024 * 64 + 4 * 256
     two = ask(LLAMA, "--k_codec=q8_0", "--v_codec=q4_0", "--context=32768")
     assert (two["codec"], two["kv_bytes"]) == ("q8_0/q4_0", 1.625 * GIB)
+    # K in an engine's format beside V in a codec: 8.5 and 3 + 16 / 128 bits.
+    mixed = ask(LLAMA, "--codec=q8_0/turboquant_mse:3")
+    assert mixed["bytes_per_token"] == 32 * 8 * 128 * (8.5 + 3.125) / 8
     assert ask(LLAMA, "--codec=exact", "--dtype=float32")["bytes_per_token"] == 262144
     latent = ask("--geometry=deepseek-v3", *flags)
     assert latent["bytes_per_token"] == 61 * (576 * 3 + 16) / 8
@@ -174,6 +181,24 @@ def test_prefix_weights_and_overhead(ask):
     auto = ask(f"--model={GOLDEN}", "--weights=auto")
     assert auto["weights_bytes"] == (GOLDEN / "model.safetensors").stat().st_size
     assert auto["geometry"]["weights_from"] == "model.safetensors"
+
+
+def test_one_of_several_ranks(ask):
+    """8 KV heads over 2 and 16 ranks, 10 over 4; latents whole on each; a share of the weights."""
+    for ranks, heads in ((2, 4), (16, 1)):
+        found = ask(LLAMA, "--weights=f16", f"--tensor_parallel={ranks}")
+        assert found["bytes_per_token"] == 32 * heads * 256 * 2
+        assert found["weights_bytes"] == 8030261248 * 2 // ranks
+    assert ask("--geometry=phi-4", "--tensor_parallel=4")["bytes_per_token"] == 40 * 3 * 256 * 2
+    # DeepSeek-V3 on 8 cards of 80 GiB: each holds every token's latent vectors.
+    cards = ("--geometry=deepseek-v3", "--tensor_parallel=8", "--memory_gib=80", "--weights=int4")
+    deepseek = ask(*cards)
+    assert deepseek["max_context"] == (80 * GIB - 671026419200 // 16) // (61 * 576 * 2)
+    assert "latent vectors lie on every rank" in deepseek["geometry"]["note"]
+    auto = (f"--model={GOLDEN}", "--weights=auto")
+    whole, half = ask(*auto), ask(*auto, "--tensor_parallel=2")
+    assert half["weights_bytes"] == -(-whole["weights_bytes"] // 2)
+    assert half["kv_bytes"] == whole["kv_bytes"] // 2
 
 
 def test_the_estimate_is_labelled_and_by_hand(ask, capsys):
@@ -276,13 +301,11 @@ def hostile(tmp_path: Path) -> None:
         (["--geometry=lama-3-8b"], "unknown geometry 'lama-3-8b' (nearest: llama-3-8b"),
         (["--geometry=60x0x128"], "0 KV heads must be 1..1024"),
         ([LLAMA, "--model=x"], "give either --plan, or --model or --geometry"),
-        ([LLAMA, "--codec=q9_0"], "unknown codec 'q9_0' (did you mean q8_0"),
-        (
-            [LLAMA, "--codec=q8_0", "--bits=3"],
-            "q8_0 is an engine's format: it takes no codec flags",
-        ),
-        ([LLAMA, "--k_codec=q8_0", "--v_codec=turboquant_mse", "--v_bits=3"], "no turboq codec on"),
-        ([LLAMA, "--codec=turboquant_mse"], "needs --bits"),
+        ([LLAMA, "--codec=q9_0"], "'q9_0' is no codec, format or path: did you mean q8_0"),
+        ([LLAMA, "--codec=q8_0", "--bits=3"], "--bits is not a field of q8_0, an engine's format"),
+        ([LLAMA, "--codec=turboquant_mse"], "needs bits: turboquant_mse:3, or --bits"),
+        ([LLAMA, "--codec=turboquant_mse:3", "--bits=3"], "bits=3 and --bits: name it once"),
+        ([LLAMA, "--codec=3bit"], "did you mean turboquant_mse:3?"),
         (["--geometry=60x4x80", "--codec=q4_0"], "80 numbers is not whole blocks of 32"),
         (
             ["--geometry=60x4x80", "--choose=llama.cpp", "--memory_gib=9"],
@@ -291,13 +314,16 @@ def hostile(tmp_path: Path) -> None:
         ),
         ([LLAMA, "--weights=Q4_K_M", "--memory_gib=4"], "weights (4.58 GiB)"),
         ([LLAMA, "--weights=Q4", "--weights_gib=3"], "not both"),
+        (["--plan={tmp}/plan", "--tensor_parallel=2"], "a plan says what each of its heads is"),
+        ([LLAMA, "--choose=x={tmp}/plan", "--tensor_parallel=2"], "does not divide a plan"),
+        ([LLAMA, "--tensor_parallel=4096"], "--tensor_parallel=4096 must be 1..1024"),
         (["--geometry=60x4x128", "--weights=f16"], "give --weights_gib"),
         ([LLAMA, "--weights=auto"], "--weights=auto needs the weight files of llama-3-8b: no"),
         ([LLAMA, "--prefix=40000"], "--prefix=40000 is above --context=32768"),
         ([LLAMA, "--memory_gib=nan"], "--memory_gib=nan must be a number"),
         ([LLAMA, "--weights_gib=inf"], "--weights_gib=inf must be a number"),
         ([LLAMA, "--cards=8,much"], "--cards=8,much must be sizes"),
-        ([LLAMA, "--choose=f61"], "'f61' is no format, no CODEC[:BITS] and no plan"),
+        ([LLAMA, "--choose=f61"], "'f61' is no codec, format or path: did you mean f16"),
         ([LLAMA, "--choose=f16,fp16"], "names 'f16' twice"),
         ([LLAMA, "--choose=x={tmp}/plan"], "not shaped as llama-3-8b"),
         ([LLAMA, "--quality={tmp}"], "--quality ranks the options of --choose"),
@@ -306,7 +332,7 @@ def hostile(tmp_path: Path) -> None:
         ([LLAMA, "--picture={tmp}/a.pdf"], "must end in .svg or .png"),
         ([LLAMA, "--picture={tmp}/no/a.svg"], "cannot write"),
         (["--geometry=deepseek-v3", "--view=ours"], "one latent vector per token"),
-        ([LLAMA, "--view=ours", "--codec=int8"], "no codec for int8: use --view=engine"),
+        ([LLAMA, "--view=ours", "--codec=int8"], "no codec for int8 (static scales"),
         (["--model={tmp}/cut.json"], "not valid JSON"),
         (["--model={tmp}/deep.json"], "nested too deeply"),
         (["--model={tmp}/list.json"], "must hold a JSON object"),

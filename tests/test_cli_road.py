@@ -55,6 +55,9 @@ def test_quality_and_report(run):
     # 2 layers * 2 heads * D=16: codes, and a 16-bit scale per vector of K and of V.
     assert rows["mine"]["bytes_per_token"] == 2 * 2 * (16 * (3 + 2) + 2 * 16) / 8
     assert rows["exact"]["kl_mean"] < rows["turboquant_mse 3b"]["kl_mean"]
+    command = json.loads((run / "run.json").read_text())["command"].split()
+    assert command[:2] == ["turboq", "evaluate"]
+    assert {f"--plan=mine={run}", "--windows=3", f"--out={run}"} <= set(command)
     assert (run / "report.html").stat().st_size > 1000
     assert not (run / "unfinished").exists()
 
@@ -64,6 +67,33 @@ def test_a_second_evaluation_writes_the_same_bytes(run, tmp_path):
     args = (f"--model={MODEL}", f"--plan=mine={run}", baselines, *SMALL, f"--out={tmp_path}")
     assert turboq("evaluate", *args) == 0
     assert (tmp_path / "quality.json").read_bytes() == (run / "quality.json").read_bytes()
+
+
+def test_a_baseline_is_fitted_and_a_list_is_a_list(run, tmp_path):
+    """A fitted baseline is the plan that `turboq plan` fits; plans are separated by commas."""
+    plans = f"--plan=mine={run},again={run / 'plan.json'}"
+    baseline = ("--baselines=per_head:3/per_head:2", f"--statistics={run}")
+    args = (f"--model={MODEL}", plans, *baseline, *SMALL, f"--out={tmp_path}")
+    assert turboq("evaluate", *args) == 0
+    rows = {r["name"]: r for r in json.loads((tmp_path / "quality.json").read_text())["rows"]}
+    assert list(rows) == ["per_head 3b/per_head 2b", "mine", "again"]
+    assert len({row["kl_mean"] for row in rows.values()}) == 1
+
+
+def test_an_export_is_measured_before_it_is_written(run, tmp_path, capsys):
+    """The report's KL are those of `turboq evaluate` on the plan and on the engine's own."""
+    out, model = tmp_path / "vllm", f"--model={MODEL}"
+    export = ("export", "--engine=vllm", f"--plan={run}", f"--out={out}")
+    assert turboq(*export, "--windows=3") == 1
+    assert "--windows: needs --measure" in capsys.readouterr().err
+    assert turboq(*export, "--measure", model, *SMALL) == 0
+    kl = json.loads((out / "export_report.json").read_text())["kl"]
+    plans = f"--plan=plan={run},engine={out / 'engine_plan'}"
+    assert turboq("evaluate", model, plans, *SMALL, f"--out={tmp_path / 'q'}") == 0
+    rows = json.loads((tmp_path / "q" / "quality.json").read_text())["rows"]
+    assert kl["plan"] == rows[0]["kl_mean"]
+    assert kl["plan"] + kl["change"] == pytest.approx(rows[1]["kl_mean"])
+    assert kl["source"] == "topics:heldout"
 
 
 def test_every_text_is_measured_by_itself(run, tmp_path, capsys):
@@ -173,16 +203,16 @@ HERE = f"--model={MODEL}"
         (["plan", HERE, "--budget=3bpc", "--window_length=257", NEW], "context of 256"),
         (["calibrate", HERE, *CALIBRATE, "--out={tmp}/short"], "short is a file"),
         (["calibrate", HERE, *CALIBRATE, f"--observe_seed={2**40}", NEW], "seed="),
-        (["plan", HERE, "--bits=3", NEW], "give statistics"),
-        (["plan", HERE, "--codec=per_heat", "--bits=3", NEW], "unknown codec 'per_heat'"),
-        (["plan", HERE, "--codec=turboquant_mse", NEW], "needs --bits or --k_bits"),
+        (["plan", HERE, "--bits=3", NEW], "give --statistics"),
+        (["plan", HERE, "--codec=per_heat", "--bits=3", NEW], "did you mean per_head"),
+        (["plan", HERE, "--codec=turboquant_mse", NEW], "needs bits: turboquant_mse:3"),
         (["plan", HERE, "--codec=exact", "--bits=3", NEW], "--bits is not a field of codec exact"),
         (["plan", HERE, "--codec=exact", "--v_bits=3", NEW], "codec exact has no bits"),
         (["plan", HERE, "--codec=exact", "--dtype=int3", NEW], "int3"),
         (["plan", HERE, "--statistics={tmp}", "--bits=3", NEW], "no finished statistics"),
         (["evaluate", HERE, NEW], "nothing to evaluate"),
         (["evaluate", HERE, "--plan={tmp}", NEW], "plan.json"),
-        (["evaluate", HERE, "--baselines=exact:b", NEW], "CODEC or CODEC:BITS"),
+        (["evaluate", HERE, "--baselines=exact:b", NEW], "dtype='b'"),
         (["evaluate", HERE, "--baselines=exact", "--window_length=999", NEW], "context"),
         (["report", "--run={tmp}"], "quality.json"),
         (["inspect", "{tmp}"], "is no plan"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -39,10 +40,20 @@ from turboq.codecs.turboquant_prod import TurboQuantProd as TurboQuantProd
 from turboq.codecs.vllm_turboquant import VLLMTurboQuantKey as VLLMTurboQuantKey
 from turboq.codecs.vllm_turboquant import VLLMTurboQuantValue as VLLMTurboQuantValue
 from turboq.errors import LONGEST, TurboqError, quoted, shortened
+from turboq.registry import Registry
 
-CODECS: dict[str, type[Codec]] = {
-    c.name: c
-    for c in (
+
+def _check(found: object) -> type[Codec]:
+    if not (
+        isinstance(found, type) and issubclass(found, Codec) and dataclasses.is_dataclass(found)
+    ):
+        raise TurboqError(f"{quoted(found)} must be a class on turboq.codecs.Codec")
+    return found
+
+
+CODECS: Registry[type[Codec]] = Registry(
+    "turboq.codecs",
+    (
         Exact,
         TurboQuantMSE,
         TurboQuantProd,
@@ -69,8 +80,9 @@ CODECS: dict[str, type[Codec]] = {
         Transform,
         RopeBlock,
         HadamardPerHead,
-    )
-}
+    ),
+    _check,
+)
 
 
 def from_config(config: Any) -> Codec:
@@ -85,9 +97,7 @@ def from_config(config: Any) -> Codec:
         raise TurboqError(f"codec config must be an object, not {type(config).__name__}")
     name = config.get("codec")
     if not isinstance(name, str) or name not in CODECS:
-        raise TurboqError(
-            f"unknown codec {quoted(name)}: known codecs are {', '.join(sorted(CODECS))}"
-        )
+        raise TurboqError(unknown_codec(name))
     cls = CODECS[name]
     types = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -113,6 +123,17 @@ def from_config(config: Any) -> Codec:
         return cls(**given)
     except ValueError as error:
         raise TurboqError(f"codec {name!r}: {shortened(error, 4 * LONGEST)}") from error
+
+
+def unknown_codec(name: Any) -> str:
+    """What an error says of a codec that is not here: what to install, or the nearest names."""
+    if isinstance(name, str):
+        if outside := CODECS.missing(name):
+            return f"unknown codec: {outside}"
+        near = difflib.get_close_matches(name[:LONGEST], CODECS, n=2)
+        if near:
+            return f"unknown codec {quoted(name)}: did you mean {' or '.join(near)}?"
+    return f"unknown codec {quoted(name)}: known codecs are {', '.join(sorted(CODECS))}"
 
 
 def _tuples(value: Any) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -76,6 +77,8 @@ class Codec(abc.ABC):
     source: ClassVar[str] = ""
     # What `fit` reads: some of `turboq.codecs.observed.PARTS`.
     needs: ClassVar[tuple[str, ...]] = ()
+    # What `python -m turboq.conformance` holds another package's codec to (`adapters.Claims`).
+    claims: ClassVar[Mapping[str, Any]] = {}
 
     dim: int
 

@@ -25,7 +25,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--adapter", action="append", metavar="MODULE:CLASS", help="yours; may be repeated"
     )
     parser.add_argument(
-        "--codec", action="append", metavar="NAME", help="a codec of turboq; may be repeated"
+        "--codec",
+        action="append",
+        metavar="NAME",
+        help="a codec of turboq, or of your package (my_codecs.sign:3); may be repeated",
     )
     parser.add_argument("--dim", type=int, nargs="+", default=[128], help="head dims (128)")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="for --adapter")

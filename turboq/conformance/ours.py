@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from turboq import words
 from turboq.codecs import CODECS, Arrays, Codec, from_config, outliers
 from turboq.codecs.observed import Observed
 from turboq.conformance import checks_error
 from turboq.conformance.adapters import Claims
-from turboq.errors import TurboqError
 from turboq.numbers import codebook as codebooks
 from turboq.numbers import packing
+
+DIM = 128  # at which a word's settings are checked first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,20 +196,27 @@ def adapters(
 ) -> dict[str, CodecAdapter]:
     """Adapters of the table's settings at each dim (all names, or only those given).
 
+    Another package's codec is named as in a command (`turboq.words`: my_codecs.sign:3).
+
     Raises:
-      TurboqError: unknown name, or a registered codec that has no setting here.
+      TurboqError: unknown name, or a setting that the codec does not take.
     """
-    names = list(CODECS) if names is None else names
     made = {}
-    for name in names:
-        if name not in CODECS or name not in SETTINGS:
-            known = ", ".join(sorted(SETTINGS))
-            raise TurboqError(f"codec {name!r} has no setting in turboq.conformance.ours: {known}")
-        for setting in SETTINGS[name][: 1 if quick else None]:
+    for name in SETTINGS if names is None else names:
+        settings = SETTINGS.get(name) or [_named(name)]
+        for setting in settings[: 1 if quick else None]:
             for dim in dims:
-                adapter = make(name, setting, dim)
+                adapter = make(name.partition(":")[0], setting, dim)
                 made[title(adapter.codec)] = adapter
     return made
+
+
+def _named(word: str) -> Setting:
+    """Of a codec that the table does not have: what the word says and the class claims."""
+    side = words.side(word)
+    cls, config = CODECS[side.name], side.codec("k", DIM).config()
+    chosen = {field: config[field] for field, _ in side.settings}
+    return Setting(config=chosen, claims={"direction_free": False} | dict(cls.claims))
 
 
 def make(name: str, setting: Setting, dim: int) -> CodecAdapter:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 
-from turboq.errors import TurboqError
+from turboq.errors import TurboqError, quoted
 from turboq.export.base import Exporter as Exporter
 from turboq.export.base import Held as Held
 from turboq.export.base import Options as Options
@@ -34,10 +34,19 @@ from turboq.export.sglang import SGLang
 from turboq.export.turboquant_fork import TurboquantFork
 from turboq.export.vllm import VLLM
 from turboq.export.write import export as export
+from turboq.registry import Registry
 
-ENGINES: dict[str, Exporter] = {
-    e.name: e
-    for e in (
+
+def _check(found: object) -> Exporter:
+    found = found() if isinstance(found, type) else found
+    if not isinstance(found, Exporter):
+        raise TurboqError(f"{quoted(found)} must be a turboq.export.Exporter")
+    return found
+
+
+ENGINES: Registry[Exporter] = Registry(
+    "turboq.engines",
+    (
         OrtGenAI(),
         VLLM(),
         LlamaCpp(),
@@ -55,8 +64,9 @@ ENGINES: dict[str, Exporter] = {
         MaxText(),
         TpuInference(),
         Reader(),
-    )
-}
+    ),
+    _check,
+)
 
 
 def engine(name: str) -> Exporter:
@@ -67,6 +77,8 @@ def engine(name: str) -> Exporter:
     """
     if name in ENGINES:
         return ENGINES[name]
+    if outside := ENGINES.missing(name):
+        raise TurboqError(f"unknown engine: {outside}")
     near = difflib.get_close_matches(name, ENGINES, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise TurboqError(f"unknown engine {name!r}: {hint}engines are {', '.join(ENGINES)}")

@@ -2,8 +2,8 @@
 
 Mainline rotates quantized caches (unsigned Hadamard; K in blocks of the largest power of two that
 divides the head dim, V in blocks of 64), unless head dims are no multiple of 64 or differ within
-one cache, or LLAMA_ATTN_ROT_DISABLE=1. A block of 32 channels must divide the head dim of every
-layer. `Uniform` is shared by all programs that take one type per side.
+one cache. That is what is counted: no line turns it off. A block of 32 channels must divide the
+head dim of every layer. `Uniform` is shared by all programs that take one type per side.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from turboq.export.base import (
     exact_held,
     first_dims,
     sides_of,
-    status_of,
 )
 from turboq.plan import ModelGeometry, Plan
 from turboq.plan.constraints import Constraints
@@ -39,7 +38,10 @@ from turboq.plan.constraints import Constraints
 INTERLEAVED = ("llama", "mistral", "mixtral")  # families that the converter permutes
 FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 QUANTS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-DISABLE = "LLAMA_ATTN_ROT_DISABLE"
+ROTATES = (
+    "Counted as stock llama.cpp since 2026-04-01 stores it, rotated; a build from before stores "
+    "the same types without."
+)
 # Pairs that CUDA's flash attention is compiled for by default; others fall back and are slow.
 FAST_CUDA = {("q4_0", "q4_0"), ("q8_0", "q8_0"), ("f16", "f16"), ("bf16", "bf16")}
 
@@ -113,11 +115,9 @@ class Uniform(Exporter):
 
     types: ClassVar[tuple[str, ...]] = (*FLOATS, *QUANTS)
     same_types: ClassVar[bool] = False
-    rotation: ClassVar[tuple[bool, ...]] = (True, False)  # with it, without it; first preferred
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
-        turned = self.rotation[0] and rotates(model)
-        return ggml_formats(model, self.types, turned)
+        return ggml_formats(model, self.types, rotates(model))
 
     def constraints(
         self, model: ModelGeometry, options: Options | None = None
@@ -127,15 +127,8 @@ class Uniform(Exporter):
 
     def project(self, plan: Plan, arrays: Tensors, options: Options) -> Projection:
         found = entries(plan, arrays)
-        tried = [
-            self._choose(found, rotated, options)
-            for rotated in self.rotation
-            if not rotated or rotates(plan.model)
-        ]
-        # The rotation with more exact heads; the engine's own default when equal.
-        k, v, held = max(tried, key=lambda t: sum(is_exact(e, t[2]) for e in found))
-        turned = any(getattr(h.codec, "rotation", "") == "walsh" for h in held.values())
-        out = self.finish(plan, Chosen(k=k, v=v, rotated=turned, held=held))
+        k, v, held = self._choose(found, rotates(plan.model), options)
+        out = self.finish(plan, Chosen(k=k, v=v, held=held))
         return dataclasses.replace(out, reordered=reordered(plan.model, [k]))
 
     def _choose(self, found: Sequence[Entry], rotated: bool, options: Options):
@@ -160,21 +153,15 @@ class Uniform(Exporter):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Types of K and V, whether anything is rotated, and what becomes of every head."""
+    """Types of K and V, and what becomes of every head."""
 
     k: str
     v: str
-    rotated: bool
     held: dict
 
     @property
     def quantized(self) -> bool:
         return self.k in QUANTS or self.v in QUANTS
-
-    @property
-    def off(self) -> dict[str, str]:
-        """The variable that keeps the rotation off, where something is quantized without it."""
-        return {DISABLE: "1"} if self.quantized and not self.rotated else {}
 
 
 class LlamaCpp(Uniform):
@@ -204,11 +191,5 @@ class LlamaCpp(Uniform):
         return Projection(
             held=chosen.held,
             flags=(f"llama-server -m MODEL.gguf {flags}",),
-            env=chosen.off,
             notes=tuple(notes),
         )
-
-
-def is_exact(entry: Entry, held: dict) -> bool:
-    """Whether a head keeps the plan's codec."""
-    return status_of(entry, held[entry.place]) == "exact"

@@ -15,7 +15,6 @@ class LMStudio(Uniform):
     versions = "SDKs with llamaKCacheQuantizationType; runtimes built after 2026-04-01 rotate"
     checked = "lmstudio.js source; not run here"
     types = ("f32", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-    rotation = (True,)
 
     def finish(self, plan: Plan, chosen: Chosen) -> Projection:
         config = {

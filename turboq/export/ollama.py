@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from turboq.export.base import Projection
-from turboq.export.llama_cpp import DISABLE, Chosen, Uniform
+from turboq.export.llama_cpp import ROTATES, Chosen, Uniform
 from turboq.plan import Plan
 
 
 class Ollama(Uniform):
-    """`OLLAMA_KV_CACHE_TYPE`, K and V alike.
-
-    Whether the runner rotates depends on which one loads the model; `LLAMA_ATTN_ROT_DISABLE=1`
-    makes it the plain types either way, so those count as exact.
-    """
+    """`OLLAMA_KV_CACHE_TYPE`, K and V alike, counted as the llama.cpp that it is built on."""
 
     name = "ollama"
     title = "Ollama"
@@ -20,15 +16,15 @@ class Ollama(Uniform):
     checked = "documentation and issue threads; not run here"
     types = ("f16", "q8_0", "q4_0")
     same_types = True
-    rotation = (False,)
 
     def finish(self, plan: Plan, chosen: Chosen) -> Projection:
         env = {"OLLAMA_FLASH_ATTENTION": "1", "OLLAMA_KV_CACHE_TYPE": chosen.k}
-        if chosen.quantized:
-            env[DISABLE] = "1"
         return Projection(
             held=chosen.held,
             flags=(" ".join([*(f"{k}={v}" for k, v in env.items()), "ollama serve"]),),
             env=env,
-            notes=("The setting holds for every model of the server.",),
+            notes=(
+                "The setting holds for every model of the server.",
+                *([ROTATES] if chosen.quantized else []),
+            ),
         )

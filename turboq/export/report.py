@@ -67,7 +67,7 @@ class Kl:
     """KL to the exact cache in nats per token: measured or predicted for the plan; null: unknown.
 
     `change` is what the export adds to it: 0 when everything is exact, else null until the engine's
-    own plan is evaluated.
+    own plan is measured (`export --measure`).
     """
 
     plan: float | None
@@ -100,6 +100,7 @@ class ExportReport:
     notes: tuple[str, ...]
     layers: tuple[LayerReport, ...]
     schema_version: int = SCHEMA_VERSION
+    calibration: str = dataclasses.field(default="", metadata={"optional": True})
     producer: Producer = dataclasses.field(default_factory=Producer)
 
     def document(self) -> dict[str, Any]:
@@ -143,6 +144,7 @@ def make_report(
         counts={name: counts.get(name, 0) for name in STATUSES},
         tokens_status="approximated" if tokens else "exact",
         tokens_dropped=tokens,
+        calibration=_calibration(found, projection),
         plan_bytes_per_token=sum(layer.plan_bytes for layer in layers),
         engine_bytes_per_token=sum(layer.engine_bytes for layer in layers),
         kl=_kl(plan, status, evaluable, projection.reordered),
@@ -235,6 +237,20 @@ def _dropped(entry: Entry, held: Held) -> Iterable[str]:
         yield held.note
 
 
+def _calibration(found: Sequence[Entry], projection: Projection) -> str:
+    """What is left in the engine of everything that was fitted to data."""
+    fitted = [e for e in found if e.arrays]
+    if not fitted:
+        return "nothing of the plan was fitted to data"
+    names = ", ".join(dict.fromkeys(name for e in fitted for name in e.arrays))
+    kept = sum(set(e.arrays) <= set(projection.held[e.place].arrays) for e in fitted)
+    if kept == len(fitted):
+        return f"what was fitted is stored as the plan has it ({names})"
+    if any(projection.held[e.place].arrays for e in fitted):
+        return f"of {len(fitted)} heads with fitted arrays ({names}), {kept} keep all of theirs"
+    return f"calibration has no effect here: the engine stores nothing that was fitted ({names})"
+
+
 def _tokens(wanted: TokenPolicy, kept: TokenPolicy) -> tuple[str, ...]:
     out = []
     if wanted.sinks != kept.sinks:
@@ -273,15 +289,27 @@ def _kl(plan: Plan, status: Status, evaluable: bool, reordered: str) -> Kl:
         return Kl(plan=value, source=source, change=0.0, how="every head and token is exact")
     how = "the engine's formats have no codec in turboq: measure in the engine"
     if evaluable:
-        how = f"turboq evaluate --plan={PLAN_FOLDER} --out=... measures what the engine stores"
+        how = f"--measure, or turboq evaluate --plan={PLAN_FOLDER}, measures what the engine stores"
     return Kl(plan=value, source=source, change=None, how=how)
+
+
+def _change(kl: Kl) -> str:
+    """What the export adds to the plan's KL, and how that is known."""
+    if kl.change is None:
+        return f"not known ({kl.how})"
+    if kl.plan is None:
+        return f"KL changes by {kl.change:+.4f} nats per token ({kl.how})"
+    return f"KL {kl.plan:.4f} -> {kl.plan + kl.change:.4f} nats per token ({kl.how})"
 
 
 def summary(report: ExportReport) -> str:
     """A few lines for the terminal."""
     counts = ", ".join(f"{n} {name}" for name, n in report.counts.items() if n)
     lines = [
-        f"{report.engine_title}: {report.status} ({counts} of K and V heads)",
+        f"{report.engine_title}, {report.engine_versions}: {report.status} ({counts} of K and V "
+        "heads)",
+        f"checked: {report.checked}",
+        report.calibration,
         f"one token: {report.engine_bytes_per_token:g} bytes in the engine,"
         f" {report.plan_bytes_per_token:g} in the plan"
         f" ({accounting.readable(report.engine_bytes_per_token * 32768)} at 32768 tokens)",
@@ -290,4 +318,5 @@ def summary(report: ExportReport) -> str:
     lines += [f"dropped: {text} ({n} heads)" for text, n in dropped.most_common(6)]
     lines += [f"dropped: {text}" for text in report.tokens_dropped]
     lines += [f"note: {note}" for note in report.notes]
+    lines.append(f"quality: {_change(report.kl)}")
     return "\n".join([*lines, "", *report.flags])

@@ -1,7 +1,8 @@
 """The turboquant fork of llama.cpp: turbo types, and fixed layer patterns by environment variable.
 
 turbo2/3/4 are not turboq's codecs (fixed signs around WHT-128, a norm per 128 channels, heads
-padded to multiples of 128), so they are approximations always; ggml's own types are exact.
+padded to multiples of 128), so they are approximations always; ggml's own types are those of
+llama.cpp, rotated as it rotates them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from turboq.export.base import (
     entries,
     sides_of,
 )
-from turboq.export.llama_cpp import DISABLE, FLOATS, QUANTS, ggml_formats, ggml_hold, reordered
+from turboq.export.llama_cpp import (
+    FLOATS,
+    QUANTS,
+    ROTATES,
+    ggml_formats,
+    ggml_hold,
+    reordered,
+    rotates,
+)
 from turboq.plan import ModelGeometry, Plan
 from turboq.plan.constraints import Constraints
 
@@ -105,7 +114,7 @@ class TurboquantFork(Exporter):
     checked = "source of that snapshot; not run here"
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
-        return ggml_formats(model, ("f16", "bf16", *QUANTS), False)
+        return ggml_formats(model, ("f16", "bf16", *QUANTS), rotates(model))
 
     def constraints(
         self, model: ModelGeometry, options: Options | None = None
@@ -115,7 +124,8 @@ class TurboquantFork(Exporter):
 
     def project(self, plan: Plan, arrays: Tensors, options: Options) -> Projection:
         found = entries(plan, arrays)
-        holds: dict[str, Hold] = {name: ggml_hold(name, False) for name in ("f16", "bf16", *QUANTS)}
+        turned = rotates(plan.model)
+        holds: dict[str, Hold] = {n: ggml_hold(n, turned) for n in ("f16", "bf16", *QUANTS)}
         holds |= {name: turbo_hold(name) for name in TURBO}
         cost = {side: choose.costs(found, holds, side) for side in SIDES}
         names, layers = list(holds), len(plan.layers)
@@ -134,8 +144,6 @@ class TurboquantFork(Exporter):
         if best.mode is not None:
             env["TURBO_LAYER_ADAPTIVE"] = str(best.mode.number)
         used = {*types["k"], *types["v"]}
-        if used & set(QUANTS):
-            env[DISABLE] = "1"
         fa = "" if best.v in FLOATS else " -fa on"
         prefix = " ".join(f"{name}={value}" for name, value in env.items())
         return Projection(
@@ -143,9 +151,17 @@ class TurboquantFork(Exporter):
             flags=(f"{prefix} llama-server -m MODEL.gguf -ctk {best.k} -ctv {best.v}{fa}",),
             env=env,
             reordered=reordered(plan.model, types["k"]),
-            notes=("Type numbers of the fork clash with mainline's: use files of one with one.",)
-            if used & set(TURBO)
-            else (),
+            notes=tuple(
+                note
+                for types, note in (
+                    (
+                        TURBO,
+                        "Type numbers clash with mainline's: use files of one with one.",
+                    ),
+                    (QUANTS, ROTATES),
+                )
+                if used & set(types)
+            ),
         )
 
 

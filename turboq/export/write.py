@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from turboq.codecs.exact import Exact
@@ -15,6 +17,7 @@ from turboq.export.report import (
     FILE,
     PLAN_FOLDER,
     ExportReport,
+    Kl,
     engine_plan,
     make_report,
 )
@@ -23,6 +26,9 @@ from turboq.plan import Plan, check_arrays, save
 from turboq.plan.document import fingerprint
 from turboq.plan.json_file import read_json
 
+# ((plan, arrays), (engine's plan, arrays)) -> what the export does to quality
+Measure = Callable[[tuple[Plan, Tensors], tuple[Plan, Tensors]], Kl]
+
 
 def export(
     plan: Plan,
@@ -30,16 +36,20 @@ def export(
     exporter: Exporter,
     out: str | os.PathLike[str],
     options: Options | None = None,
+    *,
+    measure: Measure | None = None,
 ) -> ExportReport:
     """Writes what `exporter` makes of a plan to the folder `out`, and returns the report.
 
     The folder then holds the engine's files, `export_report.json`, and in `engine_plan/` the plan
     that the engine will really run where turboq has its codecs. An earlier export of the same plan
-    to the same engine is replaced.
+    to the same engine is replaced. `measure` gives the KL of the plan and of the engine's own, for
+    the report.
 
     Raises:
       TurboqError: the engine cannot hold the plan even approximately, the checkpoint is another
-        model's, or the folder holds something else. Nothing is written then.
+        model's, the folder holds something else, or turboq lacks a codec of what is to be measured.
+        Nothing is written then.
     """
     options = options or Options()
     _check_options(exporter, options)
@@ -56,6 +66,13 @@ def export(
         names += [f"{PLAN_FOLDER}/plan.json", f"{PLAN_FOLDER}/plan.safetensors"]
     report = make_report(plan, arrays, exporter, projection, names)
     _check_holds(plan, arrays, exporter, projection)
+    if measure is not None:
+        if runs is None:
+            raise TurboqError(
+                f"turboq has no codec for what {exporter.name} would store, so that --measure has "
+                "nothing to run: measure in the engine"
+            )
+        report = dataclasses.replace(report, kl=measure((plan, arrays), runs))
     parent = make_folder(out.absolute().parent)
     clear_abandoned(parent / out.name)
     try:

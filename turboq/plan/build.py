@@ -19,6 +19,7 @@ from turboq.plan.types import SIDES, LayerPlan, Plan, SidePlan, array_name
 
 Side = Literal["k", "v"]
 Choice = Callable[[int, Side, int], Codec]  # (layer index, side, KV head) -> codec
+Template = Codec | Callable[[int], Codec]  # at its own head dim, or the codec of every head dim
 KRope = RopeForm | Callable[[int], RopeForm]  # the same in every layer, or by layer index
 Fit = Callable[[int, Side, Codec], Mapping[str, Any]]  # -> array -> [K, *shape]
 
@@ -26,8 +27,8 @@ Fit = Callable[[int, Side, Codec], Mapping[str, Any]]  # -> array -> [K, *shape]
 def uniform_plan(
     geometry: ModelGeometry,
     *,
-    k: Codec,
-    v: Codec,
+    k: Template,
+    v: Template,
     k_rope: KRope = "after",
     policy: TokenPolicy | None = None,
     arrays: Mapping[str, Any] | None = None,
@@ -105,8 +106,10 @@ def _form(k_rope: KRope, layer: LayerGeometry) -> RopeForm:
     return "after" if layer.rope_layout == "none" or layer.rope_dim == 0 else k_rope
 
 
-def at_dim(codec: Codec, dim: int) -> Codec:
+def at_dim(codec: Template, dim: int) -> Codec:
     """The same codec for heads of `dim` channels."""
+    if not isinstance(codec, Codec):
+        return codec(dim)
     return codec if codec.dim == dim else dataclasses.replace(codec, dim=dim)
 
 

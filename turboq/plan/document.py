@@ -12,12 +12,13 @@ from typing import Any
 
 from turboq.cache import accounting
 from turboq.cache.layer import TokenPolicy
+from turboq.codecs import CODECS
 from turboq.codecs.base import Codec
 from turboq.plan.canonical import digest
 from turboq.plan.errors import PlanConflict, PlanError, member, shown
 from turboq.plan.geometry import MAX_LAYERS, ModelGeometry
 from turboq.plan.provenance import Provenance, Quality
-from turboq.plan.read import Extra, check_fields, check_object, optional_fields, read
+from turboq.plan.read import Extra, check_fields, check_object, fields_of, optional_fields, read
 from turboq.plan.types import SCHEMA_VERSION, ArrayFile, Bytes, LayerPlan, Plan, Producer, SidePlan
 
 
@@ -101,8 +102,25 @@ def fingerprint(plan: Plan) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """The published JSON Schema (draft 2020-12), which ships inside the package."""
-    return json.loads(resources.files("turboq").joinpath("plan.schema.json").read_text("utf-8"))
+    """The published JSON Schema (draft 2020-12), which ships inside the package.
+
+    With the codecs of other packages that are here, by the types of their fields.
+    """
+    found = json.loads(resources.files("turboq").joinpath("plan.schema.json").read_text("utf-8"))
+    definitions = found["$defs"]
+    for name in (name for name in CODECS if name not in definitions):
+        definitions[name] = _codec_schema(name)
+        definitions["codecs"]["oneOf"].append({"$ref": f"#/$defs/{name}"})
+    return found
+
+
+def _codec_schema(name: str) -> dict[str, Any]:
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string"}
+    fields = {
+        field: {"type": kinds.get(kind, "array")} for field, kind in fields_of(CODECS[name]).items()
+    }
+    properties = {"codec": {"const": name}} | fields | {"dim": {"$ref": "#/$defs/dim"}}
+    return {"type": "object", "properties": properties, "required": ["codec", *fields]}
 
 
 def plan_hash(document: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import types
 import typing
 from typing import Any
 
-from turboq.codecs import CODECS
+from turboq.codecs import CODECS, unknown_codec
 from turboq.codecs.base import Codec
 from turboq.plan.errors import PlanConflict, PlanError, member, shown
 
@@ -88,9 +88,7 @@ def read_codec(value: Any, path: str, extra: Extra, also: tuple[str, ...] = ()) 
         raise PlanError(member(path, "codec"), "missing")
     name = value["codec"]
     if type(name) is not str or name not in CODECS:
-        raise PlanError(
-            member(path, "codec"), f"unknown codec {shown(name)}; known: {', '.join(CODECS)}"
-        )
+        raise PlanError(member(path, "codec"), unknown_codec(name))
     cls = CODECS[name]
     known = fields_of(cls)
     check_fields(value, path, ("codec", *known, *also), optional=frozenset(also), extra=extra)

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import collections
+import re
+
 from turboq.cache.accounting import BASELINE_BITS, readable
 from turboq.codecs.base import Codec
 from turboq.plan.document import fingerprint
-from turboq.plan.types import LayerPlan, Plan, SidePlan
+from turboq.plan.types import SIDES, LayerPlan, Plan, SidePlan
+
+MOST_ROWS, WIDEST = 12, 100  # of a table of layers; beyond either it is counted instead
 
 
-def summary(plan: Plan, context: int = 32768) -> str:
-    """A table of the layers, equal neighbours together, with totals and cost at `context`."""
+def summary(plan: Plan, context: int = 32768, *, layers: bool | None = None) -> str:
+    """What is stored, with totals and cost at `context`.
+
+    layers: a table of the layers, equal neighbours together; False counts heads by their bits.
+      None: a table that fits on a screen, else counts.
+    """
     price, at = plan.bytes, plan.residency(context)
     tokens = plan.tokens
-    rows = [("layers", "heads", "K", "V", "bits/token", "bits/channel")]
-    for first, last in _runs(plan):
-        layer, heads = plan.layers[first], plan.model.layers[plan.layers[first].index].kv_heads
-        bits = price.layer_bits_per_token[first]
-        numbers = heads * (layer.k.codec.dim + layer.v.codec.dim)
-        span = str(layer.index) if first == last else f"{layer.index}-{plan.layers[last].index}"
-        rows.append(
-            (span, str(heads), _side(layer.k), _side(layer.v), str(bits), f"{bits / numbers:.3f}")
-        )
+    table = _aligned(_rows(plan))
+    if layers is None:
+        layers = len(table) <= MOST_ROWS + 1 and max(map(len, table)) <= WIDEST
     return "\n".join(
         [
             f"{plan.model.name} ({plan.model.family}), {len(plan.layers)} layers with a cache",
             f"tokens: first {tokens.sinks} and last {tokens.recent} exact in {tokens.exact_dtype}",
             "",
-            *_aligned(rows),
+            *(table if layers else _counts(plan)),
             "",
             f"one token: {price.bytes_per_token:g} bytes, {price.bits_per_channel:.3f} bits per "
             f"channel, {BASELINE_BITS / price.bits_per_channel:.2f} times below bfloat16",
@@ -37,6 +40,49 @@ def summary(plan: Plan, context: int = 32768) -> str:
             *_origin(plan),
         ]
     )
+
+
+def _rows(plan: Plan) -> list[tuple[str, ...]]:
+    price = plan.bytes
+    rows = [("layers", "heads", "K", "V", "bits/token", "bits/channel")]
+    for first, last in _runs(plan):
+        layer, heads = plan.layers[first], plan.model.layers[plan.layers[first].index].kv_heads
+        bits = price.layer_bits_per_token[first]
+        numbers = heads * (layer.k.codec.dim + layer.v.codec.dim)
+        span = str(layer.index) if first == last else f"{layer.index}-{plan.layers[last].index}"
+        rows.append(
+            (span, str(heads), _side(layer.k), _side(layer.v), str(bits), f"{bits / numbers:.3f}")
+        )
+    return rows
+
+
+def _counts(plan: Plan) -> list[str]:
+    """Heads of K and of V by what they are stored as, and the layers of least and most bits."""
+    lines = []
+    for side in SIDES:
+        found: collections.Counter[str] = collections.Counter()
+        for layer in plan.layers:
+            form = ", before RoPE" if layer.side(side).rope == "before" else ""
+            found.update(codec_label(c) + form for c in plan.codecs(layer.index, side))
+        heads = [f"{count:6d} x {label}" for label, count in sorted(found.items(), key=_by_bits)]
+        lines += [f"{side.upper()} of {sum(found.values())} heads:", *heads]
+    bits = {
+        layer.index: total / (plan.model.layers[layer.index].kv_heads * (k.dim + v.dim))
+        for layer, total in zip(plan.layers, plan.bytes.layer_bits_per_token, strict=True)
+        for k, v in [(layer.k.codec, layer.v.codec)]
+    }
+    low, high = min(bits, key=bits.__getitem__), max(bits, key=bits.__getitem__)
+    lines.append(
+        f"bits per channel of a layer: {bits[low]:.3f} (layer {low}) to {bits[high]:.3f} (layer "
+        f"{high}); turboq inspect --layers prints all"
+    )
+    return lines
+
+
+def _by_bits(item: tuple[str, int]) -> tuple[float, str]:
+    """Labels by the bits that they name."""
+    number = re.search(r"(\d+(?:\.\d+)?)b", item[0])
+    return (float(number[1]) if number else 0.0, item[0])
 
 
 def codec_label(codec: Codec) -> str:

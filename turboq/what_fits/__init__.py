@@ -29,6 +29,7 @@ from turboq.what_fits.gguf_metadata import from_metadata as from_metadata
 from turboq.what_fits.hf_config import from_config as from_config
 from turboq.what_fits.layers import CacheGeometry as CacheGeometry
 from turboq.what_fits.layers import CacheLayer as CacheLayer
+from turboq.what_fits.parallel import rank as rank
 from turboq.what_fits.roofline import Roofline as Roofline
 from turboq.what_fits.roofline import decode_estimate as decode_estimate
 from turboq.what_fits.sizes import Cache as Cache
@@ -44,5 +45,6 @@ from turboq.what_fits.storage import Storage as Storage
 from turboq.what_fits.storage import of_codecs as of_codecs
 from turboq.what_fits.storage import of_formats as of_formats
 from turboq.what_fits.storage import of_plan as of_plan
+from turboq.what_fits.storage import of_sides as of_sides
 from turboq.what_fits.storage import option as option
 from turboq.what_fits.weights import weights_bytes as weights_bytes

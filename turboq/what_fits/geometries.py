@@ -22,12 +22,23 @@ _SHAPE = re.compile(r"(\d{1,9})x(\d{1,9})x(\d{1,9})")
 
 @functools.cache
 def _table() -> dict[str, dict]:
-    """Every entry by each of its names."""
+    """Every entry by each of its names, the hub's included, in lower case."""
     text = (importlib.resources.files("turboq.what_fits") / "geometries.json").read_text(
         encoding="utf-8"
     )
     entries = json.loads(text)["geometries"]
-    return {name: e for e in entries for name in (e["name"], *e.get("aliases", ()))}
+    return {name: e for e in entries for name in (e["name"], *e.get("aliases", ()), *_hub(e))}
+
+
+def _hub(entry: dict) -> tuple[str, ...]:
+    """ORG/NAME of the source, without "instruct" and the like."""
+    found = re.search(r"[\w.-]+/[\w.-]+", entry["source"])
+    return () if found is None else (_plain_name(found[0].rstrip(".:")),)
+
+
+def _plain_name(name: str) -> str:
+    lower = name.strip().lower().replace("_", "-")
+    return re.sub(r"(-(instruct|it|base|chat|hf))(-\d{4})?$", "", lower)
 
 
 def names() -> tuple[str, ...]:
@@ -38,17 +49,19 @@ def names() -> tuple[str, ...]:
 def geometry(name: str) -> CacheGeometry:
     """The geometry called `name`, or LAYERSxKVHEADSxDIM (60x4x128) for a plain one.
 
-    Case and the words "instruct", "it" and "base" at the end do not matter.
+    The hub's names do too: google/gemma-3-27b-it. Case and the words "instruct", "it" and "base" at
+    the end do not matter.
 
     Raises:
       TurboqError: an unknown name, with the nearest ones.
     """
-    wanted = re.sub(r"-(instruct|it|base|chat)$", "", name.strip().lower().replace("_", "-"))
+    wanted = _plain_name(name)
     if shape := _SHAPE.fullmatch(wanted):
         return _plain(name, *map(int, shape.groups()))
-    entry = _table().get(wanted)
+    entry = _table().get(wanted) or _table().get(wanted.rpartition("/")[2])
     if entry is None:
-        near = difflib.get_close_matches(wanted, _table(), n=3, cutoff=0.5)
+        close = difflib.get_close_matches(wanted.rpartition("/")[2], _table(), n=6, cutoff=0.5)
+        near = list(dict.fromkeys(_table()[found]["name"] for found in close))[:3]
         hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(names())}"
         raise TurboqError(
             f"unknown geometry {name!r} ({hint}; or LAYERSxKVHEADSxDIM such as 60x4x128, "

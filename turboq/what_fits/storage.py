@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from turboq.errors import TurboqError
 from turboq.what_fits.formats import EDGE, FORMATS, head_bits, known, plain_name
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from turboq.cache.layer import KVLayer, TokenPolicy
     from turboq.codecs.base import Codec
     from turboq.plan import Plan
+    from turboq.words import Side
 
 View = Literal["engine", "ours"]
 CodecAt = Callable[[str, int], "Codec"]  # (side "k" or "v", dim) -> codec
@@ -53,21 +52,45 @@ def of_plan(plan: Plan, name: str, *, page_tokens: int = 1, window_slack: int = 
     return Storage(name=name, engine=engine, layers=lambda: plan.storage)
 
 
-def of_formats(
+def of_sides(
     geometry: CacheGeometry,
-    k: str,
-    v: str,
+    k: Side,
+    v: Side,
     policy: TokenPolicy | None = None,
     *,
     page_tokens: int = 1,
     window_slack: int = 0,
 ) -> Storage:
-    """Keys and values in formats of `turboq.what_fits.formats`.
+    """Keys and values as `turboq.words` names them: formats of engines, or turboq codecs.
 
     Raises:
-      TurboqError: unknown format, or one that does not fit the heads.
+      TurboqError: a format or codec that does not fit the heads.
     """
-    k, v = known(k), known(v)
+    sizes = {"page_tokens": page_tokens, "window_slack": window_slack}
+    at: CodecAt = lambda side, dim: (k if side == "k" else v).codec(side, dim)  # noqa: E731
+    formats = [_format(x) for x in (k, v)]
+    if formats[0] is not None and formats[1] is not None:
+        return _of_formats(geometry, formats[0], formats[1], at, policy, **sizes)
+    return of_codecs(geometry, at, policy, **sizes)
+
+
+def _format(side: Side) -> str | None:
+    """The engine's format; the codec `exact` is also what every engine has."""
+    if side.name == "exact":
+        return plain_name(dict(side.settings).get("dtype", "bfloat16"))
+    return side.format
+
+
+def _of_formats(
+    geometry: CacheGeometry,
+    k: str,
+    v: str,
+    at: CodecAt,
+    policy: TokenPolicy | None,
+    *,
+    page_tokens: int,
+    window_slack: int,
+) -> Storage:
     hybrid = any(layer.kind == "none" or layer.state_bytes != 0 for layer in geometry.layers)
     engine = formula(
         geometry,
@@ -76,15 +99,22 @@ def of_formats(
         window_slack=window_slack,
         edge=EDGE if FORMATS[k].slot and not hybrid else 0,
     )
-
-    def at(side: str, dim: int) -> Codec:
-        return _twin(k if side == "k" else v, dim)
-
     return Storage(
         name=k if k == v else f"{k}/{v}",
         engine=engine,
         layers=lambda: kv_layers(geometry, at, policy),
     )
+
+
+def of_formats(geometry: CacheGeometry, k: str, v: str, **options: Any) -> Storage:
+    """`of_sides` of two names of `turboq.what_fits.formats`.
+
+    Raises:
+      TurboqError: unknown format, or one that does not fit the heads.
+    """
+    from turboq.words import Side
+
+    return of_sides(geometry, Side(known(k)), Side(known(v)), **options)
 
 
 def of_codecs(
@@ -127,31 +157,24 @@ def option(
     page_tokens: int = 1,
     window_slack: int = 0,
 ) -> Storage:
-    """What one item of a list of choices means: [NAME=]FORMAT[/V_FORMAT], CODEC[:BITS] or a plan.
+    """What one item of a list of choices means: a word of `turboq.words`, or a plan: [NAME=]FOLDER.
 
     Raises:
-      TurboqError: it is none of these, or does not fit the model.
+      TurboqError: it is neither, or does not fit the model.
     """
-    label, equals, what = text.partition("=")
-    what = what if equals else text
+    from turboq import words
+
     kwargs = {"page_tokens": page_tokens, "window_slack": window_slack}
-    k, _, v = what.partition("/")
-    if plain_name(k) is not None and (not v or plain_name(v) is not None):
-        found = of_formats(geometry, k, v or k, policy, **kwargs)
-    elif (match := re.fullmatch(r"([a-z0-9_]+)(?::([1-8]))?", what)) and _is_codec(match[1]):
-        found = of_codecs(geometry, _codec_at(match[1], match[2]), policy, **kwargs)
-    elif Path(what).exists():
+    label, what = words.labelled(text)
+    if words.is_path(what):
         from turboq.plan import load
 
         plan, _ = load(what)
         check_plan(plan, geometry)
-        found = of_plan(plan, plan.model.name, **kwargs)
-    else:
-        raise TurboqError(
-            f"{text!r} is no format, no CODEC[:BITS] and no plan folder "
-            "(such as f16, q8_0/q4_0, turboquant_mse:3, mine=runs/mine)"
-        )
-    return dataclasses.replace(found, name=label) if equals and label else found
+        return of_plan(plan, label or words.folder_name(what), **kwargs)
+    word = words.parse(text)
+    found = of_sides(geometry, word.k, word.v, policy, **kwargs)
+    return dataclasses.replace(found, name=word.label)
 
 
 def check_plan(plan: Plan, geometry: CacheGeometry) -> None:
@@ -196,28 +219,3 @@ def kv_layers(
                 kv_heads=layer.kv_heads, k=k, v=v, policy=policy, window=layer.window
             )
     return tuple(made[x.kv_heads, x.k_dim, x.v_dim, x.window] for x in geometry.layers if x.stores)
-
-
-def _twin(name: str, dim: int) -> Codec:
-    """The turboq codec that stores what an engine's format stores."""
-    from turboq.codecs import from_config
-
-    exact = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-    if name in exact:
-        return from_config({"codec": "exact", "dim": dim, "dtype": exact[name]})
-    if name[0] in "qi" and not name.startswith("int"):
-        return from_config({"codec": "ggml", "dim": dim, "type": name})
-    raise TurboqError(f"turboq's own cache has no codec for {name}: use --view=engine")
-
-
-def _is_codec(name: str) -> bool:
-    from turboq.codecs import CODECS
-
-    return name in CODECS
-
-
-def _codec_at(name: str, bits: str | None) -> CodecAt:
-    from turboq.codecs import from_config
-
-    chosen = {} if bits is None else {"bits": int(bits)}
-    return lambda side, dim: from_config({"codec": name, "dim": dim, **chosen})

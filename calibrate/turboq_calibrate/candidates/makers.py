@@ -4,9 +4,7 @@ transform:2,2.5,3      learned transforms at so many bits per channel, gains inc
 trellis:2,2.5,3        the same with trellis codes: less error, slower to encode
 window:2,2.5,3         with window codes, linear in their bits (window16, window256: of such states)
 window                 any of these without numbers: in steps around the budget
-per_head:2,3,4         any codec at several values of its first field after `dim` (bits)
-ggml:type=q4_0,q8_0    or of a field that is named
-exact                  as it is
+per_head:2,3,4,exact   anything else of `turboq.words`
 """
 
 from __future__ import annotations
@@ -16,13 +14,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from turboq import words
 from turboq.cache.layer import TokenPolicy
-from turboq.codecs import CODECS, Codec, from_config
+from turboq.codecs import Codec
 from turboq.codecs.fit_transform import HeadFit, TransformOptions, arrays_of, fit_heads, head_rates
 from turboq.codecs.observed import Observed
 from turboq.codecs.water_filling import BLOCK, Rates
 from turboq.errors import TurboqError
 from turboq.export import Options, engine
+from turboq.export.llama_cpp import rotates
 from turboq.plan import LayerGeometry, ModelGeometry
 from turboq.plan.build import Side, at_dim
 from turboq.plan.constraints import Constraints
@@ -116,7 +116,7 @@ def default_makers(
 
 
 def makers_of(
-    words: Sequence[str],
+    named_as: Sequence[str],
     geometry: ModelGeometry,
     options: TransformOptions | None = None,
     bits: float | int | None = None,
@@ -126,7 +126,15 @@ def makers_of(
     Raises:
       TurboqError: unknown codec or field, or a value that it does not take.
     """
-    return [maker for word in words for maker in _makers(word, geometry, options, bits)]
+    found: dict[str, list[str]] = {}  # sizes of a learned word together: bases are fitted once
+    for item in words.split(named_as):
+        word = item.partition(":")[0] if learned_word(item) else item
+        found.setdefault(word, []).append(item.removeprefix(word))
+    return [
+        maker
+        for word, rates in found.items()
+        for maker in _makers(word, rates, geometry, options, bits)
+    ]
 
 
 def learned_word(word: str) -> bool:
@@ -146,32 +154,21 @@ def _options(word: str, options: TransformOptions | None) -> TransformOptions:
 
 def _makers(
     word: str,
+    rates: Sequence[str],
     geometry: ModelGeometry,
     options: TransformOptions | None,
     bits: float | int | None,
 ) -> list[Maker]:
-    name, _, rest = word.partition(":")
-    field, equals, listed = rest.rpartition("=")
-    values = [value.strip() for value in listed.split(",")] if listed else []
-    if learned_word(word):
-        if word == name and bits is not None:
-            return default_makers(bits, smallest_dim(geometry), options, name)
-        if equals or not values:
-            raise TurboqError(f"candidates {word!r}: name bits per channel, as in {name}:2,2.5")
-        rates = {f"{name} {v}": _number(word, v) for v in values}
-        return learned(rates, _options(name, options))
-    if name not in CODECS:
-        raise TurboqError(f"candidates {word!r}: known codecs are {', '.join(sorted(CODECS))}")
-    if not values:
-        return [named(name, *_codecs(geometry, {"codec": name}))]
-    field = field or "bits"
-    return [
-        named(
-            f"{name} {value}",
-            *_codecs(geometry, {"codec": name, field: int(value) if value.isdecimal() else value}),
-        )
-        for value in values
-    ]
+    if not learned_word(word):
+        found = words.parse(word)
+        first, at = geometry.cache_layers[0], found.at(rotates(geometry))
+        return [named(found.label, at("k", first.k_dim), at("v", first.v_dim))]
+    if rates == [""] and bits is not None:
+        return default_makers(bits, smallest_dim(geometry), options, word)
+    if not set(rates).isdisjoint(("", ":")):
+        raise TurboqError(f"candidates {word!r}: name bits per channel, as in {word}:2,2.5")
+    known = {f"{word} {rate[1:]}": _number(word, rate[1:]) for rate in rates}
+    return learned(known, _options(word, options))
 
 
 def _number(word: str, text: str) -> float:
@@ -179,15 +176,6 @@ def _number(word: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise TurboqError(f"candidates {word!r}: {text!r} is no number of bits") from None
-
-
-def _codecs(geometry: ModelGeometry, config: dict) -> tuple[Codec, Codec]:
-    """K's and V's at the head dims of the first cache."""
-    first = geometry.cache_layers[0]
-    return (
-        from_config(config | {"dim": first.k_dim}),
-        from_config(config | {"dim": first.v_dim}),
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -145,12 +144,6 @@ def report(problem: Problem, allocation: Allocation, budget: Budget) -> str:
         "granularity": allocation.constraints.granularity,
         "solved by": allocation.method,
     }
-    for side in ("k", "v"):
-        members = [u for u, unit in enumerate(problem.units) if unit.side == side]
-        counts = Counter(int(allocation.chosen[u]) for u in members)
-        rows[f"{side.upper()} heads"] = ", ".join(
-            f"{counts[c]} x {problem.labels[c]}" for c in sorted(counts)
-        )
     if not allocation.binding:
         rows["note"] = (
             "the budget is above what the best of these candidates need: a larger one gains nothing"

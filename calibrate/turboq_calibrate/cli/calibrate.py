@@ -9,10 +9,15 @@ timed layer, and writes nothing (nor counts the time that the model writes text 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from absl import flags
 
 from turboq.errors import TurboqError
 from turboq_calibrate.cli import common
+
+if TYPE_CHECKING:
+    from turboq_calibrate.models import Model
 
 REQUIRED = ("out",)
 RESUME = "the same command continues after the last finished chunk"
@@ -49,10 +54,9 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
-    from turboq.files import make_folder
     from turboq_calibrate.models import load_model
-    from turboq_calibrate.observe.observe import observe
     from turboq_calibrate.observe.recipe import Shard
+    from turboq_calibrate.run.progress import phases
 
     if values.captured is not None:
         captured(values)
@@ -63,6 +67,14 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     recipe, mesh = common.recipe_of(values), mesh_of(values)
     # Each layer is read twice, so there is little to gain from keeping them all.
     model = load_model(values.model, dtype=values.model_dtype, resident=False)
+    with phases(*common.observing(values, model)):
+        _observe(values, model, recipe, shard, mesh)
+
+
+def _observe(values: flags.FlagValues, model: Model, recipe, shard, mesh) -> None:
+    from turboq.files import make_folder
+    from turboq_calibrate.observe.observe import observe
+
     windows = common.observed_windows(values, model, written=not values.dry_run)
     if values.dry_run:
         from turboq_calibrate.observe.dry_run import dry_run

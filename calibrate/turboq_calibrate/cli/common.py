@@ -7,17 +7,24 @@ for. Nothing heavy is imported before a subcommand runs.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import shlex
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from absl import flags
 
 from turboq.errors import TurboqError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from turboq.cache.layer import TokenPolicy
     from turboq.codecs import Codec
+    from turboq.plan import ModelGeometry
+    from turboq.plan.build import Template
+    from turboq.words import Side
     from turboq_calibrate.models import Model, Tokenizer
     from turboq_calibrate.observe.captured import Source
     from turboq_calibrate.observe.recipe import ObserveRecipe
@@ -30,8 +37,9 @@ CODEC_FIELDS = ("rotation", "scale_rule", "scale", "scale_dtype", "codebook", "s
 
 def model(values: flags.FlagValues, default: str | None = "embedded") -> None:
     flags.DEFINE_string(
-        "model", default, "Model: a Hugging Face folder, a .gguf file, or 'embedded' "
-        "(SmolLM2-135M-Instruct).", flag_values=values,
+        "model", default, "Model: a Hugging Face folder, its name on the hub (Qwen/Qwen3-0.6B: "
+        "downloaded where a network is), a .gguf file, or 'embedded' (SmolLM2-135M-Instruct).",
+        flag_values=values,
     )  # fmt: skip
 
 
@@ -48,15 +56,16 @@ def text(
     *,
     windows: int,
     length: int,
-    note: str = "",
+    note: str,
+    of: str = "all texts together",
 ) -> None:
     flags.DEFINE_multi_string(
         "text", default, "Texts, comma-separated or the flag repeated: topics:calibration, "
         "topics:heldout, source:calibration, source:heldout, self:SEED (written by the model), "
-        f"UTF-8 files. Each gets an equal share of the windows.{note}", flag_values=values,
+        f"UTF-8 files, folders of them, patterns such as books/*.txt. {note}", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
-        "windows", windows, "Windows of all texts together, evenly spaced over each; 0 takes all.",
+        "windows", windows, f"Windows of {of}, evenly spaced over it; 0 takes all.",
         lower_bound=0, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
@@ -73,7 +82,10 @@ def out(values: flags.FlagValues, what: str) -> None:
 
 
 def codec(values: flags.FlagValues, default: str | None) -> None:
-    flags.DEFINE_string("codec", default, "Codec of K and V.", flag_values=values)
+    flags.DEFINE_string(
+        "codec", default, "Codec of K and V, or K/V: turboquant_mse:3, q8_0/q4_0, kivi:2.",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_string("k_codec", None, "Codec of K, if not --codec.", flag_values=values)
     flags.DEFINE_string("v_codec", None, "Codec of V, if not --codec.", flag_values=values)
     for name, side in (("bits", "K and V"), ("k_bits", "K"), ("v_bits", "V")):
@@ -115,6 +127,12 @@ def policy(values: flags.FlagValues, *, sinks: int = 4, of: str = "") -> None:
     )
 
 
+def command(name: str, values: flags.FlagValues) -> str:
+    """The command line that gives these flags, as a shell takes it."""
+    given = [values[flag].serialize() for flag in values if values[flag].present]
+    return shlex.join(["turboq", name, *(line for flag in given for line in flag.splitlines())])
+
+
 @contextlib.contextmanager
 def as_user_error() -> Iterator[None]:
     """Values that came from flags: a ValueError about them is the user's to fix."""
@@ -126,60 +144,90 @@ def as_user_error() -> Iterator[None]:
         raise TurboqError(str(error).replace("self.", "")) from error
 
 
-def codec_of(values: flags.FlagValues, side: str, dim: int) -> Codec:
-    """The codec that the flags describe for `side` ("k" or "v") and head dim `dim`.
+def template(side: Side, which: Literal["k", "v"], geometry: ModelGeometry) -> Template:
+    """What `make_plan` takes for `side`: a format is made at every layer's own head dim.
+
+    Raises:
+      TurboqError: a value out of range, or a format without a codec.
+    """
+    from turboq.export.llama_cpp import rotates
+
+    def at(dim: int) -> Codec:
+        return side.codec(which, dim, rotates(geometry))
+
+    first = geometry.cache_layers[0]
+    codec = at(first.k_dim if which == "k" else first.v_dim)
+    return codec if side.format is None else at
+
+
+def sides_of_flags(values: flags.FlagValues) -> dict[str, Side]:
+    """How the flags say to store K and V: the words of --codec, and flags that set their fields.
 
     A flag may speak of one side only (bits of turboquant_mse keys beside exact values), so each
     side takes the flags that its codec knows, and a flag that neither knows is an error.
 
     Raises:
-      TurboqError: no or unknown codec, a flag no codec has, a value out of range.
+      TurboqError: no or unknown codec, a flag no codec has, a field set twice.
     """
-    from turboq.codecs import from_config
+    from turboq import words
 
-    names = {s: values[f"{s}_codec"].value or values.codec for s in ("k", "v")}
-    if names[side] is None:
-        raise TurboqError(f"name a codec: --codec, or --{side}_codec")
+    both = None if values.codec is None else words.parse(values.codec)
+    sides: dict[str, Side] = {}
+    for s in ("k", "v"):
+        own = values[f"{s}_codec"].value
+        if own is None and both is None:
+            raise TurboqError(f"name a codec: --codec, or --{s}_codec")
+        sides[s] = getattr(both, s) if own is None else words.side(own)
     given = _given(values)
-    known = {s: _fields(name) for s, name in names.items()}
-    for field in given[side]:
-        if field not in known["k"] | known["v"]:
-            raise TurboqError(
-                f"--{field} is not a field of codec {' or '.join(sorted(set(names.values())))}"
-            )
+    known = {
+        s: {} if x.format and not (given[s] and words.is_codec(x.name)) else words.fields_of(x.name)
+        for s, x in sides.items()
+    }
+    named = " or ".join(
+        dict.fromkeys(
+            f"{x.name}, an engine's format" if x.format else f"codec {x.name}"
+            for x in sides.values()
+        )
+    )
     for s in ("k", "v"):
         if values[f"{s}_bits"].value is not None and "bits" not in known[s]:
-            raise TurboqError(f"--{s}_bits: codec {names[s]} has no bits")
-    chosen = {field: value for field, value in given[side].items() if field in known[side]}
-    if "bits" in known[side] and "bits" not in chosen:
-        raise TurboqError(f"codec {names[side]} needs --bits or --{side}_bits")
-    return from_config({"codec": names[side], "dim": dim, **chosen})
+            raise TurboqError(f"--{s}_bits: codec {sides[s].name} has no bits")
+        for field in given[s]:
+            if field not in known["k"] | known["v"]:
+                raise TurboqError(f"--{field} is not a field of {named}")
+    return {s: sides[s].having(_of(given[s], known[s])) for s in ("k", "v")}
 
 
-def _given(values: flags.FlagValues) -> dict[str, dict[str, Any]]:
+def _of(given: dict[str, str], known: Collection[str]) -> dict[str, str]:
+    return {field: text for field, text in given.items() if field in known}
+
+
+def _given(values: flags.FlagValues) -> dict[str, dict[str, str]]:
     """Per side: codec fields that were set on the command line."""
     shared = {f: values[f].value for f in (*CODEC_FIELDS, "seed", "bits")}
     for item in values.field:
         name, equals, text = item.partition("=")
         if not (name and equals and text):
             raise TurboqError(f"--field={item!r} must be NAME=VALUE, for example type=q4_0")
-        shared[name] = int(text) if text.isdecimal() else text
+        shared[name] = text
     sides = {}
     for side in ("k", "v"):
         own = values[f"{side}_bits"].value
         fields = shared if own is None else shared | {"bits": own}
-        sides[side] = {f: value for f, value in fields.items() if value is not None}
+        sides[side] = {f: str(value) for f, value in fields.items() if value is not None}
     return sides
 
 
-def _fields(name: str) -> set[str]:
-    import dataclasses
+def listed(values: flags.FlagValues, flag: str, default: Sequence[str] = ()) -> list[str]:
+    """The items of a flag that takes a list: comma-separated, repeated, or both.
 
-    from turboq.codecs import CODECS
+    Raises:
+      TurboqError: an empty item.
+    """
+    from turboq import words
 
-    if name not in CODECS:
-        raise TurboqError(f"unknown codec {name!r}: known codecs are {', '.join(sorted(CODECS))}")
-    return {field.name for field in dataclasses.fields(CODECS[name])}
+    with as_user_error():
+        return words.split(values[flag].value or default)
 
 
 def policy_of(values: flags.FlagValues) -> TokenPolicy:
@@ -189,13 +237,37 @@ def policy_of(values: flags.FlagValues) -> TokenPolicy:
     return TokenPolicy(sinks=values.sinks, recent=values.recent, exact_dtype=values.exact_dtype)
 
 
-def sources_of(entries: list[str]) -> list[str]:
-    """The texts that --text names; an entry that is a file is one, commas and all."""
+def sources_of(entries: Sequence[str]) -> list[str]:
+    """The texts that --text names: lists, folders (their files, by name) and patterns (*.txt).
+
+    Raises:
+      TurboqError: an empty item, a folder without files, a pattern that nothing matches.
+    """
     return [
         source
         for entry in entries
-        for source in ([entry] if os.path.isfile(entry) else entry.split(","))
+        for item in ([entry] if os.path.exists(entry) else entry.split(","))
+        for source in _files(item.strip())
     ]
+
+
+def _files(item: str) -> list[str]:
+    if os.path.isfile(item):
+        return [item]
+    if os.path.isdir(item):
+        names = sorted(name for name in os.listdir(item) if not name.startswith("."))
+        found = [path for name in names if os.path.isfile(path := os.path.join(item, name))]
+        if not found:
+            raise TurboqError(f"--text={item}: a folder without files")
+        return found
+    if any(c in item for c in "*?["):
+        found = sorted(filter(os.path.isfile, glob.glob(item, recursive=True)))
+        if not found:
+            raise TurboqError(f"--text={item}: no file matches")
+        return found
+    if not item:
+        raise TurboqError("--text has an empty item between its commas")
+    return [item]
 
 
 def windows_of(
@@ -228,6 +300,26 @@ def windows_of(
     )
 
 
+def texts_of(
+    values: flags.FlagValues, model: Model, folder: str | None = None
+) -> dict[str, np.ndarray]:
+    """Name -> windows of every text that --text names, each by itself.
+
+    Raises:
+      TurboqError: a text is named twice.
+    """
+    found: dict[str, np.ndarray] = {}
+    for source in sources_of(values.text):
+        windows = windows_of(values, model.tokenizer, [source], model=model, folder=folder)
+        if windows.source in found:
+            raise TurboqError(
+                f"--text={source}: a text named {windows.source!r} is given twice: give every text "
+                "once, files under different names"
+            )
+        found[windows.source] = windows.tokens
+    return found
+
+
 # Flags of `turboq calibrate` that decide what is observed; `turboq plan` has them too.
 OBSERVATION = ("text", "windows", "window_length", "bos", "check_windows", "check_length")
 OBSERVATION += ("chunk_windows", "skip", "reservoir", "observe_seed")
@@ -236,8 +328,9 @@ OBSERVATION += ("chunk_windows", "skip", "reservoir", "observe_seed")
 def observation(values: flags.FlagValues) -> None:
     text(
         values, None, windows=16, length=512,
-        note=" Default: self:0,topics:calibration; of a model of more than 2e9 parameters, for "
-        "which writing takes long, topics:calibration,source:calibration.",
+        note="Each gets an equal share of the windows. Default: self:0,topics:calibration; of a "
+        "model of more than 2e9 parameters, for which writing takes long, "
+        "topics:calibration,source:calibration.",
     )  # fmt: skip
     flags.DEFINE_integer(
         "check_windows", 1, "Windows of each text left out, to check plans on.", lower_bound=0,
@@ -266,6 +359,19 @@ def observation(values: flags.FlagValues) -> None:
     )  # fmt: skip
 
 
+def calibration_texts(values: flags.FlagValues, model: Model) -> list[str]:
+    """The texts that --text names, or those that are calibrated on by default."""
+    from turboq_calibrate.observe.texts import calibration_sources
+
+    return sources_of(values.text or []) or list(calibration_sources(model.spec))
+
+
+def observing(values: flags.FlagValues, model: Model) -> list[str]:
+    """Labels of the steps of `turboq calibrate` (`run.progress.phases`)."""
+    own = any(source.startswith("self:") for source in calibration_texts(values, model))
+    return ["self:", "observe"] if own else ["observe"]
+
+
 def observed_windows(values: flags.FlagValues, model: Model, *, written: bool = True) -> Windows:
     """The windows to calibrate on, and those held back.
 
@@ -277,7 +383,6 @@ def observed_windows(values: flags.FlagValues, model: Model, *, written: bool = 
     """
     from turboq_calibrate.observe.texts import (
         CALIBRATION_OF_LARGE,
-        calibration_sources,
         kind_of,
         long_check,
     )
@@ -292,9 +397,8 @@ def observed_windows(values: flags.FlagValues, model: Model, *, written: bool = 
             f"--check_length={length} must be more than --window_length={values.window_length} and "
             f"within the model's context of {model.spec.context}, or 0 for none"
         )
-    sources = sources_of(values.text or [])
-    if not sources:
-        sources = list(calibration_sources(model.spec) if written else CALIBRATION_OF_LARGE)
+    given = values.text or written
+    sources = calibration_texts(values, model) if given else [str(x) for x in CALIBRATION_OF_LARGE]
     own = [source for source in sources if kind_of(source) == "self"]
     if own and not written:
         raise TurboqError(f"--dry_run writes nothing: name another text than {', '.join(own)}")

@@ -21,8 +21,7 @@ from turboq_calibrate.cli import common
 if TYPE_CHECKING:
     import numpy as np
 
-    from turboq.plan import ModelGeometry
-    from turboq_calibrate.models import Model
+    from turboq.plan import ModelGeometry, Plan
 
 REQUIRED = ("out",)
 RESUME = "the same command continues"
@@ -32,16 +31,23 @@ def define(values: flags.FlagValues) -> None:
     common.model(values)
     common.model_dtype(values)
     flags.DEFINE_multi_string(
-        "plan", [], "Plan: a folder with plan.json, or the file; NAME=PATH names its row.",
+        "plan", [], "Plans, comma-separated: folders with plan.json, or the file; NAME=PATH names "
+        "the row.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_multi_string(
+        "baselines", [], "One codec for all layers, to measure beside, comma-separated: exact, "
+        "turboquant_mse:3,4, q8_0/q4_0 (as stock llama.cpp stores them), kivi:2; with "
+        "--statistics also fitted ones, such as per_head:3.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "statistics", None, "Folder of `turboq calibrate`, for --baselines that are fitted.",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_list(
-        "baselines", [], "Data-free plans to measure beside: CODEC or CODEC:BITS, comma-separated, "
-        "such as exact,turboquant_mse:3.", flag_values=values,
-    )  # fmt: skip
     common.policy(values, of=" (of --baselines; a plan has its own)")
-    common.text(values, "topics:heldout", windows=8, length=1024)
-    values["text"].help = "UTF-8 file or named text; each is measured by itself."
+    common.text(
+        values, "topics:heldout", windows=8, length=1024, of="each text",
+        note="Each is measured by itself.",
+    )  # fmt: skip
     common.out(values, "Folder for quality.json, quality.csv and run.json.")
     flags.DEFINE_enum(
         "attention", "simulated", ("simulated", "packed", "xla", "mosaic_tpu", "triton"),
@@ -65,7 +71,6 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.files import make_folder, settle
-    from turboq.plan import check_model, load
     from turboq_calibrate.measure.evaluate import NotFinite, evaluate_texts
     from turboq_calibrate.measure.quality_table import format_table, write_quality
     from turboq_calibrate.models import load_model
@@ -75,13 +80,10 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         raise TurboqError("nothing to evaluate: give --plan or --baselines")
     model = load_model(values.model, dtype=values.model_dtype, resident=not values.stream)
     geometry = model_geometry(model)
-    plans = [_baseline(entry, geometry, values) for entry in values.baselines]
-    for entry in values.plan:
-        name, path = _named(entry)
-        plan, arrays = load(path)
-        check_model(plan, geometry)
-        plans.append((name, plan, arrays))
-    texts = _texts(values, model)
+    plans = _plans(values, geometry)
+    texts = common.texts_of(values, model, folder=values.out)
+    if not values["text"].present:
+        print("text: topics:heldout, the Python language reference; yours: --text=FILE or FOLDER")
     # An unusable folder shows now, not after the evaluation; so does what a killed one left.
     settle(make_folder(values.out))
     unfinished = Path(values.out) / "unfinished"
@@ -102,46 +104,37 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         write_quality(error.quality, values.out)
         print(format_table(error.quality))
         raise TurboqError(f"{error}; all other rows are in {values.out}") from None
+    quality.run["command"] = common.command("evaluate", values)
     write_quality(quality, values.out)
     shutil.rmtree(unfinished)
     print(format_table(quality))
 
 
-def _texts(values: flags.FlagValues, model: Model) -> dict[str, np.ndarray]:
-    """Name -> windows; every text is one of its own."""
-    found: dict[str, np.ndarray] = {}
-    for source in common.sources_of(values.text):
-        windows = common.windows_of(
-            values, model.tokenizer, [source], model=model, folder=values.out
-        )
-        if windows.source in found:
-            raise TurboqError(
-                f"--text={source}: a text named {windows.source!r} is given twice: give every text "
-                "once, files under different names"
-            )
-        found[windows.source] = windows.tokens
-    return found
-
-
-def _named(entry: str) -> tuple[str, str]:
-    """NAME=PATH, or a path whose folder gives the name."""
-    name, equals, path = entry.partition("=")
-    if equals and name and not Path(entry).exists():
-        return name, path
-    path = Path(entry)
-    folder = path.parent if path.suffix == ".json" else path
-    return folder.resolve().name, entry
-
-
-def _baseline(entry: str, geometry: ModelGeometry, values: flags.FlagValues):
-    from turboq.codecs import from_config
+def _plans(
+    values: flags.FlagValues, geometry: ModelGeometry
+) -> list[tuple[str, Plan, dict[str, np.ndarray]]]:
+    """(name of its row, plan, arrays): baselines, then plans."""
+    from turboq import words
+    from turboq.plan import check_model, load
     from turboq_calibrate.fit.plan import make_plan
+    from turboq_calibrate.observe.statistics_files import load_statistics
 
-    name, colon, bits = entry.partition(":")
-    if colon and not bits.isdecimal():
-        raise TurboqError(f"baseline {entry!r} must be CODEC or CODEC:BITS")
-    config = {"codec": name, "dim": geometry.cache_layers[0].k_dim}
-    codec = from_config(config | ({"bits": int(bits)} if colon else {}))
-    with common.as_user_error():
-        plan, arrays = make_plan(geometry, k=codec, v=codec, policy=common.policy_of(values))
-    return f"{name} {bits}b" if colon else name, plan, arrays
+    statistics = load_statistics(values.statistics) if values.statistics else None
+    found = []
+    for entry in common.listed(values, "baselines"):
+        word = words.parse(entry)
+        with common.as_user_error():
+            plan, arrays = make_plan(
+                geometry,
+                k=common.template(word.k, "k", geometry),
+                v=common.template(word.v, "v", geometry),
+                policy=common.policy_of(values),
+                statistics=statistics,
+            )
+        found.append((word.label, plan, arrays))
+    for entry in common.listed(values, "plan"):
+        name, path = words.labelled(entry)
+        plan, arrays = load(path)
+        check_model(plan, geometry)
+        found.append((name or words.folder_name(path), plan, arrays))
+    return found

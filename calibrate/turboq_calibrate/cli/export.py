@@ -4,6 +4,9 @@ No engine takes a free choice per layer and head. export_report.json says, for e
 whether it is exact, approximated or unsupported, what was dropped, and bytes per token as the
 engine counts them; engine_plan/ is the plan that the engine really runs, for `turboq evaluate`.
 
+--measure evaluates both on --text (with --model, the plan's) before anything is written: the report
+then says what the export costs in KL, beside bytes.
+
 --checkpoint is the Hugging Face folder that files are made for (vllm's are merged into it); it must
 be the model of the plan. `turboq export --engine=list` prints the engines.
 """
@@ -11,13 +14,19 @@ be the model of the plan. `turboq export --engine=list` prints the engines.
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from turboq.errors import TurboqError
 from turboq_calibrate.cli import common
 
+if TYPE_CHECKING:
+    from turboq.export.write import Measure
+
 REQUIRED = ("engine",)
+MEASURED = ("model", "text", "windows", "window_length", "bos")
 RESUME = "nothing was written, run the same command again"
 
 
@@ -45,6 +54,14 @@ def define(values: flags.FlagValues) -> None:
         "rope_envelope", False, "Widen K ranges to the norm of rotary pairs (ort-genai).",
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_boolean(
+        "measure", False, "Measure what the engine stores against the plan.", flag_values=values
+    )
+    common.model(values)
+    common.text(
+        values, "topics:heldout", windows=4, length=512, of="each text",
+        note="--measure: what both are measured on; the mean over texts is reported.",
+    )  # fmt: skip
 
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
@@ -55,6 +72,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         width = max(map(len, ENGINES))
         print("\n".join(f"{name:<{width}}  {e.title}" for name, e in ENGINES.items()))
         return
+    _check_measure(values)
     exporter = engine(values.engine)
     for name in ("plan", "out"):
         if not values[name].value:
@@ -70,8 +88,34 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         checkpoint=checkpoint,
         rope_envelope=values.rope_envelope,
     )
-    print(summary(export(plan, arrays, exporter, values.out, options)))
+    measure = _measure(values) if values.measure else None
+    print(summary(export(plan, arrays, exporter, values.out, options, measure=measure)))
     print(f"{values.out}/export_report.json")
+
+
+def _check_measure(values: flags.FlagValues) -> None:
+    given = [f"--{flag}" for flag in MEASURED if values[flag].present]
+    if given and not values.measure:
+        raise TurboqError(f"{', '.join(given)}: needs --measure")
+
+
+def _measure(values: flags.FlagValues) -> Measure:
+    """KL of the plan and of what the engine stores, on the texts that the flags name."""
+    from turboq.export.report import Kl
+    from turboq_calibrate.measure.evaluate import evaluate_texts
+    from turboq_calibrate.models import load_model
+
+    def measure(ours, engine) -> Kl:
+        model = load_model(values.model)
+        texts = common.texts_of(values, model)
+        rows = evaluate_texts(model, [("plan", *ours), ("engine", *engine)], texts).rows
+        kl = {n: mean(r["kl_mean"] for r in rows if r["name"] == n) for n in ("plan", "engine")}
+        windows = next(iter(texts.values()))
+        how = f"measured here: {values.windows} windows of {windows.shape[1]} tokens of each text"
+        change = kl["engine"] - kl["plan"]
+        return Kl(plan=kl["plan"], source=", ".join(texts), change=change, how=how)
+
+    return measure
 
 
 def _check_weights(plan, checkpoint: Path) -> None:

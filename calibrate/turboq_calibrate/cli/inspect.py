@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 
 from absl import flags
@@ -19,6 +20,7 @@ def define(values: flags.FlagValues) -> None:
         "context", 32768, "Tokens at which a plan's cache is counted.", lower_bound=1,
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_boolean("layers", None, "A plan's layers one by one.", flag_values=values)
 
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
@@ -27,21 +29,24 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     for i, argument in enumerate(arguments):
         if i:
             print()
-        print(describe(argument, values.context))
+        print(describe(argument, values.context, layers=values.layers))
 
 
-def describe(argument: str, context: int) -> str:
+def describe(argument: str, context: int, *, layers: bool | None = None) -> str:
     """What is at a path, as text.
 
     Raises:
       TurboqError: nothing is there, or what is there is damaged or of no known kind.
     """
-    path = Path(argument)
+    from turboq_calibrate.models import hub
+
+    path = Path(hub.local(argument, hub.CONFIG))
+    argument = str(path)
     if argument != "embedded" and not path.exists():
         raise TurboqError(f"{path} does not exist")
     found = []
     if (path.suffix == ".json" and path.is_file()) or (path / "plan.json").is_file():
-        found.append(_plan(path, context))
+        found.append(_plan(path, context, layers))
     if any((path / name / "manifest.json").is_file() for name in (".", "statistics")):
         found.append(_statistics(path))
     if (path / "observe" / "inputs.json").is_file() and not found:
@@ -56,11 +61,11 @@ def describe(argument: str, context: int) -> str:
     return "\n\n".join(found)
 
 
-def _plan(path: Path, context: int) -> str:
+def _plan(path: Path, context: int, layers: bool | None) -> str:
     from turboq.plan import load, summary
 
     plan, _ = load(path)
-    return f"{path}: plan\n{summary(plan, context)}"
+    return f"{path}: plan\n{summary(plan, context, layers=layers)}"
 
 
 def _statistics(path: Path) -> str:
@@ -97,7 +102,10 @@ def _model(argument: str) -> str:
     from turboq_calibrate.models.model import open_source
     from turboq_calibrate.models.params import parameter_count
 
-    spec = open_source(argument).spec
+    try:
+        spec = open_source(argument).spec
+    except TurboqError as why:
+        return _counted(argument, why)
     owners = [layer for layer in spec.layers if layer.owns_cache]
     heads = [(layer.kv_heads, layer.head_dim, layer.v_head_dim) for layer in owners]
     shapes = sorted({(s.heads, s.kv_heads, s.head_dim, s.window) for s in spec.layers}, key=str)
@@ -114,5 +122,23 @@ def _model(argument: str) -> str:
             f"exact bf16 cache: {accounting.exact_bytes(heads, context=1):,} bytes per token, "
             f"{accounting.readable(accounting.exact_bytes(heads, context=spec.context))} "
             f"at {spec.context:,} tokens",
+        ]
+    )
+
+
+def _counted(argument: str, why: TurboqError) -> str:
+    """A model that turboq counts and does not run: what `turboq memory` knows of it."""
+    from turboq.what_fits import baseline
+    from turboq_calibrate.what_fits.read_geometry import read_geometry
+
+    found = read_geometry(argument)
+    kinds = collections.Counter(layer.kind for layer in found.layers)
+    layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    return "\n".join(
+        [
+            f"{argument}: model {found.name} ({found.family}), counted but not run: {why}",
+            f"layers: {len(found.layers)} ({layers})",
+            f"exact bf16 cache: {baseline(found.layers, 1):,} bytes for the first token; more: "
+            f"turboq memory --model={argument}",
         ]
     )

@@ -16,10 +16,12 @@ Exit codes: 0 done, 1 bad input (one line), 2 usage (one line), 130 interrupted.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import importlib
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -42,6 +44,7 @@ COMMANDS = {
     "inspect": "say what a plan, a statistics folder or a checkpoint holds",
     "memory": "bytes per token, cache size and longest context of a plan or a codec",
 }
+LONG_S = 30.0  # a command that took longer says how long
 
 
 class UsageError(Exception):
@@ -103,7 +106,11 @@ def _dispatch(argv: list[str]) -> None:
             return
         # Orbax and Grain read absl's global flags and fail if nobody parsed them.
         flags.FLAGS.mark_as_parsed()
+        began = time.monotonic()
         module.main(values, arguments)
+        seconds = time.monotonic() - began
+        if seconds >= LONG_S:
+            print(f"{name} took {datetime.timedelta(seconds=round(seconds))}", file=sys.stderr)
 
 
 def _module(name: str) -> ModuleType:

@@ -50,6 +50,12 @@ def define(values: flags.FlagValues) -> None:
         ("context", 32768, "Tokens."),
         ("batch", 1, "Sessions held at once."),
         ("page_tokens", 1, "Tokens of the engine's cache page (vLLM: 16)."),
+        (
+            "tensor_parallel",
+            1,
+            "Ranks that share the model: all numbers, --memory_gib and "
+            "--weights_gib included, are of one of them.",
+        ),
     ):
         flags.DEFINE_integer(
             name, default, what, lower_bound=1, upper_bound=LARGEST, flag_values=values
@@ -78,14 +84,15 @@ def define(values: flags.FlagValues) -> None:
         "micro-batch, 512).", lower_bound=0, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_enum("view", None, ("engine", "ours"), "How to count.", flag_values=values)
-    flags.DEFINE_list(
-        "choose", [], "Ways of storing the cache, best quality first: f16, q8_0/q4_0, "
-        "turboquant_mse:3, NAME=FOLDER of a plan; 'llama.cpp' is all of its types. With "
-        "--memory_gib: which is the best that fits, and at which contexts.", flag_values=values,
+    flags.DEFINE_multi_string(
+        "choose", [], "Ways of storing the cache, comma-separated, best quality first: f16, "
+        "q8_0/q4_0, turboquant_mse:3, NAME=FOLDER of a plan; 'llama.cpp' is all of its types. "
+        "With --memory_gib: which is the best that fits, and at which contexts.",
+        flag_values=values,
     )  # fmt: skip
     flags.DEFINE_multi_string(
-        "quality", [], "Folder with quality.json: --choose goes by its mean KL, rows by name.",
-        flag_values=values,
+        "quality", [], "Folders with quality.json: --choose goes by the mean KL of the rows that "
+        "are named alike.", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_float(
         "bandwidth_gbs", None, "Memory bandwidth in GB/s: estimate decode speed from it.",
@@ -174,6 +181,11 @@ def _subject(values: flags.FlagValues) -> tuple[CacheGeometry, Storage]:
         raise TurboqError("give either --plan, or --model or --geometry with --codec")
     sizes = {"page_tokens": values.page_tokens, "window_slack": values.window_slack}
     if values.plan is not None:
+        if values.tensor_parallel > 1:
+            raise TurboqError(
+                "--tensor_parallel divides heads of a --model or --geometry: a plan "
+                "says what each of its heads is, not on which rank"
+            )
         from turboq.plan import load
         from turboq.plan.summary import codec_label
         from turboq.what_fits import of_plan, plan_geometry
@@ -184,6 +196,8 @@ def _subject(values: flags.FlagValues) -> tuple[CacheGeometry, Storage]:
             for layer in plan.layers
         )
         return plan_geometry(plan.model), of_plan(plan, ", ".join(labels), **sizes)
+    from turboq.what_fits import rank
+
     if values.geometry is not None:
         from turboq.what_fits.geometries import geometry
 
@@ -192,57 +206,17 @@ def _subject(values: flags.FlagValues) -> tuple[CacheGeometry, Storage]:
         from turboq_calibrate.what_fits.read_geometry import read_geometry
 
         found = read_geometry(values.model)
+    found = rank(found, values.tensor_parallel)
     return found, _storage(values, found, sizes)
 
 
 def _storage(values: flags.FlagValues, geometry: CacheGeometry, sizes: dict[str, int]) -> Storage:
-    """The cache that the codec flags describe: formats of engines, or turboq codecs."""
-    from turboq.what_fits import of_codecs, of_formats
+    """The cache that the codec flags describe."""
+    from turboq.what_fits import of_sides
 
-    names = [values[f"{side}_codec"].value or values.codec for side in ("k", "v")]
-    formats = [_format(values, name) for name in names]
+    sides = common.sides_of_flags(values)
     policy = common.policy_of(values) if _keeps_exact(values) else None
-    if formats[0] is not None and formats[1] is not None:
-        return of_formats(geometry, formats[0], formats[1], policy, **sizes)
-    _check_codecs(names)
-    return of_codecs(
-        geometry, lambda side, dim: common.codec_of(values, side, dim), policy, **sizes
-    )
-
-
-def _format(values: flags.FlagValues, name: str) -> str | None:
-    """The engine's format that `name` means; None for a turboq codec or one with codec flags."""
-    from turboq.what_fits import plain_name
-
-    flagged = [f for f in (*common.CODEC_FIELDS, "seed", "bits", "k_bits", "v_bits", "field")
-               if values[f].value not in (None, [])]  # fmt: skip
-    if name == "exact":
-        # The one codec that is also what every engine has: its dtype names the format.
-        return plain_name(values.dtype or "bfloat16") if set(flagged) <= {"dtype"} else None
-    return None if flagged else plain_name(name)
-
-
-def _check_codecs(names: list[str]) -> None:
-    """Raises TurboqError unless both names are turboq codecs; says what the others are."""
-    import difflib
-
-    from turboq.codecs import CODECS
-    from turboq.what_fits import FORMATS, plain_name
-
-    for name in names:
-        if name in CODECS:
-            continue
-        if plain_name(name) is not None:
-            raise TurboqError(
-                f"{name} is an engine's format: it takes no codec flags and no turboq codec on "
-                f"the other side (as a codec: --codec=ggml --field=type=q8_0)"
-            )
-        near = difflib.get_close_matches(name, [*CODECS, *FORMATS], n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see turboq memory --help"
-        raise TurboqError(
-            f"unknown codec {name!r} ({hint}); engine formats are {', '.join(FORMATS)}; codecs are "
-            f"{', '.join(sorted(CODECS))}"
-        )
+    return of_sides(geometry, sides["k"], sides["v"], policy, **sizes)
 
 
 def _keeps_exact(values: flags.FlagValues) -> bool:
@@ -265,7 +239,9 @@ def _weights(values: flags.FlagValues, geometry: CacheGeometry) -> tuple[int, st
     if values.weights is not None:
         seen = values.weights.lower() == "auto"
         where = geometry.weights_from if seen else f"about, by type {values.weights}"
-        return weights_bytes(geometry, values.weights), where
+        share = 1 if seen else values.tensor_parallel  # files were divided with the geometry
+        where += f", 1/{values.tensor_parallel} of them" if values.tensor_parallel > 1 else ""
+        return -(-weights_bytes(geometry, values.weights) // share), where
     return 0, "not counted: --weights or --weights_gib"
 
 
@@ -281,10 +257,13 @@ def _cards(items: list[str]) -> tuple[int | float, ...]:
 
 def _options(values: flags.FlagValues, geometry: CacheGeometry) -> tuple[Storage, ...]:
     from turboq.what_fits import option
+    from turboq.words import is_path, labelled
 
-    items = [q for item in values.choose for q in (
+    items = [q for item in common.listed(values, "choose") for q in (
         _llama_cpp(geometry) if item in ("llama.cpp", "llamacpp") else (item,)
     )]  # fmt: skip
+    if values.tensor_parallel > 1 and (plans := [x for x in items if is_path(labelled(x)[1])]):
+        raise TurboqError(f"--choose={plans[0]}: --tensor_parallel does not divide a plan")
     policy = common.policy_of(values) if _keeps_exact(values) else None
     found = [
         option(
@@ -327,7 +306,7 @@ def _quality(values: flags.FlagValues) -> list[dict]:
         return []  # so that counting does not wait for JAX
     from turboq_calibrate.measure.quality_table import read_quality
 
-    return [row for folder in values.quality for row in read_quality(folder).rows]
+    return [row for folder in common.listed(values, "quality") for row in read_quality(folder).rows]
 
 
 def _draw(path: str, question: Question) -> None:

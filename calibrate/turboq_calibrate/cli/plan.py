@@ -4,6 +4,9 @@ Without --budget every head gets the codec named: --codec=per_head (or transform
 ...) is fitted to --statistics (from `turboq calibrate`); data-free codecs (turboquant_mse,
 turboquant_prod, exact) need no statistics.
 
+--codec is one for K and V or K/V: turboquant_mse:3, q8_0/q4_0 (as stock llama.cpp stores them),
+kivi:2; --bits and the flags below set the same fields.
+
 With --budget every (layer, KV head, K or V) gets the candidate that keeps the model's predictions
 closest within it:
 
@@ -76,13 +79,16 @@ def define(values: flags.FlagValues) -> None:
         "engine", None, "--budget: only what this engine loads.", flag_values=values
     )
     flags.DEFINE_multi_string(
-        "candidates", [], "--budget: NAME[:[FIELD=]VALUE,...], see above.", flag_values=values
+        "candidates",
+        [],
+        "--budget: codecs and their values, comma-separated, see above.",
+        flag_values=values,
     )
     flags.DEFINE_enum(
         "objective", "mean", OBJECTIVES, "--budget: least loss over the mean of the calibration "
         "texts, or on the worst of them.", flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_list(
+    flags.DEFINE_multi_string(
         "policies", [], "--budget at a context: SINKS:RECENT exact tokens to choose among.",
         flag_values=values,
     )  # fmt: skip
@@ -137,7 +143,9 @@ def _check(values: flags.FlagValues) -> None:
 
 
 def _one_codec(values: flags.FlagValues) -> None:
+    from turboq.codecs import Codec
     from turboq.plan import save, summary
+    from turboq.plan.types import SIDES
     from turboq_calibrate.fit.plan import check_statistics, make_plan
     from turboq_calibrate.fit.scale_type import wide_enough
     from turboq_calibrate.models import load_model
@@ -146,15 +154,14 @@ def _one_codec(values: flags.FlagValues) -> None:
 
     statistics = load_statistics(values.statistics) if values.statistics else None
     geometry = model_geometry(load_model(values.model, resident=False))
-    owners = geometry.cache_layers
     rope = values.k_rope or "after"
-    codecs = {
-        side: common.codec_of(values, side, dim)
-        for side, dim in (("k", owners[0].k_dim), ("v", owners[0].v_dim))
-    }
-    if statistics is not None and values.scale_dtype is None:
+    sides = common.sides_of_flags(values)
+    codecs = {which: common.template(sides[which], which, geometry) for which in SIDES}
+    if statistics is not None:
         check_statistics(statistics, geometry)
         for side, codec in codecs.items():
+            if not isinstance(codec, Codec) or "scale_dtype" in dict(sides[side].settings):
+                continue
             layers = (statistics[i] for i in range(len(statistics)))
             codecs[side], note = wide_enough(codec, layers, side, rope)
             if note:
@@ -182,13 +189,14 @@ def _within_budget(values: flags.FlagValues) -> None:
     from turboq_calibrate.models.geometry import model_geometry
     from turboq_calibrate.observe.observe import observe
     from turboq_calibrate.observe.statistics_files import load_statistics
+    from turboq_calibrate.run.progress import phases
 
     budget, out = Budget.parse(values.budget), Path(values.out)
     with common.as_user_error():
-        policies = policies_of(values.policies, common.policy_of(values), budget)
+        policies = policies_of(common.listed(values, "policies"), common.policy_of(values), budget)
         wanted = Wanted(
             budget=budget,
-            candidates=tuple(values.candidates),
+            candidates=tuple(common.listed(values, "candidates")),
             engine=values.engine,
             granularity=values.granularity or "per_head",
             k_rope=values.k_rope or "before",
@@ -198,11 +206,13 @@ def _within_budget(values: flags.FlagValues) -> None:
         model = None
         if values.check or values.statistics is None:
             model = load_model(values.model)
+        steps = ["guard", "fit", "costs", *["evaluate"] * values.check]
         if values.statistics is None:
             assert model is not None
-            statistics = observe(
-                model, common.observed_windows(values, model), out, common.recipe_of(values)
-            )
+            steps = [*common.observing(values, model), *steps]
+            with phases(*steps):
+                windows = common.observed_windows(values, model)
+                statistics = observe(model, windows, out, common.recipe_of(values))
         else:
             statistics = load_statistics(values.statistics)
         if model is not None:
@@ -222,11 +232,12 @@ def _within_budget(values: flags.FlagValues) -> None:
                 force=values.force,
             )
 
-        if len(policies) == 1:
-            found = search(policies[0])
-        else:
-            found, lines = best_policy(policies, search)
-            print("\n".join(lines))
+        with phases(*steps):
+            if len(policies) == 1:
+                found = search(policies[0])
+            else:
+                found, lines = best_policy(policies, search)
+                print("\n".join(lines))
     saved = save(found.plan, found.arrays, out)
     for line in found.notes:
         print(line)

@@ -12,6 +12,7 @@ from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec
 from turboq.errors import TurboqError
 from turboq.plan import ModelGeometry, Plan, Provenance, TextSource
+from turboq.plan.build import Template, at_dim
 from turboq.plan.geometry import RopeForm
 from turboq.plan.types import SIDES
 from turboq.version import __version__
@@ -44,8 +45,8 @@ def provenance(statistics: Statistics | None = None) -> Provenance:
 def make_plan(
     geometry: ModelGeometry,
     *,
-    k: Codec,
-    v: Codec,
+    k: Template,
+    v: Template,
     policy: TokenPolicy | None = None,
     statistics: Statistics | None = None,
     k_rope: RopeForm = "after",
@@ -53,7 +54,7 @@ def make_plan(
     """One codec for all keys and one for all values, fitted per head where the codec is learned.
 
     Args:
-      k, v: templates; a layer of another head dim takes them at its own.
+      k, v: templates; a layer of another head dim takes them at its own (`turboq.plan.at_dim`).
       statistics: of the same model; needed by calibrated codecs only.
       k_rope: keys are stored "after" or "before" their rotary embedding, and fitted so.
 
@@ -62,9 +63,14 @@ def make_plan(
     """
     if statistics is not None:
         check_statistics(statistics, geometry)
-    elif k.calibrated or v.calibrated:
-        name = (k if k.calibrated else v).name
-        raise TurboqError(f"codec {name} is fitted to data: give statistics (`turboq calibrate`)")
+    else:
+        first = geometry.cache_layers[0]
+        for codec in (at_dim(k, first.k_dim), at_dim(v, first.v_dim)):
+            if codec.calibrated:
+                raise TurboqError(
+                    f"codec {codec.name} is fitted to data: give --statistics (a folder of "
+                    "`turboq calibrate`)"
+                )
     plan = plans.uniform_plan(
         geometry, k=k, v=v, k_rope=k_rope, policy=policy, provenance=provenance(statistics)
     )

@@ -260,7 +260,7 @@ def _measure(
             "perplexity": metrics.perplexity(exact),
         },
         "rows": [
-            storage_columns(name, plan, layers[name], model, options["context"])
+            storage_columns(name, plan, layers[name], model, options["context"], windows.shape[1])
             | {"text": text}
             | _quality(plan, measured[name], exact, options["bootstrap"])
             for name, plan, _ in plans

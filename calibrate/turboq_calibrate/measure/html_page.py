@@ -17,13 +17,14 @@ from turboq_calibrate.measure.quality_table import (
     Quality,
     by_position,
     by_text,
+    cautions,
     display,
+    nats,
     read_quality,
     scopes,
 )
 
 REPORT = "report.html"
-HEAT_MAPS = 4  # plans shown in the heat maps, unless named
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #59636e; --grid: #dfe3e8;
@@ -52,7 +53,7 @@ def write_report(folder: str | Path, *, heat_map_plans: list[str] | None = None)
     """Writes `report.html` next to the folder's `quality.json`; returns its path.
 
     Args:
-      heat_map_plans: rows to show in the heat maps; by default up to four, one per codec first.
+      heat_map_plans: rows to show in the heat maps; by default all that quantize.
 
     Raises:
       TurboqError: no readable `quality.json`, or the folder cannot be written.
@@ -72,7 +73,8 @@ def render(quality: Quality, heat_map_plans: list[str] | None = None) -> str:
     table, rows, texts = quality.table, quality.rows, quality.texts
     errors = (table.get("head_errors") or {}).get(texts[0], {}) if texts else {}
     first = quality.rows_of(texts[0]) if texts else []
-    chosen = representative(first) if heat_map_plans is None else heat_map_plans
+    lossy = [row["name"] for row in first if row["codec"] != "exact"]
+    chosen = lossy if heat_map_plans is None else heat_map_plans
     missing = [name for name in chosen if name not in errors]
     if heat_map_plans is not None and missing:
         raise ValueError(f"{missing=} in the heat maps; the table has {list(errors)}")
@@ -82,6 +84,7 @@ def render(quality: Quality, heat_map_plans: list[str] | None = None) -> str:
     body = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="soft">{_text(_summary(quality))}</p>',
+        *_headline(rows),
         "<h2>Quality</h2>",
         *_quality(quality),
         f'<p class="soft">{_text(_definitions(table))}</p>',
@@ -107,7 +110,8 @@ def render(quality: Quality, heat_map_plans: list[str] | None = None) -> str:
             pictures.error_heat_maps(errors, chosen),
             "Keys: root mean square error of the attention logits, shifts common to all tokens "
             "left out because the softmax ignores them. Values: squared error over squared norm. "
-            "Exact sinks are left out. Colours are logarithmic and shared by the plans of a side."
+            "Exact sinks are left out. Colours are logarithmic and shared by the plans of a side; "
+            "a scale that ends in a point has plans beyond it."
             + (f" On {texts[0]}." if several else ""),
         ),
         *_figure(
@@ -126,17 +130,6 @@ def render(quality: Quality, heat_map_plans: list[str] | None = None) -> str:
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
-
-
-def representative(rows: list[dict[str, Any]], count: int = HEAT_MAPS) -> list[str]:
-    """Rows for the heat maps: of each quantizing codec the one nearest 3 bits, then the others."""
-    lossy = [r for r in rows if r["codec"] != "exact"]
-    by_distance = sorted(lossy, key=lambda r: abs(r["bits_per_channel"] - 3.25))
-    first = {r["codec"]: r["name"] for r in reversed(by_distance)}
-    picked = [r["name"] for r in by_distance if r["name"] in first.values()]
-    picked += [r["name"] for r in by_distance if r["name"] not in picked]
-    kept = set(picked[:count])
-    return [r["name"] for r in rows if r["name"] in kept]
 
 
 def _text(value: object) -> str:
@@ -165,6 +158,26 @@ def _summary(quality: Quality) -> str:
     return f"{plans} plans against the model's own predictions with an exact cache, over {texts}."
 
 
+def _headline(rows: list[dict[str, Any]]) -> list[str]:
+    """The least KL, the fewest bits, and what both cost, in a line."""
+    lossy = [row for row in over_texts(rows) if row["codec"] != "exact"]
+    if not lossy:
+        return []
+    best = min(lossy, key=lambda row: row["kl_mean"])
+    least = min(lossy, key=lambda row: (row["bits_per_channel"], row["kl_mean"]))
+    said = [f"Least KL: {_short(best)}."]
+    if least["name"] != best["name"]:
+        said.append(f"Fewest bits: {_short(least)}.")
+    return [f"<p>{_text(' '.join(said))}</p>"]
+
+
+def _short(row: dict[str, Any]) -> str:
+    return (
+        f"{row['name']}, {nats(row['kl_mean'])} nats per token at {row['bits_per_channel']:.2f} "
+        f"bits per channel ({row['compression']:.2f} times below bfloat16)"
+    )
+
+
 def _quality(quality: Quality) -> list[str]:
     """Plans by texts where there are several, then every text's own tables."""
     several = len(quality.texts) > 1
@@ -179,8 +192,9 @@ def _quality(quality: Quality) -> list[str]:
         rows = quality.rows_of(text["text"])
         if several:
             parts.append(f"<h3>{_text(text['text'])}</h3>")
-        parts.append(_table([display(row) for row in rows]))
-        parts += [f'<p class="soft">{_text(x)}.</p>' for x in scopes(rows, text["tokens"])]
+        parts.append(_table([display(row, text["window_tokens"]) for row in rows]))
+        said = scopes(rows, text["tokens"]) + cautions(rows, text)
+        parts += [f'<p class="soft">{_text(x)}.</p>' for x in said]
         if text["window_tokens"] > LONG:
             parts += ["<h3>Mean KL by position</h3>", _table(by_position(rows))]
     return parts
@@ -245,6 +259,8 @@ def _facts(quality: Quality) -> str:
     ]
     if run:
         versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+        if run.get("command"):
+            facts.append(("command", run["command"]))
         facts += [
             ("time", f"{run['seconds']:.0f} s on {run['cpus']} CPUs ({', '.join(run['devices'])})"),
             ("peak memory", f"{run['peak_memory_bytes'] / 2**30:.2f} GiB"),

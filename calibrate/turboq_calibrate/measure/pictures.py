@@ -23,6 +23,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 Row = dict[str, Any]
 
 WIDTH = 5.4  # inches
+BEYOND = 4.0  # of the median plan's largest and least error: where colours end
+EXTEND = {(False, False): "neither", (True, False): "min", (False, True): "max"}
+EXTEND[True, True] = "both"
 
 _SMALL = 9.5  # points: labels inside a picture
 _INK, _GRID = "#010203", "#040506"  # markers, replaced by var(--ink) and var(--grid)
@@ -170,7 +173,8 @@ def heads_matrix(values: list[list[float] | None]) -> Float[np.ndarray, "K L"]:
 def error_heat_maps(errors: dict[str, dict[str, list]], names: list[str]) -> str | None:
     """One row of panels per plan: K (rms logit error, nats) and V (relative MSE), layer × head.
 
-    The colour scale is logarithmic and shared by all panels of a side, so plans compare.
+    The colour scale is logarithmic and shared by all panels of a side, so plans compare; it ends
+    `BEYOND` times above and below what is usual, so that one plan does not flatten the others.
     """
     sides = [("k_logit_rms", "K: rms logit error, nats"), ("v_rel_mse", "V: relative MSE")]
     grids = {(n, s): heads_matrix(errors[n][s]) for n in names for s, _ in sides}
@@ -182,10 +186,12 @@ def error_heat_maps(errors: dict[str, dict[str, list]], names: list[str]) -> str
         figure = Figure(figsize=(WIDTH, 1.0 + row_height * len(names)), layout="constrained")
         panels = figure.subplots(len(names), 2, squeeze=False, sharex=True)
         for column, (side, title) in enumerate(sides):
-            finite = np.concatenate([grids[n, side].ravel() for n in names])
-            finite = finite[np.isfinite(finite)]
-            low, high = float(finite.min()), float(finite.max())
+            least = np.array([np.nanmin(grids[n, side]) for n in names])
+            most = np.array([np.nanmax(grids[n, side]) for n in names])
+            low = max(float(least.min()), float(np.median(least)) / BEYOND)
+            high = min(float(most.max()), float(np.median(most)) * BEYOND)
             high = high if high > low else low * 1.01
+            beyond = (least.min() < low, most.max() > high)
             norm = LogNorm(low, high)
             meshes = []
             for row, name in enumerate(names):
@@ -210,8 +216,9 @@ def error_heat_maps(errors: dict[str, dict[str, list]], names: list[str]) -> str
                 if row == len(names) - 1:
                     axes.set_xlabel("layer")
             bar = figure.colorbar(
-                meshes[0], ax=list(panels[:, column]), location="top", aspect=25, pad=0.02
-            )
+                meshes[0], ax=list(panels[:, column]), location="top", aspect=25, pad=0.02,
+                extend=EXTEND[beyond],
+            )  # fmt: skip
             bar.set_label(title)
             bar.outline.set_visible(False)
             if bar.solids is not None:

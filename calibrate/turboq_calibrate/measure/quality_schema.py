@@ -69,6 +69,9 @@ class Row:
     perplexity: float
     perplexity_exact: float
     perplexity_ratio: float
+    bits_per_channel_at_window: float | None = dataclasses.field(
+        default=None, metadata={"optional": True}
+    )
 
     def __post_init__(self):
         if not all(key.isdecimal() for key in self.cache_bytes):
@@ -130,7 +133,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """`run.json`."""
+    """`run.json`. command: the one that wrote it, if one did."""
 
     seconds: float
     seconds_per_plan_and_window: float | None
@@ -141,6 +144,7 @@ class Run:
     platform: str
     cpus: int | None
     devices: tuple[str, ...]
+    command: str | None = dataclasses.field(default=None, metadata={"optional": True})
 
 
 def read_json(path: Path, kind: type, *, otherwise: str) -> dict[str, Any]:

@@ -20,12 +20,14 @@ from turboq_calibrate.measure.quality_schema import Run, Table, read_json
 
 QUALITY, TABLE, RUN = "quality.json", "quality.csv", "run.json"
 LONG = 1024  # windows above this show their KL by position
+FEW = 5  # windows below this make an interval that needs a word
 # The columns of the CSV, in order; nested values are flattened or left to the JSON.
 COLUMNS: tuple[str, ...] = (
     "name", "codec", "k_codec", "v_codec", "k_bits", "v_bits", "bits_per_channel",
-    "bits_per_channel_at_context", "context", "sinks", "recent", "text", "quantized_tokens",
-    "scored_positions", "kl_mean", "kl_median", "kl_ci_lo", "kl_ci_hi", "kl_p99", "top1",
-    "perplexity", "perplexity_exact", "perplexity_ratio", "bytes_per_token", "compression",
+    "bits_per_channel_at_context", "context", "bits_per_channel_at_window", "sinks", "recent",
+    "text", "quantized_tokens", "scored_positions", "kl_mean", "kl_median", "kl_ci_lo", "kl_ci_hi",
+    "kl_p99", "top1", "perplexity", "perplexity_exact", "perplexity_ratio", "bytes_per_token",
+    "compression",
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -90,8 +92,9 @@ def json_text(value: Any) -> str:
 def flat(row: Row) -> Row:
     """A row's values by `COLUMNS`; a missing interval is empty."""
     lo, hi = row["kl_ci"] or ("", "")
-    extra = {"kl_ci_lo": lo, "kl_ci_hi": hi} | row["policy"]
-    return {name: extra[name] if name in extra else row[name] for name in COLUMNS}
+    extra = {"kl_ci_lo": lo, "kl_ci_hi": hi, "bits_per_channel_at_window": ""} | row["policy"]
+    extra |= {name: row[name] for name in COLUMNS if name in row}
+    return {name: extra[name] for name in COLUMNS}
 
 
 def csv_text(rows: Sequence[Row]) -> str:
@@ -103,22 +106,27 @@ def csv_text(rows: Sequence[Row]) -> str:
     return buffer.getvalue()
 
 
-def storage_cells(row: Row) -> dict[str, str]:
-    """A plan's name and size as text: heading -> cell."""
+def storage_cells(row: Row, window: int | None = None) -> dict[str, str]:
+    """A plan's name and size as text: heading -> cell; all that is resident at `window` tokens."""
+    at = row.get("bits_per_channel_at_window")
     return {
         "plan": row["name"],
         "bits/ch": f"{row['bits_per_channel']:.2f}",
+        **({} if at is None or window is None else {f"all at {window}": f"{at:.2f}"}),
         "bytes/token": f"{row['bytes_per_token']:g}",
         "vs bf16": f"{row['compression']:.2f}x",
     }
 
 
-def display(row: Row) -> dict[str, str]:
-    """The cells people read, as text: heading -> cell. One window has no interval."""
+def display(row: Row, window: int | None = None) -> dict[str, str]:
+    """The cells people read, as text: heading -> cell. One window has no interval.
+
+    `window`: tokens of a window, at which all that is resident is counted too.
+    """
     ci = row["kl_ci"]
     interval = {} if ci is None else {"95 % interval": f"{nats(ci[0])} .. {nats(ci[1])}"}
     return {
-        **storage_cells(row),
+        **storage_cells(row, window),
         "KL mean": nats(row["kl_mean"]),
         **interval,
         "median": nats(row["kl_median"]),
@@ -130,13 +138,15 @@ def display(row: Row) -> dict[str, str]:
 
 def by_text(quality: Quality) -> list[dict[str, str]]:
     """One dict per plan: its size, and its mean KL on every text, the largest marked with *."""
+    windows = {text["window_tokens"] for text in quality.table["texts"]}
+    window = windows.pop() if len(windows) == 1 else None
     cells: dict[str, dict[str, Row]] = {}
     for row in quality.rows:
         cells.setdefault(row["name"], {})[row["text"]] = row
     found = []
     for rows in cells.values():
         worst = max(row["kl_mean"] for row in rows.values())
-        line = storage_cells(next(iter(rows.values())))
+        line = storage_cells(next(iter(rows.values())), window)
         for text in quality.texts:
             row = rows.get(text)
             mark = "*" if row and row["kl_mean"] == worst else " "
@@ -170,6 +180,37 @@ def scopes(rows: Sequence[Row], tokens: int) -> list[str]:
     return [f"{_together(names, len(rows))}: {line}" for line, names in plans.items()]
 
 
+def cautions(rows: Sequence[Row], text: dict[str, Any]) -> list[str]:
+    """What a reader of one text's rows should know: few quantized keys, few windows."""
+    found = []
+    length = text["window_tokens"]
+    few: dict[str, list[str]] = {}
+    for row in rows:
+        share = quantized_share(row, length)
+        if row["quantized_tokens"] and share < 0.5:
+            kept = f"first {row['policy']['sinks']}, last {row['policy']['recent']}"
+            line = (
+                f"at most {100 * share:.0f} % of the keys that scored positions read are quantized "
+                f"({kept} exact): longer windows say more"
+            )
+            few.setdefault(line, []).append(row["name"])
+    found += [f"{_together(names, len(rows))}: {line}" for line, names in few.items()]
+    if 1 < text["windows"] < FEW and any(row["kl_ci"] for row in rows):
+        found.append(
+            f"intervals are over {text['windows']} windows of one text: they say how these differ, "
+            "not how another text would"
+        )
+    return found
+
+
+def quantized_share(row: Row, length: int) -> float:
+    """Keys read quantized over keys read, at all positions that see a quantized one: at most so
+    many in a window of `length` tokens, as blocks of tokens leave more of them exact."""
+    sinks, recent = row["policy"]["sinks"], row["policy"]["recent"]
+    seen = range(sinks + recent + 1, length)  # tokens a scored position sees, itself included
+    return sum(n - sinks - recent for n in seen) / max(sum(seen), 1)
+
+
 def _together(names: list[str], plans: int) -> str:
     if len(names) == plans:
         return "all plans" if plans > 1 else names[0]
@@ -198,11 +239,14 @@ def format_table(quality: Quality) -> str:
         lines += aligned(by_text(quality))
     for text in t["texts"]:
         rows = quality.rows_of(text["text"])
-        what = (
-            f"{text['text']}: windows of {text['window_tokens']} tokens, {text['windows']} of them"
-        )
-        lines += [what] if several else [f"{lines.pop()}, {what}", *aligned(map(display, rows))]
-        lines += scopes(rows, text["tokens"])
+        window = text["window_tokens"]
+        what = f"{text['text']}: windows of {window} tokens, {text['windows']} of them"
+        if several:
+            lines.append(what)
+        else:
+            table = aligned(display(row, window) for row in rows)
+            lines += [f"{lines.pop()}, {what}", *table]
+        lines += scopes(rows, text["tokens"]) + cautions(rows, text)
         if text["window_tokens"] > LONG:
             lines += [f"{text['text']}: mean KL by position", *aligned(by_position(rows))]
     return "\n".join(lines)

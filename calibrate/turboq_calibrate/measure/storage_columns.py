@@ -12,7 +12,12 @@ from turboq_calibrate.models import Model
 
 
 def storage_columns(
-    name: str, plan: Plan, layers: Sequence[KVLayer | None], model: Model, context: int
+    name: str,
+    plan: Plan,
+    layers: Sequence[KVLayer | None],
+    model: Model,
+    context: int,
+    window: int,
 ) -> dict[str, Any]:
     """What a row says about storage, all of it from the codecs' own fields.
 
@@ -20,6 +25,7 @@ def storage_columns(
     bits_per_channel: every stored bit of one quantized token over all its K and V channels.
     bits_per_channel_at_context: every byte resident at `context` tokens (whole pages, sinks,
     recent window, fitted arrays, static tables) over the same channels.
+    bits_per_channel_at_window: the same at the length that quality was measured at.
     cache_bytes: those bytes at several context lengths.
     """
     owned = [layer for layer in layers if layer is not None]
@@ -40,6 +46,7 @@ def storage_columns(
             owned, context=context
         ).bits_per_channel,
         "context": context,
+        "bits_per_channel_at_window": accounting.residency(owned, context=window).bits_per_channel,
         "policy": {
             "sinks": policy.sinks,
             "recent": policy.recent,

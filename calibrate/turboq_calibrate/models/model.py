@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from turboq.errors import TurboqError
 from turboq.files import sha256_file
-from turboq_calibrate.models import decoder
+from turboq_calibrate.models import decoder, hub
 from turboq_calibrate.models.params import DTYPES, layer_size
 from turboq_calibrate.models.spec import ModelSpec
 from turboq_calibrate.models.streamed_experts import Streamed, whole
@@ -145,13 +145,13 @@ def embedded_path() -> Path:
 
 
 def open_source(path: str | os.PathLike[str]) -> WeightSource:
-    """The weight source at `path`: a Hugging Face folder, a .gguf file, or "embedded"."""
+    """The weight source at `path`: a Hugging Face folder or hub name, a .gguf file, "embedded"."""
     from turboq_calibrate.models.gguf_file import GGUFFile
     from turboq_calibrate.models.hf import HFFolder
 
     if str(path) == "embedded":
         return GGUFFile(embedded_path())
-    path = Path(path)
+    path = Path(hub.local(path))
     if path.is_dir():
         return HFFolder(path)
     if path.is_file() and path.suffix == ".gguf":
@@ -167,7 +167,7 @@ def load_model(
     """Loads a model from a Hugging Face folder, a .gguf file, or the embedded default.
 
     Args:
-      path: the folder or file, or "embedded".
+      path: the folder or file, a name of the hub (ORG/NAME), or "embedded".
       dtype: how weights are kept ("float32", "bfloat16", "float16"); arithmetic is float32.
       resident: keep all weights, or re-read one layer at a time.
 

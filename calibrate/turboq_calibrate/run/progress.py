@@ -1,9 +1,16 @@
-"""Progress of a long step: a bar with ETA on a terminal, a line every few seconds elsewhere."""
+"""Progress of a long step: one bar with ETA on a terminal, a few plain lines elsewhere.
+
+A log gets a line after half a minute and then whenever a tenth more time has passed, and the last.
+Inside `phases` the steps of a command say which of how many they are.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +18,24 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemai
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-LOG_EVERY_S = 5.0
+LOG_EVERY_S = 30.0  # at least, and a tenth of what has passed
+_PHASES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("phases", default=())
+
+
+@contextlib.contextmanager
+def phases(*labels: str) -> Iterator[None]:
+    """Numbers the steps inside that have these labels (or begin with them): [2/3] observe."""
+    token = _PHASES.set(labels)
+    try:
+        yield
+    finally:
+        _PHASES.reset(token)
+
+
+def _numbered(label: str) -> str:
+    known = _PHASES.get()
+    found = next((i for i, name in enumerate(known) if label.startswith(name)), None)
+    return label if found is None else f"[{found + 1}/{len(known)}] {label}"
 
 
 class Progress:
@@ -34,7 +58,8 @@ class Progress:
         stream: Any = None,
         enabled: bool = True,
     ):
-        self.total, self.label, self.unit, self.done = total, label, unit, done
+        self.total, self.unit, self.done = total, unit, done
+        self.label = _numbered(label)
         self._stream = sys.stderr if stream is None else stream
         self._enabled = enabled
         self._at_start = done
@@ -44,7 +69,7 @@ class Progress:
         self._start = self._last_line = time.monotonic()
         if self._enabled and self._stream.isatty():
             self._bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.percentage:3.0f}%"),
                 _Rate(self),
@@ -65,7 +90,8 @@ class Progress:
             return
         now = time.monotonic()
         finished = self.done >= self.total * (1 - 1e-9)
-        if self._enabled and (now - self._last_line >= LOG_EVERY_S or finished):
+        wait = max(LOG_EVERY_S, 0.1 * (now - self._start))
+        if self._enabled and (now - self._last_line >= wait or finished):
             self._last_line = now
             print(self.line(note), file=self._stream, flush=True)
 

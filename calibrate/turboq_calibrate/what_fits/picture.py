@@ -75,8 +75,8 @@ def context_wall(
         for gib in shown:
             axes.axhline(gib, color=_SOFT, linewidth=0.8, linestyle="--")
             axes.annotate(
-                f"{gib:g} GB card", (xs[0], gib), xytext=(2, 2), textcoords="offset points",
-                fontsize=8, color=_INK,
+                f"{gib:g} GB card", (xs[0], gib), xytext=(2, 3), textcoords="offset points",
+                fontsize=8, color=_INK, bbox={"facecolor": _PAPER, "edgecolor": "none", "pad": 0.5},
             )  # fmt: skip
             for i, (_, budget) in enumerate(budgets):
                 wall = budget.max_context(int(gib * GIB))
@@ -96,7 +96,7 @@ def context_wall(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("context, tokens (k = 1024)")
+        axes.set_xlabel("context, tokens (k = 1024; both axes logarithmic)")
         axes.set_ylabel("memory needed, GiB")
         axes.set_title(title)
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))

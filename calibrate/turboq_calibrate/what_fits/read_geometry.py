@@ -15,6 +15,7 @@ from turboq.hub_cache import model_name
 from turboq.what_fits.gguf_metadata import from_metadata
 from turboq.what_fits.hf_config import from_config
 from turboq.what_fits.layers import CacheGeometry
+from turboq_calibrate.models import hub
 from turboq_calibrate.models.config import read_config
 from turboq_calibrate.what_fits import weight_files
 
@@ -22,7 +23,8 @@ MAX_CONFIG_BYTES = 16 << 20  # the largest real ones have a few hundred kB
 
 
 def read_geometry(path: str | os.PathLike[str]) -> CacheGeometry:
-    """The cache geometry at `path`: a folder with config.json, a .json or .gguf file, "embedded".
+    """The cache geometry at `path`: a folder with config.json, a .json or .gguf file, a hub name,
+    "embedded".
 
     Raises:
       TurboqError: absent, unreadable, truncated, or a field that is nonsensical or not understood.
@@ -31,7 +33,7 @@ def read_geometry(path: str | os.PathLike[str]) -> CacheGeometry:
         from turboq_calibrate.models.model import embedded_path
 
         path = embedded_path()
-    path = Path(path)
+    path = Path(hub.local(path, hub.CONFIG))
     if not path.exists():
         raise TurboqError(f"model {path} does not exist")
     if path.is_dir():

@@ -355,7 +355,7 @@ def test_every_engine_gets_a_plan_that_its_rules_allow(name, rng):
         (["--windows=3", "--bits=3"], "--windows: needs --budget"),
         (["--budget=3bpc", "--engine=vlm"], "did you mean vllm?"),
         (["--budget=3bpc", "--engine=vllm", "--granularity=per_kv"], "--engine=vllm decides"),
-        (["--budget=3bpc", "--candidates=rabitq:3"], "known codecs are"),
+        (["--budget=3bpc", "--candidates=rabitq:3"], "'rabitq:3' is no codec, format or path"),
         (["--budget=3bpc", "--candidates=turboquant_mse:9"], "bits"),
         (["--budget=3bpc", "--candidates=transform:"], "transform:2,2.5"),
         (["--budget=3bpc", "--candidates=transform:two"], "'two' is no number"),
@@ -391,10 +391,10 @@ def test_a_check_length_that_checks_nothing_is_refused(length, says, texts, tmp_
 
 def test_makers(layout):
     labels = [m.label for m in makers_of(["transform:2,2.5", "per_head:3", "exact"], layout)]
-    assert labels == ["transform 2", "transform 2.5", "per_head 3", "exact"]
+    assert labels == ["transform 2", "transform 2.5", "per_head 3b", "exact"]
     assert [m.label for m in makers_of(["fp8:scale=token,none"], layout)] == [
-        "fp8 token",
-        "fp8 none",
+        "fp8 scale=token",
+        "fp8 scale=none",
     ]
 
 

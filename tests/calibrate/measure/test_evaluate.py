@@ -344,9 +344,10 @@ def test_files_and_table(measured, tmp_path):
         assert [float(text["kl_ci_lo"]), float(text["kl_ci_hi"])] == row["kl_ci"]
         assert int(text["recent"]) == row["policy"]["recent"]
     lines = quality.format_table(measured).splitlines()
-    assert len(lines) == 3 + len(rows) + 3  # two policies, and the exact plan quantizes nothing
+    assert len(lines) == 3 + len(rows) + 4  # two policies, and the exact plan quantizes nothing
     assert lines[1].split()[:2] == ["plan", "bits/ch"]
     assert len({len(line) for line in lines[1 : 3 + len(rows)]}) == 1  # aligned
+    lines = lines[: 3 + len(rows) + 3]
     assert lines[-3].startswith("exact: nothing quantized, 45 of 60 positions scored")
     assert lines[-2].startswith("mse 2, prod 3, mixed: 45 tokens quantized, 45 of 60 positions")
     assert lines[-1].startswith("learned: 57 tokens quantized, 57 of 60 positions scored")
@@ -358,6 +359,21 @@ def test_one_window_has_no_interval(model, plans, windows, tmp_path):
     quality.write_quality(one, tmp_path)
     assert quality.read_quality(tmp_path).rows[0]["kl_ci"] is None
     assert "interval" not in quality.format_table(one)  # no column of dashes
+
+
+def test_what_is_all_resident_at_the_window_is_printed():
+    """48 tokens, 4 sinks and 40 recent: at t = 44 .. 47 from 1 of 45 to 3 of 47 keys quantized."""
+    row = quality_cases.row("mine") | {"bits_per_channel_at_window": 9.5}
+    row["policy"] = {"sinks": 4, "recent": 40, "exact_dtype": "bfloat16"}
+    found = quality_cases.quality([row, quality_cases.row("free")], tokens=48)
+    found.table["texts"][0]["windows"] = 2
+    text = quality.format_table(found)
+    assert "all at 48" in text
+    assert "9.50" in text
+    share = (1 + 2 + 3) / (45 + 46 + 47)
+    assert f"mine: at most {100 * share:.0f} % of the keys that scored" in text
+    assert "free: at most" not in text
+    assert "intervals are over 2 windows of one text" in text
 
 
 @pytest.mark.parametrize(

@@ -149,12 +149,41 @@ def test_heat_map_cells_follow_the_values():
     assert head_0[0] < head_1[0]
 
 
-def test_representative_rows_one_per_codec_near_three_bits(full):
-    names = report.representative(full.rows)
-    assert names == ["mse 3", NASTY, "learned 3", "new 3"]
-    assert "exact bf16" not in report.representative(full.rows, 6)
-    assert report.representative(full.rows, 5) == ["mse 2", *names]  # the first of equals
-    assert report.representative(full.rows, 2) == ["mse 3", NASTY]
+def test_heat_maps_show_every_plan_that_quantizes(full, page):
+    """Seven rows, one of them exact: six rows of two panels, each named, and two colour bars."""
+    heads = next(svg for svg in page.split("<svg")[1:] if "Heat maps of quantization" in svg)
+    assert len(set(re.findall(r'id="heads-QuadMesh_(\d+)"', heads))) == 2 * 6 + 2
+    assert "learned 3: layer" in heads
+    assert "new 3: layer" in heads
+    assert "exact bf16: layer" not in heads
+
+
+def test_one_plan_does_not_flatten_the_others():
+    """Errors of 1e-3 and 2e-3 beside 1: the scale ends at 4 times the median, and says so."""
+    errors = {n: quality_cases.head_errors(x) for n, x in (("a", 1e-3), ("b", 2e-3), ("c", 1.0))}
+
+    def contrast(names):
+        """Between the least and the largest error of the first plan: luminance."""
+        drawn = pictures.error_heat_maps(errors, names)
+        assert drawn is not None
+        group = drawn[drawn.index("heads-QuadMesh_1") :]
+        found = re.findall(r"fill: #([0-9a-f]{6})", group[: group.index("</g>\n   </g>")])
+        light = [int(c[:2], 16) + 2 * int(c[2:4], 16) for c in found]
+        return max(light) - min(light)
+
+    # Decades of the scale: 0.001 to 0.084, and to 4 * 0.084 (without an end: to 42).
+    assert contrast(["a", "b", "c"]) > 0.6 * contrast(["a", "b"])
+
+
+def test_headline_and_command(full):
+    assert "Least KL: mse 4, 0.0400 nats per token at 4.25 bits per channel (4.00 times" in (
+        report.render(full)
+    )
+    run = copy.deepcopy(full)
+    run.run["command"] = "turboq evaluate --out='a b'"
+    page = Page(report.render(run))
+    assert "turboq evaluate --out='a b'" in page.text
+    assert "command" in page.text
 
 
 def test_few_rows_still_make_a_page():

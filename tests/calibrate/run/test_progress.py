@@ -1,6 +1,7 @@
 """Progress bars and their plain fallback."""
 
 import io
+import math
 
 import pytest
 
@@ -18,13 +19,37 @@ def test_plain_lines_show_rate_and_eta(monkeypatch):
     time, out = Clock(monkeypatch), io.StringIO()
     with Progress(1000.0, label="capture", done=200.0, stream=out) as bar:
         for _ in range(8):
-            time.now += 4.0
+            time.now += 20.0
             bar.advance(100.0, "layer 1 of 2")
     lines = out.getvalue().splitlines()
-    # At 8 s: 400 of 1000 done, 200 of them by this run, 600 left at 25 a second.
-    assert lines[0] == "capture  40%  25 tokens/s  ETA 0:00:24  layer 1 of 2"
-    assert lines[-1] == "capture 100%  25 tokens/s  ETA 0:00:00  layer 1 of 2"
-    assert len(lines) == 4  # one per 5 s at most, and the last
+    # At 40 s: 400 of 1000 done, 200 of them by this run, 600 left at 5 a second.
+    assert lines[0] == "capture  40%  5 tokens/s  ETA 0:02:00  layer 1 of 2"
+    assert lines[-1] == "capture 100%  5 tokens/s  ETA 0:00:00  layer 1 of 2"
+    assert len(lines) == 4  # one per 30 s at most, and the last
+
+
+def test_a_long_run_has_few_lines(monkeypatch):
+    """Ten hours in steps of a second: every 30 s for 300 s, then each at 1.1 times the last."""
+    time, out = Clock(monkeypatch), io.StringIO()
+    with Progress(36000.0, label="observe", stream=out) as bar:
+        for _ in range(36000):
+            time.now += 1.0
+            bar.advance(1.0)
+    lines = len(out.getvalue().splitlines())
+    assert lines == pytest.approx(10 + math.log(36000 / 300) / math.log(1 / 0.9), abs=4)
+
+
+def test_phases_are_numbered(monkeypatch):
+    Clock(monkeypatch)
+    out = io.StringIO()
+    with progress.phases("self:", "observe"):
+        for label in ("self:3 from ''", "observe", "other"):
+            with Progress(1.0, label=label, stream=out) as bar:
+                bar.advance(1.0)
+    with Progress(1.0, label="observe", stream=out) as bar:
+        bar.advance(1.0)
+    heads = [line.partition(" 100%")[0] for line in out.getvalue().splitlines()]
+    assert heads == ["[1/2] self:3 from ''", "[2/2] observe", "other", "observe"]
 
 
 def test_silent_when_disabled():

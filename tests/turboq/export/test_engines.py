@@ -59,10 +59,18 @@ def test_llama_cpp_takes_one_type_per_side_and_rotates():
     assert report.status == "exact"
     assert found.flags == ("llama-server -m MODEL.gguf -ctk q8_0 -ctv q4_0 -fa on",)
     assert found.env == {}
-    plain, report = run("llama.cpp", Ggml(dim=D, type="q8_0"))
-    assert report.status == "exact"
-    assert plain.env == {"LLAMA_ATTN_ROT_DISABLE": "1"}
     assert "q8_0-q4_0" in found.notes[1]
+
+
+@pytest.mark.parametrize("name", ["llama.cpp", "ollama", "lmstudio", "turboquant-llama.cpp"])
+def test_no_line_turns_the_stock_rotation_off(name):
+    """A plan without a rotation is counted as the engine stores it: rotated, so approximated."""
+    found, report = run(name, Ggml(dim=D, type="q8_0"))
+    assert "ROT_DISABLE" not in " ".join([*found.flags, *found.env])
+    assert report.status == "approximated"
+    turned, report = run(name, mainline(D, "k", "q8_0"), mainline(D, "v", "q8_0"))
+    assert report.status == "exact"
+    assert turned.flags == found.flags
 
 
 def test_llama_cpp_never_takes_fewer_bits_unless_asked_for_size():
@@ -121,7 +129,7 @@ def test_the_fork_has_turbo_types_and_layer_patterns():
     assert "-ctk q8_0 -ctv turbo2" in found.flags[0]
     # 34 bytes per block of 128 channels.
     assert report.layers[2].v[0].engine_bits == 34 * 8
-    assert report.layers[0].v[0].engine == "q8_0"
+    assert report.layers[0].v[0].engine == "q8_0 rotated"
 
 
 def test_ollama_has_one_type_and_lm_studio_two():

@@ -12,11 +12,20 @@ from plan_cases import geometry, hybrid, random_fit
 
 from turboq import files
 from turboq.cache.layer import TokenPolicy
-from turboq.codecs import FP8, Exact, Ggml, Int8TokenHead, KiviKey, KiviValue, TurboQuantMSE
+from turboq.codecs import (
+    FP8,
+    Exact,
+    Ggml,
+    Int8TokenHead,
+    KiviKey,
+    KiviValue,
+    PerHead,
+    TurboQuantMSE,
+)
 from turboq.errors import TurboqError
-from turboq.export import ENGINES, Options, engine, export, write
+from turboq.export import ENGINES, Options, engine, export, summary, write
 from turboq.export.base import Held, entries, status_of
-from turboq.export.report import PLAN_FOLDER, engine_plan, make_report
+from turboq.export.report import PLAN_FOLDER, Kl, engine_plan, make_report
 from turboq.export.same import canonical, same
 from turboq.plan import Measurement, Quality, collect_arrays, head_plan, load, save, uniform_plan
 from turboq_calibrate.cli import main as cli
@@ -52,9 +61,44 @@ def test_report_counts_bytes_and_drops(tmp_path):
     head = stored["layers"][1]["k"][1]
     assert (head["head"], head["plan_bits"], head["engine_bits"]) == (1, 272, 288)
     assert "codec turboquant_mse -> q4_0 rotated" in head["dropped"]
+    assert stored["calibration"] == "nothing of the plan was fitted to data"
     assert stored["layers"][1]["v"][0]["dropped"] == []
     assert stored["tokens_dropped"] == ["first 4 tokens exact -> 0"]
     assert set(stored["files"]) == set(files_of(tmp_path / "out"))
+
+
+def test_what_was_fitted_and_the_engine_drops_is_said(tmp_path):
+    plan, arrays = plan_of(PerHead(dim=64, bits=4))
+    said = {}
+    for name in ("llama.cpp", "reader"):
+        report = export(plan, arrays, ENGINES[name], tmp_path / name)
+        said[name] = summary(report)
+        assert f"{report.engine_versions}: {report.status}" in said[name]
+        assert f"checked: {report.checked}" in said[name]
+    assert "calibration has no effect here" in said["llama.cpp"]
+    assert "mean, codebook" in said["llama.cpp"]
+    assert "quality: not known (--measure" in said["llama.cpp"]
+    assert "calibration has no effect" not in said["reader"]
+    assert "is stored as the plan has it" in said["reader"]
+
+
+def test_measured_quality_is_in_the_report(tmp_path):
+    """Of the plan and of the engine's own plan; without its codecs there is nothing to measure."""
+    plan, arrays = plan_of(TurboQuantMSE(dim=64, bits=4))
+    seen = []
+
+    def measure(ours, engine):
+        seen.append([p.layers[0].k.codec.name for p, _ in (ours, engine)])
+        return Kl(plan=0.25, source="x", change=0.5, how="here")
+
+    report = export(plan, arrays, ENGINES["llama.cpp"], tmp_path / "out", measure=measure)
+    assert seen == [["turboquant_mse", "ggml"]]
+    assert (report.kl.plan, report.kl.change) == (0.25, 0.5)
+    assert "quality: KL 0.2500 -> 0.7500 nats per token (here)" in summary(report)
+    six, ik = plan_of(TurboQuantMSE(dim=64, bits=6)), ENGINES["ik_llama.cpp"]  # q6_0 is its own
+    with pytest.raises(TurboqError, match=r"has no codec for what ik_llama\.cpp would store"):
+        export(*six, ik, tmp_path / "ik", measure=measure)
+    assert not (tmp_path / "ik").exists()
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ FIELD_ERRORS = [
     (put(("tokens", "sinks"), 4.0), "tokens.sinks: 4.0 must be an integer"),
     (put(("tokens", "exact_dtype"), "int8"), "tokens.exact_dtype: exact_dtype='int8' must be one"),
     (put(K, []), "layers[1].k: [] must be an object"),
-    (put((*K, "codec"), "magic"), 'layers[1].k.codec: unknown codec "magic"; known: exact'),
+    (put((*K, "codec"), "magic"), "layers[1].k.codec: unknown codec 'magic': known codecs are"),
     (put((*K, "codec"), put), "layers[1].k.codec: missing"),
     (put((*K, "bits"), 9), "layers[1].k.bits: bits=9 must be 1..8"),
     (put((*K, "bits"), True), "layers[1].k.bits: true must be an integer"),
@@ -404,7 +404,7 @@ def test_diff_names_what_changed():
 
 def test_summary_shows_the_plan_on_one_screen():
     plan, _ = plan_cases.rich()
-    text = summary(plan, context=512)
+    text = summary(plan, context=512, layers=True)
     assert "per_head 2b; heads 1,3: turboquant_mse 3b rotation=haar" in text
     assert "one token: 132 bytes, 5.280 bits per channel" in text
     assert "calibrated on 4096 tokens of topics" in text
@@ -412,6 +412,23 @@ def test_summary_shows_the_plan_on_one_screen():
     plain = summary(plan_cases.plain()[0])
     assert "\n0-1 " in plain  # equal neighbours share a line
     assert max(len(line) for line in text.splitlines()) < 200
+
+
+def test_a_plan_of_many_layers_is_counted():
+    """Layer i has i % 4 + 1 bits in K: 20 different neighbours, 5 layers of 2 heads of each."""
+    model = plan_cases.geometry(layers=20, kv_heads=2, k_dim=16, v_dim=16)
+    plan = head_plan(
+        model, lambda i, side, h: TurboQuantMSE(dim=16, bits=i % 4 + 1 if side == "k" else 2)
+    )
+    text = summary(plan).splitlines()
+    assert len(text) < 15
+    assert max(map(len, text[:-1])) <= 160
+    for bits in (1, 2, 3, 4):
+        assert f"    10 x turboquant_mse {bits}b" in text
+    assert "    40 x turboquant_mse 2b" in text
+    # 1 + 1 and 2 + 1 bits of K and V with scales of 16 bits in 16 channels.
+    assert "bits per channel of a layer: 2.500 (layer 0) to 4.000 (layer 3)" in "\n".join(text)
+    assert len(summary(plan, layers=True).splitlines()) > 20
 
 
 @pytest.mark.parametrize(
@@ -469,7 +486,7 @@ def test_keys_before_rope_are_a_choice_per_layer(tmp_path):
     assert mixed.bytes == plan.bytes == uniform_plan(model, k=k, v=v).bytes
     rule = sides(k=k, v=v)
     assert rule_plan(model, rule, k_rope="before") == plan
-    shown = summary(mixed).splitlines()
+    shown = summary(mixed, layers=True).splitlines()
     assert [line for line in shown if "before RoPE" in line] == [shown[5]]
 
 

@@ -38,6 +38,16 @@ PER_TOKEN = {
     "mistral-nemo": (40 * 8 * 256 * 2,) * 2,
     "deepseek-v3": (61 * 576 * 2,) * 2,
     "gpt-oss-20b": (24 * 8 * 128 * 2, 12 * 8 * 128 * 2),
+    # Of 48 layers of Llama 4 every fourth attends to everything; the others within 8,192 tokens.
+    "llama-4-scout": (48 * 8 * 256 * 2, 12 * 8 * 256 * 2),
+    "glm-4.5": (92 * 8 * 256 * 2,) * 2,
+    "kimi-k2": (61 * 576 * 2,) * 2,
+    "phi-4": (40 * 10 * 256 * 2,) * 2,
+    "phi-4-mini": (32 * 8 * 256 * 2, 0),  # a window of 262,144 tokens, twice its context
+    "gemma-2-9b": (42 * 8 * 512 * 2, 21 * 8 * 512 * 2),
+    "smollm2-135m": (30 * 3 * 128 * 2,) * 2,
+    "smollm2-1.7b": (24 * 32 * 128 * 2,) * 2,
+    "qwen3-coder-480b-a35b": (62 * 8 * 256 * 2,) * 2,
     "gpt-oss-120b": (36 * 8 * 128 * 2, 18 * 8 * 128 * 2),
 }
 
@@ -48,11 +58,32 @@ def test_bytes_per_token(name):
     assert (cache.bits_per_token // 8, cache.growing_bits // 8) == PER_TOKEN[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("google/gemma-3-27b-it", "gemma-3-27b"),
+        ("Qwen/Qwen3-0.6B", "qwen3-0.6b"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3-8b"),
+        ("mistralai/Mistral-7B-Instruct-v0.2", "mistral-7b-v0.2"),
+        ("someone/Phi-4", "phi-4"),
+    ],
+)
+def test_names_of_the_hub(name, known):
+    assert geometries.geometry(name) == geometries.geometry(known)
+
+
+def test_the_nearest_names_are_those_of_the_list():
+    with pytest.raises(TurboqError, match=r"nearest: .*llama-3\.2-3b") as error:
+        geometries.geometry("llama-3-3c")
+    near = str(error.value).partition("nearest: ")[2].partition(";")[0].split(", ")
+    assert set(near) <= set(geometries.names())
+
+
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e["name"])
 def test_every_entry_reads_and_says_where_it_is_from(entry):
     found = geometries.geometry(entry["name"])
     assert found.source
-    assert found.context == entry["config"]["max_position_embeddings"] >= 32768
+    assert found.context == entry["config"]["max_position_embeddings"] >= 8192
     assert len(found.layers) == entry["config"]["num_hidden_layers"]
     assert found.active is None or found.parameters is None or found.active < found.parameters
     for alias in entry.get("aliases", ()):
