@@ -156,7 +156,7 @@ def stacked(plan: Plan, arrays, capacity: int):
     """Empty caches: states of the layers with a leading axis, for the scan, and the pool."""
     form = model_cache.forms(plan.kv_layers(arrays))
     assert form is not None  # all codecs are transforms of one kind
-    states, words = model_cache.init(form, batch=BATCH, capacity=capacity)
+    states, (words,) = model_cache.init(form, batch=BATCH, capacity=capacity)  # no window: one pool
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), words
 
 

@@ -49,12 +49,12 @@ def pooled_cache(rng):
     assert form is not None
 
     def step(caches, x):
-        states, words = caches
+        states, (words,) = caches
         out = []
         for state in states:
             state, words, _ = model_cache.write(state, words, *x)
             out.append(state)
-        return out, words
+        return out, [words]
 
     return model_cache.init(form, batch=2, capacity=256), step
 

@@ -65,7 +65,7 @@ def written():
     )
     form = model_cache.forms([layer])
     assert form is not None
-    (state,), words = model_cache.init(form, batch=1, capacity=TOKENS)
+    (state,), (words,) = model_cache.init(form, batch=1, capacity=TOKENS)
     tokens = jnp.asarray(x.transpose(1, 0, 2)[None])
     state, words, _ = model_cache.write(state, words, tokens, tokens)
     stored = [
