@@ -18,6 +18,15 @@ def row(name, codec="turboquant_mse", bits=3, kl=0.2, *, text="noise", ci=(0.8, 
             {"start": 0, "end": 256, "kl_mean": 0.5 * kl, "positions": 756},
             {"start": 256, "end": 599, "kl_mean": 1.5 * kl, "positions": 1029},
         ],
+        "by_position": [
+            {"start": 0, "end": 599, "positions": 1781}
+            | {name: x for key, mean in
+               [("kl_mean", kl), ("kl_p99", 5 * kl), ("kl_p999", 9 * kl), ("top1", 0.75),
+                ("perplexity_ratio", 1 + kl)]
+               for name, x in [(key, mean), (f"{key}_ci", ci and [c * mean for c in ci])]},
+        ],
+        "steps": {"positions": 12, "kl_one_pass": kl, "kl_steps": 1.1 * kl, "difference_ci": None,
+                  "largest": kl / 2, "top1_one_pass": 0.75, "top1_steps": 0.5},
         "top1": 0.75, "perplexity": 20.0 + kl, "perplexity_exact": 20.0, "perplexity_ratio": 1 + kl,
     }  # fmt: skip
 

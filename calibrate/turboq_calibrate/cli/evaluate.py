@@ -3,12 +3,15 @@
 Per plan: KL in nats per token (mean, 95 % bootstrap interval over windows, median, p99), top-1
 agreement, perplexity, all-in bits per channel, bytes per token, compression against bf16. Every
 --text is measured by itself, on --windows of its own; with several, the table shows plans by texts.
+--lengths=1024,4096,8192 measures each at several lengths of context, and by position in the window;
+--steps=64 measures the last positions once more, token by token through the packed cache.
 Writes quality.json, quality.csv and run.json to --out and prints the table. Two runs write the same
 quality.json, interrupted or not.
 """
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +45,14 @@ def define(values: flags.FlagValues) -> None:
     common.policy(values, of=" (of --baselines; a plan has its own)")
     common.text(values, "topics:heldout", windows=8, length=1024)
     values["text"].help = "UTF-8 file or named text; each is measured by itself."
+    flags.DEFINE_list(
+        "lengths", [], "Tokens per window, comma-separated, instead of --window_length: every text "
+        "is measured at each.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "steps", 0, "Last positions of every window to measure also token by token through the "
+        "packed cache.", lower_bound=0, flag_values=values,
+    )  # fmt: skip
     common.out(values, "Folder for quality.json, quality.csv and run.json.")
     flags.DEFINE_enum(
         "attention", "simulated", ("simulated", "packed", "xla", "mosaic_tpu", "triton"),
@@ -91,6 +102,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
             plans,
             texts,
             attention=values.attention,
+            steps=values.steps,
             context=values.context,
             window_batch=values.batch,
             seed=values.seed,
@@ -108,18 +120,20 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
 
 
 def _texts(values: flags.FlagValues, model: Model) -> dict[str, np.ndarray]:
-    """Name -> windows; every text is one of its own."""
+    """Name -> windows; every text at every length is one of its own."""
+    lengths = common.lengths_of(values, model.spec) if values.lengths else [values.window_length]
     found: dict[str, np.ndarray] = {}
-    for source in common.sources_of(values.text):
+    for source, length in itertools.product(common.sources_of(values.text), lengths):
         windows = common.windows_of(
-            values, model.tokenizer, [source], model=model, folder=values.out
+            values, model.tokenizer, [source], length=length, model=model, folder=values.out
         )
-        if windows.source in found:
+        name = f"{windows.source} at {length}" if values.lengths else windows.source
+        if name in found:
             raise TurboqError(
                 f"--text={source}: a text named {windows.source!r} is given twice: give every text "
                 "once, files under different names"
             )
-        found[windows.source] = windows.tokens
+        found[name] = windows.tokens
     return found
 
 

@@ -16,6 +16,7 @@ from turboq_calibrate.measure.quality_table import (
     LONG,
     Quality,
     by_position,
+    by_step,
     by_text,
     display,
     read_quality,
@@ -181,8 +182,10 @@ def _quality(quality: Quality) -> list[str]:
             parts.append(f"<h3>{_text(text['text'])}</h3>")
         parts.append(_table([display(row) for row in rows]))
         parts += [f'<p class="soft">{_text(x)}.</p>' for x in scopes(rows, text["tokens"])]
-        if text["window_tokens"] > LONG:
-            parts += ["<h3>Mean KL by position</h3>", _table(by_position(rows))]
+        if text["window_tokens"] > LONG and (buckets := by_position(rows)):
+            parts += ["<h3>By position</h3>", _table(buckets)]
+        if walked := by_step(rows):
+            parts += ["<h3>Step by step through the packed cache</h3>", _table(walked)]
     return parts
 
 
