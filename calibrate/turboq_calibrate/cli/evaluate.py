@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from turboq.errors import TurboqError
-from turboq_calibrate.cli import common
+from turboq_calibrate.cli import common, named_plans
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from turboq.plan import ModelGeometry
     from turboq_calibrate.models import Model
 
 REQUIRED = ("out",)
@@ -34,15 +33,7 @@ RESUME = "the same command continues"
 def define(values: flags.FlagValues) -> None:
     common.model(values)
     common.model_dtype(values)
-    flags.DEFINE_multi_string(
-        "plan", [], "Plan: a folder with plan.json, or the file; NAME=PATH names its row.",
-        flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_list(
-        "baselines", [], "Data-free plans to measure beside: CODEC or CODEC:BITS, comma-separated, "
-        "such as exact,turboquant_mse:3.", flag_values=values,
-    )  # fmt: skip
-    common.policy(values, of=" (of --baselines; a plan has its own)")
+    named_plans.define(values)
     common.text(values, "topics:heldout", windows=8, length=1024)
     values["text"].help = "UTF-8 file or named text; each is measured by itself."
     flags.DEFINE_list(
@@ -76,22 +67,12 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.files import make_folder, settle
-    from turboq.plan import check_model, load
     from turboq_calibrate.measure.evaluate import NotFinite, evaluate_texts
     from turboq_calibrate.measure.quality_table import format_table, write_quality
     from turboq_calibrate.models import load_model
-    from turboq_calibrate.models.geometry import model_geometry
 
-    if not values.plan and not values.baselines:
-        raise TurboqError("nothing to evaluate: give --plan or --baselines")
     model = load_model(values.model, dtype=values.model_dtype, resident=not values.stream)
-    geometry = model_geometry(model)
-    plans = [_baseline(entry, geometry, values) for entry in values.baselines]
-    for entry in values.plan:
-        name, path = _named(entry)
-        plan, arrays = load(path)
-        check_model(plan, geometry)
-        plans.append((name, plan, arrays))
+    plans = named_plans.load_all(values, model)
     texts = _texts(values, model)
     # An unusable folder shows now, not after the evaluation; so does what a killed one left.
     settle(make_folder(values.out))
@@ -135,27 +116,3 @@ def _texts(values: flags.FlagValues, model: Model) -> dict[str, np.ndarray]:
             )
         found[name] = windows.tokens
     return found
-
-
-def _named(entry: str) -> tuple[str, str]:
-    """NAME=PATH, or a path whose folder gives the name."""
-    name, equals, path = entry.partition("=")
-    if equals and name and not Path(entry).exists():
-        return name, path
-    path = Path(entry)
-    folder = path.parent if path.suffix == ".json" else path
-    return folder.resolve().name, entry
-
-
-def _baseline(entry: str, geometry: ModelGeometry, values: flags.FlagValues):
-    from turboq.codecs import from_config
-    from turboq_calibrate.fit.plan import make_plan
-
-    name, colon, bits = entry.partition(":")
-    if colon and not bits.isdecimal():
-        raise TurboqError(f"baseline {entry!r} must be CODEC or CODEC:BITS")
-    config = {"codec": name, "dim": geometry.cache_layers[0].k_dim}
-    codec = from_config(config | ({"bits": int(bits)} if colon else {}))
-    with common.as_user_error():
-        plan, arrays = make_plan(geometry, k=codec, v=codec, policy=common.policy_of(values))
-    return f"{name} {bits}b" if colon else name, plan, arrays

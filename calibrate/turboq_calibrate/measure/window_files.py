@@ -90,7 +90,7 @@ def file_name(
         [model.fingerprint, model.dtype],
         [windows.shape, sha256(windows)],
         how,
-        [(document(plan)["hash"], _of_arrays(arrays)) for _, plan, arrays in plans],
+        [(document(plan)["hash"], arrays_sha256(arrays)) for _, plan, arrays in plans],
     ]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32] + ".safetensors"
 
@@ -99,7 +99,7 @@ def sha256(windows: Int[np.ndarray, "N T"]) -> str:
     return hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
 
 
-def _of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+def arrays_sha256(arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name, x in sorted(arrays.items()):
         digest.update(f"{name} {x.dtype.str} {x.shape}\n".encode() + x.tobytes())
