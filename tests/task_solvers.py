@@ -50,7 +50,7 @@ def copying(prompt):
 
 def variable_tracking(prompt):
     held, order = {}, []
-    for name, value in re.findall(r"VAR ([A-Z]+) = ([A-Z0-9]+)\.", prompt):
+    for name, value in re.findall(r"VAR ([A-Z]+) = (?:VAR )?([A-Z0-9]+)\.", prompt):
         held[name] = held.get(value, value)
         order.append(name)
     asked = _last(r"hold ([0-9]+) are", prompt)

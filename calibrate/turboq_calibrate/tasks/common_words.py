@@ -1,4 +1,4 @@
-"""A numbered list of words in which one stands ten times as often as any other: which?
+"""A numbered list of words in which one stands many times as often as any other: which?
 
 Source: Hsieh et al., RULER (arXiv 2404.06654), section 3.3, "common words extraction" (there the
 ten commonest are asked for, here the one).
@@ -15,7 +15,7 @@ WRONG = 3
 
 
 def write(rng: random.Random, size: int, depth: float) -> Sample:
-    some = rng.sample(NOUNS, len(NOUNS))
+    some, size = rng.sample(NOUNS, len(NOUNS)), max(size, 10)
     rare = [some[1 + i % (len(some) - 1)] for i in range(size - size // 5)]
     words = [some[0]] * (size // 5 + 1) + rare
     rng.shuffle(words)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from turboq.errors import TurboqError
-from turboq_calibrate.models import Tokenizer
+from turboq_calibrate.observe.texts import Tokenizer
 from turboq_calibrate.tasks.contract import Sample, Task
 from turboq_calibrate.tasks.words import sentence
 

@@ -5,6 +5,7 @@ Source: Hsieh et al., RULER (arXiv 2404.06654), section 3.3, "frequent words ext
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -23,15 +24,14 @@ def write(rng: random.Random, size: int, depth: float) -> Sample:
     words = different(rng, WORDS, invented)
     weights = [(1 + i) ** -EXPONENT for i in range(WORDS)]
     drawn = [*words, *rng.choices(words, weights, k=size)]
-    # The order asked for must not be a tie: the first four stand apart by at least one.
     counts = Counter(drawn)
-    for i, word in enumerate(words[3::-1]):
-        least = counts[words[3]] + i
-        drawn += [word] * max(0, least - counts[word])
-        counts[word] = max(counts[word], least)
-    ranked = [word for word, _ in sorted(counts.items(), key=lambda x: -x[1])]
+    ranked = [word for word, _ in counts.most_common(4)]
+    for first, then in reversed(list(itertools.pairwise(ranked))):  # no tie in what is asked for
+        more = max(0, counts[then] + 1 - counts[first])
+        drawn += [first] * more
+        counts[first] += more
     rng.shuffle(drawn)
-    a, b, c, d = ranked[:4]
+    a, b, c, d = ranked
     return Sample(
         prompt=f"Words:\n{' '.join(drawn)}\n\nThe three most frequent words, in order, are",
         answer=f" {a}, {b}, {c}.",

@@ -48,13 +48,10 @@ def test_prompts_are_full_and_of_one_length(name):
         for x in some:
             assert x.prompt[0] == Characters.bos_id
             text, (right, *wrong) = Characters().decode(x.prompt[1:]), x.answers
-            start = re.search(r"^[A-Z][a-z ]+\.\n", text) or re.match(r"", text)
-            assert getattr(task_solvers, name)(text[start.end() :]) == Characters().decode(right)
+            front = re.match(r"([A-Za-z ]*\.\n)*", text)
+            assert getattr(task_solvers, name)(text[front.end() :]) == Characters().decode(right)
+            assert front.end() < 300  # one more unit does not fit
             assert right not in wrong
-    # What stands in front because no unit more fits is less than a long unit.
-    _, longer = (task.write(random.Random(f"{name} 0 1"), size, 1.0).prompt for size in (0, 60))
-    front = text.index(longer[:12]) if longer[:12] in text else 0
-    assert front < 300
 
 
 def test_depth_is_where_the_needle_stands():
@@ -63,7 +60,7 @@ def test_depth_is_where_the_needle_stands():
         found = examples(TASKS[name], Characters(), length=6000, count=3, depths=depths, room=150)
         for x, depth in zip(found, depths, strict=True):
             text = Characters().decode(x.prompt)
-            at = text.index(Characters().decode(x.answers[0])[1:8]) / len(text)
+            at = text.index(Characters().decode(x.answers[0])[1:-1]) / len(text)
             assert at == pytest.approx(depth, abs=0.08), name
 
 
@@ -75,7 +72,7 @@ def test_bad_tasks_are_one_clear_line():
     assert len(tasks_of(["all"])) == len(TASKS) == 13
     with pytest.raises(TurboqError, match=r"copying: its shortest prompt is \d+ tokens, and a len"):
         examples(TASKS["copying"], Characters(), length=200, count=1, depths=[0.5])
-    with pytest.raises(TurboqError, match="an answer of 71 tokens does not fit the 8"):
+    with pytest.raises(TurboqError, match="an answer of [0-9]+ tokens does not fit the 8"):
         examples(TASKS["copying"], Characters(), length=2000, count=1, depths=[0.5], room=8)
     with pytest.raises(ValueError, match="must be two or more that differ"):
         Sample(prompt="a", answer="b", wrong=("b",))
@@ -87,6 +84,6 @@ def test_seeds_and_indices_differ():
     prompts = [
         np.asarray(x.prompt).tolist()
         for seed in (0, 1)
-        for x in examples(task, Characters(), length=300, count=2, depths=[0], seed=seed, room=9)
+        for x in examples(task, Characters(), length=300, count=2, depths=[0.0], seed=seed, room=9)
     ]
     assert len({tuple(p[-15:]) for p in prompts}) == 4
