@@ -17,24 +17,17 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
+from field_rows import chosen, makers
 
-from turboq import codecs as c
-from turboq.cache.layer import TokenPolicy
-from turboq.codecs.oscar import CLIP_PERCENT
 from turboq.errors import TurboqError
-from turboq.plan import ModelGeometry, load
-from turboq_calibrate.choose.budget import Budget
-from turboq_calibrate.choose.plan_within import Wanted, plan_within
-from turboq_calibrate.fit.plan import make_plan
 from turboq_calibrate.measure import quality_table
 from turboq_calibrate.measure.evaluate import NamedPlan, evaluate_texts
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
-from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
+from turboq_calibrate.observe.statistics_files import load_statistics
 from turboq_calibrate.observe.texts import mixed_windows
 
 MODEL = flags.DEFINE_string("model", "embedded", "Model to quantize.")
@@ -47,74 +40,20 @@ ROWS = flags.DEFINE_list("rows", [], "Only these rows; all by default.")
 PLAN = flags.DEFINE_multi_string("plan", [], "NAME=FOLDER: a learned row, already written.")
 OUT = flags.DEFINE_string("out", "runs/long_context", "Folder for the result.")
 
-POLICY = TokenPolicy(sinks=4)
 GROUP = 4  # rows that run together
 TARGET = ("learned 2.25", "turboquant_mse 4b")
-Make = Callable[[], NamedPlan]
-
-
-def makers(geometry: ModelGeometry, statistics: Statistics) -> dict[str, Make]:
-    """Every row by its name, in the order in which they are measured."""
-    dim = geometry.cache_layers[0].k_dim
-    given = dict(entry.split("=", 1) for entry in PLAN.value)
-
-    def learned(bits: float) -> NamedPlan:
-        name = f"learned {bits:g}"
-        if name in given:
-            return name, *load(given[name])
-        wanted = Wanted(budget=Budget.parse(f"{bits}bpc"), policy=POLICY)
-        found = plan_within(statistics, geometry, wanted, progress=False)
-        return name, found.plan, found.arrays
-
-    def fixed(name: str, k: c.Codec, v: c.Codec) -> NamedPlan:
-        return name, *make_plan(geometry, k=k, v=v, policy=POLICY, statistics=statistics)
-
-    def both(name: str, codec: c.Codec) -> Make:
-        return lambda: fixed(name, codec, codec)
-
-    def mse(bits: int) -> Make:
-        return both(f"turboquant_mse {bits}b", c.TurboQuantMSE(dim=dim, bits=bits))
-
-    def oscar() -> NamedPlan:
-        k, v = (c.Oscar(dim=dim, bits=2, clip_percent=CLIP_PERCENT[side]) for side in "kv")
-        return fixed("oscar-like int2", k, v)
-
-    def kivi() -> NamedPlan:
-        k, v = c.KiviKey(dim=dim, bits=2, group=32), c.KiviValue(dim=dim, bits=2, group=32)
-        return fixed("kivi 2b (up to 31 recent tokens exact)", k, v)
-
-    def blocks(kind: str) -> Make:
-        return both(f"{kind} rotated", c.Ggml(dim=dim, type=kind, rotation="walsh"))
-
-    return {
-        "learned 2.25": lambda: learned(2.25),
-        "turboquant_mse 4b": mse(4),
-        "learned 3.25": lambda: learned(3.25),
-        "turboquant_mse 3b": mse(3),
-        "learned 1.75": lambda: learned(1.75),
-        "per_head 3b": both("per_head 3b", c.PerHead(dim=dim, bits=3)),
-        "q4_0 rotated": blocks("q4_0"),
-        "kivi 2b": kivi,
-        "q8_0 rotated": blocks("q8_0"),
-        "oscar-like int2": oscar,
-        "turboquant_mse 2b": mse(2),
-    }
 
 
 def run(out: Path) -> None:
     model = load_model(MODEL.value)
-    made = makers(model_geometry(model), load_statistics(STATISTICS.value))
-    chosen = ROWS.value or list(made)
-    for name in chosen:
-        if name not in made:
-            raise TurboqError(f"--rows: {name!r} is none of {', '.join(made)}")
+    made = makers(model_geometry(model), load_statistics(STATISTICS.value), PLAN.value)
     texts = {}
     for source, length in itertools.product(TEXT.value, map(int, LENGTHS.value)):
         model.spec.check_length(length, "--lengths: windows")
         windows = mixed_windows([source], model.tokenizer, length=length, count=WINDOWS.value)
         texts[f"{windows.source} at {length}"] = windows.tokens
     plans: list[NamedPlan] = []
-    for names in itertools.batched(chosen, GROUP):
+    for names in itertools.batched(chosen(made, ROWS.value), GROUP):
         plans += [made[name]() for name in names]
         found = evaluate_texts(
             model, plans, texts, steps=STEPS.value, plan_batch=GROUP, folder=out / "windows"

@@ -56,3 +56,25 @@ def quality(rows, texts=("noise",), tokens=600):
            "windows_reused": 0, "peak_memory_bytes": 2**30, "versions": {"jax": "0"},
            "platform": "here", "cpus": 2, "devices": ["cpu:0"]}  # fmt: skip
     return Quality(table=table, run=run)
+
+
+def task_results():
+    """`tasks.json` of two plans, a task at chance and one that counts."""
+    shares = {
+        name: 0.5 for kind in ("chosen", "matches") for name in (kind, f"{kind}_exact", f"{kind}_p")
+    }
+    rows = [
+        {
+            "plan": plan, "bits_per_channel": bits, "cache_bytes": 1000, "exact_tokens": [4, 0],
+            "task": task, "length": 256, "examples": 4, "at_chance": task == "<lots>",
+            "logp": -4.0 - loss, "logp_exact": -4.0, "logp_change": -loss,
+            "logp_change_ci": [-2 * loss, 0.0], "rank": 3.0, "rank_exact": 2.0, "agrees": 0.75,
+            "by_depth": [{"depth": 0.5, "logp_change": -loss, "agrees": 0.75}],
+        } | shares
+        for plan, bits, loss in (("a & b", 2.25, 1.0), ("c", 4.25, 0.1))
+        for task in ("needle", "<lots>")
+    ]  # fmt: skip
+    return {
+        "schema": 1, "model": "tiny", "model_fingerprint": "ab" * 32, "seed": 0, "depths": [0.5],
+        "rows": rows,
+    }  # fmt: skip

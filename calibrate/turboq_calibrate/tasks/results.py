@@ -127,20 +127,25 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     return [lines[key] for key in sorted(lines, key=lambda x: (x[1], order[x[0]]))]
 
 
-def format_results(table: dict[str, Any]) -> str:
-    """The printed table: one line per task and length, one column per plan."""
+def notes_of(table: dict[str, Any]) -> list[str]:
+    """What the printed table says in words: its heading, and what must not be overlooked."""
     rows = table["rows"]
     lines = [
         f"{table['model']}: exact: the right answer is the likeliest of those offered; written: "
         "greedy decoding writes it. Plans: change of its log-probability in nats, and how often "
-        "greedy decoding writes what it writes with the exact cache",
-        *aligned(cells(rows)),
+        "greedy decoding writes what it writes with the exact cache"
     ]
     kept = {row["plan"]: tuple(row["exact_tokens"]) for row in rows}
     if len(set(kept.values())) > 1:
         said = "; ".join(f"{plan} first {a} and last {b}" for plan, (a, b) in kept.items())
         lines.append(f"exact tokens differ, so plans do not compare: {said}")
-    chance = sorted({row["task"] for row in rows if row["at_chance"]})
+    chance = list(dict.fromkeys(row["task"] for row in rows if row["at_chance"]))
     if chance:
         lines.append(f"at chance with the exact cache, so counted for nothing: {', '.join(chance)}")
-    return "\n".join(lines)
+    return lines
+
+
+def format_results(table: dict[str, Any]) -> str:
+    """The printed table: one line per task and length, one column per plan."""
+    heading, *notes = notes_of(table)
+    return "\n".join([heading, *aligned(cells(table["rows"])), *notes])

@@ -243,3 +243,18 @@ def test_pictures_fit_a_narrow_page(page):
         sizes = [float(x) for x in re.findall(r"font(?:-size)?: (?:[0-9]+ )?([0-9.]+)px", drawing)]
         assert sizes
         assert min(sizes) * 384 / float(box[1]) >= 9
+
+
+def test_tasks_are_a_table_and_a_picture(full, tmp_path):
+    """The most sensitive task on top; what is at chance is named and not drawn."""
+    found = quality_cases.task_results()
+    page = report.render(full, tasks=found)
+    label = re.search(r'aria-label="(Loss of log-probability by task[^"]*)"', page)
+    assert label is not None
+    assert label[1].endswith("Largest: a &amp; b needle 1, c needle 0.1 nats.")
+    assert "-1.00 75 %" in page
+    assert "&lt;lots&gt;" in page.partition("counted for nothing")[2][:20]
+    assert "<lots>" not in page
+    for row in found["rows"]:
+        row["logp_change"] = 0.0
+    assert "which tasks tolerate" not in report.render(full, tasks=found).lower()

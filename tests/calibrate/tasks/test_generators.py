@@ -72,7 +72,7 @@ def test_bad_tasks_are_one_clear_line():
     assert len(tasks_of(["all"])) == len(TASKS) == 13
     with pytest.raises(TurboqError, match=r"copying: its shortest prompt is \d+ tokens, and a len"):
         examples(TASKS["copying"], Characters(), length=200, count=1, depths=[0.5])
-    with pytest.raises(TurboqError, match="an answer of [0-9]+ tokens does not fit the 8"):
+    with pytest.raises(TurboqError, match=r"an answer of \d+ tokens does not fit the 8"):
         examples(TASKS["copying"], Characters(), length=2000, count=1, depths=[0.5], room=8)
     with pytest.raises(ValueError, match="must be two or more that differ"):
         Sample(prompt="a", answer="b", wrong=("b",))
