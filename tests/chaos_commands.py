@@ -89,6 +89,14 @@ def evaluate(folder: Path) -> Command:
     )
 
 
+def tasks(folder: Path) -> Command:
+    def argv(out: Path, bits: int = 3) -> list[str]:
+        what = ("--tasks=arithmetic", "--lengths=256", "--samples=2")
+        return ["tasks", MODEL, *what, f"--baselines=turboquant_mse:{bits}", f"--out={out}"]
+
+    return Command(name="tasks", argv=argv, before=made(lambda out: argv(out, 2)), state=file_state)
+
+
 def report(folder: Path) -> Command:
     quality = shared(folder / "quality", evaluate(folder).argv)
 
@@ -128,7 +136,7 @@ def memory(folder: Path) -> Command:
 
 COMMANDS = {
     make.__name__: make
-    for make in (calibrate, merge, plan, plan_budget, evaluate, report, export, memory)
+    for make in (calibrate, merge, plan, plan_budget, evaluate, tasks, report, export, memory)
 }
 
 

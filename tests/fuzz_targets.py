@@ -40,6 +40,7 @@ from turboq_calibrate.models import load_model
 from turboq_calibrate.models.tokenizer import from_folder
 from turboq_calibrate.observe import statistics_files
 from turboq_calibrate.observe.manifest import Inputs
+from turboq_calibrate.tasks.results import format_results, read_results, write_results
 from turboq_calibrate.what_fits.read_geometry import read_geometry
 
 Case = Callable[[np.random.Generator], None]
@@ -355,6 +356,11 @@ def quality(folder: Path) -> Case:
     return Folder(folder, read, only=tuple(whole))
 
 
+def task_results(folder: Path) -> Case:
+    write_results(quality_cases.task_results(), folder)
+    return Folder(folder, lambda path: format_results(read_results(path)), only=("tasks.json",))
+
+
 def exported(folder: Path) -> Case:
     """The report of an earlier export, which says whether the folder may be replaced."""
     exact = Exact(dim=16, dtype="bfloat16")
@@ -380,6 +386,7 @@ TARGETS: dict[str, Callable[[Path], Case]] = {
     "statistics": statistics,
     "inputs": inputs,
     "quality": quality,
+    "tasks": task_results,
     "export": exported,
 }
 

@@ -18,6 +18,15 @@ def row(name, codec="turboquant_mse", bits=3, kl=0.2, *, text="noise", ci=(0.8, 
             {"start": 0, "end": 256, "kl_mean": 0.5 * kl, "positions": 756},
             {"start": 256, "end": 599, "kl_mean": 1.5 * kl, "positions": 1029},
         ],
+        "by_position": [
+            {"start": 0, "end": 599, "positions": 1781}
+            | {name: x for key, mean in
+               [("kl_mean", kl), ("kl_p99", 5 * kl), ("kl_p999", 9 * kl), ("top1", 0.75),
+                ("perplexity_ratio", 1 + kl)]
+               for name, x in [(key, mean), (f"{key}_ci", ci and [c * mean for c in ci])]},
+        ],
+        "steps": {"positions": 12, "kl_one_pass": kl, "kl_steps": 1.1 * kl, "difference_ci": None,
+                  "largest": kl / 2, "top1_one_pass": 0.75, "top1_steps": 0.5},
         "top1": 0.75, "perplexity": 20.0 + kl, "perplexity_exact": 20.0, "perplexity_ratio": 1 + kl,
     }  # fmt: skip
 
@@ -47,3 +56,25 @@ def quality(rows, texts=("noise",), tokens=600):
            "windows_reused": 0, "peak_memory_bytes": 2**30, "versions": {"jax": "0"},
            "platform": "here", "cpus": 2, "devices": ["cpu:0"]}  # fmt: skip
     return Quality(table=table, run=run)
+
+
+def task_results():
+    """`tasks.json` of two plans, a task at chance and one that counts."""
+    shares = {
+        name: 0.5 for kind in ("chosen", "matches") for name in (kind, f"{kind}_exact", f"{kind}_p")
+    }
+    rows = [
+        {
+            "plan": plan, "bits_per_channel": bits, "cache_bytes": 1000, "exact_tokens": [4, 0],
+            "task": task, "length": 256, "examples": 4, "at_chance": task == "<lots>",
+            "logp": -4.0 - loss, "logp_exact": -4.0, "logp_change": -loss,
+            "logp_change_ci": [-2 * loss, 0.0], "rank": 3.0, "rank_exact": 2.0, "agrees": 0.75,
+            "by_depth": [{"depth": 0.5, "logp_change": -loss, "agrees": 0.75}],
+        } | shares
+        for plan, bits, loss in (("a & b", 2.25, 1.0), ("c", 4.25, 0.1))
+        for task in ("needle", "<lots>")
+    ]  # fmt: skip
+    return {
+        "schema": 1, "model": "tiny", "model_fingerprint": "ab" * 32, "seed": 0, "depths": [0.5],
+        "rows": rows,
+    }  # fmt: skip

@@ -119,6 +119,28 @@ def test_every_text_is_measured_by_itself(run, tmp_path, capsys):
     assert turboq("report", f"--run={tmp_path / 'both'}") == 0
 
 
+def test_lengths_and_tasks(run, tmp_path, capsys):
+    """Every length is a text of its own, the same as with --window_length; tasks are drawn too."""
+    args = (f"--model={MODEL}", f"--plan=mine={run}", "--windows=2", f"--out={tmp_path}")
+    assert turboq("evaluate", *args, "--window_length=48", "--steps=3") == 0
+    (alone,) = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert alone["steps"]["positions"] == 2 * 3
+    assert turboq("evaluate", *args, "--lengths=32,48", "--steps=3") == 0
+    table = json.loads((tmp_path / "quality.json").read_text())
+    assert [t["window_tokens"] for t in table["texts"]] == [32, 48]
+    assert table["rows"][1] == alone | {"text": "topics:heldout at 48"}
+    tasks = ("--tasks=arithmetic,common_words", "--lengths=256", "--samples=2")
+    assert turboq("tasks", *args[:2], *tasks, f"--out={tmp_path}") == 0
+    assert "counted for nothing: arithmetic, common_words" in capsys.readouterr().out
+    assert not (tmp_path / "unfinished").exists()
+    assert turboq("report", f"--run={tmp_path}") == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<h2>Tasks</h2>") == page.count("<h2>Quality</h2>") == 1
+    (tmp_path / "quality.json").unlink()
+    assert turboq("report", f"--run={tmp_path}") == 0
+    assert "<h2>Quality</h2>" not in (tmp_path / "report.html").read_text()
+
+
 def test_inspect_tells_kinds_apart(run, capsys):
     assert turboq("inspect", run, MODEL, MODEL / "model.gguf", run / "plan.json") == 0
     text = capsys.readouterr().out
@@ -187,6 +209,7 @@ def test_calibrate_refuses_other_inputs_field_by_field(run, capsys):
 
 NEW = "--out={tmp}/new"
 HERE = f"--model={MODEL}"
+EXACT = (HERE, "--baselines=exact")
 
 
 @pytest.mark.parametrize(
@@ -214,6 +237,16 @@ HERE = f"--model={MODEL}"
         (["evaluate", HERE, "--plan={tmp}", NEW], "plan.json"),
         (["evaluate", HERE, "--baselines=exact:b", NEW], "dtype='b'"),
         (["evaluate", HERE, "--baselines=exact", "--window_length=999", NEW], "context"),
+        (["evaluate", *EXACT, "--lengths=24,999", NEW], "of 999 tokens exceed the model's context"),
+        (["evaluate", *EXACT, "--lengths=24,two", NEW], "--lengths: 'two' must be a number"),
+        (["evaluate", *EXACT, "--lengths=24,24", NEW], "given once"),
+        (["evaluate", *EXACT, *SMALL, "--steps=48", NEW], "steps=48 must be less than the 48"),
+        (["tasks", HERE, "--lengths=200", NEW], "nothing to evaluate"),
+        (["tasks", *EXACT, "--tasks=needles", NEW], "unknown task 'needles': known are all"),
+        (["tasks", *EXACT, "--lengths=999", NEW], "of 999 tokens exceed the model's context"),
+        (["tasks", *EXACT, "--lengths=200", "--depths=x", NEW], "--depths=x must be numbers"),
+        (["tasks", *EXACT, "--lengths=200", "--depths=2", NEW], "between 0 and 1"),
+        (["tasks", *EXACT, "--lengths=200", NEW], "its shortest prompt is"),
         (["report", "--run={tmp}"], "quality.json"),
         (["inspect", "{tmp}"], "is no plan"),
         (["inspect"], "name a path"),

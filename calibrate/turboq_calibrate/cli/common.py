@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from turboq.plan.build import Template
     from turboq.words import Side
     from turboq_calibrate.models import Model, Tokenizer
+    from turboq_calibrate.models.spec import ModelSpec
     from turboq_calibrate.observe.captured import Source
     from turboq_calibrate.observe.recipe import ObserveRecipe
     from turboq_calibrate.observe.texts import Windows
@@ -270,17 +271,36 @@ def _files(item: str) -> list[str]:
     return [item]
 
 
+def lengths_of(values: flags.FlagValues, spec: ModelSpec) -> list[int]:
+    """The tokens that --lengths lists, each once.
+
+    Raises:
+      TurboqError: one is no whole number, below 2, given twice, or beyond the model's context.
+    """
+    found: list[int] = []
+    for entry in values.lengths:
+        length = int(entry) if entry.strip().isdecimal() else 0
+        if length < 2 or length in found:
+            raise TurboqError(
+                f"--lengths: {entry!r} must be a number of tokens, 2 or more, and given once"
+            )
+        spec.check_length(length, "--lengths: windows")
+        found.append(length)
+    return found
+
+
 def windows_of(
     values: flags.FlagValues,
     tokenizer: Tokenizer,
     sources: list[str] | None = None,
     *,
+    length: int | None = None,
     model: Model | None = None,
     folder: str | os.PathLike[str] | None = None,
     check: int = 0,
     check_length: int = 0,
 ) -> Windows:
-    """The windows of text that the flags describe (of `sources` alone, if given).
+    """The windows of text that the flags describe (of `sources` alone, of `length`, if given).
 
     `model` writes the text of self:SEED, which is refused without it; `folder` keeps what it wrote.
     `check` and `check_length` hold windows back as `texts.mixed_windows` does.
@@ -290,7 +310,7 @@ def windows_of(
     return mixed_windows(
         sources_of(values.text) if sources is None else sources,
         tokenizer,
-        length=values.window_length,
+        length=values.window_length if length is None else length,
         count=values.windows or None,
         bos={"auto": None, "yes": True, "no": False}[values.bos],
         model=model,
@@ -301,16 +321,22 @@ def windows_of(
 
 
 def texts_of(
-    values: flags.FlagValues, model: Model, folder: str | None = None
+    values: flags.FlagValues,
+    model: Model,
+    *,
+    length: int | None = None,
+    folder: str | None = None,
 ) -> dict[str, np.ndarray]:
-    """Name -> windows of every text that --text names, each by itself.
+    """Name -> windows of every text that --text names, each by itself; length: --window_length.
 
     Raises:
       TurboqError: a text is named twice.
     """
     found: dict[str, np.ndarray] = {}
     for source in sources_of(values.text):
-        windows = windows_of(values, model.tokenizer, [source], model=model, folder=folder)
+        windows = windows_of(
+            values, model.tokenizer, [source], length=length, model=model, folder=folder
+        )
         if windows.source in found:
             raise TurboqError(
                 f"--text={source}: a text named {windows.source!r} is given twice: give every text "

@@ -3,6 +3,8 @@
 Per plan: KL in nats per token (mean, 95 % bootstrap interval over windows, median, p99), top-1
 agreement, perplexity, all-in bits per channel, bytes per token, compression against bf16. Every
 --text is measured by itself, on --windows of its own; with several, the table shows plans by texts.
+--lengths=1024,4096,8192 measures each at several lengths of context, and by position in the window;
+--steps=64 measures the last positions once more, token by token through the packed cache.
 Writes quality.json, quality.csv and run.json to --out and prints the table. Two runs write the same
 quality.json, interrupted or not.
 """
@@ -16,12 +18,12 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from turboq.errors import TurboqError
-from turboq_calibrate.cli import common
+from turboq_calibrate.cli import common, named_plans
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from turboq.plan import ModelGeometry, Plan
+    from turboq_calibrate.models import Model
 
 REQUIRED = ("out",)
 RESUME = "the same command continues"
@@ -30,23 +32,18 @@ RESUME = "the same command continues"
 def define(values: flags.FlagValues) -> None:
     common.model(values)
     common.model_dtype(values)
-    flags.DEFINE_multi_string(
-        "plan", [], "Plans, comma-separated: folders with plan.json, or the file; NAME=PATH names "
-        "the row.", flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_multi_string(
-        "baselines", [], "One codec for all layers, to measure beside, comma-separated: exact, "
-        "turboquant_mse:3,4, q8_0/q4_0 (as stock llama.cpp stores them), kivi:2; with "
-        "--statistics also fitted ones, such as per_head:3.", flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_string(
-        "statistics", None, "Folder of `turboq calibrate`, for --baselines that are fitted.",
-        flag_values=values,
-    )  # fmt: skip
-    common.policy(values, of=" (of --baselines; a plan has its own)")
+    named_plans.define(values)
     common.text(
         values, "topics:heldout", windows=8, length=1024, of="each text",
         note="Each is measured by itself.",
+    )  # fmt: skip
+    flags.DEFINE_list(
+        "lengths", [], "Tokens per window, comma-separated, instead of --window_length: every text "
+        "is measured at each.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "steps", 0, "Last positions of every window to measure also token by token through the "
+        "packed cache.", lower_bound=0, flag_values=values,
     )  # fmt: skip
     common.out(values, "Folder for quality.json, quality.csv and run.json.")
     flags.DEFINE_enum(
@@ -74,14 +71,10 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq_calibrate.measure.evaluate import NotFinite, evaluate_texts
     from turboq_calibrate.measure.quality_table import format_table, write_quality
     from turboq_calibrate.models import load_model
-    from turboq_calibrate.models.geometry import model_geometry
 
-    if not values.plan and not values.baselines:
-        raise TurboqError("nothing to evaluate: give --plan or --baselines")
     model = load_model(values.model, dtype=values.model_dtype, resident=not values.stream)
-    geometry = model_geometry(model)
-    plans = _plans(values, geometry)
-    texts = common.texts_of(values, model, folder=values.out)
+    plans = named_plans.load_all(values, model)
+    texts = _texts(values, model)
     if not values["text"].present:
         print("text: topics:heldout, the Python language reference; yours: --text=FILE or FOLDER")
     # An unusable folder shows now, not after the evaluation; so does what a killed one left.
@@ -93,6 +86,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
             plans,
             texts,
             attention=values.attention,
+            steps=values.steps,
             context=values.context,
             window_batch=values.batch,
             seed=values.seed,
@@ -110,31 +104,12 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     print(format_table(quality))
 
 
-def _plans(
-    values: flags.FlagValues, geometry: ModelGeometry
-) -> list[tuple[str, Plan, dict[str, np.ndarray]]]:
-    """(name of its row, plan, arrays): baselines, then plans."""
-    from turboq import words
-    from turboq.plan import check_model, load
-    from turboq_calibrate.fit.plan import make_plan
-    from turboq_calibrate.observe.statistics_files import load_statistics
-
-    statistics = load_statistics(values.statistics) if values.statistics else None
-    found = []
-    for entry in common.listed(values, "baselines"):
-        word = words.parse(entry)
-        with common.as_user_error():
-            plan, arrays = make_plan(
-                geometry,
-                k=common.template(word.k, "k", geometry),
-                v=common.template(word.v, "v", geometry),
-                policy=common.policy_of(values),
-                statistics=statistics,
-            )
-        found.append((word.label, plan, arrays))
-    for entry in common.listed(values, "plan"):
-        name, path = words.labelled(entry)
-        plan, arrays = load(path)
-        check_model(plan, geometry)
-        found.append((name or words.folder_name(path), plan, arrays))
+def _texts(values: flags.FlagValues, model: Model) -> dict[str, np.ndarray]:
+    """Name -> windows; every text at every length is one of its own."""
+    if not values.lengths:
+        return common.texts_of(values, model, folder=values.out)
+    found: dict[str, np.ndarray] = {}
+    for length in common.lengths_of(values, model.spec):
+        each = common.texts_of(values, model, length=length, folder=values.out)
+        found |= {f"{name} at {length}": windows for name, windows in each.items()}
     return found

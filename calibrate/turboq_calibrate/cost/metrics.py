@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Float64, Int, Int32
 # switch the dropped x^8/8! is 8e-7 of the term, and the plain formula loses 1/0.21 of an eps.
 _SERIES_BELOW = 0.5
 BLOCK = 256  # positions whose logits exist at the same time
+LENGTHS = (1024, 4096, 16384)  # where buckets of position end
+TAILS = {"kl_p99": 0.99, "kl_p999": 0.999}  # quantiles of KL over positions
 
 
 def _series(x: Array) -> Array:
@@ -138,6 +140,35 @@ def bootstrap_ci(
     return float(lo), float(hi)
 
 
+def bootstrap_quantiles(
+    values: Float64[np.ndarray, "N P"],
+    quantiles: tuple[float, ...],
+    *,
+    level: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> list[tuple[float, float]] | None:
+    """`bootstrap_ci` of quantiles over all positions of the drawn windows, linearly interpolated.
+
+    A resample holds window w c_w times: its order statistics are those of the sorted values with
+    their windows' c as multiplicities, so every value is sorted once.
+    """
+    count, each = values.shape
+    if count < 2 or not each:
+        return None
+    order = np.argsort(values, axis=None, kind="stable")
+    ranked, window = values.ravel()[order], order // each
+    at = np.array(quantiles) * (values.size - 1)
+    ranks = np.stack([np.floor(at), np.ceil(at)])  # every resample has N P values
+    found = np.empty((samples, len(quantiles)))
+    for i, drawn in enumerate(_resamples(count, samples, seed)):
+        held = np.cumsum(np.bincount(drawn, minlength=count)[window])
+        low, high = ranked[np.searchsorted(held, ranks, side="right")]
+        found[i] = low + (high - low) * (at - ranks[0])
+    bounds = np.quantile(found, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [(float(lo), float(hi)) for lo, hi in bounds.T]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenMetrics:
     """Measures of every scored position: [windows, positions], float64 on the host."""
@@ -162,6 +193,33 @@ class TokenMetrics:
         return TokenMetrics(
             **{f.name: getattr(self, f.name)[:, first:] for f in dataclasses.fields(self)}
         )
+
+    def by_position(self, first: int = 0, **bootstrap: Any) -> list[dict[str, Any]]:
+        """Quality in buckets of position that end at `LENGTHS` and at P, of positions >= `first`.
+
+        kl_mean, top1 and perplexity_ratio as in `summary`, kl_p99 and kl_p999 over the bucket's
+        positions, each with `bootstrap` interval over windows (`*_ci`; None with one window). A
+        bucket without a scored position is left out: nothing quantized can be seen there.
+        """
+        found, positions = [], self.kl.shape[1]
+        edges = [0, *(n for n in LENGTHS if n < positions), positions]
+        for start, end in itertools.pairwise(edges):
+            at = slice(max(start, first), end)
+            kl, top1, lost = self.kl[:, at], self.top1[:, at], (self.nll - self.nll_exact)[:, at]
+            if not kl.size:
+                continue
+            row: dict[str, Any] = {"start": start, "end": end, "positions": int(kl.size)}
+            for name, x in (("kl_mean", kl), ("top1", top1), ("perplexity_ratio", lost)):
+                ci = bootstrap_ci(x.mean(axis=1), **bootstrap)
+                of = np.exp if name == "perplexity_ratio" else np.asarray
+                row[name] = float(of(x.mean()))
+                row[f"{name}_ci"] = None if ci is None else [float(y) for y in of(ci)]
+            tails = bootstrap_quantiles(kl, tuple(TAILS.values()), **bootstrap)
+            for i, (name, q) in enumerate(TAILS.items()):
+                row[name] = float(np.quantile(kl, q))
+                row[f"{name}_ci"] = None if tails is None else list(tails[i])
+            found.append(row)
+        return found
 
     def summary(self, *, level: float = 0.95, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
         """What a row of the quality table says.
@@ -204,3 +262,24 @@ def kl_by_position(kl: Float64[np.ndarray, "N P"], first: int = 0) -> list[dict[
         mean = float(scored.mean()) if scored.size else None
         found.append({"start": start, "end": end, "kl_mean": mean, "positions": int(scored.size)})
     return found
+
+
+def steps(
+    tokens: TokenMetrics,
+    kl: Float64[np.ndarray, "N S"],
+    top1: Float64[np.ndarray, "N S"],
+    **bootstrap: Any,
+) -> dict[str, Any]:
+    """The last S positions in one pass (`tokens`) and step by step: means, and their difference."""
+    passed = tokens.since(tokens.kl.shape[1] - kl.shape[1])
+    difference = kl - passed.kl
+    ci = bootstrap_ci(difference.mean(axis=1), **bootstrap)
+    return {
+        "positions": int(kl.size),
+        "kl_one_pass": float(passed.kl.mean()),
+        "kl_steps": float(kl.mean()),
+        "difference_ci": None if ci is None else list(ci),
+        "largest": float(np.abs(difference).max()),
+        "top1_one_pass": float(passed.top1.mean()),
+        "top1_steps": float(top1.mean()),
+    }

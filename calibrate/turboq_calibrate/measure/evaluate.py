@@ -1,34 +1,34 @@
 """The quality table: what each plan does to a model's predictions, over windows of text.
 
 Every text has its own windows and its own exact predictions. Plans advance together, some at a
-time (`teacher_forced`); what is finished can be kept, so an interruption does not repeat it.
+time (`teacher_forced`); what a window measured can be kept, so an interruption does not repeat it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float64, Int
 
 from turboq.cache import model_cache
 from turboq.cache.layer import KVLayer
 from turboq.codecs.transform_padded import shared_layer
 from turboq.errors import TurboqError
-from turboq.files import atomic_write, make_folder
-from turboq.plan import Plan, check_model, document
+from turboq.files import make_folder
+from turboq.plan import Plan, check_model
 from turboq.version import __version__
 from turboq_calibrate.cost import metrics
+from turboq_calibrate.measure import window_files
 from turboq_calibrate.measure.attention_plugs import (
     KERNELS,
     packed_attend,
@@ -36,11 +36,13 @@ from turboq_calibrate.measure.attention_plugs import (
     simulated_attend,
 )
 from turboq_calibrate.measure.broken import first_broken
-from turboq_calibrate.measure.quality_schema import SCHEMA, Part, read_json
-from turboq_calibrate.measure.quality_table import Quality, json_text
+from turboq_calibrate.measure.quality_schema import SCHEMA
+from turboq_calibrate.measure.quality_table import Quality
 from turboq_calibrate.measure.scored import Scored, scored
+from turboq_calibrate.measure.steps import step_by_step
 from turboq_calibrate.measure.storage_columns import storage_columns
 from turboq_calibrate.measure.teacher_forced import hidden_states, mean_errors, score
+from turboq_calibrate.measure.window_files import Measured, join
 from turboq_calibrate.models import Model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.run.peak_memory import peak_rss
@@ -82,6 +84,7 @@ def evaluate_texts(
     texts: Mapping[str, Int[np.ndarray, "N T"]],
     *,
     attention: str = "simulated",
+    steps: int = 0,
     context: int | None = None,
     window_batch: int = 1,
     plan_batch: int = 8,
@@ -110,68 +113,66 @@ def evaluate_texts(
       attention: "simulated" (quantize and dequantize, one parallel pass) or "packed" (prefill of
         the packed cache): the same numbers up to float32 rounding, layer by layer; "xla",
         "mosaic_tpu" or "triton" (packed, read by that kernel, interpreted where it cannot run).
+      steps: measure the last positions of every window, this many, once more token by token through
+        the packed cache (`step_by_step`); rows then say how far the two are apart.
       context: tokens at which `bits_per_channel_at_context` counts sinks, recent window, whole
         pages and static arrays; the model's context by default.
       window_batch: windows that run together; memory grows with it.
       plan_batch: plans that run together beside one exact pass; memory grows with it.
-      folder: keeps the part of every text and batch of plans, by a hash of all that it follows
-        from, and takes it from there the next time. Change nothing else and the table is the same
-        bytes, interrupted or not.
+      folder: keeps what every batch of windows and plans measured, by a hash of all that it
+        follows from, and takes it from there the next time: the table is the same bytes,
+        interrupted or not.
       progress: show a progress bar (plain lines without a terminal).
 
     Raises:
       TurboqError: no plans or windows, windows too short or longer than the model's context, plans
-        that do not fit the model or quantize nothing of a window, a damaged part in `folder`,
-        exact predictions that are not finite.
+        that do not fit the model or quantize nothing of a window, as many steps as a window has
+        tokens, a damaged file in `folder`, exact predictions that are not finite.
       NotFinite: a plan's are not: names the layer, side, head and token, and holds all other rows.
     """
     started = time.perf_counter()
-    _check(model, plans, texts, attention)
-    options = {
-        "attention": attention,
-        "context": model.spec.context if context is None else context,
-        "window_batch": window_batch,
-        "bootstrap": {"level": LEVEL, "samples": bootstrap_samples, "seed": seed},
-    }
-
-    def path(batch: Sequence[NamedPlan], text: str, windows: np.ndarray) -> Path | None:
-        if folder is None:
-            return None
-        return make_folder(folder) / _part_name(model, batch, text, windows, options)
-
-    jobs = [
-        _Job(batch, text, windows, path(batch, text, windows))
-        for batch in itertools.batched(plans, plan_batch)
+    _check(model, plans, texts, attention, steps)
+    context = model.spec.context if context is None else context
+    bootstrap = {"level": LEVEL, "samples": bootstrap_samples, "seed": seed}
+    how = {"attention": attention, "window_batch": window_batch, "steps": steps}
+    batches = list(itertools.batched(plans, plan_batch))
+    where = None if folder is None else make_folder(folder)
+    jobs = {
+        (number, text): [
+            _job(model, batch, windows[i : i + window_batch], how, where)
+            for i in range(0, len(windows), window_batch)
+        ]
+        for number, batch in enumerate(batches)
         for text, windows in texts.items()
-    ]
-    advice = "remove it to measure it again"
-    kept = [
-        None if x.path is None or not x.path.exists() else read_json(x.path, Part, otherwise=advice)
-        for x in jobs
-    ]
-    parts: dict[str, list[dict[str, Any]]] = {text: [] for text in texts}
-    done = sum(x.size for x, part in zip(jobs, kept, strict=True) if part is not None)
-    seconds, loaded, failures = 0.0, None, []
-    with Progress(sum(x.size for x in jobs), label="evaluate", enabled=progress, done=done) as bar:
-        for job, part in zip(jobs, kept, strict=True):
-            if part is None:
-                if loaded is None or loaded[0] is not job.plans:
-                    loaded = job.plans, {name: plan_layers(model, p, a) for name, p, a in job.plans}
-                begun = time.perf_counter()
-                part, failed = _measure(
-                    model, job.plans, loaded[1], job.text, job.windows, options, bar
+    }
+    every = [job for some in jobs.values() for job in some]
+    done = sum(job.size for job in every if job.kept)
+    seconds, parts, failures = 0.0, {text: [] for text in texts}, []
+    size = sum(job.size for job in every)
+    with Progress(size, label="evaluate", enabled=progress, done=done) as bar:
+        for number, batch in enumerate(batches):
+            layers = {name: plan_layers(model, plan, arrays) for name, plan, arrays in batch}
+            running = _running(layers, attention)
+            for text, windows in texts.items():
+                found = []
+                for job in jobs[number, text]:
+                    begun = time.perf_counter()
+                    found.append(job.kept or _measure(model, layers, running, job, how, text, bar))
+                    if not job.kept:
+                        seconds += time.perf_counter() - begun
+                        if job.path is not None:
+                            window_files.write(job.path, found[-1])
+                part, failed = _part(
+                    model, batch, layers, text, windows, join(found), context, bootstrap
                 )
-                seconds += time.perf_counter() - begun
+                parts[text].append(part)
                 failures += failed
-                if job.path is not None and not failed:
-                    atomic_write(job.path, json_text(part))
-            parts[job.text].append(part)
     table = {
         "schema": SCHEMA,
         "model": model.spec.name,
         "model_fingerprint": model.fingerprint,
         "attention": attention,
-        "bootstrap": options["bootstrap"],
+        "bootstrap": bootstrap,
         "texts": [some[0]["text"] for some in parts.values()],
         "rows": [row for some in parts.values() for part in some for row in part["rows"]],
         "head_errors": {
@@ -179,26 +180,27 @@ def evaluate_texts(
             for text, some in parts.items()
         },
     }
-    reused = sum(x.passes for x, part in zip(jobs, kept, strict=True) if part is not None)
-    passes = sum(x.passes for x in jobs) - reused
+    reused = sum(job.passes for job in every if job.kept)
+    passes = sum(job.passes for job in every) - reused
     quality = Quality(table=table, run=_run_info(started, seconds, passes, reused))
     if failures:
         raise NotFinite(failures, quality)
     return quality
 
 
-class _Job(NamedTuple):
-    """Some plans on one text, and the file that keeps what was found."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """Some plans on windows that run together; the file of what they measure, and what it held."""
 
-    plans: tuple[NamedPlan, ...]
-    text: str
-    windows: Int[np.ndarray, "N T"]
+    plans: int
+    windows: Int[np.ndarray, "B T"]
     path: Path | None
+    kept: Measured | None
 
     @property
     def passes(self) -> int:
         """Of a window through the model: one for every plan and one exact."""
-        return len(self.windows) * (len(self.plans) + 1)
+        return len(self.windows) * (self.plans + 1)
 
     @property
     def size(self) -> int:
@@ -206,91 +208,136 @@ class _Job(NamedTuple):
         return self.passes * self.windows.shape[1]
 
 
+def _job(
+    model: Model,
+    plans: Sequence[NamedPlan],
+    windows: Int[np.ndarray, "B T"],
+    how: dict[str, Any],
+    folder: Path | None,
+) -> _Job:
+    path = folder and folder / window_files.file_name(model, plans, windows, how)
+    due = window_files.shapes(model.spec, len(plans), windows.shape, how["steps"])
+    kept = window_files.read(path, due) if path else None
+    return _Job(plans=len(plans), windows=windows, path=path, kept=kept)
+
+
+def _running(layers: dict[str, Layers], attention: str) -> dict[str, list[Any]]:
+    """What the plug takes: one program for all learned segments."""
+    if attention == "simulated":
+        return {name: [x and shared_layer(x) for x in found] for name, found in layers.items()}
+    if attention == "packed":
+        return {name: model_cache.fresh(found) or found for name, found in layers.items()}
+    return dict(layers)
+
+
 def _measure(
+    model: Model,
+    layers: dict[str, Layers],
+    running: dict[str, list[Any]],
+    job: _Job,
+    how: dict[str, Any],
+    text: str,
+    bar: Progress,
+) -> Measured:
+    """What some plans do on some windows, as `window_files` holds it."""
+    windows, size = job.windows, how["window_batch"]
+    # A short last batch is filled up so that nothing is compiled for another shape.
+    tokens = np.concatenate([windows] + [windows[:1]] * (size - len(windows)))
+    steps = how["steps"]
+    # The head counts as one more layer, all steps of a plan as one more.
+    unit = job.size / (len(model.spec.layers) + 1 + bool(steps))
+    hidden, errors = hidden_states(
+        model, running, tokens, PLUGS[how["attention"]], lambda: bar.advance(unit, text)
+    )
+    nll, rows = score(model, hidden, tokens)
+    bar.advance(unit, text)
+    found = {"exact": np.stack(nll)[None]}
+    for name in window_files.TOKENS:
+        found[name] = np.stack([[row[name] for row in rows[plan]] for plan in layers])
+    for i in range(len(model.spec.layers)):
+        for name in errors[next(iter(layers))][i]:
+            found[f"errors.{i}.{name}"] = np.stack([errors[plan][i][name] for plan in layers])
+    if steps:
+        each = unit / len(layers) / (steps + 1)
+        walked = [
+            step_by_step(
+                model, layers[plan], tokens, hidden[None], steps, lambda: bar.advance(each, text)
+            )
+            for plan in layers
+        ]
+        for name in window_files.STEPS:
+            found[f"steps.{name}"] = np.stack([x[name] for x in walked]).astype(np.float64)
+    return {name: x[:, : len(windows)] for name, x in found.items()}
+
+
+def _part(
     model: Model,
     plans: Sequence[NamedPlan],
     layers: dict[str, Layers],
     text: str,
     windows: Int[np.ndarray, "N T"],
-    options: dict[str, Any],
-    bar: Progress,
+    found: Measured,
+    context: int,
+    bootstrap: dict[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
-    """A `Part`: some plans on one text; and why some have no row."""
-    size, names = options["window_batch"], list(layers)
-    running: dict[str, list[Any]] = dict(layers)
-    # One program for all learned segments.
-    if options["attention"] == "simulated":
-        running = {name: [x and shared_layer(x) for x in found] for name, found in layers.items()}
-    elif options["attention"] == "packed":
-        running = {name: model_cache.fresh(found) or found for name, found in layers.items()}
-    measured: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in names}
-    exact_nll: list[np.ndarray] = []
-    errors: dict[str, list[list[dict[str, np.ndarray]]]] = {name: [] for name in names}
-    for start in range(0, len(windows), size):
-        batch = windows[start : start + size]
-        # A short last batch is filled up so that nothing is compiled for another shape.
-        tokens = np.concatenate([batch] + [batch[:1]] * (size - len(batch)))
-        # The head counts as one more layer.
-        unit = batch.size * (len(plans) + 1) / (len(model.spec.layers) + 1)
-        hidden, found = hidden_states(
-            model, running, tokens, PLUGS[options["attention"]],
-            lambda unit=unit: bar.advance(unit, text),
-        )  # fmt: skip
-        nll, rows = score(model, hidden, tokens)
-        bar.advance(unit, text)
-        exact_nll.extend(nll[: len(batch)])
-        for name in names:
-            measured[name].extend(rows[name][: len(batch)])
-            kept = [{k: v[: len(batch)] for k, v in e.items()} for e in found[name]]
-            errors[name].append(kept)
-    exact = np.stack(exact_nll)
+    """Text, rows and head errors of some plans on one text; and why some have no row."""
+    exact = found["exact"][0]
     _check_exact(exact)
-    failed = {
-        name: f"{name}: {why}"
-        for name in names
-        if (why := _not_finite(model, layers[name], windows, measured[name], errors[name]))
+    rows, head_errors, failures = [], {}, []
+    for i, (name, plan, _) in enumerate(plans):
+        mine = {key: x[i] for key, x in found.items() if key != "exact"}
+        errors = [
+            {
+                key: mine[f"errors.{layer}.{key}"]
+                for key in window_files.ERRORS
+                if f"errors.{layer}.{key}" in mine
+            }
+            for layer in range(len(model.spec.layers))
+        ]
+        why = _not_finite(model, layers[name], windows, mine, errors)
+        if why:
+            failures.append(f"{name}: {why}")
+            continue
+        storage = storage_columns(name, plan, layers[name], model, context, windows.shape[1])
+        rows.append(storage | {"text": text} | _quality(plan, mine, exact, bootstrap))
+        head_errors[name] = mean_errors(errors)
+    text_row = {
+        "text": text,
+        "windows": len(windows),
+        "window_tokens": windows.shape[1],
+        "tokens": int(exact.size),
+        "windows_sha256": window_files.sha256(windows),
+        "perplexity": metrics.perplexity(exact),
     }
-    part = {
-        "text": {
-            "text": text,
-            "windows": len(windows),
-            "window_tokens": windows.shape[1],
-            "tokens": int(exact.size),
-            "windows_sha256": _sha256(windows),
-            "perplexity": metrics.perplexity(exact),
-        },
-        "rows": [
-            storage_columns(name, plan, layers[name], model, options["context"], windows.shape[1])
-            | {"text": text}
-            | _quality(plan, measured[name], exact, options["bootstrap"])
-            for name, plan, _ in plans
-            if name not in failed
-        ],
-        "head_errors": {name: mean_errors(errors[name]) for name in names if name not in failed},
-    }
-    return part, list(failed.values())
+    return {"text": text_row, "rows": rows, "head_errors": head_errors}, failures
 
 
 def _quality(
-    plan: Plan,
-    measured: list[dict[str, np.ndarray]],
-    exact: np.ndarray,
-    bootstrap: dict[str, Any],
+    plan: Plan, mine: Measured, exact: Float64[np.ndarray, "N P"], bootstrap: dict[str, Any]
 ) -> dict[str, Any]:
     """The columns of quality of one row."""
-    tokens = metrics.TokenMetrics.stack(
-        [m | {"nll_exact": nll} for m, nll in zip(measured, exact, strict=True)]
+    tokens = metrics.TokenMetrics(
+        kl=mine["kl"], nll=mine["nll"], nll_exact=exact, top1=mine["top1"]
     )
     scope = _scored(plan, exact.shape[1] + 1)
+    walked = {}
+    if "steps.kl" in mine:
+        walked = {"steps": metrics.steps(tokens, mine["steps.kl"], mine["steps.top1"], **bootstrap)}
     return {
         "quantized_tokens": scope.quantized * len(exact),
         **tokens.since(scope.first).summary(**bootstrap),
         "kl_by_position": metrics.kl_by_position(tokens.kl, scope.first),
+        "by_position": tokens.by_position(scope.first, **bootstrap),
+        **walked,
     }
 
 
 def _check(
-    model: Model, plans: Sequence[NamedPlan], texts: Mapping[str, np.ndarray], attention: str
+    model: Model,
+    plans: Sequence[NamedPlan],
+    texts: Mapping[str, np.ndarray],
+    attention: str,
+    steps: int,
 ) -> None:
     names = [name for name, _, _ in plans]
     if not names:
@@ -308,6 +355,11 @@ def _check(
                 f"{text}: windows of shape {windows.shape}: need one of two tokens or more"
             )
         model.spec.check_length(length, f"{text}: windows")
+        if not 0 <= steps < length:
+            raise TurboqError(
+                f"{text}: {steps=} must be less than the {length} tokens of a window, of which the "
+                "last has nothing to predict"
+            )
     geometry = model_geometry(model)
     for name, plan, _ in plans:
         try:
@@ -335,16 +387,16 @@ def _not_finite(
     model: Model,
     layers: Layers,
     windows: Int[np.ndarray, "N T"],
-    measured: list[dict[str, np.ndarray]],
-    errors: list[list[dict[str, np.ndarray]]],
+    mine: Measured,
+    errors: list[dict[str, np.ndarray]],
 ) -> str | None:
     """What is not finite of a plan's predictions and errors, and where that comes from."""
-    stored = np.concatenate(
-        [np.sum([e.sum(axis=1) for x in batch for e in x.values()], axis=0) for batch in errors]
-    )
-    for window, (row, error) in enumerate(zip(measured, stored, strict=True)):
-        bad = ~np.isfinite(row["nll"] + row["kl"])
-        if not bad.any() and np.isfinite(error):
+    stored = np.sum([e.sum(axis=1) for layer in errors for e in layer.values()], axis=0)
+    walked = mine.get("steps.kl", np.zeros((len(windows), 0)))
+    for window in range(len(windows)):
+        bad = ~np.isfinite(mine["nll"][window] + mine["kl"][window])
+        bad[len(bad) - walked.shape[1] :] |= ~np.isfinite(walked[window])
+        if not bad.any() and np.isfinite(stored[window]):
             continue
         where = f"at position {np.argmax(bad)} " if bad.any() else ""
         cause = first_broken(model, layers, windows[window])
@@ -359,36 +411,6 @@ def plan_layers(model: Model, plan: Plan, arrays: dict[str, np.ndarray]) -> list
         plan.kv_layer(i, arrays) if spec.owns_cache else None
         for i, spec in enumerate(model.spec.layers)
     ]
-
-
-def _part_name(
-    model: Model,
-    plans: Sequence[NamedPlan],
-    text: str,
-    windows: Int[np.ndarray, "N T"],
-    options: dict[str, Any],
-) -> str:
-    """File of these plans on this text: a hash of all that its numbers follow from."""
-    inputs = [
-        SCHEMA,
-        [__version__, jax.__version__, jax.default_backend()],
-        [model.fingerprint, model.dtype],
-        [text, windows.shape, _sha256(windows)],
-        options,
-        [(name, document(plan)["hash"], _arrays_sha256(arrays)) for name, plan, arrays in plans],
-    ]
-    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32] + ".json"
-
-
-def _sha256(windows: Int[np.ndarray, "N T"]) -> str:
-    return hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
-
-
-def _arrays_sha256(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name, x in sorted(arrays.items()):
-        digest.update(f"{name} {x.dtype.str} {x.shape}\n".encode() + x.tobytes())
-    return digest.hexdigest()
 
 
 def _run_info(started: float, timed: float, passes: int, reused: int) -> dict[str, Any]:

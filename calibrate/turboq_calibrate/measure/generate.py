@@ -7,24 +7,20 @@ cache they produce the same tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from turboq.cache import contiguous as caches
-from turboq.cache import model_cache, overflow
+from turboq.cache import overflow
 from turboq.cache.layer import KVLayer
 from turboq.errors import TurboqError
-from turboq_calibrate.measure.attention_plugs import Cached, Pooled, cached_by, pool_by
 from turboq_calibrate.measure.broken import first_broken
+from turboq_calibrate.measure.decode_cache import ByLayer, OnePool, feed, open_cache
 from turboq_calibrate.models import Model, embed_tokens
-from turboq_calibrate.models.decoder import Params, exact_attend, run_head, run_layer
-from turboq_calibrate.models.spec import LayerSpec
-from turboq_kernels import columns
+from turboq_calibrate.models.decoder import exact_attend, run_head, run_layer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,78 +71,9 @@ def greedy(
         return _plain(model, prompt, steps, keep_logits)
     if len(layers) != len(model.spec.layers):
         raise ValueError(f"{len(layers)=} must be the number of layers, {len(model.spec.layers)}")
-    pooled = attention in (None, *columns.IMPLEMENTATIONS)
-    form = model_cache.forms(layers) if pooled else None
     # The last token is returned but never written, hence one token less.
-    batch, capacity = len(prompt), total - 1
-    if form is not None:
-        cache = _OnePool(form, batch, capacity, attention)
-    else:
-        cache = _ByLayer(layers, batch, capacity, cached_by(attention))
+    cache = open_cache(layers, len(prompt), total - 1, attention)
     return _cached(model, prompt, steps, layers, cache, keep_logits)
-
-
-class _ByLayer:
-    """A cache per layer, of any codecs; a program per kind of layer."""
-
-    def __init__(self, layers: Sequence[KVLayer], batch: int, capacity: int, attend: Callable):
-        self.attend = attend
-        self.states = [
-            # The copy is ours to donate; the caller's arrays stay valid.
-            Cached(
-                layer=jax.tree.map(jnp.copy, layer),
-                cache=caches.init(layer, batch=batch, capacity=capacity),
-            )
-            for layer in layers
-        ]
-
-    def hold(self, new: int) -> None:
-        """Room for the windows of the next `new` queries: each layer's write and plug see to it."""
-
-    def layer(self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array) -> Array:
-        x, self.states[i] = run_layer(
-            spec, params, x, positions, self.attend, self.states[i], donate=True
-        )
-        return x
-
-    def counters(self) -> list[Any]:
-        """Whatever counts an overflow."""
-        return [state.cache for state in self.states]
-
-    def nbytes(self) -> int:
-        return sum(state.cache.nbytes for state in self.states)
-
-
-class _OnePool:
-    """One cache of all layers, whose heads differ in data only: one program per kind of layer."""
-
-    def __init__(
-        self, form: model_cache.ModelForm, batch: int, capacity: int, attention: str | None
-    ):
-        self.form, self.attend = form, pool_by(attention)
-        self.states, self.pools = model_cache.init(form, batch=batch, capacity=capacity)
-        kernel = attention not in (None, "xla") or jax.default_backend() != "cpu"
-        self.matrices = [
-            columns.prepare(state, self.pools[pool]) if kernel else None
-            for state, pool in zip(self.states, form.pool_of, strict=True)
-        ]
-
-    def hold(self, new: int) -> None:
-        self.states, self.pools = model_cache.holding(self.form, self.states, self.pools, new=new)
-
-    def layer(self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array) -> Array:
-        pool = self.form.pool_of[i]
-        state = Pooled(layer=self.states[i], words=self.pools[pool], matrices=self.matrices[i])
-        x, state = run_layer(spec, params, x, positions, self.attend, state, donate=True)
-        self.states[i], self.pools[pool] = state.layer, state.words
-        self.matrices[i] = state.matrices
-        return x
-
-    def counters(self) -> list[Any]:
-        return list(self.states)
-
-    def nbytes(self) -> int:
-        return model_cache.nbytes(self.states, self.pools)
 
 
 def _cached(
@@ -154,12 +81,11 @@ def _cached(
     prompt: np.ndarray,
     steps: int,
     layers: Sequence[KVLayer],
-    cache: _ByLayer | _OnePool,
+    cache: ByLayer | OnePool,
     keep_logits: bool,
 ) -> Generation:
-    batch, length = prompt.shape
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    logits = _step(model, jnp.asarray(prompt), positions, cache)
+    length = prompt.shape[1]
+    logits = feed(model, cache, jnp.asarray(prompt), 0)[:, 0]
     tokens, kept = [], []
     for step in range(steps):
         if (bad := _first_bad(logits)) is not None:
@@ -171,26 +97,9 @@ def _cached(
         if keep_logits:
             kept.append(np.asarray(logits))
         if step + 1 < steps:
-            where = jnp.full((batch, 1), length + step, jnp.int32)
-            logits = _step(model, jnp.asarray(token)[:, None], where, cache)
+            logits = feed(model, cache, jnp.asarray(token)[:, None], length + step)[:, 0]
     overflow.check(cache.counters())
     return _generation(tokens, kept, cache.nbytes())
-
-
-def _step(
-    model: Model,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    cache: _ByLayer | _OnePool,
-) -> Float[Array, "B V"]:
-    """Writes the tokens into the cache, which is updated; returns the last one's logits."""
-    x = embed_tokens(model, tokens)
-    cache.hold(tokens.shape[1])
-    for i, spec in enumerate(model.spec.layers):
-        x = cache.layer(i, spec, model.layer(i), x, positions)
-    if tokens.shape[1] > 1:  # what only the chunk's own queries needed is given up
-        cache.hold(1)
-    return run_head(model.spec, model.head_params(), x[:, -1:])[:, 0]
 
 
 def _plain(model: Model, prompt, steps: int, keep_logits: bool) -> Generation:

@@ -14,8 +14,10 @@ from turboq.files import atomic_write
 from turboq_calibrate.measure import pictures
 from turboq_calibrate.measure.quality_table import (
     LONG,
+    QUALITY,
     Quality,
     by_position,
+    by_step,
     by_text,
     cautions,
     display,
@@ -23,6 +25,7 @@ from turboq_calibrate.measure.quality_table import (
     read_quality,
     scopes,
 )
+from turboq_calibrate.tasks.results import RESULTS, cells, notes_of, read_results
 
 REPORT = "report.html"
 
@@ -55,16 +58,29 @@ def write_report(folder: str | Path, *, heat_map_plans: list[str] | None = None)
     Args:
       heat_map_plans: rows to show in the heat maps; by default all that quantize.
 
+    What `turboq evaluate` and `turboq tasks` wrote there is one page; either may be missing.
+
     Raises:
-      TurboqError: no readable `quality.json`, or the folder cannot be written.
+      TurboqError: neither `quality.json` nor `tasks.json`, or an unreadable one, or the folder
+        cannot be written.
     """
-    quality = read_quality(folder)
-    path = Path(folder) / REPORT
-    atomic_write(path, render(quality, heat_map_plans))
+    folder = Path(folder)
+    tasks = read_results(folder) if (folder / RESULTS).exists() else None
+    path = folder / REPORT
+    if tasks is not None and not (folder / QUALITY).exists():
+        title = f"KV-cache quantization of {tasks['model']}"
+        page = _page(title, [f"<h1>{_text(title)}</h1>", *_tasks(tasks)])
+    else:
+        page = render(read_quality(folder), heat_map_plans, tasks)
+    atomic_write(path, page)
     return path
 
 
-def render(quality: Quality, heat_map_plans: list[str] | None = None) -> str:
+def render(
+    quality: Quality,
+    heat_map_plans: list[str] | None = None,
+    tasks: dict[str, Any] | None = None,
+) -> str:
     """The page as text.
 
     Raises:
@@ -120,9 +136,34 @@ def render(quality: Quality, heat_map_plans: list[str] | None = None) -> str:
             "Everything resident for one sequence: whole pages, scales, exact sinks and recent "
             "window, fitted arrays and static tables. Plans within 2 % share a line.",
         ),
+        *([] if tasks is None else _tasks(tasks)),
         "<h2>How this was measured</h2>",
         _facts(quality),
     ]
+    return _page(title, body)
+
+
+def _tasks(tasks: dict[str, Any]) -> list[str]:
+    """What `turboq tasks` found: as printed, and drawn."""
+    (_, *notes) = notes_of(tasks)
+    return [
+        "<h2>Tasks</h2>",
+        _table(cells(tasks["rows"])),
+        '<p class="soft">exact: with an exact cache the right answer is the likeliest of those '
+        "offered; written: greedy decoding writes it. Plans: change of its log-probability in "
+        "nats, and how often greedy decoding writes what it writes with the exact cache.</p>",
+        *(f'<p class="soft">{_text(note)}.</p>' for note in notes),
+        *_figure(
+            "Which tasks tolerate how many bits",
+            pictures.loss_by_task(tasks["rows"]),
+            "Loss of log-probability of the right answer, nats, of tasks that the exact cache can "
+            "do, the most sensitive one on top. The scale is logarithmic; losses below its lower "
+            "end, gains too, have its lowest colour.",
+        ),
+    ]
+
+
+def _page(title: str, body: list[str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -195,8 +236,10 @@ def _quality(quality: Quality) -> list[str]:
         parts.append(_table([display(row, text["window_tokens"]) for row in rows]))
         said = scopes(rows, text["tokens"]) + cautions(rows, text)
         parts += [f'<p class="soft">{_text(x)}.</p>' for x in said]
-        if text["window_tokens"] > LONG:
-            parts += ["<h3>Mean KL by position</h3>", _table(by_position(rows))]
+        if text["window_tokens"] > LONG and (buckets := by_position(rows)):
+            parts += ["<h3>By position</h3>", _table(buckets)]
+        if walked := by_step(rows):
+            parts += ["<h3>Step by step through the packed cache</h3>", _table(walked)]
     return parts
 
 

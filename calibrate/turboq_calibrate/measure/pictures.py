@@ -324,6 +324,54 @@ def kl_against_position(rows: list[Row], texts: list[str]) -> str | None:
         return _svg(figure, "position", f"{alt} nats per token.")
 
 
+def loss_by_task(rows: list[Row]) -> str | None:
+    """Loss of log-probability (log colours) of tasks that count, plans by their bits.
+
+    Rows of `tasks.json`; tasks at several lengths are rows of their own. None without a loss.
+    """
+    counted = [r for r in rows if not r["at_chance"]]
+    plans = list(dict.fromkeys(r["plan"] for r in sorted(counted, key=_bits)))
+    loss = {(r["task"], r["length"], r["plan"]): -r["logp_change"] for r in counted}
+    if not any(x > 0 for x in loss.values()):
+        return None
+    places = list(dict.fromkeys(key[:2] for key in loss))
+    grid = np.array([[loss.get((*place, plan), np.nan) for plan in plans] for place in places])
+    order = np.argsort(-np.nanmean(grid, axis=1), kind="stable")
+    grid, places = grid[order], [places[i] for i in order]
+    high = float(np.nanmax(grid))
+    low = high / 1000
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 1.6 + 0.24 * len(places)), layout="constrained")
+        axes = figure.subplots()
+        mesh = axes.pcolormesh(
+            np.ma.masked_invalid(np.maximum(grid, low)), norm=LogNorm(low, high),
+            cmap=mpl.colormaps["viridis"].resampled(48), linewidth=0.3, edgecolors="face",
+        )  # fmt: skip
+        axes.invert_yaxis()
+        several = len({length for _, length in places}) > 1
+        names = [f"{task} at {length}" if several else task for task, length in places]
+        axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=_SMALL)
+        axes.set_xticks(
+            np.arange(len(plans)) + 0.5,
+            [textwrap.fill(plan, 14, break_long_words=False) for plan in plans],
+            fontsize=_SMALL, rotation=40, ha="right",
+        )  # fmt: skip
+        axes.tick_params(length=0)
+        bar = figure.colorbar(mesh, ax=axes, pad=0.02)
+        bar.set_label("loss, nats")
+        bar.outline.set_visible(False)
+        if bar.solids is not None:
+            bar.solids.set_edgecolor("face")
+        bar.ax.yaxis.set_major_locator(_log_ticks(low, high))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        bar.ax.yaxis.set_minor_locator(NullLocator())
+        worst = ", ".join(
+            f"{plan} {names[int(np.nanargmax(column))]} {np.nanmax(column):.3g}"
+            for plan, column in zip(plans, grid.T, strict=True)
+        )
+        return _svg(figure, "tasks", f"Loss of log-probability by task. Largest: {worst} nats.")
+
+
 def memory_against_context(rows: list[Row]) -> str | None:
     """Cache bytes of one sequence against its length; plans within 2 % share a line."""
     groups: list[list[Row]] = []

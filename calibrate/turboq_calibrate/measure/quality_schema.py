@@ -28,6 +28,42 @@ class Bucket:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Reach:
+    """Positions [start, end), by length of context (`metrics.TokenMetrics.by_position`)."""
+
+    start: int
+    end: int
+    positions: int
+    kl_mean: float
+    kl_mean_ci: tuple[float, float] | None
+    kl_p99: float
+    kl_p99_ci: tuple[float, float] | None
+    kl_p999: float
+    kl_p999_ci: tuple[float, float] | None
+    top1: float
+    top1_ci: tuple[float, float] | None
+    perplexity_ratio: float
+    perplexity_ratio_ci: tuple[float, float] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steps:
+    """The last positions of every window, in one pass and token by token through the packed cache.
+
+    difference_ci: interval over windows of `kl_steps` - `kl_one_pass` (None with one window).
+    largest: difference of the two at any one position.
+    """
+
+    positions: int
+    kl_one_pass: float
+    kl_steps: float
+    difference_ci: tuple[float, float] | None
+    largest: float
+    top1_one_pass: float
+    top1_steps: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
     sinks: int
     recent: int
@@ -72,6 +108,10 @@ class Row:
     bits_per_channel_at_window: float | None = dataclasses.field(
         default=None, metadata={"optional": True}
     )
+    by_position: tuple[Reach, ...] | None = dataclasses.field(
+        default=None, metadata={"optional": True}
+    )
+    steps: Steps | None = dataclasses.field(default=None, metadata={"optional": True})
 
     def __post_init__(self):
         if not all(key.isdecimal() for key in self.cache_bytes):
@@ -97,15 +137,6 @@ class HeadErrors:
     k_logit_rms: tuple[tuple[float, ...] | None, ...]
     k_rel_mse: tuple[tuple[float, ...] | None, ...]
     v_rel_mse: tuple[tuple[float, ...] | None, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """One text under some of the plans."""
-
-    text: Text
-    rows: tuple[Row, ...]
-    head_errors: dict[str, HeadErrors]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

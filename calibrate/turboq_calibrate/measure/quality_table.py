@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +156,47 @@ def by_text(quality: Quality) -> list[dict[str, str]]:
 
 
 def by_position(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """One dict per plan: its mean KL in every bucket of positions ("-" where none was scored)."""
+    """One dict per plan and bucket of positions, with the interval of every number."""
     return [
-        {"plan": row["name"]}
-        | {
-            f"{b['start']}..{b['end'] - 1}": "-" if b["kl_mean"] is None else nats(b["kl_mean"])
-            for b in row["kl_by_position"]
+        {
+            "plan": row["name"],
+            "positions": f"{b['start']}..{b['end'] - 1}",
+            "KL mean": _with(nats, b["kl_mean"], b["kl_mean_ci"]),
+            "p99": _with(nats, b["kl_p99"], b["kl_p99_ci"]),
+            "p99.9": _with(nats, b["kl_p999"], b["kl_p999_ci"]),
+            "top-1, %": _with(lambda x: f"{100 * x:.1f}", b["top1"], b["top1_ci"]),
+            "perplexity ratio": _with(
+                lambda x: f"{x:.4f}", b["perplexity_ratio"], b["perplexity_ratio_ci"]
+            ),
         }
         for row in rows
+        for b in row.get("by_position", ())
     ]
+
+
+def by_step(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """One dict per plan that was also fed token by token: both ways, and their difference."""
+    return [
+        {
+            "plan": row["name"],
+            "positions": str(s["positions"]),
+            "KL, one pass": nats(s["kl_one_pass"]),
+            "KL, step by step": nats(s["kl_steps"]),
+            "difference": _with(
+                lambda x: f"{x:+.1e}", s["kl_steps"] - s["kl_one_pass"], s["difference_ci"]
+            ),
+            "largest": nats(s["largest"]),
+            "top-1, one pass": f"{100 * s['top1_one_pass']:.1f} %",
+            "top-1, step by step": f"{100 * s['top1_steps']:.1f} %",
+        }
+        for row in rows
+        if (s := row.get("steps")) is not None
+    ]
+
+
+def _with(shown: Callable[[float], str], x: float, ci: Sequence[float] | None) -> str:
+    """A number and its interval."""
+    return shown(x) if ci is None else f"{shown(x)} ({shown(ci[0])} .. {shown(ci[1])})"
 
 
 def scopes(rows: Sequence[Row], tokens: int) -> list[str]:
@@ -229,7 +261,8 @@ def _perplexity(x: float) -> str:
 def format_table(quality: Quality) -> str:
     """The printed table: what was measured, one aligned line per plan, what was scored.
 
-    Several texts are columns, and a window above `LONG` tokens adds a table of KL by position.
+    Several texts are columns; a window above `LONG` tokens adds a table of quality by position,
+    and plans that were also fed token by token one of both ways.
     """
     t = quality.table
     several = len(t["texts"]) > 1
@@ -247,8 +280,10 @@ def format_table(quality: Quality) -> str:
             table = aligned(display(row, window) for row in rows)
             lines += [f"{lines.pop()}, {what}", *table]
         lines += scopes(rows, text["tokens"]) + cautions(rows, text)
-        if text["window_tokens"] > LONG:
-            lines += [f"{text['text']}: mean KL by position", *aligned(by_position(rows))]
+        if window > LONG and (buckets := by_position(rows)):
+            lines += [f"{text['text']}: by position", *aligned(buckets)]
+        if walked := by_step(rows):
+            lines += [f"{text['text']}: through the packed cache", *aligned(walked)]
     return "\n".join(lines)
 
 

@@ -90,15 +90,15 @@ def _padded(x: Float[Array, "B T M"], pad: int) -> Float[Array, "n M"]:
     return jnp.pad(x.reshape(-1, x.shape[-1]), ((0, pad), (0, 0)))
 
 
-def mean_errors(batches: list[list[dict[str, np.ndarray]]]) -> dict[str, list]:
-    """[batch][layer] -> [N, K] to measure -> [layer] -> K numbers (None: no cache), 5 digits."""
+def mean_errors(layers: list[dict[str, np.ndarray]]) -> dict[str, list]:
+    """[layer] -> [N, K] to measure -> [layer] -> K numbers (None: no cache), 5 digits."""
     out: dict[str, list] = {"k_logit_rms": [], "k_rel_mse": [], "v_rel_mse": []}
-    for layer in zip(*batches, strict=True):
-        if not layer[0]:
+    for layer in layers:
+        if not layer:
             for values in out.values():
                 values.append(None)
             continue
-        mean = {key: np.concatenate([e[key] for e in layer]).mean(axis=0) for key in layer[0]}
+        mean = {key: x.mean(axis=0) for key, x in layer.items()}
         mean["k_logit_rms"] = np.sqrt(mean.pop("k_logit_mse"))
         for key, values in out.items():
             values.append([float(f"{x:.5g}") for x in mean[key]])

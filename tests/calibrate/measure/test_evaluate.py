@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quality_cases
+import safetensors.numpy
 from plan_cases import random_fit
 from tolerances import TOL
 
 from turboq.cache import accounting
 from turboq.cache.layer import TokenPolicy, uniform_layer
 from turboq.cache.simulate import attend_to, simulate, simulated_attention
-from turboq.codecs import Exact, KiviKey, PerHead, TurboQuantMSE, TurboQuantProd
+from turboq.codecs import Exact, KiviKey, PerHead, Transform, TurboQuantMSE, TurboQuantProd
 from turboq.errors import TurboqError
 from turboq.plan import collect_arrays, head_plan, uniform_plan
 from turboq_calibrate.cost import metrics
@@ -455,6 +456,36 @@ def test_positions_of_the_window(rng):
     assert [b["end"] for b in metrics.kl_by_position(kl[:, :257])] == [256, 257]
 
 
+def test_quality_by_position_against_loops(rng, monkeypatch):
+    """Buckets end at 1024, 4096, ...; intervals are of resampled windows, taken whole."""
+    monkeypatch.setattr(metrics, "LENGTHS", (10, 40))
+    kl, nll, exact = (rng.exponential(size=(5, 57)) for _ in range(3))
+    top1 = (rng.random((5, 57)) < 0.7).astype(float)
+    tokens = metrics.TokenMetrics(kl=kl, nll=nll, nll_exact=exact, top1=top1)
+    drawn = metrics._resamples(5, 50, 3)
+    found = tokens.by_position(4, samples=50, seed=3)
+    edges = [(0, 10), (10, 40), (40, 57)]
+    assert [(b["start"], b["end"]) for b in found] == edges
+    for bucket, (start, end) in zip(found, edges, strict=True):
+        at = slice(max(start, 4), end)
+        assert bucket["positions"] == 5 * (end - max(start, 4))
+        want = {
+            "kl_mean": lambda w, at=at: kl[w, at].mean(),
+            "kl_p99": lambda w, at=at: np.percentile(kl[w, at], 99),
+            "kl_p999": lambda w, at=at: np.percentile(kl[w, at], 99.9),
+            "top1": lambda w, at=at: top1[w, at].mean(),
+            "perplexity_ratio": lambda w, at=at: (nll - exact)[w, at].mean(),
+        }
+        for name, of in want.items():
+            shown = np.exp if name == "perplexity_ratio" else np.asarray
+            assert bucket[name] == pytest.approx(shown(of(np.arange(5))), rel=TOL["f64"]), name
+            ci = shown(np.quantile([of(w) for w in drawn], [0.025, 0.975]))
+            np.testing.assert_allclose(bucket[f"{name}_ci"], ci, rtol=TOL["f64"], err_msg=name)
+    assert [b["start"] for b in tokens.by_position(12)] == [10, 40]
+    one = metrics.TokenMetrics(kl=kl[:1], nll=nll[:1], nll_exact=exact[:1], top1=top1[:1])
+    assert one.by_position()[0]["kl_p99_ci"] is None
+
+
 def test_rows_hold_their_buckets(model, plans, rng, monkeypatch):
     """Weighted by their positions, the buckets' means are the row's; long windows print them."""
     monkeypatch.setattr(quality, "LONG", 100)
@@ -466,8 +497,9 @@ def test_rows_hold_their_buckets(model, plans, rng, monkeypatch):
         assert bucket["positions"] == row["scored_positions"] == 2 * (255 - 5)
         assert bucket["kl_mean"] == pytest.approx(row["kl_mean"], rel=TOL["f64"])
     lines = quality.format_table(found).splitlines()
-    assert lines[-5:-3] == ["noise: mean KL by position", lines[-4]]
-    assert lines[-4].split() == ["plan", "0..254"]
+    assert lines[-5] == "noise: by position"
+    assert lines[-4].split()[:4] == ["plan", "positions", "KL", "mean"]
+    assert [line.split()[2] for line in lines[-2:]] == ["0..254"] * 2
 
 
 def brute_force(window, layer, length):
@@ -560,14 +592,17 @@ def test_texts_are_measured_by_themselves(model, plans, texts):
 
 
 def test_interrupted_and_continued_is_the_same_table(model, plans, texts, tmp_path, monkeypatch):
+    """Every window is kept by itself; what is only a summary of it is made again."""
     some, whole = plans[1:4], evaluate_texts(model, plans[1:4], texts, progress=False)
-    calls = []
-    measure = evaluation._measure
+    calls, measure = [], evaluation._measure
 
     def interrupted(*args):
-        calls.append(args[3])
         if len(calls) == 3:
             raise KeyboardInterrupt
+        return counted(*args)
+
+    def counted(*args):
+        calls.append(args[5])
         return measure(*args)
 
     def again(which=some, **options):
@@ -579,23 +614,59 @@ def test_interrupted_and_continued_is_the_same_table(model, plans, texts, tmp_pa
     monkeypatch.setattr(evaluation, "_measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         again()
-    monkeypatch.setattr(evaluation, "_measure", lambda *a: calls.append(a[3]) or measure(*a))
+    monkeypatch.setattr(evaluation, "_measure", counted)
     found = again()
-    assert calls == list(texts)  # the second batch only
+    assert calls == ["more noise", *(["noise"] * 2), *(["more noise"] * 2)]  # 3 of 8 were kept
     assert found.table == whole.table
-    assert (found.run["windows_measured"], found.run["windows_reused"]) == (2 * 4, 3 * 4)
+    assert (found.run["windows_measured"], found.run["windows_reused"]) == (3 + 4 * 2, 3 * 3)
     assert again().run["seconds_per_plan_and_window"] is None  # all of it reused
+    assert calls == []
+    assert again(seed=1, context=64).table["bootstrap"]["seed"] == 1
     assert calls == []
     name, plan, arrays = some[2]
     other = {key: x + 1 if key.endswith("mean") else x for key, x in arrays.items()}
-    for changed in ({"seed": 1}, {"context": 64}, {"which": [*some[:2], (name, plan, other)]}):
-        again(**changed)
-        assert calls == (list(texts) if "which" in changed else [*texts, *texts])
-    for part in tmp_path.glob("*.json"):
-        part.write_text("{}")
-    with pytest.raises(TurboqError, match=r"\.json: text: missing: remove it"):
-        again()
-    assert calls == []  # found before anything is measured
+    again([*some[:2], (name, plan, other)])
+    assert calls == ["noise", "noise", "more noise", "more noise"]  # the second batch of plans
+    file = sorted(tmp_path.glob("*.safetensors"))[0]
+    held = safetensors.numpy.load(file.read_bytes())
+    for damage in (
+        b"{}",
+        safetensors.numpy.save({k: x for k, x in held.items() if k != "kl"}),
+        safetensors.numpy.save(held | {"kl": held["kl"][:, :, 1:].copy()}),
+        safetensors.numpy.save({k: x.astype(np.float32) for k, x in held.items()}),
+    ):
+        file.write_bytes(damage)
+        with pytest.raises(TurboqError, match=r"\.safetensors: .*remove it to measure") as error:
+            again()
+        assert "\n" not in str(error.value)
+        assert calls == []  # found before anything is measured
+
+
+def test_step_by_step_against_one_pass_and_float64(model, plans, windows, tmp_path):
+    """The last positions, fed to the packed cache one by one: an engine's way to the same KL."""
+    some = [
+        plans[1],
+        plans[3],
+        named(model, "mixed 2", Transform(dim=16, segments=((8, 4), (8, 1)), gain="code")),
+    ]
+    found = evaluate(model, some, windows, text="noise", steps=4, progress=False, folder=tmp_path)
+    plain = evaluate(model, some, windows, text="noise", progress=False)
+    for row, without, (_, plan, arrays) in zip(found.rows, plain.rows, some, strict=True):
+        steps = row["steps"]
+        assert {k: x for k, x in row.items() if k != "steps"} == without
+        kl, _, _, top1 = independent(model, plan, arrays, windows)
+        close = {"rel": TOL["kl_model_rel"], "abs": TOL["kl_packed"]}
+        assert steps["positions"] == 3 * 4
+        assert steps["kl_one_pass"] == pytest.approx(kl[:, -4:].mean(), **close)
+        assert steps["kl_steps"] == pytest.approx(kl[:, -4:].mean(), **close)
+        assert steps["kl_steps"] > 10 * TOL["kl_packed"]
+        assert steps["largest"] <= TOL["kl_packed"]
+        assert steps["top1_steps"] == steps["top1_one_pass"] == top1[:, -4:].mean()
+    again = evaluate(model, some, windows, text="noise", steps=4, progress=False, folder=tmp_path)
+    assert (again.table, again.run["windows_measured"]) == (found.table, 0)
+    assert "noise: through the packed cache" in quality.format_table(found)
+    with pytest.raises(TurboqError, match="steps=21 must be less than the 21 tokens"):
+        evaluate(model, some, windows, text="noise", steps=21, progress=False)
 
 
 def test_output_folder_that_is_a_file(measured, tmp_path):

@@ -1,0 +1,128 @@
+"""The packed cache of a whole model while it decodes: made once, fed some tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from turboq.cache import contiguous as caches
+from turboq.cache import model_cache
+from turboq.cache.layer import KVLayer
+from turboq_calibrate.measure.attention_plugs import Cached, Pooled, cached_by, pool_by
+from turboq_calibrate.models import Model, embed_tokens
+from turboq_calibrate.models.decoder import Params, run_head, run_layer
+from turboq_calibrate.models.spec import LayerSpec
+from turboq_kernels import columns
+
+
+class ByLayer:
+    """A cache per layer, of any codecs; a program per kind of layer."""
+
+    def __init__(self, layers: Sequence[KVLayer], batch: int, capacity: int, attend: Callable):
+        self.attend = attend
+        self.states = [
+            # The copy is ours to donate; the caller's arrays stay valid.
+            Cached(
+                layer=jax.tree.map(jnp.copy, layer),
+                cache=caches.init(layer, batch=batch, capacity=capacity),
+            )
+            for layer in layers
+        ]
+
+    def hold(self, new: int) -> None:
+        """Room for the windows of the next `new` queries: each layer's write and plug see to it."""
+
+    def layer(
+        self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array, *, keep: bool
+    ) -> Array:
+        x, state = run_layer(
+            spec, params, x, positions, self.attend, self.states[i], donate=not keep
+        )
+        if not keep:
+            self.states[i] = state
+        return x
+
+    def counters(self) -> list[Any]:
+        """Whatever counts an overflow."""
+        return [state.cache for state in self.states]
+
+    def nbytes(self) -> int:
+        return sum(state.cache.nbytes for state in self.states)
+
+
+class OnePool:
+    """One cache of all layers, whose heads differ in data only: one program per kind of layer."""
+
+    def __init__(
+        self, form: model_cache.ModelForm, batch: int, capacity: int, attention: str | None
+    ):
+        self.form, self.attend = form, pool_by(attention)
+        self.states, self.pools = model_cache.init(form, batch=batch, capacity=capacity)
+        kernel = attention not in (None, "xla") or jax.default_backend() != "cpu"
+        self.matrices = [
+            columns.prepare(state, self.pools[pool]) if kernel else None
+            for state, pool in zip(self.states, form.pool_of, strict=True)
+        ]
+
+    def hold(self, new: int) -> None:
+        self.states, self.pools = model_cache.holding(self.form, self.states, self.pools, new=new)
+
+    def layer(
+        self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array, *, keep: bool
+    ) -> Array:
+        pool = self.form.pool_of[i]
+        state = Pooled(layer=self.states[i], words=self.pools[pool], matrices=self.matrices[i])
+        x, state = run_layer(spec, params, x, positions, self.attend, state, donate=not keep)
+        if not keep:  # a layer reads its own columns only: the next one needs none of these
+            self.states[i], self.pools[pool] = state.layer, state.words
+            self.matrices[i] = state.matrices
+        return x
+
+    def counters(self) -> list[Any]:
+        return list(self.states)
+
+    def nbytes(self) -> int:
+        return model_cache.nbytes(self.states, self.pools)
+
+
+def open_cache(
+    layers: Sequence[KVLayer], batch: int, capacity: int, attention: str | None = None
+) -> ByLayer | OnePool:
+    """An empty cache for `capacity` tokens a sequence; one pool of all layers where it can be.
+
+    `attention` names the kernel that reads it (`attention_plugs.KERNELS`).
+    """
+    pooled = attention in (None, *columns.IMPLEMENTATIONS)
+    form = model_cache.forms(layers) if pooled else None
+    if form is not None:
+        return OnePool(form, batch, capacity, attention)
+    return ByLayer(layers, batch, capacity, cached_by(attention))
+
+
+def feed(
+    model: Model,
+    cache: ByLayer | OnePool,
+    tokens: Int[Array, "B T"],
+    start: int,
+    *,
+    last: int = 1,
+    keep: bool = False,
+) -> Float[Array, "B n V"]:
+    """Writes the tokens at positions `start`, ... and returns the logits of the `last` of them.
+
+    `keep` leaves the cache as it was: what follows a prompt can be tried more than once.
+    """
+    batch, count = tokens.shape
+    at = start + jnp.arange(count, dtype=jnp.int32)
+    positions = jnp.broadcast_to(at, (batch, count))
+    x = embed_tokens(model, tokens)
+    cache.hold(count)
+    for i, spec in enumerate(model.spec.layers):
+        x = cache.layer(i, spec, model.layer(i), x, positions, keep=keep)
+    if count > 1:  # what only the chunk's own queries needed is given up
+        cache.hold(1)
+    return run_head(model.spec, model.head_params(), x[:, -last:])

@@ -1,0 +1,151 @@
+"""`tasks.json` and the files of single scores: their shape, their reader, their printed table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from turboq.files import make_folder, settle, write_together
+from turboq.plan import json_file
+from turboq.plan.errors import PlanError, shown
+from turboq_calibrate.measure.quality_table import aligned, json_text
+from turboq_calibrate.tasks.score import Score
+
+SCHEMA = 1
+RESULTS = "tasks.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredScore:
+    """`Score` as a file keeps it."""
+
+    logp: tuple[float, ...]
+    rank: int
+    agrees: bool
+    greedy: tuple[int, ...]
+
+    def __post_init__(self):
+        if len(self.logp) < 2 or self.rank < 1:
+            raise ValueError(f"{self.logp=} must be two or more, {self.rank=} 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AtDepth:
+    depth: float
+    logp_change: float
+    agrees: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskRow:
+    """One plan on one task at one length: `run._storage`, `statistics.summary`."""
+
+    plan: str
+    bits_per_channel: float
+    cache_bytes: int
+    exact_tokens: tuple[int, int]
+    task: str
+    length: int
+    examples: int
+    at_chance: bool
+    logp: float
+    logp_exact: float
+    logp_change: float
+    logp_change_ci: tuple[float, float] | None
+    rank: float
+    rank_exact: float
+    agrees: float
+    chosen: float
+    chosen_exact: float
+    chosen_p: float
+    matches: float
+    matches_exact: float
+    matches_p: float
+    by_depth: tuple[AtDepth, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    schema: int
+    model: str
+    model_fingerprint: str
+    seed: int
+    depths: tuple[float, ...]
+    rows: tuple[TaskRow, ...]
+
+
+def write_results(table: dict[str, Any], folder: str | Path) -> Path:
+    """Writes `tasks.json` into `folder` (made if absent); its path."""
+    folder = make_folder(folder)
+    write_together(folder, {RESULTS: json_text(table)})
+    return folder / RESULTS
+
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """Reads what `write_results` wrote.
+
+    Raises:
+      TurboqError: the file is missing or not what `Results` says.
+    """
+
+    def schema(value: Any) -> None:
+        if isinstance(value, dict) and value.get("schema") != SCHEMA:
+            raise PlanError("schema", f"{shown(value.get('schema'))}, this version reads {SCHEMA}")
+
+    settle(Path(folder))
+    again = "run `turboq tasks` again"
+    return json_file.read_json(Path(folder) / RESULTS, Results, otherwise=again, first=schema)
+
+
+def read_score(path: Path) -> Score:
+    """Raises TurboqError where the file is no score."""
+    found = json_file.read_json(path, StoredScore, otherwise="remove it to measure it again")
+    return Score(
+        logp=tuple(found["logp"]),
+        rank=found["rank"],
+        agrees=found["agrees"],
+        greedy=tuple(found["greedy"]),
+    )
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """One dict per task and length: what the exact cache can do, and what each plan changes."""
+    lines: dict[tuple[str, int], dict[str, str]] = {}
+    for row in rows:
+        line = lines.setdefault((row["task"], row["length"]), {})
+        chance = " (chance)" if row["at_chance"] else ""
+        line |= {
+            "task": row["task"],
+            "length": str(row["length"]),
+            "exact": f"{100 * row['chosen_exact']:.0f} %{chance}",
+            "written": f"{100 * row['matches_exact']:.0f} %",
+            row["plan"]: f"{row['logp_change']:+.2f} {100 * row['agrees']:.0f} %",
+        }
+    order = {task: i for i, (task, _) in enumerate(lines)}
+    return [lines[key] for key in sorted(lines, key=lambda x: (x[1], order[x[0]]))]
+
+
+def notes_of(table: dict[str, Any]) -> list[str]:
+    """What the printed table says in words: its heading, and what must not be overlooked."""
+    rows = table["rows"]
+    lines = [
+        f"{table['model']}: exact: the right answer is the likeliest of those offered; written: "
+        "greedy decoding writes it. Plans: change of its log-probability in nats, and how often "
+        "greedy decoding writes what it writes with the exact cache"
+    ]
+    kept = {row["plan"]: tuple(row["exact_tokens"]) for row in rows}
+    if len(set(kept.values())) > 1:
+        said = "; ".join(f"{plan} first {a} and last {b}" for plan, (a, b) in kept.items())
+        lines.append(f"exact tokens differ, so plans do not compare: {said}")
+    chance = list(dict.fromkeys(row["task"] for row in rows if row["at_chance"]))
+    if chance:
+        lines.append(f"at chance with the exact cache, so counted for nothing: {', '.join(chance)}")
+    return lines
+
+
+def format_results(table: dict[str, Any]) -> str:
+    """The printed table: one line per task and length, one column per plan."""
+    heading, *notes = notes_of(table)
+    return "\n".join([heading, *aligned(cells(table["rows"])), *notes])

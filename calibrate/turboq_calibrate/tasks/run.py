@@ -1,0 +1,197 @@
+"""Every plan on every example of some tasks, kept one by one, and the table they give."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from turboq.cache import accounting
+from turboq.cache.layer import KVLayer
+from turboq.codecs import Exact
+from turboq.errors import TurboqError
+from turboq.files import atomic_write, make_folder
+from turboq.plan import Plan, check_model, document, head_plan
+from turboq.version import __version__
+from turboq_calibrate.measure.evaluate import NamedPlan
+from turboq_calibrate.measure.window_files import arrays_sha256
+from turboq_calibrate.models import Model
+from turboq_calibrate.models.geometry import model_geometry
+from turboq_calibrate.run.progress import Progress
+from turboq_calibrate.tasks.contract import Task
+from turboq_calibrate.tasks.examples import ROOM, Example, examples
+from turboq_calibrate.tasks.results import SCHEMA, StoredScore, read_score
+from turboq_calibrate.tasks.score import Score, score
+from turboq_calibrate.tasks.statistics import summary
+
+ALL = "all that count"
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def measure_tasks(
+    model: Model,
+    plans: Sequence[NamedPlan],
+    tasks: Sequence[Task],
+    *,
+    lengths: Sequence[int] = (1024,),
+    count: int = 10,
+    depths: Sequence[float] = DEPTHS,
+    room: int = ROOM,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """`tasks.json`: of every plan, task and length a row (`statistics.summary`), and of every plan
+    and length one over all tasks that count, those above chance with an exact cache.
+
+    Args:
+      plans: (name, plan, fitted arrays), in the order of the table.
+      lengths: tokens of prompt and answer; count: examples per task and length, depths in turn.
+      room: tokens kept free for an answer.
+      folder: keeps every score by a hash of all that it follows from.
+
+    Raises:
+      TurboqError: no plans, tasks or lengths, plans that do not fit the model, lengths beyond the
+        model's context, prompts that do not fit a length, a damaged file in `folder`, predictions
+        that are not finite.
+    """
+    names = [name for name, _, _ in plans]
+    if not plans or not tasks or not lengths or len(set(names)) != len(names):
+        raise TurboqError(f"tasks need plans of different names, got {names}, tasks and lengths")
+    if count < 1 or not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise TurboqError(f"{count=} must be 1 or more and {depths=} between 0 and 1")
+    geometry = model_geometry(model)
+    for name, plan, _ in plans:
+        try:
+            check_model(plan, geometry)
+        except TurboqError as error:
+            raise TurboqError(f"plan {name!r}: {error}") from None
+    for length in lengths:
+        model.spec.check_length(length, "tasks: prompts and answers")
+    every = {
+        (task.name, length): examples(
+            task, model.tokenizer, length=length, count=count, depths=depths, seed=seed, room=room
+        )
+        for length, task in itertools.product(lengths, tasks)
+    }
+    where = None if folder is None else make_folder(folder)
+    total = sum(e.length for some in every.values() for e in some) * (1 + len(plans))
+    exact: dict[tuple[str, int], list[Score]] = {}
+    rows: list[dict[str, Any]] = []
+    with Progress(total, label="tasks", enabled=progress) as bar:
+        for name, plan, arrays in [("exact", _exact(model), {}), *plans]:
+            layers = plan.kv_layers(arrays)
+            key = [document(plan)["hash"], arrays_sha256(arrays)]
+            found: dict[tuple[str, int], list[Score]] = {}
+            for cell, some in every.items():
+                due = [x.greedy for x in exact[cell]] if exact else [None] * len(some)
+                found[cell] = [
+                    _kept(model, layers, example, greedy, where, key, bar)
+                    for example, greedy in zip(some, due, strict=True)
+                ]
+            if not exact:
+                exact = found
+            else:
+                rows += _rows(name, layers, every, found, exact, seed)
+    return {
+        "schema": SCHEMA,
+        "model": model.spec.name,
+        "model_fingerprint": model.fingerprint,
+        "seed": seed,
+        "depths": list(depths),
+        "rows": rows,
+    }
+
+
+def _exact(model: Model) -> Plan:
+    """Nothing quantized, nothing rounded."""
+    geometry = model_geometry(model)
+
+    def choose(index: int, side: str, head: int) -> Exact:
+        layer = geometry.layers[index]
+        return Exact(dim=layer.k_dim if side == "k" else layer.v_dim, dtype="float32")
+
+    return head_plan(geometry, choose)
+
+
+def _kept(
+    model: Model,
+    layers: Sequence[KVLayer],
+    example: Example,
+    greedy: tuple[int, ...] | None,
+    folder: Path | None,
+    plan: list[str],
+    bar: Progress,
+) -> Score:
+    """A score from its file, or measured and kept there."""
+    path = None
+    if folder is not None:
+        inputs = [
+            [__version__, jax.__version__, jax.default_backend(), model.fingerprint, model.dtype],
+            [plan, example.prompt.tolist(), example.length, example.answers, greedy],
+        ]
+        path = folder / (hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32] + ".json")
+    note = f"{example.task} {example.index}"
+    if path is not None and path.exists():
+        found = read_score(path)
+        bar.total -= example.length  # no work of this run
+        bar.advance(0, note)
+        return found
+    found = score(model, layers, example, greedy)
+    if path is not None:
+        stored = StoredScore(**dataclasses.asdict(found))
+        atomic_write(path, json.dumps(dataclasses.asdict(stored), allow_nan=False) + "\n")
+    bar.advance(example.length, note)
+    return found
+
+
+def _rows(
+    name: str,
+    layers: Sequence[KVLayer],
+    every: dict[tuple[str, int], list[Example]],
+    found: dict[tuple[str, int], list[Score]],
+    exact: dict[tuple[str, int], list[Score]],
+    seed: int,
+) -> list[dict[str, Any]]:
+    rows, counted = [], {}
+    for (task, length), some in every.items():
+        cell = task, length
+        row = _storage(name, layers, length) | {"task": task, "length": length}
+        row |= summary(found[cell], exact[cell], seed=seed)
+        row["by_depth"] = [
+            {
+                "depth": depth,
+                "logp_change": sum(found[cell][i].logp[0] - exact[cell][i].logp[0] for i in at)
+                / len(at),
+                "agrees": sum(found[cell][i].agrees for i in at) / len(at),
+            }
+            for depth in sorted({e.depth for e in some if e.depth is not None})
+            if (at := [i for i, e in enumerate(some) if e.depth == depth])
+        ]
+        rows.append(row)
+        if not row["at_chance"]:
+            mine, theirs = counted.setdefault(length, ([], []))
+            mine += found[cell]
+            theirs += exact[cell]
+    for length, (mine, theirs) in counted.items():
+        row = _storage(name, layers, length) | {"task": ALL, "length": length}
+        rows.append(row | summary(mine, theirs, seed=seed) | {"at_chance": False, "by_depth": []})
+    return rows
+
+
+def _storage(name: str, layers: Sequence[KVLayer], length: int) -> dict[str, Any]:
+    """What a plan stores at this length; exact_tokens: first, and at most last."""
+    policy = layers[0].policy
+    last = policy.recent + max(layer.block for layer in layers) - 1
+    return {
+        "plan": name,
+        "bits_per_channel": accounting.bits_per_channel(layers),
+        "cache_bytes": accounting.residency(layers, context=length).total,
+        "exact_tokens": [policy.sinks, last],
+    }

@@ -1,0 +1,84 @@
+"""The rows that long_context.py and tasks.py compare, by name: ours and the field's.
+
+First 4 tokens exact everywhere; KIVI stores blocks of tokens and keeps up to 31 more exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from turboq import codecs as c
+from turboq.cache.layer import TokenPolicy
+from turboq.codecs.oscar import CLIP_PERCENT
+from turboq.errors import TurboqError
+from turboq.plan import ModelGeometry, load
+from turboq_calibrate.choose.budget import Budget
+from turboq_calibrate.choose.plan_within import Wanted, plan_within
+from turboq_calibrate.fit.plan import make_plan
+from turboq_calibrate.measure.evaluate import NamedPlan
+from turboq_calibrate.observe.statistics_files import Statistics
+
+POLICY = TokenPolicy(sinks=4)
+Make = Callable[[], NamedPlan]
+
+
+def makers(
+    geometry: ModelGeometry, statistics: Statistics, written: Sequence[str] = ()
+) -> dict[str, Make]:
+    """Every row by its name; `written`: NAME=FOLDER of learned ones that need not be made again."""
+    dim = geometry.cache_layers[0].k_dim
+    given = dict(entry.split("=", 1) for entry in written)
+
+    def learned(bits: float) -> NamedPlan:
+        name = f"learned {bits:g}"
+        if name in given:
+            return name, *load(given[name])
+        wanted = Wanted(budget=Budget.parse(f"{bits}bpc"), policy=POLICY)
+        found = plan_within(statistics, geometry, wanted, progress=False)
+        return name, found.plan, found.arrays
+
+    def fixed(name: str, k: c.Codec, v: c.Codec) -> NamedPlan:
+        return name, *make_plan(geometry, k=k, v=v, policy=POLICY, statistics=statistics)
+
+    def both(name: str, codec: c.Codec) -> Make:
+        return lambda: fixed(name, codec, codec)
+
+    def mse(bits: int) -> Make:
+        return both(f"turboquant_mse {bits}b", c.TurboQuantMSE(dim=dim, bits=bits))
+
+    def oscar() -> NamedPlan:
+        k, v = (c.Oscar(dim=dim, bits=2, clip_percent=CLIP_PERCENT[side]) for side in "kv")
+        return fixed("oscar-like int2", k, v)
+
+    def kivi() -> NamedPlan:
+        k, v = c.KiviKey(dim=dim, bits=2, group=32), c.KiviValue(dim=dim, bits=2, group=32)
+        return fixed("kivi 2b (up to 31 recent tokens exact)", k, v)
+
+    def blocks(kind: str) -> Make:
+        return both(f"{kind} rotated", c.Ggml(dim=dim, type=kind, rotation="walsh"))
+
+    return {
+        "learned 2.25": lambda: learned(2.25),
+        "turboquant_mse 4b": mse(4),
+        "learned 3.25": lambda: learned(3.25),
+        "turboquant_mse 3b": mse(3),
+        "learned 1.75": lambda: learned(1.75),
+        "per_head 3b": both("per_head 3b", c.PerHead(dim=dim, bits=3)),
+        "q4_0 rotated": blocks("q4_0"),
+        "kivi 2b": kivi,
+        "q8_0 rotated": blocks("q8_0"),
+        "oscar-like int2": oscar,
+        "turboquant_mse 2b": mse(2),
+    }
+
+
+def chosen(made: dict[str, Make], names: Sequence[str]) -> list[str]:
+    """The names, or all in the order in which they are measured.
+
+    Raises:
+      TurboqError: a name that is no row.
+    """
+    for name in names:
+        if name not in made:
+            raise TurboqError(f"--rows: {name!r} is none of {', '.join(made)}")
+    return list(names) or list(made)
