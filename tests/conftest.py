@@ -1,6 +1,7 @@
 """Strict numerics for every test: no silent dtype or rank promotion. Which files take longest."""
 
 import collections
+import gc
 import os
 import shutil
 import tempfile
@@ -32,6 +33,9 @@ if MINE is not None:
     os.environ |= {CACHE: MINE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
     jax.config.update("jax_compilation_cache_dir", MINE)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+# Tracing makes many small objects that die young: Python's own pace of looking for cycles among all
+# that was imported costs a tenth of a run.
+gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The same examples on every machine and run: a red suite is a reproducible one.
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
@@ -72,6 +76,10 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules and tests stay
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
