@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import hypothesis
 import jax
@@ -15,12 +16,15 @@ import pytest
 # passes and with XLA's older emitter of loops that takes a quarter as long. XLA's own passes stay,
 # and `XLA_FLAGS= ./scripts/test` runs all. XLA reads this at its first compilation, here and in the
 # processes that tests start.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_parallel_codegen_split_count=1"
-    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-)
+FAST = "XLA_FLAGS" not in os.environ
+if FAST:
+    os.environ |= {
+        "XLA_FLAGS": "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
+        " --xla_cpu_parallel_codegen_split_count=1"
+        " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # level 0, except where `optimised` takes it back
+    }
+    jax.config.update("jax_disable_most_optimizations", True)
 # One thread a process: the workers of a run share the cores, and threads of small products wait for
 # each other longer than they multiply. OpenBLAS reads this when NumPy is imported, so it holds for
 # the workers and for what tests start.
@@ -47,6 +51,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def rng() -> np.random.Generator:
     """A fixed NumPy generator: tests are reproducible and independent of JAX's key format."""
     return np.random.default_rng(20261122)
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Compiles with LLVM's quick passes: searches over many vectors run six times as fast."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", FAST)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -54,7 +54,7 @@ def missing(platform: str) -> str | None:
 def environment(**more: str) -> dict[str, str]:
     """Environment of a process that compiles: it sees the compilers, and looks for no device.
 
-    Flags of XLA that the caller runs with are not passed on: they would change the costs.
+    What the caller tells XLA to leave out is not passed on: it would change the costs.
     """
     sources = [pathlib.Path(package.__path__[0]).parent for package in (turboq, turboq_kernels)]
     given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -63,6 +63,7 @@ def environment(**more: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }  # fmt: skip

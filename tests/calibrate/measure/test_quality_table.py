@@ -1,0 +1,87 @@
+"""Quality files and their table: what is refused, and what a table says of its bytes."""
+
+import json
+
+import pytest
+import quality_cases
+
+from turboq.errors import TurboqError
+from turboq_calibrate.measure import quality_table as quality
+
+
+def test_what_is_all_resident_at_the_window_is_printed():
+    """48 tokens, 4 sinks and 40 recent: at t = 44 .. 47 from 1 of 45 to 3 of 47 keys quantized."""
+    row = quality_cases.row("mine") | {"bits_per_channel_at_window": 9.5}
+    row["policy"] = {"sinks": 4, "recent": 40, "exact_dtype": "bfloat16"}
+    found = quality_cases.quality([row, quality_cases.row("free")], tokens=48)
+    found.table["texts"][0]["windows"] = 2
+    text = quality.format_table(found)
+    assert "all at 48" in text
+    assert "9.50" in text
+    share = (1 + 2 + 3) / (45 + 46 + 47)
+    assert f"mine: at most {100 * share:.0f} % of the keys that scored" in text
+    assert "free: at most" not in text
+    assert "intervals are over 2 windows of one text" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (None, "does not exist: run"),
+        ("{", "not JSON"),
+        ("[]", "must be an object"),
+        ("{}", "schema: null, this version reads 2"),
+        ('{"schema": 1, "rows": []}', "schema: 1, this version reads 2: run `turboq evaluate`"),
+    ],
+)
+def test_unreadable_quality_is_one_clear_line(tmp_path, content, match):
+    if content is not None:
+        (tmp_path / quality.QUALITY).write_text(content)
+    with pytest.raises(TurboqError, match=match) as error:
+        quality.read_quality(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def places(value, path=()):
+    """Paths of every value of a JSON document; of a list, those of its first item."""
+    yield path
+    if not isinstance(value, (dict, list)):
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value[:1]):
+        yield from places(item, (*path, key))
+
+
+@pytest.mark.parametrize("file", [quality.QUALITY, quality.RUN])
+def test_every_damaged_field_is_one_clear_line(tmp_path, file):
+    """Each value replaced by each other kind, or left out: a TurboqError that names the file, or
+    (a number for a number) the table as it stands, which the report can draw."""
+    given = quality_cases.quality(
+        [quality_cases.row("a"), quality_cases.row("b", "exact", 16, 0.0)]
+    )
+    quality.write_quality(given, tmp_path)
+    whole = json.loads((tmp_path / file).read_text())
+    tried, refused = 0, []
+    for path in places(whole):
+        if not path:
+            continue
+        *outer, last = path
+        for wrong in (None, True, "words", -1.5, [], {}, [[]], {"words": 3}, "absent"):
+            damaged = json.loads(json.dumps(whole))
+            at = damaged
+            for key in outer:
+                at = at[key]
+            if wrong == "absent":
+                del at[last]
+            else:
+                at[last] = wrong
+            (tmp_path / file).write_text(json.dumps(damaged))
+            tried += 1
+            try:
+                found = quality.read_quality(tmp_path)
+            except TurboqError as error:
+                refused.append(str(error))
+            else:
+                quality.csv_text(found.rows)
+                quality.format_table(found)
+    assert len(refused) > 0.8 * tried > 40
+    assert all(str(tmp_path) in line and "\n" not in line for line in refused)
