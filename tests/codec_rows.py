@@ -6,6 +6,7 @@ look at different properties of what came out.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from optimised import optimised
 from scipy import special
 from tolerances import TOL
 
@@ -218,7 +220,14 @@ def arrays_of(codec: Codec, rng: np.random.Generator) -> dict[str, np.ndarray]:
     if set(codec.array_shapes) <= set(made):
         return {name: made[name]().astype(np.float32) for name in codec.array_shapes}
     samples = rng.normal(size=(HEADS, 512, codec.dim)) * np.array([0.25, 3.0])[:, None, None]
-    return codec.fit(Observed.of(samples.astype(np.float32)))
+    with compiling(codec):
+        return codec.fit(Observed.of(samples.astype(np.float32)))
+
+
+def compiling(codec: Codec) -> contextlib.AbstractContextManager[None]:
+    """A search for the best path takes longer than its compilation."""
+    search = codec.config().get("quantizer") == "window"
+    return optimised() if search else contextlib.nullcontext()
 
 
 def run(codec: Codec, arrays: Any, x: Any, q: Any, weights: Any) -> dict[str, Any]:
@@ -245,7 +254,8 @@ def cell(row: str, dim: int) -> dict[str, Any]:
     weights = rng.dirichlet(np.ones(TOKENS), size=(HEADS, QUERIES)) * 0.75
     weights = weights.astype(np.float32)
     inputs = jax.tree.map(jnp.asarray, (arrays, x, q, weights))
-    out = jax.jit(jax.vmap(functools.partial(run, codec)))(*inputs)
+    with compiling(codec):
+        out = jax.jit(jax.vmap(functools.partial(run, codec)))(*inputs)
     out = jax.tree.map(np.asarray, out)
     return out | {"codec": codec, "arrays": arrays, "x": x, "q": q, "weights": weights}
 

@@ -5,7 +5,6 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 
 import hypothesis
 import jax
@@ -16,13 +15,12 @@ import pytest
 # passes and with XLA's older emitter of loops that takes a quarter as long. XLA's own passes stay,
 # and `XLA_FLAGS= ./scripts/test` runs all. XLA reads this at its first compilation, here and in the
 # processes that tests start.
-FAST = "XLA_FLAGS" not in os.environ
-if FAST:
+if "XLA_FLAGS" not in os.environ:
     os.environ |= {
         "XLA_FLAGS": "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
         " --xla_cpu_parallel_codegen_split_count=1"
         " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # level 0, except where `optimised` takes it back
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # level 0; `optimised` takes it back
     }
     jax.config.update("jax_disable_most_optimizations", True)
 # One thread a process: the workers of a run share the cores, and threads of small products wait for
@@ -53,14 +51,6 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(20261122)
 
 
-@pytest.fixture
-def optimised() -> Iterator[None]:
-    """Compiles with LLVM's quick passes: searches over many vectors run six times as fast."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", FAST)
-
-
 def pytest_unconfigure(config: pytest.Config) -> None:
     if MINE is not None:
         shutil.rmtree(MINE, ignore_errors=True)
@@ -82,6 +72,8 @@ LONG = (
     "test_evaluate.py",
     "test_codecs.py",
     "test_codec_edges.py",
+    "test_model_cache.py",
+    "test_fuzz.py",
 )
 
 

@@ -70,9 +70,11 @@ def test_environment(folder, monkeypatch):
     """The compilers come last: nothing in there hides what the caller imports."""
     monkeypatch.setenv("PYTHONPATH", "before")
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     seen = compilers.environment(MORE="1")
     assert seen["PYTHONPATH"].split(os.pathsep)[-2:] == ["before", str(folder)]
     assert (seen["JAX_PLATFORMS"], seen["XLA_FLAGS"], seen["MORE"]) == ("cpu", "", "1")
+    assert seen["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0"
 
 
 def test_rows_come_one_by_one_and_an_abort_names_its_configuration(folder):

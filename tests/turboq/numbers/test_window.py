@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optimised import optimised
 from tolerances import TOL
 
 from turboq.numbers import window, window_fit
@@ -95,7 +96,7 @@ def test_values_are_linear_in_the_bits(states, rng):
 
 
 @pytest.mark.parametrize(("states", "bits"), SNR)
-@pytest.mark.usefixtures("optimised")
+@optimised()
 def test_snr(states, bits):
     """Mean over 4096 sequences of 64 (standard error 0.01 dB), not those of the fit."""
     u = samples(4096, 64, seed=2)
@@ -122,7 +123,7 @@ def test_batches_do_not_depend_on_their_neighbours(rng):
         np.testing.assert_array_equal(encode(code, u[part]), codes[part])
 
 
-@pytest.mark.usefixtures("optimised")
+@optimised()
 def test_fit_is_repeatable_and_gains_on_the_uniform_quantizer():
     u = jnp.asarray(samples(128, 64))
     first, again = (window_fit.fit(16, 2, u, starts=2) for _ in range(2))
