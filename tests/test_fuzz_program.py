@@ -30,7 +30,7 @@ def test_damage_is_a_value_or_one_line():
         (line,) = re.findall(rf"^{target} +(\d+) +(\d+) +(\d+) ", done.stdout, re.MULTILINE)
         cases, refused, failed = map(int, line)
         assert (cases, failed) == (300, 0)
-        assert 100 < refused < 300, target  # some damage is read: else only the first check is seen
+        assert 50 < refused < 300, target  # some damage is read: else only the first check is seen
 
 
 def test_every_kind_of_fault_is_noticed():

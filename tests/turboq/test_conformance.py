@@ -363,7 +363,7 @@ def test_command_line_verdicts_and_exit_codes(monkeypatch, capsys):
         (["--adapter=planted:Missing"], "has no attribute 'Missing'"),
         (["--adapter=no_such_module:A"], "No module named 'no_such_module'"),
         (["--adapter=planted:Claims"], "is made as Class(dim=D, bits=b)"),
-        (["--codec=unknown"], "codec 'unknown' has no setting"),
+        (["--codec=unknown"], "'unknown' is no codec, format or path"),
         (["--vectors=100", "--codec=exact"], "must be a positive multiple of 512"),
     ):
         assert __main__.main(bad) == 2

@@ -246,6 +246,11 @@ def from_config(value: Any) -> Constraints:
 
 @functools.lru_cache(maxsize=4096)  # asked again for every layer of a plan
 def format_of(codec: Codec) -> tuple[tuple[str, Any], ...]:
-    """What makes two codecs the same format: everything but the head dim."""
-    fields = (f.name for f in dataclasses.fields(codec) if f.name != "dim")
-    return (("codec", codec.name), *((name, getattr(codec, name)) for name in fields))
+    """What makes two codecs the same format: everything but the head dim.
+
+    A rotation of the whole head is the same whatever its dim.
+    """
+    fields = {f.name: getattr(codec, f.name) for f in dataclasses.fields(codec) if f.name != "dim"}
+    if fields.get("rotation_block") == codec.dim:
+        fields["rotation_block"] = "dim"
+    return (("codec", codec.name), *fields.items())

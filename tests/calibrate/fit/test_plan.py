@@ -66,7 +66,7 @@ def test_copies_of_a_model_share_a_geometry_only_with_equal_weights():
 
 def test_a_calibrated_codec_needs_statistics():
     geometry = model_geometry(load_model(GOLDEN / "llama3", resident=False))
-    with pytest.raises(TurboqError, match="give statistics"):
+    with pytest.raises(TurboqError, match="give --statistics"):
         make_plan(geometry, k=TurboQuantMSE(dim=16, bits=3), v=PerHead(dim=16, bits=3))
 
 
