@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -147,12 +148,12 @@ def parse(text: str) -> Word:
 def labelled(text: str) -> tuple[str | None, str]:
     """(LABEL, the rest) of LABEL=REST; a setting's "=" comes behind a colon."""
     match = re.match(r"([^=:/]+)=(.+)", text, re.DOTALL)
-    return (match[1], match[2]) if match and not Path(text).exists() else (None, text)
+    return (match[1], match[2]) if match and not os.path.exists(text) else (None, text)
 
 
 def is_path(text: str) -> bool:
     """Whether an item is a file or folder rather than a word."""
-    return plain_name(text) is None and Path(text).exists()
+    return plain_name(text) is None and os.path.exists(text)
 
 
 def folder_name(path: str) -> str:

@@ -117,6 +117,10 @@ def test_a_path_with_a_comma_is_one_item(tmp_path):
         words.split("f16,,q8_0")
 
 
+def test_a_list_longer_than_any_file_name():
+    assert len(words.split(",".join(["turboquant_mse:3/exact"] * 400))) == 400
+
+
 def test_formats_do_not_wait_for_jax():
     code = (
         "import sys; from turboq import words; words.split('f16,q8_0'); words.parse('q8_0/q4_0'); "
