@@ -40,9 +40,6 @@ from turboq.numbers.rope import Rope, rotate, unrotate
 from turboq.plan import LayerGeometry, ModelGeometry, Plan, collect_arrays, head_plan, load, save
 from turboq_calibrate.run.cache_files import load_caches, save_caches
 
-STEPS = flags.DEFINE_integer("steps", 24, "Tokens to generate.", lower_bound=2)
-OUT = flags.DEFINE_string("out", "runs/own_model", "Folder for the plan and the checkpoint.")
-
 LAYERS, HEADS, KV_HEADS, DIM, WIDTH, VOCAB = 4, 4, 2, 32, 96, 256
 BATCH, PROMPT, CALIBRATION = 2, 40, 128
 ROPE = Rope(dim=DIM, theta=1e4)
@@ -227,7 +224,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # Orbax says much
-    for name, value in run(Path(OUT.value), STEPS.value, TokenPolicy(sinks=4)).items():
+    for name, value in run(Path(flags.FLAGS.out), flags.FLAGS.steps, TokenPolicy(sinks=4)).items():
         print(f"{name}: {value}")
 
 
