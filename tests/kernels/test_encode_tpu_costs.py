@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from compiled import needs_compilers
+from compiled import compiled, needs_compilers
+from layer_programs import tpu_programs
+from plan_cases import unchecked
 
 from turboq_kernels.aot import compilers, tpu, tpu_encode
 
@@ -23,10 +25,19 @@ def recorded():
 
 
 @pytest.fixture(scope="module")
-def rows():
-    """3 bits on v5e, an append and a chunk, compiled now."""
-    found = tpu_encode.rows(["target=v5e", "bits=3", "levels=table"])
-    return {row["tokens"]: row for row in found}
+def rows(recorded):
+    """3 bits on v5e, an append and a chunk."""
+    wanted = ["target=v5e", "bits=3", "levels=table"]
+    of = {key(vars(c)): c for c in compilers.select(wanted, tpu_encode.CONFIGURATIONS)}
+
+    def compile(keys):
+        return compilers.rows("turboq_kernels.aot.tpu_encode", "tpu", [of[k] for k in keys])
+
+    def lower(k):
+        return tpu.lowered(of[k].target, tpu_encode.program(of[k]))
+
+    found = compiled("encode", "tpu", of, lower, compile, recorded)
+    return {row["tokens"]: row for row in found.values()}
 
 
 @needs_compilers
@@ -43,51 +54,67 @@ def test_costs_have_not_grown(tokens, rows, recorded):
 @needs_compilers
 def test_every_generation_compiles():
     """All five at D = 64, 128 and 256: appends and chunks, pages of 256 and 64."""
-    printed = compilers.printed(
-        "from turboq_kernels.aot import tpu, tpu_encode\n"
-        "for target in tpu.TOPOLOGIES:\n"
-        "    for dim, tokens, page in ((64, 2, 64), (128, 9, 256), (256, 8, 256), (256, 9, 64)):\n"
-        "        c = tpu_encode.Configuration(\n"
-        "            target=target, bits=3, dim=dim, tokens=tokens, levels='table+sign'\n"
-        "        )\n"
-        "        tpu_encode.compile_write(c, page, pool=64)\n"
-        "        print('compiled', target, dim, tokens)\n",
-        "tpu",
-    )
-    assert printed.count("compiled") == 20
+
+    def lower(key):
+        target, dim, tokens, page = key
+        c = tpu_encode.Configuration(
+            target=target, bits=3, dim=dim, tokens=tokens, levels="table+sign"
+        )
+        return tpu.lowered(target, tpu_encode.program(c, page, pool=64))
+
+    def compile(keys):
+        printed = compilers.printed(
+            "from turboq_kernels.aot import tpu, tpu_encode\n"
+            f"for target, dim, tokens, page in {keys}:\n"
+            "    c = tpu_encode.Configuration(\n"
+            "        target=target, bits=3, dim=dim, tokens=tokens, levels='table+sign'\n"
+            "    )\n"
+            "    tpu.compile_for(target, tpu_encode.program(c, page, pool=64))\n"
+            "    print('compiled', target, dim, tokens, page)\n",
+            "tpu",
+        )
+        return [line for line in printed.splitlines() if line.startswith("compiled")]
+
+    keys = [
+        (target, *rest)
+        for target in tpu.TOPOLOGIES
+        for rest in ((64, 2, 64), (128, 9, 256), (256, 8, 256), (256, 9, 64))
+    ]
+    recorded = {key: " ".join(("compiled", *map(str, key))) for key in keys}
+    assert compiled("encode into 64 pages", "tpu", keys, lower, compile, recorded) == recorded
 
 
 @needs_compilers
 def test_a_donated_cache_is_not_copied():
     """Beside the cache little is allocated: `encode` of a layer, and the words alone at D = 64."""
-    printed = compilers.printed(
-        "import jax\n"
-        "from turboq.cache import contiguous\n"
-        "from turboq.codecs import TurboQuantMSE, TurboQuantProd\n"
-        "from turboq.cache.layer import TokenPolicy, uniform_layer\n"
-        "from turboq_kernels.aot import tpu_encode\n"
-        "for dim in (128, 64, 16):\n"
-        "    layer = uniform_layer(\n"
-        "        kv_heads=4, k=TurboQuantProd(dim=dim, bits=3), v=TurboQuantMSE(dim=dim, bits=2),\n"
-        "        policy=TokenPolicy(sinks=4, recent=16),\n"
-        "    )\n"
-        "    shapes = jax.eval_shape(lambda: contiguous.init(layer, batch=4, capacity=32768))\n"
-        "    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))\n"
-        "    for tokens in (1, 256) if dim == 128 else (1,):\n"
-        "        done = tpu_encode.compile_layer('v5e', layer, shapes, tokens).memory_analysis()\n"
-        "        print('sizes', size, done.alias_size_in_bytes, done.temp_size_in_bytes)\n"
-        "c = tpu_encode.Configuration(target='v5e', bits=3, dim=64, tokens=1)\n"
-        "for page in (64, 256):\n"
-        "    size = 16 * 8 * 64 * page * 3 * 64 // 8\n"
-        "    done = tpu_encode.compile_write(c, page).memory_analysis()\n"
-        "    print('sizes', size, done.alias_size_in_bytes, done.temp_size_in_bytes)\n",
-        "tpu",
-    )
-    lines = [line.split()[1:] for line in printed.splitlines() if line.startswith("sizes")]
-    assert len(lines) == 6
-    for cache, aliased, temporary in (map(int, line) for line in lines):
-        assert aliased >= cache
-        assert temporary < cache / 10, (cache, aliased, temporary)
+
+    def compile(names):
+        printed = compilers.printed(
+            f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+            "from layer_programs import tpu_programs\n"
+            "from turboq_kernels.aot import tpu\n"
+            "programs = tpu_programs()\n"
+            f"for name in {names}:\n"
+            "    size, program = programs[name]\n"
+            "    done = tpu.compile_for('v5e', program).memory_analysis()\n"
+            "    print('sizes', size, done.alias_size_in_bytes, done.temp_size_in_bytes)\n",
+            "tpu",
+        )
+        for line in printed.splitlines():
+            if line.startswith("sizes"):
+                cache, aliased, temporary = map(int, line.split()[1:])
+                assert aliased >= cache
+                assert temporary < cache / 10, (cache, aliased, temporary)
+                yield "in place"
+
+    with unchecked():
+        programs = tpu_programs()
+    due = dict.fromkeys(programs, "in place")
+
+    def lower(name):
+        return tpu.lowered("v5e", programs[name][1])
+
+    assert compiled("encode", "tpu", programs, lower, compile, due) == due
 
 
 def test_recorded_rows(recorded):

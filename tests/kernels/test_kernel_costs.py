@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compiled import needs_compilers
+from compiled import compiled, needs_compilers
 
 from turboq_kernels.aot import compilers, tpu
 
@@ -29,14 +29,23 @@ def recorded():
 
 
 @pytest.fixture(scope="module")
-def rows():
+def rows(recorded):
     """2 and 3 bits on v5e, compiled now."""
     wanted = {"target": "v5e", "levels": "symmetric", "dim": 128, "tokens": 1}
     among = compilers.select(
         [f"{name}={value}" for name, value in wanted.items()] + ["cache=contiguous"],
         [c for c in tpu.CONFIGURATIONS if c.bits in (2, 3)],
     )
-    return {row["bits"]: row for row in compilers.rows("turboq_kernels.aot.tpu", "tpu", among)}
+    of = {key(vars(c)): c for c in among}
+
+    def compile(keys):
+        return compilers.rows("turboq_kernels.aot.tpu", "tpu", [of[k] for k in keys])
+
+    def lower(k):
+        return tpu.lowered(of[k].target, tpu.program(of[k]))
+
+    found = compiled("decode", "tpu", of, lower, compile, recorded)
+    return {row["bits"]: row for row in found.values()}
 
 
 @needs_compilers
@@ -55,16 +64,26 @@ def test_costs_have_not_grown(bits, rows, recorded):
 @needs_compilers
 def test_every_generation_compiles():
     """All five at D = 64, 128 and 256; the table names 32768 pages, of which a few exist."""
-    command = (
-        "from turboq_kernels.aot import tpu\n"
-        "same = {'bits': 2, 'levels': 'symmetric', 'group': 8}\n"
-        "for target in tpu.TOPOLOGIES:\n"
-        "    for dim in (64, 128, 256):\n"
-        "        c = tpu.Configuration(target=target, dim=dim, **same)\n"
-        "        tpu.compile_decode(c, pool=64, chunks=1)\n"
-        "        print('compiled', target, dim)\n"
-    )
-    assert compilers.printed(command, "tpu").count("compiled") == 15
+
+    def lower(key):
+        target, dim = key
+        c = tpu.Configuration(target=target, dim=dim, bits=2, levels="symmetric", group=8)
+        return tpu.lowered(target, tpu.program(c, pool=64, chunks=1))
+
+    def compile(keys):
+        command = (
+            "from turboq_kernels.aot import tpu\n"
+            "same = {'bits': 2, 'levels': 'symmetric', 'group': 8}\n"
+            f"for target, dim in {keys}:\n"
+            "    c = tpu.Configuration(target=target, dim=dim, **same)\n"
+            "    tpu.compile_for(target, tpu.program(c, pool=64, chunks=1))\n"
+            "    print('compiled', target, dim)\n"
+        )
+        return [line for line in compilers.printed(command, "tpu").splitlines() if "comp" in line]
+
+    keys = [(target, dim) for target in tpu.TOPOLOGIES for dim in (64, 128, 256)]
+    recorded = {key: f"compiled {key[0]} {key[1]}" for key in keys}
+    assert compiled("decode of 64 pages", "tpu", keys, lower, compile, recorded) == recorded
 
 
 def test_recorded_rows(recorded):

@@ -11,7 +11,7 @@ import kernel_cases
 import numpy as np
 import prefill_cases as cases
 import pytest
-from compiled import needs_compilers
+from compiled import compiled, needs_compilers
 from jax.experimental.pallas import tpu as pltpu
 from tolerances import TOL
 
@@ -205,8 +205,14 @@ def recorded():
 @needs_compilers
 def test_costs_have_not_grown(recorded):
     """5 % room for another compiler; a better kernel is recorded with scripts/kernel_costs.py."""
-    (row,) = tpu_prefill.rows(("target=v5e", "bits=3", "levels=symmetric", "cache=contiguous"))
-    known = recorded[key(row)]
+    wanted = ("target=v5e", "bits=3", "levels=symmetric", "cache=contiguous")
+    (one,) = compilers.select(wanted, tpu_prefill.CONFIGURATIONS)
+    found = compiled(
+        "prefill", "tpu", [key(vars(one))], lambda _: tpu.lowered("v5e", tpu_prefill.program(one)),
+        lambda _: tpu_prefill.rows(wanted), recorded,
+    )  # fmt: skip
+    ((name, row),) = found.items()
+    known = recorded[name]
     for field in ("bundles_per_256_tokens", "vmem_bytes", "temporary_bytes"):
         assert row[field] <= 1.05 * known[field], (field, row, known)
     # Faster than believable is a loop that was not found.
@@ -222,15 +228,30 @@ def test_recorded_rows(recorded):
 @needs_compilers
 def test_every_generation_compiles():
     """All five, the oldest and the newest at D = 64 and 256 too."""
-    command = (
-        "from turboq_kernels.aot import tpu, tpu_prefill\n"
-        "for target in tpu.TOPOLOGIES:\n"
-        "    for dim in (64, 128, 256) if target in ('v4', 'tpu7x') else (128,):\n"
-        "        for bits, levels in ((2, 'symmetric'), (16, 'bfloat16')):\n"
-        "            c = tpu.Configuration(\n"
-        "                target=target, dim=dim, bits=bits, levels=levels, group=4, tokens=4\n"
-        "            )\n"
-        "            tpu_prefill.compile_prefill(c, pool=64)\n"
-        "            print('compiled', c)\n"
-    )
-    assert compilers.printed(command, "tpu").count("compiled") == 18
+
+    def lower(key):
+        target, dim, bits, levels = key
+        c = tpu.Configuration(target=target, dim=dim, bits=bits, levels=levels, group=4, tokens=4)
+        return tpu.lowered(target, tpu_prefill.program(c, pool=64))
+
+    def compile(keys):
+        command = (
+            "from turboq_kernels.aot import tpu, tpu_prefill\n"
+            f"for target, dim, bits, levels in {keys}:\n"
+            "    c = tpu.Configuration(\n"
+            "        target=target, dim=dim, bits=bits, levels=levels, group=4, tokens=4\n"
+            "    )\n"
+            "    tpu.compile_for(target, tpu_prefill.program(c, pool=64))\n"
+            "    print('compiled', target, dim, bits, levels)\n"
+        )
+        return [line for line in compilers.printed(command, "tpu").splitlines() if "comp" in line]
+
+    keys = [
+        (target, dim, bits, levels)
+        for target in tpu.TOPOLOGIES
+        for dim in ((64, 128, 256) if target in ("v4", "tpu7x") else (128,))
+        for bits, levels in ((2, "symmetric"), (16, "bfloat16"))
+    ]
+    assert len(keys) == 18
+    recorded = {key: " ".join(("compiled", *map(str, key))) for key in keys}
+    assert compiled("prefill of 64 pages", "tpu", keys, lower, compile, recorded) == recorded

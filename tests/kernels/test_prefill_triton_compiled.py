@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from compiled import needs_compilers
+from compiled import compiled, needs_compilers
 
-from turboq_kernels.aot import compilers, cuda_prefill
+from turboq_kernels.aot import compilers, cuda, cuda_prefill
 
 ROOT = Path(__file__).parents[2]
 COSTS = ROOT / "experiments" / "results" / "kernel_costs.json"
@@ -24,10 +24,18 @@ def key(row):
 
 
 @pytest.fixture(scope="module")
-def rows():
-    among = [c for c in cuda_prefill.CONFIGURATIONS if key(dataclasses.asdict(c)) in COMPILED]
-    found = compilers.rows("turboq_kernels.aot.cuda_prefill", "cuda", among)
-    return {key(row): row for row in found}
+def rows(recorded):
+    of = {key(dataclasses.asdict(c)): c for c in cuda_prefill.CONFIGURATIONS}
+    of = {name: c for name, c in of.items() if name in COMPILED}
+
+    def compile(names):
+        among = [of[name] for name in names]
+        return compilers.rows("turboq_kernels.aot.cuda_prefill", "cuda", among)
+
+    def lower(name):
+        return cuda.lowered(cuda_prefill.program(of[name]))
+
+    return compiled("prefill", "cuda", of, lower, compile, recorded)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from compiled import needs_compilers
+from compiled import compiled, needs_compilers
 
 from turboq_kernels.aot import compilers, cubin, cuda
 
@@ -22,10 +22,17 @@ def key(row):
 
 
 @pytest.fixture(scope="module")
-def rows():
-    among = [c for c in cuda.CONFIGURATIONS if key(dataclasses.asdict(c)) in COMPILED]
-    found = compilers.rows("turboq_kernels.aot.cuda", "cuda", among)
-    return {key(row): row for row in found}
+def rows(recorded):
+    of = {key(dataclasses.asdict(c)): c for c in cuda.CONFIGURATIONS}
+    of = {name: c for name, c in of.items() if name in COMPILED}
+
+    def compile(names):
+        return compilers.rows("turboq_kernels.aot.cuda", "cuda", [of[name] for name in names])
+
+    def lower(name):
+        return cuda.lowered(cuda.program(of[name]))
+
+    return compiled("decode", "cuda", of, lower, compile, recorded)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -17,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import turboq
 import turboq_kernels
@@ -67,6 +69,51 @@ def environment(**more: str) -> dict[str, str]:
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }  # fmt: skip
+
+
+class Program(NamedTuple):
+    """What is compiled: a function, the shapes of its arguments, which of them are donated."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donated: tuple[int, ...] = ()
+
+    @property
+    def jitted(self):
+        return jax.jit(self.function, donate_argnums=self.donated)
+
+
+def abstractly(device: AbstractDevice):
+    """A context in which programs are traced for such a device, which is not here."""
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+def lowered(program: Program, platform: str, device: AbstractDevice) -> str:
+    """What a compiler would get, without places in the source: equal text compiles to equal code.
+
+    Needs no compiler.
+    """
+    limit = "jax_traceback_in_locations_limit"
+    before = jax.config.values[limit]
+    jax.config.update(limit, 0)
+    try:
+        with abstractly(device):
+            traced = program.jitted.trace(*program.arguments)
+            return traced.lower(lowering_platforms=(platform,)).as_text()
+    finally:
+        jax.config.update(limit, before)
+
+
+def version(platform: str) -> str:
+    """Of the compiler that `missing` looks for.
+
+    Raises:
+      RuntimeError: the compiler is missing.
+    """
+    _require(platform)
+    name = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}[platform]
+    (found, *_) = importlib.metadata.distributions(name=name, path=[str(folder()), *sys.path])
+    return f"{name} {found.version}"
 
 
 def printed(program: str, platform: str) -> str:

@@ -21,13 +21,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import serialize_executable, topologies
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from jax.sharding import AbstractDevice, SingleDeviceSharding
 
 from turboq.codecs.reading import Part, Reading
 from turboq_kernels.aot import compilers, cubin
+from turboq_kernels.aot.compilers import Program
 from turboq_kernels.decode import api, types
 
 TARGET = "sm_90"
+DEVICE = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
 KERNEL = "turboq_decode"
 
 
@@ -92,14 +94,18 @@ def row(configuration: Configuration) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def _cost(c: Configuration) -> cubin.Cost:
-    """Compiles `decode` over 16 pages of 256 tokens and reads the kernel's cost."""
+def program(c: Configuration) -> Program:
+    """`decode` over 16 pages of 256 tokens."""
 
     def run(q, k, v, pages, starts, ends):
         return api.decode(q, k, v, pages, starts, ends, scale=c.dim**-0.5, implementation="triton")
 
-    return compiled_costs(run, *shapes(c, rows=c.group))[KERNEL]
+    return Program(run, shapes(c, rows=c.group))
+
+
+@functools.cache
+def _cost(c: Configuration) -> cubin.Cost:
+    return compiled_costs(program(c))[KERNEL]
 
 
 def shapes(c: Configuration, *, rows: int, batch: int = 2, heads: int = 8, count: int = 16):
@@ -128,23 +134,29 @@ def shapes(c: Configuration, *, rows: int, batch: int = 2, heads: int = 8, count
     return struct(batch, heads, rows, c.dim), side, side, pages, seen, seen
 
 
-def compiled_costs(function, *shapes) -> dict[str, cubin.Cost]:
-    """Compiles a function of ShapeDtypeStructs for an H100; costs of all its GPU functions."""
-    payload, *_ = serialize_executable.serialize(compile_for(function, *shapes))
+def compiled_costs(program: Program) -> dict[str, cubin.Cost]:
+    """Costs of all GPU functions of a program compiled for an H100."""
+    payload, *_ = serialize_executable.serialize(compile_for(program))
     return cubin.costs(payload)
 
 
-def compile_for(function, *shapes, **options):
-    """The executable of jit(function, **options) on ShapeDtypeStructs for an H100."""
+def compile_for(program: Program):
+    """The executable for an H100 (which cannot run here)."""
     config = importlib.resources.files("turboq_kernels.aot") / "h100.txtpb"
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="h100", topology="1x1x1", target_config=config.read_text()
     )
     place = SingleDeviceSharding(topology.devices[0])
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        return jax.jit(function, **options).lower(*args).compile()
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), program.arguments
+    )
+    with compilers.abstractly(DEVICE):
+        return program.jitted.lower(*args).compile()
+
+
+def lowered(program: Program) -> str:
+    """See `compilers.lowered`."""
+    return compilers.lowered(program, "cuda", DEVICE)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 from turboq_kernels.aot import compilers, cuda
 from turboq_kernels.aot import tpu_columns as shared
+from turboq_kernels.aot.compilers import Program
 from turboq_kernels.aot.cuda import TARGET
 from turboq_kernels.aot.cuda import missing as missing
 from turboq_kernels.aot.tpu_columns import Configuration
@@ -30,18 +31,18 @@ CONFIGURATIONS = (
 )
 
 
-def compile_costs(c: Configuration):
-    """Costs of all GPU functions of a call, by name."""
+def program(c: Configuration) -> Program:
+    """A call over a layer."""
 
     def run(*shapes):
         return triton.attend(*shapes, scale=c.dim**-0.5, softcap=None)
 
-    return cuda.compiled_costs(run, *shared.arguments(c))
+    return Program(run, shared.arguments(c))
 
 
 def row(configuration: Configuration) -> dict[str, Any]:
     """One row of `experiments/results/kernel_costs.json`."""
-    cost, c = compile_costs(configuration)[KERNEL], configuration
+    cost, c = cuda.compiled_costs(program(configuration))[KERNEL], configuration
     elements = triton.TILE * 32 * 2 * c.dim // (32 * triton.WARPS)
     return {"op": "columns"} | dataclasses.asdict(c) | {
         "instructions_per_element": round(cost.loop_instructions / elements, 3),

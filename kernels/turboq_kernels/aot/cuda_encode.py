@@ -23,7 +23,8 @@ from turboq.cache.layer import KVLayer
 from turboq.codecs import TurboQuantMSE, TurboQuantProd
 from turboq.codecs.base import Codec
 from turboq.numbers.packing import PAGE, ROWS, WORD_BITS
-from turboq_kernels.aot import compilers, cubin, cuda
+from turboq_kernels.aot import compilers, cuda
+from turboq_kernels.aot.compilers import Program
 from turboq_kernels.aot.cuda import TARGET
 from turboq_kernels.aot.cuda import missing as missing
 from turboq_kernels.decode.types import contiguous_pages
@@ -70,7 +71,7 @@ def row(configuration: Configuration) -> dict[str, Any]:
     """One row of `experiments/results/kernel_costs.json`."""
     from turboq_kernels.encode import triton
 
-    c, cost = configuration, compile_write(configuration)
+    c, cost = configuration, cuda.compiled_costs(program(configuration))[KERNEL]
     tuned = triton.tuning(c.dim, -(-c.tokens // ROWS))
     products = 1 if c.levels == "table" else 2
     again = products * (c.dim // min(tuned.block, c.dim) - 1)
@@ -83,8 +84,8 @@ def row(configuration: Configuration) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compile_write(configuration: Configuration, page: int = PAGE) -> cubin.Cost:
-    """Compiles the kernel's `write` alone and reads its cost."""
+def program(configuration: Configuration, page: int = PAGE) -> Program:
+    """The kernel's `write` alone."""
     from turboq_kernels.encode import triton
 
     c, codec = configuration, configuration.codec
@@ -108,11 +109,11 @@ def compile_write(configuration: Configuration, page: int = PAGE) -> cubin.Cost:
     def run(x, tables, words, pages, starts, counts):
         return triton.write(x, writing, tables, words, pages, starts, counts)
 
-    return cuda.compiled_costs(run, x, tables, words, pages, seen, seen)[KERNEL]
+    return Program(run, (x, tables, words, pages, seen, seen))
 
 
-def compile_layer(layer: KVLayer, *, tokens: int, capacity: int):
-    """The executable of `encode` of a whole layer into a contiguous cache, which is donated."""
+def layer_program(layer: KVLayer, *, tokens: int, capacity: int) -> Program:
+    """`encode` of a whole layer into a contiguous cache, which is donated."""
     cache = jax.eval_shape(lambda: caches.init(layer, batch=BATCH, capacity=capacity))
     k, v = (
         jax.ShapeDtypeStruct((BATCH, tokens, layer.kv_heads, codec.dim), jnp.bfloat16)
@@ -122,7 +123,7 @@ def compile_layer(layer: KVLayer, *, tokens: int, capacity: int):
     def run(cache, k, v):
         return api.encode(layer, cache, k, v, implementation="triton")
 
-    return cuda.compile_for(run, cache, k, v, donate_argnums=0)
+    return Program(run, (cache, k, v), donated=(0,))
 
 
 if __name__ == "__main__":

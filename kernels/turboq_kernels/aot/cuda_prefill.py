@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from turboq_kernels.aot import compilers, cubin, cuda
+from turboq_kernels.aot import compilers, cuda
+from turboq_kernels.aot.compilers import Program
 from turboq_kernels.aot.cuda import TARGET
 from turboq_kernels.aot.cuda import missing as missing
 
@@ -66,7 +67,7 @@ def row(configuration: Configuration) -> dict[str, Any]:
     else:
         tuned, tile = triton.tuning(cuda.shapes(c, rows=1)[1])
         read = tuned.tile_rows * 32
-    cost = compile_prefill(c)
+    cost = cuda.compiled_costs(program(c))[OWN_KERNEL if c.levels in EXACT else KERNEL]
     elements = read * 2 * c.dim / (32 * tuned.num_warps)
     return {"target": TARGET, "op": "prefill"} | dataclasses.asdict(c) | {
         "rows": tile,
@@ -76,9 +77,8 @@ def row(configuration: Configuration) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@functools.cache
-def compile_prefill(configuration: Configuration) -> cubin.Cost:
-    """Compiles `history` over 16 pages of 256 tokens, or `own`, and reads the kernel's cost."""
+def program(configuration: Configuration) -> Program:
+    """`history` over 16 pages of 256 tokens, or `own`."""
     from turboq_kernels.prefill import kernels
 
     c = configuration
@@ -86,7 +86,7 @@ def compile_prefill(configuration: Configuration) -> cubin.Cost:
     m = c.tokens * c.group
     if c.levels not in EXACT:
         history = functools.partial(kernels.history, **options)
-        return cuda.compiled_costs(history, *cuda.shapes(c, rows=m))[KERNEL]
+        return Program(history, cuda.shapes(c, rows=m))
 
     def struct(*shape, dtype: Any = jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -95,8 +95,7 @@ def compile_prefill(configuration: Configuration) -> cubin.Cost:
     seen = struct(BATCH, m)
     query = struct(BATCH, HEADS, m, c.dim, dtype=jnp.float32)
     own = functools.partial(kernels.own, **options)
-    args = (query, exact, exact, struct(BATCH, c.tokens), seen, seen)
-    return cuda.compiled_costs(own, *args)[OWN_KERNEL]
+    return Program(own, (query, exact, exact, struct(BATCH, c.tokens), seen, seen))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from jax.sharding import AbstractDevice, SingleDeviceSharding
 
 from turboq.codecs.reading import Part, Reading
 from turboq.numbers.packing import PAGE, ROWS
 from turboq_kernels.aot import compilers
+from turboq_kernels.aot.compilers import Program
 from turboq_kernels.decode import mosaic_tpu, types
 
 KERNEL = "turboq_decode"
@@ -35,6 +36,14 @@ TOPOLOGIES = {
     "v5p": "v5p:2x2x1",
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
+}
+# Name and cores of their devices.
+DEVICES = {
+    "v4": ("TPU v4", 1),
+    "v5e": ("TPU v5 lite", 1),
+    "v5p": ("TPU v5", 2),
+    "v6e": ("TPU v6 lite", 1),
+    "tpu7x": ("TPU7x", 1),
 }
 INTEGER_UNIT = ("v5e", "v5p", "v6e")  # the others multiply bfloat16 and fp8 only
 MIB = 2**20
@@ -147,11 +156,14 @@ def arguments(configuration: Configuration, pool: int | None = None) -> tuple[An
     return struct(batch, heads, rows, c.dim), side, side, pages, seen, seen
 
 
-def compile_decode(configuration: Configuration, pool: int | None = None, **options):
-    """The compiled executable (which cannot run here).
+def program(configuration: Configuration, pool: int | None = None, **options) -> Program:
+    """A decode call.
+
+    Args:
+      options: of the kernel.
 
     Raises:
-      whatever the compiler raises, and ValueError for a case that the kernel does not support.
+      ValueError: the kernel does not support the case.
     """
     shapes = arguments(configuration, pool)
     reason = mosaic_tpu.unsupported(*shapes[:4])
@@ -165,28 +177,37 @@ def compile_decode(configuration: Configuration, pool: int | None = None, **opti
             softcap=None, splits=None, symmetric=symmetric, **options,
         )  # fmt: skip
 
-    return compile_for(configuration.target, run, shapes)
+    return Program(run, shapes)
 
 
-def compile_for(target: str, function, shapes, **options):
-    """The executable of jit(function, **options) on arguments of these shapes for a generation."""
+def compile_for(target: str, program: Program):
+    """The executable for a generation (which cannot run here).
+
+    Raises:
+      whatever the compiler raises.
+    """
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target])
-    device = topology.devices[0]
-    place = SingleDeviceSharding(device)
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    mesh = AbstractMesh(
-        (), (),
-        abstract_device=AbstractDevice(
-            device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
-        ),
-    )  # fmt: skip
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(function, **options).lower(*args).compile()
+    place = SingleDeviceSharding(topology.devices[0])
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), program.arguments
+    )
+    with compilers.abstractly(_device(target)):
+        return program.jitted.lower(*args).compile()
+
+
+def lowered(target: str, program: Program) -> str:
+    """See `compilers.lowered`."""
+    return compilers.lowered(program, "tpu", _device(target))
+
+
+def _device(target: str) -> AbstractDevice:
+    kind, cores = DEVICES[target]
+    return AbstractDevice(device_kind=kind, num_cores=cores, platform="tpu")
 
 
 def row(configuration: Configuration, dump: pathlib.Path) -> dict[str, Any]:
     """One row; `dump` is the empty folder the compiler writes its schedule to."""
-    executable = compile_decode(configuration)
+    executable = compile_for(configuration.target, program(configuration))
     shapes = arguments(configuration)
     cost = read_cost(dump)
     q, k, v, pages, *_ = shapes

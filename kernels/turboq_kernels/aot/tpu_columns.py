@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from turboq.numbers.packing import PAGE, ROWS
 from turboq_kernels.aot import compilers, tpu
+from turboq_kernels.aot.compilers import Program
 from turboq_kernels.aot.tpu import missing as missing
 from turboq_kernels.columns import mosaic_tpu
 from turboq_kernels.columns.linear import GAIN_BITS, LANES, LinearLayer, LinearSide
@@ -95,11 +96,11 @@ def arguments(c: Configuration) -> tuple[Any, ...]:
     return folded, words, layer, seen, seen
 
 
-def compile_columns(configuration: Configuration):
-    """The compiled executable (which cannot run here).
+def program(configuration: Configuration) -> Program:
+    """A call over a layer.
 
     Raises:
-      whatever the compiler raises, and ValueError for a case that the kernel does not support.
+      ValueError: the kernel does not support the case.
     """
     c, shapes = configuration, arguments(configuration)
     block = None if c.cache == "after" else int(c.cache)
@@ -111,12 +112,12 @@ def compile_columns(configuration: Configuration):
     def run(*shapes):
         return mosaic_tpu.attend(*shapes, scale=c.dim**-0.5, softcap=None)
 
-    return tpu.compile_for(c.target, run, shapes)
+    return Program(run, shapes)
 
 
 def row(configuration: Configuration, dump: pathlib.Path) -> dict[str, Any]:
     """One row; `dump` is the empty folder the compiler writes its schedule to."""
-    compile_columns(configuration)
+    tpu.compile_for(configuration.target, program(configuration))
     cost, c = tpu.read_cost(dump, KERNEL), configuration
     return {"op": "columns"} | dataclasses.asdict(c) | {
         "bundles_per_256_tokens": round(cost.loop_bundles / HEADS, 1),

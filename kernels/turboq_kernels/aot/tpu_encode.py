@@ -24,6 +24,7 @@ from turboq.codecs import TurboQuantMSE, TurboQuantProd
 from turboq.codecs.base import Codec
 from turboq.numbers.packing import PAGE, ROWS
 from turboq_kernels.aot import compilers, tpu
+from turboq_kernels.aot.compilers import Program
 from turboq_kernels.aot.tpu import missing as missing
 from turboq_kernels.decode.types import Pages
 from turboq_kernels.encode import api, mosaic_tpu, store
@@ -66,8 +67,8 @@ CONFIGURATIONS = tuple(
 )
 
 
-def compile_write(configuration: Configuration, page: int = PAGE, pool: int | None = None):
-    """The executable of the kernel's `write` alone; the words are donated, and kept folded.
+def program(configuration: Configuration, page: int = PAGE, pool: int | None = None) -> Program:
+    """The kernel's `write` alone; the words are donated, and kept folded.
 
     Args:
       pool: head-pages that exist, by default as many as the table names.
@@ -97,11 +98,11 @@ def compile_write(configuration: Configuration, page: int = PAGE, pool: int | No
         return tuple(w.reshape(k.shape) for w, k in zip(words, kept, strict=True)), numbers
 
     x = struct(BATCH, HEADS, c.tokens, c.dim, dtype=jnp.bfloat16)
-    return tpu.compile_for(c.target, run, (words, x, tables, pages, seen, seen), donate_argnums=0)
+    return Program(run, (words, x, tables, pages, seen, seen), donated=(0,))
 
 
-def compile_layer(target: str, layer: KVLayer, cache: Any, tokens: int):
-    """The executable of `encode` of a whole layer into a contiguous cache, which is donated.
+def layer_program(layer: KVLayer, cache: Any, tokens: int) -> Program:
+    """`encode` of a whole layer into a contiguous cache, which is donated.
 
     Args:
       cache: shapes of a `turboq.cache.contiguous.LayerCache`.
@@ -115,12 +116,13 @@ def compile_layer(target: str, layer: KVLayer, cache: Any, tokens: int):
     def run(cache, k, v):
         return api.encode(layer, cache, k, v, implementation="mosaic_tpu")
 
-    return tpu.compile_for(target, run, (cache, k, v), donate_argnums=0)
+    return Program(run, (cache, k, v), donated=(0,))
 
 
 def row(configuration: Configuration, dump: pathlib.Path) -> dict[str, Any]:
     """One row; `dump` is the empty folder the compiler writes its schedule to."""
-    analysis = compile_write(configuration).memory_analysis()
+    executable = tpu.compile_for(configuration.target, program(configuration))
+    analysis = executable.memory_analysis()
     if analysis is None:
         raise RuntimeError("the compiler reports no memory analysis")
     cost, c = tpu.read_cost(dump, KERNEL), configuration

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from turboq.numbers.packing import PAGE
 from turboq_kernels.aot import compilers, tpu
+from turboq_kernels.aot.compilers import Program
 from turboq_kernels.aot.tpu import Configuration
 from turboq_kernels.aot.tpu import missing as missing
 from turboq_kernels.decode.types import Side
@@ -42,11 +43,11 @@ CONFIGURATIONS = (
 )
 
 
-def compile_prefill(configuration: Configuration, pool: int | None = None):
-    """The compiled executable of `history`, or of `own` for exact tokens.
+def program(configuration: Configuration, pool: int | None = None) -> Program:
+    """`history`, or `own` for exact tokens.
 
     Raises:
-      whatever the compiler raises, and ValueError for a case that the kernel does not support.
+      ValueError: the kernel does not support the case.
     """
     c = configuration
     if c.levels == EXACT:
@@ -65,7 +66,7 @@ def compile_prefill(configuration: Configuration, pool: int | None = None):
         def own(*args):
             return mosaic_tpu.own(*args, scale=c.dim**-0.5, softcap=None)
 
-        return tpu.compile_for(c.target, own, shapes)
+        return Program(own, shapes)
     shapes = arguments(c, pool)
     reason = mosaic_tpu.unsupported(*shapes[:4])
     if reason is not None:
@@ -74,7 +75,7 @@ def compile_prefill(configuration: Configuration, pool: int | None = None):
     def history(*args):
         return mosaic_tpu.history(*args, bias=None, scale=c.dim**-0.5, softcap=None)
 
-    return tpu.compile_for(c.target, history, shapes)
+    return Program(history, shapes)
 
 
 def arguments(configuration: Configuration, pool: int | None = None) -> tuple[Any, ...]:
@@ -91,7 +92,7 @@ def _told(side: Side, symmetric: bool) -> Side:
 def row(configuration: Configuration, dump: pathlib.Path) -> dict[str, Any]:
     """One row; `dump` is the empty folder the compiler writes its schedule to."""
     c = configuration
-    analysis = compile_prefill(c).memory_analysis()
+    analysis = tpu.compile_for(c.target, program(c)).memory_analysis()
     if analysis is None:
         raise RuntimeError("the compiler reports no memory analysis")
     if c.levels == EXACT:
