@@ -6,7 +6,7 @@ import functools
 import itertools
 
 import numpy as np
-from plan_cases import unchecked
+from unchecked import unchecked
 
 from turboq.codecs import FP8, Codec, Exact, Ggml, TurboQuantMSE
 from turboq.plan.constraints import Boundary, Constraints, FirstLast, Scheme, match

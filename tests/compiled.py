@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_cases import unchecked
+from unchecked import unchecked
 
 from turboq.files import atomic_write
 from turboq_kernels.aot import compilers

@@ -5,11 +5,13 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
+from unchecked import unchecked
 
 # Most of the time goes into compiling programs that run once on a few numbers: without LLVM's
 # passes and with XLA's older emitter of loops that takes a quarter as long. XLA's own passes stay,
@@ -49,6 +51,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def rng() -> np.random.Generator:
     """A fixed NumPy generator: tests are reproducible and independent of JAX's key format."""
     return np.random.default_rng(20261122)
+
+
+@pytest.fixture(name="unchecked")
+def _unchecked() -> Iterator[None]:
+    """`unchecked.unchecked` for a test, or for a file: `pytestmark = usefixtures("unchecked")`."""
+    with unchecked():
+        yield
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

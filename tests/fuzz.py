@@ -109,7 +109,7 @@ class State:
 def work(options: argparse.Namespace) -> None:
     """The child: all cases that are left, in order."""
     import fuzz_targets
-    import plan_cases
+    from unchecked import unchecked
 
     from turboq.errors import TurboqWarning
 
@@ -134,7 +134,7 @@ def work(options: argparse.Namespace) -> None:
                 state.write((target, index))
                 begun, used = time.monotonic(), time.process_time()
                 faulthandler.dump_traceback_later(HANGS * options.limit, exit=True)
-                with plan_cases.unchecked():
+                with unchecked():
                     outcome = run(case, target, index, options, folder)
                 faulthandler.cancel_dump_traceback_later()
                 used = time.process_time() - used

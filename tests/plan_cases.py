@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 
-import jaxtyping
 import numpy as np
 
 from turboq.cache.layer import TokenPolicy
@@ -134,14 +131,3 @@ def rich() -> tuple[Plan, Fitted]:
     }
     plan = dataclasses.replace(plan, extra=extra)
     return plan, collect_arrays(plan, random_fit(plan.model, 1))
-
-
-@contextlib.contextmanager
-def unchecked() -> Iterator[None]:
-    """No run-time annotation checks, which make loading ten times slower: for many trials only."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)

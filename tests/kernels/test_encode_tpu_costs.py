@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from compiled import compiled, needs_compilers
 from layer_programs import tpu_programs
-from plan_cases import unchecked
+from unchecked import unchecked
 
 from turboq_kernels.aot import compilers, tpu, tpu_encode
 

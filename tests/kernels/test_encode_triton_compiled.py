@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from compiled import compiled, needs_compilers
 from layer_programs import cuda_programs
-from plan_cases import unchecked
+from unchecked import unchecked
 
 from turboq_kernels.aot import compilers, cuda, cuda_encode
 from turboq_kernels.aot.cuda_encode import CONFIGURATIONS

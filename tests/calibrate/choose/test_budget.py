@@ -10,7 +10,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from allocate_cases import KINDS, random_problem
-from plan_cases import geometry, random_fit, unchecked
+from plan_cases import geometry, random_fit
+from unchecked import unchecked
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, PerHead, TurboQuantMSE

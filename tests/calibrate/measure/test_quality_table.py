@@ -51,6 +51,7 @@ def places(value, path=()):
         yield from places(item, (*path, key))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("file", [quality.QUALITY, quality.RUN])
 def test_every_damaged_field_is_one_clear_line(tmp_path, file):
     """Each value replaced by each other kind, or left out: a TurboqError that names the file, or

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plan_cases import unchecked
 from stat_cases import random_windows
+from unchecked import unchecked
 
 from turboq.errors import TurboqError
 from turboq.plan import TextSource

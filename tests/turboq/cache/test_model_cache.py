@@ -130,11 +130,12 @@ def test_the_pool_holds_the_codecs_own_bits(rng, kind):
 
 def _bits(layer, side, x):
     """Stored bits of every head's 256 tokens, [256, columns], of codes and of the rest."""
-    out = []
+    out, encode = [], {}
     for h in range(HEADS):
         group = next(g for g in layer.groups if h in g.heads)
         codec, arrays = getattr(group, side), getattr(group, f"{side}_arrays")
-        stored = codec.encode({n: a[group.heads.index(h)] for n, a in arrays.items()}, x[0, :, h])
+        run = encode.setdefault(codec, jax.jit(codec.encode))
+        stored = run({n: a[group.heads.index(h)] for n, a in arrays.items()}, x[0, :, h])
         parts = {"codes": [np.zeros((256, 0), int)], "rest": [np.zeros((256, 0), int)]}
         for field in codec.fields:
             entries = np.asarray(stored[field.name])

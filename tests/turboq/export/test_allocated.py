@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from plan_cases import geometry, unchecked
+from plan_cases import geometry
+from unchecked import unchecked
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import FP8, Exact, PerChannel, TurboQuantMSE

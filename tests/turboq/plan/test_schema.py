@@ -90,12 +90,6 @@ def test_inline_records_are_published_with_their_fields():
     assert typing.get_type_hints(types.Plan).keys() - {"extra"} <= top.keys()
 
 
-@pytest.fixture
-def unchecked():
-    with plan_cases.unchecked():
-        yield
-
-
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.usefixtures("unchecked")
 def test_schema_and_parser_agree_on_mutated_plans(validator, documents, seed):
