@@ -36,8 +36,12 @@ SWITCHES: dict[str, dict] = {
 class WithoutGradients(Statistics):
     """The same tokens, of which no gradient is known."""
 
+    def __init__(self, seen: Statistics):
+        super().__init__(seen.folder, seen.manifest)
+        self.seen = seen
+
     def __getitem__(self, index: int) -> LayerStatistics:
-        layer = super().__getitem__(index)
+        layer = self.seen[index]
         return _Layer(**{x.name: getattr(layer, x.name) for x in dataclasses.fields(layer)})
 
 
@@ -53,7 +57,7 @@ class _Layer(LayerStatistics):
 
 
 def arms(bench: Bench) -> list[Arm]:
-    blind = WithoutGradients(bench.statistics.folder, bench.statistics.manifest)
+    blind = WithoutGradients(bench.statistics)
     out = []
     for bits in (2.25, 3.25):
         group, base = f"{bits:g}b", f"{bits:g} learned"

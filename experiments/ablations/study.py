@@ -111,7 +111,7 @@ class Bench:
     ) -> Arm:
         """The plan of `turboq plan --budget`; `wanted` are fields of `Wanted`."""
         own = Wanted(budget=Budget.parse(f"{bits:g}bpc"), policy=POLICY, **wanted)
-        seen = statistics or self.statistics
+        seen = self.statistics if statistics is None else statistics
         ready = self.menu(seen, dataclasses.replace(own, granularity="per_head")).under(own)
         found = plan_within(seen, self.geometry, own, prepared=ready, progress=False)
         arrays = found.arrays
@@ -129,7 +129,8 @@ class Bench:
         baseline: str | None = None,
     ) -> Arm:
         """The plan of a rule, fitted; `change(side, array, values)` replaces fitted arrays."""
-        plan, seen = rule_plan(self.geometry, rule, policy=policy), statistics or self.statistics
+        seen = self.statistics if statistics is None else statistics
+        plan = rule_plan(self.geometry, rule, policy=policy)
         key = (json.dumps(document(plan)["layers"]), seen)
         if key not in self._fits:
             self._fits[key] = fit_plan(plan, seen)
