@@ -21,7 +21,7 @@ from turboq.codecs.fit_rope_block import (
 from turboq.codecs.observed import Observed
 from turboq.codecs.rope_block import block_channels
 from turboq.codecs.transform_padded import pad_side
-from turboq.codecs.water_filling import rates
+from turboq.codecs.water_filling import batched_rates
 from turboq.errors import TurboqError
 from turboq.numbers import codebook
 
@@ -126,7 +126,7 @@ def test_segments_cost_no_more_than_the_greedy_on_the_same_law(rng):
     """Greedy min of sum s 4^-b by runs of 8 equal costs is optimal: the runs must match it."""
     s = np.repeat(np.sort(rng.exponential(size=4))[::-1], 8)
     law = 4.0 ** -np.arange(9.0)
-    found = rates(s, law, runs=4)
+    (found,) = batched_rates((s[:, None] * law)[None], runs=4)
     for total in (8, 40, 96, 160):
         bits = np.zeros(4, int)
         queue = [(-s[8 * i] * 0.75, i) for i in range(4)]
