@@ -25,7 +25,7 @@ from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe.layer_statistics import LayerStatistics
 from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.reservoir import Tokens
-from turboq_calibrate.observe.statistics_files import MANIFEST, Statistics
+from turboq_calibrate.observe.statistics_files import MANIFEST, Manifest, Statistics
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "experiments" / "ablations"
@@ -44,9 +44,15 @@ class Made(Statistics):
         self.folder, self.seed = folder / str(seed), seed
         self.folder.mkdir(exist_ok=True)
         (self.folder / MANIFEST).write_text(str(seed))
-        self.manifest = SimpleNamespace(inputs=inputs)
+        self.manifest = Manifest(
+            version=2, inputs=inputs, geometry={}, tokens=TOKENS, bins={}, windows={}, layers=()
+        )
+        self.layer = functools.cache(self._layer)
 
     def __getitem__(self, index):
+        return self.layer(index)
+
+    def _layer(self, index):
         rng = np.random.default_rng([index, self.seed])
         x, g = rng.standard_normal((2, TOKENS, HEADS, DIM)).astype(np.float32)
         g *= 2.0**index * np.array([1.0, 4.0], np.float32)[:, None]
@@ -82,7 +88,7 @@ def arms(study, tmp_path_factory):
         statistics = Made(folder, 0)
 
         def of_text(self, text, windows):
-            return Made(folder, windows + len(text))
+            return Made(folder, 1000 * windows + sum(text.encode()))
 
     def layer(i):
         return LayerGeometry(
@@ -96,12 +102,12 @@ def arms(study, tmp_path_factory):
         geometry = ModelGeometry(
             fingerprint="0" * 64, family="llama", name="made up", layers=layers
         )
-        return importlib.import_module(name).arms(Bench(None, geometry, 0, folder))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(study, "menu", lambda *_, **__: SimpleNamespace(under=lambda _: None))
+            patch.setattr(study, "plan_within", asked)
+            return importlib.import_module(name).arms(Bench(None, geometry, 0, folder))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "menu", lambda *_, **__: SimpleNamespace(under=lambda wanted: None))
-        patch.setattr(study, "plan_within", asked)
-        yield made
+    return made
 
 
 def asked(statistics, geometry, wanted, **_):
