@@ -16,13 +16,12 @@ on other kinds than either kind of text that is at hand, and those are best on t
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
+from program import main
 
-from turboq.errors import TurboqError
 from turboq.files import atomic_write
 from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.plan_within import Wanted, plan_within
@@ -131,17 +130,5 @@ def run(out: Path) -> None:
     print(f"\nresult  {out / 'calibration_text.json'}")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        run(Path(OUT.value))
-    except (TurboqError, OSError) as error:
-        sys.exit(f"calibration_text: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("calibration_text: interrupted: the same command continues")
-
-
 if __name__ == "__main__":
-    app.run(main)
+    main(run, OUT)

@@ -15,16 +15,15 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
+from program import main
 
-from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
 from turboq_calibrate.models import decoder, load_model
 from turboq_calibrate.models.model import Model, embed_tokens
@@ -104,15 +103,5 @@ def run(out: Path) -> None:
     print(f"result  {out / 'capture_overhead.json'}")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        run(Path(OUT.value))
-    except (TurboqError, OSError) as error:
-        sys.exit(f"capture_overhead: error: {error}")
-
-
 if __name__ == "__main__":
-    app.run(main)
+    main(run, OUT)

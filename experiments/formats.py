@@ -1,10 +1,11 @@
 """Is a learned codec worth it? Every storage format of the field in one table, at all-in bits.
 
-    ./scripts/demo && .venv/bin/python experiments/formats.py --out=runs/formats
+    python experiments/formats.py --out=runs/formats
 
 For every format: keys only, values only (the other side exact bf16) and both quantized, KL to the
 model's own exact cache on held-out text; first 4 tokens exact for all, except where a row names its
-own token policy. Calibrated formats are fitted to the statistics of the demo. Writes quality.json
+own token policy. Calibrated formats are fitted as `turboq plan
+--codec` fits them, to the default calibration. Writes quality.json
 (sorted by bits per channel), quality.csv and formats.svg. Rows are measured in batches, and a
 finished batch is not repeated after an interruption. Expected: about half an hour on two cores;
 `per_head` and trellis codes lowest at equal bits, INT2 without calibration highest.
@@ -13,31 +14,30 @@ finished batch is not repeated after an interruption. Expected: about half an ho
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
+from program import main, statistics_of
 
 from turboq import codecs as c
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs.ggml import mainline
 from turboq.codecs.oscar import CLIP_PERCENT, RECENT, SINKS
 from turboq.codecs.vllm_turboquant import PRESETS, boundary_layers, preset
-from turboq.errors import TurboqError
 from turboq.files import make_folder
-from turboq.plan import ModelGeometry, collect_arrays
+from turboq.plan import ModelGeometry
 from turboq.plan.rules import Rule, by_layer, rule_plan, sides, skip_layers
+from turboq_calibrate.fit.plan import fit_plan
 from turboq_calibrate.measure import quality_table as quality
-from turboq_calibrate.measure.evaluate import evaluate
+from turboq_calibrate.measure.evaluate import NamedPlan, evaluate
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe import texts as data
-from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
+from turboq_calibrate.observe.statistics_files import Statistics
 
-RUN = flags.DEFINE_string("run", "runs/demo", "Folder that holds `statistics/`.")
-MODEL = flags.DEFINE_string("model", "embedded", "The model they are of.")
+STATISTICS = flags.DEFINE_string("statistics", "", "Folder of `turboq calibrate`; none: made.")
+MODEL = flags.DEFINE_string("model", "embedded", "Model to quantize.")
 TEXT = flags.DEFINE_multi_string("text", ["topics:heldout"], "Text to measure on.")
 WINDOWS = flags.DEFINE_integer("windows", 2, "Windows of 1024 tokens.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 12, "Rows measured together.", lower_bound=1)
@@ -138,25 +138,22 @@ def formats(geometry: ModelGeometry) -> dict[str, Row]:
     return rows
 
 
-def plans(geometry: ModelGeometry, statistics: Statistics) -> list[tuple]:
+def plans(geometry: ModelGeometry, statistics: Statistics) -> list[NamedPlan]:
     """(name, plan, arrays) of all rows: both sides, then keys only and values only."""
-    dim = geometry.cache_layers[0].k_dim
-    exact = c.Exact(dim=dim)
-
-    @functools.cache  # both sides, keys only and values only share their fits
-    def fit(index: int, side: str, codec: c.Codec):
-        return codec.fit(statistics.layers[index].observed(side))
-
-    out = []
+    exact, out = c.Exact(dim=geometry.cache_layers[0].k_dim), []
     for name, row in formats(geometry).items():
-        rules = {name: sides(k=row.k, v=row.v)}
+        rows = {name: "kv"}
         if row.alone:
-            rules[f"{name} | K only"] = sides(k=row.k, v=exact)
-            rules[f"{name} | V only"] = sides(k=exact, v=row.v)
-        for label, rule in rules.items():
-            if ONLY.value in label:
-                plan = rule_plan(geometry, rule, policy=row.policy)
-                out.append((label, plan, collect_arrays(plan, fit)))
+            rows |= {f"{name} | K only": "k", f"{name} | V only": "v"}
+        rows = {label: kept for label, kept in rows.items() if ONLY.value in label}
+        if not rows:
+            continue
+        fitted = fit_plan(rule_plan(geometry, sides(k=row.k, v=row.v)), statistics)
+        for label, kept in rows.items():
+            rule = sides(k=row.k if "k" in kept else exact, v=row.v if "v" in kept else exact)
+            plan = rule_plan(geometry, rule, policy=row.policy)
+            own = {n: x for n, x in fitted.items() if n.split(".")[2] in kept}
+            out.append((label, plan, own))
     return out
 
 
@@ -165,7 +162,7 @@ def run(out: Path) -> None:
     model = load_model(MODEL.value)
     geometry = model_geometry(model)
     windows = data.mixed_windows(TEXT.value, model.tokenizer, length=1024, count=WINDOWS.value)
-    statistics = load_statistics(Path(RUN.value) / "statistics")
+    statistics = statistics_of(model, STATISTICS.value, out)
     rows = plans(geometry, statistics)
     measured = evaluate(
         model, rows, windows.tokens, text=windows.source, folder=out / "parts",
@@ -216,17 +213,5 @@ def draw(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        run(Path(OUT.value))
-    except (TurboqError, OSError) as error:
-        sys.exit(f"formats: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("formats: interrupted: the same command continues")
-
-
 if __name__ == "__main__":
-    app.run(main)
+    main(run, OUT)

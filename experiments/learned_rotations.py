@@ -1,193 +1,130 @@
-"""Can a basis be trained past the joint one? `transform` before and after, and data-free rotations.
+"""Can a learned plan's bases be trained past the joint ones by gradient descent?
 
-    python experiments/learned_rotations.py --out=runs/learned_rotations
+    python experiments/learned_rotations.py --statistics=runs/mine
 
-Rows at the same stored bits per channel, K and V, every head its own, first 4 tokens exact:
-
-    joint     `transform` in the joint basis, segments by measured water-filling (the start)
-    trained   the same segments, rotation and scales trained (`fit.trained_rotation`)
-    blocks    `rope_block`: no dense basis
-    plain     `hadamard_per_head` with the signs of seed 0 and no order (TurboQuant with a mean)
-    searched  `hadamard_per_head` as found by search
-
-Fitted and trained on windows of --fit; evaluated on other windows of the same text (validation) and
-on --text. Writes learned_rotations.json, prints a table. Finished layers are kept in --out, and the
-same command continues. About five minutes on two cores with the default flags. Expected: trained is
-below joint on training text; whether it is on other text is the question.
+The plan of `turboq plan --budget=3.25bpc --candidates=transform` (scalar codes: training moves
+tokens among fixed points), and the same plan with rotation and scales of every head trained on the
+sampled tokens (`fit.trained_rotation`): segments, bits and bytes stay. A head keeps what it learned
+only where its error on tokens that training did not see is lower. KL on --text, first 4 tokens
+exact. Writes learned_rotations.json, prints a table; finished layers are kept in --out, and the
+same command continues. Expected: about a quarter of the heads take it; whether that is worth
+anything on other text is the question.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
+from program import main, statistics_of
 
-from turboq.cache.layer import TokenPolicy
-from turboq.codecs import HadamardPerHead
-from turboq.codecs.fit_rope_block import rope_block_at
-from turboq.codecs.fit_transform import TransformOptions, fit_heads, transform_at
-from turboq.errors import TurboqError
-from turboq.files import atomic_write, make_folder
-from turboq.numbers.rotation import Rotation
+from turboq.codecs.fit_transform import fit_heads
+from turboq.files import atomic_write
+from turboq.plan import ModelGeometry
+from turboq.plan.types import SIDES
+from turboq_calibrate.candidates.makers import LEARNED
 from turboq_calibrate.candidates.table import Option, Table
-from turboq_calibrate.fit.trained_rotation import Recipe, learn_rotations
-from turboq_calibrate.measure.evaluate import evaluate
+from turboq_calibrate.choose.budget import Budget
+from turboq_calibrate.choose.plan_within import Wanted, menu, plan_within
+from turboq_calibrate.fit.trained_rotation import Heads, Recipe, learn_rotations
+from turboq_calibrate.measure import quality_table
+from turboq_calibrate.measure.evaluate import NamedPlan, evaluate_texts
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
-from turboq_calibrate.observe import texts as data
-from turboq_calibrate.observe.observe import observe
-from turboq_calibrate.observe.recipe import ObserveRecipe
+from turboq_calibrate.observe.statistics_files import Statistics
+from turboq_calibrate.observe.texts import mixed_windows
 
 MODEL = flags.DEFINE_string("model", "embedded", "The model to measure.")
-FIT = flags.DEFINE_multi_string("fit", ["topics:calibration"], "Text to fit and train on.")
-TEXT = flags.DEFINE_multi_string("text", ["topics:heldout"], "Text to measure on.")
-BITS = flags.DEFINE_integer("bits", 3, "Bits of codes; 16 per vector come on top, as a gain.")
-GAIN = flags.DEFINE_enum("gain", "float16", ["none", "code", "float16"], "Gain of `transform`.")
+STATISTICS = flags.DEFINE_string("statistics", "", "Folder of `turboq calibrate`; none: made.")
+TEXT = flags.DEFINE_multi_string("text", ["topics:heldout"], "Texts to measure on.")
+BITS = flags.DEFINE_float("bits", 3.25, "Bits per channel.")
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a window.", lower_bound=64)
-FIT_WINDOWS = flags.DEFINE_integer("fit_windows", 4, "Windows to fit on.", lower_bound=1)
-WINDOWS = flags.DEFINE_integer("windows", 2, "Windows of each text to measure.", lower_bound=1)
+WINDOWS = flags.DEFINE_integer("windows", 2, "Windows of each text.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 150, "Training steps per side, a multiple of 50.")
 RATE = flags.DEFINE_float("rate", 0.001, "Learning rate.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of gradients and batches.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of batches.")
 OUT = flags.DEFINE_string("out", "runs/learned_rotations", "Folder for the result.")
 
-LABELS = ("joint", "trained", "blocks", "plain", "searched")
+SCALAR = "transform"
 
 
 def run(out: Path) -> None:
-    make_folder(out)
-    seconds, clock = {}, time.perf_counter()
-
-    def lap(name: str) -> None:
-        nonlocal clock
-        seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
-
     model = load_model(MODEL.value)
-    geometry = model_geometry(model)
-    policy = TokenPolicy(sinks=4)
-    count = FIT_WINDOWS.value + WINDOWS.value
-    every = data.mixed_windows(FIT.value, model.tokenizer, length=LENGTH.value, count=count)
-    # Every n-th window is for validation, so that both parts see the whole text.
-    held = np.arange(WINDOWS.value) * count // WINDOWS.value
-    fit, validation = np.delete(every.tokens, held, axis=0), every.tokens[held]
-    test = data.mixed_windows(TEXT.value, model.tokenizer, length=LENGTH.value, count=WINDOWS.value)
-    windows = dataclasses.replace(every, tokens=fit, text=np.delete(every.text, held))
-    statistics = observe(model, windows, out, ObserveRecipe(skip=policy.sinks, seed=SEED.value))
-    lap("observe")
-    keys = [(layer.index, side) for layer in geometry.cache_layers for side in ("k", "v")]
-    options = TransformOptions(gain=GAIN.value)
-    seen = {(layer, side): statistics.layers[layer].observed(side) for layer, side in keys}
-    fits = {key: fit_heads(seen[key], options) for key in keys}
-    starts = {
-        key: transform_at(seen[key], stored(own[0]), options, fits=own) for key, own in fits.items()
-    }
-    lap("joint")
-    recipe = Recipe(steps=STEPS.value, learning_rate=RATE.value, seed=SEED.value)
-    rotated = learn_rotations(seen, starts, fits, out / "rotations", recipe=recipe)
-    lap("trained")
-    made = {}
-    for key in keys:
-        blocks = rope_block_at(seen[key], stored(fits[key][0]), options)
-        dim = seen[key].dim
-        codec = HadamardPerHead(dim=dim, bits=BITS.value)
-        found = codec.fit(seen[key])
-        signs = np.broadcast_to(Rotation(kind="hadamard", dim=dim).signs, found["signs"].shape)
-        order = np.broadcast_to(np.arange(dim), found["order"].shape)
-        plain = found | {"signs": signs, "order": order}
-        heads = len(found["signs"])
-        made[key] = (
-            option(starts[key]),
-            option(rotated[key].heads),
-            option(blocks),
-            Option.shared(codec, heads, lambda plain=plain: plain),
-            Option.shared(codec, heads, lambda found=found: found),
+    statistics = statistics_of(model, STATISTICS.value, out)
+    plans, summary = learned_and_trained(model_geometry(model), statistics, out)
+    texts = {
+        windows.source: windows.tokens
+        for windows in (
+            mixed_windows([s], model.tokenizer, length=LENGTH.value, count=WINDOWS.value)
+            for s in TEXT.value
         )
-    lap("blocks and signs")
-    table = Table(LABELS, made, "", "after")
-    plans = [(n, *table.to_plan(geometry, table.uniform(i, i), policy=policy))
-             for i, n in enumerate(LABELS)]  # fmt: skip
-    tables = {
-        name: evaluate(model, plans, tokens, text=name).table
-        for name, tokens in (("validation", validation), ("test", test.tokens))
     }
-    lap("evaluate")
-    start = np.concatenate([rotated[k].start for k in keys])
-    trained = np.concatenate([rotated[k].trained for k in keys])
-    error = {
-        "start": {"k": mean(rotated, "start", "k"), "v": mean(rotated, "start", "v")},
-        "trained": {"k": mean(rotated, "trained", "k"), "v": mean(rotated, "trained", "v")},
-    }
-    result = {
+    found = evaluate_texts(model, plans, texts, folder=out / "parts")
+    result = summary | {
         "model": model.spec.name,
         "model_fingerprint": model.fingerprint,
-        "fit": every.source,
-        "fit_tokens": int(fit.size),
-        "test": test.source,
-        "sinks": policy.sinks,
-        "gain": GAIN.value,
-        "recipe": {"steps": recipe.steps, "learning_rate": recipe.learning_rate,
-                   "batch": recipe.batch, "seed": recipe.seed},
-        "heads": len(start),
-        "accepted": int(np.sum(trained < start)),
-        "searched_heads": int(sum(np.any(o[3].arrays[h]["signs"] != o[4].arrays[h]["signs"])
-                                  or np.any(o[3].arrays[h]["order"] != o[4].arrays[h]["order"])
-                                  for o in made.values() for h in range(len(o[3].arrays)))),
-        "validation_error": error,
-        "seconds": {n: round(s, 1) for n, s in seconds.items()},
-        "tables": tables,
-    }  # fmt: skip
-    atomic_write(
-        out / "learned_rotations.json", json.dumps(result, indent=1, allow_nan=False) + "\n"
-    )
-    report(result)
-    print(f"result {out / 'learned_rotations.json'}")
+        "calibration": statistics.manifest.inputs["text"],
+        "texts": found.table["texts"],
+        "rows": found.rows,
+        "versions": found.run["versions"],
+    }
+    path = out / "learned_rotations.json"
+    atomic_write(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print(quality_table.format_table(found))
+    print(f"\ntrained arrays accepted in {summary['accepted']} of {summary['heads']} heads")
+    for name, sides in summary["error"].items():
+        print(f"{name:8} error over signal K {sides['k']:.4g}  V {sides['v']:.4g}")
+    print(f"result {path}")
 
 
-def stored(fit) -> int:
-    """Bits per vector of every row: the codes and a 16-bit gain or scale."""
-    return BITS.value * len(fit.basis.mean) + 16
+def learned_and_trained(
+    geometry: ModelGeometry, statistics: Statistics, out: Path
+) -> tuple[list[NamedPlan], dict]:
+    """The command's plan, the same with trained arrays, and what training did."""
+    budget = Budget.parse(f"{BITS.value:g}bpc")
+    wanted = Wanted(budget=budget, candidates=(SCALAR,))
+    ready = menu(statistics, geometry, wanted)
+    start = plan_within(statistics, geometry, wanted, prepared=ready)
+    table, chosen = ready.table, start.allocation.chosen
+    quantizer, states = LEARNED[SCALAR]
+    options = dataclasses.replace(ready.guarded.options, quantizer=quantizer, states=states)
+    seen, fits, starts = {}, {}, {}
+    for key in table.options:
+        layer, side = key
+        rope = table.k_rope if side == "k" else "after"
+        seen[key] = statistics.layers[layer].observed(side, rope)
+        fits[key] = fit_heads(seen[key], options)
+        own = [table.options[key][c] for c in chosen[table.rows(layer, side)]]
+        starts[key] = [(o.codecs[h], o.arrays[h]) for h, o in enumerate(own)]
+    recipe = Recipe(steps=STEPS.value, learning_rate=RATE.value, seed=SEED.value)
+    rotated = learn_rotations(seen, starts, fits, out / "rotations", recipe=recipe)
+    made = {key: (option(rotated[key].heads),) for key in table.options}
+    trained = Table((SCALAR,), made, k_rope=table.k_rope, windows=table.windows)
+    same = np.zeros(len(trained.units), int)
+    plan, arrays = trained.to_plan(geometry, same, policy=ready.policy)
+    name = f"{SCALAR} {BITS.value:g}"
+
+    def mean(which: str, side: str) -> float:
+        return float(np.mean([getattr(r, which) for k, r in rotated.items() if k[1] == side]))
+
+    summary = {
+        "recipe": dataclasses.asdict(recipe),
+        "heads": len(trained.units),
+        "accepted": int(sum(found.accepted.sum() for found in rotated.values())),
+        "error": {
+            which: {side: mean(which, side) for side in SIDES} for which in ("start", "trained")
+        },
+    }
+    plans = [(name, start.plan, start.arrays), (f"{name}, trained", plan, arrays)]
+    return plans, summary
 
 
-def option(heads) -> Option:
-    return Option(tuple(c for c, _ in heads), lambda: [a for _, a in heads])
-
-
-def mean(rotated, name: str, side: str) -> float:
-    """Error of the codec over the signal on tokens that training did not see, mean over heads."""
-    return float(np.mean([getattr(r, name) for k, r in rotated.items() if k[1] == side]))
-
-
-def report(result: dict) -> None:
-    heads, accepted = result["heads"], result["accepted"]
-    print(f"\ntrained arrays accepted in {accepted} of {heads} heads, searched signs in "
-          f"{result['searched_heads']}")  # fmt: skip
-    for name, sides in result["validation_error"].items():
-        print(f"{name:8} relative error K {sides['k']:.4g}  V {sides['v']:.4g}")
-    for name, table in result["tables"].items():
-        print(f"\n{name}: row, bits per channel, KL mean, by window")
-        for row in table["rows"]:
-            windows = " ".join(f"{x:.4f}" for x in row["kl_windows"])
-            print(
-                f"  {row['name']:9} {row['bits_per_channel']:.4f}  {row['kl_mean']:.4f}  {windows}"
-            )
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        run(Path(OUT.value))
-    except (TurboqError, OSError) as error:
-        sys.exit(f"learned_rotations: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("learned_rotations: interrupted: the same command continues")
+def option(heads: Heads) -> Option:
+    return Option(tuple(codec for codec, _ in heads), lambda: [arrays for _, arrays in heads])
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main(run, OUT)

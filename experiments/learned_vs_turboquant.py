@@ -18,18 +18,17 @@ an interruption. Expected: about 25 minutes on two cores with two windows of sev
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
+from program import main, statistics_of
 
 from turboq import codecs as c
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs.oscar import CLIP_PERCENT
-from turboq.errors import TurboqError
 from turboq.plan import ModelGeometry
 from turboq.plan.geometry import RopeForm
 from turboq_calibrate.choose.budget import Budget
@@ -39,9 +38,8 @@ from turboq_calibrate.measure import quality_table
 from turboq_calibrate.measure.evaluate import NamedPlan, evaluate_texts
 from turboq_calibrate.models import Model, load_model
 from turboq_calibrate.models.geometry import model_geometry
-from turboq_calibrate.observe.observe import observe
-from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
-from turboq_calibrate.observe.texts import calibration_windows, mixed_windows
+from turboq_calibrate.observe.statistics_files import Statistics
+from turboq_calibrate.observe.texts import mixed_windows
 
 MODEL = flags.DEFINE_string("model", "embedded", "Model to quantize.")
 STATISTICS = flags.DEFINE_string("statistics", "", "Folder of `turboq calibrate`; none: made.")
@@ -148,10 +146,7 @@ def windows_of(model: Model, sources: list[str], length: int, count: int) -> dic
 def run(out: Path) -> None:
     model = load_model(MODEL.value)
     geometry = model_geometry(model)
-    if STATISTICS.value:
-        statistics = load_statistics(STATISTICS.value)
-    else:
-        statistics = observe(model, calibration_windows(model, folder=out), out)
+    statistics = statistics_of(model, STATISTICS.value, out)
     rows = [*baselines(geometry, statistics), *learned(geometry, statistics)]
     short = windows_of(model, [*ALWAYS, *TEXT.value], LENGTH, WINDOWS.value)
     found = evaluate_texts(model, rows, short, folder=out / "parts")
@@ -200,17 +195,5 @@ def show(found: list[dict[str, Any]]) -> None:
         )
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        run(Path(OUT.value))
-    except (TurboqError, OSError) as error:
-        sys.exit(f"learned_vs_turboquant: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("learned_vs_turboquant: interrupted: the same command continues")
-
-
 if __name__ == "__main__":
-    app.run(main)
+    main(run, OUT)

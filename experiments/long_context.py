@@ -16,13 +16,12 @@ about 6 times the arithmetic of 8 windows of 1,024 in attention, and as much els
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 from field_rows import chosen, makers
+from program import main
 
-from turboq.errors import TurboqError
 from turboq_calibrate.measure import quality_table
 from turboq_calibrate.measure.evaluate import NamedPlan, evaluate_texts
 from turboq_calibrate.models import load_model
@@ -78,17 +77,5 @@ def targets(found: quality_table.Quality) -> list[str]:
     ]
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        run(Path(OUT.value))
-    except (TurboqError, OSError) as error:
-        sys.exit(f"long_context: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("long_context: interrupted: the same command continues")
-
-
 if __name__ == "__main__":
-    app.run(main)
+    main(run, OUT)

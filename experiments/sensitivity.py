@@ -3,87 +3,71 @@
     python experiments/sensitivity.py --out=runs/sensitivity
 
 For every (layer, KV head, K or V) of the model and one candidate: the cost that `turboq plan`
-predicts from what was observed on --fit (`turboq_calibrate.cost.predicted`), the relative squared
-error, and the true KL with only that unit quantized on a window of --text; then rank correlations
-of both with KL, over units. Writes sensitivity.json and sensitivity.svg.
-Finished passes are kept in
---out, and the same command continues. Expected: the predicted cost orders units as the KL does, the
-relative error does not.
+predicts from a folder of statistics (`choose.plan_within.menu`), the relative squared error, and
+the true KL with only that unit quantized on a window of --text; then rank correlations of both with
+KL, over units. Writes sensitivity.json and sensitivity.svg. Finished passes are kept in --out, and
+the same command continues. Expected: the predicted cost orders units as the KL does, the relative
+error does not.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
+from program import main, statistics_of
 
 from turboq.cache.layer import TokenPolicy
 from turboq.cache.simulate import quantize_dequantize
-from turboq.codecs import TurboQuantMSE
-from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
-from turboq.plan.build import Side
-from turboq_calibrate.candidates.makers import learned, named
-from turboq_calibrate.candidates.table import Maker, Table, build_table
+from turboq_calibrate.candidates.table import Table
+from turboq_calibrate.choose.budget import Budget
+from turboq_calibrate.choose.plan_within import Wanted, menu
 from turboq_calibrate.cost.agreement import compare_scores, format_scores
 from turboq_calibrate.cost.measured import isolated_costs, measure, unit_moves
-from turboq_calibrate.cost.predicted import predicted_costs
 from turboq_calibrate.cost.side_by_side import Engine
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe import texts as data
-from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.statistics_files import Statistics
 
 MODEL = flags.DEFINE_string("model", "embedded", "The model to measure.")
-FIT = flags.DEFINE_multi_string(
-    "fit", ["topics:calibration"], "Text that candidates are fitted on."
-)
+STATISTICS = flags.DEFINE_string("statistics", "", "Folder of `turboq calibrate`; none: made.")
 TEXT = flags.DEFINE_multi_string("text", ["topics:heldout"], "Text to measure on.")
-CANDIDATE = flags.DEFINE_enum("candidate", "transform", ["transform", "turboquant_mse"], "Codec.")
-BITS = flags.DEFINE_float("bits", 2.5, "Bits per channel of `transform`, codes of turboquant_mse.")
+CANDIDATE = flags.DEFINE_string("candidate", "window:2.5", "One candidate (`turboq plan`).")
 TOKENS = flags.DEFINE_integer("tokens", 512, "Tokens of the window.", lower_bound=16)
 EVERY = flags.DEFINE_integer("every", 1, "Measure the KL of every n-th unit.", lower_bound=1)
 ROWS = flags.DEFINE_integer("rows", 6, "Units that share a forward pass.", lower_bound=1)
 OUT = flags.DEFINE_string("out", "runs/sensitivity", "Folder for the result.")
 
-FIT_WINDOWS = 4
-
-
-def maker(dim: int) -> Maker:
-    """The candidate that all units get."""
-    if CANDIDATE.value == "transform":
-        return learned({f"transform {BITS.value:g}": BITS.value})[0]
-    bits = round(BITS.value)
-    return named(f"turboquant_mse {bits}", TurboQuantMSE(dim=dim, bits=bits))
+ANY = Budget.parse("3bpc")  # nothing is chosen: the candidate is named
 
 
 def run(out: Path) -> None:
     make_folder(out)
     model = load_model(MODEL.value)
-    geometry = model_geometry(model)
     policy = TokenPolicy(sinks=4)
-    fit = data.mixed_windows(FIT.value, model.tokenizer, length=1024, count=FIT_WINDOWS)
     window = data.mixed_windows(TEXT.value, model.tokenizer, length=TOKENS.value, count=1)
-    statistics = observe(model, fit, out)
-
-    def observed(layer: int, side: Side) -> Observed:
-        return statistics.layers[layer].observed(side)
-
-    table = build_table(geometry, [maker(geometry.cache_layers[0].k_dim)], observed)
+    statistics = statistics_of(model, STATISTICS.value, out)
+    wanted = Wanted(budget=ANY, candidates=(CANDIDATE.value,), policy=policy)
+    ready = menu(statistics, model_geometry(model), wanted)
+    table = ready.table
+    label, *others = table.labels
+    if others:
+        raise TurboqError(f"--candidate={CANDIDATE.value} names {1 + len(others)}: name one")
     costs = {
-        "predicted": predicted_costs(table, observed).mean(axis=2),
+        "predicted": ready.costs.mean(axis=2),
         "relative error": relative_errors(table, statistics),
     }
     engine = Engine(model, table, window.tokens, policy)
     moves = unit_moves(table)[:: EVERY.value]
-    found = measure(engine, moves, rows=ROWS.value, path=out / f"{table.labels[0]}.jsonl")
+    found = measure(engine, moves, rows=ROWS.value, path=out / f"{label}.jsonl")
     kl = isolated_costs(table, found)
     joint = engine.kl(np.zeros((1, len(table.units)), int))[0].mean()
     rows = compare_scores(table, costs, kl)
@@ -92,10 +76,10 @@ def run(out: Path) -> None:
         "model_fingerprint": model.fingerprint,
         "text": window.source,
         "tokens": int(window.tokens.size),
-        "fit": fit.source,
-        "fit_tokens": int(fit.tokens.size),
+        "calibration": statistics.manifest.inputs["text"],
+        "versions": {p: importlib.metadata.version(p) for p in ("jax", "numpy")},
         "sinks": policy.sinks,
-        "candidate": table.labels[0],
+        "candidate": label,
         "bits_per_channel": table.bits_per_channel(np.zeros(len(table.units), int)),
         "sum_of_isolated_kl": float(np.nansum(kl)),
         "joint_kl": float(joint),
@@ -117,7 +101,7 @@ def relative_errors(table: Table, statistics: Statistics) -> np.ndarray:
     """Squared error over squared deviation of every unit on the sampled tokens."""
     out = []
     for layer, side in sorted(table.options):
-        seen = statistics.layers[layer].observed(side)
+        seen = statistics.layers[layer].observed(side, table.k_rope if side == "k" else "after")
         for codec, heads, arrays in table.options[layer, side][0].groups:
             x = seen.x[list(heads)]
             back = quantize_dequantize(
@@ -154,17 +138,5 @@ def draw(table: Table, kl: np.ndarray, scores: dict[str, np.ndarray], out: Path)
     plt.close(figure)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        run(Path(OUT.value))
-    except (TurboqError, OSError) as error:
-        sys.exit(f"sensitivity: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("sensitivity: interrupted: the same command continues")
-
-
 if __name__ == "__main__":
-    app.run(main)
+    main(run, OUT)

@@ -15,14 +15,13 @@ tokens takes the embedded model about 11 CPU seconds per row.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 from field_rows import chosen, makers
+from program import main
 
-from turboq.errors import TurboqError
 from turboq_calibrate.measure.html_page import write_report
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
@@ -72,17 +71,5 @@ def targets(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        run(Path(OUT.value))
-    except (TurboqError, OSError) as error:
-        sys.exit(f"tasks: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("tasks: interrupted: the same command continues")
-
-
 if __name__ == "__main__":
-    app.run(main)
+    main(run, OUT)

@@ -17,7 +17,7 @@ _FROM = {
     "turboq_calibrate.observe.observe": ("calibrate",),
     "turboq_calibrate.observe.merge_shards": ("merge_shards",),
     "turboq_calibrate.observe.statistics_files": ("Statistics", "load_statistics"),
-    "turboq_calibrate.fit.plan": ("make_plan",),
+    "turboq_calibrate.fit.plan": ("fit_plan", "make_plan"),
     "turboq_calibrate.models.geometry": ("model_geometry",),
     "turboq_calibrate.choose.budget": ("Budget",),
     "turboq_calibrate.choose.plan_within": ("Wanted", "plan_within"),
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from turboq_calibrate.choose.budget import Budget as Budget
     from turboq_calibrate.choose.plan_within import Wanted as Wanted
     from turboq_calibrate.choose.plan_within import plan_within as plan_within
+    from turboq_calibrate.fit.plan import fit_plan as fit_plan
     from turboq_calibrate.fit.plan import make_plan as make_plan
     from turboq_calibrate.measure.evaluate import evaluate as evaluate
     from turboq_calibrate.measure.evaluate import evaluate_texts as evaluate_texts

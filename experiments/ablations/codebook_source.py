@@ -3,7 +3,7 @@
     python experiments/ablations/codebook_source.py
 
 `per_head` with its mean removed at 2 and 3 bits; only the codebook is replaced. "other domain" is
-fitted on source code instead of the Python documentation (means stay). Expected: no difference
+fitted on source code instead of the default calibration text (means stay). Expected: no difference
 beyond the noise, because rotated, centred coordinates are nearly Gaussian.
 """
 
@@ -17,7 +17,7 @@ from turboq.numbers.codebook import lloyd_max
 
 
 def arms(bench: Bench) -> list[Arm]:
-    out = []
+    out, elsewhere = [], bench.of_text("source:calibration", 8)
     for bits in (2, 3):
         codec = PerHead(dim=bench.dim, bits=bits, seed=bench.seed)
 
@@ -36,7 +36,7 @@ def arms(bench: Bench) -> list[Arm]:
                           baseline=baseline)
             )  # fmt: skip
         own = bench.arm(f"{bits}b own data", codec, group=f"{bits}b", baseline=base)
-        other = bench.arm("other", codec, texts=("source:calibration",))
+        other = bench.arm("other", codec, statistics=elsewhere)
         mixed = {n: (other.arrays if n.endswith("codebook") else own.arrays)[n] for n in own.arrays}
         name = f"{bits}b other domain"
         out += [

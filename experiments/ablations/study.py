@@ -1,59 +1,54 @@
 """What the ablations share: one question, arms at stated bytes, seeds, paired intervals, a picture.
 
-An ablation is a list of `Arm`s (plans that differ in one thing) measured on the same windows. A
-seed draws the rotation and shifts the windows. Everything is written to one JSON:
+An ablation is a list of `Arm`s (plans that differ in one thing) measured on the same windows. Plans
+are those of the command: `Bench.learned` is `turboq plan --budget`, `Bench.arm` is `turboq plan
+--codec` (also of rules by layer), from what `turboq calibrate` observes by default. A seed draws
+the rotations of fixed codecs, the text that the model writes for calibration, the labels and tokens
+that are sampled there, and shifts the windows measured. Everything is written to one JSON:
 
     rows        arm, text, bits per channel, KL of every (seed, window), mean and 95 % interval
     contrasts   arm over baseline: exp(mean log ratio) of KL over paired (seed, window), interval
 
-A finished (seed, text) is kept in --out and not measured again after an interruption.
+What was observed and measured is kept in --out and not done again after an interruption.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
 
 from turboq.cache.layer import TokenPolicy
-from turboq.codecs import Codec
-from turboq.codecs.fit_transform import TransformOptions
-from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
-from turboq.files import atomic_write, make_folder
-from turboq.plan import ModelGeometry, Plan, collect_arrays, document
-from turboq.plan.constraints import Constraints, Granularity
+from turboq.files import atomic_write
+from turboq.plan import ModelGeometry, Plan, document
 from turboq.plan.rules import Rule, rule_plan
-from turboq_calibrate.candidates.makers import makers_of
-from turboq_calibrate.candidates.table import build_table
 from turboq_calibrate.choose.budget import Budget
-from turboq_calibrate.choose.plan_within import Menu, Wanted, solve
+from turboq_calibrate.choose.plan_within import Menu, Wanted, menu, plan_within
 from turboq_calibrate.cost.metrics import bootstrap_ci
-from turboq_calibrate.cost.predicted import predicted_costs
-from turboq_calibrate.fit.guard import Guarded
-from turboq_calibrate.measure.evaluate import evaluate
+from turboq_calibrate.fit.plan import fit_plan
+from turboq_calibrate.measure.evaluate import evaluate_texts
 from turboq_calibrate.models import Model, load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe import texts as data
 from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.recipe import ObserveRecipe
-from turboq_calibrate.observe.statistics_files import Statistics
+from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
 
 Arrays = dict[str, np.ndarray]
-Texts = tuple[str, ...]
-CALIBRATION = ("topics:calibration",)
-# Sizes of trellis transforms that `Bench.learned` shares a budget between.
-SIZES = "trellis:" + ",".join(f"{quarters / 4:g}" for quarters in range(4, 25))
 POLICY = TokenPolicy(sinks=4)
 
 MODEL = flags.DEFINE_string("model", "embedded", "A folder, a .gguf file, or 'embedded'.")
+STATISTICS = flags.DEFINE_multi_string(
+    "statistics", [], "Folders of `turboq calibrate`, one for each seed; none: made in --out."
+)
 TEXT = flags.DEFINE_multi_string(
     "text", ["topics:heldout", "source:heldout"], "Texts to measure on, each by itself."
 )
@@ -75,59 +70,52 @@ class Arm:
 
 
 class Bench:
-    """The model, one seed, and what was observed on calibration texts that arms are fitted to."""
+    """The model, one seed, and what was observed of the texts that arms are fitted to."""
 
-    def __init__(self, model: Model, geometry: ModelGeometry, seed: int, length: int, out: Path):
-        self.model, self.geometry, self.seed, self.length = model, geometry, seed, length
-        self.dim, self.out = geometry.cache_layers[0].k_dim, out
-        self.statistics, self.menu = functools.cache(self._statistics), functools.cache(self._menu)
+    def __init__(self, model: Model, geometry: ModelGeometry, seed: int, out: Path):
+        self.model, self.geometry, self.seed, self.out = model, geometry, seed, out
+        self.dim = geometry.cache_layers[0].k_dim
+        self.menu = functools.lru_cache(maxsize=1)(self._menu)  # one holds all samples
         self._fits: dict[tuple, Arrays] = {}
 
-    def _statistics(self, texts: Texts, windows: int) -> Statistics:
-        """Of so many windows of each text; the seed shifts them and draws the labels."""
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        """Of this seed's --statistics, or of the default calibration."""
+        if STATISTICS.value:
+            return load_statistics(STATISTICS.value[self.seed])
+        folder = self.out / "observed" / str(self.seed)
+        windows = data.calibration_windows(self.model, seed=self.seed, folder=folder)
+        return observe(self.model, windows, folder, ObserveRecipe(seed=self.seed))
+
+    def of_text(self, text: str, windows: int) -> Statistics:
+        """Of so many windows of another text, which the seed shifts."""
         found = data.mixed_windows(
-            list(texts), self.model.tokenizer, length=self.length, count=windows * len(texts),
-            start=self.seed * (self.length // 2),
+            [text], self.model.tokenizer, length=data.LENGTH, count=windows,
+            start=self.seed * (data.LENGTH // 2),
         )  # fmt: skip
-        name = "+".join(texts).replace(":", "_")
-        folder = self.out / "observed" / f"{name}.{windows}.{self.seed}"
+        folder = self.out / "observed" / f"{text.replace(':', '_')}.{windows}.{self.seed}"
         return observe(self.model, found, folder, ObserveRecipe(seed=self.seed), progress=False)
 
-    def observed(
-        self, index: int, side: str, *, texts: Texts = CALIBRATION, windows: int = 8
-    ) -> Observed:
-        """What was seen of one layer's side."""
-        return self.statistics(texts, windows).layers[index].observed(side)
-
-    def fit(self, index: int, side: str, codec: Codec, **source) -> Arrays:
-        """Arrays of one layer's side, fitted once per study."""
-        key = (index, side, codec, *sorted(source.items()))
-        if key not in self._fits:
-            self._fits[key] = codec.fit(self.observed(index, side, **source))
-        return self._fits[key]
-
-    def _menu(self, texts: Texts, windows: int) -> Menu:
-        observed = functools.partial(self.observed, texts=texts, windows=windows)
-        table = build_table(self.geometry, makers_of([SIZES], self.geometry), observed)
-        costs = predicted_costs(table, observed)
-        guarded = Guarded(options=TransformOptions(), held_out={})
-        return Menu(
-            table=table, costs=costs, constraints=(), policy=POLICY, notes=(), guarded=guarded
-        )
+    def _menu(self, statistics: Statistics, wanted: Wanted) -> Menu:
+        return menu(statistics, self.geometry, wanted, progress=False)
 
     def learned(
         self,
+        name: str,
         bits: float,
         *,
-        granularity: Granularity = "per_head",
-        texts: Texts = CALIBRATION,
-        windows: int = 8,
-    ) -> tuple[Plan, Arrays]:
-        """Trellis transforms that share `bits` per channel for the least predicted loss."""
-        menu = self.menu(texts, windows)
-        wanted = Wanted(budget=Budget.parse(f"{bits:g}bpc"), policy=POLICY, k_rope="after")
-        _, chosen = solve(menu, wanted, (Constraints(granularity=granularity),))
-        return menu.table.to_plan(self.geometry, chosen.chosen, policy=POLICY)
+        statistics: Statistics | None = None,
+        group: str = "",
+        baseline: str | None = None,
+        **wanted: Any,
+    ) -> Arm:
+        """The plan of `turboq plan --budget`; `wanted` are fields of `Wanted`."""
+        own = Wanted(budget=Budget.parse(f"{bits:g}bpc"), policy=POLICY, **wanted)
+        seen = self.statistics if statistics is None else statistics
+        ready = self.menu(seen, dataclasses.replace(own, granularity="per_head")).under(own)
+        found = plan_within(seen, self.geometry, own, prepared=ready, progress=False)
+        arrays = found.arrays
+        return Arm(name=name, plan=found.plan, arrays=arrays, group=group, baseline=baseline)
 
     def arm(
         self,
@@ -135,14 +123,18 @@ class Bench:
         rule: Rule,
         *,
         policy: TokenPolicy = POLICY,
+        statistics: Statistics | None = None,
         change: Callable[[str, str, np.ndarray], np.ndarray] | None = None,
         group: str = "",
         baseline: str | None = None,
-        **source,
     ) -> Arm:
         """The plan of a rule, fitted; `change(side, array, values)` replaces fitted arrays."""
+        seen = self.statistics if statistics is None else statistics
         plan = rule_plan(self.geometry, rule, policy=policy)
-        arrays = collect_arrays(plan, functools.partial(self.fit, **source))
+        key = (json.dumps(document(plan)["layers"]), seen)
+        if key not in self._fits:
+            self._fits[key] = fit_plan(plan, seen)
+        arrays = self._fits[key]
         if change is not None:
             parts = {n: (n.split(".")[2], n.split(".")[-1]) for n in arrays}
             arrays = {n: change(*parts[n], values) for n, values in arrays.items()}
@@ -153,46 +145,45 @@ Arms = Callable[[Bench], list[Arm]]
 
 
 def measure(arms_of: Arms, out: Path) -> dict:
-    """Every arm on every text and seed; parts of `out` that exist are taken as they are."""
-    make_folder(out / "parts")
+    """Every arm on every text and seed; what `out` holds of it is taken as it is."""
+    if STATISTICS.value and len(STATISTICS.value) != SEEDS.value:
+        raise TurboqError(
+            f"--statistics: {len(STATISTICS.value)} folders for --seeds={SEEDS.value}: one for each"
+        )
     model = load_model(MODEL.value)
     geometry = model_geometry(model)
     cells: dict[tuple[str, str], list[dict]] = {}
     meta: dict[str, Arm] = {}
+    calibrated, versions = [], {}
     for seed in range(SEEDS.value):
-        arms = arms_of(Bench(model, geometry, seed, LENGTH.value, out))
+        bench = Bench(model, geometry, seed, out)
+        arms = arms_of(bench)
         meta = meta or {arm.name: arm for arm in arms}
-        for text in TEXT.value:
+        texts = {}
+        for source in TEXT.value:
             windows = data.windows(
-                data.load_text(text), model.tokenizer, length=LENGTH.value,
+                data.load_text(source), model.tokenizer, length=LENGTH.value,
                 count=WINDOWS.value, spread=True, start=seed * (LENGTH.value // 2),
             )  # fmt: skip
-            key = json.dumps(
-                [model.fingerprint, windows.sha256, [(a.name, _hash(a)) for a in arms]]
-            )
-            part = out / "parts" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-            if not part.exists():
-                print(f"seed {seed}, {text}: {len(arms)} plans", flush=True)
-                plans = [(a.name, a.plan, a.arrays) for a in arms]
-                table = evaluate(model, plans, windows.tokens, text=text).table
-                atomic_write(part, json.dumps(table["rows"]))
-            for row in json.loads(part.read_text()):
-                cells.setdefault((row["name"], text), []).append(row)
+            texts[windows.source] = windows.tokens
+        plans = [(arm.name, arm.plan, arm.arrays) for arm in arms]
+        found = evaluate_texts(model, plans, texts, folder=out / "parts")
+        for row in found.rows:
+            cells.setdefault((row["name"], row["text"]), []).append(row)
+        calibrated.append(bench.statistics.manifest.inputs["text"])
+        versions = found.run["versions"]
     rows = [_row(meta[name], text, found) for (name, text), found in cells.items()]
     return {
         "model": model.spec.name,
         "model_fingerprint": model.fingerprint,
+        "calibration": calibrated,
+        "versions": versions,
         "seeds": SEEDS.value,
         "windows": WINDOWS.value,
         "window_tokens": LENGTH.value,
         "rows": rows,
         "contrasts": contrasts(meta, rows),
     }
-
-
-def _hash(arm: Arm) -> str:
-    arrays = b"".join(n.encode() + v.tobytes() for n, v in sorted(arm.arrays.items()))
-    return document(arm.plan)["hash"] + hashlib.sha256(arrays).hexdigest()
 
 
 def _row(arm: Arm, text: str, found: list[dict]) -> dict:
@@ -275,7 +266,7 @@ def draw(result: dict, path: Path, title: str) -> None:
                     row["kl_mean"], names.index(row["arm"]), xerr=spread, fmt="o", capsize=3,
                     color=f"C{groups.index(row['group']) % 10}",
                 )  # fmt: skip
-        axes.set(xscale="log", title=Path(text).name, xlabel="mean KL, nats per token")
+        axes.set(xscale="log", title=text, xlabel="mean KL, nats per token")
         axes.grid(alpha=0.3, which="both")
     panels[0][0].set_yticks(range(len(names)), names)
     panels[0][0].invert_yaxis()

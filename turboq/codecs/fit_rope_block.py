@@ -2,8 +2,8 @@
 
 With w_i the metric (query energy, or Fisher information) and v_i the variance of block i, each the
 mean over its two channels, a block at b bits costs s_i d(b) per channel, with s_i = w_i v_i and d
-the measured curve of the quantizer: blocks are ordered by s_i, and `choose_segments` cuts the order
-into runs by dynamic programming (`turboq.codecs.water_filling`).
+the measured curve of the quantizer: blocks are ordered by s_i, and the codec's runs take them as
+they fall.
 
 Within a run, all coordinates have the same error d after its Hadamard rotation, so block i costs
 
@@ -20,11 +20,9 @@ from jaxtyping import Float
 
 from turboq.codecs.base import stack
 from turboq.codecs.fit_basis import RIDGE, Basis, moments
-from turboq.codecs.fit_transform import TransformOptions, fit_arrays
+from turboq.codecs.fit_transform import fit_arrays
 from turboq.codecs.observed import Observed
 from turboq.codecs.rope_block import RopeBlock, block_channels
-from turboq.codecs.transform import MAX_SEGMENTS, Segments
-from turboq.codecs.water_filling import distortion_curve, rates
 from turboq.errors import TurboqError
 
 Arrays = dict[str, np.ndarray]
@@ -45,42 +43,6 @@ def fit_observed(codec: RopeBlock, seen: Observed) -> Arrays:
     mean, covariance = moments(seen)
     heads = zip(mean, covariance, seen.metric, seen.x, strict=True)
     return stack([fit_rope_block(codec, *head) for head in heads])
-
-
-def rope_block_at(
-    seen: Observed, bits_per_vector: int, options: TransformOptions | None = None
-) -> list[tuple[RopeBlock, Arrays]]:
-    """Every KV head's own best `rope_block` within `bits_per_vector` stored bits: (codec, arrays).
-
-    Blocks are those that keys turn in; of values, halves. `options.shrink` does not apply.
-
-    Raises:
-      TurboqError: moments or the sample are missing.
-      ValueError: the size is below the smallest.
-    """
-    options = options or TransformOptions()
-    seen.require(("moments", "sample"), "rope_block", fewest=max(8, seen.dim))
-    layout = "half" if seen.rope_layout == "none" else seen.rope_layout
-    shared = {
-        name: getattr(options, name)
-        for name in ("quantizer", "states", "free_start", "codebook", "gain", "gain_bits")
-    } | {"layout": layout, "rope_dim": (seen.rope_dim or 0) % seen.dim}
-    mean, covariance = moments(seen, options.emphasis, shrink_mean=options.shrink_mean)
-    out = []
-    for m, c, metric, x in zip(mean, covariance, seen.metric, seen.x, strict=True):
-        v, w = block_moments(
-            c, metric, layout=layout, rope_dim=seen.rope_dim or 0, ridge=options.ridge
-        )
-        segments = choose_segments(
-            v * w,
-            bits_per_vector - options.overhead(seen.dim),
-            quantizer=options.quantizer,
-            states=options.states,
-            runs=options.runs,
-        )
-        codec = RopeBlock(dim=seen.dim, segments=segments, **shared)
-        out.append((codec, fit_rope_block(codec, m, c, metric, x, ridge=options.ridge)))
-    return out
 
 
 def block_moments(
@@ -107,24 +69,6 @@ def block_moments(
     v, w = (np.diagonal(m)[pairs].mean(axis=1) for m in (c, metric))
     v = np.maximum(v, 1e-12 * max(v.max(), 1e-30))
     return v, np.maximum(w + ridge * w.mean(), 1e-30)
-
-
-def choose_segments(
-    scores: Float[np.ndarray, "H"],
-    bits_per_vector: int,
-    *,
-    quantizer: str = "scalar",
-    states: int = 8,
-    runs: int = MAX_SEGMENTS,
-) -> Segments:
-    """The runs of least sum of s_i d(b_i) whose codes take at most `bits_per_vector` bits.
-
-    Raises:
-      ValueError: not even 8 coordinates of one bit fit.
-    """
-    s = np.repeat(np.sort(np.asarray(scores, np.float64))[::-1], 2)
-    table = rates(s, distortion_curve(quantizer, states), runs=runs)
-    return table.segments[table.at(bits_per_vector)]
 
 
 def fit_rope_block(

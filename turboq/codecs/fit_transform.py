@@ -4,7 +4,7 @@
     head_rates(fits, options)                       the best segments of each at every size
     arrays_of(codec, fit, x)                        what a codec of such segments stores
 
-`transform_at` is all three at one size, and `held_out_cost` what such codecs cost on other tokens.
+`held_out_cost` is what such codecs cost on other tokens.
 """
 
 from __future__ import annotations
@@ -150,36 +150,6 @@ def fit_heads(seen: Observed, options: TransformOptions | None = None) -> list[H
 def head_rates(fits: list[HeadFit], options: TransformOptions) -> list[Rates]:
     """The best segments of each head at every size; sizes without `options.overhead`."""
     return batched_rates(np.stack([f.costs for f in fits]), runs=options.runs)
-
-
-def shared_rates(fits: list[HeadFit], options: TransformOptions) -> Rates:
-    """The same for heads that share their segments, by the sum of their costs."""
-    return batched_rates(np.sum([f.costs for f in fits], axis=0)[None], runs=options.runs)[0]
-
-
-def transform_at(
-    seen: Observed,
-    bits_per_vector: int,
-    options: TransformOptions | None = None,
-    *,
-    fits: list[HeadFit] | None = None,
-) -> list[tuple[Transform, Arrays]]:
-    """Every KV head's own best `transform` within `bits_per_vector` stored bits: (codec, arrays).
-
-    `fits` of an earlier `fit_heads` with the same options save their repetition.
-
-    Raises:
-      TurboqError: as `fit_heads`.
-      ValueError: the size is below the smallest.
-    """
-    options = options or TransformOptions()
-    fits = fits or fit_heads(seen, options)
-    out = []
-    for fit, table, x in zip(fits, head_rates(fits, options), seen.x, strict=True):
-        segments = table.segments[table.at(bits_per_vector - options.overhead(seen.dim))]
-        codec = options.codec(seen.dim, segments)
-        out.append((codec, arrays_of(codec, fit, x)))
-    return out
 
 
 def fit_observed(codec: Transform, seen: Observed) -> Arrays:

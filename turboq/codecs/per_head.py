@@ -142,10 +142,3 @@ class PerHead(ScalarCodec):
 def inverse(scale: Float[Array, ""]) -> Float[Array, ""]:
     """1 / scale; 0 for a head that never varies: all it stores decodes to the mean."""
     return jnp.where(scale > 0, 1.0 / scale, 0.0)
-
-
-def default_arrays(codec: PerHead) -> dict[str, np.ndarray]:
-    """Arrays that make `per_head` act like `turboquant_mse`: no mean, sphere codebook, scale 1."""
-    table = codebooks.lloyd_max("sphere", codec.bits, codec.dim).astype(np.float32)
-    arrays = {"mean": np.zeros(codec.dim, np.float32), "codebook": table}
-    return arrays | ({"scale": np.ones((), np.float32)} if codec.scale == "head" else {})

@@ -99,29 +99,11 @@ class Rates:
         return found
 
 
-def rates(
-    variances: Float[np.ndarray, "D"], curve: Float[np.ndarray, "b"], *, runs: int = MAX_SEGMENTS
-) -> Rates:
-    """The best segments of every number of code bits per vector that improves on fewer bits.
-
-    Raises:
-      ValueError: variances that are not falling, negative or not a multiple of 8; runs below 1.
-    """
-    v = np.asarray(variances, np.float64)
-    if v.ndim != 1 or np.any(v < 0) or np.any(np.diff(v) > 1e-9 * v[0]):
-        raise ValueError("variances must be falling and not negative")
-    return cost_rates(v[:, None] * curve[None, :], runs=runs)
-
-
-def cost_rates(costs: Float[np.ndarray, "D b"], *, runs: int = MAX_SEGMENTS) -> Rates:
-    """`rates` where costs[i, b] is what coordinate i costs at b bits, however measured."""
-    return batched_rates(np.asarray(costs)[None], runs=runs)[0]
-
-
 def batched_rates(costs: Float[np.ndarray, "U D b"], *, runs: int = MAX_SEGMENTS) -> list[Rates]:
-    """`cost_rates` of many units at once.
+    """The best segments of every number of code bits per vector that improves on fewer, by unit.
 
-    Exact: dynamic programming over (block, its bits, run number, bits so far).
+    costs[u, i, b] is what coordinate i of unit u costs at b bits: v_i d(b), or as measured. Exact:
+    dynamic programming over (block, its bits, run number, bits so far).
 
     Raises:
       ValueError: not whole blocks of 8 coordinates, negative or not finite costs; runs below 1.
@@ -189,46 +171,3 @@ def _trace(came: np.ndarray, b: np.ndarray, r: np.ndarray, unit: np.ndarray, t: 
 def _segments(levels: list[int]) -> Segments:
     groups = ((bits, len(list(blocks))) for bits, blocks in itertools.groupby(levels))
     return tuple((BLOCK * count, bits) for bits, count in groups if bits)
-
-
-def share(tables: list[Rates], bits: int, *, fixed: int = 0) -> list[int]:
-    """Index into each table so that the sum of errors is least within `bits` in all.
-
-    Greedy on the lower convex hulls of (bits, error): optimal but for less than one step of one
-    unit. `fixed` bits per vector (gain, start) are added to every table's sizes.
-
-    Raises:
-      ValueError: the smallest of every table exceed the budget.
-    """
-    hulls = [_hull(t.bits, t.error) for t in tables]
-    chosen = [0] * len(tables)
-    spent = sum(int(t.bits[0]) + fixed for t in tables)
-    if spent > bits:
-        raise ValueError(f"{bits=} for all vectors of a token are less than the least, {spent}")
-    steps = []
-    for u, (t, hull) in enumerate(zip(tables, hulls, strict=True)):
-        for a, b in itertools.pairwise(hull):
-            more = int(t.bits[b] - t.bits[a])
-            steps.append(((t.error[b] - t.error[a]) / more, u, b, more))
-    stopped = set()
-    for _, u, b, more in sorted(steps):
-        # Slopes rise along a hull, so a unit that cannot afford a step takes no later one.
-        if u in stopped or spent + more > bits:
-            stopped.add(u)
-            continue
-        chosen[u], spent = b, spent + more
-    return [hulls[u][0] if c == 0 else c for u, c in enumerate(chosen)]
-
-
-def _hull(x: np.ndarray, y: np.ndarray) -> list[int]:
-    """Indices of the lower convex hull, x rising; starts at 0."""
-    hull: list[int] = []
-    for i in range(len(x)):
-        while len(hull) >= 2:
-            a, b = hull[-2], hull[-1]
-            if (y[b] - y[a]) * (x[i] - x[a]) >= (y[i] - y[a]) * (x[b] - x[a]):
-                hull.pop()
-            else:
-                break
-        hull.append(i)
-    return hull

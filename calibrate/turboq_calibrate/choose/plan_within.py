@@ -183,16 +183,16 @@ def menu(
     )  # fmt: skip
 
 
-def solve(menu: Menu, wanted: Wanted, constraints: Any = None) -> tuple[Problem, Allocation]:
+def solve(menu: Menu, wanted: Wanted) -> tuple[Problem, Allocation]:
     """The cheapest choice within the budget under the objective.
 
     Raises:
       TurboqError: nothing fits; the message names the smallest budget that does.
     """
-    rules = menu.constraints if constraints is None else constraints
 
     def at(costs: Float[np.ndarray, "U C"]) -> Allocation:
-        return within(Problem.of(menu.table, costs), wanted.budget, rules, policy=menu.policy)
+        problem = Problem.of(menu.table, costs)
+        return within(problem, wanted.budget, menu.constraints, policy=menu.policy)
 
     if wanted.objective == "worst":
         weights = least_worst(menu.costs, lambda costs: at(costs).chosen)

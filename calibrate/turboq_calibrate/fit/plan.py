@@ -61,9 +61,7 @@ def make_plan(
     Raises:
       TurboqError: statistics are missing, of another model, or do not serve the codec.
     """
-    if statistics is not None:
-        check_statistics(statistics, geometry)
-    else:
+    if statistics is None:
         first = geometry.cache_layers[0]
         for codec in (at_dim(k, first.k_dim), at_dim(v, first.v_dim)):
             if codec.calibrated:
@@ -74,18 +72,27 @@ def make_plan(
     plan = plans.uniform_plan(
         geometry, k=k, v=v, k_rope=k_rope, policy=policy, provenance=provenance(statistics)
     )
+    return plan, {} if statistics is None else fit_plan(plan, statistics)
+
+
+def fit_plan(plan: Plan, statistics: Statistics) -> Arrays:
+    """Arrays of all learned codecs of a plan, each head's fitted where its keys are stored.
+
+    Raises:
+      TurboqError: statistics of another model, or without what a codec needs (names the layer).
+    """
+    check_statistics(statistics, plan.model)
     stored: dict[tuple[int, str], RopeForm] = {
         (x.index, side): x.side(side).rope for x in plan.layers for side in SIDES
     }
 
     def fit(index: int, side: str, codec: Codec) -> Arrays:
-        assert statistics is not None  # checked above: the codec is calibrated
         try:
             return codec.fit(statistics.layers[index].observed(side, rope=stored[index, side]))
         except TurboqError as error:
             raise TurboqError(f"layer {index}, {side}: {error}") from error
 
-    return plan, collect_shared(plan, fit)
+    return collect_shared(plan, fit)
 
 
 def check_statistics(statistics: Statistics, geometry: ModelGeometry) -> None:

@@ -116,7 +116,7 @@ def learn_rotations(
 
     Args:
       seen: what the fits were made from; gradients, where observed, weigh tokens.
-      starts: codec and arrays of every head, of `transform_at` with these `fits`.
+      starts: codec and arrays of every head, of `fit_transform.arrays_of` with these `fits`.
       fits: of `turboq.codecs.fit_transform.fit_heads`; their metric and basis are trained in.
       folder: finished sides and the state of the unfinished one; the same call continues from it,
         with the same result.

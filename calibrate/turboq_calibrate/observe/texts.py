@@ -435,14 +435,16 @@ def calibration_windows(
     *,
     count: int = COUNT,
     length: int = LENGTH,
+    seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
 ) -> Windows:
     """What `turboq calibrate` observes by default, and what it holds back.
 
-    `folder` keeps what the model writes.
+    `seed` is that of what the model writes, `folder` keeps it.
     """
+    sources = [x.replace("self:0", f"self:{seed}") for x in calibration_sources(model.spec)]
     return mixed_windows(
-        calibration_sources(model.spec), model.tokenizer, length=length, count=count, check=1,
+        sources, model.tokenizer, length=length, count=count, check=1,
         check_length=long_check(model.spec.context, length), model=model, folder=folder,
     )  # fmt: skip
 

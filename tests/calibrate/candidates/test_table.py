@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fit_cases import transform_at
 from kv_cases import BlockMax
 from plan_cases import geometry, hybrid
 from tolerances import TOL
@@ -10,7 +11,7 @@ from tolerances import TOL
 from turboq.cache.layer import TokenPolicy
 from turboq.cache.simulate import simulate
 from turboq.codecs import Exact, PerHead, TurboQuantMSE
-from turboq.codecs.fit_transform import TransformOptions, fit_heads, transform_at
+from turboq.codecs.fit_transform import TransformOptions, fit_heads
 from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
 from turboq.plan import Provenance, array_shapes, collect_arrays, uniform_plan

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fit_cases import transform_at
 from tolerances import TOL
 
-from turboq.codecs.fit_transform import TransformOptions, fit_heads, transform_at
+from turboq.codecs.fit_transform import TransformOptions, fit_heads
 from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
 from turboq.numbers import codebook

@@ -9,8 +9,8 @@ from turboq.cache import contiguous, model_cache
 from turboq.cache.layer import TokenPolicy, uniform_layer
 from turboq.codecs import PerHead, Transform, TurboQuantMSE
 from turboq.codecs.observed import Observed
-from turboq.codecs.per_head import default_arrays
 from turboq.errors import TurboqError
+from turboq.numbers.codebook import lloyd_max
 from turboq_calibrate.run.cache_files import load_caches, save_caches
 
 DIM, HEADS = 16, 2
@@ -30,7 +30,8 @@ def layer(codec, arrays=None, **policy):
 def contiguous_cache(rng):
     """(empty, filled, one more step) of a cache with exact tokens, and of one without any."""
     per_head = PerHead(dim=DIM, bits=3)
-    arrays = {n: jnp.stack([jnp.asarray(a)] * HEADS) for n, a in default_arrays(per_head).items()}
+    table = jnp.asarray(lloyd_max("gaussian", 3), jnp.float32)
+    arrays = {"mean": jnp.zeros((HEADS, DIM)), "codebook": jnp.stack([table] * HEADS)}
     plain = TurboQuantMSE(dim=DIM, bits=2, scale_dtype="bfloat16")
     layers = [layer(per_head, arrays, sinks=2, recent=3), layer(plain)]
     empty = [contiguous.init(one, batch=2, capacity=256) for one in layers]

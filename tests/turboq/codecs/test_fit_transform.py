@@ -8,17 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fit_cases import transform_at
 from tolerances import TOL
 
 from turboq.codecs import measured_costs as measured
 from turboq.codecs.fit_basis import moments, token_weights
-from turboq.codecs.fit_rope_block import rope_block_at
 from turboq.codecs.fit_transform import (
     TransformOptions,
     fit_heads,
     head_rates,
     held_out_cost,
-    transform_at,
 )
 from turboq.codecs.measured_costs import SPREADS, measured_costs
 from turboq.codecs.observed import Observed, subset
@@ -188,18 +187,6 @@ def test_codecs_at_a_size_keep_it_and_fit_their_segments(options):
             np.testing.assert_allclose(
                 values[h], arrays[name], TOL["fitted_alone"], TOL["fitted_alone_near_zero"]
             )
-
-
-def test_rope_blocks_at_a_size_turn_as_the_keys_do():
-    plain = observed()
-    seen = dataclasses.replace(plain, rope_layout="interleaved", rope_dim=8)
-    for codec, arrays in rope_block_at(seen, 3 * DIM):
-        assert (codec.layout, codec.rope_dim) == ("interleaved", 8)
-        assert 2.4 * DIM < codec.bits_per_vector <= 3 * DIM
-        assert {n: a.shape for n, a in arrays.items()} == codec.array_shapes
-    whole = dataclasses.replace(plain, rope_layout="half", rope_dim=DIM)
-    assert rope_block_at(whole, 3 * DIM)[0][0].rope_dim == 0
-    assert rope_block_at(plain, 3 * DIM)[0][0].layout == "half"
 
 
 def test_refusals():

