@@ -112,8 +112,9 @@ class Bench:
         costs = predicted_costs(table, observed)
         guarded = Guarded(options=TransformOptions(), held_out={})
         return Menu(
-            table=table, costs=costs, constraints=(), policy=POLICY, notes=(), guarded=guarded
-        )
+            table=table, costs=costs, weights=self.statistics(texts, windows).weights,
+            constraints=(), policy=POLICY, notes=(), guarded=guarded,
+        )  # fmt: skip
 
     def learned(
         self,
