@@ -164,13 +164,13 @@ def rung_within(ladder: Ladder, budget: Budget) -> int:
         return first_rung(ladder.rungs, lambda n: ladder.bits[n] / 8, limit / 8, budget.text)
     context, batch = budget.context, budget.batch
 
-    def held(n: int) -> float:
+    def held(n: int) -> int:
         return ladder.plan_of(ladder.tiers(n)).residency(context, batch).total
 
     return first_rung(ladder.rungs, held, float(budget.nbytes or 0), budget.text)
 
 
-def first_rung(rungs: int, size: Callable[[int], float], most: float, name: str) -> int:
+def first_rung(rungs: int, size: Callable[[int], float | int], most: float | int, name: str) -> int:
     """The first of `rungs` whose size, which falls with the rungs, is at most `most` bytes.
 
     Raises:

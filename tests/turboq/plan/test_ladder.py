@@ -155,8 +155,8 @@ def test_a_ladder_where_a_plan_is_asked_is_named(ladder, tmp_path):
         (lambda d: d["sides"].reverse(), r"sides: must be K and V of every layer"),
         (lambda d: d["sides"][0]["tiers"].reverse(), r"sides\[0\].tiers: have .* must fall"),
         (
-            lambda d: d["sides"][0]["tiers"][1]["store"].update(dim=24),
-            r"k.dim: 24, but the model's k_dim is 16",
+            lambda d: d["sides"][0]["tiers"][2]["store"].update(dim=8),
+            "k.dim: 8, but the model's k_dim is 16",
         ),
         (lambda d: d["sides"][1]["tiers"][0]["arrays"].pop("mean"), "belongs to no tier|missing"),
         (lambda d: d.update(colour=3), "colour: unknown field"),
