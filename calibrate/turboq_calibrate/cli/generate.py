@@ -9,7 +9,6 @@ kind, which compiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +66,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     import json
 
     from turboq.files import atomic_write
-    from turboq_calibrate.measure.generate_many import Sampling, generate
+    from turboq_calibrate.measure.generate_many import Sampling, cut, generate, stops_at
     from turboq_calibrate.models import load_model
 
     with common.as_user_error():
@@ -84,7 +83,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         found[name] = generate(
             model, prompts, values.max_new_tokens, layers=plan.kv_layers(arrays),
             sampling=sampling, stop_ids=tokenizer.eos_ids if values.eos else (),
-            stop=_stops(tokenizer, values.stop), batch=values.batch,
+            stop=stops_at(tokenizer, values.stop), batch=values.batch,
         )  # fmt: skip
     lines = []
     for name, answers in found.items():
@@ -163,25 +162,6 @@ def _tokens(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
     return [tokenizer.bos_id, *ids]
 
 
-def _stops(
-    tokenizer: Tokenizer, texts: Sequence[str]
-) -> Callable[[int, Sequence[int]], bool] | None:
-    """Whether an answer holds one of the texts."""
-    if not texts:
-        return None
-
-    def stop(_: int, tokens: Sequence[int]) -> bool:
-        answer = tokenizer.decode(tokens)
-        return any(text in answer for text in texts)
-
-    return stop
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of `stops` in it."""
-    return text[: min([len(text), *(at for at in map(text.find, stops) if at >= 0)])]
-
-
 def _table(found: dict[str, Answers], prompts: int) -> str:
     """Caches x (bytes, tokens, speeds, equal answers)."""
     from turboq.cache import accounting
@@ -189,9 +169,10 @@ def _table(found: dict[str, Answers], prompts: int) -> str:
     exact = found.get("exact")
     lines = [["cache", "bytes of a batch", "tokens", "prompt tokens/s", "tokens/s", "as exact"]]
     for name, x in found.items():
-        same = "" if exact is None else str(sum(
-            a.tolist() == b.tolist() for a, b in zip(x.tokens, exact.tokens, strict=True)
-        )) + f" of {prompts}"  # fmt: skip
+        same = ""
+        if exact is not None and x is not exact:
+            pairs = zip(x.tokens, exact.tokens, strict=True)
+            same = f"{sum(a.tolist() == b.tolist() for a, b in pairs)} of {prompts}"
         lines.append([
             name, accounting.readable(x.cache_bytes), str(sum(map(len, x.tokens))),
             _rate(x.read), _rate(x.wrote), same,

@@ -126,8 +126,12 @@ def feed(
     """Writes the tokens at positions `start`, ... and returns the logits of the `last` of them.
 
     `keep` leaves the cache as it was: what follows a prompt can be tried more than once. With
-    `counts` only the first counts[b] tokens of sequence b are real, and the logits are those of the
-    last one that is (of none, meaningless); the rest is padding and leaves no trace.
+    `counts` only the first counts[b] tokens of sequence b are real, and the rest is padding that
+    leaves no trace; last=1 are then the logits of the last one that is real (of none, meaningless),
+    last=T those of all.
+
+    Raises:
+      ValueError: another `last` with `counts`.
     """
     batch, count = tokens.shape
     first = jnp.reshape(jnp.asarray(start, jnp.int32), (-1, 1))
@@ -139,7 +143,9 @@ def feed(
         x = cache.layer(i, spec, model.layer(i), x, positions, keep=keep, counts=counts)
     if count > 1:  # what only the chunk's own queries needed is given up
         cache.hold(1)
-    if counts is None:
+    if counts is not None and last not in (1, count):
+        raise ValueError(f"{last=} with counts must be 1 or {count}")
+    if counts is None or last == count:
         x = x[:, -last:]
     else:
         x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)

@@ -25,7 +25,7 @@ from turboq.errors import TurboqError
 from turboq_calibrate.measure.broken import first_broken
 from turboq_calibrate.measure.decode_cache import ByLayer, OnePool, feed, open_cache
 from turboq_calibrate.measure.generate import first_bad, not_finite
-from turboq_calibrate.models import Model
+from turboq_calibrate.models import Model, Tokenizer
 from turboq_calibrate.observe.self_text import draw
 
 CHUNK = 64  # prompt tokens that pass through a layer at once
@@ -167,6 +167,23 @@ def generate(
         tokens=tuple(np.array(x, np.int32) for x in tokens), stopped=tuple(stopped),
         cache_bytes=nbytes, read=read, wrote=wrote,
     )  # fmt: skip
+
+
+def stops_at(tokenizer: Tokenizer, texts: Sequence[str]) -> Stop | None:
+    """Stops where an answer holds one of the texts."""
+    if not texts:
+        return None
+
+    def stop(_: int, tokens: Sequence[int]) -> bool:
+        answer = tokenizer.decode(tokens)
+        return any(text in answer for text in texts)
+
+    return stop
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of `stops` in it."""
+    return text[: min([len(text), *(at for at in map(text.find, stops) if at >= 0)])]
 
 
 def _check(model: Model, rows: Sequence[np.ndarray], new: int) -> None:
