@@ -20,6 +20,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from turboq.codecs.tcq import TCQ
 from turboq.codecs.turboquant_mse import TurboQuantMSE
 from turboq.export import choose
@@ -40,6 +42,7 @@ from turboq.export.base import (
     sides_of,
 )
 from turboq.export.llama_cpp import ggml_formats, ggml_hold
+from turboq.numbers import lower_hull
 from turboq.plan import ModelGeometry, Plan
 from turboq.plan.constraints import Constraints
 
@@ -69,7 +72,7 @@ class Step:
 
     unit: Unit
     tier: str
-    saves: float
+    saves: int
     loss: float  # in the module's unit
 
     def __str__(self) -> str:
@@ -77,17 +80,26 @@ class Step:
 
 
 def degrade_order(found: Sequence[Entry]) -> list[Step]:
-    """All steps of all sides, by loss per byte; those of one side in the ladder's order."""
+    """All steps of all sides, by loss per byte; those of one side in the ladder's order.
+
+    A tier that is no smaller than the one above it (of padded heads) is no step.
+    """
+    of = units(found)
+    sizes = np.array([[size(heads, tier) for tier in LADDER] for heads in of.values()])
+    channels = np.array([[sum(e.dim for e in heads)] for heads in of.values()])
+    planned = np.array([[sum(e.codec.bits_per_vector for e in heads)] for heads in of.values()])
+    losses = channels * 4.0 ** ((planned - 8 * sizes) / channels)
+    losses[:, 1:][sizes[:, 1:] >= np.minimum.accumulate(sizes, axis=1)[:, :-1]] = np.inf
+    hull = lower_hull.segments(losses, sizes, lower_hull.smallest(losses, sizes))
+    # Where a segment begins: the column that the one below it reaches, or the smallest.
+    below = {(r, s + 1): c for r, s, c in zip(hull.row, hull.step, hull.column, strict=True)}
+    below |= {(r, 0): c for r, c in enumerate(lower_hull.smallest(losses, sizes))}
     out = []
-    for unit, heads in units(found).items():
-        channels = sum(e.dim for e in heads)
-        planned = sum(e.codec.bits_per_vector for e in heads) / channels
-        sizes = [size(heads, tier) for tier in LADDER]
-        losses = [channels * 4.0 ** (planned - 8 * s / channels) for s in sizes]
-        for n, (a, b) in enumerate(itertools.pairwise(zip(sizes, losses, strict=True))):
-            out.append(Step(unit=unit, tier=LADDER[n + 1], saves=a[0] - b[0], loss=b[1] - a[1]))
-    # Errors are convex in bytes, so this keeps the steps of one side in order.
-    return sorted(out, key=lambda step: step.loss / step.saves)
+    for i in hull.downwards():
+        unit = list(of)[hull.row[i]]
+        tier = LADDER[below[hull.row[i], hull.step[i]]]
+        out.append(Step(unit=unit, tier=tier, saves=int(hull.more[i]), loss=float(hull.less[i])))
+    return out
 
 
 def units(found: Iterable[Entry]) -> dict[Unit, list[Entry]]:
@@ -98,11 +110,11 @@ def units(found: Iterable[Entry]) -> dict[Unit, list[Entry]]:
     return out
 
 
-def size(heads: Sequence[Entry], tier: str) -> float:
+def size(heads: Sequence[Entry], tier: str) -> int:
     """Bytes of a token's heads in a rung of the ladder."""
     if tier == "f16":
-        return 2.0 * sum(e.dim for e in heads)
-    return float(sum(-(-e.dim // BLOCK) * TIERS[tier] for e in heads))
+        return 2 * sum(e.dim for e in heads)
+    return sum(-(-e.dim // BLOCK) * TIERS[tier] for e in heads)
 
 
 def schedule(tiers: Mapping[Unit, str]) -> str:

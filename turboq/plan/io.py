@@ -32,6 +32,7 @@ from turboq.plan.types import ArrayFile, Plan
 
 JSON_NAME = "plan.json"
 ARRAYS_NAME = "plan.safetensors"
+LADDER_NAME = "ladder.json"  # of `turboq.plan.ladder`
 MAX_ARRAY_BYTES = 4 << 30
 # Spare side files, and temporary files of `atomic_write`, of saves that were cut off.
 _LEFT_OVER = re.compile(
@@ -87,15 +88,27 @@ def load(path: str | os.PathLike[str]) -> tuple[Plan, tensors.Tensors]:
       PlanError: one line that names the file, the field or tensor, and what is wrong.
     """
     path = Path(path)
+    if is_ladder(path):
+        raise PlanError(
+            str(path), "is a ladder of plans: take one of them with `turboq plan --ladder=PATH "
+            "--budget=...`"
+        )  # fmt: skip
     path = path / JSON_NAME if path.is_dir() else path
-    raw = _read(path, MAX_JSON_BYTES)
+    raw = read_file(path, MAX_JSON_BYTES)
     while True:
         try:
             return _load(path, raw)
         except PlanError as error:
-            before, raw = raw, _read(path, MAX_JSON_BYTES)
+            before, raw = raw, read_file(path, MAX_JSON_BYTES)
             if raw == before:  # otherwise it was being replaced meanwhile: look again
                 raise error.in_file(str(path)) from None
+
+
+def is_ladder(path: Path) -> bool:
+    """Whether a folder holds a ladder and no plan, or a file is a ladder's JSON."""
+    if path.is_dir():
+        return (path / LADDER_NAME).is_file() and not (path / JSON_NAME).exists()
+    return path.name == LADDER_NAME and path.is_file()
 
 
 def _load(path: Path, raw: bytes) -> tuple[Plan, tensors.Tensors]:
@@ -119,7 +132,7 @@ def _side_bytes(side: Path, spec: ArrayFile) -> bytes:
     for candidate in (side, spare):
         if not candidate.exists():
             continue
-        raw = _read(candidate, MAX_ARRAY_BYTES)
+        raw = read_file(candidate, MAX_ARRAY_BYTES)
         if hashlib.sha256(raw).hexdigest() != spec.sha256:
             what = f"{candidate.name} is not the file that was saved with this plan"
             problem = PlanConflict("arrays.sha256", f"{what} (cut off, damaged or exchanged)")
@@ -130,7 +143,7 @@ def _side_bytes(side: Path, spec: ArrayFile) -> bytes:
     raise problem
 
 
-def _read(path: Path, limit: int) -> bytes:
+def read_file(path: Path, limit: int) -> bytes:
     """A regular file of at most `limit` bytes, in one piece."""
     try:
         # Without O_NONBLOCK the opening of a named pipe would wait for a writer.

@@ -4,6 +4,7 @@
     3.25bpc          bits per channel of one more token: stored bits over sum of head dims
     131072@4GiB      everything in memory for one sequence of 131072 tokens
     131072x8@40GiB   the same for eight sequences
+    1.75..4bpc       every budget per token between two: a ladder of plans
 
 The last two count what `cache.accounting.residency` counts: whole pages (of a sliding window those
 that it needs), exact sinks and recent tokens, fitted arrays, static tables.
@@ -34,6 +35,7 @@ _BYTES = _NUMBER + r"\s*((?:[kmgt]i?)?b)"
 _PER_TOKEN = re.compile(_BYTES + r"(?:\s*/\s*token)?", re.IGNORECASE)
 _BPC = re.compile(_NUMBER + r"\s*bpc", re.IGNORECASE)
 _CONTEXT = re.compile(r"(?:context\s+)?(\d+)(?:x(\d+))?\s*(?:@|in)\s*" + _BYTES, re.IGNORECASE)
+_RANGE = re.compile(_NUMBER + r"\s*\.\.\s*(" + _NUMBER + r"\s*(bpc|(?:[kmgt]i?)?b))", re.IGNORECASE)
 _HELP = "4680B (per token), 3.25bpc or 131072@4GiB (context, or 131072x8@40GiB of 8 sequences)"
 
 
@@ -77,6 +79,21 @@ class Budget:
             return cls(text=value, bpc=Fraction(found[1]))
         raise TurboqError(f"budget {text!r} is none of {_HELP}")
 
+    @classmethod
+    def parse_range(cls, text: str) -> tuple[Budget, Budget] | None:
+        """The lower and the upper budget of LOW..HIGH; None for a single budget.
+
+        Raises:
+          TurboqError: LOW is not below HIGH.
+        """
+        found = _RANGE.fullmatch(text.strip())
+        if found is None:
+            return None
+        low, high = cls.parse(found[1] + found[4]), cls.parse(found[2])
+        if Fraction(found[1]) >= Fraction(found[3]):
+            raise TurboqError(f"budget {text!r}: {low.text} must be less than {high.text}")
+        return low, high
+
     def bits(self, channels: int) -> int:
         """Whole bits of one token that a budget per token allows."""
         if self.bpc is not None:
@@ -95,6 +112,17 @@ class Budget:
             return self.bits(total)
         numbers = sum(_tokens(self, window) * n for window, n in channels.items())
         return int((self.nbytes or 0) * 8 * total / numbers)
+
+
+def middle(low: Budget, high: Budget) -> Budget:
+    """Half way between two budgets per token of one unit."""
+    if low.bpc is not None and high.bpc is not None:
+        bpc = (low.bpc + high.bpc) / 2
+        return Budget(text=f"{float(bpc):g}bpc", bpc=bpc)
+    if low.nbytes is None or high.nbytes is None or low.context or high.context:
+        raise ValueError(f"{low.text} and {high.text} must be budgets per token of one unit")
+    nbytes = (low.nbytes + high.nbytes) / 2
+    return Budget(text=f"{float(nbytes):g}B", nbytes=nbytes)
 
 
 def _tokens(budget: Budget, window: int | None) -> int:

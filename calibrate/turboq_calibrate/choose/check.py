@@ -80,7 +80,8 @@ def rivals(
 class Checked:
     """What the check found: mean KL in nats per token by plan, text and window length.
 
-    `length` is that of the windows by which plans are compared, `objective` how texts are joined.
+    `length` is that of the windows by which plans are compared, `objective` how texts are joined,
+    `weights` what each counts for in their mean.
     `refused` are plans that would have been kept and lost at a length: (plan, text, tokens).
     """
 
@@ -88,12 +89,16 @@ class Checked:
     kl: dict[str, dict[str, dict[int, float]]]
     length: int
     objective: str
+    weights: Mapping[str, float]
     refused: tuple[tuple[str, str, int], ...] = ()
 
     def loss(self, name: str) -> float:
         """Of one plan: mean over the texts, or the worst of them."""
-        each = [at[self.length] for at in self.kl[name].values()]
-        return max(each) if self.objective == "worst" else sum(each) / len(each)
+        each = {text: at[self.length] for text, at in self.kl[name].items()}
+        if self.objective == "worst":
+            return max(each.values())
+        total = sum(self.weights[text] for text in each)
+        return sum(self.weights[text] * kl for text, kl in each.items()) / total
 
     def report(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -173,7 +178,8 @@ def check_plans(
 
     measured({**plans, **baseline}, short)
     length = next(iter(short.values())).shape[1]
-    found = Checked(kept="", kl=kl, length=length, objective=objective)
+    weights = dict(zip(names, statistics.weights.tolist(), strict=True))
+    found = Checked(kept="", kl=kl, length=length, objective=objective, weights=weights)
     order = sorted(plans, key=found.loss)
     refused: list[tuple[str, str, int]] = []
     for name in order:

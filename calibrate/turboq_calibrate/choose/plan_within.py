@@ -114,7 +114,8 @@ class Found:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Menu:
-    """Candidates with predicted costs [U, C, X] by text, and the rules that a choice obeys.
+    """Candidates with predicted costs [U, C, X] by text, the weights of the texts, and the rules
+    that a choice obeys.
 
     Depends on the statistics and on what is wanted except for the budget's number, the objective
     and the granularity: other budgets are solved from it in no time.
@@ -122,6 +123,7 @@ class Menu:
 
     table: Table
     costs: Float[np.ndarray, "U C X"]
+    weights: Float[np.ndarray, "X"]
     constraints: tuple[Constraints, ...]
     policy: TokenPolicy
     notes: tuple[str, ...]
@@ -178,8 +180,8 @@ def menu(
     costs = predicted_costs(table, observed, progress=progress)
     _check_texts(costs, statistics.texts)
     return Menu(
-        table=table, costs=costs, constraints=constraints, policy=policy, notes=notes,
-        guarded=guarded,
+        table=table, costs=costs, weights=statistics.weights, constraints=constraints,
+        policy=policy, notes=notes, guarded=guarded,
     )  # fmt: skip
 
 
@@ -197,7 +199,7 @@ def solve(menu: Menu, wanted: Wanted) -> tuple[Problem, Allocation]:
     if wanted.objective == "worst":
         weights = least_worst(menu.costs, lambda costs: at(costs).chosen)
     else:
-        weights = np.full(menu.costs.shape[2], 1 / menu.costs.shape[2])
+        weights = menu.weights
     costs = menu.costs @ weights
     return Problem.of(menu.table, costs), at(costs)
 
@@ -258,6 +260,7 @@ def plan_within(
         solved = {"budget": wanted.budget.text, "method": "uniform"}
     report = solved | {
         "objective": wanted.objective,
+        "text_weights": dict(zip(statistics.texts, ready.weights.tolist(), strict=True)),
         "k_rope": ready.table.k_rope,
         "kept": kept,
         "shrink": ready.guarded.options.shrink,
@@ -323,8 +326,9 @@ def _refined(
     engine = Engine(model, ready.table, statistics.windows[first], ready.policy)
     place = None if folder is None else make_folder(folder / _key(ready, wanted))
     refined = refine(
-        engine, problem.costs, solver, rounds=wanted.rounds, folder=place, progress=progress
-    )
+        engine, problem.costs, solver, weights=ready.weights, rounds=wanted.rounds, folder=place,
+        progress=progress,
+    )  # fmt: skip
     return seen[refined.chosen.tobytes()], rounds_report(refined)
 
 

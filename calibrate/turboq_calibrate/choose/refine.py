@@ -58,6 +58,7 @@ def refine(
     costs: Costs,
     solver: Solve,
     *,
+    weights: Float[np.ndarray, "W"] | None = None,
     rounds: int = 2,
     rows: int = 8,
     folder: Path | None = None,
@@ -70,13 +71,15 @@ def refine(
     Args:
       engine: the windows to measure on; not those that judge the result.
       solver: choice of the cheapest plan under given costs.
+      weights: of the windows, sum 1; None: equal.
       folder: where finished measurements are kept, so that an interrupted call continues.
     """
     table = engine.table
+    weights = np.full(engine.windows, 1 / engine.windows) if weights is None else weights
     chosen = solver(costs)
     seen: list[Round] = []
     for number in range(rounds + 1):
-        joint = float(engine.kl(chosen[None])[0].mean())
+        joint = float(engine.kl(chosen[None])[0] @ weights)
         at = Round(chosen=chosen, predicted=total(costs, chosen), measured=joint)
         seen.append(at)
         if number == rounds:
@@ -88,9 +91,10 @@ def refine(
         )  # fmt: skip
         expected = np.array([sum(costs[u, c] - costs[u, chosen[u]] for u, c in m.changes)
                              for m in moves])  # fmt: skip
-        costs = refit(table, costs, sides, expected, found.change)
+        change = (found.kl - found.base) @ weights
+        costs = refit(table, costs, sides, expected, change)
         costs = costs * (joint / max(total(costs, chosen), 1e-30))
-        named = zip(sides, expected, found.change, strict=True)
+        named = zip(sides, expected, change, strict=True)
         seen[-1] = dataclasses.replace(
             at, changes=tuple((*s, float(e), float(m)) for s, e, m in named)
         )

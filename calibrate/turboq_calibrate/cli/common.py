@@ -60,10 +60,12 @@ def text(
     note: str,
     of: str = "all texts together",
 ) -> None:
+    weights = "; chat.jsonl@3 counts three times a text without" * (of == "all texts together")
     flags.DEFINE_multi_string(
         "text", default, "Texts, comma-separated or the flag repeated: topics:calibration, "
         "topics:heldout, source:calibration, source:heldout, self:SEED (written by the model), "
-        f"UTF-8 files, folders of them, patterns such as books/*.txt. {note}", flag_values=values,
+        f"UTF-8 files, folders of them, patterns such as books/*.txt; .jsonl: a text or messages a "
+        f"line, in the model's chat template{weights}. {note}", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
         "windows", windows, f"Windows of {of}, evenly spaced over it; 0 takes all.",
@@ -248,8 +250,16 @@ def sources_of(entries: Sequence[str]) -> list[str]:
         source
         for entry in entries
         for item in ([entry] if os.path.exists(entry) else entry.split(","))
-        for source in _files(item.strip())
+        for source in _weighed(item.strip())
     ]
+
+
+def _weighed(item: str) -> list[str]:
+    """The files of an item, each with its weight."""
+    from turboq_calibrate.observe.weights import weighted
+
+    files, _ = weighted(item)
+    return [file + item[len(files) :] for file in _files(files)]
 
 
 def _files(item: str) -> list[str]:
@@ -332,8 +342,15 @@ def texts_of(
     Raises:
       TurboqError: a text is named twice.
     """
+    from turboq_calibrate.observe.weights import weighted
+
     found: dict[str, np.ndarray] = {}
     for source in sources_of(values.text):
+        if weighted(source)[0] != source:
+            raise TurboqError(
+                f"--text={source}: every text is measured by itself, so that no weight changes "
+                "anything: leave it out"
+            )
         windows = windows_of(
             values, model.tokenizer, [source], length=length, model=model, folder=folder
         )

@@ -38,6 +38,7 @@ def describe(argument: str, context: int, *, layers: bool | None = None) -> str:
     Raises:
       TurboqError: nothing is there, or what is there is damaged or of no known kind.
     """
+    from turboq.plan.io import is_ladder
     from turboq_calibrate.models import hub
 
     path = Path(hub.local(argument, hub.CONFIG))
@@ -45,8 +46,12 @@ def describe(argument: str, context: int, *, layers: bool | None = None) -> str:
     if argument != "embedded" and not path.exists():
         raise TurboqError(f"{path} does not exist")
     found = []
-    if (path.suffix == ".json" and path.is_file()) or (path / "plan.json").is_file():
+    if (path.suffix == ".json" and path.is_file() and not is_ladder(path)) or (
+        path / "plan.json"
+    ).is_file():
         found.append(_plan(path, context, layers))
+    if is_ladder(path):
+        found = [_ladder(path)]
     if any((path / name / "manifest.json").is_file() for name in (".", "statistics")):
         found.append(_statistics(path))
     if (path / "observe" / "inputs.json").is_file() and not found:
@@ -66,6 +71,22 @@ def _plan(path: Path, context: int, layers: bool | None) -> str:
 
     plan, _ = load(path)
     return f"{path}: plan\n{summary(plan, context, layers=layers)}"
+
+
+def _ladder(path: Path) -> str:
+    from turboq.plan.ladder import load_ladder
+
+    ladder, stored = load_ladder(path)
+    bits = [ladder.bits[0] / 8, ladder.bits[-1] / 8]
+    return "\n".join(
+        [
+            f"{path}: ladder of {ladder.rungs} plans for {ladder.model.name}",
+            f"rungs: {bits[0]:g} to {bits[1]:g} B per token, predicted loss {ladder.loss[0]:.4g} "
+            f"to {ladder.loss[-1]:.4g} nats per token",
+            f"arrays: {len(stored)} tensors, {sum(x.nbytes for x in stored.values()) / 2**20:.1f} "
+            "MiB",
+        ]
+    )
 
 
 def _statistics(path: Path) -> str:

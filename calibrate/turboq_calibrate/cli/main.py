@@ -40,6 +40,7 @@ COMMANDS = {
     "plan": "fit codecs to statistics and write a plan",
     "evaluate": "measure plans on held-out text: KL, top-1, perplexity, bytes",
     "tasks": "measure plans on retrieval, copying, code, tool calls and other tasks at length",
+    "generate": "continue prompts through packed caches, many at once, beside an exact cache",
     "report": "draw a run folder as one self-contained HTML page",
     "export": "write a plan as files and flags of an engine: vLLM, llama.cpp, ONNX Runtime, ...",
     "inspect": "say what a plan, a statistics folder or a checkpoint holds",

@@ -2,8 +2,9 @@
 
 The model is --geometry=NAME (--geometry=list names them; 60x4x128 is LAYERSxKVHEADSxDIM), or
 --model (a folder with config.json, a .json or .gguf file: headers only, and many more families
-than the decoder runs), or a --plan. The cache is --codec: an engine's format (f16, q8_0, q4_0,
-fp8, ...; --k_codec and --v_codec for each side) or a turboq codec.
+than the decoder runs), or a --plan (of a ladder: the best rung that fits --memory_gib). The cache
+is --codec: an engine's format (f16, q8_0, q4_0, fp8, ...; --k_codec and --v_codec for each side)
+or a turboq codec.
 
 Two views are kept apart. 'engine' is stored bits, block scales included, times the tokens that
 each layer keeps. 'ours' is what turboq's own cache holds: whole pages of 256 tokens (of a sliding
@@ -38,7 +39,13 @@ CARDS = ["8", "16", "24", "32", "48", "80"]
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("plan", None, "Plan: a folder or plan.json.", flag_values=values)
+    flags.DEFINE_string(
+        "plan",
+        None,
+        "Plan: a folder or plan.json; or a ladder (turboq plan "
+        "--budget=LOW..HIGH), of which --memory_gib chooses the rung.",
+        flag_values=values,
+    )
     common.model(values, None)
     flags.DEFINE_string(
         "geometry", None, "Named geometry such as llama-3-8b, or LAYERSxKVHEADSxDIM; 'list' "
@@ -154,7 +161,7 @@ def _question(values: flags.FlagValues) -> Question:
             f"{geometry.name} is made for: a shorter context, or leave out --strict_context"
         )
     weights, weights_from = _weights(values, geometry)
-    return Question(
+    question = Question(
         geometry=geometry,
         storage=storage,
         view=_view(values),
@@ -172,6 +179,44 @@ def _question(values: flags.FlagValues) -> Question:
         bandwidth=None if values.bandwidth_gbs is None else values.bandwidth_gbs * 1e9,
         efficiency=values.efficiency,
     )
+    return _on_rung(values, question) if _is_ladder(values) else question
+
+
+def _is_ladder(values: flags.FlagValues) -> bool:
+    from pathlib import Path
+
+    from turboq.plan.io import is_ladder
+
+    return values.plan is not None and is_ladder(Path(values.plan))
+
+
+def _on_rung(values: flags.FlagValues, question: Question) -> Question:
+    """The same of the best rung that fits the memory, if there is one; else of rung 0.
+
+    Raises:
+      TurboqError: the lowest rung does not fit.
+    """
+    import dataclasses
+
+    from turboq.plan.ladder import load_ladder
+    from turboq.what_fits import GIB, of_plan
+    from turboq_calibrate.choose.ladder import first_rung
+
+    ladder, _ = load_ladder(values.plan)
+
+    def storage(n: int) -> Storage:
+        plan = ladder.plan_of(ladder.tiers(n))
+        name = f"rung {n} of 0..{ladder.rungs - 1}"
+        return of_plan(plan, name, page_tokens=values.page_tokens, window_slack=values.window_slack)
+
+    rung = 0
+    if question.memory_gib is not None:
+        rung = first_rung(
+            ladder.rungs, lambda n: question.budget(storage(n)).needed(question.context),
+            question.memory_gib * GIB,
+            f"{question.memory_gib:g} GiB at {question.context:,} tokens",
+        )  # fmt: skip
+    return dataclasses.replace(question, storage=storage(rung))
 
 
 def _subject(values: flags.FlagValues) -> tuple[CacheGeometry, Storage]:
@@ -186,6 +231,13 @@ def _subject(values: flags.FlagValues) -> tuple[CacheGeometry, Storage]:
                 "--tensor_parallel divides heads of a --model or --geometry: a plan "
                 "says what each of its heads is, not on which rank"
             )
+        if _is_ladder(values):
+            from turboq.plan.ladder import load_ladder
+            from turboq.what_fits import of_plan, plan_geometry
+
+            ladder, _ = load_ladder(values.plan)
+            top = ladder.plan_of(ladder.tiers(0))
+            return plan_geometry(top.model), of_plan(top, "rung 0", **sizes)
         from turboq.plan import load
         from turboq.plan.summary import codec_label
         from turboq.what_fits import of_plan, plan_geometry

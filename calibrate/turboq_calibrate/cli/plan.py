@@ -13,6 +13,10 @@ closest within it:
   --budget=4680B           bytes of one more token, all layers (also KiB, MiB, ...)
   --budget=3.25bpc         bits per channel of one more token, scales included
   --budget=131072@4GiB     all memory of one sequence of 131072 tokens (131072x8@40GiB: of eight)
+  --budget=1.75..4bpc      a ladder: every plan between the two on the convex hull, in one folder
+                           (ladder.json); rung by rung K or V of one layer falls a tier
+
+--ladder=FOLDER --budget=... writes the best rung within a budget of any form as a plan.
 
 Without --statistics the model is calibrated first, into --out (flags as in `turboq calibrate`).
 Candidates are --candidates=window:2,2.5,3 (bits per channel; transform:2,2.5,3 has scalar codes and
@@ -35,11 +39,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from turboq.errors import TurboqError
 from turboq_calibrate.cli import common
+
+if TYPE_CHECKING:
+    from turboq.plan import ModelGeometry
+    from turboq_calibrate.choose.budget import Budget
+    from turboq_calibrate.models import Model
+    from turboq_calibrate.observe.statistics_files import Statistics
 
 # Of `turboq.plan.geometry`, which --help must not wait for.
 ROPE_FORMS = ("before", "block:16", "block:32", "block:64", "block:128", "block:256", "after")
@@ -47,9 +58,21 @@ ROPE_FORMS = ("before", "block:16", "block:32", "block:64", "block:128", "block:
 REQUIRED = ("out",)
 RESUME = "run the same command again to continue"
 GRANULARITIES = ("uniform", "per_layer", "per_kv", "per_head")  # of turboq.plan.constraints
+FITS = ("guard", "fit", "costs")  # labels of what a search shows of its progress
 OBJECTIVES = ("mean", "worst")
 BUDGET_FLAGS = ("granularity", "engine", "candidates", "policies", "rounds", "objective")
-BUDGET_FLAGS += ("check", "force")
+BUDGET_FLAGS += ("check", "force", "ladder")
+# Flags that mean nothing to a ladder, and those that mean nothing to one that is there already.
+OF_A_SEARCH = (
+    "model",
+    "statistics",
+    "k_rope",
+    "sinks",
+    "recent",
+    "exact_dtype",
+    *BUDGET_FLAGS[:-1],
+)
+NOT_OF_LADDERS = ("engine", "policies", "rounds", "objective", "force")
 
 
 def define(values: flags.FlagValues) -> None:
@@ -67,7 +90,12 @@ def define(values: flags.FlagValues) -> None:
         "codec).", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string(
-        "budget", None, "Choose codecs within: 4680B (per token), 3.25bpc or 131072@4GiB.",
+        "budget", None, "Choose codecs within: 4680B (per token), 3.25bpc, 131072@4GiB, or "
+        "1.75..4bpc for a ladder.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "ladder", None, "--budget: take the rung of this ladder (of --budget=LOW..HIGH).",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_enum(
@@ -106,9 +134,15 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
+    from turboq_calibrate.choose.budget import Budget
+
     _check(values)
     if values.budget is None:
         _one_codec(values)
+    elif values.ladder is not None:
+        _rung(values)
+    elif (between := Budget.parse_range(values.budget)) is not None:
+        _ladder(values, *between)
     else:
         _within_budget(values)
 
@@ -121,13 +155,18 @@ def _check(values: flags.FlagValues) -> None:
         wrong = ("codec", "k_codec", "v_codec", "bits", "k_bits", "v_bits", "field", "seed")
         wrong += common.CODEC_FIELDS
         why = "--budget chooses codecs, name --candidates"
-    given = [f"--{flag}" for flag in wrong if values[flag].present]
-    if given:
-        raise TurboqError(f"{', '.join(given)}: {why}")
+    _refuse(values, wrong, why)
     if values.statistics is not None:
-        given = [f"--{flag}" for flag in common.OBSERVATION if values[flag].present]
-        if given:
-            raise TurboqError(f"{', '.join(given)}: --statistics={values.statistics} decides that")
+        _refuse(values, common.OBSERVATION, f"--statistics={values.statistics} decides that")
+    if values.ladder is not None:
+        _refuse(values, (*OF_A_SEARCH, *common.OBSERVATION), "the ladder decides that")
+    if values.budget is not None and ".." in values.budget:
+        _refuse(values, NOT_OF_LADDERS, "is for one plan, not for a ladder")
+        if values.granularity in ("uniform", "per_layer"):
+            raise TurboqError(
+                f"--granularity={values.granularity}: a ladder lowers K or V of one layer at a "
+                "time: per_kv or per_head"
+            )
     if values.policies:
         for flag in ("sinks", "recent"):
             if values[flag].present:
@@ -140,6 +179,12 @@ def _check(values: flags.FlagValues) -> None:
         for flag in ("granularity", "candidates", "policies", "k_rope"):
             if values[flag].present:
                 raise TurboqError(f"--{flag}: --engine={values.engine} decides that")
+
+
+def _refuse(values: flags.FlagValues, wrong: tuple[str, ...], why: str) -> None:
+    given = [f"--{flag}" for flag in wrong if values[flag].present]
+    if given:
+        raise TurboqError(f"{', '.join(given)}: {why}")
 
 
 def _one_codec(values: flags.FlagValues) -> None:
@@ -179,16 +224,88 @@ def _one_codec(values: flags.FlagValues) -> None:
     print(f"{values.out}/plan.json")
 
 
+def _observed(
+    values: flags.FlagValues, out: Path
+) -> tuple[Model | None, Statistics, ModelGeometry]:
+    """The model (None where it is not needed), its statistics and geometry, as the flags say."""
+    from turboq_calibrate.models import load_model
+    from turboq_calibrate.models.geometry import model_geometry
+    from turboq_calibrate.observe.observe import observe
+    from turboq_calibrate.observe.statistics_files import load_statistics
+    from turboq_calibrate.run.progress import phases
+
+    model = None
+    if values.check or values.statistics is None:
+        model = load_model(values.model)
+    if values.statistics is None:
+        assert model is not None
+        with phases(*common.observing(values, model), *FITS, *["evaluate"] * values.check):
+            windows = common.observed_windows(values, model)
+            statistics = observe(model, windows, out, common.recipe_of(values))
+    else:
+        statistics = load_statistics(values.statistics)
+    if model is not None:
+        geometry = model_geometry(model)
+    elif values["model"].present:  # not needed, but its statistics these should be
+        geometry = model_geometry(load_model(values.model, resident=False))
+    else:
+        geometry = statistics.geometry
+    return model, statistics, geometry
+
+
+def _ladder(values: flags.FlagValues, low: Budget, high: Budget) -> None:
+    from turboq.plan.ladder import save_ladder
+    from turboq_calibrate.choose.budget import middle
+    from turboq_calibrate.choose.ladder import ladder_within, measured
+    from turboq_calibrate.choose.plan_within import Wanted
+    from turboq_calibrate.run.progress import phases
+
+    out = Path(values.out)
+    with common.as_user_error():
+        wanted = Wanted(
+            budget=middle(low, high),
+            candidates=tuple(common.listed(values, "candidates")),
+            granularity=values.granularity or "per_head",
+            k_rope=values.k_rope or "before",
+            policy=common.policy_of(values),
+        )
+        model, statistics, geometry = _observed(values, out)
+        with phases(*FITS, *["evaluate"] * values.check):
+            ladder, arrays = ladder_within(statistics, geometry, wanted, low, high)
+            lines = []
+            if model is not None and values.check:
+                lines = measured(model, statistics, ladder, arrays, out / "measured")
+    ladder = save_ladder(ladder, arrays, out)
+    channels = sum(x.kv_heads * (x.k_dim + x.v_dim) for x in geometry.cache_layers)
+    print(f"{ladder.rungs} rungs of {len(ladder.sides)} sides; predicted nats per token:")
+    for n in sorted({0, ladder.rungs // 2, ladder.rungs - 1}):
+        bits = ladder.bits[n]
+        print(f"  rung {n}: {bits / channels:.4f} bits per channel, {bits / 8:g} B per token, "
+              f"{ladder.loss[n]:.4g}")  # fmt: skip
+    print("\n".join(lines or ["not measured (--nocheck)"]))
+    print(f"{out}/ladder.json")
+
+
+def _rung(values: flags.FlagValues) -> None:
+    from turboq.plan import save, summary
+    from turboq.plan.ladder import load_ladder
+    from turboq_calibrate.choose.budget import Budget
+    from turboq_calibrate.choose.ladder import rung_within
+
+    ladder, stored = load_ladder(values.ladder)
+    rung = rung_within(ladder, Budget.parse(values.budget))
+    saved = save(*ladder.rung(rung, stored), values.out)
+    print(f"rung {rung} of 0..{ladder.rungs - 1}")
+    print(summary(saved))
+    print(f"{values.out}/plan.json")
+
+
 def _within_budget(values: flags.FlagValues) -> None:
     from turboq.plan import save, summary
     from turboq_calibrate.choose.budget import Budget
     from turboq_calibrate.choose.plan_within import Wanted, plan_within
     from turboq_calibrate.choose.policies import best_policy, policies_of
     from turboq_calibrate.choose.within import report
-    from turboq_calibrate.models import load_model
-    from turboq_calibrate.models.geometry import model_geometry
-    from turboq_calibrate.observe.observe import observe
-    from turboq_calibrate.observe.statistics_files import load_statistics
     from turboq_calibrate.run.progress import phases
 
     budget, out = Budget.parse(values.budget), Path(values.out)
@@ -203,24 +320,7 @@ def _within_budget(values: flags.FlagValues) -> None:
             objective=values.objective,
             rounds=values.rounds,
         )
-        model = None
-        if values.check or values.statistics is None:
-            model = load_model(values.model)
-        steps = ["guard", "fit", "costs", *["evaluate"] * values.check]
-        if values.statistics is None:
-            assert model is not None
-            steps = [*common.observing(values, model), *steps]
-            with phases(*steps):
-                windows = common.observed_windows(values, model)
-                statistics = observe(model, windows, out, common.recipe_of(values))
-        else:
-            statistics = load_statistics(values.statistics)
-        if model is not None:
-            geometry = model_geometry(model)
-        elif values["model"].present:  # not needed, but its statistics these should be
-            geometry = model_geometry(load_model(values.model, resident=False))
-        else:
-            geometry = statistics.geometry
+        model, statistics, geometry = _observed(values, out)
 
         def search(policy):
             return plan_within(
@@ -232,7 +332,7 @@ def _within_budget(values: flags.FlagValues) -> None:
                 force=values.force,
             )
 
-        with phases(*steps):
+        with phases(*FITS, *["evaluate"] * values.check):
             if len(policies) == 1:
                 found = search(policies[0])
             else:

@@ -38,19 +38,27 @@ KERNELS = {"xla": ("cpu", "gpu", "tpu"), "mosaic_tpu": ("tpu",), "triton": ("gpu
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cached:
-    """A layer's codecs and its packed cache: the state of `cache_attend`."""
+    """A layer's codecs and its packed cache: the state of `cache_attend`.
+
+    Of the next tokens of sequence b only the first `counts[b]` are written; None: all.
+    """
 
     layer: KVLayer
     cache: caches.LayerCache
+    counts: Any = None  # int32 [B]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pooled:
-    """A layer's part of a model's cache and the pool it shares: the state of `pool_by`."""
+    """A layer's part of a model's cache and the pool it shares: the state of `pool_by`.
+
+    `counts` as in `Cached`.
+    """
 
     layer: model_cache.LayerState
     words: Array
+    counts: Any = None  # int32 [B]
     matrices: columns.LinearLayer | None = None  # for kernels; None: they are not needed
 
 
@@ -125,7 +133,7 @@ def pool_by(implementation: str | None) -> Callable[..., tuple[Array, Pooled]]:
     interpret = jax.default_backend() not in KERNELS[implementation or "xla"]
 
     def plug(spec: LayerSpec, q, k, v, positions, state: Pooled, sinks=None):
-        layer, words, tail = model_cache.write(state.layer, state.words, k, v)
+        layer, words, tail = model_cache.write(state.layer, state.words, k, v, state.counts)
         single = q.shape[1] == 1
         out = columns.attend(
             q, layer, words, tail, state.matrices, q_positions=positions,
@@ -170,14 +178,17 @@ def cached_by(implementation: str | None) -> Callable[..., tuple[Array, Cached]]
         return {"implementation": "xla"}
 
     def plug(spec: LayerSpec, q, k, v, positions, state: Cached, sinks=None):
-        cache, tail = encode(state.layer, state.cache, k, v, **writer(state.layer))
+        cache, tail = encode(
+            state.layer, state.cache, k, v, counts=state.counts, **writer(state.layer)
+        )
         assert isinstance(cache, caches.LayerCache)  # as it came
         out = cache_attention(
             q, state.layer, cache, tail, q_positions=positions,
             scale=spec.scale, window=spec.window, softcap=spec.softcap, sink_logits=sinks,
             implementation=implementation, interpret=interpret,
         )  # fmt: skip
-        return out, Cached(layer=state.layer, cache=caches.settled(state.layer, cache))
+        cache = caches.settled(state.layer, cache)
+        return out, dataclasses.replace(state, cache=cache)
 
     return plug
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,11 +38,12 @@ class ByLayer:
         """Room for the windows of the next `new` queries: each layer's write and plug see to it."""
 
     def layer(
-        self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array, *, keep: bool
-    ) -> Array:
-        x, state = run_layer(
-            spec, params, x, positions, self.attend, self.states[i], donate=not keep
-        )
+        self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array, *,
+        keep: bool, counts: Array | None = None,
+    ) -> Array:  # fmt: skip
+        # Its own copy of the counts: the state is donated.
+        given = dataclasses.replace(self.states[i], counts=_copied(counts))
+        x, state = run_layer(spec, params, x, positions, self.attend, given, donate=not keep)
         if not keep:
             self.states[i] = state
         return x
@@ -72,10 +74,14 @@ class OnePool:
         self.states, self.pools = model_cache.holding(self.form, self.states, self.pools, new=new)
 
     def layer(
-        self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array, *, keep: bool
-    ) -> Array:
+        self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array, *,
+        keep: bool, counts: Array | None = None,
+    ) -> Array:  # fmt: skip
         pool = self.form.pool_of[i]
-        state = Pooled(layer=self.states[i], words=self.pools[pool], matrices=self.matrices[i])
+        state = Pooled(
+            layer=self.states[i], words=self.pools[pool], matrices=self.matrices[i],
+            counts=_copied(counts),
+        )  # fmt: skip
         x, state = run_layer(spec, params, x, positions, self.attend, state, donate=not keep)
         if not keep:  # a layer reads its own columns only: the next one needs none of these
             self.states[i], self.pools[pool] = state.layer, state.words
@@ -87,6 +93,10 @@ class OnePool:
 
     def nbytes(self) -> int:
         return model_cache.nbytes(self.states, self.pools)
+
+
+def _copied(counts: Array | None) -> Array | None:
+    return None if counts is None else jnp.copy(counts)
 
 
 def open_cache(
@@ -107,22 +117,36 @@ def feed(
     model: Model,
     cache: ByLayer | OnePool,
     tokens: Int[Array, "B T"],
-    start: int,
+    start: int | Int[Array, "B"],
     *,
     last: int = 1,
     keep: bool = False,
+    counts: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B n V"]:
     """Writes the tokens at positions `start`, ... and returns the logits of the `last` of them.
 
-    `keep` leaves the cache as it was: what follows a prompt can be tried more than once.
+    `keep` leaves the cache as it was: what follows a prompt can be tried more than once. With
+    `counts` only the first counts[b] tokens of sequence b are real, and the rest is padding that
+    leaves no trace; last=1 are then the logits of the last one that is real (of none, meaningless),
+    last=T those of all.
+
+    Raises:
+      ValueError: another `last` with `counts`.
     """
     batch, count = tokens.shape
-    at = start + jnp.arange(count, dtype=jnp.int32)
+    first = jnp.reshape(jnp.asarray(start, jnp.int32), (-1, 1))
+    at = first + jnp.arange(count, dtype=jnp.int32)[None]
     positions = jnp.broadcast_to(at, (batch, count))
     x = embed_tokens(model, tokens)
     cache.hold(count)
     for i, spec in enumerate(model.spec.layers):
-        x = cache.layer(i, spec, model.layer(i), x, positions, keep=keep)
+        x = cache.layer(i, spec, model.layer(i), x, positions, keep=keep, counts=counts)
     if count > 1:  # what only the chunk's own queries needed is given up
         cache.hold(1)
-    return run_head(model.spec, model.head_params(), x[:, -last:])
+    if counts is not None and last not in (1, count):
+        raise ValueError(f"{last=} with counts must be 1 or {count}")
+    if counts is None or last == count:
+        x = x[:, -last:]
+    else:
+        x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+    return run_head(model.spec, model.head_params(), x)

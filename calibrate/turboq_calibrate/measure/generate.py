@@ -88,10 +88,10 @@ def _cached(
     logits = feed(model, cache, jnp.asarray(prompt), 0)[:, 0]
     tokens, kept = [], []
     for step in range(steps):
-        if (bad := _first_bad(logits)) is not None:
+        if (bad := first_bad(logits)) is not None:
             sequence = np.concatenate([prompt[bad], *(t[bad : bad + 1] for t in tokens)])
             cause = first_broken(model, list(layers), sequence)
-            raise _not_finite(step, bad, cause or "nothing that the caches store is to blame")
+            raise not_finite(step, bad, cause or "nothing that the caches store is to blame")
         token = _choose(logits)
         tokens.append(token)
         if keep_logits:
@@ -116,8 +116,8 @@ def _plain(model: Model, prompt, steps: int, keep_logits: bool) -> Generation:
             x, _ = run_layer(spec, model.layer(i), x, positions, exact_attend, None)
         last = jax.lax.dynamic_slice_in_dim(x, jnp.int32(at - 1), 1, axis=1)
         logits = run_head(model.spec, model.head_params(), last)[:, 0]
-        if (bad := _first_bad(logits)) is not None:
-            raise _not_finite(step, bad, "the model's own, without a cache: another --model_dtype?")
+        if (bad := first_bad(logits)) is not None:
+            raise not_finite(step, bad, "the model's own, without a cache: another --model_dtype?")
         tokens.append(_choose(logits))
         if keep_logits:
             kept.append(np.asarray(logits))
@@ -126,13 +126,13 @@ def _plain(model: Model, prompt, steps: int, keep_logits: bool) -> Generation:
     return _generation(tokens, kept, 0)
 
 
-def _first_bad(logits: Float[Array, "B V"]) -> int | None:
+def first_bad(logits: Float[Array | np.ndarray, "B V"]) -> int | None:
     """The first sequence whose logits are not finite."""
     bad = ~np.isfinite(np.asarray(logits)).all(axis=-1)
     return int(bad.argmax()) if bad.any() else None
 
 
-def _not_finite(step: int, sequence: int, cause: object) -> TurboqError:
+def not_finite(step: int, sequence: int, cause: object) -> TurboqError:
     return TurboqError(
         f"logits of generated token {step} of sequence {sequence} are not finite: {cause}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from turboq.errors import TurboqError, quoted, shortened
 from turboq.json_object import read_object
+from turboq_calibrate.models import chat
+from turboq_calibrate.models.chat import ChatTemplate
 
 # GGUF token types
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -32,6 +34,7 @@ class Tokenizer:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     adds_bos: bool = False
+    read_chat: Callable[[], ChatTemplate | None] = lambda: None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens only where the text spells them.
@@ -53,6 +56,15 @@ class Tokenizer:
         """Text of token ids."""
         with _library("the model's tokenizer cannot decode"):
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    @functools.cached_property
+    def chat(self) -> ChatTemplate | None:
+        """The model's chat template; read when first asked for.
+
+        Raises:
+          TurboqError: it is there and cannot be read.
+        """
+        return self.read_chat()
 
     @functools.cached_property
     def _missing_bytes(self) -> frozenset[int]:
@@ -123,7 +135,10 @@ def from_folder(folder: Path) -> Tokenizer:
             adds_bos = bos is not None and backend.encode("a").ids[:1] == [bos]
     if type(adds_bos) is not bool:
         raise TurboqError(f"{file}: add_bos_token={quoted(adds_bos)} must be true or false")
-    return Tokenizer(backend=backend, bos_id=bos, eos_ids=tuple(ids["eos"]), adds_bos=adds_bos)
+    return Tokenizer(
+        backend=backend, bos_id=bos, eos_ids=tuple(ids["eos"]), adds_bos=adds_bos,
+        read_chat=functools.partial(chat.from_folder, folder),
+    )  # fmt: skip
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -241,6 +256,7 @@ def from_gguf(metadata: dict[str, Any], path: Path) -> Tokenizer:
         bos_id=bos,
         eos_ids=tuple(dict.fromkeys(e for e in eos if e is not None)),
         adds_bos=adds_bos,
+        read_chat=functools.partial(chat.from_gguf, metadata, tokens, path),
     )
 
 

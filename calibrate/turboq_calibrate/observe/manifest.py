@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -69,6 +70,11 @@ class Text:
     name: str
     sha256: str
     windows: int
+    weight: float = dataclasses.field(default=1.0, metadata=_OPTIONAL)
+
+    def __post_init__(self):
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight={self.weight} must be more than 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -102,14 +102,15 @@ def observe_inputs(
     """
     count, length = windows.tokens.shape
     per_text = np.bincount(windows.text, minlength=len(windows.texts)).tolist()
+    weights = [{"weight": float(w)} for w in windows.weights] or [{}] * len(per_text)
     part = {} if shard is None else {"shard": dataclasses.asdict(shard)}
     return part | {
         "statistics_version": st.VERSION,
         "model": model,
         "text": {
             "texts": [
-                {"name": text.name, "sha256": text.sha256, "windows": n}
-                for text, n in zip(windows.texts, per_text, strict=True)
+                {"name": text.name, "sha256": text.sha256, "windows": n} | weight
+                for text, n, weight in zip(windows.texts, per_text, weights, strict=True)
             ],
             "bos": windows.bos,
             "held_back_sha256": windows.held_back.sha256,

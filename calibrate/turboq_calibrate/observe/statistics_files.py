@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors import numpy as st_numpy
 
@@ -188,6 +188,12 @@ class Statistics:
     def texts(self) -> tuple[str, ...]:
         """Names of the texts, in the order of `Observed.text`."""
         return tuple(text["name"] for text in self.manifest.inputs["text"]["texts"])
+
+    @property
+    def weights(self) -> Float[np.ndarray, "X"]:
+        """What every text counts for in a mean over texts; their sum is 1."""
+        each = [text.get("weight", 1.0) for text in self.manifest.inputs["text"]["texts"]]
+        return np.array(each) / sum(each)
 
     @property
     def sha256(self) -> str:

@@ -7,9 +7,11 @@ A source is one of
                                           parts without a common paragraph
     source:calibration, source:heldout    the same of the standard library's source, by module
     self:SEED                             text that the model itself writes (`self_text`)
-    anything else                         the path of a UTF-8 file (./a:b where a name has a colon)
+    anything else                         the path of a UTF-8 file (./a:b where a name has a colon),
+                                          of JSON lines where it ends in .jsonl (`jsonl_text`)
 
-Each is a text of its own: windows do not overlap, and none holds tokens of two texts.
+Each is a text of its own: windows do not overlap, and none holds tokens of two texts. SOURCE@3 has
+three times the weight of a text without (`weights`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -30,10 +33,13 @@ from jaxtyping import Int
 from turboq.errors import TurboqError
 from turboq.plan import TextSource
 from turboq_calibrate.models import Model
+from turboq_calibrate.models.chat import ChatTemplate
 from turboq_calibrate.models.params import parameter_count
 from turboq_calibrate.models.spec import ModelSpec
+from turboq_calibrate.observe import jsonl_text
 from turboq_calibrate.observe.held_back import HeldBack, leave_out
 from turboq_calibrate.observe.self_text import seed_of, self_windows, text_source
+from turboq_calibrate.observe.weights import in_turn, place, weighted
 
 HELDOUT_ONE_IN = 4
 SPLITS = ("calibration", "heldout")
@@ -58,6 +64,9 @@ class Tokenizer(Protocol):
     @property
     def adds_bos(self) -> bool: ...
 
+    @property
+    def chat(self) -> ChatTemplate | None: ...
+
     def encode(self, text: str) -> list[int]: ...
 
 
@@ -78,9 +87,10 @@ class Windows:
       it counts as what was taken of it.
     bos: every window begins with the tokenizer's BOS token, followed by T - 1 tokens of text.
     held_back: windows between these, to check on.
+    weights: of the texts; none: all are equal.
 
     Raises:
-      ValueError: not one text per window, or a text that is not in `texts`.
+      ValueError: not one text per window, or a text that is not in `texts`; not one weight a text.
     """
 
     tokens: Int[np.ndarray, "N T"]
@@ -89,8 +99,11 @@ class Windows:
     available: int
     bos: bool = False
     held_back: HeldBack = dataclasses.field(default_factory=HeldBack)
+    weights: tuple[Fraction, ...] = ()
 
     def __post_init__(self):
+        if self.weights and len(self.weights) != len(self.texts):
+            raise ValueError(f"{len(self.weights)} weights of {len(self.texts)} texts")
         if self.text.shape != self.tokens.shape[:1]:
             raise ValueError(f"{self.text.shape=} must be one text per window {self.tokens.shape}")
         if self.text.size and not 0 <= self.text.min() <= self.text.max() < len(self.texts):
@@ -124,12 +137,13 @@ def topic_split(name: str) -> str:
     return "heldout" if digest % HELDOUT_ONE_IN == 0 else "calibration"
 
 
-def load_text(source: str | Path) -> Text:
-    """The text of one source.
+def load_text(source: str | Path, chat: ChatTemplate | None = None) -> Text:
+    """The text of one source; `chat` writes the conversations of a JSON lines file.
 
     Raises:
       TurboqError: an unknown kind or part; a file that is missing, a folder, unreadable, empty,
-        binary, not UTF-8 or JSON lines; `self:SEED`, which only `mixed_windows` can make.
+        binary or not UTF-8; JSON lines without the fields (`jsonl_text`); `self:SEED`, which only
+        `mixed_windows` can make.
     """
     name = source
     if isinstance(source, str) and (kind := kind_of(source)) is not None:
@@ -142,7 +156,9 @@ def load_text(source: str | Path) -> Text:
         text = _side(_topics() if kind == "topics" else _modules(), split)
     else:
         path = Path(source)
-        name, text = path.name, _file(path)  # where a file lies says nothing about its text
+        name, text = path.name, read_file(path)  # where a file lies says nothing about its text
+        if path.suffix.lower() == ".jsonl":
+            text = jsonl_text.text_of(text, path, chat)
     return Text(source=str(name), text=text, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -206,12 +222,12 @@ def _words(paragraph: str) -> str:
     return " ".join(paragraph.split())
 
 
-def _file(path: Path) -> str:
-    if path.suffix.lower() == ".jsonl":
-        raise TurboqError(
-            f"text file {path} is JSON lines, which are not read as conversations yet: give plain "
-            "text"
-        )
+def read_file(path: Path) -> str:
+    """A UTF-8 file as it is.
+
+    Raises:
+      TurboqError: it is missing, a folder, unreadable, empty, binary or not UTF-8.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -318,10 +334,10 @@ def mixed_windows(
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Windows:
-    """`count` windows shared as equally as can be between the texts, in turn.
+    """`count` windows shared between the texts as their weights say, in turn.
 
-    Window i is of text i mod n as long as each lasts, so that every prefix, chunk and shard holds
-    all texts. None takes all windows of all texts. Of each text: `windows`.
+    Of equal weights window i is of text i mod n, so that every prefix, chunk and shard holds all
+    texts. None takes all windows of all texts. Of each text: `windows`.
 
     Args:
       check: windows of each text to hold back, between the others; `check_length`: tokens of one
@@ -330,14 +346,19 @@ def mixed_windows(
       folder: keeps what the model wrote (`self_text.self_windows`).
 
     Raises:
-      TurboqError: fewer windows than texts; a text twice, or one that holds too few windows;
-        whatever `load_text` and `windows` refuse.
+      TurboqError: fewer windows than texts; a text twice, or one that holds too few windows, or
+        whose weight leaves it none; whatever `load_text` and `windows` refuse.
     """
     if not sources:
         raise TurboqError("no text given: name a UTF-8 file, or topics:calibration")
     n = len(sources)
+    sources, weights = zip(*map(weighted, sources), strict=True)
+    unequal = len(set(weights)) > 1
     if count is not None and count < n:
         raise TurboqError(f"{count} windows of {n} texts: take at least one window of each")
+    if count is None and unequal:
+        raise TurboqError("texts of different weights share a number of windows: name one, not all")
+    turns = in_turn(weights, count or 0)
     own = [kind_of(source) == "self" for source in sources]
     for i, source in enumerate(sources):
         if source in sources[:i]:
@@ -349,7 +370,12 @@ def mixed_windows(
     ids: dict[int, Int[np.ndarray, "_"]] = {}
     written: dict[int, Int[np.ndarray, "_ T"]] = {}  # held back of what the model writes
     for i in sorted(range(n), key=own.__getitem__):  # cheap errors first: a model writes for hours
-        share = None if count is None else (count + n - 1 - i) // n
+        share = None if count is None else turns.count(i)
+        if share == 0:
+            raise TurboqError(
+                f"{count} windows leave text {sources[i]} none of its weight {weights[i]}: take "
+                "more windows, or weights that are closer"
+            )
         if own[i]:
             assert model is not None  # checked above
             assert share is not None
@@ -357,16 +383,25 @@ def mixed_windows(
             if check:
                 written[i] = rest
         else:
-            text, first = load_text(sources[i]), _bos(tokenizer, bos)
+            text, first = load_text(sources[i], _chat(sources[i], tokenizer)), _bos(tokenizer, bos)
             ids[i] = _ids(text, tokenizer)
+            if first and ids[i][:1].tolist() == first:  # a chat template that writes BOS itself
+                ids[i] = ids[i][1:]
             parts[i] = _cut(text, ids[i][start:], first, length, share, start, spread)
-    found = _in_turn([parts[i] for i in range(n)])
+    found = _in_turn([parts[i] for i in range(n)], weights)
+    if unequal:
+        found = dataclasses.replace(found, weights=weights)
     if count is None or not (check or check_length):
         return found
     if start or not spread:
         raise ValueError(f"{start=} and {spread=}: windows are held back between spread ones only")
     held = _held_back(ids, written, tokenizer, found, check, check_length)
     return dataclasses.replace(found, held_back=held)
+
+
+def _chat(source: str, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The model's chat template, where a source may need it."""
+    return tokenizer.chat if source.lower().endswith(".jsonl") else None
 
 
 def _held_back(
@@ -403,16 +438,18 @@ def _own_windows(
     return taken, tokens[count:]
 
 
-def _in_turn(parts: Sequence[Windows]) -> Windows:
-    """Window j of every part, for j = 0, 1, ..."""
+def _in_turn(parts: Sequence[Windows], weights: Sequence[Fraction]) -> Windows:
+    """The windows of all parts, turns taken as `weights.in_turn` has them."""
     texts = tuple(p.texts[0] for p in parts)
     for i, text in enumerate(texts):
         same = [t.name for t in texts[:i] if t.sha256 == text.sha256]
         if same:
             raise TurboqError(f"texts {same[0]} and {text.name} are the same: name each text once")
-    turn = np.concatenate([np.arange(len(p.tokens)) for p in parts])
     text = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p.tokens) for p in parts])
-    order = np.lexsort((text, turn))
+    places = [
+        place(j, w) for p, w in zip(parts, weights, strict=True) for j in range(len(p.tokens))
+    ]
+    order = sorted(range(len(places)), key=lambda i: (places[i], i))
     return Windows(
         tokens=np.concatenate([p.tokens for p in parts])[order],
         texts=texts,

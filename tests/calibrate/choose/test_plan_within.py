@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,32 @@ def test_the_worst_text_decides(run, tmp_path, monkeypatch):
         worst[objective] = max(allocation(out)["predicted_by_text"].values())
     assert kept == {"mean": "chosen", "worst": "per_head 2b"}
     assert worst["worst"] <= worst["mean"]
+
+
+def test_weights_of_texts_decide(texts, tmp_path, monkeypatch):
+    """b.jsonl has three of four windows, and three quarters of every mean over the texts."""
+    one, other = (Path(text.removeprefix("--text=")) for text in texts)
+    rows = [json.dumps({"text": part}) for part in other.read_text().split(" ", 3)]
+    (tmp_path / "b.jsonl").write_text("\n".join(rows))
+    weighted = (f"--text={tmp_path / 'b.jsonl'}@3", f"--text={one}")
+    run = tmp_path / "run"
+    sizes = ("--windows=4", *OBSERVE[1:])
+    assert turboq("calibrate", f"--model={MODEL}", *weighted, *sizes, f"--out={run}") == 0
+    statistics = load_statistics(run)
+    assert [text["windows"] for text in statistics.manifest.inputs["text"]["texts"]] == [3, 1]
+    np.testing.assert_allclose(statistics.weights, [0.75, 0.25])
+
+    def kl(name, tokens, text):
+        return {"chosen": 1.0 if text == "b.jsonl" else 3.0, "per_head 2b": 1.75}.get(name, 9.0)
+
+    made_up(monkeypatch, kl)  # chosen: mean 2, weighted mean 1.5
+    flags = (f"--statistics={run}", "--budget=3bpc", DATA_FREE)
+    assert plan(*flags, f"--out={tmp_path / 'checked'}") == 0
+    assert allocation(tmp_path / "checked")["kept"] == "chosen"
+    report = allocation(tmp_path / "checked")
+    assert report["text_weights"] == {"b.jsonl": 0.75, one.name: 0.25}
+    each = report["predicted_by_text"]
+    assert report["predicted"] == pytest.approx(0.75 * each["b.jsonl"] + 0.25 * each[one.name])
 
 
 def test_killed_and_resumed_is_the_same_plan(run, tmp_path, monkeypatch, capsys):

@@ -23,6 +23,8 @@ from turboq_calibrate.observe.texts import (
 class Letters:
     """One token per character; BOS is 7."""
 
+    chat = None
+
     def __init__(self, bos_id: int | None = None, adds_bos: bool = False):
         self.bos_id, self.adds_bos = bos_id, adds_bos
 
@@ -85,9 +87,6 @@ def test_missing_sources_are_named(tmp_path):
     for source in (str(tmp_path / "no"), str(tmp_path), "topics:train"):
         with pytest.raises(TurboqError, match=source):
             load_text(source)
-    (tmp_path / "chat.JSONL").write_text("{}")
-    with pytest.raises(TurboqError, match=r"chat\.JSONL is JSON lines"):
-        load_text(tmp_path / "chat.JSONL")
     for source, message in (
         ("wiki:test", "unknown kind of text 'wiki' in 'wiki:test': known are topics, source and"),
         ("self:0", "self:0 is written by a model"),
@@ -253,3 +252,4 @@ def test_bad_mixtures_are_one_clear_line(three, tmp_path):
 
 def test_the_models_tokenizer_is_one():
     assert {f.name for f in dataclasses.fields(Tokenizer)} >= {"bos_id", "adds_bos"}
+    assert hasattr(Tokenizer, "chat")

@@ -16,7 +16,7 @@ from turboq_calibrate.tasks.examples import examples
 class Characters:
     """A tokenizer whose tokens are characters."""
 
-    adds_bos, bos_id = True, 0
+    adds_bos, bos_id, chat = True, 0, None
 
     def encode(self, text):
         return [ord(c) for c in text]

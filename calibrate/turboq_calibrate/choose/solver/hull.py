@@ -13,13 +13,9 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float, Int
 
+from turboq.numbers.lower_hull import Chosen, Costs, Sizes, segments, smallest
 from turboq_calibrate.choose.solver.problem import Infeasible
-
-Costs = Float[np.ndarray, "N R"]
-Sizes = Int[np.ndarray, "N R"]
-Chosen = Int[np.ndarray, "N"]
 
 _ROUNDS = 100  # of exchange; every round improves, what is left is for the exact search
 
@@ -44,42 +40,6 @@ def total(values: np.ndarray, chosen: Chosen):
     return values[np.arange(len(chosen)), chosen].sum()
 
 
-def smallest(costs: Costs, sizes: Sizes) -> Chosen:
-    """The least size of every row, at the least cost among equals."""
-    allowed = np.isfinite(costs)
-    least = np.where(allowed, sizes, np.iinfo(np.int64).max).min(axis=1, keepdims=True)
-    return np.where(allowed & (sizes == least), costs, np.inf).argmin(axis=1)
-
-
-def segments(costs: Costs, sizes: Sizes, start: Chosen):
-    """Hull segments of all rows from `start`, as (row, step, column reached, size, cost, gain).
-
-    Arrays of one entry per segment. Gain is cost saved per bit; it falls along the hull of a row.
-    """
-    rows = np.arange(len(costs))
-    at, before = start, np.full(len(costs), np.inf)
-    out = []
-    for step in range(costs.shape[1]):
-        more = sizes - sizes[rows, at][:, None]
-        less = costs[rows, at][:, None] - costs
-        better = (more > 0) & (less > 0)
-        gain = np.where(better, less / np.where(better, more, 1), 0.0)
-        best = gain.max(axis=1)
-        go = best > 0
-        if not go.any():
-            break
-        # Of equal gains the longest, so that the hull has no vertex inside an edge.
-        reached = np.where(better & (gain == best[:, None]), more, 0).argmax(axis=1)
-        gain_now = np.minimum(best, before)  # rounding must not turn the order of a row around
-        r = rows[go]
-        c = reached[go]
-        out.append((r, np.full(len(r), step), c, more[r, c], less[r, c], gain_now[go]))
-        at, before = np.where(go, reached, at), gain_now
-    if not out:
-        return tuple(np.empty(0, kind) for kind in (int, int, int, np.int64, float, float))
-    return tuple(np.concatenate(part) for part in zip(*out, strict=True))
-
-
 def greedy(costs: Costs, sizes: Sizes, limit: int) -> Answer:
     """The LP optimum as `bound`, and the choice of its whole segments.
 
@@ -93,19 +53,21 @@ def greedy(costs: Costs, sizes: Sizes, limit: int) -> Answer:
     if room < 0:
         raise Infeasible(limit - room)
     bound = float(total(costs, chosen))
-    row, step, column, more, less, gain = segments(costs, sizes, chosen)
-    order = np.lexsort((step, row, -gain))
-    filled = np.cumsum(more[order])
+    found = segments(costs, sizes, chosen)
+    order = found.upwards()
+    filled = np.cumsum(found.more[order])
     whole = int(np.searchsorted(filled, room, side="right"))
     taken = order[:whole]
     chosen = chosen.copy()
-    chosen[row[taken]] = column[taken]  # segments of a row come in order: the last one stays
-    bound -= float(less[taken].sum())
+    chosen[found.row[taken]] = found.column[
+        taken
+    ]  # segments of a row come in order: the last one stays
+    bound -= float(found.less[taken].sum())
     price = 0.0
     if whole < len(order):
         split = order[whole]
         left = room - (int(filled[whole - 1]) if whole else 0)
-        price = float(gain[split])
+        price = float(found.gain[split])
         bound -= price * left
     cost = float(total(costs, chosen))
     return Answer(chosen, cost, min(bound, cost), price)

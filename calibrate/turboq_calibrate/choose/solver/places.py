@@ -18,6 +18,7 @@ import math
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from turboq.numbers.lower_hull import segments, smallest
 from turboq_calibrate.choose.solver import formats, hull
 from turboq_calibrate.choose.solver.hull import Answer, Costs, Sizes
 from turboq_calibrate.choose.solver.problem import Infeasible
@@ -117,8 +118,8 @@ def places(
     empty = ~np.isfinite(stack_costs).any(axis=1)
     np.logical_or.at(never, group, empty)
     stack_costs[empty, 0] = 0.0  # so that the rest can be computed; the group is dropped below
-    start = hull.smallest(stack_costs, stack_sizes)
-    row, step, column, more, less, gain = hull.segments(stack_costs, stack_sizes, start)
+    start = smallest(stack_costs, stack_sizes)
+    row, step, column, more, less, gain = segments(stack_costs, stack_sizes, start)
     order = np.lexsort((step, row, -gain, group[row]))
     of_group = group[row][order]
     length = np.bincount(of_group, minlength=groups)
