@@ -23,6 +23,11 @@ class Exact(Codec):
 
     Raises:
       ValueError: dim not a multiple of 8, or unknown dtype.
+
+    Examples:
+      >>> from turboq import Exact
+      >>> Exact(dim=128).bits_per_channel, Exact(dim=128, dtype="float32").bits_per_channel
+      (16.0, 32.0)
     """
 
     name: ClassVar[str] = "exact"

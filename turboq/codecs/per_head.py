@@ -40,6 +40,18 @@ class PerHead(ScalarCodec):
 
     Arrays of one head, float32: mean [D] (units of x), codebook [2**bits] ascending (unit scale),
     and for scale="head" scale [] (units of x).
+
+    Source: Lloyd 1982, Max 1960: c_i = E[t | t_{i-1} < t < t_i], of the head's own coordinates.
+
+    Raises:
+      ValueError: a field out of range; the message names it and the allowed values.
+
+    Examples:
+      >>> from turboq import PerHead
+      >>> PerHead(dim=64, bits=3).array_shapes
+      {'mean': (64,), 'codebook': (8,)}
+      >>> PerHead(dim=64, bits=3).bits_per_channel, PerHead(dim=64, bits=3, scale="head").bits_per_channel
+      (3.25, 3.0)
     """
 
     name: ClassVar[str] = "per_head"

@@ -64,6 +64,12 @@ class Transform(Codec):
 
     Raises:
       ValueError: a field out of range; the message names it and the allowed values.
+
+    Examples:
+      >>> from turboq import Transform
+      >>> codec = Transform(dim=64, segments=((16, 4), (32, 3), (16, 2)))
+      >>> codec.bits_per_channel, codec.array_shapes["analysis"]
+      (3.0, (64, 64))
     """
 
     name: ClassVar[str] = "transform"

@@ -8,6 +8,16 @@ a uniform point on the sphere of R^d times sqrt(d); its limit for large d is `ga
     Lloyd-Max:  c_i = E[t | t_{i-1} < t < t_i],  t_i = (c_i + c_{i+1}) / 2   (Lloyd 1982, Max 1960)
 
 Both densities are log-concave for d >= 3, so the solution is unique and symmetric (Fleischer 1964).
+
+Raises:
+  ValueError: an unknown density, bits outside 1 to 8, or a sphere of fewer than 3 dimensions.
+
+Examples:
+  >>> from turboq import codebook
+  >>> codebook.lloyd_max("gaussian", 2).round(4).tolist()
+  [-1.5104, -0.4528, 0.4528, 1.5104]
+  >>> round(codebook.distortion("gaussian", codebook.lloyd_max("gaussian", 2)), 4)
+  0.1175
 """
 
 from __future__ import annotations

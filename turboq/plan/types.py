@@ -153,7 +153,30 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything but the arrays' values. `extra` keeps `x-` fields: JSON path -> its fields."""
+    """How every (layer, KV head, K or V) is stored; fitted arrays are kept apart, by name.
+
+    `extra` keeps `x-` fields of the document: JSON path -> its fields. `load` and `save` are its
+    files, `uniform_plan`, `head_plan` and `turboq_calibrate.plan_within` make one.
+
+    Raises:
+      PlanConflict: layers that are not those of the model which own a cache, in order.
+
+    Examples:
+      >>> import turboq
+      >>> sizes = dict(kv_heads=2, q_heads=4, k_dim=64, v_dim=64)
+      >>> layers = tuple(turboq.LayerGeometry(index=i, path=f"l{i}", **sizes) for i in range(2))
+      >>> geometry = turboq.ModelGeometry(
+      ...     fingerprint="mine-1", family="mine", name="two layers", layers=layers
+      ... )
+      >>> codec = turboq.TurboQuantMSE(dim=64, bits=3)
+      >>> plan = turboq.uniform_plan(geometry, k=codec, v=codec)
+      >>> plan.bits_per_channel(), plan.bytes.bytes_per_token  # of one more token
+      (3.25, 208.0)
+      >>> plan.residency(1024).total < plan.residency(1024).baseline  # all in memory, bytes
+      True
+      >>> [layer.kv_heads for layer in plan.kv_layers({})]
+      [2, 2]
+    """
 
     model: ModelGeometry
     tokens: TokenPolicy

@@ -39,7 +39,21 @@ _HELP = "4680B (per token), 3.25bpc or 131072@4GiB (context, or 131072x8@40GiB o
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A limit: `nbytes` per token, `bpc`, or `nbytes` in all at `context` tokens x `batch`."""
+    """A limit: `nbytes` per token, `bpc`, or `nbytes` in all at `context` tokens x `batch`.
+
+    `bpc` is bits per channel of one more token: all stored bits over the sum of head dims.
+
+    Raises:
+      ValueError: both or neither of bytes and bits.
+      TurboqError: nothing, or no token or sequence.
+
+    Examples:
+      >>> from turboq_calibrate import Budget
+      >>> Budget.parse("3.25bpc").bpc, Budget.parse("4680B").nbytes
+      (Fraction(13, 4), Fraction(4680, 1))
+      >>> Budget.parse("131072x8@40GiB").context, Budget.parse("131072x8@40GiB").batch
+      (131072, 8)
+    """
 
     text: str
     nbytes: Fraction | None = None

@@ -74,7 +74,24 @@ def evaluate(
     text: str,
     **options: Any,
 ) -> Quality:
-    """`evaluate_texts` on one text: its windows, its name, and the same options."""
+    """`evaluate_texts` on one text: its windows, its name, and the same options.
+
+    Raises:
+      TurboqError: as `evaluate_texts`, and NotFinite too.
+
+    Examples:
+      >>> import turboq
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> heldout = tc.mixed_windows(["topics:heldout"], model.tokenizer, length=96, count=1)
+      >>> codec = turboq.TurboQuantMSE(dim=model.spec.layers[0].head_dim, bits=3)
+      >>> plan = turboq.uniform_plan(tc.model_geometry(model), k=codec, v=codec)
+      >>> quality = tc.evaluate(
+      ...     model, [("3 bits", plan, {})], heldout.tokens, text="heldout", progress=False
+      ... )
+      >>> sorted(quality.rows[0])[:3]
+      ['bits_per_channel', 'bits_per_channel_at_context', 'bytes_per_token']
+    """
     return evaluate_texts(model, plans, {text: windows}, **options)
 
 
@@ -129,6 +146,18 @@ def evaluate_texts(
         that do not fit the model or quantize nothing of a window, as many steps as a window has
         tokens, a damaged file in `folder`, exact predictions that are not finite.
       NotFinite: a plan's are not: names the layer, side, head and token, and holds all other rows.
+
+    Examples:
+      >>> import turboq
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> heldout = tc.mixed_windows(["topics:heldout"], model.tokenizer, length=96, count=1)
+      >>> codec = turboq.TurboQuantMSE(dim=model.spec.layers[0].head_dim, bits=3)
+      >>> plan = turboq.uniform_plan(tc.model_geometry(model), k=codec, v=codec)
+      >>> rows = [("3 bits", plan, {})]
+      >>> quality = tc.evaluate_texts(model, rows, {"heldout": heldout.tokens}, progress=False)
+      >>> quality.texts, quality.rows[0]["kl_mean"] > 0  # nats per token
+      (['heldout'], True)
     """
     started = time.perf_counter()
     _check(model, plans, texts, attention, steps)

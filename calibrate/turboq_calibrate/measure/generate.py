@@ -55,6 +55,18 @@ def greedy(
     Raises:
       TurboqError: empty prompt, no steps, a sequence longer than the model's context, or logits
         that are not finite: names the layer, side, head and token that the caches cannot store.
+
+    Examples:
+      >>> import numpy as np
+      >>> import turboq
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> codec = turboq.TurboQuantMSE(dim=model.spec.layers[0].head_dim, bits=3)
+      >>> plan = turboq.uniform_plan(tc.model_geometry(model), k=codec, v=codec)
+      >>> prompt = np.asarray([model.tokenizer.encode("Python is a language")])
+      >>> generated = tc.greedy(model, prompt, steps=2, layers=plan.kv_layers({}))
+      >>> generated.tokens.shape[1] - prompt.shape[1]
+      2
     """
     prompt = np.asarray(prompt, np.int32)
     if prompt.shape[0] < 1 or prompt.shape[1] < 1:

@@ -263,6 +263,19 @@ def format_table(quality: Quality) -> str:
 
     Several texts are columns; a window above `LONG` tokens adds a table of quality by position,
     and plans that were also fed token by token one of both ways.
+
+    Examples:
+      >>> import turboq
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> heldout = tc.mixed_windows(["topics:heldout"], model.tokenizer, length=96, count=1)
+      >>> codec = turboq.TurboQuantMSE(dim=model.spec.layers[0].head_dim, bits=3)
+      >>> plan = turboq.uniform_plan(tc.model_geometry(model), k=codec, v=codec)
+      >>> quality = tc.evaluate(
+      ...     model, [("3 bits", plan, {})], heldout.tokens, text="heldout", progress=False
+      ... )
+      >>> "3 bits" in tc.format_table(quality)
+      True
     """
     t = quality.table
     several = len(t["texts"]) > 1

@@ -173,6 +173,12 @@ def load_model(
 
     Raises:
       TurboqError: unsupported family or field, missing, truncated, misshapen or non-finite weights.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> model.tokenizer.decode(model.tokenizer.encode("a cache of keys"))
+      'a cache of keys'
     """
     return Model(open_source(path), dtype=dtype, resident=resident)
 

@@ -38,6 +38,18 @@ def merge_shards(
     Raises:
       TurboqError: a shard is missing, given twice, damaged, or of another model, text or recipe;
         `out_dir` holds other statistics.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> texts = ["topics:calibration", "source:calibration"]
+      >>> windows = tc.mixed_windows(texts, model.tokenizer, length=96, count=4)
+      >>> quiet = dict(progress=False, log=lambda line: None)
+      >>> for i in range(2):  # each in a process, or on a machine, of its own
+      ...     part = tc.calibrate(model, windows, f"part{i}", shard=tc.Shard(i, 2), **quiet)
+      >>> merged = tc.merge_shards(["part0", "part1"], "merged", progress=False)
+      >>> len(merged.layers) == len(model.spec.layers)
+      True
     """
     parts = _in_order([load_statistics(folder) for folder in folders])
     inputs = {k: v for k, v in parts[0].manifest.inputs.items() if k != "shard"}

@@ -80,9 +80,22 @@ def observe(
       log: where the closing line goes.
       observer: called with every event after it is logged (name, fields).
 
+    Returns:
+      The statistics: sums and a sample of tokens per layer, of Q, K, V and of the gradients of the
+      log likelihood (nats) at K and V.
+
     Raises:
       TurboqError: the folder holds a run over other inputs, or another process works there; NaN or
         infinity in activations or gradients; the folder cannot be written.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> texts = ["topics:calibration", "source:calibration"]
+      >>> windows = tc.mixed_windows(texts, model.tokenizer, length=96, count=4)
+      >>> statistics = tc.calibrate(model, windows, "run", progress=False, log=lambda line: None)
+      >>> len(statistics.layers) == len(model.spec.layers)
+      True
     """
     recipe = ObserveRecipe() if recipe is None else recipe
     if checkpoint_every < 1:

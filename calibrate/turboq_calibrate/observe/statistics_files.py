@@ -175,6 +175,15 @@ class Statistics:
 
     `statistics.layers[i].k` and `len(statistics.layers)` work; a layer is not kept, so memory stays
     at the layers in use.
+
+    Raises:
+      TurboqError: asked for a file that is missing or damaged.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> statistics = tc.load_statistics("run")  # what `calibrate` wrote
+      >>> statistics.texts
+      ('topics:calibration', 'source:calibration')
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
@@ -317,6 +326,12 @@ def load_statistics(folder: str | os.PathLike[str]) -> Statistics:
 
     Raises:
       TurboqError: there are none, they are unfinished, of another version or damaged.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> statistics = tc.load_statistics("run")  # what `calibrate` wrote
+      >>> statistics.layers[0].k is not None
+      True
     """
     folder = Path(folder)
     if not (folder / MANIFEST).exists() and (folder / FOLDER / MANIFEST).exists():

@@ -81,6 +81,14 @@ class Windows:
 
     Raises:
       ValueError: not one text per window, or a text that is not in `texts`.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> texts = ["topics:calibration", "source:calibration"]
+      >>> windows = tc.mixed_windows(texts, model.tokenizer, length=64, count=4)
+      >>> windows.tokens.shape, windows.text.tolist(), [text.name for text in windows.texts]
+      ((4, 64), [0, 1, 0, 1], ['topics:calibration', 'source:calibration'])
     """
 
     tokens: Int[np.ndarray, "N T"]
@@ -332,6 +340,13 @@ def mixed_windows(
     Raises:
       TurboqError: fewer windows than texts; a text twice, or one that holds too few windows;
         whatever `load_text` and `windows` refuse.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> texts = ["topics:calibration", "source:calibration"]
+      >>> tc.mixed_windows(texts, model.tokenizer, length=64, count=4).tokens.shape
+      (4, 64)
     """
     if not sources:
         raise TurboqError("no text given: name a UTF-8 file, or topics:calibration")
@@ -439,7 +454,17 @@ def calibration_windows(
 ) -> Windows:
     """What `turboq calibrate` observes by default, and what it holds back.
 
-    `folder` keeps what the model writes.
+    `count` windows of `length` tokens in all: of a model of at most 2e9 parameters half of text
+    that it writes itself, half of `topics:calibration`. `folder` keeps what the model writes.
+
+    Raises:
+      TurboqError: windows longer than the model's context, or whatever `mixed_windows` refuses.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> tc.calibration_windows(model, count=2, length=32).tokens.shape
+      (2, 32)
     """
     return mixed_windows(
         calibration_sources(model.spec), model.tokenizer, length=length, count=count, check=1,
