@@ -85,8 +85,13 @@ def plans(model: Model, statistics: Statistics, out: Path) -> list[NamedPlan]:
     _, plan, arrays = found[-1]
     save(plan, arrays, out)
     for name, plan, arrays in found:
-        save(plan, arrays, out / "plans" / name.replace(" ", "_"))
+        save(plan, arrays, folder_of(out, name))
     return found
+
+
+def folder_of(out: Path, name: str) -> Path:
+    """Where a row's plan is."""
+    return out / "plans" / name.replace(" ", "_")
 
 
 def demo(out: Path) -> None:
@@ -103,6 +108,7 @@ def demo(out: Path) -> None:
     measured = evaluate_texts(
         model, rows, {one.source: one.tokens for one in texts}, folder=out / "parts"
     )
+    measured.run["plans"] = {name: str(folder_of(out, name)) for name, *_ in rows}
     quality_table.write_quality(measured, out)
     report = write_report(out)
 

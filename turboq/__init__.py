@@ -13,6 +13,8 @@ Attention over such a cache is `turboq_kernels.cache_attention`; `turboq.export`
 other engines. Shapes are in the letters of `docs/reference/index.md`.
 """
 
+# pyright: strict
+
 from typing import TYPE_CHECKING, Any
 
 from turboq.version import __version__ as __version__
@@ -31,7 +33,7 @@ _FROM = {
     "turboq.numbers": ("codebook", "packing", "rotation"),
 }  # fmt: skip
 _NAMES = {name: module for module, names in _FROM.items() for name in names}
-__all__ = sorted([*_NAMES, "__version__"])
+__all__ = sorted([*_NAMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from turboq.cache import contiguous as contiguous

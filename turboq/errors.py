@@ -1,5 +1,7 @@
 """The one error that is meant for the user: says what is wrong, the value, and the fix."""
 
+# pyright: strict
+
 import reprlib
 
 LONGEST = 80  # characters quoted of a value that somebody else wrote
@@ -21,7 +23,7 @@ class TurboqError(ValueError):
       ...     turboq.load("no/such/folder")
       ... except turboq.TurboqError as error:
       ...     print(error)
-      no/such/folder/plan.json: ... not exist...
+      no/such/folder: no such plan: write one with `turboq plan`
     """
 
     def __init__(self, message: object = ""):

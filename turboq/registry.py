@@ -9,6 +9,8 @@ Such a name is PACKAGE.NAME: names never clash, and a plan says what must be ins
 Packages are imported when a name is first asked for that is none of ours, or all are listed.
 """
 
+# pyright: strict
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -105,9 +107,9 @@ class Registry[T](Mapping[str, T]):
 
     def _add(self, found: object, package: str | None) -> None:
         kept = self._check(found)
-        name = kept.name  # type: ignore[attr-defined]
+        name: object = kept.name  # type: ignore[attr-defined]
         match = _NAME.fullmatch(name) if isinstance(name, str) else None
-        if match is None or package not in (None, match[1]):
+        if not isinstance(name, str) or match is None or package not in (None, match[1]):
             raise TurboqError(
                 f"name {quoted(name)} must be {package or 'PACKAGE'}.NAME in lower case, where "
                 "PACKAGE is what is installed"

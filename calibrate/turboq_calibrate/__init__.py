@@ -9,6 +9,8 @@
 Every step of the `turboq` command is one of these functions. Names are loaded when first used.
 """
 
+# pyright: strict
+
 from typing import TYPE_CHECKING, Any
 
 _FROM = {
@@ -27,7 +29,7 @@ _FROM = {
     "turboq_calibrate.measure.generate": ("greedy",),
 }
 _NAMES = {name: module for module, names in _FROM.items() for name in names}
-__all__ = sorted(_NAMES)
+__all__ = sorted(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from turboq_calibrate.choose.budget import Budget as Budget

@@ -7,6 +7,8 @@
 What they are made of, stored tokens alone and unnormalised, is `turboq_kernels.decode.decode`.
 """
 
+# pyright: strict
+
 from turboq_kernels.attention import cache_attention as cache_attention
 from turboq_kernels.attention import fold_output as fold_output
 from turboq_kernels.attention import projected_attention as projected_attention

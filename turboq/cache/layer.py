@@ -4,6 +4,8 @@ Heads that share both a K codec and a V codec form one group and share arrays an
 hot paths are one `vmap` per group (usually one group per layer), never a loop over heads.
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses

@@ -9,6 +9,8 @@ a leading axis of both, so adding a codec never means writing a loop over heads.
     unfold_output(accumulate(p, fields), mass)  ~=  p @ x   values are never decoded
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import abc
@@ -161,7 +163,7 @@ class Codec(abc.ABC):
 
         A per-block field says it of all tokens of its block. Override where codes are floats.
         """
-        found = []
+        found: list[Bool[Array, "*n"]] = []
         for field in self.fields:
             if not field.packed:
                 rows = jnp.all(jnp.isfinite(stored[field.name]), axis=-1)

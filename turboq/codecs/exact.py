@@ -1,5 +1,7 @@
 """Vectors as they are, in float32, bfloat16 or float16: the baseline of every table."""
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,7 @@
 """Calibrated per-head codec: mean removed, rotation, per-head scale and fitted codebook."""
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -50,8 +52,8 @@ class PerHead(ScalarCodec):
       >>> from turboq import PerHead
       >>> PerHead(dim=64, bits=3).array_shapes
       {'mean': (64,), 'codebook': (8,)}
-      >>> PerHead(dim=64, bits=3).bits_per_channel, PerHead(dim=64, bits=3, scale="head").bits_per_channel
-      (3.25, 3.0)
+      >>> [PerHead(dim=64, bits=3, scale=scale).bits_per_channel for scale in ("vector", "head")]
+      [3.25, 3.0]
     """
 
     name: ClassVar[str] = "per_head"

@@ -1,5 +1,7 @@
 """TurboQuant_mse: random rotation, exact Lloyd-Max codebook, one scale per vector. Data-free."""
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses

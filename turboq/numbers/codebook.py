@@ -20,6 +20,8 @@ Examples:
   0.1175
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import functools
@@ -175,7 +177,7 @@ def entropy(source: str, codebook: np.ndarray, dim: int | None = None) -> float:
     """Entropy of the codes in bits: what ideal entropy coding would store per coordinate."""
     _check(source, dim)
     p = _moments(source, np.asarray(codebook, np.float64), dim)[0]
-    return float(-np.sum(special.xlogy(p, p)) / np.log(2))
+    return float(-np.sum(special.xlogy(p, p)) / np.log(2))  # pyright: ignore
 
 
 def nearest(codebook: Float[Array, "levels"], u: Float[Array, "*n"]) -> UInt8[Array, "*n"]:

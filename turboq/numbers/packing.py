@@ -33,6 +33,8 @@ Examples:
   True
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import jax

@@ -23,6 +23,8 @@ Examples:
   True
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -75,11 +77,13 @@ def hadamard_matrix(dim: int) -> np.ndarray:
     """
     odd = dim // (dim & -dim)
     n = np.arange(odd)
-    matrix = np.sqrt(2 / odd) * np.cos(np.pi * (2 * n[None, :] + 1) * n[:, None] / (2 * odd))
+    matrix: np.ndarray = np.sqrt(2 / odd) * np.cos(
+        np.pi * (2 * n[None, :] + 1) * n[:, None] / (2 * odd)
+    )
     matrix[0] = np.sqrt(1 / odd)
     h2 = np.array([[1.0, 1.0], [1.0, -1.0]]) / np.sqrt(2)
     while len(matrix) < dim:
-        matrix = np.kron(h2, matrix)
+        matrix = np.kron(h2, matrix)  # pyright: ignore
     matrix.setflags(write=False)
     return matrix
 

@@ -1,5 +1,7 @@
 """Making plans: the same codec everywhere, or a choice per layer, side and head."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 import collections
@@ -104,15 +106,15 @@ def head_plan(
       ... )
       >>> codec = turboq.TurboQuantMSE(dim=64, bits=3)
       >>> finer = turboq.TurboQuantMSE(dim=64, bits=5)
-      >>> plan = turboq.head_plan(
-      ...     geometry, lambda layer, side, head: finer if (layer, side, head) == (0, "k", 1) else codec
-      ... )
+      >>> def choose(layer, side, head):
+      ...     return finer if (layer, side, head) == (0, "k", 1) else codec
+      >>> plan = turboq.head_plan(geometry, choose)
       >>> plan.bits_per_channel(), sorted(plan.layers[0].k.heads)
       (3.5, [1])
     """
-    layers = []
+    layers: list[LayerPlan] = []
     for layer in geometry.cache_layers:
-        sides = {}
+        sides: dict[str, SidePlan] = {}
         for side in SIDES:
             codecs = [choose(layer.index, side, head) for head in range(layer.kv_heads)]
             common = collections.Counter(codecs).most_common(1)[0][0]
@@ -152,7 +154,7 @@ def collect_arrays(plan: Plan, fit: Fit) -> Tensors:
     Raises:
       PlanConflict: the fit gave an array of another shape, not finite, or none.
     """
-    out = {}
+    out: dict[str, np.ndarray] = {}
     for layer in plan.layers:
         kv_heads = plan.model.layers[layer.index].kv_heads
         for side in SIDES:

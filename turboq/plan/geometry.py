@@ -1,5 +1,7 @@
 """What a plan must know of its model: enough to refuse every other model, nothing that runs."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 import dataclasses

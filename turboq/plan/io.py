@@ -11,6 +11,8 @@ cut off between 2 and 3, the file of step 1. Cut off at any point, either the ol
 new one loads, whole. The next save clears away what was left. One writer per folder.
 """
 
+# pyright: strict
+
 from __future__ import annotations
 
 import contextlib

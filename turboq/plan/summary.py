@@ -1,5 +1,7 @@
 """A plan on one screen."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 import collections
@@ -77,7 +79,7 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
 
 def _counts(plan: Plan) -> list[str]:
     """Heads of K and of V by what they are stored as, and the layers of least and most bits."""
-    lines = []
+    lines: list[str] = []
     for side in SIDES:
         found: collections.Counter[str] = collections.Counter()
         for layer in plan.layers:

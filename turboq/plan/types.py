@@ -8,6 +8,8 @@ Fitted arrays are kept apart, in a dict. Their names follow one rule:
     some heads override it              layers.{i}.{k|v}.heads.{h}.{array}   [*shape], each head
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -59,7 +61,7 @@ class SidePlan:
     """
 
     codec: Codec
-    heads: dict[int, Codec] = dataclasses.field(default_factory=dict)
+    heads: dict[int, Codec] = dataclasses.field(default_factory=dict[int, Codec])
     rope: RopeForm = "after"
 
     def __post_init__(self):
@@ -186,7 +188,7 @@ class Plan:
     arrays: ArrayFile | None = None
     provenance: Provenance | None = None
     quality: Quality | None = None
-    extra: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    extra: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict[str, dict[str, Any]])
 
     def __post_init__(self):
         owners = self.model.cache_layers
@@ -254,7 +256,7 @@ class Plan:
     @property
     def storage(self) -> tuple[KVLayer, ...]:
         """The layers without arrays: all that `turboq.cache.accounting` needs."""
-        out = []
+        out: list[KVLayer] = []
         for layer in self.layers:
             k, v = self.codecs(layer.index, "k"), self.codecs(layer.index, "v")
             groups = tuple(
@@ -349,13 +351,13 @@ def _groups(k: tuple[Codec, ...], v: tuple[Codec, ...]) -> list[tuple[int, ...]]
 
 def _gather(
     arrays: Mapping[str, Any], index: int, side: str, plan: SidePlan, heads: tuple[int, ...]
-) -> dict:
-    def get(name: str):
+) -> dict[str, Any]:
+    def get(name: str) -> Any:
         if name not in arrays:
             raise PlanError(name, "fitted array is missing: calibrate, or load the plan's arrays")
         return arrays[name]
 
-    out = {}
+    out: dict[str, Any] = {}
     for array in plan.of(heads[0]).array_shapes:
         if plan.stacked:
             values = np.asarray(get(array_name(index, side, array)))[list(heads)]

@@ -8,6 +8,8 @@
 Without a model the choice itself takes seconds and nothing is checked.
 """
 
+# pyright: strict
+
 from __future__ import annotations
 
 import dataclasses
@@ -152,7 +154,7 @@ def menu(
       TurboqError: statistics of another model, or without what a candidate needs.
     """
     check_statistics(statistics, geometry)
-    channels = Counter()
+    channels: Counter[int | None] = Counter()
     for x in geometry.cache_layers:
         channels[geometry.kept_window(x.index)] += x.kv_heads * (x.k_dim + x.v_dim)
     bits = wanted.budget.bits_near(channels) / channels.total()

@@ -1,5 +1,7 @@
 """From a model and its statistics to plans: geometry, provenance, fitted arrays."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 import hashlib

@@ -1,5 +1,7 @@
 """What a plan must know of a model: its layers' heads, dims, windows and rotary embedding."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 from turboq.plan import LayerGeometry, ModelGeometry

@@ -8,12 +8,15 @@ so merged counts, maxima and sampled tokens equal those of one process exactly. 
 by their order: within (m - 1) 2^-53 sum|c_i| for m chunks (`statistics`).
 """
 
+# pyright: strict
+
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
@@ -43,10 +46,10 @@ def merge_shards(
       >>> import turboq_calibrate as tc
       >>> model = tc.load_model("embedded")
       >>> texts = ["topics:calibration", "source:calibration"]
-      >>> windows = tc.mixed_windows(texts, model.tokenizer, length=96, count=4)
-      >>> quiet = dict(progress=False, log=lambda line: None)
+      >>> windows = tc.mixed_windows(texts, model.tokenizer, length=32, count=4)
+      >>> quiet = {"progress": False, "log": lambda line: None}
       >>> for i in range(2):  # each in a process, or on a machine, of its own
-      ...     part = tc.calibrate(model, windows, f"part{i}", shard=tc.Shard(i, 2), **quiet)
+      ...     part = tc.calibrate(model, windows, f"part{i}", shard=tc.Shard(index=i, count=2), **quiet)
       >>> merged = tc.merge_shards(["part0", "part1"], "merged", progress=False)
       >>> len(merged.layers) == len(model.spec.layers)
       True
@@ -61,7 +64,8 @@ def merge_shards(
                 f"{out} holds statistics of other inputs ({'; '.join(found)}): choose another "
                 "folder"
             )
-    entries, tokens, sampled = [], 0, inputs["recipe"]["reservoir"] > 0
+    entries: list[dict[str, Any]] = []
+    tokens, sampled = 0, inputs["recipe"]["reservoir"] > 0
     with Progress(len(parts[0]), label="merge", unit="layers", enabled=progress) as bar:
         for i in range(len(parts[0])):
             layer = functools.reduce(layer_statistics.merge, (part[i] for part in parts))

@@ -16,6 +16,8 @@ is deterministic, and files are in place before the checkpoint that relies on th
                       gradients, rows of sampled tokens and checkpoints
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import contextlib
@@ -24,7 +26,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,7 @@ def observe(
     Raises:
       TurboqError: the folder holds a run over other inputs, or another process works there; NaN or
         infinity in activations or gradients; the folder cannot be written.
+      ValueError: `checkpoint_every` is not positive, or a mesh with a shard.
 
     Examples:
       >>> import turboq_calibrate as tc
@@ -148,7 +151,7 @@ def _finish(
     files.write_manifest(run.statistics, inputs, model_geometry(run.model), run.counted, entries)
     run.event("finished")
     _clear(run.work)
-    cost = {
+    cost: dict[str, Any] = {
         "seconds": round(seconds, 3),
         "peak_rss_bytes": peak_rss(),
         "peak_array_bytes": run.meter.peak,
@@ -192,7 +195,7 @@ def _clear(work: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
+def _locked(work: Path) -> Generator[None]:
     """Keeps a second run out of the folder; the lock dies with the process."""
     with open(work / "lock", "w") as f:
         try:

@@ -12,6 +12,8 @@ A source is one of
 Each is a text of its own: windows do not overlap, and none holds tokens of two texts.
 """
 
+# pyright: strict
+
 from __future__ import annotations
 
 import dataclasses
@@ -340,6 +342,7 @@ def mixed_windows(
     Raises:
       TurboqError: fewer windows than texts; a text twice, or one that holds too few windows;
         whatever `load_text` and `windows` refuse.
+      ValueError: windows to hold back between windows that are not spread.
 
     Examples:
       >>> import turboq_calibrate as tc
@@ -389,10 +392,10 @@ def _held_back(
     tokenizer: Tokenizer, found: Windows, check: int, check_length: int,
 ) -> HeldBack:  # fmt: skip
     first = [tokenizer.bos_id] if found.bos and tokenizer.bos_id is not None else []
-    short, long = dict(written), {}
+    short, long = dict(written), dict[int, Int[np.ndarray, "_"]]()
     for i in sorted(ids):
         some, one = leave_out(
-            ids[i], first, length=found.tokens.shape[1], windows=int(np.sum(found.text == i)),
+            ids[i], first, length=found.tokens.shape[1], windows=found.text.tolist().count(i),
             count=check, long_length=0 if long else check_length,
         )  # fmt: skip
         short |= {} if some is None else {i: some}
@@ -401,8 +404,9 @@ def _held_back(
 
 
 def _own_windows(
-    model: Model, source: str, length: int, count: int, check: int, folder, progress: bool
-) -> tuple[Windows, Int[np.ndarray, "_ T"]]:
+    model: Model, source: str, length: int, count: int, check: int,
+    folder: str | os.PathLike[str] | None, progress: bool,
+) -> tuple[Windows, Int[np.ndarray, "_ T"]]:  # fmt: skip
     """`count` windows of what the model writes, and the `check` that follow them."""
     seed = seed_of(source)
     tokens = self_windows(
