@@ -90,7 +90,15 @@ def test_what_is_missing_is_seen():
     ]
     good = "Does it.\n\nRaises:\n  KeyError: never.\n\n>>> 1\n"
     assert missing(bare, good) == ["a type of x"]
-    assert missing(int, good) == []
+
+    class Made:
+        def __post_init__(self):
+            raise TypeError(self)
+
+        def later(self):
+            raise KeyError(self)
+
+    assert missing(Made, good) == ["Raises: TypeError"]
 
     def unsaid(x: np.ndarray) -> None: ...
 

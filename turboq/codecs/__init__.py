@@ -84,6 +84,7 @@ CODECS: Registry[type[Codec]] = Registry(
     ),
     _check,
 )
+"""All codecs by name, ours and those of installed packages: a `turboq.registry.Registry`."""
 
 
 def from_config(config: Any) -> Codec:

@@ -28,23 +28,23 @@ EXTEND = {(False, False): "neither", (True, False): "min", (False, True): "max"}
 EXTEND[True, True] = "both"
 
 SMALL = 9.5  # points: labels inside a picture
-_INK, _GRID = "#010203", "#040506"  # markers, replaced by var(--ink) and var(--grid)
+INK, _GRID = "#010203", "#040506"  # markers, replaced by var(--ink) and var(--grid)
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.fonttype": "none",  # text stays text: selectable, and measured by the page's font
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10.5,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
     "axes.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "grid.color": _GRID,
     "grid.linewidth": 0.6,
     "figure.facecolor": "none",
@@ -77,7 +77,7 @@ def svg(figure: Figure, name: str, alt: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = text.replace(_INK, "var(--ink)").replace(_GRID, "var(--grid)")
+    text = text.replace(INK, "var(--ink)").replace(_GRID, "var(--grid)")
     # Several pictures share one page, so their ids must not meet.
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
@@ -270,7 +270,7 @@ def _end_labels(axes, ends: list[tuple[float, str]], right: float | int) -> None
             label, (right, y), xytext=((right / left) ** 0.08 * right, at), textcoords="data",
             va="center", fontsize=SMALL, annotation_clip=False,
             arrowprops={
-                "arrowstyle": "-", "color": _INK, "linewidth": 0.5, "shrinkB": 4,
+                "arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkB": 4,
                 "relpos": (0.0, 0.5),
             },
         )  # fmt: skip

@@ -270,7 +270,7 @@ def format_table(quality: Quality) -> str:
       >>> import turboq
       >>> import turboq_calibrate as tc
       >>> model = tc.load_model("embedded")
-      >>> heldout = tc.mixed_windows(["topics:heldout"], model.tokenizer, length=96, count=1)
+      >>> heldout = tc.mixed_windows(["topics:heldout"], model.tokenizer, length=96, count=2)
       >>> codec = turboq.TurboQuantMSE(dim=model.spec.layers[0].head_dim, bits=3)
       >>> plan = turboq.uniform_plan(tc.model_geometry(model), k=codec, v=codec)
       >>> quality = tc.evaluate(

@@ -46,10 +46,11 @@ def merge_shards(
       >>> import turboq_calibrate as tc
       >>> model = tc.load_model("embedded")
       >>> texts = ["topics:calibration", "source:calibration"]
-      >>> windows = tc.mixed_windows(texts, model.tokenizer, length=32, count=4)
+      >>> windows = tc.mixed_windows(texts, model.tokenizer, length=32, count=8)
       >>> quiet = {"progress": False, "log": lambda line: None}
       >>> for i in range(2):  # each in a process, or on a machine, of its own
-      ...     part = tc.calibrate(model, windows, f"part{i}", shard=tc.Shard(index=i, count=2), **quiet)
+      ...     shard = tc.Shard(index=i, count=2)
+      ...     part = tc.calibrate(model, windows, f"part{i}", shard=shard, **quiet)
       >>> merged = tc.merge_shards(["part0", "part1"], "merged", progress=False)
       >>> len(merged.layers) == len(model.spec.layers)
       True

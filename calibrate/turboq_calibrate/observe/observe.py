@@ -89,7 +89,7 @@ def observe(
     Raises:
       TurboqError: the folder holds a run over other inputs, or another process works there; NaN or
         infinity in activations or gradients; the folder cannot be written.
-      ValueError: `checkpoint_every` is not positive, or a mesh with a shard.
+      ValueError: `checkpoint_every` is not positive.
 
     Examples:
       >>> import turboq_calibrate as tc
