@@ -48,6 +48,7 @@ from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.statistics_files import Statistics
 from turboq_calibrate.observe.texts import calibration_windows, mixed_windows
 from turboq_calibrate.run.peak_memory import peak_rss
+from turboq_calibrate.run.progress import phases
 
 LICENCE = str(Path(__file__).resolve().parents[1] / "LICENSE")
 OUT = flags.DEFINE_string("out", "runs/demo", "Where everything is written.")
@@ -97,6 +98,18 @@ def folder_of(out: Path, name: str) -> Path:
 def demo(out: Path) -> None:
     """Runs all steps into `out` and prints the table and where everything is."""
     make_folder(out)
+    with phases("self:", "observe", *("fit", "costs") * len(BUDGETS.value), "evaluate"):
+        measured = steps(out)
+    report = write_report(out)
+
+    print(quality_table.format_table(measured))
+    print(f"\nplan    {out}/plan.json, {out}/plan.safetensors (learned {BUDGETS.value[-1]})")
+    print(f"table   {out}/{quality_table.QUALITY}, {out}/{quality_table.TABLE}")
+    print(f"report  {report}")
+
+
+def steps(out: Path) -> quality_table.Quality:
+    """Calibrates, plans and measures into `out`."""
     model = load_model(MODEL.value)
     windows = calibration_windows(model, count=CALIBRATION_WINDOWS.value, folder=out)
     statistics = observe(model, windows, out)
@@ -110,12 +123,7 @@ def demo(out: Path) -> None:
     )
     measured.run["plans"] = {name: str(folder_of(out, name)) for name, *_ in rows}
     quality_table.write_quality(measured, out)
-    report = write_report(out)
-
-    print(quality_table.format_table(measured))
-    print(f"\nplan    {out}/plan.json, {out}/plan.safetensors (learned {BUDGETS.value[-1]})")
-    print(f"table   {out}/{quality_table.QUALITY}, {out}/{quality_table.TABLE}")
-    print(f"report  {report}")
+    return measured
 
 
 def main(argv: list[str]) -> None:

@@ -72,7 +72,7 @@ def test_the_report_says_where_bits_go_and_how_to_use_the_best_plan(report, tmp_
     page = html_page.render(report)
     assert "Where bits go" in page
     assert "These store all heads alike: other." in page
-    lines = re.findall(r"^turboq export (.*)$", page, re.MULTILINE)
+    lines = re.findall(r"^turboq export (.*?)(?:</pre>)?$", page, re.MULTILINE)
     assert [dict(x.split("=", 1) for x in shlex.split(line.replace("&#x27;", "'")))
             for line in lines] == [
         {"--engine": name, "--plan": "runs/the best", "--out": f"runs/for_{name}"}
