@@ -48,6 +48,7 @@ from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.statistics_files import Statistics
 from turboq_calibrate.observe.texts import calibration_windows, mixed_windows
 from turboq_calibrate.run.peak_memory import peak_rss
+from turboq_calibrate.run.progress import phases
 
 LICENCE = str(Path(__file__).resolve().parents[1] / "LICENSE")
 OUT = flags.DEFINE_string("out", "runs/demo", "Where everything is written.")
@@ -85,13 +86,30 @@ def plans(model: Model, statistics: Statistics, out: Path) -> list[NamedPlan]:
     _, plan, arrays = found[-1]
     save(plan, arrays, out)
     for name, plan, arrays in found:
-        save(plan, arrays, out / "plans" / name.replace(" ", "_"))
+        save(plan, arrays, folder_of(out, name))
     return found
+
+
+def folder_of(out: Path, name: str) -> Path:
+    """Where a row's plan is."""
+    return out / "plans" / name.replace(" ", "_")
 
 
 def demo(out: Path) -> None:
     """Runs all steps into `out` and prints the table and where everything is."""
     make_folder(out)
+    with phases("self:", "observe", *("fit", "costs") * len(BUDGETS.value), "evaluate"):
+        measured = steps(out)
+    report = write_report(out)
+
+    print(quality_table.format_table(measured))
+    print(f"\nplan    {out}/plan.json, {out}/plan.safetensors (learned {BUDGETS.value[-1]})")
+    print(f"table   {out}/{quality_table.QUALITY}, {out}/{quality_table.TABLE}")
+    print(f"report  {report}")
+
+
+def steps(out: Path) -> quality_table.Quality:
+    """Calibrates, plans and measures into `out`."""
     model = load_model(MODEL.value)
     windows = calibration_windows(model, count=CALIBRATION_WINDOWS.value, folder=out)
     statistics = observe(model, windows, out)
@@ -103,13 +121,9 @@ def demo(out: Path) -> None:
     measured = evaluate_texts(
         model, rows, {one.source: one.tokens for one in texts}, folder=out / "parts"
     )
+    measured.run["plans"] = {name: str(folder_of(out, name)) for name, *_ in rows}
     quality_table.write_quality(measured, out)
-    report = write_report(out)
-
-    print(quality_table.format_table(measured))
-    print(f"\nplan    {out}/plan.json, {out}/plan.safetensors (learned {BUDGETS.value[-1]})")
-    print(f"table   {out}/{quality_table.QUALITY}, {out}/{quality_table.TABLE}")
-    print(f"report  {report}")
+    return measured
 
 
 def main(argv: list[str]) -> None:

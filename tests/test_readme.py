@@ -1,22 +1,53 @@
-"""The README's Python examples run as they stand (those below a `<!-- tested -->` mark)."""
+"""The pages' Python examples run (those below a `<!-- tested -->` mark), and links lead on.
+
+Links between pages, to a #part of them too, are also checked by `./scripts/docs`.
+"""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-TINY = README.parent / "tests" / "golden" / "llama3"
-BLOCKS = re.findall(r"<!-- tested -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "tests" / "golden" / "llama3"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = [
+    pytest.param(code, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, code in enumerate(
+        re.findall(r"<!-- tested -->\n```python\n(.*?)```", page.read_text(), re.DOTALL)
+    )
+]
+MADE = {f"docs/reference/{name}.md" for name in ("turboq", "turboq_kernels", "turboq_calibrate")}
 
 
 def test_every_python_block_is_tested():
-    assert len(BLOCKS) == README.read_text().count("```python\n") > 0
+    assert len(BLOCKS) == sum(page.read_text().count("```python\n") for page in PAGES) > 3
 
 
-@pytest.mark.parametrize("index", range(len(BLOCKS)))
-def test_python_block_runs(index, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", BLOCKS)
+def test_python_block_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # A tiny checkpoint stands in for the embedded model: the same calls, in seconds.
-    code = BLOCKS[index].replace('"embedded"', repr(str(TINY)))
-    exec(compile(code, f"README block {index}", "exec"), {"__name__": "readme"})
+    code = code.replace('"embedded"', repr(str(TINY)))
+    exec(compile(code, "block", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", page.read_text())
+    assert not [link for link in links if "://" in link and "127.0.0.1" not in link]
+    missing = [
+        link
+        for link in links
+        if not (target := (page.parent / link).resolve()).exists()
+        and target.relative_to(ROOT).as_posix() not in MADE
+    ]
+    assert missing == []
+
+
+def test_the_readme_is_read_in_two_minutes():
+    # 250 words a minute; a table or a command is looked at, not read.
+    text = (ROOT / "README.md").read_text()
+    prose = re.sub(r"^\|.*$|^```.*?^```|\]\([^)]*\)", "", text, flags=re.M | re.S)
+    assert len(prose.split()) < 500

@@ -23,9 +23,9 @@ ELSEWHERE = PACKAGES["turboq_calibrate"] / "hf" / "capture.py"
 # Sources that `turboq export --engine=transformers` hands out: nothing here imports them.
 HANDED_OUT = {"transformers_cache", "transformers_codecs"}
 TOP_LEVEL = {
-    *("turboq", "kernels", "calibrate", "experiments", "tests", "scripts", ".ci"),
+    *("turboq", "kernels", "calibrate", "experiments", "tests", "scripts", "docs", ".ci"),
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", ".gitignore"),
-    *("pyproject.toml", "constraints.txt", "constraints-newest.txt"),
+    *("mkdocs.yml", "pyproject.toml", "constraints.txt", "constraints-newest.txt"),
 }
 
 
@@ -88,7 +88,10 @@ def test_plain_folders_are_not_packages():
         assert not (ROOT / folder / "__init__.py").exists(), folder
 
 
-@pytest.mark.parametrize("script", ["scripts/demo", "scripts/test", "scripts/bootstrap", ".ci/run"])
+SCRIPTS = ("bootstrap", "demo", "docs", "screenshots", "test")
+
+
+@pytest.mark.parametrize("script", [*(f"scripts/{name}" for name in SCRIPTS), ".ci/run"])
 def test_scripts_are_strict_and_executable(script):
     path = ROOT / script
     assert os.access(path, os.X_OK)
@@ -108,7 +111,7 @@ def test_constraints_pin_every_dependency_and_differ_only_in_jax():
     pinned, newest = pins("constraints.txt"), pins("constraints-newest.txt")
     names = {name.lower().replace("_", "-") for name in pinned}
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["dev"] + extras["aot"]
+    wanted = project["dependencies"] + extras["dev"] + extras["aot"] + extras["docs"]
     for requirement in wanted:
         name = requirement.partition(">=")[0].partition("[")[0].lower().replace("_", "-")
         assert name in names, requirement

@@ -5,8 +5,15 @@ The names that most programs need, loaded when first used (`turboq memory` never
     TurboQuantMSE(dim=128, bits=3), PerHead, Transform, ...   codecs (`turboq.codecs` has them all)
     Plan, load, save, summary, uniform_plan                    how a model's K and V are stored
     TokenPolicy(sinks=4)                                       which tokens stay exact
+    KVLayer, uniform_layer, contiguous, Pool                   packed caches of a layer, of a model
+    max_context                                                what fits a memory
     packing, rotation, codebook                                the numbers underneath
+
+Attention over such a cache is `turboq_kernels.cache_attention`; `turboq.export` writes plans for
+other engines. Shapes are in the letters of `docs/reference/index.md`.
 """
+
+# pyright: strict
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +22,25 @@ from turboq.version import __version__ as __version__
 _FROM = {
     "turboq.codecs": ("CODECS", "Codec", "Exact", "PerHead", "Transform", "TurboQuantMSE"),
     "turboq.plan": (
-        "ModelGeometry", "Plan", "head_plan", "load", "save", "summary", "uniform_plan",
+        "LayerGeometry", "ModelGeometry", "Plan", "head_plan", "load", "save", "summary",
+        "uniform_plan",
     ),
-    "turboq.cache.layer": ("KVLayer", "TokenPolicy"),
+    "turboq.cache": ("contiguous",),
+    "turboq.cache.layer": ("KVLayer", "TokenPolicy", "uniform_layer"),
+    "turboq.cache.pool": ("Pool",),
+    "turboq.what_fits.max_context": ("max_context",),
     "turboq.errors": ("TurboqError",),
     "turboq.numbers": ("codebook", "packing", "rotation"),
 }  # fmt: skip
 _NAMES = {name: module for module, names in _FROM.items() for name in names}
-__all__ = sorted([*_NAMES, "__version__"])
+__all__ = sorted([*_NAMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from turboq.cache import contiguous as contiguous
     from turboq.cache.layer import KVLayer as KVLayer
     from turboq.cache.layer import TokenPolicy as TokenPolicy
+    from turboq.cache.layer import uniform_layer as uniform_layer
+    from turboq.cache.pool import Pool as Pool
     from turboq.codecs import CODECS as CODECS
     from turboq.codecs import Codec as Codec
     from turboq.codecs import Exact as Exact
@@ -37,6 +51,7 @@ if TYPE_CHECKING:
     from turboq.numbers import codebook as codebook
     from turboq.numbers import packing as packing
     from turboq.numbers import rotation as rotation
+    from turboq.plan import LayerGeometry as LayerGeometry
     from turboq.plan import ModelGeometry as ModelGeometry
     from turboq.plan import Plan as Plan
     from turboq.plan import head_plan as head_plan
@@ -44,6 +59,7 @@ if TYPE_CHECKING:
     from turboq.plan import save as save
     from turboq.plan import summary as summary
     from turboq.plan import uniform_plan as uniform_plan
+    from turboq.what_fits.max_context import max_context as max_context
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,7 @@
 """The one error that is meant for the user: says what is wrong, the value, and the fix."""
 
+# pyright: strict
+
 import reprlib
 
 LONGEST = 80  # characters quoted of a value that somebody else wrote
@@ -13,7 +15,15 @@ class TurboqError(ValueError):
     """Bad input. Commands print it as one line and exit with 1.
 
     What a terminal would obey instead of showing it (control characters of a name that somebody
-    else wrote) is escaped.
+    else wrote) is escaped. It is a ValueError, and everything that a user can cause is one.
+
+    Examples:
+      >>> import turboq
+      >>> try:
+      ...     turboq.load("no/such/folder")
+      ... except turboq.TurboqError as error:
+      ...     print(error)
+      no/such/folder: no such plan: write one with `turboq plan`
     """
 
     def __init__(self, message: object = ""):

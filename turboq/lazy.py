@@ -1,5 +1,7 @@
 """Public names of a package, imported when first used."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 import importlib

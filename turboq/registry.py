@@ -9,6 +9,8 @@ Such a name is PACKAGE.NAME: names never clash, and a plan says what must be ins
 Packages are imported when a name is first asked for that is none of ours, or all are listed.
 """
 
+# pyright: strict
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -24,7 +26,19 @@ _NAME = re.compile(r"([a-z0-9_]{1,64})\.[a-z0-9_]{1,64}")
 class Registry[T](Mapping[str, T]):
     """Ours by name, and what `group` of entry points and `register` add.
 
-    `check` gives the object to keep, or raises TurboqError for one that is none.
+    A mapping name -> object. `check` gives the object to keep, or raises TurboqError for one that
+    is none.
+
+    Raises:
+      KeyError: looked up a name that is not there (`missing` says what to install).
+      TurboqError: registered what is none, or under a name that is taken.
+
+    Examples:
+      >>> from turboq import CODECS
+      >>> CODECS["turboquant_mse"](dim=128, bits=3).bits_per_channel
+      3.125
+      >>> "per_head" in CODECS, "no_such_codec" in CODECS
+      (True, False)
     """
 
     def __init__(self, group: str, ours: Iterable[T], check: Callable[[object], T]):
@@ -93,9 +107,9 @@ class Registry[T](Mapping[str, T]):
 
     def _add(self, found: object, package: str | None) -> None:
         kept = self._check(found)
-        name = kept.name  # type: ignore[attr-defined]
+        name: object = kept.name  # type: ignore[attr-defined]
         match = _NAME.fullmatch(name) if isinstance(name, str) else None
-        if match is None or package not in (None, match[1]):
+        if not isinstance(name, str) or match is None or package not in (None, match[1]):
             raise TurboqError(
                 f"name {quoted(name)} must be {package or 'PACKAGE'}.NAME in lower case, where "
                 "PACKAGE is what is installed"

@@ -9,12 +9,15 @@
 Every step of the `turboq` command is one of these functions. Names are loaded when first used.
 """
 
+# pyright: strict
+
 from typing import TYPE_CHECKING, Any
 
 _FROM = {
     "turboq_calibrate.models": ("load_model",),
     "turboq_calibrate.observe.texts": ("Windows", "calibration_windows", "mixed_windows"),
     "turboq_calibrate.observe.observe": ("calibrate",),
+    "turboq_calibrate.observe.recipe": ("Shard",),
     "turboq_calibrate.observe.merge_shards": ("merge_shards",),
     "turboq_calibrate.observe.statistics_files": ("Statistics", "load_statistics"),
     "turboq_calibrate.fit.plan": ("fit_plan", "make_plan"),
@@ -26,7 +29,7 @@ _FROM = {
     "turboq_calibrate.measure.generate": ("greedy",),
 }
 _NAMES = {name: module for module, names in _FROM.items() for name in names}
-__all__ = sorted(_NAMES)
+__all__ = sorted(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from turboq_calibrate.choose.budget import Budget as Budget
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from turboq_calibrate.models.geometry import model_geometry as model_geometry
     from turboq_calibrate.observe.merge_shards import merge_shards as merge_shards
     from turboq_calibrate.observe.observe import calibrate as calibrate
+    from turboq_calibrate.observe.recipe import Shard as Shard
     from turboq_calibrate.observe.statistics_files import Statistics as Statistics
     from turboq_calibrate.observe.statistics_files import load_statistics as load_statistics
     from turboq_calibrate.observe.texts import Windows as Windows

@@ -14,6 +14,20 @@ with N heads in the group and ring = recent + block - 1. A layer with `rope` has
 `turboq.cache.key_form` says, turned at their slot's position; exact ones stay as they come. Of a
 layer with a window only the pages that it needs are there: slot s belongs to token `dropped` + s
 (`turboq.cache.windows`). Appending a token never changes a shape: nothing is recompiled.
+
+Raises:
+  ValueError: `init` of no sequence or no token. TurboqError: `write` of tokens that do not fit.
+
+Examples:
+  >>> import jax.numpy as jnp
+  >>> from turboq import TokenPolicy, TurboQuantMSE, contiguous, uniform_layer
+  >>> codec = TurboQuantMSE(dim=64, bits=3)
+  >>> layer = uniform_layer(kv_heads=2, k=codec, v=codec, policy=TokenPolicy())
+  >>> cache = contiguous.init(layer, batch=1, capacity=256)
+  >>> k = v = jnp.ones((1, 10, 2, 64))  # [B, T, K, D]
+  >>> cache, tail = contiguous.write(layer, cache, k, v)
+  >>> cache.lengths.tolist(), cache.nbytes == 256 * layer.bits_per_token // 8
+  ([10], True)
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Heads that share both a K codec and a V codec form one group and share arrays an
 hot paths are one `vmap` per group (usually one group per layer), never a loop over heads.
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -26,7 +28,16 @@ EXACT_DTYPES = ("float32", "bfloat16", "float16")
 class TokenPolicy:
     """Tokens kept exact: the first `sinks` and the last `recent` (the query's own included).
 
-    `exact_dtype` is the storage type of those tokens.
+    `exact_dtype` is the storage type of those tokens. First tokens are where attention sinks: kept
+    exact they cost a few bytes once (StreamingLLM, arXiv 2309.17453).
+
+    Raises:
+      ValueError: a negative count, or a type that is none of float32, bfloat16, float16.
+
+    Examples:
+      >>> from turboq import TokenPolicy
+      >>> TokenPolicy(sinks=4, recent=64)
+      TokenPolicy(sinks=4, recent=64, exact_dtype='bfloat16')
     """
 
     sinks: int = 0
@@ -62,6 +73,16 @@ class KVLayer:
     turned again when read, at their index in the sequence. Keys come and go rotated, exact tokens
     (sinks, recent window) are kept as they come. None: all keys are stored as they come.
     `window` is how many tokens queries see at most, their own included: a cache may give up others.
+
+    Raises:
+      ValueError: a window of no token.
+
+    Examples:
+      >>> from turboq import TokenPolicy, TurboQuantMSE, uniform_layer
+      >>> codec = TurboQuantMSE(dim=64, bits=3)
+      >>> layer = uniform_layer(kv_heads=2, k=codec, v=codec, policy=TokenPolicy(sinks=4))
+      >>> layer.kv_heads, layer.bits_per_token  # 2 heads x (K + V) x (64 x 3 + 16)
+      (2, 832)
     """
 
     groups: tuple[HeadGroup, ...]
@@ -123,7 +144,17 @@ def uniform_layer(
     rope_block: int = 1,
     window: int | None = None,
 ) -> KVLayer:
-    """All heads in one group; arrays (leading axis kv_heads) default to none (data-free codecs)."""
+    """A layer with one codec for K and one for V of all heads.
+
+    `k_arrays`, `v_arrays`: fitted arrays [kv_heads, ...] by name; none for data-free codecs. The
+    rest as in `KVLayer`.
+
+    Examples:
+      >>> from turboq import Exact, TokenPolicy, TurboQuantMSE, uniform_layer
+      >>> k, v = TurboQuantMSE(dim=64, bits=4), Exact(dim=64)
+      >>> uniform_layer(kv_heads=8, k=k, v=v, policy=TokenPolicy()).bits_per_token
+      10368
+    """
     group = HeadGroup(
         heads=tuple(range(kv_heads)), k=k, v=v, k_arrays=k_arrays or {}, v_arrays=v_arrays or {}
     )

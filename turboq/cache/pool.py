@@ -44,6 +44,19 @@ class Pool:
 
     Raises:
       ValueError: no layer, or a page size that does not suit one.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from turboq import Pool, TokenPolicy, TurboQuantMSE, uniform_layer
+      >>> codec = TurboQuantMSE(dim=64, bits=3)
+      >>> layer = uniform_layer(kv_heads=1, k=codec, v=codec, policy=TokenPolicy())
+      >>> pool = Pool([layer], pages=8, rows=4, per_sequence=4, page=64)
+      >>> one = pool.pager.create()
+      >>> where = pool.step([one], [70])  # a prompt of 70 tokens takes two pages
+      >>> tail = pool.write(0, where, jnp.ones((1, 70, 1, 64)), jnp.ones((1, 70, 1, 64)))
+      >>> two = pool.pager.fork(one)  # shares them
+      >>> pool.pager.length(two)
+      70
     """
 
     def __init__(

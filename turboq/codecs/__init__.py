@@ -1,5 +1,7 @@
 """Codecs: one file each, one registry, one way from a config to a codec and back."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 import dataclasses
@@ -44,11 +46,10 @@ from turboq.registry import Registry
 
 
 def _check(found: object) -> type[Codec]:
-    if not (
-        isinstance(found, type) and issubclass(found, Codec) and dataclasses.is_dataclass(found)
-    ):
+    kind = typing.cast(type[Any], found) if isinstance(found, type) else None
+    if kind is None or not (issubclass(kind, Codec) and dataclasses.is_dataclass(kind)):
         raise TurboqError(f"{quoted(found)} must be a class on turboq.codecs.Codec")
-    return found
+    return kind
 
 
 CODECS: Registry[type[Codec]] = Registry(
@@ -83,6 +84,7 @@ CODECS: Registry[type[Codec]] = Registry(
     ),
     _check,
 )
+"""All codecs by name, ours and those of installed packages: a `turboq.registry.Registry`."""
 
 
 def from_config(config: Any) -> Codec:
@@ -95,6 +97,7 @@ def from_config(config: Any) -> Codec:
     """
     if not isinstance(config, Mapping):
         raise TurboqError(f"codec config must be an object, not {type(config).__name__}")
+    config = typing.cast(Mapping[str, Any], config)
     name = config.get("codec")
     if not isinstance(name, str) or name not in CODECS:
         raise TurboqError(unknown_codec(name))
@@ -138,7 +141,9 @@ def unknown_codec(name: Any) -> str:
 
 def _tuples(value: Any) -> Any:
     """Lists of JSON as the tuples of a hashable codec."""
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(map(_tuples, typing.cast(list[Any], value)))
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -147,6 +152,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return type(value) is kind
     if not isinstance(value, tuple):
         return False
+    value = typing.cast(tuple[Any, ...], value)
     kinds = typing.get_args(kind)
     if kinds[-1] is Ellipsis:
         kinds = (kinds[0],) * len(value)

@@ -9,6 +9,8 @@ a leading axis of both, so adding a codec never means writing a loop over heads.
     unfold_output(accumulate(p, fields), mass)  ~=  p @ x   values are never decoded
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import abc
@@ -71,7 +73,22 @@ def stack(heads: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codec(abc.ABC):
-    """Base of all codecs. Subclasses are frozen dataclasses registered in `turboq.codecs`."""
+    """Base of all codecs: how one head's vectors x [n, D] are stored, read and scored.
+
+    Subclasses are frozen dataclasses registered in `turboq.CODECS`: state `fields`, write `encode`,
+    `decode`, `fold_query`, `logits`, `accumulate` and `unfold_output`, each for one head. Units of
+    x throughout; bits per channel are all stored bits of a vector over `dim`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from turboq import Codec, TurboQuantMSE
+      >>> codec: Codec = TurboQuantMSE(dim=64, bits=3)
+      >>> stored = codec.encode({}, jnp.ones((5, 64)))
+      >>> {name: entries.shape for name, entries in stored.items()}
+      {'codes': (5, 64), 'scale': (5, 1)}
+      >>> codec.bits_per_vector, codec.bits_per_channel
+      (208, 3.25)
+    """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
@@ -146,7 +163,7 @@ class Codec(abc.ABC):
 
         A per-block field says it of all tokens of its block. Override where codes are floats.
         """
-        found = []
+        found: list[Bool[Array, "*n"]] = []
         for field in self.fields:
             if not field.packed:
                 rows = jnp.all(jnp.isfinite(stored[field.name]), axis=-1)

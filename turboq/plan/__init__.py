@@ -1,5 +1,7 @@
 """Plans: types, strict reading, saving, and what they cost. See `turboq.plan.types`."""
 
+# pyright: strict
+
 from turboq.cache.layer import TokenPolicy as TokenPolicy
 from turboq.plan.build import collect_arrays as collect_arrays
 from turboq.plan.build import head_plan as head_plan

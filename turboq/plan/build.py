@@ -1,5 +1,7 @@
 """Making plans: the same codec everywhere, or a choice per layer, side and head."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 import collections
@@ -44,6 +46,18 @@ def uniform_plan(
     Raises:
       PlanConflict: the arrays are not the plan's, or the geometry lacks the `rope` of a layer.
       ValueError: a codec does not exist at a layer's head dim.
+
+    Examples:
+      >>> import turboq
+      >>> sizes = dict(kv_heads=2, q_heads=4, k_dim=64, v_dim=64)
+      >>> layers = tuple(turboq.LayerGeometry(index=i, path=f"l{i}", **sizes) for i in range(2))
+      >>> geometry = turboq.ModelGeometry(
+      ...     fingerprint="mine-1", family="mine", name="two layers", layers=layers
+      ... )
+      >>> codec = turboq.TurboQuantMSE(dim=64, bits=3)
+      >>> plan = turboq.uniform_plan(geometry, k=codec, v=codec)
+      >>> plan.bits_per_channel()
+      3.25
     """
     layers = tuple(
         LayerPlan(
@@ -79,10 +93,28 @@ def head_plan(
 
     The commonest codec of a side becomes its default (the first of equals), the others overrides.
     `k_rope` as in `uniform_plan`.
+
+    Raises:
+      PlanConflict: a codec of another head dim, or the geometry lacks the `rope` of a layer.
+
+    Examples:
+      >>> import turboq
+      >>> sizes = dict(kv_heads=2, q_heads=4, k_dim=64, v_dim=64)
+      >>> layers = tuple(turboq.LayerGeometry(index=i, path=f"l{i}", **sizes) for i in range(2))
+      >>> geometry = turboq.ModelGeometry(
+      ...     fingerprint="mine-1", family="mine", name="two layers", layers=layers
+      ... )
+      >>> codec = turboq.TurboQuantMSE(dim=64, bits=3)
+      >>> finer = turboq.TurboQuantMSE(dim=64, bits=5)
+      >>> def choose(layer, side, head):
+      ...     return finer if (layer, side, head) == (0, "k", 1) else codec
+      >>> plan = turboq.head_plan(geometry, choose)
+      >>> plan.bits_per_channel(), sorted(plan.layers[0].k.heads)
+      (3.5, [1])
     """
-    layers = []
+    layers: list[LayerPlan] = []
     for layer in geometry.cache_layers:
-        sides = {}
+        sides: dict[str, SidePlan] = {}
         for side in SIDES:
             codecs = [choose(layer.index, side, head) for head in range(layer.kv_heads)]
             common = collections.Counter(codecs).most_common(1)[0][0]
@@ -122,7 +154,7 @@ def collect_arrays(plan: Plan, fit: Fit) -> Tensors:
     Raises:
       PlanConflict: the fit gave an array of another shape, not finite, or none.
     """
-    out = {}
+    out: dict[str, np.ndarray] = {}
     for layer in plan.layers:
         kv_heads = plan.model.layers[layer.index].kv_heads
         for side in SIDES:

@@ -1,5 +1,7 @@
 """What a plan must know of its model: enough to refuse every other model, nothing that runs."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 import dataclasses
@@ -52,6 +54,18 @@ class LayerGeometry:
     rotated channels of keys (None: all). `borrows_cache_of` names an earlier layer whose cache
     this one reads instead of its own. `rope` says how far keys turn per token, which only plans
     that store keys before their rotary embedding need (None: not known, or none).
+
+    Raises:
+      ValueError: a count or width out of range, or names that are none.
+      PlanConflict: fields that contradict each other (a PlanError).
+
+    Examples:
+      >>> from turboq import LayerGeometry
+      >>> layer = LayerGeometry(
+      ...     index=0, path="model.layers.0.self_attn", kv_heads=2, q_heads=8, k_dim=64, v_dim=64
+      ... )
+      >>> layer.owns_cache
+      True
     """
 
     derived: ClassVar[tuple[str, ...]] = ("owns_cache",)
@@ -117,7 +131,26 @@ class LayerGeometry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelGeometry:
-    """A model as a plan sees it. `fingerprint` identifies the weights, `name` is for people."""
+    """A model as a plan sees it. `fingerprint` identifies the weights, `name` is for people.
+
+    `turboq_calibrate.model_geometry` makes it of a loaded model; of a model of your own:
+
+    Raises:
+      ValueError: an empty name, or no layers or too many.
+      PlanConflict: layers out of order, that borrow what is not there, or keep nothing.
+
+    Examples:
+      >>> from turboq import LayerGeometry, ModelGeometry
+      >>> geometry = ModelGeometry(
+      ...     fingerprint="mine-1", family="mine", name="two layers",
+      ...     layers=tuple(
+      ...         LayerGeometry(index=i, path=f"l{i}", kv_heads=2, q_heads=4, k_dim=64, v_dim=64)
+      ...         for i in range(2)
+      ...     ),
+      ... )
+      >>> len(geometry.cache_layers)
+      2
+    """
 
     fingerprint: str
     family: str

@@ -11,6 +11,8 @@ cut off between 2 and 3, the file of step 1. Cut off at any point, either the ol
 new one loads, whole. The next save clears away what was left. One writer per folder.
 """
 
+# pyright: strict
+
 from __future__ import annotations
 
 import contextlib
@@ -48,6 +50,20 @@ def save(plan: Plan, arrays: Mapping[str, Any], folder: str | os.PathLike[str]) 
     Raises:
       PlanError: the arrays are not the plan's.
       TurboqError: the folder cannot be written or the disk is full; an earlier plan stays intact.
+
+    Examples:
+      >>> import turboq
+      >>> sizes = dict(kv_heads=2, q_heads=4, k_dim=64, v_dim=64)
+      >>> layers = tuple(turboq.LayerGeometry(index=i, path=f"l{i}", **sizes) for i in range(2))
+      >>> geometry = turboq.ModelGeometry(
+      ...     fingerprint="mine-1", family="mine", name="two layers", layers=layers
+      ... )
+      >>> codec = turboq.TurboQuantMSE(dim=64, bits=3)
+      >>> plan = turboq.uniform_plan(geometry, k=codec, v=codec)
+      >>> saved = turboq.save(plan, {}, "my_plan")
+      >>> loaded, arrays = turboq.load("my_plan")
+      >>> loaded == saved, arrays
+      (True, {})
     """
     fitted = tensors.check_arrays(plan, arrays)
     content = fitted | tensors.table_tensors(plan)
@@ -86,6 +102,20 @@ def load(path: str | os.PathLike[str]) -> tuple[Plan, tensors.Tensors]:
 
     Raises:
       PlanError: one line that names the file, the field or tensor, and what is wrong.
+
+    Examples:
+      >>> import turboq
+      >>> sizes = dict(kv_heads=2, q_heads=4, k_dim=64, v_dim=64)
+      >>> layers = tuple(turboq.LayerGeometry(index=i, path=f"l{i}", **sizes) for i in range(2))
+      >>> geometry = turboq.ModelGeometry(
+      ...     fingerprint="mine-1", family="mine", name="two layers", layers=layers
+      ... )
+      >>> codec = turboq.TurboQuantMSE(dim=64, bits=3)
+      >>> plan = turboq.uniform_plan(geometry, k=codec, v=codec)
+      >>> saved = turboq.save(plan, {}, "my_plan")
+      >>> plan, arrays = turboq.load("my_plan")
+      >>> plan.layers[0].k.codec.config()["codec"]
+      'turboquant_mse'
     """
     path = Path(path)
     if is_ladder(path):

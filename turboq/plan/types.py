@@ -8,6 +8,8 @@ Fitted arrays are kept apart, in a dict. Their names follow one rule:
     some heads override it              layers.{i}.{k|v}.heads.{h}.{array}   [*shape], each head
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -59,7 +61,7 @@ class SidePlan:
     """
 
     codec: Codec
-    heads: dict[int, Codec] = dataclasses.field(default_factory=dict)
+    heads: dict[int, Codec] = dataclasses.field(default_factory=dict[int, Codec])
     rope: RopeForm = "after"
 
     def __post_init__(self):
@@ -153,7 +155,30 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything but the arrays' values. `extra` keeps `x-` fields: JSON path -> its fields."""
+    """How every (layer, KV head, K or V) is stored; fitted arrays are kept apart, by name.
+
+    `extra` keeps `x-` fields of the document: JSON path -> its fields. `load` and `save` are its
+    files, `uniform_plan`, `head_plan` and `turboq_calibrate.plan_within` make one.
+
+    Raises:
+      PlanConflict: layers that are not those of the model which own a cache, in order.
+
+    Examples:
+      >>> import turboq
+      >>> sizes = dict(kv_heads=2, q_heads=4, k_dim=64, v_dim=64)
+      >>> layers = tuple(turboq.LayerGeometry(index=i, path=f"l{i}", **sizes) for i in range(2))
+      >>> geometry = turboq.ModelGeometry(
+      ...     fingerprint="mine-1", family="mine", name="two layers", layers=layers
+      ... )
+      >>> codec = turboq.TurboQuantMSE(dim=64, bits=3)
+      >>> plan = turboq.uniform_plan(geometry, k=codec, v=codec)
+      >>> plan.bits_per_channel(), plan.bytes.bytes_per_token  # of one more token
+      (3.25, 208.0)
+      >>> plan.residency(1024).total < plan.residency(1024).baseline  # all in memory, bytes
+      True
+      >>> [layer.kv_heads for layer in plan.kv_layers({})]
+      [2, 2]
+    """
 
     model: ModelGeometry
     tokens: TokenPolicy
@@ -163,7 +188,7 @@ class Plan:
     arrays: ArrayFile | None = None
     provenance: Provenance | None = None
     quality: Quality | None = None
-    extra: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    extra: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict[str, dict[str, Any]])
 
     def __post_init__(self):
         owners = self.model.cache_layers
@@ -231,7 +256,7 @@ class Plan:
     @property
     def storage(self) -> tuple[KVLayer, ...]:
         """The layers without arrays: all that `turboq.cache.accounting` needs."""
-        out = []
+        out: list[KVLayer] = []
         for layer in self.layers:
             k, v = self.codecs(layer.index, "k"), self.codecs(layer.index, "v")
             groups = tuple(
@@ -326,13 +351,13 @@ def _groups(k: tuple[Codec, ...], v: tuple[Codec, ...]) -> list[tuple[int, ...]]
 
 def _gather(
     arrays: Mapping[str, Any], index: int, side: str, plan: SidePlan, heads: tuple[int, ...]
-) -> dict:
-    def get(name: str):
+) -> dict[str, Any]:
+    def get(name: str) -> Any:
         if name not in arrays:
             raise PlanError(name, "fitted array is missing: calibrate, or load the plan's arrays")
         return arrays[name]
 
-    out = {}
+    out: dict[str, Any] = {}
     for array in plan.of(heads[0]).array_shapes:
         if plan.stacked:
             values = np.asarray(get(array_name(index, side, array)))[list(heads)]

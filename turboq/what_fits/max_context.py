@@ -21,6 +21,15 @@ def max_context(layers: Sequence[KVLayer], *, nbytes: int, batch: int = 1) -> in
     Raises:
       ValueError: `nbytes` is negative or `batch` is not positive.
       TurboqError: every layer has a window, and all windows fit: there is no longest context.
+
+    Examples:
+      >>> from turboq import Exact, TokenPolicy, TurboQuantMSE, max_context, uniform_layer
+      >>> def layers(codec):
+      ...     return [uniform_layer(kv_heads=8, k=codec, v=codec, policy=TokenPolicy())] * 32
+      >>> max_context(layers(Exact(dim=128)), nbytes=4 << 30)
+      32768
+      >>> max_context(layers(TurboQuantMSE(dim=128, bits=3)), nbytes=4 << 30)
+      167680
     """
     if nbytes < 0 or batch < 1:
         raise ValueError(f"{nbytes=} must be 0 or more, {batch=} 1 or more")

@@ -10,6 +10,8 @@ The last two count what `cache.accounting.residency` counts: whole pages (of a s
 that it needs), exact sinks and recent tokens, fitted arrays, static tables.
 """
 
+# pyright: strict
+
 from __future__ import annotations
 
 import dataclasses
@@ -23,13 +25,16 @@ from jaxtyping import Int
 from turboq.cache import accounting
 from turboq.cache.layer import EXACT_DTYPES, TokenPolicy
 from turboq.cache.windows import pages_held
+from turboq.codecs.base import Codec
 from turboq.errors import TurboqError
 from turboq.numbers.packing import PAGE
 from turboq_calibrate.choose.solver.problem import Problem
 
-_UNITS = {"b": 1}
-_UNITS |= {f"{p}ib": 2 ** (10 * (i + 1)) for i, p in enumerate("kmgt")}
-_UNITS |= {f"{p}b": 10 ** (3 * (i + 1)) for i, p in enumerate("kmgt")}
+_UNITS = {
+    "b": 1,
+    **{f"{p}ib": 2 ** (10 * (i + 1)) for i, p in enumerate("kmgt")},
+    **{f"{p}b": 10 ** (3 * (i + 1)) for i, p in enumerate("kmgt")},
+}
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _BYTES = _NUMBER + r"\s*((?:[kmgt]i?)?b)"
 _PER_TOKEN = re.compile(_BYTES + r"(?:\s*/\s*token)?", re.IGNORECASE)
@@ -41,7 +46,21 @@ _HELP = "4680B (per token), 3.25bpc or 131072@4GiB (context, or 131072x8@40GiB o
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A limit: `nbytes` per token, `bpc`, or `nbytes` in all at `context` tokens x `batch`."""
+    """A limit: `nbytes` per token, `bpc`, or `nbytes` in all at `context` tokens x `batch`.
+
+    `bpc` is bits per channel of one more token: all stored bits over the sum of head dims.
+
+    Raises:
+      ValueError: both or neither of bytes and bits.
+      TurboqError: nothing, or no token or sequence.
+
+    Examples:
+      >>> from turboq_calibrate import Budget
+      >>> Budget.parse("3.25bpc").bpc, Budget.parse("4680B").nbytes
+      (Fraction(13, 4), Fraction(4680, 1))
+      >>> Budget.parse("131072x8@40GiB").context, Budget.parse("131072x8@40GiB").batch
+      (131072, 8)
+    """
 
     text: str
     nbytes: Fraction | None = None
@@ -165,7 +184,8 @@ class Memory:
     @staticmethod
     def tables(problem: Problem, chosen: Int[np.ndarray, "U"]) -> int:
         """Bytes of the static tables of a choice, each once."""
-        used = dict.fromkeys(row[c] for row, c in zip(problem.codecs, chosen, strict=True))
+        rows = zip(problem.codecs, chosen.tolist(), strict=True)
+        used: dict[Codec, None] = dict.fromkeys(row[c] for row, c in rows)
         return sum(values.nbytes for _, values in accounting.distinct_tables(used))
 
 

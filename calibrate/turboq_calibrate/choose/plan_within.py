@@ -8,6 +8,8 @@
 Without a model the choice itself takes seconds and nothing is checked.
 """
 
+# pyright: strict
+
 from __future__ import annotations
 
 import dataclasses
@@ -74,6 +76,15 @@ class Wanted:
     options: of the learned transforms; with `guard` their shrinkage is chosen on texts left out,
       where no text is the model's own: what it writes is of no one kind already.
     rounds: refinements by KL measured around the plan (need the model).
+
+    Raises:
+      ValueError: an unknown objective, or a negative number of rounds.
+
+    Examples:
+      >>> from turboq_calibrate import Budget, Wanted
+      >>> wanted = Wanted(budget=Budget.parse("3bpc"), candidates=("per_head:2,3,4",))
+      >>> wanted.granularity, wanted.k_rope, wanted.policy.sinks
+      ('per_head', 'before', 4)
     """
 
     budget: Budget
@@ -145,7 +156,7 @@ def menu(
       TurboqError: statistics of another model, or without what a candidate needs.
     """
     check_statistics(statistics, geometry)
-    channels = Counter()
+    channels: Counter[int | None] = Counter()
     for x in geometry.cache_layers:
         channels[geometry.kept_window(x.index)] += x.kv_heads * (x.k_dim + x.v_dim)
     bits = wanted.budget.bits_near(channels) / channels.total()
@@ -228,6 +239,17 @@ def plan_within(
     Raises:
       TurboqError: nothing fits the budget; statistics lack what is needed; every plan loses to
         `turboquant_mse` of the same bytes at a length that was not calibrated on.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> statistics = tc.load_statistics("run")  # what `calibrate` wrote
+      >>> wanted = tc.Wanted(budget=tc.Budget.parse("4bpc"), candidates=("turboquant_mse:2,3,4",))
+      >>> found = tc.plan_within(
+      ...     statistics, tc.model_geometry(model), wanted, progress=False, log=lambda line: None
+      ... )
+      >>> found.kept, found.plan.bits_per_channel() <= 4
+      ('chosen', True)
     """
     ready = menu(statistics, geometry, wanted, progress=progress) if prepared is None else prepared
     problem, allocation = solve(ready, wanted)

@@ -99,6 +99,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         print(format_table(error.quality))
         raise TurboqError(f"{error}; all other rows are in {values.out}") from None
     quality.run["command"] = common.command("evaluate", values)
+    quality.run["plans"] = named_plans.folders(values)
     write_quality(quality, values.out)
     shutil.rmtree(unfinished)
     print(format_table(quality))

@@ -59,9 +59,28 @@ def load_all(values: flags.FlagValues, model: Model) -> list[NamedPlan]:
                 statistics=statistics,
             )
         found.append((word.label, plan, arrays))
-    for entry in common.listed(values, "plan"):
-        name, path = words.labelled(entry)
+    for name, path in folders(values).items():
         plan, arrays = load(path)
         check_model(plan, geometry)
-        found.append((name or words.folder_name(path), plan, arrays))
+        found.append((name, plan, arrays))
+    return found
+
+
+def folders(values: flags.FlagValues) -> dict[str, str]:
+    """Row -> the plan's folder, as given.
+
+    Raises:
+      TurboqError: two plans of one name.
+    """
+    from turboq import words
+
+    found: dict[str, str] = {}
+    for entry in common.listed(values, "plan"):
+        given, path = words.labelled(entry)
+        name = given or words.folder_name(path)
+        if name in found:
+            raise TurboqError(
+                f"--plan: {found[name]} and {path} are both called {name!r}: NAME={path}"
+            )
+        found[name] = path
     return found

@@ -58,7 +58,6 @@ ROPE_FORMS = ("before", "block:16", "block:32", "block:64", "block:128", "block:
 REQUIRED = ("out",)
 RESUME = "run the same command again to continue"
 GRANULARITIES = ("uniform", "per_layer", "per_kv", "per_head")  # of turboq.plan.constraints
-FITS = ("guard", "fit", "costs")  # labels of what a search shows of its progress
 OBJECTIVES = ("mean", "worst")
 BUDGET_FLAGS = ("granularity", "engine", "candidates", "policies", "rounds", "objective")
 BUDGET_FLAGS += ("check", "force", "ladder")
@@ -226,8 +225,11 @@ def _one_codec(values: flags.FlagValues) -> None:
 
 def _observed(
     values: flags.FlagValues, out: Path
-) -> tuple[Model | None, Statistics, ModelGeometry]:
-    """The model (None where it is not needed), its statistics and geometry, as the flags say."""
+) -> tuple[Model | None, Statistics, ModelGeometry, list[str]]:
+    """The model (None where it is not needed), its statistics and geometry, as the flags say.
+
+    Last, the labels of what the whole command shows of its progress.
+    """
     from turboq_calibrate.models import load_model
     from turboq_calibrate.models.geometry import model_geometry
     from turboq_calibrate.observe.observe import observe
@@ -237,20 +239,26 @@ def _observed(
     model = None
     if values.check or values.statistics is None:
         model = load_model(values.model)
+    steps = ["fit", "costs", *["evaluate"] * values.check]
     if values.statistics is None:
         assert model is not None
-        with phases(*common.observing(values, model), *FITS, *["evaluate"] * values.check):
+        observing = common.observing(values, model)
+        # Texts are left out, one at a time, only where none is the model's own.
+        steps = [*observing, *["guard"] * ("self:" not in observing), *steps]
+        with phases(*steps):
             windows = common.observed_windows(values, model)
             statistics = observe(model, windows, out, common.recipe_of(values))
     else:
         statistics = load_statistics(values.statistics)
+        own = any(name.startswith("self:") for name in statistics.texts)
+        steps = [*["guard"] * (not own), *steps]
     if model is not None:
         geometry = model_geometry(model)
     elif values["model"].present:  # not needed, but its statistics these should be
         geometry = model_geometry(load_model(values.model, resident=False))
     else:
         geometry = statistics.geometry
-    return model, statistics, geometry
+    return model, statistics, geometry, steps
 
 
 def _ladder(values: flags.FlagValues, low: Budget, high: Budget) -> None:
@@ -269,8 +277,8 @@ def _ladder(values: flags.FlagValues, low: Budget, high: Budget) -> None:
             k_rope=values.k_rope or "before",
             policy=common.policy_of(values),
         )
-        model, statistics, geometry = _observed(values, out)
-        with phases(*FITS, *["evaluate"] * values.check):
+        model, statistics, geometry, steps = _observed(values, out)
+        with phases(*steps):
             ladder, arrays = ladder_within(statistics, geometry, wanted, low, high)
             lines = []
             if model is not None and values.check:
@@ -320,7 +328,7 @@ def _within_budget(values: flags.FlagValues) -> None:
             objective=values.objective,
             rounds=values.rounds,
         )
-        model, statistics, geometry = _observed(values, out)
+        model, statistics, geometry, steps = _observed(values, out)
 
         def search(policy):
             return plan_within(
@@ -332,7 +340,7 @@ def _within_budget(values: flags.FlagValues) -> None:
                 force=values.force,
             )
 
-        with phases(*FITS, *["evaluate"] * values.check):
+        with phases(*steps):
             if len(policies) == 1:
                 found = search(policies[0])
             else:

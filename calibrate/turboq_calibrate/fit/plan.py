@@ -1,5 +1,7 @@
 """From a model and its statistics to plans: geometry, provenance, fitted arrays."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 import hashlib
@@ -58,8 +60,23 @@ def make_plan(
       statistics: of the same model; needed by calibrated codecs only.
       k_rope: keys are stored "after" or "before" their rotary embedding, and fitted so.
 
+    Returns:
+      The plan, and its fitted arrays [K, ...] by name.
+
     Raises:
       TurboqError: statistics are missing, of another model, or do not serve the codec.
+
+    Examples:
+      >>> import turboq
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> statistics = tc.load_statistics("run")  # what `calibrate` wrote
+      >>> codec = turboq.PerHead(dim=model.spec.layers[0].head_dim, bits=3)
+      >>> plan, arrays = tc.make_plan(
+      ...     tc.model_geometry(model), k=codec, v=codec, statistics=statistics
+      ... )
+      >>> plan.layers[0].k.codec == codec, "layers.0.k.mean" in arrays
+      (True, True)
     """
     if statistics is None:
         first = geometry.cache_layers[0]

@@ -32,7 +32,11 @@ from turboq_kernels.encode import encode
 HIGHEST = jax.lax.Precision.HIGHEST
 
 # Which kernel reads the packed cache, by name; elsewhere than on its platform it is interpreted.
-KERNELS = {"xla": ("cpu", "gpu", "tpu"), "mosaic_tpu": ("tpu",), "triton": ("gpu",)}
+KERNELS: dict[str, tuple[str, ...]] = {
+    "xla": ("cpu", "gpu", "tpu"),
+    "mosaic_tpu": ("tpu",),
+    "triton": ("gpu",),
+}
 
 
 @jax.tree_util.register_dataclass

@@ -4,6 +4,8 @@ Every text has its own windows and its own exact predictions. Plans advance toge
 time (`teacher_forced`); what a window measured can be kept, so an interruption does not repeat it.
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,6 +14,7 @@ import itertools
 import os
 import platform
 import time
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,7 @@ from turboq_calibrate.measure.quality_schema import SCHEMA
 from turboq_calibrate.measure.quality_table import Quality
 from turboq_calibrate.measure.scored import Scored, scored
 from turboq_calibrate.measure.steps import step_by_step
-from turboq_calibrate.measure.storage_columns import storage_columns
+from turboq_calibrate.measure.storage_columns import head_bits, storage_columns
 from turboq_calibrate.measure.teacher_forced import hidden_states, mean_errors, score
 from turboq_calibrate.measure.window_files import Measured, join
 from turboq_calibrate.models import Model
@@ -74,7 +77,25 @@ def evaluate(
     text: str,
     **options: Any,
 ) -> Quality:
-    """`evaluate_texts` on one text: its windows, its name, and the same options."""
+    """`evaluate_texts` on one text: its windows, its name, and the same options.
+
+    Raises:
+      TurboqError: as `evaluate_texts`, and NotFinite too.
+
+    Examples:
+      >>> import turboq
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> heldout = tc.mixed_windows(["topics:heldout"], model.tokenizer, length=96, count=2)
+      >>> codec = turboq.TurboQuantMSE(dim=model.spec.layers[0].head_dim, bits=3)
+      >>> plan = turboq.uniform_plan(tc.model_geometry(model), k=codec, v=codec)
+      >>> quality = tc.evaluate(
+      ...     model, [("3 bits", plan, {})], heldout.tokens, text="heldout", progress=False
+      ... )
+      >>> row = quality.rows[0]
+      >>> 0 <= row["top1"] <= 1, row["kl_mean"] > 0  # share, nats per token
+      (True, True)
+    """
     return evaluate_texts(model, plans, {text: windows}, **options)
 
 
@@ -129,6 +150,18 @@ def evaluate_texts(
         that do not fit the model or quantize nothing of a window, as many steps as a window has
         tokens, a damaged file in `folder`, exact predictions that are not finite.
       NotFinite: a plan's are not: names the layer, side, head and token, and holds all other rows.
+
+    Examples:
+      >>> import turboq
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> heldout = tc.mixed_windows(["topics:heldout"], model.tokenizer, length=96, count=2)
+      >>> codec = turboq.TurboQuantMSE(dim=model.spec.layers[0].head_dim, bits=3)
+      >>> plan = turboq.uniform_plan(tc.model_geometry(model), k=codec, v=codec)
+      >>> rows = [("3 bits", plan, {})]
+      >>> quality = tc.evaluate_texts(model, rows, {"heldout": heldout.tokens}, progress=False)
+      >>> quality.texts, quality.rows[0]["kl_mean"] > 0  # nats per token
+      (['heldout'], True)
     """
     started = time.perf_counter()
     _check(model, plans, texts, attention, steps)
@@ -147,14 +180,17 @@ def evaluate_texts(
     }
     every = [job for some in jobs.values() for job in some]
     done = sum(job.size for job in every if job.kept)
-    seconds, parts, failures = 0.0, {text: [] for text in texts}, []
+    seconds, failures = 0.0, list[str]()
+    parts: dict[str, list[dict[str, Any]]] = {text: [] for text in texts}
+    bits: dict[str, Any] = {}
     size = sum(job.size for job in every)
     with Progress(size, label="evaluate", enabled=progress, done=done) as bar:
         for number, batch in enumerate(batches):
             layers = {name: plan_layers(model, plan, arrays) for name, plan, arrays in batch}
+            bits |= {name: head_bits(mine) for name, mine in layers.items()}
             running = _running(layers, attention)
             for text, windows in texts.items():
-                found = []
+                found: list[Measured] = []
                 for job in jobs[number, text]:
                     begun = time.perf_counter()
                     found.append(job.kept or _measure(model, layers, running, job, how, text, bar))
@@ -179,6 +215,7 @@ def evaluate_texts(
             text: {name: e for part in some for name, e in part["head_errors"].items()}
             for text, some in parts.items()
         },
+        "head_bits": bits,
     }
     reused = sum(job.passes for job in every if job.kept)
     passes = sum(job.passes for job in every) - reused
@@ -283,7 +320,8 @@ def _part(
     """Text, rows and head errors of some plans on one text; and why some have no row."""
     exact = found["exact"][0]
     _check_exact(exact)
-    rows, head_errors, failures = [], {}, []
+    rows, failures = list[dict[str, Any]](), list[str]()
+    head_errors: dict[str, Any] = {}
     for i, (name, plan, _) in enumerate(plans):
         mine = {key: x[i] for key, x in found.items() if key != "exact"}
         errors = [
@@ -428,5 +466,5 @@ def _run_info(started: float, timed: float, passes: int, reused: int) -> dict[st
         },
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "devices": [str(d) for d in jax.devices()],
+        "devices": list(map(str, typing.cast(list[Any], jax.devices()))),
     }

@@ -4,10 +4,13 @@ The two paths share nothing but the decoder's layers, so each checks the other: 
 cache they produce the same tokens.
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +58,19 @@ def greedy(
     Raises:
       TurboqError: empty prompt, no steps, a sequence longer than the model's context, or logits
         that are not finite: names the layer, side, head and token that the caches cannot store.
+      ValueError: not one layer for every layer of the model.
+
+    Examples:
+      >>> import numpy as np
+      >>> import turboq
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> codec = turboq.TurboQuantMSE(dim=model.spec.layers[0].head_dim, bits=3)
+      >>> plan = turboq.uniform_plan(tc.model_geometry(model), k=codec, v=codec)
+      >>> prompt = np.asarray([model.tokenizer.encode("Python is a language")])
+      >>> generated = tc.greedy(model, prompt, steps=2, layers=plan.kv_layers({}))
+      >>> generated.tokens.shape, generated.logits is None
+      ((1, 2), True)
     """
     prompt = np.asarray(prompt, np.int32)
     if prompt.shape[0] < 1 or prompt.shape[1] < 1:
@@ -78,7 +94,7 @@ def greedy(
 
 def _cached(
     model: Model,
-    prompt: np.ndarray,
+    prompt: Int32[np.ndarray, "B T"],
     steps: int,
     layers: Sequence[KVLayer],
     cache: ByLayer | OnePool,
@@ -86,7 +102,8 @@ def _cached(
 ) -> Generation:
     length = prompt.shape[1]
     logits = feed(model, cache, jnp.asarray(prompt), 0)[:, 0]
-    tokens, kept = [], []
+    tokens: list[Int32[np.ndarray, "B"]] = []
+    kept: list[Float32[np.ndarray, "B V"]] = []
     for step in range(steps):
         if (bad := first_bad(logits)) is not None:
             sequence = np.concatenate([prompt[bad], *(t[bad : bad + 1] for t in tokens)])
@@ -102,20 +119,23 @@ def _cached(
     return _generation(tokens, kept, cache.nbytes())
 
 
-def _plain(model: Model, prompt, steps: int, keep_logits: bool) -> Generation:
+def _plain(
+    model: Model, prompt: Int32[np.ndarray, "B T"], steps: int, keep_logits: bool
+) -> Generation:
     batch, length = prompt.shape
     capacity = length + steps - 1
     sequence = np.zeros((batch, capacity), np.int32)
     sequence[:, :length] = prompt
     positions = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (batch, capacity))
-    tokens, kept = [], []
+    tokens: list[Int32[np.ndarray, "B"]] = []
+    kept: list[Float32[np.ndarray, "B V"]] = []
     for step in range(steps):
         at = length + step  # tokens that are real; what follows is padding no query before sees
         x = embed_tokens(model, jnp.asarray(sequence))
         for i, spec in enumerate(model.spec.layers):
             x, _ = run_layer(spec, model.layer(i), x, positions, exact_attend, None)
         last = jax.lax.dynamic_slice_in_dim(x, jnp.int32(at - 1), 1, axis=1)
-        logits = run_head(model.spec, model.head_params(), last)[:, 0]
+        logits = cast(Array, run_head(model.spec, model.head_params(), last))[:, 0]
         if (bad := first_bad(logits)) is not None:
             raise not_finite(step, bad, "the model's own, without a cache: another --model_dtype?")
         tokens.append(_choose(logits))
@@ -142,7 +162,11 @@ def _choose(logits: Float[Array, "B V"]) -> Int32[np.ndarray, "B"]:
     return np.asarray(logits).argmax(axis=-1).astype(np.int32)
 
 
-def _generation(tokens, kept, cache_bytes: int) -> Generation:
+def _generation(
+    tokens: list[Int32[np.ndarray, "B"]],
+    kept: list[Float32[np.ndarray, "B V"]],
+    cache_bytes: int,
+) -> Generation:
     return Generation(
         tokens=np.stack(tokens, axis=1),
         logits=np.stack(kept, axis=1) if kept else None,

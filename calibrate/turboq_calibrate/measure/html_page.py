@@ -7,11 +7,13 @@ or dark setting, and is the same bytes for the same inputs.
 from __future__ import annotations
 
 import html
+import shlex
 from pathlib import Path
 from typing import Any
 
+from turboq.export import ENGINES
 from turboq.files import atomic_write
-from turboq_calibrate.measure import pictures
+from turboq_calibrate.measure import pictures, plan_pictures
 from turboq_calibrate.measure.quality_table import (
     LONG,
     QUALITY,
@@ -45,10 +47,14 @@ th, td { padding: .32rem .6rem; text-align: right; white-space: nowrap;
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 tbody tr:nth-child(even) { background: var(--row); }
 figure { margin: .8rem 0 0; overflow-x: auto; } figcaption { font-size: 13.5px; max-width: 46rem; }
+pre { background: var(--row); padding: .5rem .7rem; font-size: 12.5px; line-height: 1.45; }
 svg { display: block; width: 100%; height: auto; max-width: 36rem; color: var(--ink); }
-svg text { fill: var(--ink); } @media (max-width: 30rem) { body { padding: 0 .5rem; } }
+svg text { fill: var(--ink); } @media (max-width: 30rem) { body { padding: 0 .5rem; }
+  table { font-size: 12px; } th, td { padding: .3rem .35rem; }
+  th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); } }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .6rem 0;
-  font-size: 13.5px; } dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+  font-size: 13.5px; } dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
 """
 
 
@@ -130,6 +136,7 @@ def render(
             "a scale that ends in a point has plans beyond it."
             + (f" On {texts[0]}." if several else ""),
         ),
+        *_bits(table.get("head_bits") or {}),
         *_figure(
             "Memory",
             pictures.memory_against_context(over_texts(rows)),
@@ -137,6 +144,7 @@ def render(
             "window, fitted arrays and static tables. Plans within 2 % share a line.",
         ),
         *([] if tasks is None else _tasks(tasks)),
+        *_use(quality),
         "<h2>How this was measured</h2>",
         _facts(quality),
     ]
@@ -160,6 +168,48 @@ def _tasks(tasks: dict[str, Any]) -> list[str]:
             "do, the most sensitive one on top. The scale is logarithmic; losses below its lower "
             "end, gains too, have its lowest colour.",
         ),
+    ]
+
+
+def _bits(bits: dict[str, Any]) -> list[str]:
+    """Where bits go, in plans that choose per head, and what layers take."""
+    alike = [name for name in bits if name not in plan_pictures.chosen_per_head(bits)]
+    left_out = f" These store all heads alike: {', '.join(alike)}." if alike else ""
+    return [
+        *_figure(
+            "Where bits go",
+            plan_pictures.bits_map(bits),
+            "Stored bits per channel of every layer and KV head, scales and gains included. One "
+            f"scale for K and V of all plans.{left_out}",
+        ),
+        *_figure(
+            "What each layer takes",
+            plan_pictures.layer_bytes(bits),
+            "Bytes of one more token in each layer, K and V of all its heads.",
+        ),
+    ]
+
+
+def _use(quality: Quality) -> list[str]:
+    """What to type to use the plan with the least KL of those that lie in a folder."""
+    rows = {row["name"]: row for row in over_texts(quality.rows)}
+    plans = {name: path for name, path in (quality.run.get("plans") or {}).items() if name in rows}
+    if not plans:
+        return []
+    best = min(plans, key=lambda name: (rows[name]["kl_mean"], name))
+    path = shlex.quote(plans[best])
+    lines = [
+        f"# {engine.title}\nturboq export --engine={name} --plan={path} --out=runs/for_{name}"
+        for name, engine in ENGINES.items()
+    ]
+    return [
+        "<h2>Use a plan</h2>",
+        f"<p>{_text(best)} has the least KL of the plans in a folder. In JAX:</p>",
+        f'<pre class="scroll">plan, arrays = turboq.load({_text(repr(plans[best]))})\n'
+        "layers = plan.kv_layers(arrays)  # for turboq.contiguous and turboq_kernels</pre>",
+        "<p>transformers runs it as it is; other engines store what is nearest, and the report of "
+        "the export says what that keeps. <code>--measure</code> measures it.</p>",
+        f'<pre class="scroll">{_text(chr(10).join(lines))}</pre>',
     ]
 
 
@@ -279,6 +329,12 @@ def _figure(title: str, svg: str | None, caption: str) -> list[str]:
     ]
 
 
+def _lines_of(command: str) -> str:
+    """A command with one flag on a line, as a shell takes it."""
+    program, name, *flags = shlex.split(command)
+    return " \\\n  ".join([f"{program} {name}", *map(shlex.quote, flags)])
+
+
 def _facts(quality: Quality) -> str:
     table, run = quality.table, quality.run
     policies = {
@@ -303,7 +359,7 @@ def _facts(quality: Quality) -> str:
     if run:
         versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
         if run.get("command"):
-            facts.append(("command", run["command"]))
+            facts.append(("command", _lines_of(run["command"])))
         facts += [
             ("time", f"{run['seconds']:.0f} s on {run['cpus']} CPUs ({', '.join(run['devices'])})"),
             ("peak memory", f"{run['peak_memory_bytes'] / 2**30:.2f} GiB"),

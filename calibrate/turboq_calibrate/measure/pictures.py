@@ -1,6 +1,6 @@
 """Pictures of the report: deterministic SVG that follows the page's light or dark theme.
 
-Text, axes and grid are drawn in two marker colours that `_svg` turns into CSS variables, so one
+Text, axes and grid are drawn in two marker colours that `svg` turns into CSS variables, so one
 picture is readable on both backgrounds. All are `WIDTH` wide, so that text is about 10 pixels high
 where the page has 400, 15 where it has more. Nothing depends on the clock or on installed fonts.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -27,24 +27,24 @@ BEYOND = 4.0  # of the median plan's largest and least error: where colours end
 EXTEND = {(False, False): "neither", (True, False): "min", (False, True): "max"}
 EXTEND[True, True] = "both"
 
-_SMALL = 9.5  # points: labels inside a picture
-_INK, _GRID = "#010203", "#040506"  # markers, replaced by var(--ink) and var(--grid)
-_STYLE: dict[Any, Any] = {
+SMALL = 9.5  # points: labels inside a picture
+INK, _GRID = "#010203", "#040506"  # markers, replaced by var(--ink) and var(--grid)
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.fonttype": "none",  # text stays text: selectable, and measured by the page's font
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10.5,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
     "axes.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "grid.color": _GRID,
     "grid.linewidth": 0.6,
     "figure.facecolor": "none",
@@ -69,7 +69,7 @@ def family_styles(rows: list[Row]) -> dict[str, tuple[str, str]]:
     return _FAMILIES | spare
 
 
-def _svg(figure: Figure, name: str, alt: str) -> str:
+def svg(figure: Figure, name: str, alt: str) -> str:
     """The figure as an SVG element with ids of its own, theme colours and a text alternative."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": f"turboq-{name}", "svg.fonttype": "none"}):
@@ -77,7 +77,7 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = text.replace(_INK, "var(--ink)").replace(_GRID, "var(--grid)")
+    text = text.replace(INK, "var(--ink)").replace(_GRID, "var(--grid)")
     # Several pictures share one page, so their ids must not meet.
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
@@ -100,7 +100,7 @@ def kl_against_bits(rows: list[Row]) -> str | None:
     if not points:
         return None
     styles = family_styles(rows)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
         axes = figure.subplots()
         for codec in dict.fromkeys(r["codec"] for r in points):
@@ -130,12 +130,12 @@ def kl_against_bits(rows: list[Row]) -> str | None:
             axes.axhline(r["kl_mean"], color=styles["exact"][0], linestyle="--", linewidth=1.2)
             axes.annotate(
                 text, (1.0, r["kl_mean"]), xycoords=("axes fraction", "data"),
-                xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=_SMALL,
+                xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=SMALL,
             )  # fmt: skip
             low = min(low, r["kl_mean"] / 1.6)
         axes.annotate(
             "\n".join(below), (0.0, 0.0), xycoords="axes fraction", xytext=(6, 5),
-            textcoords="offset points", fontsize=_SMALL,
+            textcoords="offset points", fontsize=SMALL,
         )  # fmt: skip
         axes.set_ylim(low, high)
         axes.grid(axis="y")
@@ -153,7 +153,7 @@ def kl_against_bits(rows: list[Row]) -> str | None:
             f"Lowest: {best['name']}, {best['kl_mean']:.3g} nats per token at "
             f"{_bits(best):.2f} bits per channel. The numbers are in the table."
         )
-        return _svg(figure, "kl", alt)
+        return svg(figure, "kl", alt)
 
 
 def _bits(row: Row) -> float:
@@ -170,6 +170,23 @@ def heads_matrix(values: list[list[float] | None]) -> Float[np.ndarray, "K L"]:
     return np.where(out > 0, out, np.nan)
 
 
+def draw_heads(axes: Any, grid: Float[np.ndarray, "K L"], norm: Normalize) -> Any:
+    """One heat map of heads and layers, with ticks at whole numbers; the mesh, for a colour bar."""
+    mesh = axes.pcolormesh(
+        np.arange(grid.shape[1] + 1) - 0.5,
+        np.arange(grid.shape[0] + 1) - 0.5,
+        np.ma.masked_invalid(grid),
+        norm=norm,
+        cmap=mpl.colormaps["viridis"].resampled(48),
+        linewidth=0.3,
+        edgecolors="face",  # no background between the cells
+    )
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=min(6, len(grid)), integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.tick_params(length=2)
+    return mesh
+
+
 def error_heat_maps(errors: dict[str, dict[str, list]], names: list[str]) -> str | None:
     """One row of panels per plan: K (rms logit error, nats) and V (relative MSE), layer × head.
 
@@ -182,7 +199,7 @@ def error_heat_maps(errors: dict[str, dict[str, list]], names: list[str]) -> str
         return None
     heads = max(g.shape[0] for g in grids.values())
     row_height = min(0.62 + 0.16 * heads, 2.6)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.0 + row_height * len(names)), layout="constrained")
         panels = figure.subplots(len(names), 2, squeeze=False, sharex=True)
         for column, (side, title) in enumerate(sides):
@@ -196,21 +213,9 @@ def error_heat_maps(errors: dict[str, dict[str, list]], names: list[str]) -> str
             meshes = []
             for row, name in enumerate(names):
                 axes, grid = panels[row, column], grids[name, side]
-                mesh = axes.pcolormesh(
-                    np.arange(grid.shape[1] + 1) - 0.5,
-                    np.arange(grid.shape[0] + 1) - 0.5,
-                    np.ma.masked_invalid(grid),
-                    norm=norm,
-                    cmap=mpl.colormaps["viridis"].resampled(48),
-                    linewidth=0.3,
-                    edgecolors="face",  # no background between the cells
-                )
-                meshes.append(mesh)
+                meshes.append(draw_heads(axes, grid, norm))
                 axes.invert_yaxis()
-                axes.set_title(name, fontsize=_SMALL)
-                axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-                axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-                axes.tick_params(length=2)
+                axes.set_title(name, fontsize=SMALL)
                 if column == 0:
                     axes.set_ylabel("KV head")
                 if row == len(names) - 1:
@@ -235,7 +240,7 @@ def error_heat_maps(errors: dict[str, dict[str, list]], names: list[str]) -> str
             "Heat maps of quantization error per layer and KV head, keys left and values right. "
             "Largest key logit error of " + "; ".join(worst) + "."
         )
-        return _svg(figure, "heads", alt)
+        return svg(figure, "heads", alt)
 
 
 def _log_ticks(low: float, high: float) -> FixedLocator:
@@ -263,9 +268,9 @@ def _end_labels(axes, ends: list[tuple[float, str]], right: float | int) -> None
         top = at * half
         axes.annotate(
             label, (right, y), xytext=((right / left) ** 0.08 * right, at), textcoords="data",
-            va="center", fontsize=_SMALL, annotation_clip=False,
+            va="center", fontsize=SMALL, annotation_clip=False,
             arrowprops={
-                "arrowstyle": "-", "color": _INK, "linewidth": 0.5, "shrinkB": 4,
+                "arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkB": 4,
                 "relpos": (0.0, 0.5),
             },
         )  # fmt: skip
@@ -289,7 +294,7 @@ def kl_against_position(rows: list[Row], texts: list[str]) -> str | None:
     if not drawn:
         return None
     styles = family_styles(rows)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.4 + 3.2 * len(drawn)), layout="constrained")
         panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
         for axes, (text, found) in zip(panels, drawn.items(), strict=True):
@@ -321,7 +326,7 @@ def kl_against_position(rows: list[Row], texts: list[str]) -> str | None:
                 for row, points in found
             )
         )
-        return _svg(figure, "position", f"{alt} nats per token.")
+        return svg(figure, "position", f"{alt} nats per token.")
 
 
 def loss_by_task(rows: list[Row]) -> str | None:
@@ -340,7 +345,7 @@ def loss_by_task(rows: list[Row]) -> str | None:
     grid, places = grid[order], [places[i] for i in order]
     high = float(np.nanmax(grid))
     low = high / 1000
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.6 + 0.24 * len(places)), layout="constrained")
         axes = figure.subplots()
         mesh = axes.pcolormesh(
@@ -350,11 +355,11 @@ def loss_by_task(rows: list[Row]) -> str | None:
         axes.invert_yaxis()
         several = len({length for _, length in places}) > 1
         names = [f"{task} at {length}" if several else task for task, length in places]
-        axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=_SMALL)
+        axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=SMALL)
         axes.set_xticks(
             np.arange(len(plans)) + 0.5,
             [textwrap.fill(plan, 14, break_long_words=False) for plan in plans],
-            fontsize=_SMALL, rotation=40, ha="right",
+            fontsize=SMALL, rotation=40, ha="right",
         )  # fmt: skip
         axes.tick_params(length=0)
         bar = figure.colorbar(mesh, ax=axes, pad=0.02)
@@ -369,7 +374,7 @@ def loss_by_task(rows: list[Row]) -> str | None:
             f"{plan} {names[int(np.nanargmax(column))]} {np.nanmax(column):.3g}"
             for plan, column in zip(plans, grid.T, strict=True)
         )
-        return _svg(figure, "tasks", f"Loss of log-probability by task. Largest: {worst} nats.")
+        return svg(figure, "tasks", f"Loss of log-probability by task. Largest: {worst} nats.")
 
 
 def memory_against_context(rows: list[Row]) -> str | None:
@@ -387,7 +392,7 @@ def memory_against_context(rows: list[Row]) -> str | None:
     top = max(b for _, c in curves for _, b in c)
     unit, word = (2.0**30, "GiB") if top > 2**30 else (2.0**20, "MiB")
     styles = family_styles(rows)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
         axes = figure.subplots()
         axes.set_xscale("log", base=2)
@@ -416,4 +421,4 @@ def memory_against_context(rows: list[Row]) -> str | None:
             + "; ".join(f"{label} {y:.3g} {word}" for y, label in ends)
             + "."
         )
-        return _svg(figure, "memory", alt)
+        return svg(figure, "memory", alt)

@@ -140,6 +140,18 @@ class HeadErrors:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadBits:
+    """[layer] -> stored bits per channel of its KV heads, and bytes of one more token of them all.
+
+    None for a layer without a cache.
+    """
+
+    k: tuple[tuple[float, ...] | None, ...]
+    v: tuple[tuple[float, ...] | None, ...]
+    bytes_per_token: tuple[float | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Bootstrap:
     level: float
     samples: int
@@ -148,7 +160,7 @@ class Bootstrap:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """`quality.json`. head_errors: text -> plan -> errors of its heads."""
+    """`quality.json`. head_errors: text -> plan -> errors; head_bits: plan -> bits."""
 
     schema: int
     model: str
@@ -160,11 +172,14 @@ class Table:
     head_errors: dict[str, dict[str, HeadErrors]] | None = dataclasses.field(
         default=None, metadata={"optional": True}
     )
+    head_bits: dict[str, HeadBits] | None = dataclasses.field(
+        default=None, metadata={"optional": True}
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """`run.json`. command: the one that wrote it, if one did."""
+    """`run.json`. command: the one that wrote it, if one did; plans: row -> its folder."""
 
     seconds: float
     seconds_per_plan_and_window: float | None
@@ -176,6 +191,7 @@ class Run:
     cpus: int | None
     devices: tuple[str, ...]
     command: str | None = dataclasses.field(default=None, metadata={"optional": True})
+    plans: dict[str, str] | None = dataclasses.field(default=None, metadata={"optional": True})
 
 
 def read_json(path: Path, kind: type, *, otherwise: str) -> dict[str, Any]:

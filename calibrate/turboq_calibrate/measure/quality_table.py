@@ -4,13 +4,15 @@
 bytes; seconds, memory and versions are in `run.json`.
 """
 
+# pyright: strict
+
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +145,7 @@ def by_text(quality: Quality) -> list[dict[str, str]]:
     cells: dict[str, dict[str, Row]] = {}
     for row in quality.rows:
         cells.setdefault(row["name"], {})[row["text"]] = row
-    found = []
+    found: list[dict[str, str]] = []
     for rows in cells.values():
         worst = max(row["kl_mean"] for row in rows.values())
         line = storage_cells(next(iter(rows.values())), window)
@@ -214,7 +216,7 @@ def scopes(rows: Sequence[Row], tokens: int) -> list[str]:
 
 def cautions(rows: Sequence[Row], text: dict[str, Any]) -> list[str]:
     """What a reader of one text's rows should know: few quantized keys, few windows."""
-    found = []
+    found: list[str] = []
     length = text["window_tokens"]
     few: dict[str, list[str]] = {}
     for row in rows:
@@ -263,6 +265,19 @@ def format_table(quality: Quality) -> str:
 
     Several texts are columns; a window above `LONG` tokens adds a table of quality by position,
     and plans that were also fed token by token one of both ways.
+
+    Examples:
+      >>> import turboq
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> heldout = tc.mixed_windows(["topics:heldout"], model.tokenizer, length=96, count=2)
+      >>> codec = turboq.TurboQuantMSE(dim=model.spec.layers[0].head_dim, bits=3)
+      >>> plan = turboq.uniform_plan(tc.model_geometry(model), k=codec, v=codec)
+      >>> quality = tc.evaluate(
+      ...     model, [("3 bits", plan, {})], heldout.tokens, text="heldout", progress=False
+      ... )
+      >>> "3 bits" in tc.format_table(quality)
+      True
     """
     t = quality.table
     several = len(t["texts"]) > 1
@@ -287,7 +302,7 @@ def format_table(quality: Quality) -> str:
     return "\n".join(lines)
 
 
-def aligned(cells) -> list[str]:
+def aligned(cells: Iterable[Mapping[str, str]]) -> list[str]:
     """A heading, a rule and one line per dict; the first column is left-justified."""
     cells = list(cells)
     if not cells:
@@ -296,7 +311,7 @@ def aligned(cells) -> list[str]:
     widths = {h: max(len(h), *(len(c.get(h, "")) for c in cells)) for h in head}
     first, *rest = head
 
-    def line(values: dict[str, str]) -> str:
+    def line(values: Mapping[str, str]) -> str:
         parts = [values[first].ljust(widths[first])]
         return "  ".join(parts + [values.get(h, "").rjust(widths[h]) for h in rest]).rstrip()
 

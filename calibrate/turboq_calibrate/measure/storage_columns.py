@@ -61,6 +61,21 @@ def storage_columns(
     }
 
 
+def head_bits(layers: Sequence[KVLayer | None]) -> dict[str, Any]:
+    """`quality_schema.HeadBits`: what every head stores, in the model's order."""
+    found: dict[str, list[Any]] = {"k": [], "v": [], "bytes_per_token": []}
+    for layer in layers:
+        if layer is None:
+            for values in found.values():
+                values.append(None)
+            continue
+        for side in ("k", "v"):
+            bits = {h: getattr(g, side).bits_per_channel for g in layer.groups for h in g.heads}
+            found[side].append([bits[head] for head in sorted(bits)])
+        found["bytes_per_token"].append(layer.bits_per_token / 8)
+    return found
+
+
 def _codec_name(codecs) -> str:
     names = dict.fromkeys(codec.name for codec, _ in codecs)
     return "+".join(names)

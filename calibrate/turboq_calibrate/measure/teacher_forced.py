@@ -28,7 +28,7 @@ def hidden_states(
     model: Model,
     plans: dict[str, list[Any]],
     tokens: Int[np.ndarray, "B T"],
-    plug: Callable,
+    plug: Callable[..., Any],
     step: Callable[[], None],
 ) -> tuple[dict[str | None, Array], dict[str, list[dict[str, np.ndarray]]]]:
     """Last hidden states of the exact model (key None) and of every plan, and the head errors.
@@ -90,9 +90,9 @@ def _padded(x: Float[Array, "B T M"], pad: int) -> Float[Array, "n M"]:
     return jnp.pad(x.reshape(-1, x.shape[-1]), ((0, pad), (0, 0)))
 
 
-def mean_errors(layers: list[dict[str, np.ndarray]]) -> dict[str, list]:
+def mean_errors(layers: list[dict[str, np.ndarray]]) -> dict[str, list[Any]]:
     """[layer] -> [N, K] to measure -> [layer] -> K numbers (None: no cache), 5 digits."""
-    out: dict[str, list] = {"k_logit_rms": [], "k_rel_mse": [], "v_rel_mse": []}
+    out: dict[str, list[Any]] = {"k_logit_rms": [], "k_rel_mse": [], "v_rel_mse": []}
     for layer in layers:
         if not layer:
             for values in out.values():

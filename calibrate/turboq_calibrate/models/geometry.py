@@ -1,5 +1,7 @@
 """What a plan must know of a model: its layers' heads, dims, windows and rotary embedding."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 from turboq.plan import LayerGeometry, ModelGeometry
@@ -8,7 +10,18 @@ from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 
 
 def model_geometry(model: Model) -> ModelGeometry:
-    """What a plan must know of a loaded model. Hashes the weight files (once per `Model`)."""
+    """What a plan must know of a loaded model. Hashes the weight files (once per `Model`).
+
+    Raises:
+      TurboqError: the weight files cannot be read.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> geometry = tc.model_geometry(model)
+      >>> len(geometry.cache_layers) == len(model.spec.layers)
+      True
+    """
     return spec_geometry(model.spec, model.fingerprint)
 
 

@@ -1,5 +1,7 @@
 """Loads a model, resident or streamed one layer at a time, and runs it layer by layer."""
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import functools
@@ -8,7 +10,7 @@ import importlib.metadata
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax.core
 import jax.numpy as jnp
@@ -116,7 +118,7 @@ class Model:
 
     def _convert(self, weights: dict[str, np.ndarray]) -> decoder.Params:
         """To the kept type; each array is let go as soon as it is converted."""
-        out = {}
+        out: dict[str, Array] = {}
         for name in list(weights):
             w = weights.pop(name)
             if self.dtype == "float16" and np.abs(w).max() > np.finfo(np.float16).max:
@@ -173,6 +175,12 @@ def load_model(
 
     Raises:
       TurboqError: unsupported family or field, missing, truncated, misshapen or non-finite weights.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> model.tokenizer.decode(model.tokenizer.encode("a cache of keys"))
+      'a cache of keys'
     """
     return Model(open_source(path), dtype=dtype, resident=resident)
 
@@ -203,14 +211,14 @@ def forward(
         where = decoder.default_positions(jnp.asarray(tokens))
     else:
         where = jnp.asarray(positions, jnp.int32)
-    states = [None] * len(model.spec.layers) if states is None else list(states)
+    states = list[Any]([None] * len(model.spec.layers)) if states is None else list(states)
     if len(states) != len(model.spec.layers):
         raise ValueError(f"{len(states)=} must be the number of layers, {len(model.spec.layers)}")
     for i, spec in enumerate(model.spec.layers):
         x, states[i] = decoder.run_layer(
             spec, model.layer(i), x, where, attend, states[i], donate=donate
         )
-    return decoder.run_head(model.spec, model.head_params(), x), states
+    return cast(Array, decoder.run_head(model.spec, model.head_params(), x)), states
 
 
 def embed_tokens(model: Model, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T M"]:
@@ -227,7 +235,7 @@ def embed_tokens(model: Model, tokens: Int[Array | np.ndarray, "B T"]) -> Float[
             f"token ids {ids.min()}..{ids.max()} must be within 0..{model.spec.vocab - 1}"
         )
     if model.resident:
-        return decoder.run_embed(model.spec, model.embed_params(), jnp.asarray(ids))
+        return cast(Array, decoder.run_embed(model.spec, model.embed_params(), jnp.asarray(ids)))
     used, where = np.unique(ids, return_inverse=True)
     rows = jnp.asarray(model.source.embed_rows(used)).astype(model.dtype)
     return decoder.scaled(model.spec, rows[jnp.asarray(where.reshape(ids.shape))])

@@ -8,12 +8,15 @@ so merged counts, maxima and sampled tokens equal those of one process exactly. 
 by their order: within (m - 1) 2^-53 sum|c_i| for m chunks (`statistics`).
 """
 
+# pyright: strict
+
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from turboq.errors import TurboqError
 from turboq.files import atomic_write, make_folder
@@ -38,6 +41,19 @@ def merge_shards(
     Raises:
       TurboqError: a shard is missing, given twice, damaged, or of another model, text or recipe;
         `out_dir` holds other statistics.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> texts = ["topics:calibration", "source:calibration"]
+      >>> windows = tc.mixed_windows(texts, model.tokenizer, length=32, count=8)
+      >>> quiet = {"progress": False, "log": lambda line: None}
+      >>> for i in range(2):  # each in a process, or on a machine, of its own
+      ...     shard = tc.Shard(index=i, count=2)
+      ...     part = tc.calibrate(model, windows, f"part{i}", shard=shard, **quiet)
+      >>> merged = tc.merge_shards(["part0", "part1"], "merged", progress=False)
+      >>> len(merged.layers) == len(model.spec.layers)
+      True
     """
     parts = _in_order([load_statistics(folder) for folder in folders])
     inputs = {k: v for k, v in parts[0].manifest.inputs.items() if k != "shard"}
@@ -49,7 +65,8 @@ def merge_shards(
                 f"{out} holds statistics of other inputs ({'; '.join(found)}): choose another "
                 "folder"
             )
-    entries, tokens, sampled = [], 0, inputs["recipe"]["reservoir"] > 0
+    entries: list[dict[str, Any]] = []
+    tokens, sampled = 0, inputs["recipe"]["reservoir"] > 0
     with Progress(len(parts[0]), label="merge", unit="layers", enabled=progress) as bar:
         for i in range(len(parts[0])):
             layer = functools.reduce(layer_statistics.merge, (part[i] for part in parts))

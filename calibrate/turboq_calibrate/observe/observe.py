@@ -16,6 +16,8 @@ is deterministic, and files are in place before the checkpoint that relies on th
                       gradients, rows of sampled tokens and checkpoints
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import contextlib
@@ -24,7 +26,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +82,23 @@ def observe(
       log: where the closing line goes.
       observer: called with every event after it is logged (name, fields).
 
+    Returns:
+      The statistics: sums and a sample of tokens per layer, of Q, K, V and of the gradients of the
+      log likelihood (nats) at K and V.
+
     Raises:
       TurboqError: the folder holds a run over other inputs, or another process works there; NaN or
         infinity in activations or gradients; the folder cannot be written.
+      ValueError: `checkpoint_every` is not positive.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> texts = ["topics:calibration", "source:calibration"]
+      >>> windows = tc.mixed_windows(texts, model.tokenizer, length=96, count=4)
+      >>> statistics = tc.calibrate(model, windows, "run", progress=False, log=lambda line: None)
+      >>> len(statistics.layers) == len(model.spec.layers)
+      True
     """
     recipe = ObserveRecipe() if recipe is None else recipe
     if checkpoint_every < 1:
@@ -135,7 +151,7 @@ def _finish(
     files.write_manifest(run.statistics, inputs, model_geometry(run.model), run.counted, entries)
     run.event("finished")
     _clear(run.work)
-    cost = {
+    cost: dict[str, Any] = {
         "seconds": round(seconds, 3),
         "peak_rss_bytes": peak_rss(),
         "peak_array_bytes": run.meter.peak,
@@ -179,7 +195,7 @@ def _clear(work: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
+def _locked(work: Path) -> Generator[None]:
     """Keeps a second run out of the folder; the lock dies with the process."""
     with open(work / "lock", "w") as f:
         try:

@@ -21,6 +21,11 @@ class Shard:
 
     Raises:
       ValueError: not 0 <= index < count.
+
+    Examples:
+      >>> from turboq_calibrate import Shard
+      >>> [Shard(index=i, count=3).index for i in range(3)]
+      [0, 1, 2]
     """
 
     index: int = 0

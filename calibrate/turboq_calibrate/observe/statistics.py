@@ -25,7 +25,7 @@ CHANNEL_BINS = FloatBins(low=-16, high=16)
 NORM_BINS = FloatBins(low=-16, high=24, signed=False)
 
 # Which kinds of fields every side has. `_before`: before the rotary embedding, in layers with one.
-SIDES = {
+SIDES: dict[str, tuple[str, ...]] = {
     "k": ("sums", "histograms", "gradients"),
     "k_before": ("sums", "histograms", "gradients"),
     "v": ("sums", "histograms", "gradients"),

@@ -14,6 +14,8 @@ Each is a text of its own: windows do not overlap, and none holds tokens of two 
 three times the weight of a text without (`weights`).
 """
 
+# pyright: strict
+
 from __future__ import annotations
 
 import dataclasses
@@ -91,6 +93,14 @@ class Windows:
 
     Raises:
       ValueError: not one text per window, or a text that is not in `texts`; not one weight a text.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> texts = ["topics:calibration", "source:calibration"]
+      >>> windows = tc.mixed_windows(texts, model.tokenizer, length=64, count=4)
+      >>> windows.tokens.shape, windows.text.tolist(), [text.name for text in windows.texts]
+      ((4, 64), [0, 1, 0, 1], ['topics:calibration', 'source:calibration'])
     """
 
     tokens: Int[np.ndarray, "N T"]
@@ -348,6 +358,14 @@ def mixed_windows(
     Raises:
       TurboqError: fewer windows than texts; a text twice, or one that holds too few windows, or
         whose weight leaves it none; whatever `load_text` and `windows` refuse.
+      ValueError: windows to hold back between windows that are not spread.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> texts = ["topics:calibration", "source:calibration"]
+      >>> tc.mixed_windows(texts, model.tokenizer, length=64, count=4).tokens.shape
+      (4, 64)
     """
     if not sources:
         raise TurboqError("no text given: name a UTF-8 file, or topics:calibration")
@@ -409,10 +427,10 @@ def _held_back(
     tokenizer: Tokenizer, found: Windows, check: int, check_length: int,
 ) -> HeldBack:  # fmt: skip
     first = [tokenizer.bos_id] if found.bos and tokenizer.bos_id is not None else []
-    short, long = dict(written), {}
+    short, long = dict(written), dict[int, Int[np.ndarray, "_"]]()
     for i in sorted(ids):
         some, one = leave_out(
-            ids[i], first, length=found.tokens.shape[1], windows=int(np.sum(found.text == i)),
+            ids[i], first, length=found.tokens.shape[1], windows=found.text.tolist().count(i),
             count=check, long_length=0 if long else check_length,
         )  # fmt: skip
         short |= {} if some is None else {i: some}
@@ -421,8 +439,9 @@ def _held_back(
 
 
 def _own_windows(
-    model: Model, source: str, length: int, count: int, check: int, folder, progress: bool
-) -> tuple[Windows, Int[np.ndarray, "_ T"]]:
+    model: Model, source: str, length: int, count: int, check: int,
+    folder: str | os.PathLike[str] | None, progress: bool,
+) -> tuple[Windows, Int[np.ndarray, "_ T"]]:  # fmt: skip
     """`count` windows of what the model writes, and the `check` that follow them."""
     seed = seed_of(source)
     tokens = self_windows(
@@ -477,7 +496,18 @@ def calibration_windows(
 ) -> Windows:
     """What `turboq calibrate` observes by default, and what it holds back.
 
-    `seed` is that of what the model writes, `folder` keeps it.
+    `count` windows of `length` tokens in all: of a model of at most 2e9 parameters half of text
+    that it writes itself, half of `topics:calibration`. `seed` is that of
+    what the model writes, `folder` keeps it.
+
+    Raises:
+      TurboqError: windows longer than the model's context, or whatever `mixed_windows` refuses.
+
+    Examples:
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> tc.calibration_windows(model, count=2, length=32).tokens.shape
+      (2, 32)
     """
     sources = [x.replace("self:0", f"self:{seed}") for x in calibration_sources(model.spec)]
     return mixed_windows(

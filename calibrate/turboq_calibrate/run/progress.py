@@ -19,13 +19,34 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 LOG_EVERY_S = 30.0  # at least, and a tenth of what has passed
-_PHASES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("phases", default=())
+
+
+class _Phases:
+    """Labels of a command's steps in their order, and how many of them began."""
+
+    def __init__(self, labels: tuple[str, ...]):
+        self.labels, self.begun = labels, 0
+
+    def number(self, label: str) -> int | None:
+        """Which step this label begins: the next one that has it, else any that has."""
+        has = [i for i, name in enumerate(self.labels) if label.startswith(name)]
+        if not has:
+            return None
+        found = next((i for i in has if i >= self.begun), has[-1])
+        self.begun = max(self.begun, found + 1)
+        return found + 1
+
+
+_PHASES: contextvars.ContextVar[_Phases | None] = contextvars.ContextVar("phases", default=None)
 
 
 @contextlib.contextmanager
 def phases(*labels: str) -> Iterator[None]:
-    """Numbers the steps inside that have these labels (or begin with them): [2/3] observe."""
-    token = _PHASES.set(labels)
+    """Numbers the steps inside that have these labels (or begin with them): [2/3] observe.
+
+    A label that stands there twice is two steps.
+    """
+    token = _PHASES.set(_Phases(labels))
     try:
         yield
     finally:
@@ -34,8 +55,8 @@ def phases(*labels: str) -> Iterator[None]:
 
 def _numbered(label: str) -> str:
     known = _PHASES.get()
-    found = next((i for i, name in enumerate(known) if label.startswith(name)), None)
-    return label if found is None else f"[{found + 1}/{len(known)}] {label}"
+    found = None if known is None else known.number(label)
+    return label if known is None or found is None else f"[{found}/{len(known.labels)}] {label}"
 
 
 class Progress:

@@ -57,6 +57,22 @@ def cache_attention(
     Raises:
       ValueError: unknown implementation, one that does not support the case, or heads that do not
         match the layer.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from turboq import TokenPolicy, TurboQuantMSE, contiguous, uniform_layer
+      >>> from turboq_kernels import cache_attention
+      >>> codec = TurboQuantMSE(dim=64, bits=3)
+      >>> layer = uniform_layer(kv_heads=2, k=codec, v=codec, policy=TokenPolicy())
+      >>> cache = contiguous.init(layer, batch=1, capacity=256)
+      >>> k = v = jnp.ones((1, 10, 2, 64))  # [B, T, K, D]
+      >>> cache, tail = contiguous.write(layer, cache, k, v)
+      >>> q = jnp.ones((1, 1, 4, 64))  # [B, T, H, D]: one new query, two per KV head
+      >>> out = cache_attention(
+      ...     q, layer, cache, tail, q_positions=jnp.asarray([[9]]), scale=64**-0.5
+      ... )
+      >>> out.shape
+      (1, 1, 4, 64)
     """
     check(q, layer, implementation, window)
     options = base.Options(

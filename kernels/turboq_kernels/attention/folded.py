@@ -41,6 +41,15 @@ def fold_output(layer: KVLayer, w_o: Float[Array, "H E F"]) -> tuple[FoldedGroup
 
     Raises:
       ValueError: query heads that are no multiple of the layer's KV heads.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from turboq import TokenPolicy, TurboQuantMSE, uniform_layer
+      >>> from turboq_kernels import fold_output
+      >>> codec = TurboQuantMSE(dim=64, bits=3)
+      >>> layer = uniform_layer(kv_heads=2, k=codec, v=codec, policy=TokenPolicy())
+      >>> len(fold_output(layer, jnp.ones((4, 64, 32))))  # [H, D, model width]: one head group
+      1
     """
     heads, dim, width = w_o.shape
     if heads % layer.kv_heads:
@@ -97,6 +106,23 @@ def projected_attention(
 
     Raises:
       ValueError: as `cache_attention`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from turboq import TokenPolicy, TurboQuantMSE, contiguous, uniform_layer
+      >>> from turboq_kernels import fold_output, projected_attention
+      >>> codec = TurboQuantMSE(dim=64, bits=3)
+      >>> layer = uniform_layer(kv_heads=2, k=codec, v=codec, policy=TokenPolicy())
+      >>> cache = contiguous.init(layer, batch=1, capacity=256)
+      >>> k = v = jnp.ones((1, 10, 2, 64))  # [B, T, K, D]
+      >>> cache, tail = contiguous.write(layer, cache, k, v)
+      >>> q = jnp.ones((1, 1, 4, 64))  # [B, T, H, D]: one new query, two per KV head
+      >>> folded = fold_output(layer, jnp.ones((4, 64, 32)))
+      >>> out = projected_attention(
+      ...     q, layer, cache, tail, folded, q_positions=jnp.asarray([[9]]), scale=64**-0.5
+      ... )
+      >>> out.shape
+      (1, 1, 32)
     """
     check(q, layer, implementation, window)
     options = base.Options(

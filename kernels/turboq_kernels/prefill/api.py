@@ -53,6 +53,19 @@ def prefill(
 
     Raises:
       ValueError: as those two.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from turboq import TokenPolicy, TurboQuantMSE, contiguous, uniform_layer
+      >>> from turboq_kernels import prefill_attention
+      >>> codec = TurboQuantMSE(dim=64, bits=3)
+      >>> layer = uniform_layer(kv_heads=2, k=codec, v=codec, policy=TokenPolicy())
+      >>> cache = contiguous.init(layer, batch=1, capacity=256)
+      >>> k = v = jnp.ones((1, 10, 2, 64))  # [B, T, K, D]
+      >>> q = jnp.ones((1, 10, 4, 64))  # [B, T, H, D]
+      >>> out, cache = prefill_attention(q, k, v, layer, cache, scale=64**-0.5)
+      >>> out.shape, cache.lengths.tolist()
+      ((1, 10, 4, 64), [10])
     """
     attention.check(q, layer, implementation, window)
     options = base.Options(

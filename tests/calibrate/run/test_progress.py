@@ -52,6 +52,18 @@ def test_phases_are_numbered(monkeypatch):
     assert heads == ["[1/2] self:3 from ''", "[2/2] observe", "other", "observe"]
 
 
+def test_a_label_that_stands_twice_is_two_phases(monkeypatch):
+    Clock(monkeypatch)
+    out = io.StringIO()
+    with progress.phases("fit", "costs", "fit", "costs", "evaluate"):
+        for label in ("fit", "costs", "fit", "costs", "evaluate", "fit"):
+            with Progress(1.0, label=label, stream=out) as bar:
+                bar.advance(1.0)
+    heads = [line.partition(" 100%")[0] for line in out.getvalue().splitlines()]
+    numbered = ["[1/5] fit", "[2/5] costs", "[3/5] fit", "[4/5] costs", "[5/5] evaluate"]
+    assert heads == [*numbered, "[3/5] fit"]  # once more: never a number that is not there
+
+
 def test_silent_when_disabled():
     out = io.StringIO()
     with Progress(10.0, label="x", stream=out, enabled=False) as bar:

@@ -1,0 +1,147 @@
+"""What is public: a docstring of the house form under every name, whose example runs."""
+
+import ast
+import doctest
+import functools
+import importlib
+import inspect
+import re
+import textwrap
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import turboq_calibrate
+
+PACKAGES = ("turboq", "turboq_kernels", "turboq_calibrate")
+TINY = Path(__file__).resolve().parent / "golden" / "llama3"
+PUBLIC = [
+    (package, name)
+    for package in PACKAGES
+    for name in importlib.import_module(package).__all__
+    if name != "__version__"
+]
+# Annotations of arrays without a shape; our modules keep annotations as text.
+BARE = {"Array", "jax.Array", "jnp.ndarray", "np.ndarray", np.ndarray}
+# An error that a name raises itself, by the base it is documented as.
+BASES = {
+    "PlanConflict": ("PlanConflict", "PlanError"),
+    "PlanError": ("PlanError", "TurboqError"),
+    "RuntimeError": (),
+}
+
+
+def documented(found: object) -> str:
+    """The docstring; of an object of a class, its class's."""
+    return inspect.getdoc(found) or ""
+
+
+def raised(source: str) -> set[str]:
+    """Names of errors that a function, or a class where it is made, raises by itself."""
+    (top,) = ast.parse(textwrap.dedent(source)).body
+    if isinstance(top, ast.ClassDef):
+        made = ("__init__", "__post_init__")
+        bodies = [x for x in top.body if isinstance(x, ast.FunctionDef) and x.name in made]
+    else:
+        bodies = [top]
+    found = set()
+    for body in bodies:
+        for node in ast.walk(body):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+                if (name := ast.unparse(error).rpartition(".")[2])[0].isupper():
+                    found.add(name)  # not an error that another function made
+    return found
+
+
+def missing(found: object, text: str) -> list[str]:
+    """What the docstring lacks."""
+    lines = text.splitlines()
+    lacks = []
+    if not lines or not re.search(r"[.:]$", lines[0]) or (lines[1:] and lines[1]):
+        lacks.append("a first line that is one sentence, and an empty one below")
+    if ">>>" not in text:
+        lacks.append("an example")
+    if isinstance(found, types.FunctionType | type):
+        says = text.partition("Raises:")[2]
+        for error in raised(inspect.getsource(found)):
+            if not any(name in says for name in BASES.get(error, (error,))):
+                lacks.append(f"Raises: {error}")
+    if isinstance(found, types.FunctionType):
+        for name, parameter in inspect.signature(found).parameters.items():
+            if parameter.annotation is parameter.empty:
+                lacks.append(f"a type of {name}")
+            elif parameter.annotation in BARE:
+                lacks.append(f"a shape of {name}")
+    return lacks
+
+
+def test_what_is_missing_is_seen():
+    def bare(x):
+        raise KeyError(x)
+
+    assert missing(bare, "") == [
+        "a first line that is one sentence, and an empty one below",
+        "an example",
+        "Raises: KeyError",
+        "a type of x",
+    ]
+    good = "Does it.\n\nRaises:\n  KeyError: never.\n\n>>> 1\n"
+    assert missing(bare, good) == ["a type of x"]
+
+    class Made:
+        def __post_init__(self):
+            raise TypeError(self)
+
+        def later(self):
+            raise KeyError(self)
+
+    assert missing(Made, good) == ["Raises: TypeError"]
+
+    def unsaid(x: np.ndarray) -> None: ...
+
+    assert missing(unsaid, good) == ["a shape of x"]
+
+
+@pytest.mark.parametrize(("package", "name"), PUBLIC, ids=lambda x: x)
+def test_docstrings_have_the_needed_parts(package, name):
+    found = getattr(importlib.import_module(package), name)
+    assert missing(found, documented(found)) == []
+    if inspect.isclass(found):
+        undocumented = [
+            member
+            for member, value in vars(found).items()
+            if isinstance(value, types.FunctionType | classmethod)
+            and not member.startswith("_")
+            and not inspect.getdoc(getattr(found, member))
+        ]
+        assert undocumented == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One folder for all examples: what `calibrate` writes, the others read."""
+    return tmp_path_factory.mktemp("examples")
+
+
+FIRST = [("turboq_calibrate", "calibrate")]
+REAL = turboq_calibrate.load_model
+LOAD = functools.cache(lambda name: REAL(str(TINY)))
+
+
+@pytest.mark.parametrize(
+    ("package", "name"), [*FIRST, *(x for x in PUBLIC if x not in FIRST)], ids=lambda x: x
+)
+def test_examples_run(package, name, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    text = documented(getattr(importlib.import_module(package), name))
+    # A tiny checkpoint, loaded once, stands in for the embedded model: the same calls, in seconds.
+    monkeypatch.setattr("turboq_calibrate.load_model", LOAD)
+    example = doctest.DocTestParser().get_doctest(text, {}, f"{package}.{name}", None, 0)
+    said: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    runner.run(example, out=said.append)
+    assert not runner.failures, "".join(said)
+    assert runner.tries > 0
