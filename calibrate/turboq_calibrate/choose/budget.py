@@ -184,7 +184,8 @@ class Memory:
     @staticmethod
     def tables(problem: Problem, chosen: Int[np.ndarray, "U"]) -> int:
         """Bytes of the static tables of a choice, each once."""
-        rows = zip(problem.codecs, chosen.tolist(), strict=True)
+        columns: list[int] = chosen.tolist()
+        rows = zip(problem.codecs, columns, strict=True)
         used: dict[Codec, None] = dict.fromkeys(row[c] for row, c in rows)
         return sum(values.nbytes for _, values in accounting.distinct_tables(used))
 

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from turboq.errors import TurboqError
 from turboq.numbers import lower_hull
 from turboq.plan import ModelGeometry
+from turboq.plan.build import Side
 from turboq.plan.ladder import Ladder, LadderSide, Tier, shared
 from turboq.plan.types import SIDES, array_name
 from turboq_calibrate.candidates.table import Arrays
@@ -66,7 +67,9 @@ def ladder_within(
         raise ValueError(f"a ladder lowers K or V of one layer at a time: {GRANULARITIES}")
     ready = menu(statistics, geometry, wanted, progress=progress) if prepared is None else prepared
     table, costs = ready.table, ready.costs @ ready.weights
-    keys = [(x.index, side) for x in geometry.cache_layers for side in SIDES]
+    keys: list[tuple[int, Side]] = [
+        (x.index, side) for x in geometry.cache_layers for side in SIDES
+    ]
     tiers = [
         side_tiers(costs[table.rows(*key)], table.sizes[table.rows(*key)], wanted.granularity)
         for key in keys

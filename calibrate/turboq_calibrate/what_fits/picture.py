@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from turboq.errors import TurboqError
 from turboq.files import atomic_write
 from turboq.what_fits.budget import GIB, Budget
-from turboq_calibrate.measure.pictures import _STYLE
+from turboq_calibrate.measure.pictures import STYLE
 
 FORMATS = (".svg", ".png")
 _INK, _SOFT, _PAPER = "#1d2329", "#8b95a1", "#ffffff"
@@ -55,7 +55,7 @@ def context_wall(
     last = math.ceil(math.log2(right))
     marks = [2**i for i in range(10, last + 1)]
     xs = sorted({*marks, *(round(2 ** (i / 8)) for i in range(80, 8 * last + 1))})
-    style = {k: _INK if str(v).startswith("#") else v for k, v in _STYLE.items()}
+    style = {k: _INK if str(v).startswith("#") else v for k, v in STYLE.items()}
     style |= {"grid.color": "#dfe3e8", "figure.facecolor": _PAPER, "savefig.facecolor": _PAPER}
     style |= {"svg.hashsalt": "turboq-wall"}
     with mpl.rc_context(style):
