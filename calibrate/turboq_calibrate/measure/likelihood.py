@@ -94,7 +94,7 @@ def _cut(rows: Sequence[np.ndarray], first: int, length: int) -> Int[np.ndarray,
 def _score(
     logits: Float[Array, "B T V"], target: Int[Array, "B T"], asked: Bool[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """log p of every target that is asked for (else 0); whether it is the arg-max (else yes)."""
-    logp = jnp.take_along_axis(log_softmax(logits), target[..., None], axis=-1)[..., 0]
+    """log p of every target that is asked for, else 0; whether it is the arg-max, else yes."""
+    logp = jnp.take_along_axis(jax.vmap(log_softmax)(logits), target[..., None], axis=-1)[..., 0]
     right = jnp.argmax(logits, axis=-1) == target
     return jnp.where(asked, logp, 0.0), right | ~asked

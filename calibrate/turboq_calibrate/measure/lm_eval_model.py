@@ -168,7 +168,7 @@ class TurboqLM(TemplateLM):
                 self.model, [self._shortened(p, max(0, len(p) - room)) for p in prompts],
                 how["max_gen_toks"], layers=self.layers,
                 sampling=Sampling(
-                    temperature=how["temperature"] if how["do_sample"] else 0.0,
+                    temperature=how.get("temperature", 1.0) if how["do_sample"] else 0.0,
                     top_p=how.get("top_p", 1.0),
                 ),
                 stop_ids=self.tokens.eos_ids, stop=stops_at(self.tokens, how["until"]),

@@ -1,27 +1,31 @@
 """Batches of ragged prompts against one prompt at a time, which uses neither batches nor caches."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_files import copy_of
 from plan_cases import random_fit
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, Transform, TurboQuantMSE
 from turboq.errors import TurboqError
 from turboq.plan import collect_arrays, uniform_plan
+from turboq_calibrate.cli import main as cli
 from turboq_calibrate.measure import decode_cache
 from turboq_calibrate.measure.generate import greedy
-from turboq_calibrate.measure.generate_many import Sampling, generate, nucleus
+from turboq_calibrate.measure.generate_many import Sampling, cut, generate, nucleus
 from turboq_calibrate.models import forward, load_model
 from turboq_calibrate.models.geometry import model_geometry
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-SIZES = (3, 9, 1, 9, 3)
-NEW = 6
+SIZES = (1, 9, 1, 9, 9)
+NEW = 4
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def test_sampling_is_by_prompt_whatever_the_batch(model):
     layers = layers_of(model, Exact(dim=16, dtype="float32"))
     how = Sampling(temperature=1.5, top_p=0.8, seed=3)
     got = generate(model, prompts, NEW, layers=layers, sampling=how, batch=3, chunk=4)
-    again = generate(model, prompts, NEW, layers=layers, sampling=how, batch=2, chunk=9)
+    again = generate(model, prompts, NEW, layers=layers, sampling=how, batch=2, chunk=4)
     for i, prompt in enumerate(prompts):
         np.testing.assert_array_equal(got.tokens[i], again.tokens[i])
         logits = np.asarray(forward(model, np.concatenate([prompt, got.tokens[i]])[None])[0])[0]
@@ -113,8 +117,8 @@ def test_a_quantized_batch_is_each_prompt_alone(model, name, monkeypatch):
 
     prompts = prompts_of(model)
     monkeypatch.setattr(decode_cache, "run_layer", counted)
-    got = generate(model, prompts, NEW, layers=layers, batch=2, chunk=4)
-    assert {shape[:2] for shape in shapes} == {(2, 4), (2, 1)}
+    got = generate(model, prompts, NEW, layers=layers, batch=3, chunk=4)
+    assert {shape[:2] for shape in shapes} == {(3, 4), (3, 1)}
     for prompt, tokens in zip(prompts, got.tokens, strict=True):
         alone = greedy(model, prompt[None], NEW, layers=layers)
         np.testing.assert_array_equal(tokens, alone.tokens[0])
@@ -133,12 +137,12 @@ def test_what_stops_a_sequence(model):
     end = int(free[1][2])
     got = generate(
         model, prompts, NEW, stop_ids=(end,),
-        stop=lambda i, tokens: i == 3 and len(tokens) == 4, **how,
+        stop=lambda i, tokens: i == 3 and len(tokens) == 3, **how,
     )  # fmt: skip
     for i, (whole, tokens) in enumerate(zip(free, got.tokens, strict=True)):
         ends = [n for n, token in enumerate(whole) if token == end]
         due = ends[0] if ends else NEW
-        due = min(due, 4) if i == 3 else due
+        due = min(due, 3) if i == 3 else due
         np.testing.assert_array_equal(tokens, whole[:due])
         assert got.stopped[i] == (due < NEW)
     assert len(got.tokens[1]) <= 2
@@ -158,3 +162,46 @@ def test_bad_input_is_one_line(model):
     for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}):
         with pytest.raises(ValueError, match="must be"):
             Sampling(**wrong)
+
+
+def test_the_command_chats_and_compares(tmp_path, capsys):
+    """Prompts of both kinds in the chat template; what is printed is what is written."""
+    folder = copy_of(tmp_path, "llama3")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    rows = [{"text": "ab"}, {"messages": [{"role": "system", "content": "s"}]}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "answers.jsonl"
+    flags = ("generate", f"--model={folder}", "--max_new_tokens=3", "--noeos")
+    asked = (f"--prompts={tmp_path / 'p.jsonl'}", "--prompt=hi", "--chat", "--compare")
+    codec = ("--baselines=turboquant_mse:8", f"--out={out}")
+    assert cli.run([*flags, *asked, *codec]) == 0
+    said = capsys.readouterr().out
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(x["cache"], x["prompt"]) for x in found] == [
+        (name, i) for name in ("exact", "turboquant_mse 8b") for i in range(3)
+    ]
+    model = load_model(folder)
+    for row, text in zip(found, ("<user>hi<a>", "<user>ab<a>", "<system>s<a>"), strict=False):
+        ids = np.array([model.tokenizer.encode(text)])
+        due = greedy(model, ids, 3).tokens[0]
+        assert row["text"] == model.tokenizer.decode(due, skip_special=True)
+        assert row["tokens"] == 3
+        assert f"--- exact, prompt {row['prompt']}\n{row['text']}\n" in said
+    assert re.search(r"^exact +\S+ \S+ +9 +", said, re.MULTILINE)
+    assert re.search(r"^turboquant_mse 8b .* \d of 3$", said, re.MULTILINE)
+    for wrong, message in (
+        ((), "no prompt: give --prompt=TEXT or --prompts=FILE"),
+        (("--prompt=a", "--stop="), "--stop: an empty text"),
+        (("--prompt=a", "--top_p=2"), "top_p=2.0 must be above 0"),
+        (
+            ("--prompt=a", "--chat", f"--model={GOLDEN / 'llama3'}"),
+            "the model has no chat template",
+        ),
+    ):
+        assert cli.run([*flags, *wrong]) == 1
+        assert message in capsys.readouterr().err
+    assert cut("ab\n\nc#", ["#", "\n\n"]) == "ab"
+    assert cut("abc", ["x"]) == "abc"
