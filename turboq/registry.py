@@ -17,6 +17,7 @@ import importlib.metadata
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import cast
 
 from turboq.errors import TurboqError, TurboqWarning, quoted, shortened
 
@@ -107,7 +108,7 @@ class Registry[T](Mapping[str, T]):
 
     def _add(self, found: object, package: str | None) -> None:
         kept = self._check(found)
-        name: object = kept.name  # type: ignore[attr-defined]
+        name = cast(object, kept.name)  # type: ignore[attr-defined]
         match = _NAME.fullmatch(name) if isinstance(name, str) else None
         if not isinstance(name, str) or match is None or package not in (None, match[1]):
             raise TurboqError(

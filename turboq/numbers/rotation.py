@@ -84,7 +84,7 @@ def hadamard_matrix(dim: int) -> np.ndarray:
     matrix[0] = np.sqrt(1 / odd)
     h2 = np.array([[1.0, 1.0], [1.0, -1.0]]) / np.sqrt(2)
     while len(matrix) < dim:
-        matrix = cast(np.ndarray, np.kron(h2, matrix))  # pyright: ignore
+        matrix = cast(np.ndarray, np.kron(h2, matrix))
     matrix.setflags(write=False)
     return matrix
 

@@ -25,7 +25,6 @@ from jaxtyping import Int
 from turboq.cache import accounting
 from turboq.cache.layer import EXACT_DTYPES, TokenPolicy
 from turboq.cache.windows import pages_held
-from turboq.codecs.base import Codec
 from turboq.errors import TurboqError
 from turboq.numbers.packing import PAGE
 from turboq_calibrate.choose.solver.problem import Problem
@@ -184,9 +183,8 @@ class Memory:
     @staticmethod
     def tables(problem: Problem, chosen: Int[np.ndarray, "U"]) -> int:
         """Bytes of the static tables of a choice, each once."""
-        columns: list[int] = chosen.tolist()
-        rows = zip(problem.codecs, columns, strict=True)
-        used: dict[Codec, None] = dict.fromkeys(row[c] for row, c in rows)
+        which: list[int] = chosen.tolist()
+        used = dict.fromkeys(row[c] for row, c in zip(problem.codecs, which, strict=True))
         return sum(values.nbytes for _, values in accounting.distinct_tables(used))
 
 

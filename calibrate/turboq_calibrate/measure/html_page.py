@@ -51,10 +51,11 @@ pre { background: var(--row); padding: .5rem .7rem; font-size: 12.5px; line-heig
 svg { display: block; width: 100%; height: auto; max-width: 36rem; color: var(--ink); }
 svg text { fill: var(--ink); } @media (max-width: 30rem) { body { padding: 0 .5rem; }
   table { font-size: 12px; } th, td { padding: .3rem .35rem; }
-  th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); } }
+  th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); }
+  tbody tr:nth-child(even) td:first-child { background: var(--row); } }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .6rem 0;
   font-size: 13.5px; } dt { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
+dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 
@@ -358,11 +359,13 @@ def _facts(quality: Quality) -> str:
     ]
     if run:
         versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
-        if run.get("command"):
-            facts.append(("command", _lines_of(run["command"])))
         facts += [
             ("time", f"{run['seconds']:.0f} s on {run['cpus']} CPUs ({', '.join(run['devices'])})"),
             ("peak memory", f"{run['peak_memory_bytes'] / 2**30:.2f} GiB"),
             ("versions", versions),
         ]
-    return "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts) + "</dl>"
+    listed = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts)
+    command = run.get("command") if run else None
+    if not command:
+        return f"<dl>{listed}</dl>"
+    return f'<dl>{listed}</dl>\n<pre class="scroll">{_text(_lines_of(command))}</pre>'
