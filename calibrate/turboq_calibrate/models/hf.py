@@ -19,6 +19,7 @@ from turboq_calibrate.models import hf_gpt_oss, hf_names
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config import keeps_weights, model_spec, read_config
 from turboq_calibrate.models.families import WRAPPERS
+from turboq_calibrate.models.hf_by_head import by_kind
 from turboq_calibrate.models.tokenizer import Tokenizer, from_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -67,10 +68,11 @@ class HFFolder:
 
     def layer(self, index: int) -> dict[str, np.ndarray]:
         """Float32 weights of one layer but its experts'."""
-        names, shapes = self._layer_names(index), P.layer_shapes(self.spec.layers[index])
+        spec = self.spec.layers[index]
+        names, shapes = self._layer_names(index), P.layer_shapes(spec)
         stored = P.fused_shapes(shapes, self._fused)
         read = self._read({name: (names[name], shape) for name, shape in stored.items()})
-        return P.unfuse(read, shapes, self._fused)
+        return P.unfuse(by_kind(spec, read), shapes, self._fused)
 
     def _layer_names(self, index: int) -> dict[str, str]:
         names = hf_names.layer_names(self.spec.layers[index], self.spec.family)
@@ -186,11 +188,13 @@ class HFFolder:
 
     def _redundant(self, name: str) -> bool:
         """Rotary tables that old checkpoints carry; scales of the cache in an overlay for vLLM;
-        what belongs to other parts of a model that also sees."""
+        layers that draft; what belongs to other parts of a model that also sees."""
+        drafts = hf_names.DRAFTS.get(self.spec.family)
         scales = (".self_attn.k_scale", ".self_attn.v_scale")
         return (
             name.endswith("rotary_emb.inv_freq")
             or (self._cache_scales and name.endswith(scales))
+            or (drafts is not None and name.startswith(drafts))
             or (self._part and name.startswith(hf_names.OTHER_PARTS))
         )
 
