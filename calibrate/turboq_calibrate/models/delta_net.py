@@ -34,10 +34,10 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 class State(NamedTuple):
-    """What a sequence leaves behind: a matrix per head, and the convolution's last inputs."""
+    """What a sequence leaves behind: a matrix per head, and the convolution's last n inputs."""
 
     matrix: Float[Array, "B H Dk Dv"]
-    inputs: Float[Array, "B kernel-1 C"]
+    inputs: Float[Array, "B n C"]
 
 
 def empty(delta: DeltaNet, batch: int) -> State:
@@ -76,7 +76,7 @@ def mix(
     return y, State(matrix, x[:, time:])
 
 
-def convolved(x: Float[Array, "B T+k-1 C"], weight: Float[Array, "C 1 k"]) -> Float[Array, "B T C"]:
+def convolved(x: Float[Array, "B S C"], weight: Float[Array, "C 1 k"]) -> Float[Array, "B S-k+1 C"]:
     """y_t = sum_j w_j x_{t+j}, channel by channel: x begins k - 1 tokens before y."""
     taps = weight.shape[2]
     time = x.shape[1] - taps + 1

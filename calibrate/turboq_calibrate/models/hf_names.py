@@ -18,7 +18,7 @@ OTHER_PARTS = tuple(
     for part in ("vision_tower", "multi_modal_projector", "visual")
 )
 # Layers behind the decoder that draft further tokens; transformers does not run them.
-DRAFTS = {family: "mtp." for family in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")}
+DRAFTS = dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), "mtp.")
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
