@@ -398,7 +398,7 @@ $table
 | `mixtral` | mixtral | experts whose weights sum to one, GGUF copy |
 | `qwen2_moe` | qwen2_moe | experts beside a shared one with a gate, a dense layer, windows |
 | `qwen3_moe` | qwen3_moe | experts and QK-norm, GGUF copy |
-| `qwen3_next` | qwen3_next | gated delta-nets and attention, centred norms, experts, a dense layer |
+| `qwen3_next` | qwen3_next | gated delta-nets and attention, experts, a dense layer |
 | `qwen3_5` | qwen3_5_text | the same without experts, delta-net matrices apart |
 | `qwen3_5_vision` | qwen3_5_moe | with experts, the decoder as a part of a model that also sees |
 | `gemma2` | gemma2 | soft caps, 1 + weight norms on both sides, GELU, scaled embedding, GGUF copy |

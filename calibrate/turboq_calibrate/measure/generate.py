@@ -43,10 +43,10 @@ def greedy(
 ) -> Generation:
     """Appends `steps` tokens to every prompt, each the arg-max (lower token on a tie).
 
-    With `layers` (one `KVLayer` per decoder layer, `[plan.kv_layer(i, arrays) for i in ...]`) the
-    prompt is prefilled into packed caches and every step appends one token: three compiled
-    functions whatever the number of steps. Without, every step runs the whole sequence, padded to
-    its final length, through plain attention: slow, without any cache, the reference.
+    With `layers` (of the decoder layers that own a cache, `plan.kv_layers(arrays)`) the prompt is
+    prefilled into packed caches and every step appends one token: a few compiled functions whatever
+    the number of steps. Without, every step runs the whole sequence, padded to its final length,
+    through plain attention: slow, without any cache, the reference.
 
     `attention` names the kernel that reads the caches (`plugs.KERNELS`; None takes the first that
     supports the case), interpreted where its platform is missing; of one pool for all layers it
@@ -69,8 +69,9 @@ def greedy(
         )
     if layers is None:
         return _plain(model, prompt, steps, keep_logits)
-    if len(layers) != len(model.spec.layers):
-        raise ValueError(f"{len(layers)=} must be the number of layers, {len(model.spec.layers)}")
+    owners = sum(spec.owns_cache for spec in model.spec.layers)
+    if len(layers) != owners:
+        raise ValueError(f"{len(layers)=} must be the number of layers with a cache, {owners}")
     # The last token is returned but never written, hence one token less.
     cache = open_cache(layers, len(prompt), total - 1, attention)
     return _cached(model, prompt, steps, layers, cache, keep_logits)
@@ -90,7 +91,9 @@ def _cached(
     for step in range(steps):
         if (bad := _first_bad(logits)) is not None:
             sequence = np.concatenate([prompt[bad], *(t[bad : bad + 1] for t in tokens)])
-            cause = first_broken(model, list(layers), sequence)
+            owned = iter(layers)
+            every = [next(owned) if spec.owns_cache else None for spec in model.spec.layers]
+            cause = first_broken(model, every, sequence)
             raise _not_finite(step, bad, cause or "nothing that the caches store is to blame")
         token = _choose(logits)
         tokens.append(token)

@@ -33,7 +33,7 @@ def read_delta(read: Reader, layers: int) -> list[DeltaNet | None]:
         )
     if read.config.get("hidden_act", "silu") != "silu":
         raise TurboqError(
-            f"{read.where}: hidden_act={quoted(read.config['hidden_act'])} is not supported: silu is"
+            f"{read.where}: hidden_act={quoted(read.config['hidden_act'])} must be silu"
         )
     if not read.boolean("attn_output_gate", True):
         raise TurboqError(f"{read.where}: attn_output_gate=False is not supported")

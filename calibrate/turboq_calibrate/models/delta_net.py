@@ -94,12 +94,10 @@ def delta_rule(
     g: Float[Array, "B T H"],
     beta: Float[Array, "B T H"],
     matrix: Float[Array, "B H Dk Dv"],
-    *,
-    chunk: int = CHUNK,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H Dk Dv"]]:
     """o_t of every token and the matrix behind the last one; `g` is at most 0."""
     batch, time, heads = g.shape
-    size = min(chunk, time)
+    size = min(CHUNK, time)
     pad = -time % size  # such tokens have g = beta = 0: they leave the matrix as it is
 
     def chunks(y: Array) -> Array:
