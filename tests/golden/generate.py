@@ -340,7 +340,9 @@ def make_family(family: str) -> None:
         if FAMILIES[family][0] not in UNREAD:
             check_copy(family, path, model.config, tokens, positions, logits)
     model.set_attn_implementation("eager")
-    options = {} if shard is None else {"max_shard_size": shard}
+    options: dict = {} if shard is None else {"max_shard_size": shard}
+    if family == "qwen3_5_vision":  # experts in two tensors, as published
+        options["save_original_format"] = False
     model.to(stored).save_pretrained(folder, **options)
     if family.endswith("mxfp4"):
         keep_packed(model, folder)
@@ -400,7 +402,7 @@ $table
 | `qwen3_moe` | qwen3_moe | experts and QK-norm, GGUF copy |
 | `qwen3_next` | qwen3_next | gated delta-nets and attention, experts, a dense layer |
 | `qwen3_5` | qwen3_5_text | the same without experts, delta-net matrices apart |
-| `qwen3_5_vision` | qwen3_5_moe | with experts, the decoder as a part of a model that also sees |
+| `qwen3_5_vision` | qwen3_5_moe | stacked experts, a part of a model that also sees |
 | `gemma2` | gemma2 | soft caps, 1 + weight norms on both sides, GELU, scaled embedding, GGUF copy |
 | `gemma3` | gemma3_text | windows and rotary embeddings by layer, every sixth full, GGUF copy |
 | `gemma3_vision` | gemma3 | the decoder as a part of a model that also sees |

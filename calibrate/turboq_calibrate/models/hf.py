@@ -15,7 +15,7 @@ import safetensors
 from turboq.errors import TurboqError, TurboqWarning, quoted, shortened
 from turboq.hub_cache import model_name
 from turboq.json_object import read_object
-from turboq_calibrate.models import hf_gpt_oss, hf_names
+from turboq_calibrate.models import hf_gpt_oss, hf_names, hf_stacked_experts
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config import keeps_weights, model_spec, read_config
 from turboq_calibrate.models.families import WRAPPERS
@@ -92,7 +92,8 @@ class HFFolder:
         return out
 
     def _expert(self, index: int, number: int, shapes: P.Shapes) -> dict[str, np.ndarray]:
-        if self.spec.family != "gpt_oss":
+        gpt_oss = self.spec.family == "gpt_oss"
+        if not gpt_oss and not self._stacked(index):
             names = self._expert_names(index, number)
             return self._read({name: (names[name], shape) for name, shape in shapes.items()})
 
@@ -102,11 +103,18 @@ class HFFolder:
                 value = f.get_slice(name)[number : number + 1][0]
             return value if value.dtype == np.uint8 else _float32(value)
 
-        found = hf_gpt_oss.expert(read, packed=self._packed)
+        if gpt_oss:
+            found = hf_gpt_oss.expert(read, packed=self._packed)
+        else:
+            found = hf_stacked_experts.expert(read)
         for name, value in found.items():
             where = self.folder / f"layers.{index}.mlp.experts"
             P.check_finite(f"{name} of expert {number}", value, where)
         return found
+
+    def _stacked(self, index: int) -> bool:
+        """Whether a layer's experts are in two tensors."""
+        return f"{self.spec.prefix}layers.{index}.{hf_stacked_experts.GATE_UP}" in self._file_of
 
     def embed(self) -> dict[str, np.ndarray]:
         return self._read({"embedding": (self._embedding, (self.spec.vocab, self.spec.hidden))})
@@ -153,6 +161,10 @@ class HFFolder:
                     expected[whole] = shape
                     if types is not None:
                         kinds[whole] = types
+                continue
+            if layer.experts and self._stacked(i):
+                stored = hf_stacked_experts.stored(layer)
+                expected |= {f"{spec.prefix}layers.{i}.{n}": shape for n, shape in stored.items()}
                 continue
             for number in range(layer.experts.count if layer.experts else 0):
                 names = self._expert_names(i, number)
