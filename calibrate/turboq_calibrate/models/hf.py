@@ -201,12 +201,12 @@ class HFFolder:
     def _redundant(self, name: str) -> bool:
         """Rotary tables that old checkpoints carry; scales of the cache in an overlay for vLLM;
         layers that draft; what belongs to other parts of a model that also sees."""
-        drafts = hf_names.DRAFTS.get(self.spec.family)
+        drafts = self.spec.family in hf_names.DRAFTING
         scales = (".self_attn.k_scale", ".self_attn.v_scale")
         return (
             name.endswith("rotary_emb.inv_freq")
             or (self._cache_scales and name.endswith(scales))
-            or (drafts is not None and name.startswith(drafts))
+            or (drafts and name.startswith(hf_names.DRAFTS))
             or (self._part and name.startswith(hf_names.OTHER_PARTS))
         )
 

@@ -18,7 +18,7 @@ OTHER_PARTS = tuple(
     for part in ("vision_tower", "multi_modal_projector", "visual")
 )
 # Layers behind the decoder that draft further tokens; transformers does not run them.
-DRAFTS = dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), "mtp.")
+DRAFTS, DRAFTING = "mtp.", ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
