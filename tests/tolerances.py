@@ -144,6 +144,10 @@ TOL: dict[str, float] = {
     "head_errors": 2e-5,
     # Float32 activations against transformers' (models agree to 1e-5) and float64 moments.
     "capture_golden": 2e-5,
+    # Outputs of up to 6 of a delta-net in float32, sums of some tens of products: 30 eps of them.
+    "delta_net": 2e-5,
+    # The same of a sum of some hundreds of gradients, beside differences good to 1e-7.
+    "delta_net_gradient": 1e-4,
     # Logits of the same tiny model in two orders of summation: "model_golden" each way.
     "decode_exact": 2e-5,
     # Decoding through packed words against one parallel pass: each of 2 layers adds the attention

@@ -31,6 +31,8 @@ MODELS = {
     "glm": [None] * 2,
     # logit sinks, experts with biases, YaRN
     "gpt_oss": [5, None, 5],
+    # gated delta-nets without keys and values beside gated attention
+    "qwen3_next": [None] * 3,
     # attention and MLP side by side
     "cohere2": [5, 5, 5, None, 5],
 }
@@ -46,11 +48,11 @@ def test_calibrate_plan_evaluate(name, tmp_path):
     found = observe(model, windows, tmp_path, recipe, progress=False, log=lambda line: None)
     geometry = model_geometry(model)
     assert [layer.window for layer in geometry.layers] == MODELS[name]
-    rotations = {layer.rope_layout for layer in geometry.layers}
+    rotations = {layer.rope_layout for layer in geometry.cache_layers}
     before = rotations & {"none", "interleaved"}
     plans = []
     for bits in (2, 8):
-        codec = PerHead(dim=geometry.layers[0].k_dim, bits=bits)
+        codec = PerHead(dim=geometry.cache_layers[0].k_dim, bits=bits)
         policy = TokenPolicy(sinks=1, recent=2, exact_dtype="float32")
         plan, arrays = make_plan(geometry, k=codec, v=codec, policy=policy, statistics=found,
                                  k_rope="before" if before else "after")  # fmt: skip
@@ -59,7 +61,7 @@ def test_calibrate_plan_evaluate(name, tmp_path):
     rows = evaluate(model, plans, tokens, text="random", progress=False).rows
     assert rows[0]["kl_mean"] > 10 * TOL["kl_packed"]
     assert 0 <= rows[1]["kl_mean"] < rows[0]["kl_mean"] / 100
-    makers = [named("tq", TurboQuantMSE(dim=geometry.layers[0].k_dim, bits=2))]
+    makers = [named("tq", TurboQuantMSE(dim=geometry.cache_layers[0].k_dim, bits=2))]
     table = build_table(geometry, makers, found_of(found))
     policy = TokenPolicy(sinks=1, recent=2, exact_dtype="float32")
     engine = Engine(model, table, tokens, policy)

@@ -75,6 +75,27 @@ MOE = {
     "moe_intermediate_size": 12,
     "num_experts_per_tok": 2,
 }
+HYBRID = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,  # 4 rotated channels
+    "intermediate_size": 20,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 4,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+SEEING = {  # of Qwen3.5
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "depth": 1,
+    "num_heads": 1,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "num_position_embeddings": 4,
+}
 VISION = {
     "hidden_size": 8,
     "intermediate_size": 8,
@@ -189,6 +210,19 @@ FAMILIES = {
         GPT_OSS | {"num_hidden_layers": 2,
                    "rope_parameters": rope("yarn", 150000.0, truncate=True, **YARN)},
         torch.bfloat16, None, "BF16", None,
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        HYBRID | MOE | {"num_experts": 4, "shared_expert_intermediate_size": 10,
+                        "mlp_only_layers": [2]},
+        torch.bfloat16, None, None, None,
+    ),
+    "qwen3_5": ("qwen3_5_text", HYBRID, torch.bfloat16, None, None, None),
+    "qwen3_5_vision": (
+        "qwen3_5_moe",
+        HYBRID | MOE | {"num_experts": 3, "shared_expert_intermediate_size": 10,
+                        "num_hidden_layers": 2, "layer_types": HYBRID["layer_types"][:2]},
+        torch.bfloat16, None, None, None,
     ),
     "gemma2": (
         "gemma2",

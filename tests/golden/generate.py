@@ -32,6 +32,7 @@ from families import (
     FAMILIES,
     INTERLEAVED,
     REST,
+    SEEING,
     UNREAD,
     VISION,
     WORD,
@@ -56,8 +57,12 @@ def build(family: str) -> transformers.PreTrainedModel:
     fields = BASE | settings
     if model_type == "gemma3":  # the decoder is a part of a model that also sees
         fields = {"text_config": fields, "vision_config": VISION}
+    kind = transformers.AutoModelForCausalLM
+    if model_type == "qwen3_5_moe":
+        fields = {"text_config": fields, "vision_config": SEEING}
+        kind = transformers.AutoModelForImageTextToText  # the other leaves out what sees
     config = transformers.AutoConfig.for_model(model_type, **fields)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = kind.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(sum(map(ord, family)))
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -66,9 +71,10 @@ def build(family: str) -> transformers.PreTrainedModel:
                 unit = 0.25 if config.tie_word_embeddings else 1.0  # keeps logits of order one
                 value = noise * (unit if "embed" in name else p.shape[-1] ** -0.5)
             else:
-                one = (
-                    name.endswith("norm.weight") and "gemma" not in model_type
-                )  # which adds it itself
+                # Others add it themselves; the gated norm of a delta-net does not.
+                centred = "gemma" in model_type or model_type.startswith(("qwen3_5", "qwen3_next"))
+                one = name.endswith("norm.weight") and not centred
+                one |= name.endswith("linear_attn.norm.weight")
                 value = 1 + 0.3 * noise if one else 0.3 * noise
             p.copy_(value.to(stored).float())
         if family.endswith("mxfp4"):
@@ -334,7 +340,9 @@ def make_family(family: str) -> None:
         if FAMILIES[family][0] not in UNREAD:
             check_copy(family, path, model.config, tokens, positions, logits)
     model.set_attn_implementation("eager")
-    options = {} if shard is None else {"max_shard_size": shard}
+    options: dict = {} if shard is None else {"max_shard_size": shard}
+    if family == "qwen3_5_vision":  # experts in two tensors, as published
+        options["save_original_format"] = False
     model.to(stored).save_pretrained(folder, **options)
     if family.endswith("mxfp4"):
         keep_packed(model, folder)
@@ -392,6 +400,9 @@ $table
 | `mixtral` | mixtral | experts whose weights sum to one, GGUF copy |
 | `qwen2_moe` | qwen2_moe | experts beside a shared one with a gate, a dense layer, windows |
 | `qwen3_moe` | qwen3_moe | experts and QK-norm, GGUF copy |
+| `qwen3_next` | qwen3_next | gated delta-nets and attention, experts, a dense layer |
+| `qwen3_5` | qwen3_5_text | the same without experts, delta-net matrices apart |
+| `qwen3_5_vision` | qwen3_5_moe | stacked experts, a part of a model that also sees |
 | `gemma2` | gemma2 | soft caps, 1 + weight norms on both sides, GELU, scaled embedding, GGUF copy |
 | `gemma3` | gemma3_text | windows and rotary embeddings by layer, every sixth full, GGUF copy |
 | `gemma3_vision` | gemma3 | the decoder as a part of a model that also sees |

@@ -98,7 +98,9 @@ def _statistics(path: Path) -> str:
     for index, entry in enumerate(manifest.layers):
         _ = statistics.layers[index]  # reads and checks the layer's files
         sampled = 0 if entry["tokens"] is None else len(statistics.tokens(index))
-    inputs, first = manifest.inputs, manifest.layers[0]
+    inputs = manifest.inputs
+    owner = statistics.geometry.cache_layers[0]
+    first = manifest.layers[owner.index]
     text, recipe = inputs["text"], inputs["recipe"]
     files = [file for layer in manifest.layers for file in (layer, layer["tokens"]) if file]
     texts = ", ".join(f"{t['name']} ({t['windows']})" for t in text["texts"])
@@ -129,11 +131,15 @@ def _model(argument: str) -> str:
         return _counted(argument, why)
     owners = [layer for layer in spec.layers if layer.owns_cache]
     heads = [(layer.kv_heads, layer.head_dim, layer.v_head_dim) for layer in owners]
-    shapes = sorted({(s.heads, s.kv_heads, s.head_dim, s.window) for s in spec.layers}, key=str)
+    shapes = sorted(
+        {(s.heads, s.kv_heads, s.head_dim, s.window) for s in spec.layers if not s.delta}, key=str
+    )
     described = "; ".join(
         f"{h} query heads, {k} KV heads, head dim {d}" + (f", window {w}" if w else "")
         for h, k, d, w in shapes
     )
+    deltas = sum(layer.delta is not None for layer in spec.layers)
+    described += f"; {deltas} gated delta-nets" if deltas else ""
     return "\n".join(
         [
             f"{argument}: model {spec.name} ({spec.family})",

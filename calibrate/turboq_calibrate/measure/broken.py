@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -42,6 +43,12 @@ class Broken:
         if self.codec.config().get("scale_dtype") == "float16":
             return "its scale exceeds float16: plan with --scale_dtype=bfloat16"
         return f"codec {self.codec.name!r} cannot store it: plan with another codec"
+
+
+def of_every_layer(model: Model, owned: Sequence[KVLayer]) -> list[KVLayer | None]:
+    """For every layer of the model what it owns; `owned` are of those that own a cache."""
+    left = iter(owned)
+    return [next(left) if spec.owns_cache else None for spec in model.spec.layers]
 
 
 def first_broken(

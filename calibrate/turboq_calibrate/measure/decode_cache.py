@@ -1,4 +1,7 @@
-"""The packed cache of a whole model while it decodes: made once, fed some tokens at a time."""
+"""The packed cache of a whole model while it decodes: made once, fed some tokens at a time.
+
+Layers without keys and values (gated delta-nets) have their state beside it.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,36 @@ from turboq.cache import contiguous as caches
 from turboq.cache import model_cache
 from turboq.cache.layer import KVLayer
 from turboq_calibrate.measure.attention_plugs import Cached, Pooled, cached_by, pool_by
-from turboq_calibrate.models import Model, embed_tokens
-from turboq_calibrate.models.decoder import Params, run_head, run_layer
+from turboq_calibrate.models import Model, delta_net, embed_tokens
+from turboq_calibrate.models.decoder import Params, exact_attend, run_head, run_layer
 from turboq_calibrate.models.spec import LayerSpec
 from turboq_kernels import columns
 
 
-class ByLayer:
+class Recurrent:
+    """The states of gated delta-nets, by layer; none before the first token."""
+
+    def __init__(self):
+        self.recurrent: dict[int, delta_net.State] = {}
+
+    def mix(
+        self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array, *,
+        keep: bool, counts: Array | None = None,
+    ) -> Array:  # fmt: skip
+        assert spec.delta is not None
+        state = self.recurrent.get(i, delta_net.empty(spec.delta, len(x)))
+        state = state._replace(counts=_copied(counts))
+        x, state = run_layer(spec, params, x, positions, exact_attend, state, donate=not keep)
+        if not keep:
+            self.recurrent[i] = state
+        return x
+
+
+class ByLayer(Recurrent):
     """A cache per layer, of any codecs; a program per kind of layer."""
 
     def __init__(self, layers: Sequence[KVLayer], batch: int, capacity: int, attend: Callable):
+        super().__init__()
         self.attend = attend
         self.states = [
             # The copy is ours to donate; the caller's arrays stay valid.
@@ -56,12 +79,13 @@ class ByLayer:
         return sum(state.cache.nbytes for state in self.states)
 
 
-class OnePool:
+class OnePool(Recurrent):
     """One cache of all layers, whose heads differ in data only: one program per kind of layer."""
 
     def __init__(
         self, form: model_cache.ModelForm, batch: int, capacity: int, attention: str | None
     ):
+        super().__init__()
         self.form, self.attend = form, pool_by(attention)
         self.states, self.pools = model_cache.init(form, batch=batch, capacity=capacity)
         kernel = attention not in (None, "xla") or jax.default_backend() != "cpu"
@@ -104,6 +128,7 @@ def open_cache(
 ) -> ByLayer | OnePool:
     """An empty cache for `capacity` tokens a sequence; one pool of all layers where it can be.
 
+    `layers` are those that own a cache, in order.
     `attention` names the kernel that reads it (`attention_plugs.KERNELS`).
     """
     pooled = attention in (None, *columns.IMPLEMENTATIONS)
@@ -139,8 +164,13 @@ def feed(
     positions = jnp.broadcast_to(at, (batch, count))
     x = embed_tokens(model, tokens)
     cache.hold(count)
+    owner = 0
     for i, spec in enumerate(model.spec.layers):
-        x = cache.layer(i, spec, model.layer(i), x, positions, keep=keep, counts=counts)
+        if spec.delta is not None:
+            x = cache.mix(i, spec, model.layer(i), x, positions, keep=keep, counts=counts)
+            continue
+        x = cache.layer(owner, spec, model.layer(i), x, positions, keep=keep, counts=counts)
+        owner += 1
     if count > 1:  # what only the chunk's own queries needed is given up
         cache.hold(1)
     if counts is not None and last not in (1, count):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from turboq.cache import overflow
 from turboq.cache.layer import KVLayer
 from turboq.errors import TurboqError
-from turboq_calibrate.measure.broken import first_broken
+from turboq_calibrate.measure.broken import first_broken, of_every_layer
 from turboq_calibrate.measure.decode_cache import ByLayer, OnePool, feed, open_cache
 from turboq_calibrate.models import Model, embed_tokens
 from turboq_calibrate.models.decoder import exact_attend, run_head, run_layer
@@ -46,10 +46,10 @@ def greedy(
 ) -> Generation:
     """Appends `steps` tokens to every prompt, each the arg-max (lower token on a tie).
 
-    With `layers` (one `KVLayer` per decoder layer, `[plan.kv_layer(i, arrays) for i in ...]`) the
-    prompt is prefilled into packed caches and every step appends one token: three compiled
-    functions whatever the number of steps. Without, every step runs the whole sequence, padded to
-    its final length, through plain attention: slow, without any cache, the reference.
+    With `layers` (of the decoder layers that own a cache, `plan.kv_layers(arrays)`) the prompt is
+    prefilled into packed caches and every step appends one token: a few compiled functions whatever
+    the number of steps. Without, every step runs the whole sequence, padded to its final length,
+    through plain attention: slow, without any cache, the reference.
 
     `attention` names the kernel that reads the caches (`plugs.KERNELS`; None takes the first that
     supports the case), interpreted where its platform is missing; of one pool for all layers it
@@ -85,8 +85,9 @@ def greedy(
         )
     if layers is None:
         return _plain(model, prompt, steps, keep_logits)
-    if len(layers) != len(model.spec.layers):
-        raise ValueError(f"{len(layers)=} must be the number of layers, {len(model.spec.layers)}")
+    owners = sum(spec.owns_cache for spec in model.spec.layers)
+    if len(layers) != owners:
+        raise ValueError(f"{len(layers)=} must be the number of layers with a cache, {owners}")
     # The last token is returned but never written, hence one token less.
     cache = open_cache(layers, len(prompt), total - 1, attention)
     return _cached(model, prompt, steps, layers, cache, keep_logits)
@@ -107,7 +108,7 @@ def _cached(
     for step in range(steps):
         if (bad := first_bad(logits)) is not None:
             sequence = np.concatenate([prompt[bad], *(t[bad : bad + 1] for t in tokens)])
-            cause = first_broken(model, list(layers), sequence)
+            cause = first_broken(model, of_every_layer(model, layers), sequence)
             raise not_finite(step, bad, cause or "nothing that the caches store is to blame")
         token = _choose(logits)
         tokens.append(token)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int32
 from turboq.cache import overflow
 from turboq.cache.layer import KVLayer
 from turboq.errors import TurboqError
-from turboq_calibrate.measure.broken import first_broken
+from turboq_calibrate.measure.broken import first_broken, of_every_layer
 from turboq_calibrate.measure.decode_cache import ByLayer, OnePool, feed, open_cache
 from turboq_calibrate.measure.generate import first_bad, not_finite
 from turboq_calibrate.models import Model, Tokenizer
@@ -256,5 +256,5 @@ def _check_finite(
         return
     i = filled[int(np.flatnonzero(active)[bad])]
     sequence = np.concatenate([rows[i], np.array(tokens[i], np.int32)])
-    cause = first_broken(model, list(layers), sequence)
+    cause = first_broken(model, of_every_layer(model, layers), sequence)
     raise not_finite(step, i, cause or "nothing that the caches store is to blame")

@@ -35,11 +35,11 @@ def step_by_step(
     called after the prefill and after every token.
 
     Raises:
-      TurboqError: a layer keeps no cache of its own.
+      TurboqError: a layer reads the cache of another.
     """
-    owned = [layer for layer in layers if layer is not None]
-    if len(owned) < len(layers):
+    if any(spec.borrows_cache_of is not None for spec in model.spec.layers):
         raise TurboqError("layers that read another layer's cache are not decoded step by step")
+    owned = [layer for layer in layers if layer is not None]
     batch, length = tokens.shape
     first = length - 1 - steps
     cache = open_cache(owned, batch, length - 1)

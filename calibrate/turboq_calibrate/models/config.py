@@ -13,13 +13,14 @@ from typing import Any
 from turboq.errors import TurboqError, quoted
 from turboq.hub_cache import snapshot_hint
 from turboq.json_object import read_object
+from turboq_calibrate.models.config_delta import read_delta
 from turboq_calibrate.models.config_experts import read_experts
 from turboq_calibrate.models.config_fields import Reader
 from turboq_calibrate.models.config_nope import rotated_layers
 from turboq_calibrate.models.config_rope import Turn, read_ropes
 from turboq_calibrate.models.families import FAMILIES, UNREAD_INSIDE, WRAPPERS, Family
 from turboq_calibrate.models.primitives import SWIGLU_ALPHA, SWIGLU_LIMIT
-from turboq_calibrate.models.spec import LayerSpec, ModelSpec
+from turboq_calibrate.models.spec import DeltaNet, LayerSpec, ModelSpec
 
 _QUANTIZED = "quantization_config"
 MAX_LAYERS = 10_000
@@ -147,24 +148,35 @@ def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerS
         softmax_scale=_softmax_scale(read, row),
         softcap=read.optional("attn_logit_softcapping"),
         logit_sinks=row.logit_sinks,
+        output_gate=row.delta,
         **_biases(read, row),
     )
     windows = row.windows(read, count)
+    deltas = read_delta(read, count) if row.delta else [None] * count
     if row.sliding_rope_only:
         rotated = [window is not None for window in windows]
+    if row.delta:
+        rotated = [delta is None for delta in deltas]
     experts = read_experts(read, row.experts, count)
     dense = read.integer("intermediate_size") if None in experts else 0
     return tuple(
         dataclasses.replace(
-            common,
+            common if delta is None else _without_attention(common, delta),
             intermediate=dense if mixture is None else 0,
             experts=mixture,
             window=window,
             rope=(full if window is None else sliding).rope if turns else None,
             rope_magnitude=(full if window is None else sliding).magnitude if turns else 1.0,
         )
-        for window, mixture, turns in zip(windows, experts, rotated, strict=True)
+        for window, mixture, turns, delta in zip(windows, experts, rotated, deltas, strict=True)
     )
+
+
+def _without_attention(spec: LayerSpec, delta: DeltaNet) -> LayerSpec:
+    return dataclasses.replace(
+        spec, heads=0, kv_heads=0, head_dim=0, v_head_dim=0, qk_norm=None, output_gate=False,
+        delta=delta,
+    )  # fmt: skip
 
 
 def _decoder_part(config: dict[str, Any], name: str) -> dict[str, Any]:

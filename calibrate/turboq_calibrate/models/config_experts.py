@@ -40,6 +40,8 @@ def read_experts(read: Reader, mixture: Mixture | None, layers: int) -> list[Exp
     renormalised = mixture.renormalised
     if renormalised is None:
         renormalised = read.boolean("norm_topk_prob", False)
+    elif read.boolean("norm_topk_prob", renormalised) != renormalised:
+        raise TurboqError(f"{read.where}: norm_topk_prob={not renormalised} is not supported")
     one = Experts(
         count=count,
         chosen=chosen,
@@ -49,6 +51,10 @@ def read_experts(read: Reader, mixture: Mixture | None, layers: int) -> list[Exp
         bias=mixture.bias,
     )
     if not mixture.some_layers:
+        if read.config.get("mlp_only_layers"):
+            raise TurboqError(f"{read.where}: mlp_only_layers is not supported")
+        if read.integer("decoder_sparse_step", 1) != 1:
+            raise TurboqError(f"{read.where}: decoder_sparse_step other than 1 is not supported")
         return [one] * layers
     step, dense = read.integer("decoder_sparse_step", 1), read.config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(i) is not int for i in dense):

@@ -22,6 +22,12 @@ def never(read: Reader, count: int) -> Windows:
     return [None] * count
 
 
+def none(read: Reader, count: int) -> Windows:
+    """No layer slides; `layer_types` says something else."""
+    del read
+    return [None] * count
+
+
 def always(read: Reader, count: int, default: int | None) -> Windows:
     """Every layer slides where there is a window."""
     if read.config.get("layer_types"):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from turboq.cache.exact_attention import attention, soft_cap
 from turboq.numbers import rope
-from turboq_calibrate.models import experts, streamed_experts
+from turboq_calibrate.models import delta_net, experts, streamed_experts
 from turboq_calibrate.models.primitives import (
     Params,
     add,
@@ -87,8 +87,12 @@ def sinks_of(spec: LayerSpec, params: Params) -> tuple[Array, ...]:
 def join_attention(
     spec: LayerSpec, params: Params, x: Float[Array, "B T M"], out: Float[Array, "B T H Dv"]
 ) -> Float[Array, "B T M"]:
-    """The residual sum with the projected output of attention."""
-    y = linear(out.reshape(*x.shape[:2], -1), params, "o")
+    """The residual sum with the projected, perhaps gated, output of attention."""
+    y = out.reshape(*x.shape[:2], -1)
+    if spec.output_gate:
+        gate = linear(pre_normed(spec, params, x, "attn_norm"), params, "attn_gate")
+        y = y * jax.nn.sigmoid(gate)
+    y = linear(y, params, "o")
     return add(spec, params, x, y, "attn_post_norm")
 
 
@@ -119,7 +123,13 @@ def attention_half(
     attend: Attend,
     state: Any = None,
 ) -> tuple[Float[Array, "B T M"], Any]:
-    """A layer up to its MLP; `state` is what `attend` carries (a cache, statistics, nothing)."""
+    """A layer up to its MLP; `state` is what `attend` carries (a cache, statistics, nothing).
+
+    A delta-net does without `attend`; its state is its own (`delta_net.State`, None: zero).
+    """
+    if spec.delta is not None:
+        y, state = delta_net.mix(spec, params, pre_normed(spec, params, x, "attn_norm"), state)
+        return add(spec, params, x, y, "attn_post_norm"), state
     q, k, v = project_qkv(spec, params, x, positions)
     out, state = attend(spec, q, k, v, positions, state, *sinks_of(spec, params))
     return join_attention(spec, params, x, out), state
@@ -211,7 +221,12 @@ def run_parts(
     attend: Attend,
     state: Any = None,
 ) -> tuple[Float[Array, "B T M"], Any]:
-    """`run_layer` compiled around `attend`, which compiles itself: many attends share the rest."""
+    """`run_layer` compiled around `attend`, which compiles itself: many attends share the rest.
+
+    A delta-net starts from zero and hands out nothing.
+    """
+    if spec.delta is not None:
+        return run_layer(spec, params, x, positions, exact_attend)[0], None
     q, k, v = run_project(spec, params, x, positions)
     out, state = attend(spec, q, k, v, positions, state, *sinks_of(spec, params))
     if not isinstance(params, Streamed):

@@ -45,6 +45,7 @@ class Family:
     post_norms: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden)
     experts: Mixture | None = None
+    delta: bool = False  # some layers are gated delta-nets, and attention has a gate of its output
     logit_sinks: bool = False
     clipped: bool = False  # the activation of gpt-oss
     quantized: str | None = None  # quant_method of published checkpoints that is read
@@ -80,6 +81,16 @@ _glm = functools.partial(
     rotation=Rotation(partial=0.5, layout="interleaved"),
     biases=frozenset({"attention_bias"}),
     o_bias=False,
+)
+# Gated delta-nets beside gated attention.
+_qwen_hybrid = functools.partial(
+    Family,
+    windows=config_windows.none,
+    head_dim=256,
+    rotation=Rotation(partial=0.25),
+    qk_norm="head",
+    norm_offset=1.0,
+    delta=True,
 )
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -208,6 +219,27 @@ FAMILIES: dict[str, Family] = {
         experts=Mixture(some_layers=True),
         reads=_EXPERTS,
     ),
+    "qwen3_next": _qwen_hybrid(
+        defaults={
+            "num_key_value_heads": 2, "max_position_embeddings": 32768, "norm_topk_prob": True,
+            "num_experts_per_tok": 10, "num_experts": 512, "intermediate_size": 5632,
+            "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+        },
+        experts=Mixture(shared=True, some_layers=True),
+        reads=_EXPERTS,
+    ),
+    "qwen3_5_text": _qwen_hybrid(
+        defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768},
+    ),
+    "qwen3_5_moe_text": _qwen_hybrid(
+        defaults={
+            "num_key_value_heads": 2, "max_position_embeddings": 32768, "num_experts_per_tok": 8,
+            "num_experts": 256, "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+        },
+        experts=Mixture(shared=True, renormalised=True),
+        reads=_EXPERTS,
+    ),
     "gpt_oss": Family(
         defaults={
             "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
@@ -249,6 +281,10 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 # Models that also see, whose decoder is one of the families: its type where text_config has none.
-WRAPPERS = {"gemma3": "gemma3_text"}
+WRAPPERS = {
+    "gemma3": "gemma3_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
 # Fields that a decoder reads by itself, and transformers' model around it does not.
 UNREAD_INSIDE = frozenset({"final_logit_softcapping"})

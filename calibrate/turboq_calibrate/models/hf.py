@@ -15,10 +15,11 @@ import safetensors
 from turboq.errors import TurboqError, TurboqWarning, quoted, shortened
 from turboq.hub_cache import model_name
 from turboq.json_object import read_object
-from turboq_calibrate.models import hf_gpt_oss, hf_names
+from turboq_calibrate.models import hf_gpt_oss, hf_names, hf_stacked_experts
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config import keeps_weights, model_spec, read_config
 from turboq_calibrate.models.families import WRAPPERS
+from turboq_calibrate.models.hf_by_head import by_kind
 from turboq_calibrate.models.tokenizer import Tokenizer, from_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -67,10 +68,11 @@ class HFFolder:
 
     def layer(self, index: int) -> dict[str, np.ndarray]:
         """Float32 weights of one layer but its experts'."""
-        names, shapes = self._layer_names(index), P.layer_shapes(self.spec.layers[index])
+        spec = self.spec.layers[index]
+        names, shapes = self._layer_names(index), P.layer_shapes(spec)
         stored = P.fused_shapes(shapes, self._fused)
         read = self._read({name: (names[name], shape) for name, shape in stored.items()})
-        return P.unfuse(read, shapes, self._fused)
+        return P.unfuse(by_kind(spec, read), shapes, self._fused)
 
     def _layer_names(self, index: int) -> dict[str, str]:
         names = hf_names.layer_names(self.spec.layers[index], self.spec.family)
@@ -90,7 +92,8 @@ class HFFolder:
         return out
 
     def _expert(self, index: int, number: int, shapes: P.Shapes) -> dict[str, np.ndarray]:
-        if self.spec.family != "gpt_oss":
+        gpt_oss = self.spec.family == "gpt_oss"
+        if not gpt_oss and not self._stacked(index):
             names = self._expert_names(index, number)
             return self._read({name: (names[name], shape) for name, shape in shapes.items()})
 
@@ -100,11 +103,18 @@ class HFFolder:
                 value = f.get_slice(name)[number : number + 1][0]
             return value if value.dtype == np.uint8 else _float32(value)
 
-        found = hf_gpt_oss.expert(read, packed=self._packed)
+        if gpt_oss:
+            found = hf_gpt_oss.expert(read, packed=self._packed)
+        else:
+            found = hf_stacked_experts.expert(read)
         for name, value in found.items():
             where = self.folder / f"layers.{index}.mlp.experts"
             P.check_finite(f"{name} of expert {number}", value, where)
         return found
+
+    def _stacked(self, index: int) -> bool:
+        """Whether a layer's experts are in two tensors."""
+        return f"{self.spec.prefix}layers.{index}.{hf_stacked_experts.GATE_UP}" in self._file_of
 
     def embed(self) -> dict[str, np.ndarray]:
         return self._read({"embedding": (self._embedding, (self.spec.vocab, self.spec.hidden))})
@@ -152,6 +162,10 @@ class HFFolder:
                     if types is not None:
                         kinds[whole] = types
                 continue
+            if layer.experts and self._stacked(i):
+                stored = hf_stacked_experts.stored(layer)
+                expected |= {f"{spec.prefix}layers.{i}.{n}": shape for n, shape in stored.items()}
+                continue
             for number in range(layer.experts.count if layer.experts else 0):
                 names = self._expert_names(i, number)
                 expected |= {names[ours]: s for ours, s in P.expert_shapes(layer).items()}
@@ -186,11 +200,13 @@ class HFFolder:
 
     def _redundant(self, name: str) -> bool:
         """Rotary tables that old checkpoints carry; scales of the cache in an overlay for vLLM;
-        what belongs to other parts of a model that also sees."""
+        layers that draft; what belongs to other parts of a model that also sees."""
+        drafts = self.spec.family in hf_names.DRAFTING
         scales = (".self_attn.k_scale", ".self_attn.v_scale")
         return (
             name.endswith("rotary_emb.inv_freq")
             or (self._cache_scales and name.endswith(scales))
+            or (drafts and name.startswith(hf_names.DRAFTS))
             or (self._part and name.startswith(hf_names.OTHER_PARTS))
         )
 

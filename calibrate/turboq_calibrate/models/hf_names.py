@@ -15,8 +15,10 @@ PART_HEADS = (HEAD, "language_model.lm_head.weight")
 OTHER_PARTS = tuple(
     f"{prefix}{part}."
     for prefix in ("", "model.")
-    for part in ("vision_tower", "multi_modal_projector")
+    for part in ("vision_tower", "multi_modal_projector", "visual")
 )
+# Layers behind the decoder that draft further tokens; transformers does not run them.
+DRAFTS, DRAFTING = "mtp.", ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
@@ -41,6 +43,18 @@ LAYER_TENSORS = {
     "gate_bias": "mlp.gate_proj.bias",
     "up_bias": "mlp.up_proj.bias",
     "down_bias": "mlp.down_proj.bias",
+    "q_gate": "self_attn.q_proj.weight",
+    "delta_qkvz": "linear_attn.in_proj_qkvz.weight",
+    "delta_ba": "linear_attn.in_proj_ba.weight",
+    "delta_qkv": "linear_attn.in_proj_qkv.weight",
+    "delta_z": "linear_attn.in_proj_z.weight",
+    "delta_b": "linear_attn.in_proj_b.weight",
+    "delta_a": "linear_attn.in_proj_a.weight",
+    "conv": "linear_attn.conv1d.weight",
+    "log_decay": "linear_attn.A_log",
+    "decay_bias": "linear_attn.dt_bias",
+    "delta_norm": "linear_attn.norm.weight",
+    "delta_out": "linear_attn.out_proj.weight",
 }
 # Where the layer also normalises what it adds to the residual stream.
 POST_NORMS = {
@@ -64,7 +78,14 @@ STARCODER2_MLP = {
     "down_bias": "mlp.c_proj.bias",
 }
 # Matrices that are kept as one (`params.FUSED`).
-FUSED = {"phi3": ("qkv", "gate_up"), "glm": ("gate_up",), "glm4": ("gate_up",)}
+FUSED = {
+    "phi3": ("qkv", "gate_up"),
+    "glm": ("gate_up",),
+    "glm4": ("gate_up",),
+    "qwen3_next": ("q_gate", "delta_qkvz", "delta_ba"),
+    "qwen3_5_text": ("q_gate",),
+    "qwen3_5_moe_text": ("q_gate",),
+}
 
 ROUTING = {
     "router": "mlp.gate.weight",

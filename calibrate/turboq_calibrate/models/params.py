@@ -11,7 +11,7 @@ from collections.abc import Collection
 import numpy as np
 
 from turboq.errors import TurboqError
-from turboq_calibrate.models.spec import LayerSpec, ModelSpec
+from turboq_calibrate.models.spec import DeltaNet, LayerSpec, ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -27,7 +27,12 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
     )
     o = spec.heads * spec.v_head_dim
     shapes: Shapes = {"attn_norm": (m,)} if spec.pre_norms else {}
-    shapes |= {"q": (q, m), "k": (k, m), "v": (v, m), "o": (m, o)}
+    if spec.delta is not None:
+        shapes |= delta_shapes(m, spec.delta)
+    else:
+        shapes |= {"q": (q, m), "k": (k, m), "v": (v, m), "o": (m, o)}
+    if spec.output_gate:
+        shapes["attn_gate"] = (o, m)
     if spec.pre_norms and not spec.parallel:
         shapes["mlp_norm"] = (m,)
     if spec.experts is None:
@@ -61,6 +66,22 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
     return shapes
 
 
+def delta_shapes(hidden: int, delta: DeltaNet) -> Shapes:
+    """Weights of one gated delta-net (`delta_net`)."""
+    values = delta.value_heads * delta.value_dim
+    return {
+        "delta_qkv": (delta.channels, hidden),
+        "delta_z": (values, hidden),
+        "delta_b": (delta.value_heads, hidden),
+        "delta_a": (delta.value_heads, hidden),
+        "conv": (delta.channels, 1, delta.kernel),
+        "log_decay": (delta.value_heads,),
+        "decay_bias": (delta.value_heads,),
+        "delta_norm": (delta.value_dim,),
+        "delta_out": (hidden, values),
+    }
+
+
 def mlp_shapes(hidden: int, intermediate: int, prefix: str = "") -> Shapes:
     """Matrices of one gated MLP."""
     return {
@@ -71,13 +92,24 @@ def mlp_shapes(hidden: int, intermediate: int, prefix: str = "") -> Shapes:
 
 
 # Matrices that some checkpoints keep as one, rows of the first on top.
-FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+FUSED = {
+    "qkv": ("q", "k", "v"),
+    "gate_up": ("gate", "up"),
+    "q_gate": ("q", "attn_gate"),
+    "delta_qkvz": ("delta_qkv", "delta_z"),
+    "delta_ba": ("delta_b", "delta_a"),
+}
+
+
+def fused_in(shapes: Shapes, fused: Collection[str]) -> list[str]:
+    """Those of `fused` whose parts the layer has."""
+    return [name for name in fused if FUSED[name][0] in shapes]
 
 
 def fused_shapes(shapes: Shapes, fused: Collection[str]) -> Shapes:
     """`shapes` as a checkpoint has them that keeps the matrices `fused` (of `FUSED`) as one."""
     out = dict(shapes)
-    for name in fused:
+    for name in fused_in(shapes, fused):
         parts = [out.pop(part) for part in FUSED[name]]
         out[name] = (sum(rows for rows, _ in parts), parts[0][1])
     return out
@@ -88,7 +120,7 @@ def unfuse(
 ) -> dict[str, np.ndarray]:
     """Weights of `fused_shapes` by the names of `shapes`."""
     out = dict(weights)
-    for name in fused:
+    for name in fused_in(shapes, fused):
         stored, start = out.pop(name), 0
         for part in FUSED[name]:
             rows = shapes[part][0]

@@ -27,6 +27,22 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """A gated delta-net in place of attention: a state of fixed size, no KV cache."""
+
+    key_heads: int  # each serves value_heads / key_heads value heads
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int  # tokens that the convolution sees
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys, values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """One decoder layer. Hashable: two equal specs share one compiled function."""
 
@@ -56,6 +72,8 @@ class LayerSpec:
     softcap: float | None = None  # of attention logits
     logit_sinks: bool = False  # a logit per query head joins the softmax and no output
     experts: Experts | None = None
+    output_gate: bool = False  # what attention gives is multiplied by sigmoid(gate(n))
+    delta: DeltaNet | None = None  # in place of attention, whose fields are 0 then
     borrows_cache_of: int | None = None  # index of the layer whose cache this layer reads
 
     @property

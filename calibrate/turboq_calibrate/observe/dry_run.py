@@ -190,6 +190,13 @@ def _geometry(model: Model) -> tuple[str, ...]:
         experts = ""
         if layer.experts is not None:
             experts = f", {layer.experts.chosen} of {layer.experts.count} experts"
+        if layer.delta is not None:
+            delta = layer.delta
+            lines.append(
+                f"  {times} x gated delta-net, {delta.key_heads} key heads of {delta.key_dim}, "
+                f"{delta.value_heads} value heads of {delta.value_dim}, no KV cache{experts}"
+            )
+            continue
         lines.append(
             f"  {times} x {layer.heads} query heads, {layer.kv_heads} KV heads, head dim "
             f"{layer.head_dim} (V {layer.v_head_dim}){window}{experts}"

@@ -75,7 +75,7 @@ def merge_shards(
                 sample = reservoir.join([part.tokens(i) for part in parts])
                 atomic_write(out / files.tokens_file(i), sample.to_bytes())
             atomic_write(out / files.layer_file(i), files.to_bytes(sides))
-            tokens = int(layer.k.count.max())
+            tokens = max(tokens, int(layer.k.count.max(initial=0)))
             path = parts[0].manifest.layers[i]["path"]
             entries.append(files.describe_layer(out, i, path, layer, sampled=sampled))
             bar.advance(1)

@@ -109,7 +109,7 @@ class MeshPlacement(Placement):
 
         def axes(name: str, ndim: int) -> tuple[str | None, ...]:
             matrix = name.removesuffix("_bias")
-            if matrix in ("q", "k", "v") and by_head:
+            if matrix in ("q", "k", "v", "attn_gate") and by_head:
                 return ("model", None)[:ndim]
             if matrix in ("gate", "up") and by_unit:
                 return ("model", None)[:ndim]

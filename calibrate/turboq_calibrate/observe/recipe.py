@@ -150,7 +150,7 @@ def check_sizes(model: Model, windows: Windows, recipe: ObserveRecipe) -> None:
     if length <= recipe.skip:
         raise TurboqError(f"windows of {length} tokens leave none after skip={recipe.skip}")
     for i, spec in enumerate(model.spec.layers):
-        if not spec.owns_cache:
+        if spec.borrows_cache_of is not None:
             raise TurboqError(
                 f"layer {i} keeps no KV cache of its own: `turboq calibrate` does not support it"
             )

@@ -47,7 +47,7 @@ class RowsFile:
 
     def write(self, start: int, x: Float[np.ndarray, "B *n"]) -> None:
         """Rows start, start+1, ...; on disk on return, so that a checkpoint may rely on it."""
-        data = memoryview(np.ascontiguousarray(x, dtype="<f4")).cast("B")
+        data = np.ascontiguousarray(x, dtype="<f4")
         try:
             with open(self.path, "r+b") as f:
                 f.seek(self._offset(f) + start * self._row)

@@ -31,7 +31,7 @@ from turboq.cache.exact_attention import HIGHEST, causal, soft_cap
 from turboq.errors import TurboqError, shortened
 from turboq.files import atomic_write, make_folder
 from turboq.plan import TextSource
-from turboq_calibrate.models import LayerSpec, Model, ModelSpec, Tokenizer, decoder
+from turboq_calibrate.models import LayerSpec, Model, ModelSpec, Tokenizer, decoder, delta_net
 from turboq_calibrate.models.streamed_experts import whole
 from turboq_calibrate.run.progress import Progress
 
@@ -238,9 +238,12 @@ def append_and_attend(
     return out, (keys, values)
 
 
-def _caches(spec: ModelSpec, batch: int, capacity: int) -> list[tuple[Array, Array]]:
+def _caches(spec: ModelSpec, batch: int, capacity: int) -> list[Any]:
+    """Keys and values of every layer, the state of a gated delta-net."""
     return [
-        (
+        delta_net.empty(one.delta, batch)
+        if one.delta is not None
+        else (
             jnp.zeros((batch, one.kv_heads, capacity, one.head_dim), jnp.float32),
             jnp.zeros((batch, one.kv_heads, capacity, one.v_head_dim), jnp.float32),
         )

@@ -263,7 +263,8 @@ class Stages:
                 kept[0].write(rows.start, np.asarray(found)[: rows.stop - rows.start])
             self.event("gradient", layer=i, chunk=c)
             wide = {side: to_host(arrays) for side, arrays in jax.device_get(reduced).items()}
-            merged = {side: st.merge_arrays(tree[side], wide[side]) for side in tree}
+            # A layer without keys and values has no statistics.
+            merged = tree | {s: st.merge_arrays(tree[s], arrays) for s, arrays in wide.items()}
             self.meter.see(tree, wide, merged, params, x, g, g_x, reduced, found)
             tree = merged
             self._done(stage, c, tree, f"layer {i + 1} of {self.layers} backwards")

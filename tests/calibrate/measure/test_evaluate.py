@@ -590,6 +590,21 @@ def test_step_by_step_against_one_pass_and_float64(model, plans, windows, tmp_pa
         evaluate(model, some, windows, text="noise", steps=21, progress=False)
 
 
+def test_step_by_step_beside_delta_nets():
+    """Layers without a cache carry their state from step to step: the KL of one pass."""
+    model = load_model(GOLDEN / "qwen3_5")
+    windows = np.random.default_rng(2).integers(0, model.spec.vocab, (2, 24)).astype(np.int32)
+    plan = named(model, "mse 1", TurboQuantMSE(dim=16, bits=1), policy=TokenPolicy(sinks=1))
+    found = evaluate(
+        model, [plan], windows, text="noise", steps=4, attention="packed", progress=False
+    )
+    steps = found.rows[0]["steps"]
+    assert steps["kl_steps"] > 10 * TOL["kl_packed"]
+    assert steps["largest"] <= TOL["kl_packed"]
+    errors = found.table["head_errors"]["noise"]["mse 1"]["v_rel_mse"]
+    assert [layer is not None for layer in errors] == [False, True, False]
+
+
 def test_output_folder_that_is_a_file(measured, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TurboqError, match="is a file"):

@@ -59,8 +59,8 @@ def parallel(model, layers, tokens):
     return np.asarray(forward(model, tokens, plug, layers)[0])
 
 
-# mistral: a sliding window of 6; gpt_oss: logit sinks
-@pytest.mark.parametrize("family", ["llama3", "mistral", "gpt_oss"])
+# mistral: a sliding window of 6; gpt_oss: logit sinks; qwen3_next: gated delta-nets
+@pytest.mark.parametrize("family", ["llama3", "mistral", "gpt_oss", "qwen3_next"])
 def test_exact_cache_generates_what_plain_attention_does(family):
     model = load_model(GOLDEN / family)
     prompt = np.random.default_rng(5).integers(0, model.spec.vocab, (2, 4)).astype(np.int32)
@@ -204,6 +204,22 @@ def test_learned_plans_share_one_cache_and_two_programs(model, prompt):
     sequence = np.concatenate([prompt, got.tokens[:, :-1]], axis=1)
     want = parallel(model, layers, sequence)[:, prompt.shape[1] - 1 :]
     np.testing.assert_allclose(got.logits, want, rtol=0, atol=TOL["decode_packed"])
+
+
+@pytest.mark.parametrize("make", [CASES["per_head"], learned])
+def test_delta_nets_beside_packed_caches(make):
+    """The one attention layer's cache, by itself or in a pool, and the others' states."""
+    model = load_model(GOLDEN / "qwen3_next")
+    prompt = np.random.default_rng(5).integers(0, model.spec.vocab, (2, 7)).astype(np.int32)
+    layers = make(model)
+    got = greedy(model, prompt, 6, layers=layers, keep_logits=True)
+    sequence = np.concatenate([prompt, got.tokens[:, :-1]], axis=1)
+    want = parallel(model, [None, layers[0], None], sequence)[:, prompt.shape[1] - 1 :]
+    np.testing.assert_allclose(got.logits, want, rtol=0, atol=TOL["decode_packed"])
+    exact = np.asarray(forward(model, sequence)[0])[:, prompt.shape[1] - 1 :]
+    assert np.abs(exact - want).max() > 100 * TOL["decode_packed"]
+    with pytest.raises(ValueError, match="must be the number of layers with a cache, 1"):
+        greedy(model, prompt, 6, layers=layers * 3)
 
 
 def test_windows_are_all_that_a_long_sequence_keeps(tmp_path):

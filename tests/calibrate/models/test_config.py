@@ -494,9 +494,10 @@ def test_supported_families_are_the_documented_ones():
     assert [*FAMILIES, *WRAPPERS] == [
         *("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3", "smollm3", "granite"),
         *("phi3", "glm", "glm4", "starcoder2", "cohere2"),
-        *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"),
+        *("mixtral", "qwen2_moe", "qwen3_moe"),
+        *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gpt_oss"),
         *("gemma2", "gemma3_text"),
-        *("gemma3",),
+        *("gemma3", "qwen3_5", "qwen3_5_moe"),
     ]
 
 

@@ -54,6 +54,9 @@ FAMILIES = (
     "gpt_oss",
     "gpt_oss_mxfp4",
     "cohere2",
+    "qwen3_5",
+    "qwen3_5_vision",
+    "qwen3_next",
 )
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 COPIES = (
@@ -81,6 +84,9 @@ def check_against_golden(path, expected):
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=TOL["model_golden"])
     assert len(states) == len(model.spec.layers)
     for i, seen in enumerate(states):
+        if model.spec.layers[i].delta is not None:
+            assert f"k{i}" not in expected
+            continue
         for name, value in zip("qkv", seen, strict=True):
             want = expected[f"{name}{i}"]
             np.testing.assert_allclose(value, want, rtol=0, atol=TOL["model_golden"])
@@ -112,6 +118,7 @@ def test_golden_families_cover_what_they_claim():
         *("glm", "glm4", "starcoder2", "olmo3", "qwen3"),
         *["gpt_oss"] * 2,
         "cohere2",
+        *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
     ]
     assert first["llama3"].rope.scaling.type == "llama3"
     assert first["llama_bias"].rope.scaling == Scaling(type="linear", factor=2.5)
@@ -126,7 +133,7 @@ def test_golden_families_cover_what_they_claim():
     assert first["qwen3"].heads * first["qwen3"].head_dim != specs["qwen3"].hidden
     assert specs["llama3"].tied_embeddings
     assert not specs["llama"].tied_embeddings
-    assert {spec.kv_heads for spec in first.values()} == {1, 2, 4}
+    assert {spec.kv_heads for spec in first.values()} == {0, 1, 2, 4}
     assert [layer.window for layer in specs["gemma2"].layers] == [5, None, 5]
     assert [layer.window for layer in specs["gemma3"].layers] == [5] * 5 + [None, 5]
     assert first["gemma2"].softcap == 1.5
@@ -184,6 +191,15 @@ def test_golden_families_cover_what_they_claim():
     ]  # fmt: skip
     assert (cohere2[0].norm, cohere2[0].parallel, cohere2[0].qkv_bias) == ("centred", True, True)
     assert specs["cohere2"].logit_scale == 0.5
+    hybrids = [specs[name].layers for name in ("qwen3_5", "qwen3_5_vision", "qwen3_next")]
+    kinds = [[layer.delta is not None for layer in layers] for layers in hybrids]
+    assert kinds == [[True, False, True], [True, False], [True, False, True]]
+    assert [bool(layer.experts) for layer in hybrids[2]] == [True, True, False]
+    assert {layers[1].experts and layers[1].experts.shared for layers in hybrids} == {None, 10}
+    for layers in hybrids:
+        assert (layers[1].output_gate, layers[1].rope.dim, layers[1].head_dim) == (True, 4, 16)
+        assert (layers[0].owns_cache, layers[1].owns_cache) == (False, True)
+        assert layers[0].norm_offset == 1.0
     # Random norms and biases: a decoder that skips one of them cannot pass.
     norms = load_model(GOLDEN / "qwen3").layer(0)
     assert all(np.std(norms[name]) > 0.1 for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm"))
@@ -228,7 +244,17 @@ def test_a_streamed_layer_reads_only_its_own_tensors(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama_bias", "qwen3", "gemma2", "qwen2_moe", "starcoder2", "gpt_oss", "cohere2"]
+    "family",
+    [
+        "llama_bias",
+        "qwen3",
+        "gemma2",
+        "qwen2_moe",
+        "starcoder2",
+        "gpt_oss",
+        "cohere2",
+        "qwen3_next",
+    ],
 )
 def test_nnx_module_equals_the_functions(family):
     model, expected = load_model(GOLDEN / family), golden(family)

@@ -1,0 +1,142 @@
+"""Gated delta-nets against the recurrence token by token in float64, forwards and backwards."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import TOL
+
+from turboq_calibrate.models import delta_net, load_model
+from turboq_calibrate.models.params import layer_shapes
+from turboq_calibrate.models.spec import DeltaNet
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+DELTA = DeltaNet(key_heads=2, value_heads=6, key_dim=5, value_dim=3, kernel=4)
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A layer with its weights and inputs [2, 11, M]."""
+    rng = np.random.default_rng(7)
+    spec = load_model(GOLDEN / "qwen3_5", resident=False).spec.layers[0]
+    spec = dataclasses.replace(spec, delta=DELTA)
+    params = {
+        name: rng.standard_normal(shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 1.0)
+        for name, shape in layer_shapes(spec).items()
+    }
+    return spec, params, rng.standard_normal((2, 11, spec.hidden))
+
+
+def by_token(spec, params, n):
+    """The docstring's equations in float64, one sequence, one head and one token at a time."""
+    d, out = spec.delta, np.zeros_like(n)
+    each = d.value_heads // d.key_heads
+    sigmoid = lambda y: 1 / (1 + np.exp(-y))  # noqa: E731
+    for b, rows in enumerate(n):
+        x = rows @ params["delta_qkv"].T
+        seen = np.concatenate([np.zeros((d.kernel - 1, x.shape[1])), x])
+        mixed = np.stack([(seen[t : t + d.kernel] * params["conv"][:, 0].T).sum(0)
+                          for t in range(len(x))])  # fmt: skip
+        mixed *= sigmoid(mixed)
+        width = d.key_heads * d.key_dim
+        z = rows @ params["delta_z"].T
+        heads = np.zeros((len(x), d.value_heads, d.value_dim))
+        for h in range(d.value_heads):
+            at = h // each * d.key_dim
+            q, k = mixed[:, at : at + d.key_dim], mixed[:, width + at : width + at + d.key_dim]
+            q, k = (y / np.sqrt((y * y).sum(1, keepdims=True) + 1e-6) for y in (q, k))
+            own = slice(h * d.value_dim, (h + 1) * d.value_dim)
+            v = mixed[:, 2 * width :][:, own]
+            matrix = np.zeros((d.key_dim, d.value_dim))
+            for t in range(len(x)):
+                a = rows[t] @ params["delta_a"][h] + params["decay_bias"][h]
+                matrix = matrix * np.exp(-np.exp(params["log_decay"][h]) * np.log1p(np.exp(a)))
+                beta = sigmoid(rows[t] @ params["delta_b"][h])
+                matrix = matrix + np.outer(k[t], beta * (v[t] - matrix.T @ k[t]))
+                o = matrix.T @ q[t] / np.sqrt(d.key_dim)
+                o = o / np.sqrt((o * o).mean() + spec.norm_eps) * params["delta_norm"]
+                heads[t, h] = o * z[t, own] * sigmoid(z[t, own])
+        out[b] = heads.reshape(len(x), -1) @ params["delta_out"].T
+    return out
+
+
+def single(x):
+    return jax.tree.map(lambda y: jnp.asarray(y, jnp.float32), x)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_layer_against_the_recurrence(case, chunk, monkeypatch):
+    """Chunks of one token, with a short one at the end, and one that holds all."""
+    spec, params, n = case
+    monkeypatch.setattr(delta_net, "CHUNK", chunk)
+    got, _ = delta_net.mix(spec, single(params), single(n))
+    want = by_token(spec, params, n)
+    assert np.abs(want).max() > 1
+    np.testing.assert_allclose(got, want, rtol=0, atol=TOL["delta_net"])
+
+
+def test_state_carries_a_sequence_on(case):
+    """Any split of the tokens gives what one pass gives; a prompt shorter than the convolution."""
+    spec, params, n = case
+    params, n = single(params), single(n)
+    want, last = delta_net.mix(spec, params, n)
+    for cuts in ([2, 3, 9], list(range(1, n.shape[1]))):
+        state, parts = None, []
+        for part in jnp.split(n, cuts, axis=1):
+            y, state = delta_net.mix(spec, params, part, state)
+            parts.append(y)
+        np.testing.assert_allclose(
+            jnp.concatenate(parts, axis=1), want, rtol=0, atol=TOL["delta_net"]
+        )
+        np.testing.assert_allclose(state.matrix, last.matrix, rtol=0, atol=TOL["delta_net"])
+        np.testing.assert_allclose(state.inputs, last.inputs, rtol=0, atol=TOL["delta_net"])
+
+
+def test_padding_leaves_no_trace(case):
+    """Of a chunk only so many tokens of each sequence are real, none at all among them."""
+    spec, params, n = case
+    params, n = single(params), single(n)
+    _, before = delta_net.mix(spec, params, n[:, :4])
+    for counts in ([5, 0], [1, 7], [2, 3]):
+        given = before._replace(counts=jnp.asarray(counts, jnp.int32))
+        y, state = delta_net.mix(spec, params, n[:, 4:], given)
+        for b, count in enumerate(counts):
+            want, last = delta_net.mix(spec, params, n[b : b + 1, : 4 + count])
+            np.testing.assert_allclose(y[b, :count], want[0, 4:], rtol=0, atol=TOL["delta_net"])
+            np.testing.assert_allclose(
+                state.matrix[b], last.matrix[0], rtol=0, atol=TOL["delta_net"]
+            )
+            np.testing.assert_array_equal(state.inputs[b], last.inputs[0])
+
+
+def test_gradient_against_differences(case, monkeypatch):
+    """Along random directions, central differences of the float64 recurrence."""
+    spec, params, n = case
+    monkeypatch.setattr(delta_net, "CHUNK", 4)
+    rng = np.random.default_rng(1)
+    g = rng.standard_normal(n.shape)
+    _, pull = jax.vjp(lambda x: delta_net.mix(spec, single(params), x)[0], single(n))
+    found = np.asarray(pull(single(g))[0], np.float64)
+    for _ in range(3):
+        step = rng.standard_normal(n.shape)
+        sides = [(by_token(spec, params, n + s * 1e-5 * step) * g).sum() for s in (1, -1)]
+        want = (sides[0] - sides[1]) / 2e-5
+        assert (found * step).sum() == pytest.approx(want, rel=TOL["delta_net_gradient"])
+
+
+def test_decay_beyond_float32_is_zero_and_has_a_gradient():
+    """exp of a sum of gates over a chunk underflows; nothing becomes NaN, forwards or back."""
+    shape = (1, 5, 1)
+    q = k = jnp.ones((*shape, 2)) * 0.5**0.5
+    v, beta = jnp.arange(5.0).reshape(1, 5, 1, 1) + 1, jnp.ones(shape)
+    g = jnp.full(shape, -200.0)
+
+    def run(g):
+        return delta_net.delta_rule(q, k, v, g, beta, jnp.ones((1, 1, 2, 1)))[0]
+
+    out, pull = jax.vjp(run, g)
+    np.testing.assert_allclose(out, v, rtol=1e-6)  # every token sees itself alone
+    assert np.isfinite(pull(jnp.ones_like(out))[0]).all()
