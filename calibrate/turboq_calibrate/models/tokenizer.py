@@ -57,13 +57,17 @@ class Tokenizer:
         with _library("the model's tokenizer cannot decode"):
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    @functools.cached_property
+    @property
     def chat(self) -> ChatTemplate | None:
         """The model's chat template; read when first asked for.
 
         Raises:
           TurboqError: it is there and cannot be read.
         """
+        return self._chat
+
+    @functools.cached_property
+    def _chat(self) -> ChatTemplate | None:
         return self.read_chat()
 
     @functools.cached_property
