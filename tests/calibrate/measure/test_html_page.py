@@ -100,7 +100,7 @@ def test_pictures_are_valid_svg_with_text_alternatives(page):
 
 def test_both_themes(page):
     assert "prefers-color-scheme: dark" in page
-    for marker in (pictures._INK, pictures._GRID):
+    for marker in (pictures.INK, pictures._GRID):
         assert marker not in page
     assert page.count("var(--ink)") > 20
     assert "var(--grid)" in page.partition("</style>")[2]
