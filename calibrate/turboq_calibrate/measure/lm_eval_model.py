@@ -4,7 +4,8 @@
         --model_args pretrained=MODEL,plan=runs/learned --tasks gsm8k --batch_size 8
 
 Model arguments: pretrained (folder, name on the hub, .gguf, or embedded), plan (a folder), or codec
-(such as turboquant_mse:3; by default exact), max_length, max_gen_toks, dtype. Every token that is
+(such as turboquant_mse:3; by default exact), max_length, max_gen_toks, dtype. `--device`, which the
+harness always sets, says nothing here: JAX takes JAX_PLATFORMS. Every token that is
 scored or generated has been written to the packed cache and is read from it. What is longer than
 the context loses its beginning, as in the harness's own models, and a warning says so.
 """
@@ -51,8 +52,6 @@ class TurboqLM(TemplateLM):
         super().__init__()
         if plan is not None and codec is not None:
             raise TurboqError(f"plan={plan} and codec={codec}: give one of them")
-        if device is not None:
-            raise TurboqError(f"device={device}: JAX takes JAX_PLATFORMS instead")
         if not str(batch_size).isdecimal():
             raise TurboqError(f"batch_size={batch_size!r} must be a number")
         self.name = pretrained

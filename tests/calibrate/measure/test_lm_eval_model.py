@@ -89,7 +89,8 @@ def test_local_tasks_score_what_the_models_logits_say(tmp_path, monkeypatch):
     data.write_text("\n".join(map(json.dumps, docs)))
     for name, text in (("choice", CHOICE), ("write", WRITE), ("roll", ROLL)):
         (tmp_path / f"{name}.yaml").write_text(text.replace("FILE", str(data)))
-    lm = TurboqLM(pretrained=str(GOLDEN), codec="f32", batch_size=3)
+    made = f"pretrained={GOLDEN},codec=f32"  # as the command makes it
+    lm = TurboqLM.create_from_arg_string(made, {"batch_size": 3, "device": "cuda:0"})
     names = ["turboq_choice", "turboq_write", "turboq_roll"]
     found = lm_eval.simple_evaluate(
         model=lm, tasks=names, task_manager=TaskManager(include_path=str(tmp_path)),
