@@ -99,6 +99,21 @@ def size_of(arrays, name):
     return diagonal[:, :, None] * diagonal[:, None]
 
 
+def test_layers_without_a_cache_are_merged_too(tmp_path):
+    """Of two delta-nets around one attention layer, the last of all."""
+    model = load_model(GOLDEN.parent / "qwen3_5")
+    windows = random_windows(model.spec.vocab, count=4, length=12, seed=3)
+    folders = [tmp_path / str(i) for i in range(2)]
+    for i, folder in enumerate(folders):
+        quiet(model, windows, folder, RECIPE, shard=Shard(index=i, count=2))
+    merged = merge_shards(folders, tmp_path / "merged", progress=False)
+    assert merged.manifest.tokens == 4 * (12 - 2)
+    heads = [merged.layers[i].k.heads for i in range(3)]
+    assert heads == [0, 1, 0]
+    assert merged.layers[1].k.count.tolist() == [40]
+    assert merged.tokens(0).k.shape == (40, 0, 0)
+
+
 def test_the_order_of_the_folders_does_not_matter(parts, tmp_path):
     found = set()
     for n, order in enumerate(([0, 1, 2, 3], [3, 1, 0, 2])):
