@@ -15,7 +15,7 @@ def test_the_site_builds_and_has_every_public_name(tmp_path):
     done = subprocess.run(build, cwd=ROOT, env=made, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "reference" / "turboq.html").read_text()
-    assert 'id="turboq.codecs.turboquant_mse.TurboQuantMSE"' in page
+    assert 'id="turboq.codecs.TurboQuantMSE"' in page
     assert "2**bits" in page  # no Markdown in formulas
     command = (tmp_path / "reference" / "command.html").read_text()
     assert "usage: turboq calibrate" in command

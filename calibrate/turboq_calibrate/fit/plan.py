@@ -97,6 +97,17 @@ def fit_plan(plan: Plan, statistics: Statistics) -> Arrays:
 
     Raises:
       TurboqError: statistics of another model, or without what a codec needs (names the layer).
+
+    Examples:
+      >>> import turboq
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> statistics = tc.load_statistics("run")  # what `calibrate` wrote
+      >>> codec = turboq.PerHead(dim=model.spec.layers[0].head_dim, bits=2)
+      >>> plan = turboq.uniform_plan(tc.model_geometry(model), k=codec, v=codec, k_rope="before")
+      >>> arrays = tc.fit_plan(plan, statistics)
+      >>> arrays["layers.0.k.codebook"].shape[1]  # of every KV head
+      4
     """
     check_statistics(statistics, plan.model)
     stored: dict[tuple[int, str], RopeForm] = {

@@ -45,7 +45,7 @@ def merge_shards(
     Examples:
       >>> import turboq_calibrate as tc
       >>> model = tc.load_model("embedded")
-      >>> texts = ["topics:calibration", "source:calibration"]
+      >>> texts = ["topics:heldout"]
       >>> windows = tc.mixed_windows(texts, model.tokenizer, length=32, count=8)
       >>> quiet = {"progress": False, "log": lambda line: None}
       >>> for i in range(2):  # each in a process, or on a machine, of its own

@@ -97,10 +97,9 @@ class Windows:
     Examples:
       >>> import turboq_calibrate as tc
       >>> model = tc.load_model("embedded")
-      >>> texts = ["topics:calibration", "source:calibration"]
-      >>> windows = tc.mixed_windows(texts, model.tokenizer, length=64, count=4)
-      >>> windows.tokens.shape, windows.text.tolist(), [text.name for text in windows.texts]
-      ((4, 64), [0, 1, 0, 1], ['topics:calibration', 'source:calibration'])
+      >>> windows = tc.mixed_windows(["topics:heldout"], model.tokenizer, length=64, count=2)
+      >>> windows.tokens.shape, windows.text.tolist(), windows.source
+      ((2, 64), [0, 0], 'topics:heldout')
     """
 
     tokens: Int[np.ndarray, "N T"]
@@ -364,8 +363,9 @@ def mixed_windows(
       >>> import turboq_calibrate as tc
       >>> model = tc.load_model("embedded")
       >>> texts = ["topics:calibration", "source:calibration"]
-      >>> tc.mixed_windows(texts, model.tokenizer, length=64, count=4).tokens.shape
-      (4, 64)
+      >>> windows = tc.mixed_windows(texts, model.tokenizer, length=64, count=4)
+      >>> windows.tokens.shape, windows.text.tolist()  # in turn
+      ((4, 64), [0, 1, 0, 1])
     """
     if not sources:
         raise TurboqError("no text given: name a UTF-8 file, or topics:calibration")
