@@ -47,6 +47,9 @@ class Architecture:
     reads: frozenset[str] = frozenset()
 
 
+# Not read, while the same models are as Hugging Face folders.
+FROM_HUGGING_FACE = ("qwen2moe", "qwen3next", "qwen35", "qwen35moe")
+
 _gemma = functools.partial(
     Architecture, post_norms=True, scaled_embedding=True, activation="gelu_tanh"
 )

@@ -21,7 +21,11 @@ from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config_fields import positive
 from turboq_calibrate.models.config_longrope import divided
 from turboq_calibrate.models.config_yarn import temperature, yarn_frequencies
-from turboq_calibrate.models.gguf_architectures import ARCHITECTURES, Architecture
+from turboq_calibrate.models.gguf_architectures import (
+    ARCHITECTURES,
+    FROM_HUGGING_FACE,
+    Architecture,
+)
 from turboq_calibrate.models.spec import Experts, LayerSpec, ModelSpec
 
 NORM, NORM_BIAS = "output_norm.weight", "output_norm.bias"
@@ -211,9 +215,10 @@ class GGUFFile:
     def _spec(self) -> ModelSpec:
         arch = self.metadata.get("general.architecture")
         if not isinstance(arch, str) or arch not in ARCHITECTURES:
+            also = "; its Hugging Face folder is" if arch in FROM_HUGGING_FACE else ""
             raise TurboqError(
                 f"{self.path}: architecture {quoted(arch)} is not supported (supported: "
-                f"{', '.join(ARCHITECTURES)})"
+                f"{', '.join(ARCHITECTURES)}){also}"
             )
         self._row: Architecture = ARCHITECTURES[arch]
         for key in REFUSED:

@@ -88,6 +88,7 @@ def test_state_carries_a_sequence_on(case):
         for part in jnp.split(n, cuts, axis=1):
             y, state = delta_net.mix(spec, params, part, state)
             parts.append(y)
+        assert state is not None
         np.testing.assert_allclose(
             jnp.concatenate(parts, axis=1), want, rtol=0, atol=TOL["delta_net"]
         )

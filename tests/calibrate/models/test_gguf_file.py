@@ -232,6 +232,8 @@ def test_parts_of_a_split_file(tmp_path):
 def test_unsupported_architecture(tmp_path):
     path = write(tmp_path / "bad.gguf", arch="gemma")
     refuses(path, path, "architecture 'gemma' is not supported (supported: llama, qwen2, qwen3, qw")
+    path = write(tmp_path / "hybrid.gguf", arch="qwen3next")
+    refuses(path, path, "'qwen3next' is not supported", "gemma3); its Hugging Face folder is")
 
 
 @pytest.mark.parametrize(
