@@ -12,13 +12,7 @@ What they are made of, stored tokens alone and unnormalised, is `turboq_kernels.
 from turboq_kernels.attention import cache_attention as cache_attention
 from turboq_kernels.attention import fold_output as fold_output
 from turboq_kernels.attention import projected_attention as projected_attention
-from turboq_kernels.decode import decode as decode_attention
+from turboq_kernels.decode import decode as decode_attention  # noqa: F401 # pyright: ignore
 from turboq_kernels.prefill.api import prefill as prefill_attention
 
-__all__ = [
-    "cache_attention",
-    "decode_attention",
-    "fold_output",
-    "prefill_attention",
-    "projected_attention",
-]
+__all__ = ["cache_attention", "fold_output", "prefill_attention", "projected_attention"]
