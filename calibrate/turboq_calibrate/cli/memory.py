@@ -183,11 +183,13 @@ def _question(values: flags.FlagValues) -> Question:
 
 
 def _is_ladder(values: flags.FlagValues) -> bool:
+    if values.plan is None:
+        return False
     from pathlib import Path
 
     from turboq.plan.io import is_ladder
 
-    return values.plan is not None and is_ladder(Path(values.plan))
+    return is_ladder(Path(values.plan))
 
 
 def _on_rung(values: flags.FlagValues, question: Question) -> Question:
