@@ -14,9 +14,9 @@ from plan_cases import random_fit
 from tolerances import TOL
 
 from turboq.cache import accounting
-from turboq.cache.layer import TokenPolicy, uniform_layer
+from turboq.cache.layer import TokenPolicy
 from turboq.cache.simulate import attend_to, simulate, simulated_attention
-from turboq.codecs import Exact, KiviKey, PerHead, Transform, TurboQuantMSE, TurboQuantProd
+from turboq.codecs import Exact, PerHead, Transform, TurboQuantMSE, TurboQuantProd
 from turboq.errors import TurboqError
 from turboq.plan import collect_arrays, head_plan, uniform_plan
 from turboq_calibrate.cost import metrics
@@ -24,7 +24,6 @@ from turboq_calibrate.measure import evaluate as evaluation
 from turboq_calibrate.measure import quality_table as quality
 from turboq_calibrate.measure.attention_plugs import head_errors
 from turboq_calibrate.measure.evaluate import evaluate, evaluate_texts
-from turboq_calibrate.measure.scored import Scored, scored
 from turboq_calibrate.measure.teacher_forced import hidden_states, score
 from turboq_calibrate.models import (
     decoder,
@@ -421,46 +420,6 @@ def test_rows_hold_their_buckets(model, plans, rng, monkeypatch):
     assert lines[-5] == "noise: by position"
     assert lines[-4].split()[:4] == ["plan", "positions", "KL", "mean"]
     assert [line.split()[2] for line in lines[-2:]] == ["0..254"] * 2
-
-
-def brute_force(window, layer, length):
-    """Scored positions and quantized tokens, one query and one token at a time."""
-    policy, positions, tokens = layer.policy, [], set()
-    for t in range(length - 1):
-        stored = max(t + 1 - policy.recent, 0) // layer.block * layer.block
-        seen = {
-            s for s in range(t + 1)
-            if policy.sinks <= s < stored and (window is None or s > t - window)
-        }  # fmt: skip
-        tokens |= seen
-        if seen:
-            positions.append(t)
-    return positions, tokens
-
-
-@pytest.mark.parametrize(
-    "codec", [TurboQuantMSE(dim=32, bits=3), KiviKey(dim=32, bits=2, group=32)]
-)
-@pytest.mark.parametrize("sinks", [0, 3])
-@pytest.mark.parametrize("recent", [0, 5])
-@pytest.mark.parametrize("window", [None, 4, 40])
-def test_scored_against_brute_force(codec, sinks, recent, window):
-    policy = TokenPolicy(sinks=sinks, recent=recent)
-    full = uniform_layer(kv_heads=2, k=codec, v=TurboQuantMSE(dim=32, bits=3), policy=policy)
-    exact = uniform_layer(kv_heads=2, k=Exact(dim=32), v=Exact(dim=32), policy=policy)
-    positions, tokens = brute_force(window, full, 81)
-    if not positions:
-        with pytest.raises(TurboqError, match=f"{sinks} sinks and {recent} recent"):
-            scored([window], [full], 81)
-        return
-    assert scored([window], [full], 81) == Scored(first=positions[0], quantized=len(tokens))
-    # A layer of exact heads adds nothing; a layer without a window sees earlier and more.
-    assert scored([None, window], [exact, full], 81).quantized == len(tokens)
-    both = scored([window, None], [full, full], 81)
-    everything = brute_force(None, full, 81)
-    assert both == Scored(first=everything[0][0], quantized=len(everything[1]))
-    exact_policy = scored([None], [exact], 81)
-    assert exact_policy == Scored(first=sinks + recent, quantized=0)
 
 
 def test_a_plan_that_quantizes_nothing_is_refused(model, windows):
