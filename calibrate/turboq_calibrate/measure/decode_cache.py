@@ -156,8 +156,13 @@ def feed(
     last=T those of all.
 
     Raises:
-      ValueError: another `last` with `counts`.
+      ValueError: another `last` with `counts`; a cache of another number of layers than own one.
     """
+    owners = sum(spec.owns_cache for spec in model.spec.layers)
+    if len(cache.states) != owners:
+        raise ValueError(
+            f"layers of the cache, {len(cache.states)}, must be those that own one, {owners}"
+        )
     batch, count = tokens.shape
     first = jnp.reshape(jnp.asarray(start, jnp.int32), (-1, 1))
     at = first + jnp.arange(count, dtype=jnp.int32)[None]

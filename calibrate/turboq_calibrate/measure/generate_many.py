@@ -103,7 +103,7 @@ def generate(
     """At most `max_new_tokens` tokens behind every prompt, through caches of `layers`.
 
     Args:
-      layers: one per decoder layer, of a plan (`Plan.kv_layers`).
+      layers: of a plan (`Plan.kv_layers`), one for every decoder layer that owns a cache.
       stop_ids: tokens that end a sequence (the model's end tokens); stop: what else does.
       batch: sequences at once, prompts of like length together; chunk: prompt tokens at once.
       attention: the kernel that reads the caches, as in `generate.greedy`.
@@ -111,7 +111,7 @@ def generate(
     Raises:
       TurboqError: no prompt or an empty one, a sequence beyond the model's context, logits that are
         not finite.
-      ValueError: a size below 1.
+      ValueError: a size below 1; not one of `layers` for every layer that owns a cache.
     """
     if min(max_new_tokens, batch, chunk) < 1:
         raise ValueError(f"{max_new_tokens=}, {batch=} and {chunk=} must be 1 or more")

@@ -218,7 +218,7 @@ def test_delta_nets_beside_packed_caches(make):
     np.testing.assert_allclose(got.logits, want, rtol=0, atol=TOL["decode_packed"])
     exact = np.asarray(forward(model, sequence)[0])[:, prompt.shape[1] - 1 :]
     assert np.abs(exact - want).max() > 100 * TOL["decode_packed"]
-    with pytest.raises(ValueError, match="must be the number of layers with a cache, 1"):
+    with pytest.raises(ValueError, match="3, must be those that own one, 1"):
         greedy(model, prompt, 6, layers=layers * 3)
 
 
