@@ -27,9 +27,13 @@ from turboq.codecs.measured_costs import excess, measured_costs, remains
 from turboq.codecs.observed import Observed
 from turboq.codecs.transform import MAX_SEGMENTS, Segments, Transform, unit_table
 from turboq.codecs.water_filling import Rates, batched_rates, distortion_curve
+from turboq.numbers import window, window_gain
 from turboq.numbers.codebook_fitting import lloyd
 
 Arrays = dict[str, np.ndarray]
+
+# Bits per channel at which the gains of a head's costs are taken; they hardly depend on it.
+TYPICAL = 2.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,11 @@ class TransformOptions:
             gain=self.gain,
             gain_bits=self.gain_bits,
         )
+
+    @property
+    def searched(self) -> bool:
+        """Whether a vector's gain is searched, so that costs are those of vectors over it."""
+        return self.gain == "code" and self.quantizer == "window"
 
     @property
     def samples(self) -> bool:
@@ -142,9 +151,33 @@ def fit_heads(seen: Observed, options: TransformOptions | None = None) -> list[H
             slope = basis.synthesis.T.astype(np.float32) @ seen.g[h].T
             cost = 0.5 * cost + 0.25 * np.square(slope)
         sums, spreads = measured_costs(y, cost, options.curve, seen.text)
+        if options.searched:
+            gain = _gains(y, basis.variances, sums.sum(axis=0), options.states)
+            sums, spreads = measured_costs(
+                y / gain, cost * np.square(gain), options.curve, seen.text
+            )
         by_text = np.divide(sums, tokens, out=np.full_like(sums, np.nan), where=tokens > 0)
         out.append(HeadFit(basis, sums.sum(axis=0) / y.shape[1], spreads, by_text))
     return out
+
+
+def _gains(
+    y: Float[np.ndarray, "D N"],
+    variances: Float[np.ndarray, "D"],
+    costs: Float[np.ndarray, "D b"],
+    states: int,
+) -> Float[np.ndarray, "N"]:
+    """About the gains that a window code of `TYPICAL` bits per channel would choose, float32."""
+    low, high, wanted = 0.0, float(costs.max()), TYPICAL * len(costs)
+    for _ in range(40):  # the price of a bit at which so many are bought
+        price = 0.5 * (low + high)
+        bits = np.argmin(costs + price * np.arange(costs.shape[1]), axis=1)
+        low, high = (price, high) if bits.sum() > wanted else (low, price)
+    bits = -np.sort(-bits)
+    segments = tuple((1, int(b)) for b in bits if b)
+    coded = len(segments)
+    weights = variances[:coded].astype(np.float32)
+    return window_gain.best_gain(window.rows(states, segments), y[:coded].T, weights)
 
 
 def head_rates(fits: list[HeadFit], options: TransformOptions) -> list[Rates]:
@@ -166,7 +199,8 @@ def held_out_cost(
         sum over heads of E[w e^T M e] / 2 + E[(g . e)^2] / 4,   e = x - x_hat
 
     nats, with M the metric and w the token weights of `seen`; without gradients E[e^T M e]. Errors
-    of a trellis are taken to be those of Lloyd-Max, scaled to its curve; gains are not modelled.
+    of a trellis are taken to be those of Lloyd-Max, scaled to its curve; gains are modelled where
+    they are searched.
 
     Raises:
       ValueError: the size is below the smallest.
@@ -179,7 +213,10 @@ def held_out_cost(
         bits = spent(table.segments[table.at(size)], seen.dim)
         basis, spreads = fit.basis, fit.spreads[np.arange(seen.dim), bits]
         y = basis.analysis.astype(np.float32) @ (seen.x[h] - basis.mean.astype(np.float32)).T
-        left = remains(y, bits, spreads) * more[bits, None]
+        gain = np.ones(y.shape[1], np.float32)
+        if options.searched:
+            gain = _gains(y, basis.variances, fit.costs, options.states)
+        left = remains(y / gain, bits, spreads) * more[bits, None] * gain
         e = (basis.synthesis @ left).T
         quadratic = np.sum((e @ seen.metric[h]) * e, axis=1)
         if seen.g is None:
@@ -232,24 +269,27 @@ def fit_arrays(
             raise ValueError(f"{codec.gain=} and {codec.codebook=} need samples to fit")
         y = (np.asarray(samples, np.float64) - basis.mean) @ arrays["analysis"].T
         if codec.gain == "code":
-            arrays["gains"] = fit_gains(np.sqrt(np.mean(y * y, axis=-1)), 2**codec.gain_bits)
+            if codec.quantizer == "window":
+                best = window_gain.best_gain(codec.rows, y, arrays["weights"])
+            else:
+                best = np.sqrt(np.mean(y * y, axis=-1))
+            arrays["gains"] = fit_gains(best, 2**codec.gain_bits)
             edges = np.sqrt(arrays["gains"][1:] * arrays["gains"][:-1])
-            rms = np.sqrt(np.mean(y * y, axis=-1))
-            y = y / arrays["gains"][np.searchsorted(edges, rms)][:, None]
+            y = y / arrays["gains"][np.searchsorted(edges, best)][:, None]
         if codec.codebook == "fitted":
             arrays |= fit_codebooks(codec, y)
     return {name: a.astype(np.float32) for name, a in arrays.items()}
 
 
-def fit_gains(rms: Float[np.ndarray, "N"], levels: int) -> np.ndarray:
+def fit_gains(best: Float[np.ndarray, "N"], levels: int) -> np.ndarray:
     """Gains [levels], ascending: equal steps of the logarithm from the 0.5 to the 99.9 percentile.
 
     Room of half a step on the upper side is for text unlike the calibration's.
     """
-    rms = rms[rms > 0]
-    if not len(rms):
+    best = best[best > 0]
+    if not len(best):
         return np.geomspace(0.5, 2.0, levels)
-    low, high = np.quantile(rms, [0.005, 0.999])
+    low, high = np.quantile(best, [0.005, 0.999])
     low, high = min(low, 0.9 * high), high
     return np.geomspace(low, high * (high / low) ** (0.5 / max(levels - 1, 1)), levels)
 

@@ -21,7 +21,7 @@ from turboq.codecs.scalar import dot, lead
 from turboq.codecs.writing import Run, WriteTables, Writing
 from turboq.numbers import codebook as codebooks
 from turboq.numbers import scale as scales
-from turboq.numbers import trellis, trellis_runs, window
+from turboq.numbers import trellis, trellis_runs, window, window_gain
 
 Segments = tuple[tuple[int, int], ...]
 
@@ -50,7 +50,9 @@ class Transform(Codec):
                16, 64 or 256 states, `turboq.numbers.window`); no codebook of its own.
     codebook   "gaussian", or "fitted" arrays per segment.
     gain       "none": static, 0 bits, clips what is larger than calibration. "code": `gain_bits`
-               bits choose one of the fitted `gains`. "float16": the root mean square of y, 16 bits.
+               bits choose one of the fitted `gains`: the nearest to the root mean square of y, of
+               a window code the one of least error (`turboq.numbers.window_gain`). "float16": the
+               root mean square of y, 16 bits.
 
     Static unless gain is stored; without one, NaN does not show in what is stored. Fitted by
     `turboq.codecs.fit_transform`. A kernel reads a scalar one as runs of table lookups with a
@@ -253,8 +255,13 @@ class Transform(Codec):
         if self.gain == "float16":
             unit, rms = scales.unit_rms(y)
             return self._codes(arrays, unit) | {"gain": rms.astype(jnp.float16)[..., None]}
-        rms = jnp.sqrt(jnp.mean(jnp.square(y), axis=-1))
         gains = arrays["gains"]
+        if self.quantizer == "window":
+            codes, gain = window_gain.encode(
+                self.rows, y.reshape(-1, self.coded), gains, arrays["weights"]
+            )
+            return self._named(codes.reshape(y.shape)) | {"gain": gain.reshape(*y.shape[:-1], 1)}
+        rms = jnp.sqrt(jnp.mean(jnp.square(y), axis=-1))
         edges = jnp.sqrt(gains[1:] * gains[:-1])  # nearest on a logarithmic scale
         code = jnp.sum(rms[..., None] > lead(edges, rms.ndim + 1), axis=-1).astype(jnp.uint8)
         gain = gains.at[code.astype(jnp.int32)].get(mode="promise_in_bounds")
@@ -277,20 +284,21 @@ class Transform(Codec):
     def _codes(self, arrays: Arrays, u: Float[Array, "*n C"]) -> Stored:
         if self.quantizer == "window":
             codes = window.encode(self.rows, u.reshape(-1, self.coded), arrays["weights"])
-            parts = self._split(codes.reshape(u.shape))
-            return {f"codes{i}": part for i, part in enumerate(parts)}
+            return self._named(codes.reshape(u.shape))
         tables = self.level_tables(arrays)
         if self.quantizer == "trellis":
             codes, start = trellis_runs.encode(
                 self.states, self._runs(tables), u.reshape(-1, self.coded), free=self.free_start
             )
-            parts = self._split(codes.reshape(u.shape))
-            stored = {f"codes{i}": part for i, part in enumerate(parts)}
+            stored = self._named(codes.reshape(u.shape))
             return stored | ({"start": start.reshape(*u.shape[:-1], 1)} if self.free_start else {})
         return {
             f"codes{i}": codebooks.nearest(table, part)
             for i, (table, part) in enumerate(zip(tables, self._split(u), strict=True))
         }
+
+    def _named(self, codes: Array) -> Stored:
+        return {f"codes{i}": part for i, part in enumerate(self._split(codes))}
 
     def _runs(self, tables: tuple[Array, ...]) -> trellis_runs.Runs:
         return tuple((t, width) for t, (width, _) in zip(tables, self.segments, strict=True))

@@ -24,7 +24,7 @@ from turboq.codecs.base import Arrays, Codec, Field, Stored
 from turboq.codecs.scalar import dot, lead
 from turboq.codecs.transform import Transform
 from turboq.numbers import scale as scales
-from turboq.numbers import trellis, window
+from turboq.numbers import trellis, window, window_gain
 
 Levels = tuple[int, int]  # of K and V
 
@@ -67,8 +67,12 @@ class PaddedTransform(Codec):
     def encode(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Stored:
         lead_axes, x = x.shape[:-1], x.astype(jnp.float32)
         y = dot((x - lead(arrays["mean"], x.ndim)).reshape(-1, self.dim), arrays["analysis"].T)
-        u, stored = self._gain(arrays, y)
-        stored |= self._codes(arrays, u)
+        if self.quantizer == "window" and self.gain == "code":
+            codes, gain = window_gain.encode(_window(arrays), y, arrays["gains"], arrays["weights"])
+            stored = {"codes": codes, "gain": gain[:, None]}
+        else:
+            u, stored = self._gain(arrays, y)
+            stored |= self._codes(arrays, u)
         return {name: entries.reshape(*lead_axes, -1) for name, entries in stored.items()}
 
     def _codes(self, arrays: Arrays, u: Float[Array, "N D"]) -> Stored:

@@ -256,11 +256,41 @@ class Coded:
             unit, rms = _unit_rms(y, count)
             gain = _to_entries(rms.to(self.dtype))
             return torch.cat([self._codes(unit), gain[..., None]], dim=-1)
+        if self.states:
+            return self._searched(y)
         rms = torch.sqrt(y.square().sum(-1) / count)
         edges = torch.sqrt(a["gains"][:, 1:] * a["gains"][:, :-1])
         code = (rms[..., None] > edges[:, None]).sum(-1)
         u = y / a["gains"].gather(1, code)[..., None]
         return torch.cat([self._codes(u), code.int()[..., None]], dim=-1)
+
+    def _searched(self, y):
+        """Entries of y [H, N, C] at the gain of least error (turboq/numbers/window_gain.py)."""
+        a, tries = self.arrays, min(4, self.arrays["gains"].shape[1])
+        far = 1e6 * a["gains"][:, -1:, None]
+        y = torch.minimum(torch.maximum(y, -far), far)
+        w, size, gain = a["weights"][:, None], y.abs(), torch.zeros_like(y[..., :1])
+        reach = 0.8 * (0.5 * a["step"] * a["last"] + a["taps"].abs().sum(-1))[:, None]
+        even = (a["step"].square()[:, None] * w).sum(-1) / 48
+        for _ in range(6):
+            beyond = w * reach * (size > gain * reach)
+            gain = ((beyond * size).sum(-1) / (even + (beyond * reach).sum(-1)))[..., None]
+        below = (gain > a["gains"][:, None]).sum(-1)
+        first = (below - tries // 2).clamp(0, a["gains"].shape[1] - tries)
+        least = None
+        for number in range(tries):
+            index = first + number
+            gain = a["gains"].gather(1, index)[..., None]
+            codes = self._codes(y / gain)
+            error = (w * (y - gain * self._values(codes)).square()).sum(-1)
+            entries = torch.cat([codes, index.int()[..., None]], dim=-1)
+            if least is None:
+                best, least = entries, error
+            else:
+                better = error < least
+                best = torch.where(better[..., None], entries, best)
+                least = torch.where(better, error, least)
+        return best
 
     def decode(self, entries):
         """entries [H, N, C] -> x_hat [H, N, D]."""

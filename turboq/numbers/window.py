@@ -22,7 +22,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from importlib import resources
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,14 +97,23 @@ def encode(
     with N.
     """
     weights = jnp.ones_like(jnp.asarray(code.step)) if weights is None else weights
-    search = functools.partial(_encode, code, weights)
-    count = max(16, STEP_VALUES >> (code.taps.shape[1] - 1))
+    return in_chunks(functools.partial(_encode, code, weights), u, at_once(code))
+
+
+def at_once(code: Rows) -> int:
+    """Vectors that a search holds at a time."""
+    return max(16, STEP_VALUES >> (code.taps.shape[1] - 1))
+
+
+def in_chunks[T](search: Callable[[Array], T], u: Float[Array, "N C"], count: int) -> T:
+    """search(u), whose arrays have a leading axis of N, of `count` vectors at a time."""
     n = u.shape[0]
     if n <= count:
         return search(u)
     whole = -(-n // count) * count
     parts = jnp.pad(u, ((0, whole - n), (0, 0))).reshape(-1, count, u.shape[1])
-    return jax.lax.map(search, parts).reshape(whole, -1)[:n]
+    out = jax.lax.map(search, parts)
+    return jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:])[:n], out)
 
 
 def _encode(code: Rows, weights: Float[Array, "C"], u: Float[Array, "N C"]) -> UInt8[Array, "N C"]:
@@ -195,7 +206,7 @@ def bit_matrix(
     return matrix, -own.sum(axis=1) - 0.5 * step * np.asarray(code.last, np.float64)
 
 
-def lead(x: Array, ndim: int) -> Array:
+def lead(x: Array | np.ndarray, ndim: int) -> Any:
     """`x` [C] with leading axes of size 1."""
     return x.reshape((1,) * (ndim - 1) + x.shape)
 

@@ -138,6 +138,28 @@ def test_costs_are_those_of_the_codec_on_each_text(shrink):
         np.testing.assert_allclose(total, each.mean(), rtol=TOL["fit_cost"])
 
 
+def test_costs_know_of_searched_gains():
+    """About what the codec does (whose errors are not a scalar code's); without gains far off."""
+    rng = np.random.default_rng(7)
+    seen = observed(seed=1)
+    sizes = rng.lognormal(0, 0.8, (1, TOKENS, 1))
+    x = ((seen.x - 2.0) * sizes + 2.0).astype(np.float32)
+    seen = Observed.of(x, (seen.g / sizes).astype(np.float32), text=seen.text)
+    options = TransformOptions(quantizer="window", states=16, gain="code")
+    fits, ratio = fit_heads(seen, options), []
+    static = fit_heads(seen, dataclasses.replace(options, gain="none"))
+    for h, (codec, arrays) in enumerate(transform_at(seen, 44, options, fits=fits)):
+        lifted = {n: jnp.asarray(a) for n, a in arrays.items()}
+        back = jax.jit(lambda x, c=codec, a=lifted: c.decode(a, c.encode(a, x)))(seen.x[h])
+        z = (np.asarray(back, np.float64) - seen.x[h]) @ fits[h].basis.analysis.T
+        w = token_weights(seen.g[h], seen.metric[h])
+        slope = seen.g[h].astype(np.float64) @ fits[h].basis.synthesis
+        due = 0.5 * w * (z**2 @ fits[h].basis.variances) + 0.25 * np.sum((slope * z) ** 2, axis=1)
+        ratio.append([f.cost(codec.segments).mean() / due.mean() for f in (fits[h], static[h])])
+    assert np.all(np.abs(np.log(ratio))[:, 0] < np.log(1.5)), ratio
+    assert np.all(np.array(ratio)[:, 1] > 5), ratio
+
+
 @pytest.mark.parametrize("gradients", [True, False])
 def test_held_out_cost_is_that_of_the_codecs(gradients):
     """On tokens that were not fitted, with decoded errors and the other part's own metric."""
