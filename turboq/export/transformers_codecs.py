@@ -266,7 +266,7 @@ class Coded:
 
     def _searched(self, y):
         """Entries of y [H, N, C] at the gain of least error (turboq/numbers/window_gain.py)."""
-        a, tries = self.arrays, min(4, self.arrays["gains"].shape[1])
+        a, tries = self.arrays, min(8, self.arrays["gains"].shape[1])
         far = 1e6 * a["gains"][:, -1:, None]
         y = torch.minimum(torch.maximum(y, -far), far)
         w, size, gain = a["weights"][:, None], y.abs(), torch.zeros_like(y[..., :1])

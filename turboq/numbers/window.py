@@ -35,7 +35,7 @@ MEMORY = {16: 4, 64: 6, 256: 8}
 MAX_BITS = 8
 
 # Values of one search step (vectors times states): a working set that stays in a core's cache.
-STEP_VALUES = 1 << 14
+STEP_VALUES = 1 << 13
 
 
 def check(states: int, bits: int) -> None:

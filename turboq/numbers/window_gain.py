@@ -8,7 +8,7 @@ one that really leaves the least is stored: a vector has several codes to choose
 gain-shape quantizer, and one large coordinate does not coarsen all the others.
 
 Source: gain-shape vector quantization (Sabin and Gray, IEEE Trans. ASSP 1984); E and its constants
-are this project's, chosen by what 4 of 16 gains leave over all 16 (2 %).
+are this project's, chosen by what few of 16 gains leave over all 16 (4 gains: 2 %).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, UInt8
 from turboq.numbers import window
 from turboq.numbers.window import lead
 
-TRIES = 4
+TRIES = 8
 # Of the largest value: few sums of taps come near it.
 REACH = 0.8
 STEPS = 6
