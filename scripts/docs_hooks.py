@@ -46,7 +46,8 @@ def public(package: str) -> dict[str, str]:
     found = importlib.import_module(package)
     places = getattr(found, "_NAMES", None)
     if places is not None:
-        return {name: f"{place}.{name}" for name, place in places.items()}
+        split = {name: place.partition(":") for name, place in places.items()}
+        return {name: f"{module}.{other or name}" for name, (module, _, other) in split.items()}
     real = {name: getattr(found, name) for name in found.__all__}  # plain imports
     return {name: f"{x.__module__}.{x.__qualname__}" for name, x in real.items()}
 

@@ -37,7 +37,7 @@ choose rows, e.g. op=encode bits=3; those other than op must be met by some row 
 Rows of a platform or of conditions that were not asked for stay as they are in the file.
 
 Needs the compilers, on any CPU machine: ./scripts/bootstrap dev installs them into .venv/compilers,
-where .venv/bin/python finds them; `pip install 'turboq[aot]'` beside another JAX does as well.
+where .venv/bin/python finds them; the extra `aot` beside another JAX does as well.
 """
 
 

@@ -273,3 +273,26 @@ def test_a_study_runs_and_continues(observed, tmp_path):
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "out" / "key_mean.json").read_bytes() == first
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "parts").iterdir()} == parts
+
+
+def test_the_template_runs_at_smoke_size(observed, tmp_path):
+    """As it is copied; its ratios are those of the windows that it writes down."""
+    text = tmp_path / "text.txt"
+    text.write_text("A cache of keys and values. " * 40)
+    command = [
+        sys.executable, str(FOLDER.parent / "template.py"), "--smoke", f"--model={MODEL}",
+        f"--statistics={observed}", f"--text={text}", f"--out={tmp_path}/out",
+    ]  # fmt: skip
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "template.json").read_text())
+    kl = {row["name"]: np.array(row["kl_windows"]) for row in found["rows"]}
+    assert list(kl) == ["2 bits", "3 bits", "4 bits"]
+    assert all(len(x) == 2 for x in kl.values())
+    first, second = found["contrasts"]
+    assert (first["what"], second["what"]) == ("3 bits / 2 bits", "4 bits / 3 bits")
+    ratio = np.sqrt(np.prod(kl["3 bits"] / kl["2 bits"]))
+    assert first["kl_ratio"] == pytest.approx(ratio, rel=1e-12)
+    assert f"{first['what']:<18}" in done.stdout
+    assert str(tmp_path / "out" / "template.json") in done.stdout

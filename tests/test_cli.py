@@ -15,6 +15,7 @@ from turboq_calibrate.cli import common, memory
 from turboq_calibrate.cli import main as cli
 from turboq_calibrate.observe import texts
 from turboq_calibrate.observe.recipe import ObserveRecipe
+from turboq_calibrate.run.progress import Progress
 
 HEAVY = (
     "jax",
@@ -218,3 +219,25 @@ def test_defaults_of_calibrate_are_those_of_the_library():
     assert ",".join(texts.CALIBRATION_OF_LARGE) in said
     assert texts.WRITES == 2e9
     assert "2e9 parameters" in said
+
+
+def test_a_device_that_is_not_there_is_one_line():
+    flags = ["memory", "--geometry=llama-3-8b", "--device=cuda"]
+    command = [sys.executable, "-m", "turboq_calibrate.cli.main", *flags]
+    without = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=without, check=False)
+    assert done.returncode == 1
+    assert "--device=cuda: JAX finds none (the extra cuda13" in one_line(done.stderr)
+
+
+def test_quiet_commands_have_no_progress(monkeypatch, capsys):
+    def main(values, arguments):
+        with Progress(10, label="steps") as bar:
+            bar.advance(10)
+        print("result")
+
+    monkeypatch.setattr(memory, "main", main)
+    assert cli.run(["memory"]) == 0
+    assert "steps 100%" in capsys.readouterr().err
+    assert cli.run(["memory", "--quiet"]) == 0
+    assert capsys.readouterr() == ("result\n", "")

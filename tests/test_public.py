@@ -145,3 +145,14 @@ def test_examples_run(package, name, folder, monkeypatch):
     runner.run(example, out=said.append)
     assert not runner.failures, "".join(said)
     assert runner.tries > 0
+
+
+def test_a_renamed_name_works_and_says_where_it_is():
+    import turboq_kernels
+    from turboq_kernels.decode.api import decode
+
+    with pytest.warns(DeprecationWarning, match=r"is turboq_kernels\.decode\.api\.decode now"):
+        assert turboq_kernels.decode_attention is decode
+    assert "decode_attention" not in dir(turboq_kernels)
+    with pytest.raises(AttributeError, match="no attribute 'decode_attentoin'"):
+        _ = turboq_kernels.decode_attentoin

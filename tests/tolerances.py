@@ -325,4 +325,6 @@ TOL: dict[str, float] = {
     # (density of numbers times width below 1e-6 each, twice): 0.3 expected; one code is up to 4
     # planes, one differing scale up to 64 signs, of which those within 2**-11 of zero: 0.05.
     "unclear_words": 4,
+    # A picture's coordinates have six decimals of points; ratio of bars of more than ten points.
+    "drawn": 2e-6,
 }

@@ -1,4 +1,4 @@
-"""Codecs and engines by name: turboq's own, and those of other packages.
+"""Codecs, engines and tasks by name: turboq's own, and those of other packages.
 
 Another package names its own in `pyproject.toml`, or registers them in the running program:
 

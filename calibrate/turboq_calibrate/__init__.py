@@ -27,6 +27,7 @@ _FROM = {
     "turboq_calibrate.measure.evaluate": ("evaluate", "evaluate_texts"),
     "turboq_calibrate.measure.quality_table": ("format_table",),
     "turboq_calibrate.measure.generate": ("greedy",),
+    "turboq_calibrate.measure.generate_many": ("generate",),
 }
 _NAMES = {name: module for module, names in _FROM.items() for name in names}
 __all__ = sorted(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from turboq_calibrate.measure.evaluate import evaluate as evaluate
     from turboq_calibrate.measure.evaluate import evaluate_texts as evaluate_texts
     from turboq_calibrate.measure.generate import greedy as greedy
+    from turboq_calibrate.measure.generate_many import generate as generate
     from turboq_calibrate.measure.quality_table import format_table as format_table
     from turboq_calibrate.models import load_model as load_model
     from turboq_calibrate.models.geometry import model_geometry as model_geometry

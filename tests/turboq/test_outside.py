@@ -1,4 +1,4 @@
-"""Codecs and engines of another package: `experiments/my_codecs`, as if it was installed."""
+"""Codecs, engines and tasks of another package: `experiments/my_codecs`, as if it was installed."""
 
 import dataclasses
 import importlib
@@ -23,6 +23,8 @@ from turboq.errors import TurboqError, TurboqWarning
 from turboq.export import ENGINES, engine, export
 from turboq.plan import PlanError, collect_arrays, load, save, schema, uniform_plan
 from turboq_calibrate import evaluate, load_model, model_geometry
+from turboq_calibrate.tasks import TASKS, tasks_of
+from turboq_calibrate.tasks.examples import examples
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "experiments" / "my_codecs"
@@ -48,13 +50,13 @@ def install(folder: Path, name: str, source: str, points: dict[str, dict[str, st
 def fresh(tmp_path, monkeypatch):
     """A folder that packages are installed to; both registries as in a new process."""
     monkeypatch.syspath_prepend(tmp_path)
-    for registry in (CODECS, ENGINES):
+    for registry in (CODECS, ENGINES, TASKS):
         ours = {name: x for name, x in registry._found.items() if "." not in name}
         monkeypatch.setattr(registry, "_found", ours)
         monkeypatch.setattr(registry, "_failed", {})
         monkeypatch.setattr(registry, "_loaded", False)
     yield tmp_path
-    for name in ("my_codecs", "broken", "impostor"):
+    for name in ("my_codecs", "my_tasks", "broken", "impostor"):
         sys.modules.pop(name, None)
 
 
@@ -63,6 +65,7 @@ def sign(fresh) -> type[Codec]:
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
     source = (EXAMPLE / "my_codecs.py").read_text()
     install(fresh, "my_codecs", source, project["entry-points"])
+    shutil.copy(EXAMPLE / "my_tasks.py", fresh)
     return CODECS["my_codecs.sign"]
 
 
@@ -125,6 +128,23 @@ def test_engine(sign, fresh):
     report = export(plan, arrays, engine("my_codecs.mean_bits"), fresh / "out")
     assert report.status == "exact"
     assert report.flags == (f"engine --bits={2 * 2 * 2 * (D + 16)}",)
+
+
+def test_task(sign, fresh):
+    """By name only: what a package adds must not change what "all" averages."""
+    (task,) = tasks_of(["my_codecs.birthday"])
+    assert "my_codecs.birthday" in list(TASKS)
+    assert task not in tasks_of(["all"])
+    found = examples(
+        task, load_model(MODEL, resident=False).tokenizer, length=200, count=2, depths=[0.0, 1.0],
+        room=16,
+    )  # fmt: skip
+    assert [e.task for e in found] == ["my_codecs.birthday"] * 2
+    assert all(len(e.answers) == 4 and e.length <= 200 for e in found)
+    with pytest.raises(TurboqError, match=r"my_codecs 0\.1 has no 'my_codecs\.birthdays'"):
+        tasks_of(["my_codecs.birthdays"])
+    with pytest.raises(TurboqError, match=r"must be a turboq_calibrate\.tasks\.Task"):
+        TASKS.register("birthday")
 
 
 def test_a_plan_of_a_codec_that_is_not_installed_names_the_package(sign, fresh, monkeypatch):

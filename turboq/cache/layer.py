@@ -99,6 +99,23 @@ class KVLayer:
     def kv_heads(self) -> int:
         return sum(len(g.heads) for g in self.groups)
 
+    def check_arrays(self) -> None:
+        """Refuses a layer whose codecs lack what they were to be fitted to.
+
+        Raises:
+          ValueError: names the heads, the side, the codec and its missing arrays.
+        """
+        for group in self.groups:
+            for side, codec, arrays in (
+                ("k", group.k, group.k_arrays), ("v", group.v, group.v_arrays),
+            ):  # fmt: skip
+                if missing := [name for name in codec.array_shapes if name not in arrays]:
+                    raise ValueError(
+                        f"{side.upper()} of heads {group.heads}: codec {codec.name} lacks "
+                        f"{', '.join(missing)}: give {side}_arrays, what codec.fit returns, or "
+                        "take the layer from a plan (Plan.kv_layers)"
+                    )
+
     @property
     def block(self) -> int:
         """Tokens that enter the packed cache together: the largest block of its codecs."""

@@ -141,6 +141,7 @@ def take_heads(x: Float[Array, "B T K D"], heads: tuple[int, ...]) -> Float[Arra
 
 
 def check_heads(layer: KVLayer, kv_heads: int) -> None:
-    """Refuses keys whose number of heads is not the layer's."""
+    """Refuses keys whose number of heads is not the layer's, and codecs without their arrays."""
     if kv_heads != layer.kv_heads:
         raise ValueError(f"{kv_heads=} in the keys, but the plan's layer has {layer.kv_heads}")
+    layer.check_arrays()

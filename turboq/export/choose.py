@@ -99,6 +99,23 @@ def pick(total: Cost, planned_bits: int, prefer: str) -> int:
     return int(np.argmin(np.where(exact, key, key + key.max() + 1) if exact.any() else key))
 
 
+def pick_sides(
+    total: Mapping[Side, Cost], planned: Mapping[Side, int], prefer: str
+) -> dict[Side, int]:
+    """The best candidate of each side, [N] each.
+
+    "size" is about both: where each by itself exceeds the plan together, the pair that does not.
+    """
+    at: dict[Side, int] = {side: pick(total[side], planned[side], prefer) for side in total}
+    limit = sum(planned.values())
+    if prefer == "size" and sum(int(total[side].bits[i]) for side, i in at.items()) > limit:
+        k, v = total["k"], total["v"]
+        pairs = [(i, j) for i in range(len(k.bits)) for j in range(len(v.bits))]
+        best = pairs[pick(stack([k[i] + v[j] for i, j in pairs]), limit, prefer)]
+        at = {"k": best[0], "v": best[1]}
+    return at
+
+
 def possible(total: Cost) -> bool:
     """Whether a candidate (of no axes) can be stored at all."""
     return bool(total.short < IMPOSSIBLE)

@@ -1,8 +1,9 @@
 """MaxText and tpu-inference: one cache type for the whole model, by flags.
 
 MaxText scales every token of a head (axis dkv) by its absmax in bfloat16, with codes
-rint(x * 127.5 / absmax), 7.5 at 4 bits, 448 in e4m3: no codec here has that grid, so it is an
-approximation. tpu-inference's own models store FP8 with scales of 1.
+rint(x * 127.5 / absmax), 7.5 at 4 bits: no codec here has that grid, so it is an approximation (its
+e4m3 is in the code, and refused by its configuration). tpu-inference's own models store FP8 with
+scales of 1. What runs our codes in both is `turboq_kernels.engines`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from turboq.export.base import (
 from turboq.plan import ModelGeometry, Plan
 from turboq.plan.constraints import Constraints
 
-MAXTEXT = {"int8": 8, "int4": 4, "fp8": 8}
+MAXTEXT = {"int8": 8, "int4": 4}
 TPU = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}
 AUTO = "none"
 
@@ -86,8 +87,8 @@ class MaxText(_OneType):
 
     name = "maxtext"
     title = "MaxText (and JetStream, with the same flags)"
-    versions = "sources with src/maxtext/inference/kvcache.py"
-    checked = "source"
+    versions = ">=0.2.5,<0.3"
+    checked = "0.2.5 by source; its KVCache run with turboq_kernels.engines.maxtext"
 
     def holds(self) -> dict[str, Hold]:
         return {kind: maxtext_hold(kind) for kind in MAXTEXT}
@@ -96,6 +97,14 @@ class MaxText(_OneType):
         if name == AUTO:
             return ("quantize_kvcache=false",)
         return (f"quantize_kvcache=true kv_quant_axis=dkv kv_quant_dtype={name}",)
+
+    def notes(self, name: str) -> tuple[str, ...]:
+        if name == AUTO:
+            return ()
+        return (
+            "turboq_kernels.engines.maxtext.install(codec) keeps rotated turboquant_mse codes in"
+            " the same types, where the model is made by your program.",
+        )
 
 
 class TpuInference(_OneType):
@@ -121,9 +130,12 @@ class TpuInference(_OneType):
         return (f"vllm serve MODEL --kv-cache-dtype {'auto' if name == AUTO else name}",)
 
     def notes(self, name: str) -> tuple[str, ...]:
+        runs = "TURBOQ_PLAN=PLAN vllm serve MODEL --attention-backend turboq --block-size 64"
+        ours = (f"A plan itself (no exact tokens, one device; not run on a TPU): {runs}",)
         if name == AUTO:
-            return ()
+            return ours
         return (
+            *ours,
             "Its JAX models store FP8 with scales of 1. Models it takes from vLLM read scales per"
             " tensor from the overlay of --engine=vllm.",
         )

@@ -62,11 +62,13 @@ class IkLlama(Exporter):
         holds: dict[str, Hold] = {name: ggml_hold(name, False) for name in (*FLOATS, *QUANTS)}
         holds["q6_0"] = q6_0
         positions = {layer.index: i for i, layer in enumerate(plan.layers)}
-        flags, types = [], {}
+        flags, types, names = [], {}, list(holds)
+        costs: dict[Side, choose.Cost] = {s: choose.costs(found, holds, s) for s in SIDES}
+        planned: dict[Side, int] = {side: choose.planned_bits(found, side) for side in SIDES}
+        whole: dict[Side, choose.Cost] = {side: cost.sum() for side, cost in costs.items()}
+        one = choose.pick_sides(whole, planned, options.prefer)
         for side in SIDES:
-            cost = choose.costs(found, holds, side)
-            planned = choose.planned_bits(found, side)
-            ends = _ends(cost, list(holds), planned, options, _dense(plan.model))
+            ends = _ends(costs[side], names, names[one[side]], options, _dense(plan.model))
             types[side] = spread(ends, len(positions))
             flags += _flags(side, ends)
         held = choose.held_by(found, lambda e: holds[types[e.side][positions[e.place[0]]]])
@@ -110,14 +112,16 @@ def _flags(side: Side, ends: Ends) -> list[str]:
 
 
 def _ends(
-    cost: choose.Cost, names: Sequence[str], planned: int, options: Options, dense: bool
+    cost: choose.Cost, names: Sequence[str], base: str, options: Options, dense: bool
 ) -> Ends:
-    """The best split. Blocks are chosen on their own, because the key of `Cost` is additive."""
+    """The best split, or `base` for all layers.
+
+    Blocks are chosen on their own, because the key of `Cost` is additive.
+    """
     exact = _search(cost.nonexact * 10**3 + (cost.bits > 0), names) if dense else None
     if exact is not None and cost.nonexact[_rows(exact, names, cost)].sum() == 0:
         return exact
     if options.prefer == "size" or not dense:
-        base = names[choose.pick(cost.sum(), planned, options.prefer)]
         return base, 0, base, 0, base
     return _search(cost.key, names)
 

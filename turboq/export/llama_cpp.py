@@ -133,16 +133,14 @@ class Uniform(Exporter):
 
     def _choose(self, found: Sequence[Entry], rotated: bool, options: Options):
         holds = {name: ggml_hold(name, rotated) for name in self.types}
-        total = {side: choose.costs(found, holds, side).sum() for side in SIDES}
+        total: dict[Side, choose.Cost] = {s: choose.costs(found, holds, s).sum() for s in SIDES}
         names = list(holds)
         if self.same_types:
             both = choose.pick(total["k"] + total["v"], choose.planned_bits(found), options.prefer)
             at = {"k": both, "v": both}
         else:
-            at = {
-                side: choose.pick(total[side], choose.planned_bits(found, side), options.prefer)
-                for side in SIDES
-            }
+            planned: dict[Side, int] = {side: choose.planned_bits(found, side) for side in SIDES}
+            at = choose.pick_sides(total, planned, options.prefer)
         held = choose.held_by(found, lambda e: holds[names[at[e.side]]])
         return names[at["k"]], names[at["v"]], held
 

@@ -44,7 +44,7 @@ Needs mlx-lm >= 0.32.
 try:
     from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 except ImportError as error:
-    raise ImportError(f"{{error}}: pip install 'turboq[mlx]'") from None
+    raise ImportError(f"{{error}}: pip install mlx-lm") from None
 
 
 def make_prompt_cache():
@@ -108,7 +108,7 @@ class MlxLm(Exporter):
             flags=(
                 "generate(model, tokenizer, prompt, prompt_cache=turboq_cache.make_prompt_cache())",
             ),
-            notes=("pip install 'turboq[mlx]' has what the module imports.",),
+            notes=("pip install mlx-lm has what the module imports.",),
         )
 
 

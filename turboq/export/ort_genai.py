@@ -138,7 +138,7 @@ def _projection(
     document = scales_file(plan, held, kind, per_tensor)
     options = f"kv_cache_quant_scheme={scheme} kv_cache_scale_file={FILE}"
     notes = [
-        "Choose -p and -e as for the model without a quantized cache; pip install 'turboq[onnx]'"
+        "Choose -p and -e as for the model without a quantized cache; pip install onnxruntime-genai"
         " has the runtime, its builder needs torch and transformers too."
     ]
     if kind == "fp8":

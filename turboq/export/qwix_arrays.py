@@ -43,7 +43,7 @@ from turboq.plan.constraints import Constraints, match
 
 FILE = "turboq_qarrays.py"
 WHY = "a float minimum or a table of values"
-EXTRA = "pip install 'turboq[qwix]'"
+EXTRA = "pip install qwix tokamax"
 GGML_TYPES = ("q8_0", "q5_0", "q4_0")
 NAMES = ("fp8", "nvfp4", "int8_token_head", "int4_token_head")
 

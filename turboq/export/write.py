@@ -65,6 +65,13 @@ def export(
     if runs is not None:
         names += [f"{PLAN_FOLDER}/plan.json", f"{PLAN_FOLDER}/plan.safetensors"]
     report = make_report(plan, arrays, exporter, projection, names)
+    if options.prefer == "size" and report.engine_bytes_per_token > report.plan_bytes_per_token:
+        said = (
+            f"--prefer=size: nothing of {exporter.name} keeps this plan within its "
+            f"{report.plan_bytes_per_token:g} bytes a token; this is the smallest found, as "
+            "--prefer=quality may choose too"
+        )
+        report = dataclasses.replace(report, notes=(*report.notes, said))
     _check_holds(plan, arrays, exporter, projection)
     if measure is not None:
         if runs is None:

@@ -277,7 +277,9 @@ def plan_within(
     best = tried.get(kept, allocation)
     if kept in tried:
         by_text = _by_text(ready, best.chosen, statistics.texts)
-        solved = record(best, wanted.budget) | {"predicted_by_text": by_text}
+        by_layer = problem.cost_by_layer(best.chosen)
+        solved = record(best, wanted.budget)
+        solved |= {"predicted_by_text": by_text, "predicted_by_layer": by_layer}
     else:  # a rival: its codecs are no candidates, so nothing was predicted for it
         solved = {"budget": wanted.budget.text, "method": "uniform"}
     report = solved | {

@@ -8,7 +8,8 @@ engine counts them; engine_plan/ is the plan that the engine really runs, for `t
 then says what the export costs in KL, beside bytes.
 
 --checkpoint is the Hugging Face folder that files are made for (vllm's are merged into it); it must
-be the model of the plan. `turboq export --engine=list` prints the engines.
+be the model of the plan. `turboq export --engine=list` prints the engines, and the versions that
+their rules hold for.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
 
     if values.engine == "list":
         width = max(map(len, ENGINES))
-        print("\n".join(f"{name:<{width}}  {e.title}" for name, e in ENGINES.items()))
+        for name, e in ENGINES.items():
+            print(f"{name:<{width}}  {e.title}: {e.versions}")
         return
     _check_measure(values)
     exporter = engine(values.engine)

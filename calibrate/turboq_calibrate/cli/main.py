@@ -16,6 +16,7 @@ Exit codes: 0 done, 1 bad input (one line), 2 usage (one line), 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import difflib
 import importlib
@@ -108,10 +109,13 @@ def _dispatch(argv: list[str]) -> None:
             return
         # Orbax and Grain read absl's global flags and fail if nobody parsed them.
         flags.FLAGS.mark_as_parsed()
+        if values.device is not None:
+            _take(values.device)
         began = time.monotonic()
-        module.main(values, arguments)
+        with _silent() if values.quiet else contextlib.nullcontext():
+            module.main(values, arguments)
         seconds = time.monotonic() - began
-        if seconds >= LONG_S:
+        if seconds >= LONG_S and not values.quiet:
             print(f"{name} took {datetime.timedelta(seconds=round(seconds))}", file=sys.stderr)
 
 
@@ -130,7 +134,37 @@ def _define(module: ModuleType) -> flags.FlagValues:
     values.set_gnu_getopt(True)
     module.define(values)
     flags.DEFINE_boolean("traceback", False, "Show the traceback of an error.", flag_values=values)
+    flags.DEFINE_boolean("quiet", False, "No progress: results and errors.", flag_values=values)
+    flags.DEFINE_enum(
+        "device", None, ("cpu", "cuda", "tpu"), "What JAX runs on; by default what it finds.",
+        flag_values=values,
+    )  # fmt: skip
     return values
+
+
+def _silent() -> contextlib.AbstractContextManager[None]:
+    from turboq_calibrate.run import progress
+
+    return progress.silent()
+
+
+def _take(device: str) -> None:
+    """Makes JAX use this platform, before anything else does.
+
+    Raises:
+      TurboqError: this JAX finds none.
+    """
+    import jax
+
+    jax.config.update("jax_platforms", device)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # of jaxlib; without any plugin it asserts
+        extra = {"cuda": "cuda13"}.get(device, device)
+        why = "".join(f": {line}" for line in str(error).splitlines()[:1])
+        raise TurboqError(
+            f"--device={device}: JAX finds none (the extra {extra} of turboq has its driver){why}"
+        ) from None
 
 
 def _parse(

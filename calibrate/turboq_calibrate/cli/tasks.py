@@ -26,7 +26,10 @@ def define(values: flags.FlagValues) -> None:
     common.model(values)
     common.model_dtype(values)
     named_plans.define(values)
-    flags.DEFINE_list("tasks", ["all"], "Tasks, comma-separated.", flag_values=values)
+    flags.DEFINE_list(
+        "tasks", ["all"], "Tasks, comma-separated; another package's is PACKAGE.NAME.",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_list(
         "lengths", ["1024"], "Tokens of prompt and answer, comma-separated.", flag_values=values
     )

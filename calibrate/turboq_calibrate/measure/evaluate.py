@@ -43,7 +43,7 @@ from turboq_calibrate.measure.quality_schema import SCHEMA
 from turboq_calibrate.measure.quality_table import Quality
 from turboq_calibrate.measure.scored import Scored, scored
 from turboq_calibrate.measure.steps import step_by_step
-from turboq_calibrate.measure.storage_columns import head_bits, storage_columns
+from turboq_calibrate.measure.storage_columns import head_bits, layer_loss, storage_columns
 from turboq_calibrate.measure.teacher_forced import hidden_states, mean_errors, score
 from turboq_calibrate.measure.window_files import Measured, join
 from turboq_calibrate.models import Model
@@ -217,6 +217,8 @@ def evaluate_texts(
         },
         "head_bits": bits,
     }
+    losses = {name: loss for name, plan, _ in plans if (loss := layer_loss(plan)) is not None}
+    table |= {"layer_loss": losses} if losses else {}
     reused = sum(job.passes for job in every if job.kept)
     passes = sum(job.passes for job in every) - reused
     quality = Quality(table=table, run=_run_info(started, seconds, passes, reused))

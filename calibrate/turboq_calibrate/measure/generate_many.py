@@ -112,6 +112,17 @@ def generate(
       TurboqError: no prompt or an empty one, a sequence beyond the model's context, logits that are
         not finite.
       ValueError: a size below 1; not one of `layers` for every layer that owns a cache.
+
+    Examples:
+      >>> import turboq
+      >>> import turboq_calibrate as tc
+      >>> model = tc.load_model("embedded")
+      >>> codec = turboq.TurboQuantMSE(dim=model.spec.layers[0].head_dim, bits=4)
+      >>> plan = turboq.uniform_plan(tc.model_geometry(model), k=codec, v=codec)
+      >>> prompts = [model.tokenizer.encode(text) for text in ("Python is", "A cache of keys is")]
+      >>> found = tc.generate(model, prompts, 2, layers=plan.kv_layers({}))
+      >>> [len(tokens) for tokens in found.tokens], found.stopped
+      ([2, 2], (False, False))
     """
     if min(max_new_tokens, batch, chunk) < 1:
         raise ValueError(f"{max_new_tokens=}, {batch=} and {chunk=} must be 1 or more")

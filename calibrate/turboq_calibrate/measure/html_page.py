@@ -139,6 +139,13 @@ def render(
         ),
         *_bits(table.get("head_bits") or {}),
         *_figure(
+            "What each layer costs",
+            plan_pictures.layer_losses(table.get("layer_loss") or {}),
+            "Loss that storing a layer's keys and values was predicted to add, from gradients at "
+            "calibration: nats per token, of which the allocator minimised the sum. Of plans "
+            "within a budget; the table says what was measured.",
+        ),
+        *_figure(
             "Memory",
             pictures.memory_against_context(over_texts(rows)),
             "Everything resident for one sequence: whole pages, scales, exact sinks and recent "

@@ -1,6 +1,7 @@
-"""Pictures of what plans store: bits of every (layer, KV head, K or V), and what layers take.
+"""Pictures of what plans store: bits of every (layer, KV head, K or V), what layers take and cost.
 
-From `head_bits` of `quality.json`, one dict of lists by layer per plan (`quality_schema.HeadBits`).
+From `head_bits` and `layer_loss` of `quality.json`, dicts of lists by layer for every plan
+(`quality_schema`).
 """
 
 from __future__ import annotations
@@ -96,3 +97,30 @@ def layer_bytes(bits: dict[str, HeadBits]) -> str | None:
             for name, p in lines.items()
         )
         return svg(figure, "layers", f"Bytes of one token by layer. Most: {most} bytes.")
+
+
+def layer_losses(losses: dict[str, dict[str, list[float | None]]]) -> str | None:
+    """Predicted loss by layer, V on K, a panel per plan under one scale; None without a plan."""
+    if not losses:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.9 + 1.75 * len(losses)), layout="constrained")
+        panels = figure.subplots(len(losses), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
+        said = []
+        for axes, (name, found) in zip(panels, losses.items(), strict=True):
+            k, v = (np.array([x or 0.0 for x in found[side]]) for side in _SIDES)
+            at = np.arange(len(k))
+            axes.bar(at, k, 0.8, color=_LINES[0], label="K")
+            axes.bar(at, v, 0.8, bottom=k, color=_LINES[1], label="V")
+            total, worst = float((k + v).sum()), int((k + v).argmax())
+            axes.set_title(f"{name}: {total:.3g} in all", fontsize=SMALL)
+            axes.grid(axis="y")
+            axes.set_axisbelow(True)
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+            said.append(f"{name}: {total:.3g}, layer {worst} most with {(k + v)[worst]:.3g}")
+        panels[-1].set_xlabel("layer")
+        figure.supylabel("predicted loss, nats per token", fontsize=10.5)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, loc="outside upper right", ncols=2)
+        return svg(figure, "losses", f"Predicted loss by layer. {'; '.join(said)} nats per token.")

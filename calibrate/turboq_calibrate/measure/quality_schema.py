@@ -152,6 +152,14 @@ class HeadBits:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerLoss:
+    """[layer] -> predicted loss of what is stored of it, nats per token; None without a cache."""
+
+    k: tuple[float | None, ...]
+    v: tuple[float | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Bootstrap:
     level: float
     samples: int
@@ -160,7 +168,10 @@ class Bootstrap:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """`quality.json`. head_errors: text -> plan -> errors; head_bits: plan -> bits."""
+    """`quality.json`. head_errors: text -> plan -> errors; head_bits: plan -> bits.
+
+    layer_loss: plan -> what the allocator predicted, of plans within a budget.
+    """
 
     schema: int
     model: str
@@ -173,6 +184,9 @@ class Table:
         default=None, metadata={"optional": True}
     )
     head_bits: dict[str, HeadBits] | None = dataclasses.field(
+        default=None, metadata={"optional": True}
+    )
+    layer_loss: dict[str, LayerLoss] | None = dataclasses.field(
         default=None, metadata={"optional": True}
     )
 

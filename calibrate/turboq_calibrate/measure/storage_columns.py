@@ -76,6 +76,17 @@ def head_bits(layers: Sequence[KVLayer | None]) -> dict[str, Any]:
     return found
 
 
+def layer_loss(plan: Plan) -> dict[str, Any] | None:
+    """`quality_schema.LayerLoss` as `plan_within` wrote it down; None for any other plan."""
+    recipe = {} if plan.provenance is None else plan.provenance.recipe
+    rows = (recipe.get("allocation") or {}).get("predicted_by_layer")
+    if not rows:
+        return None
+    at = {row["layer"]: row for row in rows}
+    layers = range(len(plan.model.layers))
+    return {side: [at[i][side] if i in at else None for i in layers] for side in ("k", "v")}
+
+
 def _codec_name(codecs) -> str:
     names = dict.fromkeys(codec.name for codec, _ in codecs)
     return "+".join(names)

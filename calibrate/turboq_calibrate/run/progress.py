@@ -37,6 +37,7 @@ class _Phases:
         return found + 1
 
 
+_SHOWN: contextvars.ContextVar[bool] = contextvars.ContextVar("shown", default=True)
 _PHASES: contextvars.ContextVar[_Phases | None] = contextvars.ContextVar("phases", default=None)
 
 
@@ -53,6 +54,16 @@ def phases(*labels: str) -> Iterator[None]:
         _PHASES.reset(token)
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """No progress is shown inside."""
+    token = _SHOWN.set(False)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
 def _numbered(label: str) -> str:
     known = _PHASES.get()
     found = None if known is None else known.number(label)
@@ -66,7 +77,8 @@ class Progress:
             bar.advance(1024, "layer 3 of 30")
 
     `done` units were finished by an earlier run: they count as progress, not as speed.
-    `enabled=False` is silent; `stream` is a text file (standard error by default).
+    `enabled=False` is silent, and so is all inside `silent()`; `stream` is a text file (standard
+    error by default).
     """
 
     def __init__(
@@ -82,7 +94,7 @@ class Progress:
         self.total, self.unit, self.done = total, unit, done
         self.label = _numbered(label)
         self._stream = sys.stderr if stream is None else stream
-        self._enabled = enabled
+        self._enabled = enabled and _SHOWN.get()
         self._at_start = done
         self._bar: RichProgress | None = None
 

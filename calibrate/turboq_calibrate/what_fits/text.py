@@ -64,7 +64,7 @@ def _cache(a: dict[str, Any]) -> list[str]:
         ),
         (
             f"cache of {a['batch']} x {a['context']:,} tokens",
-            f"{size(a['kv_bytes'])} = {a['kv_bytes']:,} bytes",
+            " = ".join(dict.fromkeys((size(a["kv_bytes"]), f"{a['kv_bytes']:,} bytes"))),
         ),
         (
             "the same in 16 bits",
@@ -140,6 +140,8 @@ def _choice(a: dict[str, Any]) -> list[str]:
         kl = "-" if o["kl"] is None else f"{o['kl']:.4g}"
         fits = "yes" if o["fits"] else "no"
         rows.append((o["name"], kl, size(o["needed"]), fits, tokens(o["max_context"]), span))
+    if all(o["kl"] is None for o in choice["options"]):  # nothing was measured: no column of dashes
+        rows = [(row[0], *row[2:]) for row in rows]
     return lines + _aligned(rows)
 
 

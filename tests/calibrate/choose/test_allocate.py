@@ -321,3 +321,14 @@ def test_relative_gap():
     assert solve.relative_gap(-1.0, -2.0) == 1.0
     assert solve.relative_gap(0.0, 0.0) == 0.0
     assert solve.relative_gap(0.0, -1.0) == float("inf")
+
+
+def test_costs_by_layer_are_sums_over_heads_of_a_side():
+    places = units(2, 3)  # of layers 0 and 3
+    costs = np.array([[100 * u.layer + 10 * (u.side == "v") + u.head + 1, 0.5] for u in places])
+    chosen = np.array([int((u.layer, u.side, u.head) == (3, "v", 2)) for u in places])
+    found = problem(costs, np.ones(costs.shape, int), 2, 3).cost_by_layer(chosen)
+    assert found == [
+        {"layer": 0, "k": 1 + 2 + 3, "v": 11 + 12 + 13},
+        {"layer": 3, "k": 301 + 302 + 303, "v": 311 + 312 + 0.5},
+    ]

@@ -23,6 +23,7 @@ from turboq_calibrate.choose.plan_within import Wanted, menu
 from turboq_calibrate.choose.solver.problem import Infeasible, Problem
 from turboq_calibrate.choose.solver.solve import allocate
 from turboq_calibrate.cli import main as cli
+from turboq_calibrate.measure.storage_columns import layer_loss
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe.statistics_files import load_statistics
@@ -166,6 +167,10 @@ def test_without_a_check_no_model_is_needed(run, tmp_path, monkeypatch, capsys, 
     assert found.quality.predicted.kl_mean == pytest.approx(report["predicted"])
     each = report["predicted_by_text"].values()
     assert sum(each) / 2 == pytest.approx(report["predicted"])
+    layers = report["predicted_by_layer"]
+    assert [row["layer"] for row in layers] == [layer.index for layer in found.layers]
+    assert sum(row["k"] + row["v"] for row in layers) == pytest.approx(report["predicted"])
+    assert layer_loss(found) == {side: [row[side] for row in layers] for side in ("k", "v")}
 
 
 def losing(name, tokens, text):

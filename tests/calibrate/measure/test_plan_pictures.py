@@ -6,6 +6,7 @@ import shlex
 import plan_cases
 import pytest
 import quality_cases
+from tolerances import TOL
 
 from turboq.codecs import PerHead, TurboQuantMSE
 from turboq.export import ENGINES
@@ -59,6 +60,22 @@ def test_more_bits_are_brighter_and_the_first_head_is_on_top():
     assert first[0] < first[1] < second[0] < second[1]  # 2, 3 and 4, 8 bits
 
 
+def test_what_layers_cost_is_drawn_to_scale():
+    """Heights of the bars, K then V on top, are as the losses; a layer without a cache has none."""
+    losses = {"a": {"k": [1.0, None, 4.0], "v": [2.0, None, 0.5]}}
+    drawn = plan_pictures.layer_losses(losses) or ""
+    assert "a: 7.5, layer 2 most with 4.5" in drawn
+    boxes = re.findall(r'd="M (\S+) (\S+) \nL \S+ \S+ \nL \S+ (\S+) [^"]*"[^>]*fill: #(\w+)', drawn)
+    heights = {"2f7fd1": [], "d4660a": []}
+    for _, bottom, top, colour in boxes:
+        heights[colour].append(float(bottom) - float(top))
+    unit = heights["2f7fd1"][0]
+    for colour, due in (("2f7fd1", [1, 0, 4]), ("d4660a", [2, 0, 0.5])):
+        *bars, _legend = heights[colour]
+        assert [h / unit for h in bars] == pytest.approx(due, abs=TOL["drawn"])
+    assert plan_pictures.layer_losses({}) is None
+
+
 @pytest.fixture
 def report():
     rows = [quality_cases.row("best", "per_head", 3, 0.1), quality_cases.row("other", kl=0.3)]
@@ -69,8 +86,10 @@ def report():
 
 
 def test_the_report_says_where_bits_go_and_how_to_use_the_best_plan(report, tmp_path):
+    report.table["layer_loss"] = {"best": {"k": [0.1, None], "v": [0.2, None]}}
     page = html_page.render(report)
     assert "Where bits go" in page
+    assert "best: 0.3 in all" in page
     assert "These store all heads alike: other." in page
     lines = re.findall(r"^turboq export (.*?)(?:</pre>)?$", page, re.MULTILINE)
     assert [dict(x.split("=", 1) for x in shlex.split(line.replace("&#x27;", "'")))

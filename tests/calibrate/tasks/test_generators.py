@@ -8,7 +8,7 @@ import pytest
 import task_solvers
 
 from turboq.errors import TurboqError
-from turboq_calibrate.tasks import TASKS, tasks_of
+from turboq_calibrate.tasks import OURS, TASKS, tasks_of
 from turboq_calibrate.tasks.contract import Sample, Task
 from turboq_calibrate.tasks.examples import examples
 
@@ -25,7 +25,7 @@ class Characters:
         return "".join(map(chr, ids))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("size", [0, 1, 7, 60])
 def test_the_right_answer_follows_from_the_prompt(name, size):
     for seed, depth in ((0, 0.0), (1, 0.5), (2, 1.0)):
@@ -35,7 +35,7 @@ def test_the_right_answer_follows_from_the_prompt(name, size):
         assert sample.prompt != TASKS[name].write(random.Random(seed + 9), size, depth).prompt
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", OURS)
 def test_prompts_are_full_and_of_one_length(name):
     task = TASKS[name]
     few, many = (
@@ -69,7 +69,8 @@ def test_bad_tasks_are_one_clear_line():
         tasks_of(["needles"])
     with pytest.raises(TurboqError, match="each named once"):
         tasks_of(["passkey", "passkey"])
-    assert len(tasks_of(["all"])) == len(TASKS) == 13
+    assert [task.name for task in tasks_of(["all"])] == [*OURS]
+    assert len(OURS) == 13
     with pytest.raises(TurboqError, match=r"copying: its shortest prompt is \d+ tokens, and a len"):
         examples(TASKS["copying"], Characters(), length=200, count=1, depths=[0.5])
     with pytest.raises(TurboqError, match=r"an answer of \d+ tokens does not fit the 8"):

@@ -8,7 +8,7 @@ from kv_cases import DIM, LAYERS, make_layer, tokens
 
 from turboq.cache import contiguous as kv_cache
 from turboq.cache.layer import TokenPolicy, uniform_layer
-from turboq.codecs import TurboQuantMSE
+from turboq.codecs import PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
 from turboq.numbers.packing import PAGE
 
@@ -109,3 +109,13 @@ def test_tail_holds_the_last_tokens_exactly(rng):
             if p >= 0:
                 want = np.asarray(k[1, p].astype(jnp.bfloat16).astype(jnp.float32))
                 np.testing.assert_array_equal(np.asarray(tail.k[1, slot]), want)
+
+
+def test_a_fitted_codec_without_its_arrays_is_named():
+    codec = PerHead(dim=16, bits=3)
+    given = {"mean": jnp.zeros((2, 16))}
+    layer = uniform_layer(kv_heads=2, k=codec, v=codec, policy=TokenPolicy(), k_arrays=given)
+    cache, x = kv_cache.init(layer, batch=1, capacity=256), jnp.zeros((1, 3, 2, 16))
+    says = r"K of heads \(0, 1\): codec per_head lacks codebook: give"
+    with pytest.raises(ValueError, match=says):
+        kv_cache.write(layer, cache, x, x)

@@ -83,6 +83,16 @@ def test_llama_cpp_never_takes_fewer_bits_unless_asked_for_size():
     assert report.engine_bytes_per_token <= report.plan_bytes_per_token
 
 
+def test_size_is_within_the_bytes_of_the_whole_plan():
+    """6.25 and 3.25 bits: no type has 3.25, so K must leave what V's smallest takes more."""
+    plan = TurboQuantMSE(dim=D, bits=6), TurboQuantMSE(dim=D, bits=3)
+    for name in ("llama.cpp", "ik_llama.cpp"):
+        found, report = run(name, *plan, prefer="size")
+        assert "-ctk q4_1 -ctv q4_0" in found.flags[0]  # 5 + 4.5 bits
+        assert report.engine_bytes_per_token == report.plan_bytes_per_token
+        assert "-ctk q4_1" not in run(name, *plan)[0].flags[0]
+
+
 def rotation_in(model):
     """The rotation of quantized keys that llama.cpp applies to a model."""
     return ENGINES["llama.cpp"].formats(model, Options())["q8_0"][0].config()["rotation"]
@@ -395,6 +405,8 @@ def test_flags_of_jax_programs():
     flags = "quantize_kvcache=true kv_quant_axis=dkv kv_quant_dtype=int4"
     assert found.flags == (flags,)
     assert report.layers[0].k[0].engine_bits == 4 * D + 16
+    flags = run("maxtext", FP8(dim=D, scale="none"))[0].flags
+    assert "kv_quant_dtype=int8" in flags[0]  # its configuration takes no other of 8 bits
     found, report = run("tpu-inference", FP8(dim=D, scale="none"))
     assert report.status == "exact"
     assert "--kv-cache-dtype fp8_e4m3" in found.flags[0]

@@ -82,6 +82,24 @@ def test_what_was_fitted_and_the_engine_drops_is_said(tmp_path):
     assert "is stored as the plan has it" in said["reader"]
 
 
+@pytest.mark.parametrize("name", ["llama.cpp", "ollama", "mlx-lm", "vllm"])
+def test_size_and_quality_choose_alike_only_where_that_is_said(tmp_path, name):
+    """Of 3.25 bits an engine whose smallest type has more keeps that one, whatever is preferred."""
+    said = "--prefer=size: nothing of"
+    for bits in (3, 7):
+        plan = plan_of(PerHead(dim=64, bits=bits))
+        found = {}
+        for prefer in ("quality", "size"):
+            out = tmp_path / f"{prefer}{bits}"
+            found[prefer] = export(*plan, ENGINES[name], out, Options(prefer=prefer))
+        quality, size = found["quality"], found["size"]
+        over = size.engine_bytes_per_token > size.plan_bytes_per_token
+        assert any(said in note for note in size.notes) == over
+        assert said not in " ".join(quality.notes)
+        assert size.engine_bytes_per_token <= quality.engine_bytes_per_token
+    assert size.engine_bytes_per_token < quality.engine_bytes_per_token  # of 7.25 bits
+
+
 def test_measured_quality_is_in_the_report(tmp_path):
     """Of the plan and of the engine's own plan; without its codecs there is nothing to measure."""
     plan, arrays = plan_of(TurboQuantMSE(dim=64, bits=4))

@@ -134,7 +134,7 @@ def test_a_missing_package_names_its_extra(monkeypatch):
     model = geometry(layers=1, kv_heads=2, k_dim=64, v_dim=64)
     plan = uniform_plan(model, k=Int8TokenHead(dim=64), v=Int8TokenHead(dim=64))
     x = jnp.zeros((1, 4, 2, 64))
-    with pytest.raises(TurboqError, match=r"qwix is not installed: pip install 'turboq\[qwix\]'"):
+    with pytest.raises(TurboqError, match=r"qwix is not installed: pip install qwix tokamax"):
         layer_qarrays(plan.kv_layer(0, {}), x, x)
 
 

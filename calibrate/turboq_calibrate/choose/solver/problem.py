@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -109,6 +110,14 @@ class Problem:
     def cost(self, chosen: Int[np.ndarray, "U"]) -> float:
         """Predicted loss of a choice."""
         return float(self.costs[np.arange(len(self.units)), chosen].sum())
+
+    def cost_by_layer(self, chosen: Int[np.ndarray, "U"]) -> list[dict[str, Any]]:
+        """The same of every layer, K and V apart: {"layer", "k", "v"} in the model's order."""
+        found: dict[int, dict[str, float]] = {}
+        for unit, costs, c in zip(self.units, self.costs, chosen, strict=True):
+            sides = found.setdefault(unit.layer, {"k": 0.0, "v": 0.0})
+            sides[unit.side] += float(costs[c])
+        return [{"layer": layer} | sides for layer, sides in sorted(found.items())]
 
 
 def shown(unit: Unit) -> str:
