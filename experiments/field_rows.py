@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from nova import nova_like
+
 from turboq import codecs as c
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs.oscar import CLIP_PERCENT
@@ -50,6 +52,9 @@ def makers(
         k, v = (c.Oscar(dim=dim, bits=2, clip_percent=CLIP_PERCENT[side]) for side in "kv")
         return fixed("oscar-like int2", k, v)
 
+    def nova() -> NamedPlan:
+        return fixed("nova-like", *nova_like(dim))
+
     def kivi() -> NamedPlan:
         k, v = c.KiviKey(dim=dim, bits=2, group=32), c.KiviValue(dim=dim, bits=2, group=32)
         return fixed("kivi 2b (up to 31 recent tokens exact)", k, v)
@@ -68,6 +73,7 @@ def makers(
         "kivi 2b": kivi,
         "q8_0 rotated": blocks("q8_0"),
         "oscar-like int2": oscar,
+        "nova-like": nova,
         "turboquant_mse 2b": mse(2),
     }
 

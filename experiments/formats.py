@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 
 from absl import flags
+from nova import nova_like
 from program import main, statistics_of
 
 from turboq import codecs as c
@@ -103,6 +104,7 @@ def formats(geometry: ModelGeometry) -> dict[str, Row]:
         )
     oscar_k, oscar_v = (c.Oscar(dim=dim, clip_percent=CLIP_PERCENT[side]) for side in ("k", "v"))
     rows["oscar int2"] = Row(oscar_k, oscar_v)
+    rows["nova-like"] = Row(*nova_like(dim))
     own = TokenPolicy(sinks=SINKS, recent=RECENT)
     rows[f"oscar int2 sinks {SINKS} recent {RECENT}"] = Row(oscar_k, oscar_v, own, False)
     for bits in (4, 2):

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from nova import nova_like
 from program import main, statistics_of
 
 from turboq import codecs as c
@@ -50,7 +51,7 @@ WINDOWS = flags.DEFINE_integer("windows", 2, "Windows of 1024 tokens per text.",
 CANDIDATES = flags.DEFINE_multi_string("candidates", [], "Of learned plans (`turboq plan`).")
 BUDGETS = flags.DEFINE_list("budgets", ["2.25", "2.5", "2.75", "3.25"], "Bits of learned plans.")
 ONLY = flags.DEFINE_string("only", "", "Only rows whose name contains this.")
-FIELD = flags.DEFINE_boolean("field", False, "Also 2-bit, per-head, INT, OSCAR-like and KIVI rows.")
+FIELD = flags.DEFINE_boolean("field", False, "Also 2-bit, per-head, INT, OSCAR-, NOVA-like, KIVI.")
 SHARING = flags.DEFINE_boolean("sharing", False, "Also learned plans per layer and uniform.")
 SHRINK = flags.DEFINE_list("shrink", [], "Learned plans so (0 to 1) instead of as guarded.")
 K_ROPE = flags.DEFINE_list("k_rope", ["before"], "Forms of keys (`turboq plan --k_rope`).")
@@ -88,6 +89,8 @@ def baselines(geometry: ModelGeometry, statistics: Statistics) -> Iterator[Named
             c.Oscar(dim=dim, bits=bits, clip_percent=CLIP_PERCENT["v"]),
             "after",
         )
+    if FIELD.value:
+        rules["nova-like"] = (*nova_like(dim), "after")
     for bits in (2, 4) if FIELD.value else ():
         key = c.KiviKey(dim=dim, bits=bits, group=32)
         value = c.KiviValue(dim=dim, bits=bits, group=min(32, dim))

@@ -194,7 +194,9 @@ def test_each_learned_part_changes_one_thing(arms):
         one += [] if np.array_equal(arm.arrays["of"], base.arrays["of"]) else ["statistics"]
         assert len(one) == 1, arm.name
         changed += one
-    assert set(changed) == {"granularity", "statistics", "k_rope", "candidates", "options"}
+    assert set(changed) == {
+        "granularity", "statistics", "k_rope", "candidates", "options", "objective",
+    }  # fmt: skip
 
 
 def test_without_gradients_nothing_of_them_is_left(study, tmp_path):

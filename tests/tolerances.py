@@ -171,6 +171,9 @@ TOL: dict[str, float] = {
     # Costs from float32 coordinates against the codec's float32 errors: 1e-6 of a unit deviation in
     # errors of 0.2 of it, and now and then one of 300 tokens at a threshold: 1e-4 of its error.
     "fit_cost": 1e-3,
+    # Gains are taken over all 16 coordinates, stored ones over those that are coded: a vector's
+    # size over so few is known to 1 / sqrt(2 * 16) = 18 %.
+    "fit_gain": 0.18,
     # x near 4096 keeps 2^-12 of absolute precision: against cells of ~0.1 (the 0.5-std head at 3
     # bits), (2^-12 / 0.1)^2 is nothing, but means and thresholds move: 1 %.
     "far_mean": 1e-2,

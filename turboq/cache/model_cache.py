@@ -35,6 +35,7 @@ from turboq.cache.contiguous import GroupBuffers, Tail
 from turboq.cache.exact_attention import Segment, attention_over_segments, causal
 from turboq.cache.key_form import from_stored
 from turboq.cache.layer import HeadGroup, KVLayer
+from turboq.codecs.as_transform import layer_as_transforms
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.codecs.transform import Transform
 from turboq.codecs.transform_padded import PaddedTransform, shared_layers
@@ -108,9 +109,14 @@ class LayerState:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.exact))
 
 
-def forms(layers: Sequence[KVLayer | None]) -> ModelForm | None:
-    """The layers in the form of this cache; None where one is of other codecs, or has none."""
+def forms(layers: Sequence[KVLayer | None], *, tables: bool = False) -> ModelForm | None:
+    """The layers in the form of this cache; None where one is of other codecs, or has none.
+
+    With `tables` TurboQuant and `per_head` are taken too, as the transforms that they are. Where
+    all heads are alike, caches and kernels of their own read them faster (`cache.contiguous`).
+    """
     kept = [layer for layer in layers if layer is not None]
+    kept = [layer_as_transforms(layer) for layer in kept] if tables else kept
     shared = shared_layers(kept) if len(kept) == len(layers) else None
     if shared is None:
         return None

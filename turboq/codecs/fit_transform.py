@@ -1,6 +1,7 @@
 """Fits `transform`: bases of the heads, segments at a size, gains and codebooks. NumPy.
 
     fits = fit_heads(seen, options)                 one basis and its measured costs per KV head
+    with_gain, without = fit_forms(seen, forms)     the same of several forms of one basis
     head_rates(fits, options)                       the best segments of each at every size
     arrays_of(codec, fit, x)                        what a codec of such segments stores
 
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -40,6 +42,9 @@ TYPICAL = 2.0
 class TransformOptions:
     """What `transform` codecs have in common when their segments are still free.
 
+    gain: that of `Transform`, or "either": every head has one of `gain_bits` or none (`forms`).
+    free_synthesis: least squares on the codes found (`turboq.codecs.fit_synthesis`).
+
     The last four guard against over-fitting: `emphasis` of the moments (0 counts tokens alike, 1 by
     what they cost), `shrink_mean` towards zero and `shrink` of the covariance towards isotropic
     (0..1), `ridge` added to the metric, as a fraction of its mean eigenvalue.
@@ -54,6 +59,7 @@ class TransformOptions:
     codebook: str = "gaussian"
     gain: str = "none"
     gain_bits: int = 4
+    free_synthesis: bool = False
     runs: int = MAX_SEGMENTS
     ridge: float = RIDGE
     shrink: float = 0.0
@@ -73,8 +79,15 @@ class TransformOptions:
         names = ("quantizer", "states", "free_start", "codebook", "gain", "gain_bits")
         return cls(**{name: getattr(codec, name) for name in names})
 
+    @property
+    def forms(self) -> tuple[TransformOptions, ...]:
+        """These options, or what "either" stands for: with a gain (more bits), and without."""
+        if self.gain != "either":
+            return (self,)
+        return tuple(dataclasses.replace(self, gain=gain) for gain in ("code", "none"))
+
     def codec(self, dim: int, segments: Segments) -> Transform:
-        """The codec of these segments."""
+        """The codec of these segments; one of `forms` where the gain is still open."""
         return Transform(
             dim=dim,
             segments=segments,
@@ -85,11 +98,6 @@ class TransformOptions:
             gain=self.gain,
             gain_bits=self.gain_bits,
         )
-
-    @property
-    def searched(self) -> bool:
-        """Whether a vector's gain is searched, so that costs are those of vectors over it."""
-        return self.gain == "code" and self.quantizer == "window"
 
     @property
     def samples(self) -> bool:
@@ -135,11 +143,21 @@ def fit_heads(seen: Observed, options: TransformOptions | None = None) -> list[H
     Raises:
       TurboqError: moments or the sample are missing, or fewer tokens than dimensions.
     """
-    options = options or TransformOptions()
+    return fit_forms(seen, (options or TransformOptions(),))[0]
+
+
+def fit_forms(seen: Observed, forms: Sequence[TransformOptions]) -> list[list[HeadFit]]:
+    """`fit_heads` of options that differ in their gain alone: bases and weights are made once.
+
+    Raises:
+      TurboqError: as of `fit_heads`.
+    """
+    options = forms[0]
     seen.require(("moments", "sample"), "a transform's fit", fewest=max(8, seen.dim))
     mean, covariance = moments(seen, options.emphasis, shrink_mean=options.shrink_mean)
     weights = sample_weights(seen, options.ridge).astype(np.float32)
-    tokens, out = np.bincount(seen.text)[:, None, None], []
+    tokens = np.bincount(seen.text)[:, None, None]
+    out: list[list[HeadFit]] = [[] for _ in forms]
     for h in range(seen.heads):  # a head at a time: its sums stay in the processor's cache
         basis = fit_basis(
             mean[h], covariance[h], seen.metric[h], ridge=options.ridge, shrink=options.shrink
@@ -150,14 +168,17 @@ def fit_heads(seen: Observed, options: TransformOptions | None = None) -> list[H
             # What the gradient says of each coordinate by itself is exact but noisy: half and half.
             slope = basis.synthesis.T.astype(np.float32) @ seen.g[h].T
             cost = 0.5 * cost + 0.25 * np.square(slope)
-        sums, spreads = measured_costs(y, cost, options.curve, seen.text)
-        if options.searched:
-            gain = _gains(y, basis.variances, sums.sum(axis=0), options.states)
-            sums, spreads = measured_costs(
-                y / gain, cost * np.square(gain), options.curve, seen.text
-            )
-        by_text = np.divide(sums, tokens, out=np.full_like(sums, np.nan), where=tokens > 0)
-        out.append(HeadFit(basis, sums.sum(axis=0) / y.shape[1], spreads, by_text))
+        plain = measured_costs(y, cost, options.curve, seen.text)
+        for fits, form in zip(out, forms, strict=True):
+            sums, spreads = plain
+            if form.gain != "none":
+                gain = _gains(y, basis.variances, sums.sum(axis=0), form)
+                # An error of y / gain is as much smaller.
+                sums, spreads = measured_costs(
+                    y / gain, cost * np.square(gain), options.curve, seen.text
+                )
+            by_text = np.divide(sums, tokens, out=np.full_like(sums, np.nan), where=tokens > 0)
+            fits.append(HeadFit(basis, sums.sum(axis=0) / y.shape[1], spreads, by_text))
     return out
 
 
@@ -165,19 +186,24 @@ def _gains(
     y: Float[np.ndarray, "D N"],
     variances: Float[np.ndarray, "D"],
     costs: Float[np.ndarray, "D b"],
-    states: int,
+    options: TransformOptions,
 ) -> Float[np.ndarray, "N"]:
-    """About the gains that a window code of `TYPICAL` bits per channel would choose, float32."""
-    low, high, wanted = 0.0, float(costs.max()), TYPICAL * len(costs)
-    for _ in range(40):  # the price of a bit at which so many are bought
-        price = 0.5 * (low + high)
-        bits = np.argmin(costs + price * np.arange(costs.shape[1]), axis=1)
-        low, high = (price, high) if bits.sum() > wanted else (low, price)
-    bits = -np.sort(-bits)
-    segments = tuple((1, int(b)) for b in bits if b)
-    coded = len(segments)
-    weights = variances[:coded].astype(np.float32)
-    return window_gain.best_gain(window.rows(states, segments), y[:coded].T, weights)
+    """About the gains that codecs of `TYPICAL` bits per channel would store, float32; none is 0."""
+    if options.quantizer == "window" and options.gain == "code":
+        low, high, wanted = 0.0, float(costs.max()), TYPICAL * len(costs)
+        for _ in range(40):  # the price of a bit at which so many are bought
+            price = 0.5 * (low + high)
+            bits = np.argmin(costs + price * np.arange(costs.shape[1]), axis=1)
+            low, high = (price, high) if bits.sum() > wanted else (low, price)
+        segments = tuple((1, int(b)) for b in -np.sort(-bits) if b)
+        own, weights = y[: len(segments)].T, variances[: len(segments)].astype(np.float32)
+        found = window_gain.best_gain(window.rows(options.states, segments), own, weights)
+    else:
+        found = np.sqrt(np.mean(np.square(y), axis=0))
+    if options.gain == "code":
+        gains = fit_gains(found, 2**options.gain_bits)
+        found = gains[np.searchsorted(np.sqrt(gains[1:] * gains[:-1]), found)]
+    return np.where(found > 0, found, 1.0).astype(np.float32)
 
 
 def head_rates(fits: list[HeadFit], options: TransformOptions) -> list[Rates]:
@@ -199,8 +225,8 @@ def held_out_cost(
         sum over heads of E[w e^T M e] / 2 + E[(g . e)^2] / 4,   e = x - x_hat
 
     nats, with M the metric and w the token weights of `seen`; without gradients E[e^T M e]. Errors
-    of a trellis are taken to be those of Lloyd-Max, scaled to its curve; gains are modelled where
-    they are searched.
+    of a trellis are taken to be those of Lloyd-Max, scaled to its curve; gains are about those
+    that are stored.
 
     Raises:
       ValueError: the size is below the smallest.
@@ -214,8 +240,8 @@ def held_out_cost(
         basis, spreads = fit.basis, fit.spreads[np.arange(seen.dim), bits]
         y = basis.analysis.astype(np.float32) @ (seen.x[h] - basis.mean.astype(np.float32)).T
         gain = np.ones(y.shape[1], np.float32)
-        if options.searched:
-            gain = _gains(y, basis.variances, fit.costs, options.states)
+        if options.gain != "none":
+            gain = _gains(y, basis.variances, fit.costs, options)
         left = remains(y / gain, bits, spreads) * more[bits, None] * gain
         e = (basis.synthesis @ left).T
         quadratic = np.sum((e @ seen.metric[h]) * e, axis=1)

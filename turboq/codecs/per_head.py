@@ -153,6 +153,6 @@ class PerHead(ScalarCodec):
         return {"codes": codebooks.nearest(arrays["codebook"], y * inverse(arrays["scale"]))}
 
 
-def inverse(scale: Float[Array, ""]) -> Float[Array, ""]:
+def inverse(scale: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """1 / scale; 0 for a head that never varies: all it stores decodes to the mean."""
     return jnp.where(scale > 0, 1.0 / scale, 0.0)

@@ -223,9 +223,9 @@ class Transform(Codec):
         )  # fmt: skip
 
     def bit_form(self, arrays: Arrays) -> BitForm | None:
-        """One part, with the gain, for a window code; None for tables."""
+        """One part, with the gain, for a window code; None for a trellis."""
         if self.quantizer != "window":
-            return None
+            return super().bit_form(arrays)
         matrix, constant = window.bit_matrix(self.states, self.segments)
         synthesis = self.synthesis_of(arrays)
         part = BitPart(
@@ -234,6 +234,7 @@ class Transform(Codec):
             ones=jnp.sum(synthesis, axis=1),
             fields=tuple(f"codes{i}" for i in range(len(self.segments))),
             bits=tuple(bits for _, bits in self.segments),
+            derived=((),) * len(self.segments),
             scale=None if self.gain == "none" else "gain",
             offset=None,
         )

@@ -8,9 +8,9 @@ import pytest
 from tolerances import TOL
 
 from turboq.cache import contiguous, model_cache
-from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
 from turboq.cache.simulate import simulate, simulated_attention
-from turboq.codecs import TurboQuantMSE
+from turboq.codecs import PerHead, TurboQuantMSE
 from turboq.codecs.observed import Observed
 from turboq.codecs.transform import Transform
 from turboq.errors import TurboqError
@@ -27,6 +27,7 @@ KINDS = {
         "quantizer": "trellis", "states": 8, "free_start": True, "gain": "code",
     },
     "window": {"quantizer": "window", "states": 16, "gain": "code"},
+    "window, some with gain": {"quantizer": "window", "states": 16, "gain": "either"},
 }  # fmt: skip
 
 
@@ -34,7 +35,10 @@ def make_layers(rng, policy, rope=None, **options):
     """Two layers whose heads have other bits each, K and V alike, in groups out of order."""
 
     def side(segments, heads):
-        codec = Transform(dim=DIM, segments=segments, **options)
+        own = dict(options)
+        if own.get("gain") == "either":
+            own["gain"] = "none" if len(heads) == 1 or segments == SEGMENTS[2] else "code"
+        codec = Transform(dim=DIM, segments=segments, **own)
         x = rng.normal(size=(len(heads), 60, DIM)) * 0.8 ** np.arange(DIM)
         fitted = codec.fit(Observed.of(x.astype(np.float32)))
         return codec, {name: jnp.asarray(a) for name, a in fitted.items()}
@@ -69,7 +73,9 @@ def run(state, words, q, k, v, chunks, **options):
     return np.concatenate(outs, axis=1), state, words
 
 
-@pytest.mark.parametrize("kind", ["gain float16, fitted", "trellis, free start", "window"])
+@pytest.mark.parametrize(
+    "kind", ["gain float16, fitted", "trellis, free start", "window, some with gain"]
+)
 def test_attention_is_that_of_the_codecs_in_float64(rng, kind):
     """A chunk, single tokens, a chunk; sinks and a recent window; keys before RoPE; grouped."""
     policy = TokenPolicy(sinks=2, recent=3)
@@ -84,6 +90,46 @@ def test_attention_is_that_of_the_codecs_in_float64(rng, kind):
         stored = simulate(state.form.layer, k, v)
         want = kernel_oracle.policy_attention(layer, q, k, v, scale=SCALE, stored_values=stored)
         np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
+
+
+@pytest.mark.parametrize("scale", ["vector", "head"])
+def test_tables_of_other_codecs_lie_in_the_pool_too(rng, scale):
+    """per_head, and beside its stored scales TurboQuant: their own bytes and values."""
+    q, k, v = inputs(rng, 30)
+
+    def fitted(codec, x, heads):
+        seen = Observed.of(np.moveaxis(np.asarray(x[0][:, list(heads)]), 1, 0))
+        return {name: jnp.asarray(a) for name, a in codec.fit(seen).items()}
+
+    def group(heads, codec):
+        each = {f"{side}_arrays": fitted(codec, x, heads) for side, x in (("k", k + 1), ("v", v))}
+        return HeadGroup(heads=heads, k=codec, v=codec, **each)
+
+    own = PerHead(dim=DIM, bits=3, scale=scale)
+    other = (
+        TurboQuantMSE(dim=DIM, bits=2)
+        if scale == "vector"
+        else PerHead(dim=DIM, bits=2, scale=scale)
+    )
+    layer = KVLayer(
+        groups=(group((0, 2), own), group((1,), other)), policy=TokenPolicy(sinks=2, recent=1)
+    )
+    assert model_cache.forms([layer]) is None
+    form = model_cache.forms([layer], tables=True)
+    assert form.bits_per_token == layer.bits_per_token
+    states, (words,) = model_cache.init(form, batch=2, capacity=40)
+    got, _, _ = run(states[0], words, q, k, v, (30,), scale=SCALE)
+    want = kernel_oracle.policy_attention(layer, q, k, v, scale=SCALE)
+    np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
+
+
+def test_tables_with_another_scale_do_not(rng):
+    for codec in (
+        TurboQuantMSE(dim=DIM, bits=3, scale_rule="unbiased"),
+        TurboQuantMSE(dim=DIM, bits=3, scale_dtype="float32"),
+    ):
+        layer = uniform_layer(kv_heads=HEADS, k=codec, v=codec, policy=TokenPolicy())
+        assert model_cache.forms([layer], tables=True) is None
 
 
 @pytest.mark.parametrize("options", [{"window": 9}, {"softcap": 2.0}, {"sink_logits": 1}], ids=str)
