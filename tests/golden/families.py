@@ -87,6 +87,25 @@ HYBRID = {
     "num_hidden_layers": 3,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
+MLA = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 10,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 10,
+    "rms_norm_eps": 1e-5,  # latent norms have another
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "rope_parameters": rope("yarn", mscale=1.4, mscale_all_dim=0.7, **YARN),
+}
+ONE = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
 SEEING = {  # of Qwen3.5
     "hidden_size": 8,
     "intermediate_size": 8,
@@ -222,6 +241,24 @@ FAMILIES = {
         "qwen3_5_moe",
         HYBRID | MOE | {"num_experts": 3, "shared_expert_intermediate_size": 10,
                         "num_hidden_layers": 2, "layer_types": HYBRID["layer_types"][:2]},
+        torch.bfloat16, None, None, None,
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        MLA | ONE | {"topk_method": "group_limited_greedy", "n_shared_experts": 2},
+        torch.bfloat16, None, None, None,
+    ),
+    "deepseek_v2_lite": (
+        "deepseek_v2",
+        MLA | ONE | {"topk_method": "greedy", "n_shared_experts": 1, "q_lora_rank": None,
+                     "rope_parameters": rope()},
+        torch.bfloat16, None, None, None,
+    ),
+    "deepseek_v3": ("deepseek_v3", MLA, torch.bfloat16, None, None, None),
+    "deepseek_fp8": (
+        "deepseek_v3",
+        MLA | ONE | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+                     "rope_interleave": False},
         torch.bfloat16, None, None, None,
     ),
     "gemma2": (

@@ -40,6 +40,7 @@ from families import (
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.masking_utils import eager_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
@@ -48,6 +49,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE.parents[1] / "calibrate" / "turboq_calibrate" / "hf" / "capture.py"
 BATCH, TIME = 2, 12
+FP8_BLOCK = 8  # 128 as published
 SPECIAL = ["<|begin|>", "<|end|>"]
 
 
@@ -77,6 +79,11 @@ def build(family: str) -> transformers.PreTrainedModel:
                 one |= name.endswith("linear_attn.norm.weight")
                 value = 1 + 0.3 * noise if one else 0.3 * noise
             p.copy_(value.to(stored).float())
+        for name, p in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+        if family.endswith("fp8"):
+            pack_blocks(model)
         if family.endswith("mxfp4"):
             pack_experts(model, generator)
     return model
@@ -95,6 +102,52 @@ def pack_experts(model, generator) -> None:
             scales = torch.randint(121, 126, shape, generator=generator, dtype=torch.uint8)
             p.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
             experts.packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+def fp8_modules(model) -> dict[str, torch.Tensor]:
+    """Matrices that published FP8 checkpoints hold so, experts one by one."""
+    out = {}
+    for name, p in model.named_parameters():
+        if name.endswith("experts.gate_up_proj"):
+            for i, both in enumerate(p):
+                for part, rows in zip(("gate", "up"), both.chunk(2), strict=True):
+                    out[f"{name.removesuffix('gate_up_proj')}{i}.{part}_proj.weight"] = rows
+        elif name.endswith("experts.down_proj"):
+            out |= {f"{name.removesuffix('down_proj')}{i}.down_proj.weight": x
+                    for i, x in enumerate(p)}  # fmt: skip
+        elif name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")):
+            out[name] = p
+    return out
+
+
+def pack_blocks(model) -> None:
+    """Matrices that FP8 in blocks holds, as transformers itself reads it; the bytes are kept."""
+    unpack = Fp8Dequantize(None)._dequantize_one
+    model.packed = {}
+    for name, p in fp8_modules(model).items():
+        rows, columns = (-(-n // FP8_BLOCK) for n in p.shape)
+        blocks = torch.nn.functional.pad(
+            p, (0, columns * FP8_BLOCK - p.shape[1], 0, rows * FP8_BLOCK - p.shape[0])
+        ).reshape(rows, FP8_BLOCK, columns, FP8_BLOCK)
+        scales = blocks.abs().amax(dim=(1, 3)) / 448
+        codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+        whole = codes.reshape(rows * FP8_BLOCK, -1)
+        padded = unpack(whole, scales, torch.float32)
+        p.copy_(padded[: p.shape[0], : p.shape[1]])
+        model.packed[name] = whole[: p.shape[0], : p.shape[1]].contiguous()
+        model.packed[f"{name}_scale_inv"] = scales
+
+
+def keep_blocks(model, folder: Path) -> None:
+    """Puts codes and scales in the place of matrices, as in published checkpoints."""
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | model.packed, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def keep_packed(model, folder: Path) -> None:
@@ -139,7 +192,21 @@ def run(model, tokens: np.ndarray, positions: np.ndarray):
         model.set_attn_implementation("golden")
         logits = model(**inputs).logits.numpy()
     assert np.array_equal(eager, logits), "the capturing attention differs from eager"
+    if getattr(model.config, "kv_lora_rank", None):
+        seen |= latents(model, inputs)
     return logits, seen
+
+
+def latents(model, inputs: dict) -> dict[str, np.ndarray]:
+    """What transformers caches of latent attention, [B, T, 1, D]: `c`, the latent vector as keys,
+    and `r`, the rotated part as values."""
+    with torch.no_grad():
+        cache = model(**inputs | {"use_cache": True}).past_key_values
+    return {
+        f"{name}{i}": x.transpose(1, 2).contiguous().numpy()
+        for i, layer in enumerate(cache.layers)
+        for name, x in (("c", layer.keys), ("r", layer.values))
+    }
 
 
 def make_tokenizer(kind: str, vocab: int) -> tokenizers.Tokenizer:
@@ -346,6 +413,8 @@ def make_family(family: str) -> None:
     model.to(stored).save_pretrained(folder, **options)
     if family.endswith("mxfp4"):
         keep_packed(model, folder)
+    if family.endswith("fp8"):
+        keep_blocks(model, folder)
 
 
 def make_embedded() -> None:
@@ -384,7 +453,8 @@ Made by `./scripts/make_golden` (see `generate.py`) on $date with Python $python
 Each folder: a tiny `transformers` checkpoint with all weights random, norms and biases included
 (stored in float32, float16 or bfloat16), and `golden.npz`: tokens, positions, float32 logits, and
 q, k, v of each layer [B, T, heads, D] as transformers' attention interface sees them (`eager`
-attention gave the same logits bit for bit).
+attention gave the same logits bit for bit). Of latent attention also what transformers caches:
+`c`, latent vectors, and `r`, the rotated part.
 
 $table
 | folder | model type | what it covers |
@@ -403,6 +473,10 @@ $table
 | `qwen3_next` | qwen3_next | gated delta-nets and attention, experts, a dense layer |
 | `qwen3_5` | qwen3_5_text | the same without experts, delta-net matrices apart |
 | `qwen3_5_vision` | qwen3_5_moe | stacked experts, a part of a model that also sees |
+| `deepseek_v2` | deepseek_v2 | latent attention, YaRN, experts of the best groups |
+| `deepseek_v2_lite` | deepseek_v2 | queries without a latent vector, experts without groups |
+| `deepseek_v3` | deepseek_v3 | experts chosen by corrected sigmoids in groups, a dense layer |
+| `deepseek_fp8` | deepseek_v3 | matrices in FP8 with scales of blocks, rotation of halves |
 | `gemma2` | gemma2 | soft caps, 1 + weight norms on both sides, GELU, scaled embedding, GGUF copy |
 | `gemma3` | gemma3_text | windows and rotary embeddings by layer, every sixth full, GGUF copy |
 | `gemma3_vision` | gemma3 | the decoder as a part of a model that also sees |
