@@ -48,7 +48,7 @@ class Architecture:
 
 
 # Not read, while the same models are as Hugging Face folders.
-FROM_HUGGING_FACE = ("qwen2moe", "qwen3next", "qwen35", "qwen35moe")
+FROM_HUGGING_FACE = ("qwen2moe", "qwen3next", "qwen35", "qwen35moe", "deepseek2")
 
 _gemma = functools.partial(
     Architecture, post_norms=True, scaled_embedding=True, activation="gelu_tanh"
