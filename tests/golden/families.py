@@ -126,6 +126,8 @@ VISION = {
 WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ARCHITECTURES = {
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
     "gemma3_text": "gemma3",
     "gpt_oss": "gpt-oss",
     "olmo3": "olmo2",
@@ -251,10 +253,15 @@ FAMILIES = {
     "deepseek_v2_lite": (
         "deepseek_v2",
         MLA | ONE | {"topk_method": "greedy", "n_shared_experts": 1, "q_lora_rank": None,
-                     "rope_parameters": rope()},
-        torch.bfloat16, None, None, None,
+                     "rms_norm_eps": 1e-6, "rope_parameters": rope()},
+        torch.bfloat16, None, "BF16", None,
     ),
-    "deepseek_v3": ("deepseek_v3", MLA, torch.bfloat16, None, None, None),
+    "deepseek_v3": (
+        "deepseek_v3",
+        MLA | {"rms_norm_eps": 1e-6,  # all that a GGUF file can say: one epsilon, one factor
+               "rope_parameters": rope("yarn", mscale=0.7, mscale_all_dim=0.7, **YARN)},
+        torch.bfloat16, None, "BF16", None,
+    ),
     "deepseek_fp8": (
         "deepseek_v3",
         MLA | ONE | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1,
@@ -357,5 +364,6 @@ CAPTURED = {
 }  # fmt: skip
 # Whose GGUF copies transformers does not read.
 UNREAD = ("mixtral", "olmo2", "olmo3", "smollm3", "granite", "glm4", "gpt_oss", "cohere2")
+UNREAD += ("deepseek_v2", "deepseek_v3")
 # Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
 INTERLEAVED = ("llama", "mixtral", "smollm3", "granite")

@@ -250,7 +250,8 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    latent = getattr(config, "kv_lora_rank", None)
+    writer.add_head_count_kv(1 if latent else config.num_key_value_heads)
     if model_type in ("starcoder2", "cohere2"):
         eps = "norm_epsilon" if model_type == "starcoder2" else "layer_norm_eps"
         writer.add_layer_norm_eps(getattr(config, eps))
@@ -298,6 +299,8 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_expert_feed_forward_length(config.intermediate_size)
     if model_type == "qwen3_moe":
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if latent:
+        write_latent(writer, config, rotation)
     if tokenizer is not None:
         vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
@@ -312,7 +315,8 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     arch = getattr(gguf.MODEL_ARCH, arch)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     kind = gguf.GGMLQuantizationType[stored]
-    for name, p in split_experts(model_type, model.state_dict()):
+    state = split_latent(config, model.state_dict()) if latent else model.state_dict()
+    for name, p in split_experts(model_type, state):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -339,6 +343,48 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_latent(writer, config, rotation: dict) -> None:
+    """What llama.cpp's converter says of latent attention and of DeepSeek's experts."""
+    rotated = config.qk_rope_head_dim
+    writer.add_key_length(config.kv_lora_rank + rotated)
+    writer.add_value_length(config.kv_lora_rank)
+    writer.add_key_length_mla(config.qk_nope_head_dim + rotated)
+    writer.add_value_length_mla(config.v_head_dim)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    if config.q_lora_rank is not None:
+        writer.add_q_lora_rank(config.q_lora_rank)
+    writer.add_rope_dimension_count(rotated)
+    if rotation["rope_type"] == "yarn":
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rotation["mscale_all_dim"])
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    writer.add_expert_count(config.n_routed_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    if config.model_type == "deepseek_v3":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
+
+
+def split_latent(config, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Matrices of keys and values apart, those of keys turned; the correction as a bias."""
+    out = {}
+    for name, p in state.items():
+        if name.endswith("e_score_correction_bias"):
+            out[name.replace("_bias", ".bias")] = p
+        elif name.endswith("kv_b_proj.weight"):
+            by_head = p.reshape(config.num_attention_heads, -1, p.shape[1])
+            keys, values = by_head.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+            out[name.replace("kv_b", "k_b")] = keys.swapaxes(1, 2).contiguous()
+            out[name.replace("kv_b", "v_b")] = values.contiguous()
+        else:
+            out[name] = p
+    return out
 
 
 def split_experts(model_type: str, state: dict[str, torch.Tensor]):
@@ -474,8 +520,8 @@ $table
 | `qwen3_5` | qwen3_5_text | the same without experts, delta-net matrices apart |
 | `qwen3_5_vision` | qwen3_5_moe | stacked experts, a part of a model that also sees |
 | `deepseek_v2` | deepseek_v2 | latent attention, YaRN, experts of the best groups |
-| `deepseek_v2_lite` | deepseek_v2 | queries without a latent vector, experts without groups |
-| `deepseek_v3` | deepseek_v3 | experts chosen by corrected sigmoids in groups, a dense layer |
+| `deepseek_v2_lite` | deepseek_v2 | queries without a latent vector, experts without groups, GGUF copy |
+| `deepseek_v3` | deepseek_v3 | experts chosen by corrected sigmoids in groups, GGUF copy |
 | `deepseek_fp8` | deepseek_v3 | matrices in FP8 with scales of blocks, rotation of halves |
 | `gemma2` | gemma2 | soft caps, 1 + weight norms on both sides, GELU, scaled embedding, GGUF copy |
 | `gemma3` | gemma3_text | windows and rotary embeddings by layer, every sixth full, GGUF copy |

@@ -89,14 +89,9 @@ def exact_attend(
 ) -> tuple[Float[Array, "B T H Dv"], Any]:
     """Causal float32 attention over the tokens at hand: the default plug."""
     del positions  # both sides are the same tokens: only their order matters
+    k = met(spec, k, v)
     out = attention(
-        q,
-        met(spec, k, v),
-        v,
-        scale=spec.scale,
-        window=spec.window,
-        softcap=spec.softcap,
-        sink_logits=sinks,
+        q, k, v, scale=spec.scale, window=spec.window, softcap=spec.softcap, sink_logits=sinks
     )
     return out, state
 

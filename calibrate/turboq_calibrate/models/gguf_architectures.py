@@ -44,11 +44,12 @@ class Architecture:
     logit_softcap: float | None = None
     wide_scale_layers: int | None = None  # with so many layers the scale is (hidden / heads)^-1/2
     renormalised: bool = False  # weights of the chosen experts sum to one
+    latent: bool = False  # multi-head latent attention and grouped experts (`gguf_latent`)
     reads: frozenset[str] = frozenset()
 
 
 # Not read, while the same models are as Hugging Face folders.
-FROM_HUGGING_FACE = ("qwen2moe", "qwen3next", "qwen35", "qwen35moe", "deepseek2")
+FROM_HUGGING_FACE = ("qwen2moe", "qwen3next", "qwen35", "qwen35moe")
 
 _gemma = functools.partial(
     Architecture, post_norms=True, scaled_embedding=True, activation="gelu_tanh"
@@ -89,6 +90,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="projection",
         pre_norms=False,
         post_norms=True,
+    ),
+    "deepseek2": Architecture(
+        layout="interleaved",
+        latent=True,
+        reads=frozenset({"expert_count", "attention.key_length_mla"}),
     ),
     "gpt-oss": Architecture(
         window=128,

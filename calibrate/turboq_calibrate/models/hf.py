@@ -42,8 +42,9 @@ class HFFolder:
         self._fused = hf_names.FUSED.get(self.spec.family, ())
         quantized = config.get("quantization_config")
         self._cache_scales = keeps_weights(quantized)
-        self._packed = bool(quantized) and not self._cache_scales  # config.py knows the method
         self._fp8 = hf_fp8.block_of(quantized, self.folder / "config.json")
+        # config.py knows the method.
+        self._packed = bool(quantized) and not self._cache_scales and self._fp8 is None
         drafting = self.spec.family in hf_names.DRAFTING_LAYERS
         self._drafts = config.get("num_nextn_predict_layers") if drafting else None
         self._file_of = locate(self.folder)
@@ -195,8 +196,9 @@ class HFFolder:
                     P.check_shape(name, tuple(info.get_shape()), expected[name], path)
                     types = kinds.get(name, FLOATS)
                     if info.get_dtype() not in types:
-                        bare = info.get_dtype() == hf_fp8.TYPE and types == FLOATS
-                        without = f" without {hf_fp8.scales_name(name)}" if bare else ""
+                        scales = hf_fp8.scales_name(name)
+                        bare = info.get_dtype() == hf_fp8.TYPE and scales not in self._file_of
+                        without = f" without {scales}" if bare else ""
                         raise TurboqError(
                             f"{path}: tensor {name} has type {info.get_dtype()}{without}, which is "
                             f"not supported (supported: {', '.join(types)})"

@@ -1,4 +1,4 @@
-"""Latent attention through every cache: queries meet the stored latent vectors and rotated parts."""
+"""Latent attention through the caches: queries meet stored latent vectors and rotated parts."""
 
 import dataclasses
 

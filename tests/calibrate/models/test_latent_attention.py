@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from model_files import GOLDEN, copy_of, refuses, rewrite
+from model_files import GOLDEN, copy_of, refuses, rewrite, write
 from tolerances import TOL
 
 from turboq.codecs import Exact
@@ -24,6 +24,7 @@ from turboq_calibrate.models.params import parameter_count
 from turboq_calibrate.models.spec import Experts
 
 FAMILIES = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "deepseek_fp8")
+COPIES = ("deepseek_v2_lite/model.gguf", "deepseek_v3/model.gguf")
 YARN = {"type": "yarn", "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
        "weight_block_size": [128, 128]}  # fmt: skip
@@ -72,10 +73,11 @@ def capturing(spec, q, k, v, positions, state):
     return exact_attend(spec, q, k, v, positions, None)[0], (q, k, v)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + COPIES)
 def test_logits_and_latents_are_those_of_transformers(family):
     """Latents as it caches them; absorbed queries give the products of its expanded ones."""
-    model, want = load_model(GOLDEN / family), golden(family)
+    path, family = GOLDEN / family, family.partition("/")[0]
+    model, want = load_model(path), golden(family)
     logits, states = forward(model, want["tokens"], capturing, positions=want["positions"])
     same = {"rtol": 0, "atol": TOL["model_golden"]}
     np.testing.assert_allclose(logits, want["logits"], **same)
@@ -105,7 +107,7 @@ def test_what_the_checkpoints_cover():
     assert [spec.layers[0].rope.layout for spec in specs] == ["interleaved"] * 3 + ["half"]
     assert specs[1].layers[0].rope == Rope(theta=10000.0, dim=8, layout="interleaved")
     magnitudes = [spec.layers[0].rope_magnitude for spec in specs]
-    assert magnitudes == [magnitudes[0], 1.0, magnitudes[0], magnitudes[0]]
+    assert magnitudes == [magnitudes[0], 1.0, 1.0, magnitudes[0]]
     assert magnitudes[0] > 1.01  # a factor of its own beside that of the softmax
 
 
@@ -208,3 +210,21 @@ def test_fp8_weights_without_scales_and_layers_that_draft(tmp_path):
     renamed = raw.replace(scales.encode(), scales.replace("scale_inv", "other_inv").encode())
     (bare / "model.safetensors").write_bytes(renamed)
     refuses(bare, name.format(0), "F8_E4M3", "scale_inv")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"expert_gating_func": 1}, "expert_gating_func=1 with 4 groups is not supported"),
+        ({"expert_gating_func": 3}, "expert_gating_func=3"),
+        ({"attention.key_length_mla": 8}, "8 channels of a key, 8 of them rotated"),
+        ({"attention.kv_lora_rank": None}, "attention.kv_lora_rank is missing"),
+        ({"attention.key_length_mla": None}, "attention.key_length_mla is missing"),
+        ({"rope.scaling.yarn_log_multiplier": None}, "yarn_log_multiplier and YaRN"),
+        ({"rope.scaling.yarn_beta_fast": 1.0}, "yarn_beta_fast=1.0 is not supported"),
+        ({"expert_group_used_count": 1}, "3 experts of 8 in 1 of 4 groups"),
+    ],
+)
+def test_gguf_refuses_what_llama_cpp_does_otherwise(tmp_path, fields, message):
+    named = {f"deepseek2.{name}": value for name, value in fields.items()}
+    refuses(write(tmp_path / "model.gguf", "deepseek_v3", fields=named), message)
