@@ -101,9 +101,8 @@ ROPE = (
     "scaling.finetuned",
 )
 
-LOG_MULTIPLIER = (
-    "scaling.yarn_log_multiplier"  # of YaRN, on whole queries and keys: latent attention
-)
+# Of YaRN, on whole queries and keys: latent attention.
+LOG_MULTIPLIER = "scaling.yarn_log_multiplier"
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 
 # What longrope divides frequencies by, in short sequences and in long ones.
