@@ -87,6 +87,25 @@ HYBRID = {
     "num_hidden_layers": 3,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
+MLA = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 10,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 10,
+    "rms_norm_eps": 1e-5,  # latent norms have another
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "rope_parameters": rope("yarn", mscale=1.4, mscale_all_dim=0.7, **YARN),
+}
+ONE = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
 SEEING = {  # of Qwen3.5
     "hidden_size": 8,
     "intermediate_size": 8,
@@ -107,6 +126,8 @@ VISION = {
 WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ARCHITECTURES = {
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
     "gemma3_text": "gemma3",
     "gpt_oss": "gpt-oss",
     "olmo3": "olmo2",
@@ -224,6 +245,29 @@ FAMILIES = {
                         "num_hidden_layers": 2, "layer_types": HYBRID["layer_types"][:2]},
         torch.bfloat16, None, None, None,
     ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        MLA | ONE | {"topk_method": "group_limited_greedy", "n_shared_experts": 2},
+        torch.bfloat16, None, None, None,
+    ),
+    "deepseek_v2_lite": (
+        "deepseek_v2",
+        MLA | ONE | {"topk_method": "greedy", "n_shared_experts": 1, "q_lora_rank": None,
+                     "rms_norm_eps": 1e-6, "rope_parameters": rope()},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        MLA | {"rms_norm_eps": 1e-6,  # all that a GGUF file can say: one epsilon, one factor
+               "rope_parameters": rope("yarn", mscale=0.7, mscale_all_dim=0.7, **YARN)},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "deepseek_fp8": (
+        "deepseek_v3",
+        MLA | ONE | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+                     "rope_interleave": False},
+        torch.bfloat16, None, None, None,
+    ),
     "gemma2": (
         "gemma2",
         GEMMA | {"num_hidden_layers": 3, "attn_logit_softcapping": 1.5,
@@ -320,5 +364,6 @@ CAPTURED = {
 }  # fmt: skip
 # Whose GGUF copies transformers does not read.
 UNREAD = ("mixtral", "olmo2", "olmo3", "smollm3", "granite", "glm4", "gpt_oss", "cohere2")
+UNREAD += ("deepseek_v2", "deepseek_v3")
 # Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
 INTERLEAVED = ("llama", "mixtral", "smollm3", "granite")

@@ -25,6 +25,7 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from deepseek import keep_blocks, latents, pack_blocks, split_latent, write_latent
 from families import (
     ARCHITECTURES,
     BASE,
@@ -77,6 +78,11 @@ def build(family: str) -> transformers.PreTrainedModel:
                 one |= name.endswith("linear_attn.norm.weight")
                 value = 1 + 0.3 * noise if one else 0.3 * noise
             p.copy_(value.to(stored).float())
+        for name, p in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+        if family.endswith("fp8"):
+            pack_blocks(model)
         if family.endswith("mxfp4"):
             pack_experts(model, generator)
     return model
@@ -139,6 +145,8 @@ def run(model, tokens: np.ndarray, positions: np.ndarray):
         model.set_attn_implementation("golden")
         logits = model(**inputs).logits.numpy()
     assert np.array_equal(eager, logits), "the capturing attention differs from eager"
+    if getattr(model.config, "kv_lora_rank", None):
+        seen |= latents(model, inputs)
     return logits, seen
 
 
@@ -183,7 +191,8 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    latent = getattr(config, "kv_lora_rank", None)
+    writer.add_head_count_kv(1 if latent else config.num_key_value_heads)
     if model_type in ("starcoder2", "cohere2"):
         eps = "norm_epsilon" if model_type == "starcoder2" else "layer_norm_eps"
         writer.add_layer_norm_eps(getattr(config, eps))
@@ -231,6 +240,8 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_expert_feed_forward_length(config.intermediate_size)
     if model_type == "qwen3_moe":
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if latent:
+        write_latent(writer, config, rotation)
     if tokenizer is not None:
         vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
@@ -245,7 +256,8 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     arch = getattr(gguf.MODEL_ARCH, arch)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     kind = gguf.GGMLQuantizationType[stored]
-    for name, p in split_experts(model_type, model.state_dict()):
+    state = split_latent(config, model.state_dict()) if latent else model.state_dict()
+    for name, p in split_experts(model_type, state):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -346,6 +358,8 @@ def make_family(family: str) -> None:
     model.to(stored).save_pretrained(folder, **options)
     if family.endswith("mxfp4"):
         keep_packed(model, folder)
+    if family.endswith("fp8"):
+        keep_blocks(model, folder)
 
 
 def make_embedded() -> None:
@@ -384,7 +398,8 @@ Made by `./scripts/make_golden` (see `generate.py`) on $date with Python $python
 Each folder: a tiny `transformers` checkpoint with all weights random, norms and biases included
 (stored in float32, float16 or bfloat16), and `golden.npz`: tokens, positions, float32 logits, and
 q, k, v of each layer [B, T, heads, D] as transformers' attention interface sees them (`eager`
-attention gave the same logits bit for bit).
+attention gave the same logits bit for bit). Of latent attention also what transformers caches:
+`c`, latent vectors, and `r`, the rotated part.
 
 $table
 | folder | model type | what it covers |
@@ -403,6 +418,10 @@ $table
 | `qwen3_next` | qwen3_next | gated delta-nets and attention, experts, a dense layer |
 | `qwen3_5` | qwen3_5_text | the same without experts, delta-net matrices apart |
 | `qwen3_5_vision` | qwen3_5_moe | stacked experts, a part of a model that also sees |
+| `deepseek_v2` | deepseek_v2 | latent attention, YaRN, experts of the best groups |
+| `deepseek_v2_lite` | deepseek_v2 | queries made at once, experts without groups, GGUF copy |
+| `deepseek_v3` | deepseek_v3 | experts chosen by corrected sigmoids in groups, GGUF copy |
+| `deepseek_fp8` | deepseek_v3 | matrices in FP8 with scales of blocks, rotation of halves |
 | `gemma2` | gemma2 | soft caps, 1 + weight norms on both sides, GELU, scaled embedding, GGUF copy |
 | `gemma3` | gemma3_text | windows and rotary embeddings by layer, every sixth full, GGUF copy |
 | `gemma3_vision` | gemma3 | the decoder as a part of a model that also sees |

@@ -73,6 +73,7 @@ class KVLayer:
     turned again when read, at their index in the sequence. Keys come and go rotated, exact tokens
     (sinks, recent window) are kept as they come. None: all keys are stored as they come.
     `window` is how many tokens queries see at most, their own included: a cache may give up others.
+    `latent`: values are part of the keys that queries meet (`keys`).
 
     Raises:
       ValueError: a window of no token.
@@ -90,6 +91,7 @@ class KVLayer:
     rope: Rope | None = dataclasses.field(default=None, metadata={"static": True})
     rope_block: int = dataclasses.field(default=1, metadata={"static": True})
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    latent: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __post_init__(self):
         if self.window is not None and self.window < 1:
@@ -130,10 +132,19 @@ class KVLayer:
         """How many of the first `tokens` tokens a query at their end reads packed."""
         return stored_until(self.policy, self.block, tokens)
 
+    def keys(self, k: jax.Array, v: jax.Array) -> jax.Array:
+        """What queries meet, of keys and values as they are stored: [..., D] and [..., E]."""
+        return latent_keys(k, v) if self.latent else k
+
     @property
     def bits_per_token(self) -> int:
         """Stored bits of one quantized token, K and V of all heads."""
         return sum(len(g.heads) * (g.k.bits_per_vector + g.v.bits_per_vector) for g in self.groups)
+
+
+def latent_keys(k: jax.Array, v: jax.Array) -> jax.Array:
+    """[v, k]: keys of multi-head latent attention, whose values are the latent vectors."""
+    return jnp.concatenate([v, k], axis=-1)
 
 
 def stored_until(policy: TokenPolicy, block: int, tokens: Any) -> Any:
@@ -160,6 +171,7 @@ def uniform_layer(
     rope: Rope | None = None,
     rope_block: int = 1,
     window: int | None = None,
+    latent: bool = False,
 ) -> KVLayer:
     """A layer with one codec for K and one for V of all heads.
 
@@ -175,4 +187,7 @@ def uniform_layer(
     group = HeadGroup(
         heads=tuple(range(kv_heads)), k=k, v=v, k_arrays=k_arrays or {}, v_arrays=v_arrays or {}
     )
-    return KVLayer(groups=(group,), policy=policy, rope=rope, rope_block=rope_block, window=window)
+    return KVLayer(
+        groups=(group,), policy=policy, rope=rope, rope_block=rope_block, window=window,
+        latent=latent,
+    )  # fmt: skip

@@ -330,7 +330,8 @@ def attend(
     check_window(state, window)
     k_codec, v_codec = form.codecs
     k = jax.vmap(k_codec.decode)(group.k_arrays, _read(k_codec, form.k, words))
-    v = jax.vmap(v_codec.values)(group.v_arrays, _read(v_codec, form.v, words))
+    decode_v = v_codec.decode if layer.latent else v_codec.values  # keys are not in code space
+    v = jax.vmap(decode_v)(group.v_arrays, _read(v_codec, form.v, words))
     slots = jnp.arange(k.shape[2], dtype=jnp.int32)[None] + jnp.reshape(state.first, (-1, 1))
     k = from_stored(layer, group.k_arrays, k.swapaxes(0, 1), slots)
     k, v = k.swapaxes(1, 2), jnp.moveaxis(v, 0, 2)  # [B, S, K, D]
@@ -343,11 +344,11 @@ def attend(
 
     first = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32)[None], (len(q), sinks))
     first = jnp.where(first < state.lengths[:, None], first, -1)
-    segments: list[Segment] = [(k, v, packed)]
+    segments: list[Segment] = [(layer.keys(k, v), v, packed)]
     if sinks:
         exact = (state.exact.k_sinks, state.exact.v_sinks)
         own_k, own_v = (x.swapaxes(1, 2).astype(jnp.float32) for x in exact)
-        segments.append((own_k, own_v, causal(first, window=window)))
+        segments.append((layer.keys(own_k, own_v), own_v, causal(first, window=window)))
     if tail.positions.shape[1]:
         recent = causal(tail.positions, window=window, lowest=sinks)
 
@@ -355,7 +356,7 @@ def attend(
             new = tail.positions[:, None, :] >= layer.stored_until(at + 1)[:, :, None]
             return recent(at) & new
 
-        segments.append((tail.k, tail.v, newest))
+        segments.append((layer.keys(tail.k, tail.v), tail.v, newest))
     unfold = jax.vmap(v_codec.unfold_output)
 
     def unfolded(acc, mass):
@@ -368,8 +369,8 @@ def attend(
         return jnp.moveaxis(flat.reshape(*acc.shape[:-1], -1), 0, 1)
 
     return attention_over_segments(
-        q, segments, scale=scale, q_positions=q_positions, softcap=softcap, unfold=unfolded,
-        sink_logits=sink_logits,
+        q, segments, scale=scale, q_positions=q_positions, softcap=softcap,
+        unfold=None if layer.latent else unfolded, sink_logits=sink_logits,
     )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def round_exact(policy: TokenPolicy, x: Float[Array, "*n"]) -> Float[Array, "*n"
 
 def simulated_attention(
     layer: KVLayer,
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H Q"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     *,
@@ -88,8 +88,9 @@ def simulated_attention(
 
     Query t sees token s exactly if s < sinks or s >= layer.stored_until(t + 1), else quantized.
     """
+    exact, stored = ((layer.keys(k, v), v) for k, v in ((k, v), simulate(layer, k, v)))
     return attend_to(
-        layer.policy, layer.block, q, (k, v), simulate(layer, k, v),
+        layer.policy, layer.block, q, exact, stored,
         scale=scale, window=window, softcap=softcap, sink_logits=sink_logits,
     )  # fmt: skip
 

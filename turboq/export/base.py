@@ -160,7 +160,8 @@ class Projection:
 class Exporter(abc.ABC):
     """One engine: `versions` is the range its rules hold for, `checked` where they come from.
 
-    `uses` names the options that only some engines understand and this one does.
+    `uses` names the options that only some engines understand and this one does; `latent` says
+    whether it has a place for the vectors of multi-head latent attention.
     """
 
     name: ClassVar[str]
@@ -168,6 +169,7 @@ class Exporter(abc.ABC):
     versions: ClassVar[str]
     checked: ClassVar[str]
     uses: ClassVar[tuple[str, ...]] = ()
+    latent: ClassVar[bool] = False
 
     @abc.abstractmethod
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
@@ -181,6 +183,14 @@ class Exporter(abc.ABC):
         self, model: ModelGeometry, options: Options | None = None
     ) -> tuple[Constraints, ...]:
         """Rules for the allocator: a plan that obeys any one of them exports every entry exact."""
+
+    def check_model(self, model: ModelGeometry) -> None:
+        """Raises TurboqError where the engine has no place for what the model caches."""
+        if not self.latent and any(layer.latent for layer in model.cache_layers):
+            raise TurboqError(
+                f"{self.name}: {model.name} caches latent vectors (multi-head latent attention), "
+                "which this export does not write: --engine=reader hands the plan over as it is"
+            )
 
     def policy(self, wanted: TokenPolicy) -> TokenPolicy:
         """The nearest token policy that the engine keeps: by default no exact tokens."""

@@ -73,6 +73,7 @@ class Reader(Exporter):
     title = "any engine: plan, readers in NumPy and C, golden page"
     versions = "plan schema 1"
     checked = "run by the tests"
+    latent = True
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
         return {}

@@ -52,6 +52,7 @@ def export(
         Nothing is written then.
     """
     options = options or Options()
+    exporter.check_model(plan.model)
     _check_options(exporter, options)
     out = Path(out)
     arrays = check_arrays(plan, arrays)

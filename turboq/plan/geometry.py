@@ -55,6 +55,9 @@ class LayerGeometry:
     this one reads instead of its own. `rope` says how far keys turn per token, which only plans
     that store keys before their rotary embedding need (None: not known, or none).
 
+    `latent` (multi-head latent attention, DeepSeek-V2, arXiv 2405.04434, section 2.1): V is the one
+    latent vector of a token, K the one rotated part that goes with it, and queries meet [V, K].
+
     Raises:
       ValueError: a count or width out of range, or names that are none.
       PlanConflict: fields that contradict each other (a PlanError).
@@ -81,6 +84,7 @@ class LayerGeometry:
     rope_dim: int | None = None
     borrows_cache_of: int | None = None
     rope: Rope | None = dataclasses.field(default=None, metadata={"optional": True})
+    latent: bool = dataclasses.field(default=False, metadata={"optional": True})
 
     def __post_init__(self):
         check_range("index", self.index, 0, MAX_LAYERS - 1)
@@ -104,6 +108,10 @@ class LayerGeometry:
             raise PlanConflict("rope_dim", f"{self.rope_dim} exceeds k_dim {self.k_dim}")
         if self.rope is not None:
             self._check_rope(self.rope)
+        if self.latent and self.kv_heads != 1:
+            raise PlanConflict(
+                "latent", f"one vector of all heads, but kv_heads is {self.kv_heads}"
+            )
         if self.kv_heads == 0:
             if self.borrows_cache_of is not None:
                 raise PlanConflict("borrows_cache_of", "a layer without KV heads reads no cache")
@@ -184,6 +192,8 @@ class ModelGeometry:
         theirs = (owner.kv_heads, owner.k_dim, owner.v_dim)
         if shape != theirs:
             raise PlanConflict(path, f"kv_heads, k_dim, v_dim {shape} differ from {theirs} there")
+        if layer.latent != owner.latent:
+            raise PlanConflict(path, f"latent is {layer.latent} here, {owner.latent} there")
 
     @property
     def cache_layers(self) -> tuple[LayerGeometry, ...]:

@@ -241,13 +241,14 @@ class Plan:
             )
             for heads in _groups(k, v)
         )
-        window = self.model.kept_window(index)
-        if plan.k.rope == "after":
-            return KVLayer(groups=groups, policy=self.tokens, window=window)
-        return KVLayer(
-            groups=groups, policy=self.tokens, rope=self.model.layers[index].rope,
-            rope_block=rope_block(plan.k.rope), window=window,
+        of = self.model.layers[index]
+        layer = KVLayer(
+            groups=groups, policy=self.tokens, window=self.model.kept_window(index),
+            latent=of.latent,
         )  # fmt: skip
+        if plan.k.rope == "after":
+            return layer
+        return dataclasses.replace(layer, rope=of.rope, rope_block=rope_block(plan.k.rope))
 
     def kv_layers(self, arrays: Mapping[str, Any]) -> tuple[KVLayer, ...]:
         """Every layer that owns a cache, in order."""

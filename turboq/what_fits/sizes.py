@@ -188,6 +188,9 @@ def plan_geometry(model: ModelGeometry) -> CacheGeometry:
         if layer.borrows_cache_of is not None or layer.kv_heads == 0:
             layers.append(CacheLayer(kind="shared" if layer.kv_heads else "none"))
             continue
+        if layer.latent:
+            layers.append(CacheLayer(kind="latent", kv_heads=1, k_dim=layer.k_dim + layer.v_dim))
+            continue
         layers.append(
             CacheLayer(
                 kind="full" if layer.window is None else "sliding",

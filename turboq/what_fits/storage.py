@@ -179,7 +179,11 @@ def option(
 
 def check_plan(plan: Plan, geometry: CacheGeometry) -> None:
     """Raises TurboqError unless the plan's layers keep what the model's layers keep."""
-    theirs = [(x.kv_heads, x.k_dim, x.v_dim) for x in plan.model.layers if x.owns_cache]
+    theirs = [
+        (1, x.k_dim + x.v_dim, 0) if x.latent else (x.kv_heads, x.k_dim, x.v_dim)
+        for x in plan.model.layers
+        if x.owns_cache
+    ]
     own = [(x.kv_heads, x.k_dim, x.v_dim) for x in geometry.layers if x.stores]
     if theirs != own:
         raise TurboqError(

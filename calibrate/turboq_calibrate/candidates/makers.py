@@ -215,6 +215,7 @@ def engine_menu(name: str, geometry: ModelGeometry, policy: TokenPolicy) -> Engi
       TurboqError: unknown engine, or one with no format that stores token by token.
     """
     exporter = engine(name)
+    exporter.check_model(geometry)
     options = Options()
     formats = exporter.formats(geometry, options)
     blocks = tuple(f for f, pair in formats.items() if any(c.block != 1 for c in pair))

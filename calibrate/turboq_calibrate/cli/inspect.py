@@ -132,11 +132,22 @@ def _model(argument: str) -> str:
     owners = [layer for layer in spec.layers if layer.owns_cache]
     heads = [(layer.kv_heads, layer.head_dim, layer.v_head_dim) for layer in owners]
     shapes = sorted(
-        {(s.heads, s.kv_heads, s.head_dim, s.window) for s in spec.layers if not s.delta}, key=str
+        {
+            (s.heads, s.kv_heads, s.head_dim, s.window)
+            for s in spec.layers
+            if not s.delta and not s.latent
+        },
+        key=str,
     )
     described = "; ".join(
         f"{h} query heads, {k} KV heads, head dim {d}" + (f", window {w}" if w else "")
         for h, k, d, w in shapes
+    )
+    latents = sorted(
+        {(s.heads, s.v_head_dim, s.head_dim) for s in spec.layers if s.latent is not None}
+    )
+    described += "; ".join(
+        f"{h} query heads, one latent vector of {v} + {k} rotated channels" for h, v, k in latents
     )
     deltas = sum(layer.delta is not None for layer in spec.layers)
     described += f"; {deltas} gated delta-nets" if deltas else ""

@@ -30,6 +30,7 @@ from turboq_calibrate.models.decoder import (
     Params,
     head,
     join_attention,
+    met,
     run_feed_forward,
     run_head,
     run_layer,
@@ -67,7 +68,7 @@ def quantized(option: Option, x: Float[Array, "B T K D"]) -> Float[Array, "B T K
 def mixed_attention(
     spec: LayerSpec,
     policy: TokenPolicy,
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H Q"],
     near: tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]],
     far: tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]],
     sinks: Float[Array, "H"] | None = None,
@@ -83,7 +84,7 @@ def mixed_attention(
         far = (jnp.where(sink, near[0], far[0]), jnp.where(sink, near[1], far[1]))
     seen = causal(positions, window=spec.window)
     if not policy.recent:
-        segments = [(*far, seen)]
+        segments = [(met(spec, *far), far[1], seen)]
     else:
 
         def packed(at):
@@ -91,8 +92,8 @@ def mixed_attention(
             return old | (positions < policy.sinks)[:, None, :]
 
         segments = [
-            (*far, lambda at: seen(at) & packed(at)),
-            (*near, lambda at: seen(at) & ~packed(at)),
+            (met(spec, *far), far[1], lambda at: seen(at) & packed(at)),
+            (met(spec, *near), near[1], lambda at: seen(at) & ~packed(at)),
         ]
     return attention_over_segments(
         q, segments, scale=spec.scale, softcap=spec.softcap, sink_logits=sinks
@@ -105,7 +106,7 @@ def finish(
     policy: TokenPolicy,
     params: Params,
     x: Float[Array, "B T M"],
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H Q"],
     clean: dict[str, Array],
     hat: dict[str, Array],
     used: dict[str, Bool[Array, "B K"]],

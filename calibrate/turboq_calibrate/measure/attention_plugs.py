@@ -68,7 +68,7 @@ class Pooled:
 
 def simulated_attend(
     spec: LayerSpec,
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H Q"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     positions: Int[Array, "B T"],
@@ -78,17 +78,17 @@ def simulated_attend(
     """Plug: quantize and dequantize K and V. In: a `KVLayer` (None: exact), out: `head_errors`."""
     if state is None:
         return exact_attend(spec, q, k, v, positions, None, sinks)
-    stored = simulate(state, k, v)
+    exact, stored = ((state.keys(k, v), v) for k, v in ((k, v), simulate(state, k, v)))
     out = attend_to(
-        state.policy, state.block, q, (k, v), stored,
+        state.policy, state.block, q, exact, stored,
         scale=spec.scale, window=spec.window, softcap=spec.softcap, sink_logits=sinks,
     )  # fmt: skip
-    return out, head_errors(q, (k, v), stored, state.policy.sinks, spec.scale)
+    return out, head_errors(q, exact, stored, state.policy.sinks, spec.scale)
 
 
 def packed_attend(
     spec: LayerSpec,
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H Q"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     positions: Int[Array, "B T"],
@@ -117,8 +117,8 @@ def packed_by(implementation: str | None) -> Callable[..., tuple[Array, Any]]:
             layer = state
             empty = caches.init(layer, batch=k.shape[0], capacity=k.shape[1])
             out, _ = attend(spec, q, k, v, positions, Cached(layer=layer, cache=empty), sinks)
-        stored = simulate(layer, k, v)
-        return out, head_errors(q, (k, v), stored, layer.policy.sinks, spec.scale)
+        exact, stored = ((layer.keys(k, v), v) for k, v in ((k, v), simulate(layer, k, v)))
+        return out, head_errors(q, exact, stored, layer.policy.sinks, spec.scale)
 
     return plug
 
@@ -151,7 +151,7 @@ def pool_by(implementation: str | None) -> Callable[..., tuple[Array, Pooled]]:
 
 def cache_attend(
     spec: LayerSpec,
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H Q"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     positions: Int[Array, "B T"],
@@ -207,6 +207,7 @@ def head_errors(
 ) -> dict[str, Float[Array, "B K"]]:
     """What quantization does to each KV head, over the tokens s >= sinks of each window.
 
+    Keys are those that queries meet: of latent attention the latent vectors are part of them.
     With e = k_hat - k and C(.) the covariance over tokens (a constant shift of all keys changes no
     softmax, so means do not count) and M = mean of q q^T over positions and the group's queries:
 

@@ -83,7 +83,7 @@ def first_broken(
 
 def _look(
     spec: LayerSpec,
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H Q"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     positions: Int[Array, "B T"],

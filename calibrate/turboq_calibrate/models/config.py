@@ -13,9 +13,11 @@ from typing import Any
 from turboq.errors import TurboqError, quoted
 from turboq.hub_cache import snapshot_hint
 from turboq.json_object import read_object
+from turboq_calibrate.models import hf_fp8
 from turboq_calibrate.models.config_delta import read_delta
 from turboq_calibrate.models.config_experts import read_experts
 from turboq_calibrate.models.config_fields import Reader
+from turboq_calibrate.models.config_latent import ROTATED, latent_fields, rotation_of
 from turboq_calibrate.models.config_nope import rotated_layers
 from turboq_calibrate.models.config_rope import Turn, read_ropes
 from turboq_calibrate.models.families import FAMILIES, UNREAD_INSIDE, WRAPPERS, Family
@@ -96,7 +98,8 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
             raise TurboqError(f"{where}: {key}={quoted(value)} is not supported")
     _check_unquantized(read, row)
     hidden, context = read.integer("hidden_size"), read.integer("max_position_embeddings")
-    ropes = read_ropes(read, _head_dim(read, row), context, row.rotation)
+    rotation = rotation_of(read, row.rotation) if row.latent else row.rotation
+    ropes = read_ropes(read, _head_dim(read, row), context, rotation)
     return ModelSpec(
         family=str(family),
         name=name,
@@ -127,6 +130,7 @@ def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerS
         )
     (full, sliding), head_dim = ropes, _head_dim(read, row)
     rotated = rotated_layers(read, count) if row.nope else [True] * count
+    latent = latent_fields(read, full) if row.latent else {}
     common = LayerSpec(
         hidden=hidden,
         intermediate=0,
@@ -151,6 +155,7 @@ def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerS
         output_gate=row.delta,
         **_biases(read, row),
     )
+    common = dataclasses.replace(common, **latent)
     windows = row.windows(read, count)
     deltas = read_delta(read, count) if row.delta else [None] * count
     if row.sliding_rope_only:
@@ -202,6 +207,8 @@ def _decoder_part(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _head_dim(read: Reader, row: Family) -> int:
+    if row.latent:
+        return read.integer(ROTATED)
     hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
     if read.config.get("head_dim") is None and row.head_dim is None and hidden % heads:
         raise TurboqError(
@@ -269,7 +276,7 @@ def _check_unquantized(read: Reader, row: Family) -> None:
     if not settings or keeps_weights(settings):
         return
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method is not None and method == row.quantized:
+    if method == hf_fp8.METHOD or (method is not None and method == row.quantized):
         return
     raise TurboqError(
         f"{read.where}: quantization_config says that the weights are quantized (quant_method "

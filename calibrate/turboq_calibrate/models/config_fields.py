@@ -28,6 +28,11 @@ class Reader:
             )
         return value
 
+    def count(self, key: str, default: int) -> int:
+        """A whole number that may be 0, as which null counts."""
+        value = self.config.get(key, default)
+        return 0 if value is None or (value == 0 and value is not False) else self.integer(key)
+
     def number(self, key: str, default: float) -> float:
         return positive(self.config.get(key, default), key, self.where)
 

@@ -33,6 +33,7 @@ class Turn(NamedTuple):
     rope: Rope
     magnitude: float = 1.0
     context: int | None = None  # longer sequences would rotate otherwise
+    all_dims: float = 1.0  # factor on whole queries and keys (latent attention)
 
 
 def read_ropes(read: Reader, head_dim: int, context: int, rotation: Rotation) -> tuple[Turn, Turn]:
@@ -90,7 +91,8 @@ def _rope_of(read: Reader, fields: Any, head_dim: int, context: int, rotation: R
         case _ if kind in TYPES:
             return Turn(*longrope(read, fields, rope, context))
         case "yarn":
-            return Turn(*yarn(read, fields, rope, context))
+            rope, magnitude, all_dims = yarn(read, fields, rope, context)
+            return Turn(rope, magnitude, all_dims=all_dims)
         case "dynamic":  # longer sequences have another base: read as up to the context
             need("factor")
             return Turn(rope, context=context)

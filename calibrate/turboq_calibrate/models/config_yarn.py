@@ -17,9 +17,14 @@ from turboq.numbers.rope import Rope
 from turboq_calibrate.models.config_fields import Reader, positive
 from turboq_calibrate.models.config_longrope import original_context
 
+ALL_DIMS = "mscale_all_dim"
 
-def yarn(read: Reader, fields: dict[str, Any], rope: Rope, context: int) -> tuple[Rope, float]:
-    """The rotary embedding and the factor on what it rotates.
+
+def yarn(
+    read: Reader, fields: dict[str, Any], rope: Rope, context: int
+) -> tuple[Rope, float, float]:
+    """The rotary embedding, the factor on what it rotates, and that on whole queries and keys,
+    which latent attention alone has.
 
     Raises:
       TurboqError: a number that is missing or not positive.
@@ -32,13 +37,13 @@ def yarn(read: Reader, fields: dict[str, Any], rope: Rope, context: int) -> tupl
         rope, factor, original, fast, slow, truncate=inner.boolean("truncate", True)
     )
     magnitude = inner.optional("attention_factor")
+    over, under = (fields.get(key) and inner.number(key, 1.0) for key in ("mscale", ALL_DIMS))
     if magnitude is None:
-        over, under = inner.optional("mscale"), inner.optional("mscale_all_dim")
-        if over is None or under is None:
-            magnitude = temperature(factor)
-        else:
+        if over and under:
             magnitude = temperature(factor, over) / temperature(factor, under)
-    return scaled, magnitude
+        else:
+            magnitude = temperature(factor)
+    return scaled, magnitude, temperature(factor, under) if under else 1.0
 
 
 def temperature(factor: float, scale: float = 1.0) -> float:

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboq.cache.exact_attention import attention, soft_cap
+from turboq.cache.layer import latent_keys
 from turboq.numbers import rope
-from turboq_calibrate.models import delta_net, experts, streamed_experts
+from turboq_calibrate.models import delta_net, experts, latent_attention, streamed_experts
 from turboq_calibrate.models.primitives import (
     Params,
     add,
@@ -33,17 +34,24 @@ from turboq_calibrate.models.primitives import (
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 from turboq_calibrate.models.streamed_experts import Streamed
 
-# attend(spec, q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv], positions [B,T], state)
-#   -> (out [B,T,H,Dv], state)
+# attend(spec, q [B,T,H,Q], k [B,T,K,D], v [B,T,K,Dv], positions [B,T], state)
+#   -> (out [B,T,H,Dv], state)        (queries of latent attention meet `met(spec, k, v)`)
 # and of layers with logit sinks [H] those behind the state.
 Attend = Callable[..., tuple[Array, Any]]
 
 
 def project_qkv(
     spec: LayerSpec, params: Params, x: Float[Array, "B T M"], positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K Dv"]]:
-    """Queries, keys and values as attention sees them: after bias, QK-norm and rotation."""
+) -> tuple[Float[Array, "B T H Q"], Float[Array, "B T K D"], Float[Array, "B T K Dv"]]:
+    """Queries, keys and values as attention sees them: after bias, QK-norm and rotation.
+
+    Of latent attention queries are [B, T, H, E + D]: `latent_attention.project`.
+    """
     n = pre_normed(spec, params, x, "attn_norm")
+    if spec.latent is not None:
+        q, k, v = latent_attention.project(spec, params, n)
+        rotated = rotate(spec, (q[..., spec.v_head_dim :], k), positions)
+        return jnp.concatenate([q[..., : spec.v_head_dim], rotated[0]], axis=-1), rotated[1], v
     batch, time = x.shape[:2]
     q, k, v = (linear(n, params, name) for name in "qkv")
     if spec.qk_norm == "projection":
@@ -53,18 +61,26 @@ def project_qkv(
     v = v.reshape(batch, time, spec.kv_heads, spec.v_head_dim)
     if spec.qk_norm == "head":
         q, k = normed(spec, params, q, "q_norm"), normed(spec, params, k, "k_norm")
-    if spec.rope is not None:
-        cos, sin = rope.tables(spec.rope, positions[:, :, None])
-        if spec.rope_magnitude != 1.0:
-            cos, sin = cos * spec.rope_magnitude, sin * spec.rope_magnitude
-        layout = spec.rope.layout
-        q, k = rope.apply(q, cos, sin, layout), rope.apply(k, cos, sin, layout)
+    q, k = rotate(spec, (q, k), positions)
     return q, k, v
+
+
+def rotate(
+    spec: LayerSpec, parts: tuple[Array, Array], positions: Int[Array, "B T"]
+) -> tuple[Array, Array]:
+    """The layer's rotary embedding of queries and keys [B, T, heads, D]."""
+    if spec.rope is None:
+        return parts
+    cos, sin = rope.tables(spec.rope, positions[:, :, None])
+    if spec.rope_magnitude != 1.0:
+        cos, sin = cos * spec.rope_magnitude, sin * spec.rope_magnitude
+    layout = spec.rope.layout
+    return rope.apply(parts[0], cos, sin, layout), rope.apply(parts[1], cos, sin, layout)
 
 
 def exact_attend(
     spec: LayerSpec,
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H Q"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K Dv"],
     positions: Int[Array, "B T"],
@@ -73,10 +89,16 @@ def exact_attend(
 ) -> tuple[Float[Array, "B T H Dv"], Any]:
     """Causal float32 attention over the tokens at hand: the default plug."""
     del positions  # both sides are the same tokens: only their order matters
+    k = met(spec, k, v)
     out = attention(
         q, k, v, scale=spec.scale, window=spec.window, softcap=spec.softcap, sink_logits=sinks
     )
     return out, state
+
+
+def met(spec: LayerSpec, k: Array, v: Array) -> Array:
+    """The keys that queries meet."""
+    return k if spec.latent is None else latent_keys(k, v)
 
 
 def sinks_of(spec: LayerSpec, params: Params) -> tuple[Array, ...]:
@@ -88,6 +110,8 @@ def join_attention(
     spec: LayerSpec, params: Params, x: Float[Array, "B T M"], out: Float[Array, "B T H Dv"]
 ) -> Float[Array, "B T M"]:
     """The residual sum with the projected, perhaps gated, output of attention."""
+    if spec.latent is not None:
+        out = latent_attention.expand(spec, params, out)
     y = out.reshape(*x.shape[:2], -1)
     if spec.output_gate:
         gate = linear(pre_normed(spec, params, x, "attn_norm"), params, "attn_gate")

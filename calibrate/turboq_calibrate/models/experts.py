@@ -2,6 +2,8 @@
 
     p = softmax(router n),   y = sum over the k largest p_e of w_e expert_e(n),   w_e = p_e (/ sum)
 
+where some take p = sigmoid(router n), choose by p + correction, look in the best groups of experts
+only, or multiply w by a factor (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 Tokens are sorted by expert and go through each expert's matrices in blocks of rows, so that the
 work is that of the chosen experts and nothing loops over tokens. Routing is float32.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from turboq_calibrate.models.params import expert_shapes
 from turboq_calibrate.models.primitives import Params, gated_mlp, linear
@@ -35,11 +37,27 @@ def route(
     experts: Experts, params: Params, n: Float[Array, "N M"]
 ) -> tuple[Int[Array, "N k"], Float[Array, "N k"]]:
     """The experts of every token, most probable first, and their weights."""
-    p = jax.nn.softmax(linear(n, params, "router"), axis=-1)
-    weights, chosen = jax.lax.top_k(p, experts.chosen)
+    logits = linear(n, params, "router")
+    p = jax.nn.sigmoid(logits) if experts.scores == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    rank = p
+    if experts.correction:
+        rank = rank + params["router_correction"].astype(jnp.float32)[None]
+    if experts.groups > 1:
+        rank = jnp.where(_in_best_groups(experts, rank), rank, -jnp.inf)
+    _, chosen = jax.lax.top_k(rank, experts.chosen)
+    weights = jnp.take_along_axis(p, chosen, axis=-1)
     if experts.renormalised:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return chosen, weights
+    return chosen, weights if experts.scale == 1.0 else weights * jnp.float32(experts.scale)
+
+
+def _in_best_groups(experts: Experts, rank: Float[Array, "N E"]) -> Bool[Array, "N E"]:
+    """Which experts are in one of the best groups."""
+    grouped = rank.reshape(len(rank), experts.groups, -1)
+    worth = jnp.sum(jax.lax.top_k(grouped, experts.group_best)[0], axis=-1)
+    _, best = jax.lax.top_k(worth, experts.chosen_groups)
+    kept = jnp.any(jax.nn.one_hot(best, experts.groups, dtype=bool), axis=1)
+    return jnp.repeat(kept, grouped.shape[-1], axis=1)
 
 
 def shared(spec: LayerSpec, params: Params, n: Float[Array, "N M"]) -> Float[Array, "N M"]:
@@ -47,6 +65,8 @@ def shared(spec: LayerSpec, params: Params, n: Float[Array, "N M"]) -> Float[Arr
     assert spec.experts is not None
     if not spec.experts.shared:
         return jnp.zeros_like(n)
+    if not spec.experts.shared_gate:
+        return gated_mlp(spec, params, n, SHARED)
     gate = jax.nn.sigmoid(linear(n, params, f"{SHARED}router"))
     return jnp.broadcast_to(gate, n.shape) * gated_mlp(spec, params, n, SHARED)
 

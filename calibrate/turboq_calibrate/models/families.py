@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from turboq_calibrate.models import config_nope, config_windows
-from turboq_calibrate.models.config_experts import Mixture
+from turboq_calibrate.models.config_experts import Grouped, Mixture
 from turboq_calibrate.models.config_fields import Reader
 from turboq_calibrate.models.config_rope import Rotation
 from turboq_calibrate.models.spec import Norm
@@ -44,7 +44,8 @@ class Family:
     sliding_rope_only: bool = False  # full layers have no rotary embedding
     post_norms: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden)
-    experts: Mixture | None = None
+    experts: Mixture | Grouped | None = None
+    latent: bool = False  # multi-head latent attention
     delta: bool = False  # some layers are gated delta-nets, and attention has a gate of its output
     logit_sinks: bool = False
     clipped: bool = False  # the activation of gpt-oss
@@ -92,6 +93,22 @@ _qwen_hybrid = functools.partial(
     norm_offset=1.0,
     delta=True,
 )
+# Multi-head latent attention and grouped experts.
+_deepseek = functools.partial(
+    Family,
+    windows=config_windows.never,
+    rotation=Rotation(layout="interleaved"),
+    latent=True,
+    # Published files name the code of before transformers had it.
+    reads=frozenset({"kv_lora_rank", "n_routed_experts", "auto_map"}),
+)
+_DEEPSEEK_V3 = {
+    "max_position_embeddings": 4096, "kv_lora_rank": 512, "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_routed_experts": 256,
+    "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
+    "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3,
+}  # fmt: skip
+_NOAUX = Grouped(scores="sigmoid", methods=("noaux_tc",))
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         defaults={"max_position_embeddings": 2048},
@@ -240,6 +257,16 @@ FAMILIES: dict[str, Family] = {
         experts=Mixture(shared=True, renormalised=True),
         reads=_EXPERTS,
     ),
+    "deepseek_v2": _deepseek(
+        defaults={
+            "max_position_embeddings": 2048, "kv_lora_rank": 512, "q_lora_rank": 1536,
+            "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+            "n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407,
+        },
+        experts=Grouped(scores="softmax", methods=("greedy", "group_limited_greedy")),
+    ),
+    "deepseek_v3": _deepseek(defaults=_DEEPSEEK_V3, experts=_NOAUX),
+    "kimi_k2": _deepseek(defaults=_DEEPSEEK_V3, experts=_NOAUX),
     "gpt_oss": Family(
         defaults={
             "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,

@@ -50,4 +50,5 @@ def _layer(index: int, path: str, spec: LayerSpec) -> LayerGeometry:
         rope_dim=None if rope is None or rope.dim == spec.head_dim else rope.dim,
         borrows_cache_of=spec.borrows_cache_of,
         rope=rope,
+        latent=spec.latent is not None,
     )

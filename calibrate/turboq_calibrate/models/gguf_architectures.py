@@ -44,6 +44,7 @@ class Architecture:
     logit_softcap: float | None = None
     wide_scale_layers: int | None = None  # with so many layers the scale is (hidden / heads)^-1/2
     renormalised: bool = False  # weights of the chosen experts sum to one
+    latent: bool = False  # multi-head latent attention and grouped experts (`gguf_latent`)
     reads: frozenset[str] = frozenset()
 
 
@@ -89,6 +90,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="projection",
         pre_norms=False,
         post_norms=True,
+    ),
+    "deepseek2": Architecture(
+        layout="interleaved",
+        latent=True,
+        reads=frozenset({"expert_count", "attention.key_length_mla"}),
     ),
     "gpt-oss": Architecture(
         window=128,

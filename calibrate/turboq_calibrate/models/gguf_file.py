@@ -16,7 +16,7 @@ import numpy as np
 
 from turboq.errors import TurboqError, quoted, shortened
 from turboq.numbers.rope import Rope, Scaling
-from turboq_calibrate.models import gguf_header
+from turboq_calibrate.models import gguf_header, gguf_latent
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config_fields import positive
 from turboq_calibrate.models.config_longrope import divided
@@ -26,7 +26,7 @@ from turboq_calibrate.models.gguf_architectures import (
     FROM_HUGGING_FACE,
     Architecture,
 )
-from turboq_calibrate.models.spec import Experts, LayerSpec, ModelSpec
+from turboq_calibrate.models.spec import Experts, Latent, LayerSpec, ModelSpec
 
 NORM, NORM_BIAS = "output_norm.weight", "output_norm.bias"
 LAYER_TENSORS = {
@@ -38,6 +38,13 @@ LAYER_TENSORS = {
     "k": "attn_k.weight",
     "v": "attn_v.weight",
     "o": "attn_output.weight",
+    "q_down": "attn_q_a.weight",
+    "q_latent_norm": "attn_q_a_norm.weight",
+    "q_up": "attn_q_b.weight",
+    "kv_down": "attn_kv_a_mqa.weight",
+    "latent_norm": "attn_kv_a_norm.weight",
+    "k_up": "attn_k_b.weight",
+    "v_up": "attn_v_b.weight",
     "q_bias": "attn_q.bias",
     "k_bias": "attn_k.bias",
     "v_bias": "attn_v.bias",
@@ -54,6 +61,10 @@ LAYER_TENSORS = {
     "gate_up": "ffn_up.weight",
     "router": "ffn_gate_inp.weight",
     "router_bias": "ffn_gate_inp.bias",
+    "router_correction": "exp_probs_b.bias",
+    "shared_gate": "ffn_gate_shexp.weight",
+    "shared_up": "ffn_up_shexp.weight",
+    "shared_down": "ffn_down_shexp.weight",
     "expert_gate_bias": "ffn_gate_exps.bias",
     "expert_up_bias": "ffn_up_exps.bias",
     "expert_down_bias": "ffn_down_exps.bias",
@@ -90,6 +101,9 @@ ROPE = (
     "scaling.finetuned",
 )
 
+# Of YaRN, on whole queries and keys: latent attention.
+LOG_MULTIPLIER = "scaling.yarn_log_multiplier"
+SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 
 # What longrope divides frequencies by, in short sequences and in long ones.
 FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
@@ -129,13 +143,17 @@ class GGUFFile:
         spec = self.spec.layers[index]
         out = {}
         shapes = P.layer_shapes(spec)
-        for name, shape in P.fused_shapes(shapes, self._row.fused).items():
+        for name, shape in self._stored_shapes(spec).items():
             value = self._read(self._name(index, name), shape)
             if self._row.interleaved and name in ("q", "k", "q_bias", "k_bias"):
                 heads = spec.heads if name[0] == "q" else spec.kv_heads
                 value = unpermute(value, heads)
             out[name] = value
-        return P.unfuse(out, shapes, self._row.fused)
+        return P.unfuse(gguf_latent.joined(spec, out), shapes, self._row.fused)
+
+    def _stored_shapes(self, spec: LayerSpec) -> P.Shapes:
+        """Shapes of a layer's weights but its experts', as the file has them."""
+        return gguf_latent.apart(spec, P.fused_shapes(P.layer_shapes(spec), self._row.fused))
 
     def _name(self, index: int, ours: str) -> str:
         """What the file calls one of our weights."""
@@ -282,6 +300,8 @@ class GGUFFile:
             raise TurboqError(
                 f"{self.path}: {heads} query heads are not a multiple of {kv_heads} KV heads"
             )
+        if self._row.latent:
+            return self._latent_spec(index, hidden, heads, eps)
         if hidden % heads and not self._get("attention.key_length", 0):
             raise TurboqError(f"{self.path}: {hidden=} is not a multiple of {heads=}")
         head_dim = self._integer("attention.key_length", hidden // heads)
@@ -318,6 +338,77 @@ class GGUFFile:
             softmax_scale=self._softmax_scale(hidden / heads),
             window=window,
             softcap=self._cap("attn_logit_softcapping", row.softcap),
+        )
+
+    def _latent_spec(self, index: int, hidden: int, heads: int, eps: float) -> LayerSpec:
+        """A layer of latent attention: YaRN multiplies its softmax scale, not what is rotated."""
+        rotated, whole = (
+            self._integer(key) for key in ("rope.dimension_count", "attention.key_length_mla")
+        )
+        if whole <= rotated:
+            raise TurboqError(f"{self.path}: {whole} channels of a key, {rotated} of them rotated")
+        rope, factor = self._rope(rotated, sliding=False)[0], self._yarn()
+        multiplier = self._get(f"rope.{LOG_MULTIPLIER}", 0)
+        if (factor is None) != (multiplier == 0):
+            raise TurboqError(
+                f"{self.path}: deepseek2.rope.{LOG_MULTIPLIER} and YaRN are not supported one "
+                "without the other"
+            )
+        more = 1.0 if factor is None else temperature(factor, 10 * float(multiplier))
+        experts = self._grouped(index)
+        rank = self._get("attention.q_lora_rank", 0)
+        return LayerSpec(
+            hidden=hidden,
+            intermediate=0 if experts else self._integer("feed_forward_length", layer=index),
+            heads=heads,
+            kv_heads=1,
+            head_dim=rotated,
+            v_head_dim=self._integer("attention.kv_lora_rank"),
+            norm_eps=eps,
+            rope=rope,
+            experts=experts,
+            softmax_scale=whole**-0.5 * more**2,
+            latent=Latent(
+                nope_dim=whole - rotated,
+                value_dim=self._integer("attention.value_length_mla"),
+                query_rank=self._integer("attention.q_lora_rank") if rank else None,
+                norm_eps=eps,
+            ),
+        )
+
+    def _grouped(self, index: int) -> Experts | None:
+        """DeepSeek's experts, chosen in the groups whose two best scores are highest."""
+        if index < self._get("leading_dense_block_count", 0):
+            return None
+        gating = self._get("expert_gating_func", SOFTMAX)
+        groups = self._get("expert_group_count", 0) or 1
+        if gating not in (SOFTMAX, SIGMOID) or (gating == SOFTMAX and groups != 1):
+            raise TurboqError(
+                f"{self.path}: expert_gating_func={quoted(gating)} with {quoted(groups)} groups "
+                f"is not supported: {SIGMOID} is, or {SOFTMAX} without groups"
+            )
+        count, chosen = self._integer("expert_count"), self._integer("expert_used_count")
+        best = self._integer("expert_group_used_count") if groups != 1 else 1
+        groups = self._integer("expert_group_count", 1) if groups != 1 else 1
+        if count % groups or best > groups or chosen > best * (count // groups):
+            raise TurboqError(
+                f"{self.path}: {chosen} experts of {count} in {best} of {groups} groups"
+            )
+        inner = self._integer("expert_feed_forward_length", None, index)
+        shared = self._get("expert_shared_count", 0)
+        return Experts(
+            count=count,
+            chosen=chosen,
+            intermediate=inner,
+            renormalised=bool(self._get("expert_weights_norm", False)),
+            shared=inner * self._integer("expert_shared_count") if shared else 0,
+            shared_gate=False,
+            scores="sigmoid" if gating == SIGMOID else "softmax",
+            correction=self._name(index, "router_correction") in self._tensors,
+            groups=groups,
+            chosen_groups=best,
+            group_best=2 if groups > 1 else 1,
+            scale=self._factor("expert_weights_scale"),
         )
 
     def _softmax_scale(self, wide: float) -> float | None:
@@ -407,6 +498,7 @@ class GGUFFile:
         given = {k[len(prefix) :]: v for k, v in self.metadata.items() if k.startswith(prefix)}
         for key, value in given.items():
             own = key == "freq_base_swa" and self._own_sliding_rope
+            own |= key == LOG_MULTIPLIER and self._row.latent
             if key not in ROPE and not own:
                 raise TurboqError(f"{self.path}: {prefix}{key}={quoted(value)} is not supported")
         if given.get("scaling.attn_factor", 1.0) != 1.0 and not self._row.longrope:
@@ -448,8 +540,7 @@ class GGUFFile:
         if not spec.tied_embeddings:
             expected["output.weight"] = (spec.vocab, spec.hidden)
         for i, layer in enumerate(spec.layers):
-            stored = P.fused_shapes(P.layer_shapes(layer), self._row.fused)
-            for name, shape in (stored | _stacked(layer)).items():
+            for name, shape in (self._stored_shapes(layer) | _stacked(layer)).items():
                 expected[self._name(i, name)] = shape
         for name, shape in expected.items():
             if name not in self._tensors:

@@ -15,7 +15,7 @@ import safetensors
 from turboq.errors import TurboqError, TurboqWarning, quoted, shortened
 from turboq.hub_cache import model_name
 from turboq.json_object import read_object
-from turboq_calibrate.models import hf_gpt_oss, hf_names, hf_stacked_experts
+from turboq_calibrate.models import hf_fp8, hf_gpt_oss, hf_names, hf_stacked_experts
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.config import keeps_weights, model_spec, read_config
 from turboq_calibrate.models.families import WRAPPERS
@@ -42,7 +42,11 @@ class HFFolder:
         self._fused = hf_names.FUSED.get(self.spec.family, ())
         quantized = config.get("quantization_config")
         self._cache_scales = keeps_weights(quantized)
-        self._packed = bool(quantized) and not self._cache_scales  # config.py knows the method
+        self._fp8 = hf_fp8.block_of(quantized, self.folder / "config.json")
+        # config.py knows the method.
+        self._packed = bool(quantized) and not self._cache_scales and self._fp8 is None
+        drafting = self.spec.family in hf_names.DRAFTING_LAYERS
+        self._drafts = config.get("num_nextn_predict_layers") if drafting else None
         self._file_of = locate(self.folder)
         self._part = config["model_type"] in WRAPPERS  # of a model that also sees
         prefix, self._head = hf_names.PREFIX, hf_names.HEAD
@@ -169,6 +173,12 @@ class HFFolder:
             for number in range(layer.experts.count if layer.experts else 0):
                 names = self._expert_names(i, number)
                 expected |= {names[ours]: s for ours, s in P.expert_shapes(layer).items()}
+        if self._fp8 is not None:
+            for name, shape in list(expected.items()):
+                scales = hf_fp8.scales_name(name)
+                if scales in self._file_of and len(shape) == 2:
+                    expected[scales] = hf_fp8.scales_shape(shape, self._fp8)
+                    kinds |= {name: (hf_fp8.TYPE,), scales: ("F32",)}
         for name in expected:
             if name not in self._file_of:
                 index = self.folder / INDEX
@@ -186,9 +196,12 @@ class HFFolder:
                     P.check_shape(name, tuple(info.get_shape()), expected[name], path)
                     types = kinds.get(name, FLOATS)
                     if info.get_dtype() not in types:
+                        scales = hf_fp8.scales_name(name)
+                        bare = info.get_dtype() == hf_fp8.TYPE and scales not in self._file_of
+                        without = f" without {scales}" if bare else ""
                         raise TurboqError(
-                            f"{path}: tensor {name} has type {info.get_dtype()}, which is not "
-                            f"supported (supported: {', '.join(types)})"
+                            f"{path}: tensor {name} has type {info.get_dtype()}{without}, which is "
+                            f"not supported (supported: {', '.join(types)})"
                         )
         extra = sorted(n for n in self._file_of if n not in expected and not self._redundant(n))
         if extra:
@@ -202,6 +215,12 @@ class HFFolder:
         """Rotary tables that old checkpoints carry; scales of the cache in an overlay for vLLM;
         layers that draft; what belongs to other parts of a model that also sees."""
         drafts = self.spec.family in hf_names.DRAFTING
+        layers = self.spec.prefix + "layers."
+        number = name.removeprefix(layers).partition(".")[0] if name.startswith(layers) else ""
+        if isinstance(self._drafts, int) and number.isdecimal():
+            drafted = int(number) - len(self.spec.layers)
+            if 0 <= drafted < self._drafts:
+                return True
         scales = (".self_attn.k_scale", ".self_attn.v_scale")
         return (
             name.endswith("rotary_emb.inv_freq")
@@ -254,12 +273,23 @@ class HFFolder:
                 for ours, (name, shape) in wanted.items():
                     if self._file_of[name] != path:
                         continue
-                    value = np.asarray(f.get_tensor(name))
-                    P.check_shape(name, value.shape, shape, path)
-                    value = _float32(value)
+                    P.check_shape(name, tuple(f.get_slice(name).get_shape()), shape, path)
+                    scales = self._scales(name, len(shape))
+                    if scales is None:
+                        value = _float32(np.asarray(f.get_tensor(name)))
+                    else:
+                        value = hf_fp8.scaled(hf_fp8.codes(path, name), *scales)
                     P.check_finite(name, value, path)
                     out[ours] = value
         return out
+
+    def _scales(self, name: str, axes: int) -> tuple[np.ndarray, hf_fp8.Block] | None:
+        """Scales of a matrix in FP8 and their blocks; None where it has none."""
+        scales = hf_fp8.scales_name(name)
+        if self._fp8 is None or scales not in self._file_of or axes != 2:
+            return None
+        with open_safetensors(self._file_of[scales]) as f:
+            return np.asarray(f.get_tensor(scales)), self._fp8
 
 
 def locate(folder: Path) -> dict[str, Path]:

@@ -19,6 +19,8 @@ OTHER_PARTS = tuple(
 )
 # Layers behind the decoder that draft further tokens; transformers does not run them.
 DRAFTS, DRAFTING = "mtp.", ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+# The same with the numbers that follow the decoder's layers, `num_nextn_predict_layers` of them.
+DRAFTING_LAYERS = ("deepseek_v3", "kimi_k2")
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
@@ -44,6 +46,12 @@ LAYER_TENSORS = {
     "up_bias": "mlp.up_proj.bias",
     "down_bias": "mlp.down_proj.bias",
     "q_gate": "self_attn.q_proj.weight",
+    "q_down": "self_attn.q_a_proj.weight",
+    "q_latent_norm": "self_attn.q_a_layernorm.weight",
+    "q_up": "self_attn.q_b_proj.weight",
+    "kv_down": "self_attn.kv_a_proj_with_mqa.weight",
+    "latent_norm": "self_attn.kv_a_layernorm.weight",
+    "kv_up": "self_attn.kv_b_proj.weight",
     "delta_qkvz": "linear_attn.in_proj_qkvz.weight",
     "delta_ba": "linear_attn.in_proj_ba.weight",
     "delta_qkv": "linear_attn.in_proj_qkv.weight",
@@ -94,6 +102,13 @@ ROUTING = {
     "shared_up": "mlp.shared_expert.up_proj.weight",
     "shared_down": "mlp.shared_expert.down_proj.weight",
 }
+DEEPSEEK_ROUTING = {
+    "router": "mlp.gate.weight",
+    "router_correction": "mlp.gate.e_score_correction_bias",
+    "shared_gate": "mlp.shared_experts.gate_proj.weight",
+    "shared_up": "mlp.shared_experts.up_proj.weight",
+    "shared_down": "mlp.shared_experts.down_proj.weight",
+}
 EXPERT = {
     "expert_gate": "mlp.experts.{}.gate_proj.weight",
     "expert_up": "mlp.experts.{}.up_proj.weight",
@@ -111,6 +126,7 @@ MIXTRAL_EXPERT = {
 def layer_names(spec: LayerSpec, family: str) -> dict[str, str]:
     """Our name of a layer's weight -> the checkpoint's, after the layer's own prefix."""
     routing = {"mixtral": MIXTRAL_ROUTING, "gpt_oss": GPT_OSS_ROUTING}.get(family, ROUTING)
+    routing = DEEPSEEK_ROUTING if spec.latent is not None else routing
     post: dict[str, str] = {}
     if spec.post_norms:
         post = POST_NORMS if spec.pre_norms else POST_NORMS_ALONE

@@ -11,7 +11,7 @@ from collections.abc import Collection
 import numpy as np
 
 from turboq.errors import TurboqError
-from turboq_calibrate.models.spec import DeltaNet, LayerSpec, ModelSpec
+from turboq_calibrate.models.spec import DeltaNet, Latent, LayerSpec, ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,6 +29,8 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
     shapes: Shapes = {"attn_norm": (m,)} if spec.pre_norms else {}
     if spec.delta is not None:
         shapes |= delta_shapes(m, spec.delta)
+    elif spec.latent is not None:
+        shapes |= latent_shapes(spec, spec.latent)
     else:
         shapes |= {"q": (q, m), "k": (k, m), "v": (v, m), "o": (m, o)}
     if spec.output_gate:
@@ -43,8 +45,10 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
         shapes["router"] = (spec.experts.count, m)
         if spec.experts.bias:
             shapes["router_bias"] = (spec.experts.count,)
+        if spec.experts.correction:
+            shapes["router_correction"] = (spec.experts.count,)
         if spec.experts.shared:
-            shapes["shared_router"] = (1, m)
+            shapes |= {"shared_router": (1, m)} if spec.experts.shared_gate else {}
             shapes |= mlp_shapes(m, spec.experts.shared, "shared_")
     if spec.post_norms:
         shapes |= {"attn_post_norm": (m,), "mlp_post_norm": (m,)}
@@ -79,6 +83,23 @@ def delta_shapes(hidden: int, delta: DeltaNet) -> Shapes:
         "decay_bias": (delta.value_heads,),
         "delta_norm": (delta.value_dim,),
         "delta_out": (hidden, values),
+    }
+
+
+def latent_shapes(spec: LayerSpec, latent: Latent) -> Shapes:
+    """Weights of multi-head latent attention (`latent_attention`)."""
+    m, rank, rotated = spec.hidden, spec.v_head_dim, spec.head_dim
+    queries = spec.heads * (latent.nope_dim + rotated)
+    if latent.query_rank is None:
+        shapes: Shapes = {"q": (queries, m)}
+    else:
+        shapes = {"q_down": (latent.query_rank, m), "q_latent_norm": (latent.query_rank,)}
+        shapes["q_up"] = (queries, latent.query_rank)
+    return shapes | {
+        "kv_down": (rank + rotated, m),
+        "latent_norm": (rank,),
+        "kv_up": (spec.heads * (latent.nope_dim + latent.value_dim), rank),
+        "o": (m, spec.heads * latent.value_dim),
     }
 
 

@@ -16,14 +16,35 @@ Norm = Literal["rms", "layer", "centred"]  # "layer": less the mean, with a bias
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experts:
-    """A mixture of experts in place of one MLP."""
+    """A mixture of experts in place of one MLP (`experts.route` says how they are chosen)."""
 
     count: int
     chosen: int  # per token
     intermediate: int  # of one expert
     renormalised: bool  # weights of the chosen experts sum to one
-    shared: int = 0  # width of one more expert that every token passes, gated; 0: none
+    shared: int = 0  # width of one more expert that every token passes; 0: none
+    shared_gate: bool = True  # what it adds is multiplied by sigmoid(its router)
     bias: bool = False  # of the router and of every expert's matrices
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    correction: bool = False  # a bias of the scores, for choosing only
+    groups: int = 1  # of neighbours: experts are chosen in the best `chosen_groups` of them
+    chosen_groups: int = 1
+    group_best: int = 1  # a group is as good as the sum of so many of its best scores
+    scale: float = 1.0  # of the weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Multi-head latent attention: keys and values of all heads are made of one latent vector.
+
+    Of a layer with it, `kv_heads` is 1, `v_head_dim` the size of the latent vector (after its
+    norm), `head_dim` that of the rotated part that goes with it; queries meet [latent, rotated].
+    """
+
+    nope_dim: int  # channels of a head's query and key that are not rotated
+    value_dim: int  # of a head
+    query_rank: int | None  # queries are made of a latent vector too; None: they are not
+    norm_eps: float  # of the norms of latent vectors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +94,7 @@ class LayerSpec:
     logit_sinks: bool = False  # a logit per query head joins the softmax and no output
     experts: Experts | None = None
     output_gate: bool = False  # what attention gives is multiplied by sigmoid(gate(n))
+    latent: Latent | None = None
     delta: DeltaNet | None = None  # in place of attention, whose fields are 0 then
     borrows_cache_of: int | None = None  # index of the layer whose cache this layer reads
 

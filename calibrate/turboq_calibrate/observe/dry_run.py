@@ -197,6 +197,12 @@ def _geometry(model: Model) -> tuple[str, ...]:
                 f"{delta.value_heads} value heads of {delta.value_dim}, no KV cache{experts}"
             )
             continue
+        if layer.latent is not None:
+            lines.append(
+                f"  {times} x {layer.heads} query heads, one latent vector of {layer.v_head_dim} + "
+                f"{layer.head_dim} rotated channels{experts}"
+            )
+            continue
         lines.append(
             f"  {times} x {layer.heads} query heads, {layer.kv_heads} KV heads, head dim "
             f"{layer.head_dim} (V {layer.v_head_dim}){window}{experts}"

@@ -160,6 +160,7 @@ def reverse_part(spec, params, x, positions, g, sampled, *, skip: int, whole: bo
     _, pull, (q, k, v) = jax.vjp(run, x, *zeros, has_aux=True)
     g_x, g_k, g_v = pull(g)
 
+    q = q[..., -spec.head_dim :]  # of latent attention the part that meets K
     values, gradients = {"k": k, "v": v, "q": q}, {"k": g_k, "v": g_v}
     if spec.rope is not None:
         at = positions[:, :, None]

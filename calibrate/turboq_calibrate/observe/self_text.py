@@ -211,7 +211,7 @@ def draw(
 
 def append_and_attend(
     spec: LayerSpec,
-    q: Float[Array, "B 1 H D"],
+    q: Float[Array, "B 1 H Q"],
     k: Float[Array, "B 1 K D"],
     v: Float[Array, "B 1 K Dv"],
     positions: Int[Array, "B 1"],
@@ -229,7 +229,11 @@ def append_and_attend(
     )
     batch, _, heads, dim = q.shape
     group = q.reshape(batch, spec.kv_heads, heads // spec.kv_heads, dim)
-    logits = jnp.einsum("bkgd,bksd->bkgs", group, keys, precision=HIGHEST) * spec.scale
+    product = functools.partial(jnp.einsum, "bkgd,bksd->bkgs", precision=HIGHEST)
+    logits = product(group[..., -spec.head_dim :], keys)
+    if spec.latent is not None:
+        logits += product(group[..., : -spec.head_dim], values)
+    logits *= spec.scale
     slots = jnp.arange(keys.shape[2], dtype=jnp.int32)
     seen = causal(slots[None], window=spec.window)(positions)
     p = jax.nn.softmax(jnp.where(seen[:, None], soft_cap(logits, spec.softcap), -jnp.inf))

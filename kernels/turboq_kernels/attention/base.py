@@ -104,6 +104,7 @@ def group_parts(
     parts = [_stored(rows, layer, group, view, starts, ends, options, cache.first)]
 
     def exact(k, v, positions, lower, options):
+        k = layer.keys(k, v)
         name = options.implementation if _many(rows) else "xla"
         parts.append(
             prefill.own(
@@ -168,6 +169,8 @@ def _stored(
 
 def unsupported(layer: KVLayer, group: HeadGroup) -> str | None:
     """Why no kernel reads a group's stored tokens at all, or None."""
+    if layer.latent:
+        return "latent attention, whose queries meet values too: XLA reads it"
     if layer.rope is not None:
         return "keys before RoPE, or relative to a block: XLA reads them"
     for codec in (group.k, group.v):

@@ -59,6 +59,8 @@ class LinearLayer:
 
 def unsupported(form: LayerForm) -> str | None:
     """Why a layer has no such form, or None."""
+    if form.layer.latent:
+        return "latent attention: queries meet values too"
     for codec, arrays in zip(form.codecs, (form.group.k_arrays, form.group.v_arrays), strict=True):
         if codec.quantizer != "window":
             return f"{codec.quantizer} codes are not linear in their bits; window codes are"

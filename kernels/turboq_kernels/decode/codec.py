@@ -3,7 +3,8 @@
 Block codecs (scales per channel over a run of tokens), trellis and window codes, exact vectors,
 formats of other engines: whatever has `logits` and `accumulate`, block of pages by block of pages.
 Keys stored before their rotary embedding, or relative to a block of positions, are decoded and
-turned, some pages at a time, and meet the query there.
+turned, some pages at a time, and meet the query there; so do those of latent attention, which are
+values too.
 """
 
 from __future__ import annotations
@@ -48,17 +49,20 @@ def decode(
     block = max(1, min((block_tokens or base.BLOCK_TOKENS) // page, count))
     (k_codec, k_arrays, k_stored), (v_codec, v_arrays, v_stored) = k, v
     q = q.astype(jnp.float32)
-    turned = None if layer is None or layer.rope is None else layer
-    folded = {} if turned else of_heads(k_codec.fold_query)(k_arrays, q)
+    whole = layer if layer is not None and (layer.rope is not None or layer.latent) else None
+    folded = {} if whole else of_heads(k_codec.fold_query)(k_arrays, q)
     origin = jnp.reshape(jnp.asarray(first, jnp.int32), (-1, 1))
 
     def logits(first, valid):
         fields = fetch(k_codec, k_stored, pages, heads, first, block, valid)
-        if turned is None:
+        if whole is None:
             return of_heads(k_codec.logits)(k_arrays, folded, fields)
         slots = first * page + jnp.arange(block * page, dtype=jnp.int32)
         keys = of_heads(k_codec.decode)(k_arrays, fields)
-        keys = from_stored(turned, k_arrays, keys, origin + slots[None])
+        keys = from_stored(whole, k_arrays, keys, origin + slots[None])
+        if whole.latent:
+            values = fetch(v_codec, v_stored, pages, heads, first, block, valid)
+            keys = whole.keys(keys, of_heads(v_codec.decode)(v_arrays, values))
         return jnp.einsum("bnmd,bnsd->bnms", q, keys, precision=HIGHEST)
 
     def sums(p, seen, first, valid):

@@ -22,7 +22,7 @@ from turboq_kernels.encode import encode
 
 @functools.partial(jax.jit, static_argnames=attention.STATIC)
 def prefill(
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H Q"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     layer: KVLayer,

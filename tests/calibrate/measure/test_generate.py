@@ -59,8 +59,9 @@ def parallel(model, layers, tokens):
     return np.asarray(forward(model, tokens, plug, layers)[0])
 
 
-# mistral: a sliding window of 6; gpt_oss: logit sinks; qwen3_next: gated delta-nets
-@pytest.mark.parametrize("family", ["llama3", "mistral", "gpt_oss", "qwen3_next"])
+# mistral: a sliding window of 6; gpt_oss: logit sinks; qwen3_next: gated delta-nets;
+# deepseek_v2: latent vectors
+@pytest.mark.parametrize("family", ["llama3", "mistral", "gpt_oss", "qwen3_next", "deepseek_v2"])
 def test_exact_cache_generates_what_plain_attention_does(family):
     model = load_model(GOLDEN / family)
     prompt = np.random.default_rng(5).integers(0, model.spec.vocab, (2, 4)).astype(np.int32)

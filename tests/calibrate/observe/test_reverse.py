@@ -47,6 +47,7 @@ MODELS = {
     "phi3": lambda: load_model(GOLDEN / "phi3"),  # partial rotation, times a factor
     "glm4": lambda: load_model(GOLDEN / "glm4"),  # partial rotation of neighbours
     "qwen3_5": lambda: load_model(GOLDEN / "qwen3_5"),  # delta-nets around gated attention
+    "deepseek_v2": lambda: load_model(GOLDEN / "deepseek_v2"),  # latent attention
     "without rope": lambda: without_rope("llama3"),
 }
 
@@ -77,8 +78,12 @@ def oracle(model, tokens):
         seen = t[None, :] <= t[:, None]
         if spec.window is not None:
             seen &= t[None, :] > t[:, None] - spec.window
-        keys, values = (jnp.repeat(x + d, group, 2) for x, d in zip((k, v), state, strict=True))
-        raw = jnp.einsum("bthd,bshd->bhts", q, keys, precision="highest") / math.sqrt(q.shape[-1])
+        keys, values = (x + d for x, d in zip((k, v), state, strict=True))
+        if spec.latent is not None:
+            keys = jnp.concatenate([values, keys], axis=-1)
+        keys, values = (jnp.repeat(x, group, 2) for x in (keys, values))
+        scale = spec.softmax_scale or q.shape[-1] ** -0.5
+        raw = jnp.einsum("bthd,bshd->bhts", q, keys, precision="highest") * scale
         if spec.softcap is not None:
             raw = spec.softcap * jnp.tanh(raw / spec.softcap)
         p = jax.nn.softmax(jnp.where(seen[None, None], raw, -jnp.inf), axis=-1)
@@ -144,6 +149,7 @@ def test_everything_a_fit_may_use_equals_the_whole_model(name, tmp_path):
             assert [side.heads for side in found.layers[i].sides.values()] == [0, 0, 0]
             continue
         q, k, v = (np.asarray(x, np.float64) for x in kept[i])
+        q = q[..., -spec.head_dim :]
         g_k, g_v = (np.asarray(x, np.float64) for x in gradients[i])
         layer = found.layers[i]
         assert ("k_before" in layer.sides) == ("q_before" in layer.sides) == bool(spec.rope)

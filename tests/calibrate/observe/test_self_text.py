@@ -67,7 +67,7 @@ def test_first_tokens_are_draws_from_the_models_probabilities(model):
 
 
 # Grouped heads; a sliding window of 6; QK-norm and three layers of another geometry; delta-nets.
-@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen3", "qwen3_5"])
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen3", "qwen3_5", "deepseek_v2"])
 def test_cached_steps_are_the_parallel_forward(name):
     """The logits of one causal pass over the windows, with the same noise, draw the same tokens.
 
