@@ -8,7 +8,7 @@ a stored gain of 4 bits, Fisher-weighted, bits per head), and the same with one 
 Without gradients keys are weighed by the queries that read them, values and tokens alike, and bits
 are shared by the squared errors of logits and values: once per head, once in one size for all keys
 and one for all values. "free M" regresses what bits stand for on the codes found, head by head,
-where unseen calibration text agrees; "either" lets every head have a gain or none.
+where unseen calibration text agrees.
 Expected: keys after RoPE and no gradients far worst, bits per head next, the gain least.
 """
 
@@ -23,7 +23,6 @@ from turboq_calibrate.observe.layer_statistics import LayerStatistics
 from turboq_calibrate.observe.statistics_files import Statistics
 
 NO_GAIN = dataclasses.replace(LEARNED, gain="none")
-EITHER = dataclasses.replace(LEARNED, gain="either")
 FREE = dataclasses.replace(LEARNED, free_synthesis=True)
 # What is changed of `Wanted`; the baseline has nothing changed.
 SWITCHES: dict[str, dict] = {
@@ -33,7 +32,6 @@ SWITCHES: dict[str, dict] = {
     "scalar codes": {"candidates": ("transform",)},
     "trellis codes": {"candidates": ("trellis",)},
     "no stored gain": {"options": NO_GAIN},
-    "a gain or none by head": {"options": EITHER},
     "free M": {"options": FREE},
 }
 
@@ -81,9 +79,6 @@ def arms(bench: Bench) -> list[Arm]:
             bench.learned(f"{bits:g} {name}", bits, group=group, baseline=base, **switch)
             for name, switch in SWITCHES.items()
         ]
-        either = f"{bits:g} a gain or none by head"
-        worst = {"options": EITHER, "objective": "worst", "baseline": either}
-        out.append(bench.learned(f"{either}, worst text", bits, group=group, **worst))
     return out
 
 

@@ -38,10 +38,7 @@ def make_layers(rng, policy, rope=None, block=1, gain="code"):
     """Two layers whose heads have other bits each, K and V alike, in groups out of order."""
 
     def side(segments, heads):
-        own = gain
-        if gain == "either":
-            own = "none" if len(heads) == 1 or segments == SEGMENTS[2] else "code"
-        codec = Transform(dim=DIM, segments=segments, quantizer="window", states=16, gain=own)
+        codec = Transform(dim=DIM, segments=segments, quantizer="window", states=16, gain=gain)
         x = rng.normal(size=(len(heads), 60, DIM)) * 0.8 ** np.arange(DIM) + 0.5
         fitted = codec.fit(Observed.of(x.astype(np.float32)))
         return codec, {name: jnp.asarray(a) for name, a in fitted.items()}
@@ -82,7 +79,7 @@ def filled(rng, layers, t, capacity, batch=2):
         (None, 1, "code", {}),
         (None, 1, "none", {"softcap": 1.5}),
         ("half", 256, "code", {"window": 270}),
-        ("partial", 128, "either", {}),
+        ("partial", 128, "code", {}),
     ],
     ids=str,
 )

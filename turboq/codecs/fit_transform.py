@@ -1,7 +1,6 @@
 """Fits `transform`: bases of the heads, segments at a size, gains and codebooks. NumPy.
 
     fits = fit_heads(seen, options)                 one basis and its measured costs per KV head
-    with_gain, without = fit_forms(seen, forms)     the same of several forms of one basis
     head_rates(fits, options)                       the best segments of each at every size
     arrays_of(codec, fit, x)                        what a codec of such segments stores
 
@@ -11,7 +10,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -42,7 +40,6 @@ TYPICAL = 2.0
 class TransformOptions:
     """What `transform` codecs have in common when their segments are still free.
 
-    gain: that of `Transform`, or "either": every head has one of `gain_bits` or none (`forms`).
     free_synthesis: least squares on the codes found (`turboq.codecs.fit_synthesis`).
 
     The last four guard against over-fitting: `emphasis` of the moments (0 counts tokens alike, 1 by
@@ -79,15 +76,8 @@ class TransformOptions:
         names = ("quantizer", "states", "free_start", "codebook", "gain", "gain_bits")
         return cls(**{name: getattr(codec, name) for name in names})
 
-    @property
-    def forms(self) -> tuple[TransformOptions, ...]:
-        """These options, or what "either" stands for: with a gain (more bits), and without."""
-        if self.gain != "either":
-            return (self,)
-        return tuple(dataclasses.replace(self, gain=gain) for gain in ("code", "none"))
-
     def codec(self, dim: int, segments: Segments) -> Transform:
-        """The codec of these segments; one of `forms` where the gain is still open."""
+        """The codec of these segments."""
         return Transform(
             dim=dim,
             segments=segments,
@@ -143,21 +133,11 @@ def fit_heads(seen: Observed, options: TransformOptions | None = None) -> list[H
     Raises:
       TurboqError: moments or the sample are missing, or fewer tokens than dimensions.
     """
-    return fit_forms(seen, (options or TransformOptions(),))[0]
-
-
-def fit_forms(seen: Observed, forms: Sequence[TransformOptions]) -> list[list[HeadFit]]:
-    """`fit_heads` of options that differ in their gain alone: bases and weights are made once.
-
-    Raises:
-      TurboqError: as of `fit_heads`.
-    """
-    options = forms[0]
+    options = options or TransformOptions()
     seen.require(("moments", "sample"), "a transform's fit", fewest=max(8, seen.dim))
     mean, covariance = moments(seen, options.emphasis, shrink_mean=options.shrink_mean)
     weights = sample_weights(seen, options.ridge).astype(np.float32)
-    tokens = np.bincount(seen.text)[:, None, None]
-    out: list[list[HeadFit]] = [[] for _ in forms]
+    tokens, out = np.bincount(seen.text)[:, None, None], []
     for h in range(seen.heads):  # a head at a time: its sums stay in the processor's cache
         basis = fit_basis(
             mean[h], covariance[h], seen.metric[h], ridge=options.ridge, shrink=options.shrink
@@ -168,17 +148,15 @@ def fit_forms(seen: Observed, forms: Sequence[TransformOptions]) -> list[list[He
             # What the gradient says of each coordinate by itself is exact but noisy: half and half.
             slope = basis.synthesis.T.astype(np.float32) @ seen.g[h].T
             cost = 0.5 * cost + 0.25 * np.square(slope)
-        plain = measured_costs(y, cost, options.curve, seen.text)
-        for fits, form in zip(out, forms, strict=True):
-            sums, spreads = plain
-            if form.gain != "none":
-                gain = _gains(y, basis.variances, sums.sum(axis=0), form)
-                # An error of y / gain is as much smaller.
-                sums, spreads = measured_costs(
-                    y / gain, cost * np.square(gain), options.curve, seen.text
-                )
-            by_text = np.divide(sums, tokens, out=np.full_like(sums, np.nan), where=tokens > 0)
-            fits.append(HeadFit(basis, sums.sum(axis=0) / y.shape[1], spreads, by_text))
+        sums, spreads = measured_costs(y, cost, options.curve, seen.text)
+        if options.gain != "none":
+            gain = _gains(y, basis.variances, sums.sum(axis=0), options)
+            # An error of y / gain is as much smaller.
+            sums, spreads = measured_costs(
+                y / gain, cost * np.square(gain), options.curve, seen.text
+            )
+        by_text = np.divide(sums, tokens, out=np.full_like(sums, np.nan), where=tokens > 0)
+        out.append(HeadFit(basis, sums.sum(axis=0) / y.shape[1], spreads, by_text))
     return out
 
 

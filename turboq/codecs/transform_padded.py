@@ -26,8 +26,7 @@ from turboq.codecs.transform import Transform
 from turboq.numbers import scale as scales
 from turboq.numbers import trellis, window, window_gain
 
-# Of K and V: points of a coordinate, and number of gains (0: none is stored).
-Levels = tuple[tuple[int, int], tuple[int, int]]
+Levels = tuple[int, int]  # of K and V
 
 # Stands for "no such point": its square is finite in float32 and far above any real distance.
 _FAR = 1e6
@@ -39,8 +38,7 @@ class PaddedTransform(Codec):
 
     Not registered: its fields are as wide as the widest may be. Arrays of one head: mean
     [D], analysis and synthesis [D, D] (zero where nothing is coded), points [D, levels] or the rows
-    and weights of a window code, coded [] (how many coordinates are), gains [n] with gain "code":
-    all 1 in a head without one, which stores no bit of it.
+    and weights of a window code, coded [] (how many coordinates are), gains [n] with gain "code".
     """
 
     name: ClassVar[str] = "padded_transform"
@@ -210,10 +208,10 @@ def shared_layer(layer: KVLayer, levels: Levels | None = None) -> KVLayer:
         return layer
     heads = [h for g in layer.groups for h in g.heads]
     sides = []
-    for side, at_least in zip(("k", "v"), levels or ((0, 0), (0, 0)), strict=True):
+    for side, at_least in zip(("k", "v"), levels or (0, 0), strict=True):
         codecs = [getattr(g, side) for g in layer.groups]
         rows = [getattr(g, f"{side}_arrays") for g in layer.groups]
-        codec, arrays = pad_side(codecs, rows, at_least=at_least)
+        codec, arrays = pad_side(codecs, rows, levels=at_least)
         sides.append((codec, {name: a[np.argsort(heads)] for name, a in arrays.items()}))
     (k, k_arrays), (v, v_arrays) = sides
     group = HeadGroup(heads=tuple(sorted(heads)), k=k, v=v, k_arrays=k_arrays, v_arrays=v_arrays)
@@ -221,14 +219,11 @@ def shared_layer(layer: KVLayer, levels: Levels | None = None) -> KVLayer:
 
 
 def shared_layers(layers: Sequence[KVLayer]) -> list[KVLayer] | None:
-    """`shared_layer` of all layers, alike in levels and gains; None: some are of another kind."""
+    """`shared_layer` of all layers, with as many levels in each; None: some are of another kind."""
     both = [_sides(layer) for layer in layers]
     if not all(one_kind(side) for sides in both for side in sides):
         return None
-    k, v = (
-        (max(_levels(sides[i]) for sides in both), max(_gains(sides[i]) for sides in both))
-        for i in range(2)
-    )
+    k, v = (max(_levels(sides[i]) for sides in both) for i in range(2))
     return [shared_layer(layer, (k, v)) for layer in layers]
 
 
@@ -246,50 +241,32 @@ def _levels(codecs: Sequence[Codec]) -> int:
     return 2 * levels if transforms[0].quantizer == "trellis" else levels
 
 
-def _gains(codecs: Sequence[Codec]) -> int:
-    """Gains that a code chooses from, 0 where no head has such a code."""
-    coded = [c for c in codecs if isinstance(c, Transform) and c.gain == "code"]
-    return max((2**c.gain_bits for c in coded), default=0)
-
-
 def one_kind(codecs: Sequence[Codec]) -> bool:
-    """Whether these are `transform`s that differ in segments and codebooks at most.
-
-    Some may have a gain code, all of as many bits, and the others no gain.
-    """
-    transforms = [c for c in codecs if isinstance(c, Transform)]
-    if len(transforms) != len(codecs):
+    """Whether these are `transform`s that differ in segments and codebooks at most."""
+    if not all(isinstance(c, Transform) for c in codecs):
         return False
-    fields = ("dim", "quantizer", "states", "free_start")
-    alike = len({tuple(getattr(c, f) for f in fields) for c in transforms}) == 1
-    gains = {c.gain for c in transforms}
-    coded = {c.gain_bits for c in transforms if c.gain == "code"}
-    return alike and len(coded) < 2 and (len(gains) == 1 or "float16" not in gains)
+    fields = ("dim", "quantizer", "states", "free_start", "gain", "gain_bits")
+    return len({tuple(getattr(c, f) for f in fields) for c in codecs}) == 1
 
 
 def pad_side(
-    codecs: Sequence[Transform], groups: Sequence[Arrays], *, at_least: tuple[int, int] = (0, 0)
+    codecs: Sequence[Transform], groups: Sequence[Arrays], *, levels: int = 0
 ) -> tuple[PaddedTransform, Arrays]:
-    """One codec and arrays [K, ...] for codecs of one kind and arrays [n, ...] of their heads.
-
-    `at_least`: points of a coordinate, and gains where none has any, as in `Levels`.
-    """
+    """One codec and arrays [K, ...] for codecs of one kind and arrays [n, ...] of their heads."""
     quantizer = codecs[0].quantizer
-    gains = 0 if codecs[0].gain == "float16" else _gains(codecs) or at_least[1]
     padded = PaddedTransform(
         dim=codecs[0].dim,
-        levels=max(at_least[0], _levels(codecs)),
+        levels=max(levels, _levels(codecs)),
         quantizer=quantizer,
         states=0 if quantizer == "scalar" else codecs[0].states,
         free_start=codecs[0].free_start,
-        gain="code" if gains else codecs[0].gain,
+        gain=codecs[0].gain,
     )
-    each = zip(codecs, groups, strict=True)
-    arrays = [_pad(padded, codec, group, gains) for codec, group in each]
+    arrays = [_pad(padded, codec, group) for codec, group in zip(codecs, groups, strict=True)]
     return padded, {name: jnp.concatenate([a[name] for a in arrays]) for name in arrays[0]}
 
 
-def _pad(padded: PaddedTransform, codec: Transform, arrays: Arrays, gains: int) -> Arrays:
+def _pad(padded: PaddedTransform, codec: Transform, arrays: Arrays) -> Arrays:
     """Arrays [n, ...] of a group's heads in the padded form."""
     rest = codec.dim - codec.coded
     heads = arrays["mean"].shape[0]
@@ -303,9 +280,7 @@ def _pad(padded: PaddedTransform, codec: Transform, arrays: Arrays, gains: int) 
         "synthesis": jnp.asarray(np.pad(each(codec.synthesis_of), ((0, 0), (0, 0), (0, rest)))),
         "coded": jnp.full(heads, codec.coded, jnp.float32),
     }
-    if gains:  # a head without a gain reads code 0, whatever is encoded
-        ones = jnp.ones((heads, gains), jnp.float32)
-        out["gains"] = arrays["gains"] if codec.gain == "code" else ones
+    out |= {"gains": arrays["gains"]} if codec.gain == "code" else {}
     if codec.quantizer == "window":
         code = dataclasses.asdict(window.rows(codec.states, codec.segments, codec.dim))
         out["weights"] = jnp.asarray(np.pad(np.asarray(arrays["weights"]), ((0, 0), (0, rest))))

@@ -18,7 +18,7 @@ from turboq import words
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec
 from turboq.codecs.fit_synthesis import free_synthesis
-from turboq.codecs.fit_transform import HeadFit, TransformOptions, arrays_of, fit_forms, head_rates
+from turboq.codecs.fit_transform import HeadFit, TransformOptions, arrays_of, fit_heads, head_rates
 from turboq.codecs.observed import Observed
 from turboq.codecs.water_filling import BLOCK, Rates
 from turboq.errors import TurboqError
@@ -51,32 +51,28 @@ def learned(
 ) -> list[Maker]:
     """`transform` at several sizes (label -> bits per channel), bases fitted once for all.
 
-    Every head takes its own best segments within the size. Costs are known from the fit. Where the
-    gain is open (`TransformOptions.forms`), every size is there with one and, as "... static",
-    without.
+    Every head takes its own best segments within the size. Costs are known from the fit.
     """
-    forms = (options or TransformOptions()).forms
-    known: dict[tuple[int, Side, int], list[tuple[list[HeadFit], list[Rates]]]] = {}
+    options = TransformOptions() if options is None else options
+    known: dict[tuple[int, Side, int], tuple[list[HeadFit], list[Rates]]] = {}
 
-    def fits_of(layer: int, side: Side, seen: Observed, form: int):
+    def fits_of(layer: int, side: Side, seen: Observed) -> tuple[list[HeadFit], list[Rates]]:
         key = (layer, side, id(seen))
         if key not in known:
             known.clear()  # makers of one side of a layer are called in a row
-            each = zip(fit_forms(seen, forms), forms, strict=True)
-            known[key] = [(fits, head_rates(fits, own)) for fits, own in each]
-        return known[key][form]
+            fits = fit_heads(seen, options)
+            known[key] = (fits, head_rates(fits, options))
+        return known[key]
 
-    def maker(label: str, bits: float | int, form: int) -> Maker:
-        own = forms[form]
-
+    def maker(label: str, bits: float | int) -> Maker:
         def make(layer: LayerGeometry, side: Side, seen: Observed | None) -> Option:
             seen = _needed(label, seen)
-            fits, tables = fits_of(layer.index, side, seen, form)
-            most = int(bits * seen.dim + 1e-9) - own.overhead(seen.dim)
+            fits, tables = fits_of(layer.index, side, seen)
+            most = int(bits * seen.dim + 1e-9) - options.overhead(seen.dim)
             segments = [table.segments[table.at(most)] for table in tables]
-            codecs = tuple(own.codec(seen.dim, s) for s in segments)
-            samples = seen.x if own.samples else [None] * seen.heads
-            whole = seen if own.free_synthesis else None
+            codecs = tuple(options.codec(seen.dim, s) for s in segments)
+            samples = seen.x if options.samples else [None] * seen.heads
+            whole = seen if options.free_synthesis else None
 
             def fit() -> list[dict[str, np.ndarray]]:
                 each = zip(codecs, fits, samples, strict=True)
@@ -86,9 +82,9 @@ def learned(
             costs = np.stack([f.cost(s) for f, s in zip(fits, segments, strict=True)])
             return Option(codecs, fit, costs)
 
-        return Maker(label if form == 0 else f"{label} static", make)
+        return Maker(label, make)
 
-    return [maker(name, bits, form) for name, bits in rates.items() for form in range(len(forms))]
+    return [maker(label, bits) for label, bits in rates.items()]
 
 
 def _needed(label: str, seen: Observed | None) -> Observed:
@@ -115,7 +111,7 @@ def default_makers(
     `dim`: the smallest head dim, which says how small a size can be (a run of 8 coordinates).
     """
     own = _options(word, options)
-    least = (BLOCK + own.forms[0].overhead(dim)) / dim
+    least = (BLOCK + own.overhead(dim)) / dim
     bits = max(min(bits, MOST), least)
     low, high = max(least, bits - AROUND), min(MOST, bits + AROUND)
     steps = np.arange(np.ceil(low / STEP - 1e-9), np.ceil(high / STEP) + 1)

@@ -73,9 +73,8 @@ class Wanted:
     policy: tokens kept exact. k_rope: keys stored "before" or "after" their rotary embedding, or
       relative to their "block:P" of positions.
     objective: least predicted loss over the "mean" of the calibration texts, or on the "worst".
-    options: of the learned transforms (gain "either": each size with a stored gain and without);
-      with `guard` their shrinkage is chosen on texts left out, where no text is the model's own:
-      what it writes is of no one kind already.
+    options: of the learned transforms; with `guard` their shrinkage is chosen on texts left out,
+      where no text is the model's own: what it writes is of no one kind already.
     rounds: refinements by KL measured around the plan (need the model).
 
     Raises:

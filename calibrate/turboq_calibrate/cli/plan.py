@@ -59,8 +59,7 @@ REQUIRED = ("out",)
 RESUME = "run the same command again to continue"
 GRANULARITIES = ("uniform", "per_layer", "per_kv", "per_head")  # of turboq.plan.constraints
 OBJECTIVES = ("mean", "worst")
-GAINS = ("code", "none", "either")
-BUDGET_FLAGS = ("granularity", "engine", "candidates", "policies", "rounds", "objective", "gain")
+BUDGET_FLAGS = ("granularity", "engine", "candidates", "policies", "rounds", "objective")
 BUDGET_FLAGS += ("check", "force", "ladder")
 # Flags that mean nothing to a ladder, and those that mean nothing to one that is there already.
 OF_A_SEARCH = (
@@ -72,7 +71,7 @@ OF_A_SEARCH = (
     "exact_dtype",
     *BUDGET_FLAGS[:-1],
 )
-NOT_OF_LADDERS = ("engine", "policies", "rounds", "objective", "gain", "force")
+NOT_OF_LADDERS = ("engine", "policies", "rounds", "objective", "force")
 
 
 def define(values: flags.FlagValues) -> None:
@@ -115,10 +114,6 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "objective", "mean", OBJECTIVES, "--budget: least loss over the mean of the calibration "
         "texts, or on the worst of them.", flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_enum(
-        "gain", "code", GAINS, "--budget: tokens of learned candidates have a stored gain of 4 "
-        "bits, none, or every head one or the other.", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_multi_string(
         "policies", [], "--budget at a context: SINKS:RECENT exact tokens to choose among.",
@@ -180,7 +175,7 @@ def _check(values: flags.FlagValues) -> None:
     if values.rounds and not values.check:
         raise TurboqError(f"--rounds={values.rounds} measures on the model: leave --nocheck out")
     if values.engine is not None:
-        for flag in ("granularity", "candidates", "policies", "k_rope", "gain"):
+        for flag in ("granularity", "candidates", "policies", "k_rope"):
             if values[flag].present:
                 raise TurboqError(f"--{flag}: --engine={values.engine} decides that")
 
@@ -316,7 +311,7 @@ def _rung(values: flags.FlagValues) -> None:
 def _within_budget(values: flags.FlagValues) -> None:
     from turboq.plan import save, summary
     from turboq_calibrate.choose.budget import Budget
-    from turboq_calibrate.choose.plan_within import LEARNED, Wanted, plan_within
+    from turboq_calibrate.choose.plan_within import Wanted, plan_within
     from turboq_calibrate.choose.policies import best_policy, policies_of
     from turboq_calibrate.choose.within import report
     from turboq_calibrate.run.progress import phases
@@ -331,7 +326,6 @@ def _within_budget(values: flags.FlagValues) -> None:
             granularity=values.granularity or "per_head",
             k_rope=values.k_rope or "before",
             objective=values.objective,
-            options=dataclasses.replace(LEARNED, gain=values.gain),
             rounds=values.rounds,
         )
         model, statistics, geometry, steps = _observed(values, out)

@@ -59,7 +59,7 @@ def guard(
                 for rest, left_out in _splits(observed(layer, side)):
                     tried = True
                     for shrink in strengths:
-                        own = dataclasses.replace(options.forms[0], shrink=shrink)
+                        own = dataclasses.replace(options, shrink=shrink)
                         fits = fit_heads(rest, own)
                         totals[shrink] += held_out_cost(fits, left_out, bits_per_channel, own)
                 bar.advance(1)

@@ -270,21 +270,6 @@ def test_the_worst_text_decides(run, tmp_path, monkeypatch):
     assert worst["worst"] <= worst["mean"]
 
 
-def test_every_head_has_a_gain_or_none(run, tmp_path):
-    """Both are candidates of every size; the choice is predicted to cost no more than either."""
-    costs, flags = {}, (*LEARNED, f"--statistics={run}", "--nocheck")
-    for gain in ("code", "none", "either"):
-        out = tmp_path / gain
-        assert plan(*flags, f"--gain={gain}", f"--out={out}") == 0
-        costs[gain] = allocation(out)["predicted"]
-        found = load(out)[0]
-        codecs = {
-            c.gain for x in found.layers for side in "kv" for c in found.codecs(x.index, side)
-        }
-        assert codecs <= {"code", "none"} if gain == "either" else codecs == {gain}
-    assert costs["either"] <= costs["none"]
-
-
 def test_weights_of_texts_decide(texts, tmp_path, monkeypatch):
     """b.jsonl has three of four windows, and three quarters of every mean over the texts."""
     one, other = (Path(text.removeprefix("--text=")) for text in texts)

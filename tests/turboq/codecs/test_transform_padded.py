@@ -14,7 +14,7 @@ from turboq.cache.simulate import simulate
 from turboq.codecs import TurboQuantMSE
 from turboq.codecs.observed import Observed
 from turboq.codecs.transform import Transform
-from turboq.codecs.transform_padded import PaddedTransform, shared_layer, shared_layers
+from turboq.codecs.transform_padded import PaddedTransform, shared_layer
 
 DIM = 24
 
@@ -31,10 +31,9 @@ def layer(**options):
     rng = np.random.default_rng(2)
     x = rng.normal(size=(200, 3, DIM)) * 0.8 ** np.arange(DIM) + rng.normal(size=(3, DIM))
     x = x.astype(np.float32)
-    other = {"gain": "none"} if options.pop("some", False) else {}
     groups = (
         group((0, 2), ((8, 3), (8, 1)), x, **options),
-        group((1,), ((16, 2), (8, 1)), x, **options | other),
+        group((1,), ((16, 2), (8, 1)), x, **options),
     )
     return KVLayer(groups=groups, policy=TokenPolicy(sinks=1)), jnp.asarray(x[None, :64])
 
@@ -48,7 +47,6 @@ def layer(**options):
         {"gain": "float16", "codebook": "fitted"},
         {"quantizer": "window", "states": 16},
         {"quantizer": "window", "states": 64, "gain": "code"},
-        {"quantizer": "window", "states": 16, "gain": "code", "some": True},
     ],
     ids=str,
 )
@@ -71,18 +69,6 @@ def test_one_program_for_different_segments():
     other = dataclasses.replace(other, k_arrays=wide, v_arrays=wide)
     c = shared_layer(KVLayer(groups=(other,), policy=TokenPolicy(sinks=1)))
     assert a.groups[0].k == b.groups[0].k == c.groups[0].k
-
-
-def test_one_program_for_layers_with_and_without_gains():
-    with_gain, some, without = (
-        layer(**options)[0]
-        for options in ({"gain": "code"}, {"gain": "code", "some": True}, {"gain": "none"})
-    )
-    found = shared_layers([with_gain, some, without])
-    assert found is not None
-    assert len({one.groups[0].k for one in found}) == 1
-    assert len({one.groups[0].k_arrays["gains"].shape for one in found}) == 1
-    np.testing.assert_array_equal(found[1].groups[0].k_arrays["gains"][1], 1)
 
 
 def test_other_layers_stay():
