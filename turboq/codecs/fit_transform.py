@@ -169,6 +169,7 @@ def _gains(
     """About the gains that codecs of `TYPICAL` bits per channel would store, float32; none is 0."""
     if options.quantizer == "window" and options.gain == "code":
         low, high, wanted = 0.0, float(costs.max()), TYPICAL * len(costs)
+        bits = np.zeros(len(costs), np.int64)
         for _ in range(40):  # the price of a bit at which so many are bought
             price = 0.5 * (low + high)
             bits = np.argmin(costs + price * np.arange(costs.shape[1]), axis=1)
