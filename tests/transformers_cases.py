@@ -22,7 +22,7 @@ BATCH, LENGTH, STEPS, PADDING = 2, 20, 6, 3
 
 def _window(dim, segments, states, gain="code") -> Transform:
     return Transform(
-        dim=dim, segments=segments, quantizer="window", states=states, gain=gain, gain_bits=3
+        dim=dim, segments=segments, quantizer="window", states=states, gain=gain, gain_bits=4
     )
 
 
