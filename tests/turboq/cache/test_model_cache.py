@@ -27,7 +27,6 @@ KINDS = {
         "quantizer": "trellis", "states": 8, "free_start": True, "gain": "code",
     },
     "window": {"quantizer": "window", "states": 16, "gain": "code"},
-    "window, some with gain": {"quantizer": "window", "states": 16, "gain": "either"},
 }  # fmt: skip
 
 
@@ -35,10 +34,7 @@ def make_layers(rng, policy, rope=None, **options):
     """Two layers whose heads have other bits each, K and V alike, in groups out of order."""
 
     def side(segments, heads):
-        own = dict(options)
-        if own.get("gain") == "either":
-            own["gain"] = "none" if len(heads) == 1 or segments == SEGMENTS[2] else "code"
-        codec = Transform(dim=DIM, segments=segments, **own)
+        codec = Transform(dim=DIM, segments=segments, **options)
         x = rng.normal(size=(len(heads), 60, DIM)) * 0.8 ** np.arange(DIM)
         fitted = codec.fit(Observed.of(x.astype(np.float32)))
         return codec, {name: jnp.asarray(a) for name, a in fitted.items()}
@@ -73,9 +69,7 @@ def run(state, words, q, k, v, chunks, **options):
     return np.concatenate(outs, axis=1), state, words
 
 
-@pytest.mark.parametrize(
-    "kind", ["gain float16, fitted", "trellis, free start", "window, some with gain"]
-)
+@pytest.mark.parametrize("kind", ["gain float16, fitted", "trellis, free start", "window"])
 def test_attention_is_that_of_the_codecs_in_float64(rng, kind):
     """A chunk, single tokens, a chunk; sinks and a recent window; keys before RoPE; grouped."""
     policy = TokenPolicy(sinks=2, recent=3)
@@ -106,11 +100,8 @@ def test_tables_of_other_codecs_lie_in_the_pool_too(rng, scale):
         return HeadGroup(heads=heads, k=codec, v=codec, **each)
 
     own = PerHead(dim=DIM, bits=3, scale=scale)
-    other = (
-        TurboQuantMSE(dim=DIM, bits=2)
-        if scale == "vector"
-        else PerHead(dim=DIM, bits=2, scale=scale)
-    )
+    two = {"dim": DIM, "bits": 2}
+    other = TurboQuantMSE(**two) if scale == "vector" else PerHead(**two, scale=scale)
     layer = KVLayer(
         groups=(group((0, 2), own), group((1,), other)), policy=TokenPolicy(sinks=2, recent=1)
     )
