@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optimised import optimised
 from tolerances import TOL
 
 from turboq.codecs.tcq import TCQ
@@ -108,6 +109,7 @@ def test_codes_are_good_and_every_state_is_reached(states):
 
 
 @pytest.mark.parametrize(("states", "bits"), LONG)
+@optimised()
 def test_snr_of_long_sequences(states, bits):
     """Mean over 131,072 Gaussian samples (standard error 0.015 dB) within 0.05 dB of the figure."""
     u = np.random.default_rng(17).normal(size=(64, 2048)).astype(np.float32)
