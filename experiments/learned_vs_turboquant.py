@@ -11,7 +11,7 @@ Block codecs keep up to a block of recent tokens exact: their rows say so. Nothi
 is measured; the default text was chosen on three of the README's seven (calibration_text.py).
 
 Writes quality.json (rows of all texts), quality.csv, long/quality.json and `targets`, resumes after
-an interruption. Expected: about 35 minutes on two cores with two windows of seven texts;
+an interruption. Expected: most of an hour on two cores with two windows of seven texts;
 `learned` at 2.5 bits below `turboquant_mse` at 4.25 on every text, at 2.25 on most.
 """
 

@@ -174,6 +174,8 @@ TOL: dict[str, float] = {
     # Gains are taken over all 16 coordinates, stored ones over those that are coded: a vector's
     # size over so few is known to 1 / sqrt(2 * 16) = 18 %.
     "fit_gain": 0.18,
+    # The same of a window code whose gain is searched; without a gain costs are twice and more.
+    "fit_searched_gain": 0.4,
     # x near 4096 keeps 2^-12 of absolute precision: against cells of ~0.1 (the 0.5-std head at 3
     # bits), (2^-12 / 0.1)^2 is nothing, but means and thresholds move: 1 %.
     "far_mean": 1e-2,

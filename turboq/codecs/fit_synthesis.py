@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from turboq.codecs.fit_basis import RIDGE, sample_weights
-from turboq.codecs.fit_transform import fit_gains
+from turboq.codecs.fit_transform import fit_gains, vector_gains
 from turboq.codecs.observed import Observed
 from turboq.codecs.transform import Transform
 from turboq.codecs.transform_padded import PaddedTransform, pad_side
@@ -111,7 +111,7 @@ def _step(codec: Transform, arrays: Arrays, tokens: _Tokens, of: Bool[np.ndarray
         out["weights"] = np.diag(inner) / np.mean(np.diag(inner))
     if codec.gain == "code":
         y = (x - mean) @ out["analysis"].T
-        out["gains"] = fit_gains(np.sqrt(np.mean(y * y, axis=1)), 2**codec.gain_bits)
+        out["gains"] = fit_gains(vector_gains(codec, y, out), 2**codec.gain_bits)
     return arrays | {name: a.astype(np.float32) for name, a in out.items()}
 
 

@@ -32,7 +32,7 @@ from turboq.numbers.codebook_fitting import lloyd
 
 Arrays = dict[str, np.ndarray]
 
-# Bits per channel at which the gains of a head's costs are taken; they hardly depend on it.
+# Bits per channel at which the gains of a head's costs are taken, whatever the budget.
 TYPICAL = 2.0
 
 
@@ -181,7 +181,7 @@ def _gains(
         found = np.sqrt(np.mean(np.square(y), axis=0))
     if options.gain == "code":
         gains = fit_gains(found, 2**options.gain_bits)
-        found = gains[np.searchsorted(np.sqrt(gains[1:] * gains[:-1]), found)]
+        found = nearest_gain(gains, found)
     return np.where(found > 0, found, 1.0).astype(np.float32)
 
 
@@ -274,16 +274,28 @@ def fit_arrays(
             raise ValueError(f"{codec.gain=} and {codec.codebook=} need samples to fit")
         y = (np.asarray(samples, np.float64) - basis.mean) @ arrays["analysis"].T
         if codec.gain == "code":
-            if codec.quantizer == "window":
-                best = window_gain.best_gain(codec.rows, y, arrays["weights"])
-            else:
-                best = np.sqrt(np.mean(y * y, axis=-1))
+            best = vector_gains(codec, y, arrays)
             arrays["gains"] = fit_gains(best, 2**codec.gain_bits)
-            edges = np.sqrt(arrays["gains"][1:] * arrays["gains"][:-1])
-            y = y / arrays["gains"][np.searchsorted(edges, best)][:, None]
+            y = y / nearest_gain(arrays["gains"], best)[:, None]
         if codec.codebook == "fitted":
             arrays |= fit_codebooks(codec, y)
     return {name: a.astype(np.float32) for name, a in arrays.items()}
+
+
+def vector_gains(
+    codec: Transform, y: Float[np.ndarray, "N C"], arrays: Arrays
+) -> Float[np.ndarray, "N"]:
+    """The gain that suits each vector, before it is one of a few."""
+    if codec.quantizer == "window":
+        return window_gain.best_gain(codec.rows, y, arrays["weights"])
+    return np.sqrt(np.mean(y * y, axis=-1))
+
+
+def nearest_gain(
+    gains: Float[np.ndarray, "G"], best: Float[np.ndarray, "N"]
+) -> Float[np.ndarray, "N"]:
+    """The nearest of ascending gains on a logarithmic scale."""
+    return gains[np.searchsorted(np.sqrt(gains[1:] * gains[:-1]), best)]
 
 
 def fit_gains(best: Float[np.ndarray, "N"], levels: int) -> np.ndarray:

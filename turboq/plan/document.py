@@ -137,9 +137,8 @@ def to_json(value: Any) -> Any:
         rope = {} if value.rope == "after" else {"rope": value.rope}
         return to_json(value.codec) | rope | ({"heads": heads} if heads else {})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        skip = {
-            n for n in optional_fields(type(value)) if getattr(value, n) in (None, False, (), {})
-        }
+        given = ((n, getattr(value, n)) for n in optional_fields(type(value)))
+        skip = {n for n, x in given if x is False or x in (None, (), {})}  # a 0 is a number
         names = [f.name for f in dataclasses.fields(value) if f.name not in skip]
         return {n: to_json(getattr(value, n)) for n in (*names, *getattr(value, "derived", ()))}
     if isinstance(value, tuple | list):

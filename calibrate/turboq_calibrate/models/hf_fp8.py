@@ -8,6 +8,7 @@ they stay float32.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -58,13 +59,21 @@ def codes(path: Path, name: str) -> Float[np.ndarray, "R C"]:
     The file has been opened before: its header is known to be sound. It is 8 bytes of its own
     length, then JSON; offsets count from its end.
     """
+    begin, header = _header(path, path.stat().st_mtime_ns)
+    entry = header[name]
+    start, stop = entry["data_offsets"]
     with open(path, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        entry = json.loads(f.read(length))[name]
-        start, stop = entry["data_offsets"]
-        f.seek(8 + length + start)
+        f.seek(begin + start)
         raw = np.frombuffer(f.read(stop - start), ml_dtypes.float8_e4m3fn)
     return raw.reshape(entry["shape"])
+
+
+@functools.lru_cache(maxsize=4)  # a layer's tensors lie in few files, of long headers
+def _header(path: Path, changed: int) -> tuple[int, dict[str, Any]]:
+    """Where the data of a file begin, and what it says of its tensors."""
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        return 8 + length, json.loads(f.read(length))
 
 
 def scaled(

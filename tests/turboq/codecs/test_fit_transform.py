@@ -138,35 +138,15 @@ def test_costs_are_those_of_the_codec_on_each_text(shrink):
         np.testing.assert_allclose(total, each.mean(), rtol=TOL["fit_cost"])
 
 
-def test_costs_know_of_searched_gains():
-    """About what the codec does (whose errors are not a scalar code's); without gains far off."""
-    rng = np.random.default_rng(7)
-    seen = observed(seed=1)
-    sizes = rng.lognormal(0, 0.8, (1, TOKENS, 1))
-    x = ((seen.x - 2.0) * sizes + 2.0).astype(np.float32)
-    seen = Observed.of(x, (seen.g / sizes).astype(np.float32), text=seen.text)
-    options = TransformOptions(quantizer="window", states=16, gain="code")
-    fits, ratio = fit_heads(seen, options), []
-    static = fit_heads(seen, dataclasses.replace(options, gain="none"))
-    for h, (codec, arrays) in enumerate(transform_at(seen, 44, options, fits=fits)):
-        lifted = {n: jnp.asarray(a) for n, a in arrays.items()}
-        back = jax.jit(lambda x, c=codec, a=lifted: c.decode(a, c.encode(a, x)))(seen.x[h])
-        z = (np.asarray(back, np.float64) - seen.x[h]) @ fits[h].basis.analysis.T
-        w = token_weights(seen.g[h], seen.metric[h])
-        slope = seen.g[h].astype(np.float64) @ fits[h].basis.synthesis
-        due = 0.5 * w * (z**2 @ fits[h].basis.variances) + 0.25 * np.sum((slope * z) ** 2, axis=1)
-        ratio.append([f.cost(codec.segments).mean() / due.mean() for f in (fits[h], static[h])])
-    assert np.all(np.abs(np.log(ratio))[:, 0] < np.log(1.5)), ratio
-    assert np.all(np.array(ratio)[:, 1] > 5), ratio
-
-
-def test_costs_know_of_the_gain():
+@pytest.mark.parametrize("quantizer", ["scalar", "window"])
+def test_costs_know_of_the_gain(quantizer):
     """Tokens of very different sizes: what a codec with a gain costs, against its own errors."""
     plain = observed(3)
     size = np.exp(np.random.default_rng(5).normal(size=(1, TOKENS, 1))).astype(np.float32)
     seen = Observed.of((plain.x - 2) * size + 2, plain.g, text=plain.text)
-    options = TransformOptions(gain="code")
-    fits, without = fit_heads(seen, options), fit_heads(seen, TransformOptions())
+    options = TransformOptions(quantizer=quantizer, states=16, gain="code")
+    static = dataclasses.replace(options, gain="none")
+    fits, without = fit_heads(seen, options), fit_heads(seen, static)
     for h, (codec, arrays) in enumerate(transform_at(seen, 3 * DIM + 4, options, fits=fits)):
         basis, lifted = fits[h].basis, {n: jnp.asarray(a) for n, a in arrays.items()}
         back = jax.jit(lambda x, c=codec, a=lifted: c.decode(a, c.encode(a, x)))(seen.x[h])
@@ -175,7 +155,9 @@ def test_costs_know_of_the_gain():
         slope = seen.g[h].astype(np.float64) @ basis.synthesis
         due = np.mean(0.5 * w * (z**2 @ basis.variances) + 0.25 * np.sum((slope * z) ** 2, axis=1))
         costs = [np.mean(fit[h].cost(codec.segments)) for fit in (fits, without)]
-        np.testing.assert_allclose(costs[0], due, rtol=TOL["fit_gain"])
+        # A choice of codes errs less than costs know of, and neighbours share bits.
+        tolerance = TOL["fit_gain"] if quantizer == "scalar" else TOL["fit_searched_gain"]
+        np.testing.assert_allclose(costs[0], due, rtol=tolerance)
         assert costs[0] < 0.6 * costs[1]
 
 
