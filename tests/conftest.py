@@ -30,9 +30,11 @@ if "XLA_FLAGS" not in os.environ:
 # the workers and for what tests start.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # What one process of a run has compiled, the others (workers and what tests start) read instead of
-# compiling it again. A run begins with an empty folder.
+# compiling it again. A run begins with an empty folder. jaxlib 0.12.0.1 crashes now and then where
+# it stores or reads such programs: there every process compiles its own.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
-MINE = None if CACHE in os.environ else tempfile.mkdtemp(prefix="turboq-compiled-")
+SHARED = CACHE not in os.environ and jax.__version_info__ < (0, 12)
+MINE = tempfile.mkdtemp(prefix="turboq-compiled-") if SHARED else None
 if MINE is not None:
     os.environ |= {CACHE: MINE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
     jax.config.update("jax_compilation_cache_dir", MINE)
