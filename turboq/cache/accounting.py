@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from turboq.cache import joint
 from turboq.cache.layer import KVLayer
 from turboq.cache.windows import pages_held
 from turboq.codecs.base import Codec
@@ -146,8 +147,16 @@ def _stored(codec: Codec, lead: tuple[int, int], tokens: int) -> dict[str, Buffe
 
 
 def array_bytes(layers: Iterable[KVLayer]) -> int:
-    """Fitted float32 arrays of all heads (means, scales, codebooks)."""
-    return sum(
+    """Fitted float32 arrays (means, scales, codebooks), and of joined heads both turns."""
+    layers = list(layers)
+    joined = sum(
+        4 * math.prod(shape) * (2 if name == "synthesis" else 1)
+        for layer in layers
+        if layer.joint_heads is not None
+        for g in layer.groups[:1]
+        for name, shape in joint.shapes(layer.kv_heads, layer.joint_heads, g.k.dim, g.v.dim).items()
+    )
+    return joined + sum(
         4 * len(group.heads) * math.prod(shape)
         for layer in layers
         for group in layer.groups

@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from turboq.cache import overflow, windows
+from turboq.cache import joint, overflow, windows
 from turboq.cache.key_form import to_stored
 from turboq.cache.layer import HeadGroup, KVLayer, Leaves, in_head_order
 from turboq.cache.simulate import check_heads, round_exact, take_heads
@@ -123,6 +123,7 @@ def init(layer: KVLayer, *, batch: int, capacity: int) -> LayerCache:
     """
     if batch < 1 or capacity < 1:
         raise ValueError(f"{batch=} and {capacity=} must be at least 1")
+    joint.refuse(layer, "turboq.cache.contiguous")
     slots = windows.pages_held(layer.window, capacity) * packing.PAGE
     capacity = math.ceil(capacity / packing.PAGE) * packing.PAGE
     policy = layer.policy
@@ -279,7 +280,10 @@ def write_group(
 ) -> GroupBuffers:  # fmt: skip
     """Writes tokens to one group: `store` puts encoded ones where this cache keeps them."""
     sinks, ring = layer.policy.sinks, layer.ring
-    k, v = (take_heads(x, group.heads).swapaxes(1, 2) for x in (k, v))  # [B, N, T, D]
+    units = joint.to_units(layer, k, v, positions)
+    k, v, k_coded, v_coded = (  # [B, N, T, D]
+        take_heads(x, group.heads).swapaxes(1, 2) for x in (k, v, *units)
+    )
     from_end = start[:, None] + counts[:, None] - positions
     sink = jnp.where(valid & (positions < sinks), positions, sinks)
     # Of a chunk longer than the ring only its last tokens are written: slots stay unique.
@@ -291,12 +295,13 @@ def write_group(
         return _store_blocks(layer, codec, arrays, stored, recent, x, start, counts, store)
 
     def k_store(codec, arrays, stored, x, positions, valid):
-        x = to_stored(layer, arrays, x, positions)
+        if layer.joint_heads is None:
+            x = to_stored(layer, arrays, x, positions)
         return store(codec, arrays, stored, x, positions, valid)
 
     return GroupBuffers(
-        k=side(group.k, group.k_arrays, buffers.k, buffers.k_recent, k, k_store),
-        v=side(group.v, group.v_arrays, buffers.v, buffers.v_recent, v, store),
+        k=side(group.k, group.k_arrays, buffers.k, buffers.k_recent, k_coded, k_store),
+        v=side(group.v, group.v_arrays, buffers.v, buffers.v_recent, v_coded, store),
         k_sinks=_scatter(buffers.k_sinks, k, sink),
         v_sinks=_scatter(buffers.v_sinks, v, sink),
         k_recent=_scatter(buffers.k_recent, k, slot),

@@ -74,9 +74,12 @@ class KVLayer:
     (sinks, recent window) are kept as they come. None: all keys are stored as they come.
     `window` is how many tokens queries see at most, their own included: a cache may give up others.
     `latent`: values are part of the keys that queries meet (`keys`).
+    `joint_heads`: codecs store units of so many heads' keys and values (`turboq.cache.joint`, whose
+    arrays `joint` has); None: keys and values of each head.
 
     Raises:
-      ValueError: a window of no token.
+      ValueError: a window of no token; heads that do not go into units; joined keys relative to
+        blocks.
 
     Examples:
       >>> from turboq import TokenPolicy, TurboQuantMSE, uniform_layer
@@ -92,10 +95,17 @@ class KVLayer:
     rope_block: int = dataclasses.field(default=1, metadata={"static": True})
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     latent: bool = dataclasses.field(default=False, metadata={"static": True})
+    joint_heads: int | None = dataclasses.field(default=None, metadata={"static": True})
+    joint: Leaves = dataclasses.field(default_factory=dict[str, Any])
 
     def __post_init__(self):
         if self.window is not None and self.window < 1:
             raise ValueError(f"{self.window=} must be at least 1 token, or None")
+        if self.joint_heads is not None:
+            if self.joint_heads < 1 or self.kv_heads % self.joint_heads:
+                raise ValueError(f"{self.joint_heads=} must divide {self.kv_heads=}")
+            if self.rope_block != 1:
+                raise ValueError(f"{self.rope_block=}: keys are joined before RoPE, blocks of 1")
 
     @property
     def kv_heads(self) -> int:

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.cache import columns as bits
-from turboq.cache import contiguous, overflow, windows
+from turboq.cache import contiguous, joint, overflow, windows
 from turboq.cache.columns import Columns, field_planes
 from turboq.cache.contiguous import GroupBuffers, Tail
 from turboq.cache.exact_attention import Segment, attention_over_segments, causal
@@ -330,11 +330,15 @@ def attend(
     check_window(state, window)
     k_codec, v_codec = form.codecs
     k = jax.vmap(k_codec.decode)(group.k_arrays, _read(k_codec, form.k, words))
-    decode_v = v_codec.decode if layer.latent else v_codec.values  # keys are not in code space
+    # Neither keys of latent attention nor values that are read with keys are in code space.
+    whole = layer.latent or layer.joint_heads is not None
+    decode_v = v_codec.decode if whole else v_codec.values
     v = jax.vmap(decode_v)(group.v_arrays, _read(v_codec, form.v, words))
     slots = jnp.arange(k.shape[2], dtype=jnp.int32)[None] + jnp.reshape(state.first, (-1, 1))
-    k = from_stored(layer, group.k_arrays, k.swapaxes(0, 1), slots)
-    k, v = k.swapaxes(1, 2), jnp.moveaxis(v, 0, 2)  # [B, S, K, D]
+    if layer.joint_heads is None:
+        k = from_stored(layer, group.k_arrays, k.swapaxes(0, 1), slots).swapaxes(0, 1)
+    k, v = jnp.moveaxis(k, 0, 2), jnp.moveaxis(v, 0, 2)  # [B, S, K, D]
+    k, v = joint.from_units(layer, k, v, slots)
     sinks = layer.policy.sinks
     held = jnp.where((slots >= sinks) & (slots < state.lengths[:, None]), slots, -1)
     seen = causal(held, window=window)
@@ -370,7 +374,7 @@ def attend(
 
     return attention_over_segments(
         q, segments, scale=scale, q_positions=q_positions, softcap=softcap,
-        unfold=None if layer.latent else unfolded, sink_logits=sink_logits,
+        unfold=None if whole else unfolded, sink_logits=sink_logits,
     )  # fmt: skip
 
 

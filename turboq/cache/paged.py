@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from turboq.cache import contiguous as caches
-from turboq.cache import overflow
+from turboq.cache import joint, overflow
 from turboq.cache.contiguous import GroupBuffers, Tail
 from turboq.cache.layer import KVLayer
 from turboq.cache.pager import PoolReport, Step
@@ -109,6 +109,7 @@ def init(
     """
     if pages < 1 or rows < 1:
         raise ValueError(f"{pages=} and {rows=} must be at least 1")
+    joint.refuse(layer, "turboq.cache.paged")
     if page not in packing.PAGE_ROWS:
         raise ValueError(f"{page=} must be one of {tuple(packing.PAGE_ROWS)}")
     if page % layer.block:

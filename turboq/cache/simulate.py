@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from turboq.cache import joint
 from turboq.cache.exact_attention import attention_over_segments, causal
 from turboq.cache.key_form import from_stored, to_stored
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, in_head_order, stored_until
@@ -51,6 +52,11 @@ def simulate(
       ValueError: the number of heads differs from the layer's.
     """
     check_heads(layer, k.shape[2])
+    if layer.joint_heads is not None:
+        where = jnp.arange(k.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+        k, v = joint.to_units(layer, k, v, where)
+        k, v = simulate(joint.units(layer), k, v)
+        return joint.from_units(layer, k, v, where)
     if layer.block > 1:
         k, v = round_exact(layer.policy, k), round_exact(layer.policy, v)
     if positions is None:

@@ -74,7 +74,8 @@ class Options:
 class Entry:
     """One head's K or V in the plan, with its fitted arrays.
 
-    Unless `rope` is "after", codec and arrays are of keys as `turboq.cache.key_form` has them.
+    Unless `rope` is "after", codec and arrays are of keys as `turboq.cache.key_form` has them;
+    where heads are `joint`, of units (`turboq.cache.joint`).
     """
 
     place: Place
@@ -82,6 +83,7 @@ class Entry:
     codec: Codec
     arrays: dict[str, np.ndarray]
     rope: RopeForm = "after"
+    joint: int | None = None
 
     @property
     def side(self) -> Side:
@@ -161,7 +163,8 @@ class Exporter(abc.ABC):
     """One engine: `versions` is the range its rules hold for, `checked` where they come from.
 
     `uses` names the options that only some engines understand and this one does; `latent` says
-    whether it has a place for the vectors of multi-head latent attention.
+    whether it has a place for the vectors of multi-head latent attention, `joint` whether it reads
+    heads that are stored together (`turboq.cache.joint`).
     """
 
     name: ClassVar[str]
@@ -170,6 +173,7 @@ class Exporter(abc.ABC):
     checked: ClassVar[str]
     uses: ClassVar[tuple[str, ...]] = ()
     latent: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
 
     @abc.abstractmethod
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
@@ -190,6 +194,14 @@ class Exporter(abc.ABC):
             raise TurboqError(
                 f"{self.name}: {model.name} caches latent vectors (multi-head latent attention), "
                 "which this export does not write: --engine=reader hands the plan over as it is"
+            )
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raises TurboqError where the engine reads each head by itself and the plan joins them."""
+        if not self.joint and any(layer.joint is not None for layer in plan.layers):
+            raise TurboqError(
+                f"{self.name} reads each head by itself, and this plan joins keys and values of "
+                f"several: make one with --engine={self.name}, or with --joint=none"
             )
 
     def policy(self, wanted: TokenPolicy) -> TokenPolicy:
@@ -220,6 +232,7 @@ def entries(plan: Plan, arrays: Tensors) -> list[Entry]:
             codec=codec,
             arrays=_head_arrays(plan, arrays, layer.index, side, head),
             rope=layer.side(side).rope,
+            joint=layer.joint,
         )
         for layer in plan.layers
         for side in SIDES

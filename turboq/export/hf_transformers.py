@@ -48,6 +48,7 @@ class Transformers(Exporter):
     name = "transformers"
     title = "Hugging Face transformers, the plan's own codes in PyTorch"
     versions = ">=5.23,<6"
+    joint = True
     checked = "5.23.0 and 5.24.0, torch 2.13.0, CPU: run, see tests/golden/export/transformers.json"
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
@@ -66,7 +67,7 @@ class Transformers(Exporter):
     def constraints(
         self, model: ModelGeometry, options: Options | None = None
     ) -> tuple[Constraints, ...]:
-        return (Constraints(k=READS, v=READS, k_rope=ROPE_FORMS),)
+        return (Constraints(k=READS, v=READS, k_rope=ROPE_FORMS, joins=True),)
 
     def policy(self, wanted):
         return wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import io
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from turboq.cache import joint
 from turboq.cache.key_form import from_stored
 from turboq.cache.layer import KVLayer, TokenPolicy
 from turboq.export.base import (
@@ -26,7 +28,8 @@ from turboq.plan import ModelGeometry, Plan
 from turboq.plan.constraints import Constraints
 from turboq.plan.geometry import ROPE_FORMS, rope_block
 
-GOLDEN = "page.npz"
+GOLDEN, GOLDEN_JOINED = "page.npz", "joined.npz"
+JOINED_TOKENS = 8
 SOURCES = {  # name in the export -> here
     "read_plan.py": "reader_example.py",
     "turboq_page.h": "c/turboq_page.h",
@@ -38,13 +41,14 @@ def page(entry: Entry, seed: int = 0) -> dict[str, np.ndarray]:
     """One page of one head: random vectors x, what is stored of them, and what that decodes to.
 
     Packed fields are words [1, bits, 8, width], others one row per token (or block of tokens).
-    Keys not stored after RoPE have `rotated` besides: what was decoded, at positions 0, 1, ...
+    Keys not stored after RoPE have `rotated` besides: what was decoded, at positions 0, 1, ...;
+    units of joined heads are none (`joined`).
     """
     x = np.random.default_rng(seed).normal(size=(PAGE, entry.dim)).astype(np.float32)
     arrays = {name: jnp.asarray(values) for name, values in entry.arrays.items()}
     stored = jax.jit(entry.codec.encode)(arrays, jnp.asarray(x))
     out = {"x": x, "decoded": np.asarray(jax.jit(entry.codec.decode)(arrays, stored))}
-    if entry.rope != "after":
+    if entry.rope != "after" and entry.joint is None:
         assert entry.layer.rope is not None  # plans are refused without
         layer = KVLayer(
             groups=(),
@@ -66,6 +70,28 @@ def page(entry: Entry, seed: int = 0) -> dict[str, np.ndarray]:
     return out
 
 
+def joined(plan: Plan, arrays: Tensors, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random units of a few tokens of the first layer that joins heads, and what they stand for.
+
+    Keys are those before RoPE; empty where no layer joins heads.
+    """
+    layer = next((x for x in plan.layers if x.joint is not None), None)
+    if layer is None:
+        return {}
+    of = plan.model.layers[layer.index]
+    random = np.random.default_rng(seed)
+    units = [
+        random.normal(size=(1, JOINED_TOKENS, of.kv_heads, dim)).astype(np.float32)
+        for dim in (of.k_dim, of.v_dim)
+    ]
+    whole = dataclasses.replace(plan.kv_layer(layer.index, arrays), rope=None)
+    at = jnp.zeros((1, JOINED_TOKENS), jnp.int32)
+    both = joint.from_units(whole, jnp.asarray(units[0]), jnp.asarray(units[1]), at)
+    names = ("k_units", "v_units", "k", "v")
+    found = {n: np.asarray(x)[0] for n, x in zip(names, (*units, *both), strict=True)}
+    return {"layer": np.asarray(layer.index)} | found
+
+
 class Reader(Exporter):
     """Everything is exact: the plan is handed over as it is."""
 
@@ -74,6 +100,7 @@ class Reader(Exporter):
     versions = "plan schema 1"
     checked = "run by the tests"
     latent = True
+    joint = True
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
         return {}
@@ -81,7 +108,7 @@ class Reader(Exporter):
     def constraints(
         self, model: ModelGeometry, options: Options | None = None
     ) -> tuple[Constraints, ...]:
-        return (Constraints(k_rope=ROPE_FORMS),)
+        return (Constraints(k_rope=ROPE_FORMS, joins=True),)
 
     def policy(self, wanted):
         return wanted
@@ -90,6 +117,11 @@ class Reader(Exporter):
         found = entries(plan, arrays)
         buffer = io.BytesIO()
         np.savez(buffer, **page(found[0]))  # pyright: ignore[reportArgumentType]
+        golden = {GOLDEN: buffer.getvalue()}
+        if together := joined(plan, arrays):
+            buffer = io.BytesIO()
+            np.savez(buffer, **together)  # pyright: ignore[reportArgumentType]
+            golden[GOLDEN_JOINED] = buffer.getvalue()
         here = importlib.resources.files("turboq.export")
         sources = {name: here.joinpath(place).read_bytes() for name, place in SOURCES.items()}
         return Projection(
@@ -97,7 +129,7 @@ class Reader(Exporter):
                 e.place: Held(format=e.codec.name, codec=e.codec, arrays=e.arrays, rope=e.rope)
                 for e in found
             },
-            files={**sources, GOLDEN: buffer.getvalue()},
+            files={**sources, **golden},
             flags=("plan, tensors = read_plan.read_plan('engine_plan')",),
             notes=(
                 f"{GOLDEN} is a page of {found[0]}: words, scales, and what they decode to.",

@@ -1,11 +1,13 @@
 """Reads plan.json, plan.safetensors and packed pages with Python's library and NumPy alone.
 
-Meant to be read and ported to C++ or CUDA: nothing here imports turboq. Three steps, and a fourth
-for keys that the plan stores before their rotary embedding ("rope" in a layer's k):
+Meant to be read and ported to C++ or CUDA: nothing here imports turboq. Three steps, one more where
+heads are stored together ("joint" in a layer) and one for keys that are stored before their rotary
+embedding ("rope" in a layer's k):
 
     plan, tensors = read_plan("folder")               JSON, and a safetensors file by hand
     codes = unpack(words)                             bit planes -> one code per token and channel
     x = decode(codec, arrays, fields)                 codes -> numbers
+    keys, values = part(plan, tensors, layer, units)  if the layer joins heads
     x = turn(plan, layer, arrays, x, positions)       if there is a rope
 
 A page is 256 tokens of one KV head: words uint32 [bits, 8, C]; bit j of words[p, r, c] is bit p of
@@ -95,6 +97,24 @@ def decode(codec, arrays, codes, scale=None):
     if codec["codec"] == "per_channel" and codec["form"] == "symmetric":
         return (codes.astype(np.float32) - 2 ** (codec["bits"] - 1)) * arrays["channel_scale"]
     raise ValueError(f"codec {codec['codec']!r} is not in this example")
+
+
+def part(plan, tensors, layer, keys, values):
+    """Keys before RoPE [tokens, K, D] and values [tokens, K, E] from decoded units of those shapes.
+
+    A layer's "joint" heads are one vector: [keys, values] = mean + S [units of keys, of values].
+    """
+    heads = next(e for e in plan["layers"] if e["index"] == layer)["joint"]
+    keys, values = keys.copy(), values.copy()
+    mean, turn_back = (tensors[f"layers.{layer}.joint.{name}"] for name in ("mean", "synthesis"))
+    for first in range(0, keys.shape[1], heads):
+        own = slice(first, first + heads)
+        shapes = keys[:, own].shape, values[:, own].shape
+        units = [x[:, own].reshape(len(x), -1) for x in (keys, values)]
+        x = np.concatenate(units, axis=1) @ turn_back[first // heads].T + mean[first // heads]
+        both = np.split(x, [units[0].shape[1]], axis=1)
+        keys[:, own], values[:, own] = (y.reshape(s) for y, s in zip(both, shapes, strict=True))
+    return keys, values
 
 
 def turn(plan, layer, arrays, x, positions):

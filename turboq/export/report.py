@@ -176,10 +176,12 @@ def engine_plan(
         plan.model,
         choose,
         k_rope=lambda index: held[index, "k", 0].rope,
+        joint=lambda index: plan.layers[plan.position(index)].joint,
         policy=projection.policy,
         provenance=plan.provenance,
     )
-    return out, _arrays_of(out, projection)
+    joined = {name: x for name, x in arrays.items() if ".joint." in name}
+    return out, _arrays_of(out, projection) | joined
 
 
 def _arrays_of(plan: Plan, projection: Projection) -> dict[str, Any]:

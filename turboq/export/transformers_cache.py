@@ -16,8 +16,8 @@ layer says which of the two a query sees.
 A model hands its cache rotated keys. Keys that the plan stores before their rotary embedding, or
 relative to a block of positions, are turned back by the plan's rotation at the position that the
 model gave them, and forward again when read; the model's own angles are compared with the plan's
-first. Positions, padding and masks come from a hook on each attention module, which leaves other
-caches alone.
+first. Heads that the plan joins are turned together, with their values, between the two. Positions,
+padding and masks come from a hook on each attention module, which leaves other caches alone.
 
 Needs torch and transformers >= 5.23 (with "sdpa" or "eager" attention where a plan keeps a recent
 window). What is linear in its bits could be read without decoding; this is the reference that can.
@@ -28,7 +28,7 @@ import pathlib
 import torch
 from read_plan import read_plan
 from transformers.cache_utils import Cache, DynamicLayer
-from turboq_codecs import Side, rope_of
+from turboq_codecs import Side, joint_of, rope_of
 
 PLAN = pathlib.Path(__file__).resolve().parent / "engine_plan"
 BLOCK = 1024  # tokens that are encoded or decoded at a time: bounds what is temporary
@@ -182,6 +182,7 @@ class PlannedLayer(DynamicLayer):
         self.exact_dtype = getattr(torch, kept["exact_dtype"])
         self.sides = [Side(plan, tensors, index, side) for side in ("k", "v")]
         self.rope = rope_of(plan, index, self.sides[0])
+        self.joint = joint_of(plan, tensors, index)
         self.is_croppable = self.recent == 0
 
     def lazy_initialization(self, key_states, value_states):
@@ -194,8 +195,9 @@ class PlannedLayer(DynamicLayer):
                     f"{side.heads} of {side.dim}: the plan is another model's"
                 )
             side.to(device)
-        if self.rope is not None:
-            self.rope.to(device)
+        for turned in (self.rope, self.joint):
+            if turned is not None:
+                turned.to(device)
         width = -(-sum(side.bits for side in self.sides) // 8)
         self.rows = torch.zeros(batch, 0, width, dtype=torch.uint8, device=device)
         self.first = [torch.zeros(batch, heads, self.sinks, s.dim, **kept) for s in self.sides]
@@ -294,6 +296,8 @@ class PlannedLayer(DynamicLayer):
             part = [x[:, :, start : start + BLOCK].float() for x in (k, v)]
             if self.rope is not None:
                 part[0] = self.rope.stored(part[0], offset, past + start)
+            if self.joint is not None:
+                part = self.joint.stored(*part)
             bits = [s.encode(x) for s, x in zip(self.sides, part, strict=True)]
             rows.append(_packed(torch.cat(bits, dim=-1), self.rows.shape[-1]))
         self.rows = torch.cat(rows, dim=1)
@@ -307,13 +311,14 @@ class PlannedLayer(DynamicLayer):
         ]
         for start in range(0, count, BLOCK):
             bits = _unpacked(self.rows[:, start : start + BLOCK])
-            for i, part in enumerate(
-                bits.split([self.sides[0].bits, bits.shape[-1] - self.sides[0].bits], -1)
-            ):
-                x = self.sides[i].decode(part)
-                if i == 0 and self.rope is not None:
-                    x = self.rope.read(x, offset, start)
-                out[i][:, :, start : start + BLOCK] = x.to(out[i].dtype)
+            parts = bits.split([self.sides[0].bits, bits.shape[-1] - self.sides[0].bits], -1)
+            both = [side.decode(part) for side, part in zip(self.sides, parts, strict=True)]
+            if self.joint is not None:
+                both = self.joint.read(*both)
+            if self.rope is not None:
+                both[0] = self.rope.read(both[0], offset, start)
+            for full, x in zip(out, both, strict=True):
+                full[:, :, start : start + BLOCK] = x.to(full.dtype)
         return out
 
     def select(self, index):

@@ -84,6 +84,53 @@ class Rope:
         return torch.cat([pairs, x[..., 2 * self.half :]], dim=-1)
 
 
+def joint_of(plan, tensors, position):
+    """How the heads of a layer are joined; None: each is stored by itself."""
+    layer = plan["layers"][position]
+    if layer.get("joint") is None:
+        return None
+    prefix = f"layers.{layer['index']}.joint."
+    return Joint(*(torch.tensor(tensors[prefix + name]) for name in ("mean", "synthesis")))
+
+
+class Joint:
+    """Keys before RoPE and values of several heads as one vector (turboq/cache/joint.py).
+
+    y = S^-1 (x - mean): the first D of y take the place of the first head's keys, and so on.
+    """
+
+    def __init__(self, mean, synthesis):
+        self.mean, self.synthesis = mean, synthesis
+        self.analysis = torch.linalg.inv(synthesis.double()).float()
+
+    def to(self, device):
+        self.mean, self.synthesis = self.mean.to(device), self.synthesis.to(device)
+        self.analysis = self.analysis.to(device)
+
+    def stored(self, k, v):
+        """Units [B, K, T, D] and [B, K, T, E] of keys and values."""
+        x = self._joined(k, v) - self.mean
+        return self._split(torch.einsum("btjc,jdc->btjd", x, self.analysis), k, v)
+
+    def read(self, k, v):
+        """The inverse of `stored`."""
+        x = torch.einsum("btjd,jcd->btjc", self._joined(k, v), self.synthesis)
+        return self._split(x + self.mean, k, v)
+
+    def _joined(self, k, v):
+        groups = len(self.mean)
+        parts = [x.transpose(1, 2).unflatten(2, (groups, -1)).flatten(3) for x in (k, v)]
+        return torch.cat(parts, dim=-1)
+
+    def _split(self, x, k, v):
+        sizes = [y.shape[1] * y.shape[3] // len(self.mean) for y in (k, v)]
+        parts = zip(x.split(sizes, dim=-1), (k, v), strict=True)
+        return [
+            part.flatten(2).unflatten(2, (y.shape[1], y.shape[3])).transpose(1, 2)
+            for part, y in parts
+        ]
+
+
 class Side:
     """K or V of one layer: which bits are whose, and the heads by kind of codec."""
 

@@ -53,6 +53,7 @@ def export(
     """
     options = options or Options()
     exporter.check_model(plan.model)
+    exporter.check_plan(plan)
     _check_options(exporter, options)
     out = Path(out)
     arrays = check_arrays(plan, arrays)

@@ -23,6 +23,7 @@ Side = Literal["k", "v"]
 Choice = Callable[[int, Side, int], Codec]  # (layer index, side, KV head) -> codec
 Template = Codec | Callable[[int], Codec]  # at its own head dim, or the codec of every head dim
 KRope = RopeForm | Callable[[int], RopeForm]  # the same in every layer, or by layer index
+Joint = int | None | Callable[[int], int | None]  # the same
 Fit = Callable[[int, Side, Codec], Mapping[str, Any]]  # -> array -> [K, *shape]
 
 
@@ -85,6 +86,7 @@ def head_plan(
     choose: Choice,
     *,
     k_rope: KRope = "after",
+    joint: Joint = None,
     policy: TokenPolicy | None = None,
     provenance: Provenance | None = None,
     quality: Quality | None = None,
@@ -92,10 +94,11 @@ def head_plan(
     """The codec that `choose(layer, side, head)` gives for every KV head.
 
     The commonest codec of a side becomes its default (the first of equals), the others overrides.
-    `k_rope` as in `uniform_plan`.
+    `k_rope` as in `uniform_plan`, `joint` as in `LayerPlan`.
 
     Raises:
-      PlanConflict: a codec of another head dim, or the geometry lacks the `rope` of a layer.
+      PlanConflict: a codec of another head dim, or the geometry lacks the `rope` of a layer; heads
+        that cannot be joined.
 
     Examples:
       >>> import turboq
@@ -121,7 +124,8 @@ def head_plan(
             heads = {h: codec for h, codec in enumerate(codecs) if codec != common}
             rope = _form(k_rope, layer) if side == "k" else "after"
             sides[side] = SidePlan(codec=common, heads=heads, rope=rope)
-        layers.append(LayerPlan(index=layer.index, path=layer.path, **sides))
+        own = joint(layer.index) if callable(joint) else joint
+        layers.append(LayerPlan(index=layer.index, path=layer.path, joint=own, **sides))
     return Plan(
         model=geometry,
         tokens=policy or TokenPolicy(),

@@ -143,6 +143,7 @@ class Constraints:
       K and V are decided at once.
     max_head_formats: at most so many distinct formats among the heads of one layer and side.
     k_rope: how keys may be stored, after or before their rotary embedding.
+    joins: whether keys and values of several heads may be stored together (`LayerPlan.joint`).
 
     Raises:
       ValueError: fields that contradict each other.
@@ -160,6 +161,7 @@ class Constraints:
     uncounted: tuple[str, ...] = ()
     max_head_formats: int | None = None
     k_rope: tuple[RopeForm, ...] = ("after",)
+    joins: bool = False
 
     def __post_init__(self):
         if self.granularity not in GRANULARITIES:

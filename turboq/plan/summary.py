@@ -49,6 +49,7 @@ def summary(plan: Plan, context: int = 32768, *, layers: bool | None = None) -> 
         [
             f"{plan.model.name} ({plan.model.family}), {len(plan.layers)} layers with a cache",
             f"tokens: first {tokens.sinks} and last {tokens.recent} exact in {tokens.exact_dtype}",
+            *_joined(plan),
             "",
             *(table if layers else _counts(plan)),
             "",
@@ -61,6 +62,16 @@ def summary(plan: Plan, context: int = 32768, *, layers: bool | None = None) -> 
             *_origin(plan),
         ]
     )
+
+
+def _joined(plan: Plan) -> list[str]:
+    heads = sorted({layer.joint for layer in plan.layers if layer.joint is not None})
+    if not heads:
+        return []
+    return [
+        f"joined: keys before RoPE and values of {', '.join(map(str, heads))} heads are one "
+        "vector; K and V below are its units, the largest first"
+    ]
 
 
 def _rows(plan: Plan) -> list[tuple[str, ...]]:

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from turboq.cache import joint
 from turboq.cache.accounting import distinct_codecs
 from turboq.plan.document import TableUse, table_uses
 from turboq.plan.errors import PlanConflict, PlanError, member, shown
@@ -26,7 +27,11 @@ def array_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every fitted array of a plan, by the rule of `turboq.plan.types`."""
     shapes = {}
     for layer in plan.layers:
-        kv_heads = plan.model.layers[layer.index].kv_heads
+        geometry = plan.model.layers[layer.index]
+        kv_heads = geometry.kv_heads
+        if layer.joint is not None:
+            own = joint.shapes(kv_heads, layer.joint, geometry.k_dim, geometry.v_dim)
+            shapes |= {array_name(layer.index, "joint", name): own[name] for name in own}
         for side in SIDES:
             chosen = layer.side(side)
             if chosen.stacked:

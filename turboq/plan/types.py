@@ -6,6 +6,7 @@ Fitted arrays are kept apart, in a dict. Their names follow one rule:
 
     every head has the side's codec     layers.{i}.{k|v}.{array}             [K, *shape]
     some heads override it              layers.{i}.{k|v}.heads.{h}.{array}   [*shape], each head
+    heads are joined                    layers.{i}.joint.{mean|synthesis}    `turboq.cache.joint`
 """
 
 # pyright: strict, reportUnknownMemberType=false
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from turboq.cache import accounting
+from turboq.cache import accounting, joint
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
 from turboq.codecs.base import Codec
 from turboq.plan.errors import PlanConflict, PlanError, member, shown
@@ -98,12 +99,21 @@ class SidePlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """One layer that owns a cache."""
+    """One layer that owns a cache.
+
+    `joint`: keys before RoPE and values of so many neighbouring KV heads are one vector, and what
+    `k` and `v` say is of its units (`turboq.cache.joint`). None: of the heads' own keys and values.
+    """
 
     index: int
     path: str
     k: SidePlan
     v: SidePlan
+    joint: int | None = dataclasses.field(default=None, metadata={"optional": True})
+
+    def __post_init__(self):
+        if self.joint is not None:
+            check_range("joint", self.joint, 1, MAX_HEADS)
 
     def side(self, name: str) -> SidePlan:
         return self.k if name == "k" else self.v
@@ -203,6 +213,8 @@ class Plan:
                 raise PlanConflict(f"layers[{i}].path", f"the model has {owners[i].path!r} there")
             for side in SIDES:
                 _check_side(f"layers[{i}].{side}", layer.side(side), owners[i], side)
+            if layer.joint is not None:
+                _check_joint(f"layers[{i}].joint", layer, owners[i])
         if len(self.layers) < len(owners):
             missing = owners[len(self.layers)].index
             raise PlanConflict("layers", f"layer {missing} owns a cache and is not listed")
@@ -246,6 +258,14 @@ class Plan:
             groups=groups, policy=self.tokens, window=self.model.kept_window(index),
             latent=of.latent,
         )  # fmt: skip
+        if plan.joint is not None:
+            own = {name: arrays.get(array_name(index, "joint", name)) for name in joint.ARRAYS}
+            if missing := [name for name, values in own.items() if values is None]:
+                raise PlanError(
+                    array_name(index, "joint", missing[0]),
+                    "fitted array is missing: calibrate, or load the plan's arrays",
+                )
+            layer = dataclasses.replace(layer, joint_heads=plan.joint, joint=joint.arrays_of(own))
         if plan.k.rope == "after":
             return layer
         return dataclasses.replace(layer, rope=of.rope, rope_block=rope_block(plan.k.rope))
@@ -265,7 +285,9 @@ class Plan:
                 for heads in _groups(k, v)
             )
             window = self.model.kept_window(layer.index)
-            out.append(KVLayer(groups=groups, policy=self.tokens, window=window))
+            out.append(
+                KVLayer(groups=groups, policy=self.tokens, window=window, joint_heads=layer.joint)
+            )
         return tuple(out)
 
     @property
@@ -339,6 +361,25 @@ def _check_turned(path: str, geometry: LayerGeometry, name: str, side: SidePlan)
                 raise PlanConflict(
                     path, f"{side.rope} turns each head's mean within its block, and {codec.name} "
                     "has none: take before or after, or a codec with a mean (transform, per_head)",
+                )  # fmt: skip
+
+
+def _check_joint(path: str, layer: LayerPlan, geometry: LayerGeometry) -> None:
+    """Refuses joined keys and values that no cache could read."""
+    if layer.joint is None or geometry.kv_heads % layer.joint:
+        raise PlanConflict(path, f"{layer.joint} does not divide {geometry.kv_heads} KV heads")
+    rotates = geometry.rope_layout != "none" and geometry.rope_dim != 0
+    if rotates and layer.k.rope != "before":
+        raise PlanConflict(
+            path, f'keys are joined with values before RoPE, but k.rope is "{layer.k.rope}"'
+        )
+    for side in SIDES:
+        plan = layer.side(side)
+        for codec in (plan.codec, *plan.heads.values()):
+            if codec.block != 1:
+                raise PlanConflict(
+                    path, f"codec {codec.name} stores blocks of {codec.block} tokens; units are "
+                    "stored token by token",
                 )  # fmt: skip
 
 

@@ -21,11 +21,19 @@ def violations(constraints: Constraints, plan: Plan) -> list[str]:
         for side in SIDES
         for head, codec in enumerate(plan.codecs(layer.index, side))
     }
-    return violations_of(constraints, placed) + [
-        f"layer {layer.index} k: stored {layer.k.rope} RoPE is not allowed"
-        for layer in plan.layers
-        if layer.k.rope not in constraints.k_rope
-    ]
+    return (
+        violations_of(constraints, placed)
+        + [
+            f"layer {layer.index} k: stored {layer.k.rope} RoPE is not allowed"
+            for layer in plan.layers
+            if layer.k.rope not in constraints.k_rope
+        ]
+        + [
+            f"layer {layer.index}: {layer.joint} joined heads are not allowed"
+            for layer in plan.layers
+            if layer.joint is not None and not constraints.joins
+        ]
+    )
 
 
 def violations_of(

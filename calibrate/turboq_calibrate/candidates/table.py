@@ -138,6 +138,7 @@ class Table:
 
     `source` identifies what they are fitted to (a hash), `k_rope` says where keys stand, `windows`
     how many tokens the caches of some layers keep (`ModelGeometry.kept_window`; others: all).
+    `joint` has the arrays of layers that store units of `joint_heads` heads (`turboq.cache.joint`).
     """
 
     labels: tuple[str, ...]
@@ -145,6 +146,8 @@ class Table:
     source: str = ""
     k_rope: RopeForm = "after"
     windows: dict[int, int] = dataclasses.field(default_factory=dict)
+    joint_heads: int | None = None
+    joint: dict[int, Arrays] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not self.labels or len(set(self.labels)) != len(self.labels):
@@ -201,7 +204,8 @@ class Table:
     @functools.cached_property
     def sha256(self) -> str:
         """Hash of all labels and codecs (arrays follow from them and from what was observed)."""
-        digest = hashlib.sha256(json.dumps([self.labels, self.source, self.k_rope]).encode())
+        forms = [self.k_rope] if self.joint_heads is None else [self.k_rope, self.joint_heads]
+        digest = hashlib.sha256(json.dumps([self.labels, self.source, *forms]).encode())
         for key in sorted(self.options):
             for option in self.options[key]:
                 configs = [codec.config() for codec in option.codecs]
@@ -261,9 +265,12 @@ class Table:
             provenance=provenance,
             quality=quality,
             k_rope=self.k_rope,
+            joint=self.joint_heads,
         )
         out: Arrays = {}
         for layer in plan.layers:
+            for name, values in self.joint.get(layer.index, {}).items():
+                out[array_name(layer.index, "joint", name)] = values.astype(np.float32)
             heads = range(geometry.layers[layer.index].kv_heads)
             for side in SIDES:
                 rows = [option(layer.index, side, head).arrays[head] for head in heads]
@@ -284,12 +291,15 @@ def build_table(
     *,
     source: str = "",
     k_rope: RopeForm = "after",
+    joint_heads: int | None = None,
+    joint: dict[int, Arrays] | None = None,
     progress: bool = False,
 ) -> Table:
     """All candidates of a model; what is fitted is fitted per head, when it is first used.
 
     Args:
       observed: what was seen of a layer's side; None for data-free candidates.
+      joint: filled by `observed` with what it has turned every layer by.
 
     Raises:
       TurboqError: a candidate needs what was observed, or stores blocks of tokens.
@@ -304,4 +314,5 @@ def build_table(
                 bar.advance(1)
     kept = {layer.index: geometry.kept_window(layer.index) for layer in layers}
     windows = {index: window for index, window in kept.items() if window is not None}
-    return Table(tuple(m.label for m in makers), options, source, k_rope, windows)
+    labels = tuple(m.label for m in makers)
+    return Table(labels, options, source, k_rope, windows, joint_heads, joint or {})

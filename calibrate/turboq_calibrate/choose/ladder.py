@@ -65,6 +65,9 @@ def ladder_within(
     """
     if wanted.granularity not in GRANULARITIES:
         raise ValueError(f"a ladder lowers K or V of one layer at a time: {GRANULARITIES}")
+    if wanted.joint:
+        raise ValueError(f"{wanted.joint=}: a ladder lowers K or V alone, and joins neither")
+    wanted = dataclasses.replace(wanted, joint=0)
     ready = menu(statistics, geometry, wanted, progress=progress) if prepared is None else prepared
     table, costs = ready.table, ready.costs @ ready.weights
     keys: list[tuple[int, Side]] = [

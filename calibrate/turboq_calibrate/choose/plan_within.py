@@ -13,8 +13,10 @@ Without a model the choice itself takes seconds and nothing is checked.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from turboq.cache.layer import TokenPolicy
+from turboq.codecs.fit_joint import fit_joint, heads_joined, observed_units
 from turboq.codecs.fit_transform import TransformOptions
 from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
@@ -76,6 +79,9 @@ class Wanted:
     options: of the learned transforms; with `guard` their shrinkage is chosen on texts left out,
       where no text is the model's own: what it writes is of no one kind already.
     rounds: refinements by KL measured around the plan (need the model).
+    joint: so many neighbouring KV heads have their keys before RoPE and values stored as one
+      vector (`turboq.cache.joint`); 0: none; None: as many as `fit_joint.heads_joined` says, where
+      all candidates are learned, each head chooses for itself and keys are stored before RoPE.
 
     Raises:
       ValueError: an unknown objective, or a negative number of rounds.
@@ -97,12 +103,15 @@ class Wanted:
     options: TransformOptions = LEARNED
     guard: bool = True
     rounds: int = 0
+    joint: int | None = None
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
             raise ValueError(f"{self.objective=} must be one of {OBJECTIVES}")
         if self.rounds < 0:
             raise ValueError(f"{self.rounds=} must be 0 or more")
+        if self.joint is not None and self.joint < 0:
+            raise ValueError(f"{self.joint=} must be heads that are joined, 0 for none, or None")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +178,21 @@ def menu(
     if all(layer.rope_layout == "none" for layer in geometry.cache_layers):
         k_rope = "after"  # no rotary embedding: before and after are the same
 
+    heads = _joined(statistics, geometry, wanted, k_rope)
+    joint: dict[int, Arrays] = {}
+
+    @functools.lru_cache(maxsize=1)
+    def units(layer: int) -> tuple[Observed, Observed]:
+        seen = statistics.layers[layer]
+        k, v = seen.observed("k", rope="before"), seen.observed("v")
+        if layer not in joint:
+            assert heads is not None
+            joint[layer] = fit_joint(k, v, heads, ridge=wanted.options.ridge)
+        return observed_units(k, v, joint[layer])
+
     def observed(layer: int, side: Side) -> Observed:
+        if heads is not None:
+            return units(layer)[side == "v"]
         return statistics.layers[layer].observed(side, rope=k_rope if side == "k" else "after")
 
     guarded = Guarded(options=wanted.options, held_out={})
@@ -186,14 +209,45 @@ def menu(
         else:
             makers = default_makers(bits, smallest_dim(geometry), guarded.options)
     table = build_table(
-        geometry, makers, observed, source=statistics.sha256, k_rope=k_rope, progress=progress
-    )
+        geometry, makers, observed, source=statistics.sha256, k_rope=k_rope,
+        joint_heads=heads, joint=joint, progress=progress,
+    )  # fmt: skip
     costs = predicted_costs(table, observed, progress=progress)
     _check_texts(costs, statistics.texts)
     return Menu(
         table=table, costs=costs, weights=statistics.weights, constraints=constraints,
         policy=policy, notes=notes, guarded=guarded,
     )  # fmt: skip
+
+
+def _joined(
+    statistics: Statistics, geometry: ModelGeometry, wanted: Wanted, k_rope: RopeForm
+) -> int | None:
+    """Heads that are joined in every layer, None for none (`Wanted.joint`)."""
+    layers = geometry.cache_layers
+    before = k_rope == "before" or all(layer.rope_layout == "none" for layer in layers)
+    learns = all(learned_word(word) for word in wanted.candidates)
+    if wanted.joint is not None:
+        if wanted.joint and (wanted.engine is not None or not before):
+            raise TurboqError(
+                f"--joint={wanted.joint}: keys are joined before RoPE (--k_rope=before), and "
+                "engines read none (no --engine)"
+            )
+        odd = [x for x in layers if wanted.joint and x.kv_heads % wanted.joint]
+        if odd:
+            raise TurboqError(
+                f"--joint={wanted.joint} does not divide the {odd[0].kv_heads} KV heads of layer "
+                f"{odd[0].index}"
+            )
+        return wanted.joint or None
+    if not (learns and before and wanted.engine is None and wanted.granularity == "per_head"):
+        return None
+    seen = statistics.layers[layers[0].index].observed("v")
+    if not seen.gradients:
+        return None
+    tokens = seen.x.shape[1]
+    most = [heads_joined(x.kv_heads, x.k_dim, x.v_dim, tokens) for x in layers]
+    return math.gcd(*most)
 
 
 def solve(menu: Menu, wanted: Wanted) -> tuple[Problem, Allocation]:
@@ -286,6 +340,7 @@ def plan_within(
         "objective": wanted.objective,
         "text_weights": dict(zip(statistics.texts, ready.weights.tolist(), strict=True)),
         "k_rope": ready.table.k_rope,
+        "joint": ready.table.joint_heads,
         "kept": kept,
         "shrink": ready.guarded.options.shrink,
         "held_out": {f"{k:g}": v for k, v in ready.guarded.held_out.items()},

@@ -60,7 +60,7 @@ RESUME = "run the same command again to continue"
 GRANULARITIES = ("uniform", "per_layer", "per_kv", "per_head")  # of turboq.plan.constraints
 OBJECTIVES = ("mean", "worst")
 BUDGET_FLAGS = ("granularity", "engine", "candidates", "policies", "rounds", "objective")
-BUDGET_FLAGS += ("check", "force", "ladder")
+BUDGET_FLAGS += ("check", "force", "joint", "ladder")
 # Flags that mean nothing to a ladder, and those that mean nothing to one that is there already.
 OF_A_SEARCH = (
     "model",
@@ -71,7 +71,7 @@ OF_A_SEARCH = (
     "exact_dtype",
     *BUDGET_FLAGS[:-1],
 )
-NOT_OF_LADDERS = ("engine", "policies", "rounds", "objective", "force")
+NOT_OF_LADDERS = ("engine", "joint", "policies", "rounds", "objective", "force")
 
 
 def define(values: flags.FlagValues) -> None:
@@ -101,6 +101,11 @@ def define(values: flags.FlagValues) -> None:
         "granularity", None, GRANULARITIES, "--budget: what is chosen on its own: K and V of the "
         "model, a layer, K or V of a layer, or of every head (default per_head).",
         flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "joint", None, "--budget: of so many neighbouring KV heads keys and values are stored as "
+        "one vector, or none (default: as many as 512 channels hold; far less loss, and kernels "
+        "do not read it yet).", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string(
         "engine", None, "--budget: only what this engine loads.", flag_values=values
@@ -175,9 +180,20 @@ def _check(values: flags.FlagValues) -> None:
     if values.rounds and not values.check:
         raise TurboqError(f"--rounds={values.rounds} measures on the model: leave --nocheck out")
     if values.engine is not None:
-        for flag in ("granularity", "candidates", "policies", "k_rope"):
+        for flag in ("granularity", "candidates", "policies", "k_rope", "joint"):
             if values[flag].present:
                 raise TurboqError(f"--{flag}: --engine={values.engine} decides that")
+
+
+def _joint(word: str | None) -> int | None:
+    """--joint as `Wanted.joint`."""
+    if word is None:
+        return None
+    if word == "none":
+        return 0
+    if not word.isascii() or not word.isdigit() or int(word) < 1:
+        raise TurboqError(f"--joint={word}: must be a number of KV heads, or none")
+    return int(word)
 
 
 def _refuse(values: flags.FlagValues, wrong: tuple[str, ...], why: str) -> None:
@@ -327,6 +343,7 @@ def _within_budget(values: flags.FlagValues) -> None:
             k_rope=values.k_rope or "before",
             objective=values.objective,
             rounds=values.rounds,
+            joint=_joint(values.joint),
         )
         model, statistics, geometry, steps = _observed(values, out)
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from turboq.cache import joint, key_form
 from turboq.cache.exact_attention import attention_over_segments, causal
-from turboq.cache.layer import TokenPolicy
+from turboq.cache.layer import KVLayer, TokenPolicy
 from turboq.cache.simulate import quantize_dequantize, round_exact
 from turboq.errors import TurboqError
 from turboq.plan.build import Side
@@ -164,9 +165,14 @@ class Engine:
             raise TurboqError(
                 f"windows of shape {tokens.shape}: need two tokens more than are exact"
             )
+        if table.k_rope not in ("after", "before"):
+            raise TurboqError(
+                f"keys are measured side by side before or after RoPE, not {table.k_rope}"
+            )
         self.model, self.table, self.policy = model, table, policy
         self.tokens = np.asarray(tokens, np.int32)
         self.windows = self.tokens.shape[0]
+        self._stored = {i: self._layer_stored(i) for i in owners}
         self._choice_rows = {key: table.rows(*key) for key in table.options}
         self.exact = self.run()
         self._reference = self._references(self.exact.hidden[-1])
@@ -213,23 +219,42 @@ class Engine:
             x = _repeat(x, rows)
             where = self.positions(rows)
             return run_layer(spec, params, x, where, exact_attend, None)[0], {}
-        q, k, v = run_project(spec, params, x, self.positions(x.shape[0]))
-        clean, hat, used = {"k": _repeat(k, rows), "v": _repeat(v, rows)}, {}, {}
-        values: dict[Side, Array] = {"k": k, "v": v}
+        where = self.positions(x.shape[0])
+        q, k, v = run_project(spec, params, x, where)
+        clean, used = {"k": _repeat(k, rows), "v": _repeat(v, rows)}, {}
+        stored = self._stored[i]
+        coded = _to_stored(stored, k, v, where)
+        values: dict[Side, Array] = {"k": coded[0], "v": coded[1]}
+        hat = {side: _repeat(y, rows) for side, y in values.items()}
         for side, y in values.items():
             choice = np.repeat(choices[:, self._choice_rows[i, side]], self.windows, axis=0)
             used[side] = jnp.asarray(choice != EXACT)
-            if added is not None:
-                hat[side] = clean[side] + _repeat(added[side], rows)
-                continue
-            hat[side] = clean[side]
-            for c in np.unique(choice[choice != EXACT]):
+            for c in [] if added is not None else np.unique(choice[choice != EXACT]):
                 new = _repeat(quantized(self.table.options[i, side][c], y), rows)
                 hat[side] = _take(jnp.asarray(choice == c), new, hat[side])
+        used = _together(stored, used)
+        if added is not None:
+            hat = {side: clean[side] + _repeat(added[side], rows) for side in SIDES}
+        else:
+            read = _from_stored(stored, hat["k"], hat["v"], self.positions(rows))
+            # A head of which nothing is quantized is exact, whatever turning it rounds.
+            hat = {s: _take(used[s], y, clean[s]) for s, y in zip(SIDES, read, strict=True)}
         errors = {side: hat[side] - clean[side] for side in SIDES} if keep else {}
         x = _repeat(x, rows)
         y = finish(spec, self.policy, params, x, _repeat(q, rows), clean, hat, used)
         return run_feed_forward(spec, params, y, x), errors
+
+    def _layer_stored(self, i: int) -> KVLayer:
+        """Layer i with how keys and values stand where they are stored, and no codecs."""
+        spec, table = self.model.spec.layers[i], self.table
+        turned = KVLayer(groups=(), policy=self.policy)
+        if table.k_rope != "after" and spec.rope is not None:
+            turned = dataclasses.replace(turned, rope=spec.rope)
+        if table.joint_heads is None:
+            return turned
+        return dataclasses.replace(
+            turned, joint_heads=table.joint_heads, joint=joint.arrays_of(table.joint[i])
+        )
 
     def positions(self, rows: int) -> Int[Array, "B T"]:
         return default_positions(jnp.zeros((rows, self.tokens.shape[1]), jnp.int32))
@@ -264,6 +289,30 @@ class Engine:
         if not np.all(np.isfinite(kl)):
             raise TurboqError("predictions are not finite under some candidate")
         return kl.mean(axis=2)
+
+
+@jax.jit
+def _to_stored(layer: KVLayer, k: Array, v: Array, positions: Array) -> tuple[Array, Array]:
+    if layer.joint_heads is not None:
+        return joint.to_units(layer, k, v, positions)
+    return key_form.to_stored(layer, {}, k.swapaxes(1, 2), positions).swapaxes(1, 2), v
+
+
+@jax.jit
+def _from_stored(layer: KVLayer, k: Array, v: Array, positions: Array) -> tuple[Array, Array]:
+    if layer.joint_heads is not None:
+        return joint.from_units(layer, k, v, positions)
+    return key_form.from_stored(layer, {}, k.swapaxes(1, 2), positions).swapaxes(1, 2), v
+
+
+def _together(layer: KVLayer, used: dict[str, Array]) -> dict[str, Array]:
+    """Which heads are quantized in any part: of joined heads all that share a unit."""
+    if layer.joint_heads is None:
+        return used
+    either = used["k"] | used["v"]
+    groups = jnp.any(either.reshape(len(either), -1, layer.joint_heads), axis=2)
+    every = jnp.repeat(groups, layer.joint_heads, axis=1)
+    return {"k": every, "v": every}
 
 
 @jax.jit

@@ -114,6 +114,13 @@ def fit_plan(plan: Plan, statistics: Statistics) -> Arrays:
         (x.index, side): x.side(side).rope for x in plan.layers for side in SIDES
     }
 
+    joined = {x.index: x.joint for x in plan.layers if x.joint is not None}
+    if joined:
+        raise TurboqError(
+            f"layer {min(joined)} joins {joined[min(joined)]} heads: such plans are chosen within "
+            "a budget (turboq plan --budget), which fits their units"
+        )
+
     def fit(index: int, side: str, codec: Codec) -> Arrays:
         try:
             return codec.fit(statistics.layers[index].observed(side, rope=stored[index, side]))

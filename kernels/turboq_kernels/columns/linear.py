@@ -61,6 +61,8 @@ def unsupported(form: LayerForm) -> str | None:
     """Why a layer has no such form, or None."""
     if form.layer.latent:
         return "latent attention: queries meet values too"
+    if form.layer.joint_heads is not None:
+        return "joined heads: a key needs the bits of other heads and of values (--joint=none)"
     for codec, arrays in zip(form.codecs, (form.group.k_arrays, form.group.v_arrays), strict=True):
         if codec.quantizer != "window":
             return f"{codec.quantizer} codes are not linear in their bits; window codes are"

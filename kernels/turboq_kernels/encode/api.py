@@ -81,6 +81,8 @@ def unsupported(layer: KVLayer, page: int, name: str) -> str | None:
     """Why an implementation cannot encode some codec of a layer, or None."""
     if name == "xla":
         return None
+    if layer.joint_heads is not None:
+        return "joined heads: XLA writes them"
     if layer.rope is not None:
         return "keys before RoPE, or relative to a block: XLA writes them"
     codecs = (codec for group in layer.groups for codec in (group.k, group.v))
