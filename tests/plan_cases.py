@@ -6,8 +6,10 @@ import dataclasses
 
 import numpy as np
 
+from turboq.cache import joint
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec, Exact, PerHead, TurboQuantMSE, TurboQuantProd
+from turboq.codecs.transform import Transform
 from turboq.numbers.rope import Rope, Scaling
 from turboq.plan import (
     LayerGeometry,
@@ -131,3 +133,23 @@ def rich() -> tuple[Plan, Fitted]:
     }
     plan = dataclasses.replace(plan, extra=extra)
     return plan, collect_arrays(plan, random_fit(plan.model, 1))
+
+
+def joined() -> tuple[Plan, Fitted]:
+    """Three heads together in one layer, two and two in another; learned codecs of both sides."""
+    model, heads = hybrid(), {0: 3, 2: 2}
+
+    def codec(index: int, side: str, head: int) -> Codec:
+        dim = 8 if side == "v" else 16 if index == 0 else 24
+        return Transform(dim=dim, segments=((8, 3 if head else 5),), gain="code", gain_bits=2)
+
+    alone = head_plan(model, codec, k_rope="before", policy=TokenPolicy(sinks=2))
+    arrays = collect_arrays(alone, random_fit(model, 2))
+    for index, own in heads.items():
+        at, rng = model.layers[index], np.random.default_rng(index)
+        for name, shape in joint.shapes(at.kv_heads, own, at.k_dim, at.v_dim).items():
+            turn = np.eye(shape[-1]) if name == "synthesis" else 0.0
+            values = 0.05 * rng.normal(size=shape) + turn
+            arrays[f"layers.{index}.joint.{name}"] = values.astype(np.float32)
+    layers = tuple(dataclasses.replace(x, joint=heads[x.index]) for x in alone.layers)
+    return dataclasses.replace(alone, layers=layers), arrays

@@ -85,7 +85,7 @@ def to_units(
         return k, v
     if layer.rope is not None:
         k = unrotate(layer.rope, k, positions[:, :, None])
-    x = _joined(k, v, layer.joint_heads) - layer.joint["mean"]
+    x = _joined(k, v, layer.joint_heads) - layer.joint["mean"][None, None]
     y = jnp.einsum("btjc,jdc->btjd", x, layer.joint["analysis"], precision=HIGHEST)
     return _split(y, k.shape[2:], v.shape[2:])
 
@@ -101,7 +101,7 @@ def from_units(
         return k, v
     y = _joined(k, v, layer.joint_heads)
     x = jnp.einsum("btjd,jcd->btjc", y, layer.joint["synthesis"], precision=HIGHEST)
-    keys, values = _split(x + layer.joint["mean"], k.shape[2:], v.shape[2:])
+    keys, values = _split(x + layer.joint["mean"][None, None], k.shape[2:], v.shape[2:])
     if layer.rope is not None:
         keys = rotate(layer.rope, keys, positions[:, :, None])
     return keys, values

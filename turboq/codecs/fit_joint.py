@@ -29,10 +29,15 @@ TOKENS_EACH = 4  # tokens seen per coordinate, at least: a covariance of fewer i
 def heads_joined(kv_heads: int, k_dim: int, v_dim: int, tokens: int) -> int:
     """How many neighbouring heads are joined: what `MOST` coordinates and the tokens allow.
 
-    At least one: a head's own keys with its own values.
+    One alone, its keys with its values, may have more coordinates. 0: too few tokens even for that.
     """
-    most = min(MOST, tokens // TOKENS_EACH) // (k_dim + v_dim)
-    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n <= most or n == 1))
+    each = k_dim + v_dim
+    fit = [
+        n
+        for n in range(1, kv_heads + 1)
+        if kv_heads % n == 0 and (n == 1 or n * each <= MOST) and n * each * TOKENS_EACH <= tokens
+    ]
+    return max(fit, default=0)
 
 
 def fit_joint(k: Observed, v: Observed, heads: int, *, ridge: float = RIDGE) -> Arrays:

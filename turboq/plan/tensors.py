@@ -49,7 +49,7 @@ def check_arrays(plan: Plan, arrays: Mapping[str, Any]) -> Tensors:
 
     Raises:
       PlanConflict: one is missing, unknown, of another shape or type, not finite, a codebook that
-        does not ascend, or a negative scale.
+        does not ascend, a negative scale, or a turn without an inverse.
     """
     due = array_shapes(plan)
     _check_names("arrays", set(arrays), set(due))
@@ -70,8 +70,15 @@ def check_arrays(plan: Plan, arrays: Mapping[str, Any]) -> Tensors:
             raise PlanConflict(name, "a scale must not be negative")
         if array == "weights" and not np.all(values >= 0):
             raise PlanConflict(name, "weights must not be negative")
+        if name.endswith(".joint.synthesis") and not _invertible(values):
+            raise PlanConflict(name, "a turn of joined heads must have an inverse")
         out[name] = values
     return out
+
+
+def _invertible(matrices: np.ndarray) -> bool:
+    sign, size = np.linalg.slogdet(matrices.astype(np.float64))
+    return bool(np.all(sign != 0) and np.all(np.isfinite(size)))
 
 
 def table_tensors(plan: Plan) -> Tensors:

@@ -247,7 +247,7 @@ def _joined(
         return None
     tokens = seen.x.shape[1]
     most = [heads_joined(x.kv_heads, x.k_dim, x.v_dim, tokens) for x in layers]
-    return math.gcd(*most)
+    return math.gcd(*most) if all(most) else None
 
 
 def solve(menu: Menu, wanted: Wanted) -> tuple[Problem, Allocation]:

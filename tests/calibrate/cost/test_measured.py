@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
+from turboq.cache import joint
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, TurboQuantMSE
 from turboq.codecs.observed import Observed
@@ -13,7 +14,7 @@ from turboq.errors import TurboqError
 from turboq_calibrate.candidates import table as c
 from turboq_calibrate.candidates.makers import learned, named
 from turboq_calibrate.cost import measured as s
-from turboq_calibrate.cost.side_by_side import Engine
+from turboq_calibrate.cost.side_by_side import EXACT, Engine
 from turboq_calibrate.measure.evaluate import evaluate
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
@@ -35,14 +36,14 @@ def random_vectors(layout):
     return observed
 
 
-def make_table(model):
+def make_table(model, **stored):
     dim, layout = model.spec.layers[0].head_dim, model_geometry(model)
     makers = [
         named("tq 2", TurboQuantMSE(dim=dim, bits=2)),
         *learned({"transform 3": 3}),
         named("exact", Exact(dim=dim, dtype="float32")),
     ]
-    return c.build_table(layout, makers, random_vectors(layout))
+    return c.build_table(layout, makers, random_vectors(layout), **stored)
 
 
 def make_windows(model, length=25):
@@ -108,6 +109,39 @@ def test_whole_plans_and_changes_of_them(engine, rng):
     want = evaluated(engine, [plan, changed])
     close(got, [want[0], want[1], want[0]])
     assert found.change[0] == pytest.approx(got[1] - got[0], rel=1e-9)
+
+
+def joined(model, heads):
+    """Random turns of `heads` neighbours in every layer."""
+    out, random = {}, np.random.default_rng(5)
+    for layer in model_geometry(model).cache_layers:
+        shapes = joint.shapes(layer.kv_heads, heads, layer.k_dim, layer.v_dim)
+        dim = shapes["mean"][1]
+        out[layer.index] = {
+            "mean": random.normal(size=shapes["mean"]),
+            "synthesis": 0.05 * random.normal(size=shapes["synthesis"]) + np.eye(dim),
+        }
+    return {"joint_heads": heads, "joint": out}
+
+
+@pytest.mark.parametrize("heads", [None, 1, 2])
+def test_keys_before_rope_alone_and_with_values(model, rng, heads):
+    """Side by side they stand as the plan stores them; what is not quantized is exact."""
+    stored = {"k_rope": "before"} | ({} if heads is None else joined(model, heads))
+    engine = Engine(model, make_table(model, **stored), make_windows(model), POLICY)
+    table = engine.table
+    plan = rng.integers(0, 2, len(table.units))
+    close(engine.kl(plan[None])[0].mean(), evaluated(engine, [plan])[0])
+    run = engine.run(plan)
+    frozen = engine.kl(plan[None], start=1, run=run, frozen=True)[0]
+    np.testing.assert_allclose(frozen, engine.kl(plan[None])[0], rtol=1e-3)
+    assert not engine.kl(np.full((1, len(table.units)), EXACT)).any()
+
+
+def test_keys_of_blocks_are_refused(model):
+    table = make_table(model, k_rope="block:16")
+    with pytest.raises(TurboqError, match="before or after RoPE, not block:16"):
+        Engine(model, table, make_windows(model), POLICY)
 
 
 def test_frozen_noise(engine, rng):

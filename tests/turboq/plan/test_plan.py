@@ -10,7 +10,7 @@ import plan_cases
 import pytest
 
 from turboq.cache.layer import TokenPolicy
-from turboq.codecs import Exact, PerHead, TurboQuantMSE
+from turboq.codecs import Exact, KiviKey, PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope
 from turboq.plan import (
@@ -40,7 +40,7 @@ from turboq.plan import (
 from turboq.plan.document import parse, plan_hash
 from turboq.plan.rules import rule_plan, sides
 
-CASES = pytest.mark.parametrize("make", [plan_cases.plain, plan_cases.rich])
+CASES = pytest.mark.parametrize("make", [plan_cases.plain, plan_cases.rich, plan_cases.joined])
 
 
 @CASES
@@ -517,3 +517,67 @@ def test_a_rope_may_be_known_on_one_side_only():
     changed = dataclasses.replace(known, layers=(*known.layers[:2], other, known.layers[3]))
     with pytest.raises(PlanConflict, match=r"rope.theta: plan 10000.0, model 20000.0"):
         check_model(uniform_plan(known, k=k, v=v), changed)
+
+
+def test_joined_heads_reach_the_layers():
+    plan, arrays = plan_cases.joined()
+    layers = plan.kv_layers(arrays)
+    assert [layer.joint_heads for layer in layers] == [3, 2]
+    assert [layer.joint["mean"].shape for layer in layers] == [(1, 72), (2, 64)]
+    turn = np.asarray(arrays["layers.2.joint.synthesis"], np.float64)
+    np.testing.assert_allclose(
+        turn @ np.asarray(layers[1].joint["analysis"], np.float64),
+        np.broadcast_to(np.eye(64), (2, 64, 64)), atol=1e-5,
+    )  # fmt: skip
+    found = document(plan)["layers"]
+    assert [layer["joint"] for layer in found] == [3, 2]
+    assert "joint" not in document(plan_cases.rich()[0])["layers"][0]
+    text = summary(plan)
+    assert "keys before RoPE and values of 2, 3 heads are one vector" in text
+    # Codes cost what they cost alone; both turns stay in memory.
+    alone = tuple(dataclasses.replace(layer, joint=None) for layer in plan.layers)
+    bare = dataclasses.replace(plan, layers=alone)
+    assert bare.bytes == plan.bytes
+    more = plan.residency(100).arrays - bare.residency(100).arrays
+    assert more == 4 * (72 + 2 * 72**2 + 2 * (64 + 2 * 64**2))
+
+
+def _layers(**changes):
+    def make():
+        plan, _ = plan_cases.joined()
+        first = dataclasses.replace(plan.layers[0], **changes)
+        return dataclasses.replace(plan, layers=(first, plan.layers[1]))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_layers(joint=2), r"layers\[0\].joint: 2 does not divide 3 KV heads"),
+        (_layers(joint=0), "joint=0 must be 1..1024"),
+        (
+            _layers(k=SidePlan(codec=Exact(dim=16))),
+            r'layers\[0\].joint: keys are joined with values before RoPE, but k.rope is "after"',
+        ),
+        (
+            _layers(k=SidePlan(codec=KiviKey(dim=16, bits=2, group=32), rope="before")),
+            r"layers\[0\].joint: codec kivi_key stores blocks of 32 tokens",
+        ),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_arrays_of_joined_heads_are_checked():
+    plan, arrays = plan_cases.joined()
+    name = "layers.2.joint.synthesis"
+    with pytest.raises(PlanConflict, match=rf'arrays: "{name}" is missing'):
+        check_arrays(plan, {n: a for n, a in arrays.items() if n != name})
+    with pytest.raises(PlanError, match=rf"{name}: fitted array is missing"):
+        plan.kv_layer(2, {n: a for n, a in arrays.items() if n != name})
+    for values, message in ((np.nan, "NaN or infinite"), (0.0, "must have an inverse")):
+        with pytest.raises(PlanConflict, match=message):
+            check_arrays(plan, arrays | {name: np.full_like(arrays[name], values)})

@@ -1,0 +1,170 @@
+"""Heads stored together: units there and back, attention through the pool, and who refuses."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import kernel_oracle
+import numpy as np
+import pytest
+from tolerances import TOL
+
+from turboq.cache import accounting, contiguous, joint, model_cache, paged
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
+from turboq.cache.simulate import simulate
+from turboq.codecs.observed import Observed
+from turboq.codecs.transform import Transform
+from turboq.errors import TurboqError
+from turboq.numbers.rope import Rope
+from turboq_kernels import columns
+
+HEADS, K_DIM, V_DIM, SCALE = 4, 24, 16, 0.3
+ROPE = Rope(dim=16, theta=50.0)  # partial: 8 channels do not turn
+
+
+def fitted(rng, heads):
+    """A mean and a well-conditioned S for groups of `heads`."""
+    shape = joint.shapes(HEADS, heads, K_DIM, V_DIM)
+    mean = rng.normal(size=shape["mean"])
+    synthesis = 0.05 * rng.normal(size=shape["synthesis"]) + np.eye(shape["mean"][1])
+    return {"mean": mean.astype(np.float32), "synthesis": synthesis.astype(np.float32)}
+
+
+def make_layer(rng, heads, policy=None, rope=ROPE):
+    """Units in bits of their own, in groups of heads out of order."""
+
+    def side(dim, segments, count):
+        codec = Transform(dim=dim, segments=segments, quantizer="window", states=16, gain="code")
+        x = rng.normal(size=(count, 80, dim)).astype(np.float32)
+        arrays = codec.fit(Observed.of(x))
+        return codec, {name: jnp.asarray(a) for name, a in arrays.items()}
+
+    groups = []
+    for own, k, v in (((0, 3), ((24, 3),), ((8, 2),)), ((1, 2), ((8, 4), (8, 1)), ((16, 3),))):
+        (k, k_arrays), (v, v_arrays) = side(K_DIM, k, len(own)), side(V_DIM, v, len(own))
+        groups.append(HeadGroup(heads=own, k=k, v=v, k_arrays=k_arrays, v_arrays=v_arrays))
+    return KVLayer(
+        groups=tuple(groups), policy=policy or TokenPolicy(), rope=rope, joint_heads=heads,
+        joint=joint.arrays_of(fitted(rng, heads)),
+    )  # fmt: skip
+
+
+def inputs(rng, t, batch=2):
+    shapes = ((2 * HEADS, K_DIM), (HEADS, K_DIM), (HEADS, V_DIM))
+    return tuple(jnp.asarray(rng.normal(size=(batch, t, *s)), jnp.float32) for s in shapes)
+
+
+def turned(rope, x, positions, sign):
+    """Keys [B, T, K, D] turned by their positions [T], float64."""
+    if rope is None:
+        return x
+    half = rope.dim // 2
+    at = positions[:, None] * rope.theta ** -(np.arange(half) / half)
+    cos, sin = np.cos(at)[None, :, None], sign * np.sin(at)[None, :, None]
+    a, b, rest = np.split(x, [half, rope.dim], axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def of_units(layer, units):
+    """Keys and values of units, in float64: mean + S y, group by group."""
+    k, v = (np.asarray(x, np.float64) for x in units)
+    mean, synthesis = (np.asarray(layer.joint[n], np.float64) for n in ("mean", "synthesis"))
+    k, v, heads = k.copy(), v.copy(), layer.joint_heads
+    for j in range(HEADS // heads):
+        own = slice(j * heads, (j + 1) * heads)
+        y = np.concatenate([k[:, :, own].reshape(*k.shape[:2], -1),
+                            v[:, :, own].reshape(*v.shape[:2], -1)], axis=-1)  # fmt: skip
+        x = y @ synthesis[j].T + mean[j]
+        k[:, :, own] = x[..., : heads * K_DIM].reshape(*k.shape[:2], heads, K_DIM)
+        v[:, :, own] = x[..., heads * K_DIM :].reshape(*v.shape[:2], heads, V_DIM)
+    return turned(layer.rope, k, np.arange(k.shape[1]), 1), v
+
+
+@pytest.mark.parametrize("rope", [ROPE, None])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_units_stand_for_keys_and_values(rng, heads, rope):
+    """mean + S y is what went in; the first D of y are the first head's keys'."""
+    layer = make_layer(rng, heads, rope=rope)
+    _, k, v = inputs(rng, 40)
+    at = jnp.arange(40, dtype=jnp.int32)[None]
+    units = joint.to_units(layer, k, v, at)
+    # S is 1 and some noise: its inverse multiplies float32 errors by less than ten.
+    for back in (of_units(layer, units), joint.from_units(layer, *units, at)):
+        for got, want in zip(back, (k, v), strict=True):
+            np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
+    # One unit's one coordinate is one column of S.
+    one = jnp.zeros_like(units[0]).at[:, :, 0, 0].set(1.0)
+    plain = dataclasses.replace(layer, rope=None)
+    k_one, v_one = joint.from_units(plain, one, jnp.zeros_like(units[1]), at)
+    column = np.asarray(layer.joint["synthesis"])[0, :, 0] + np.asarray(layer.joint["mean"])[0]
+    np.testing.assert_allclose(
+        np.concatenate([k_one[0, 0, :heads].ravel(), v_one[0, 0, :heads].ravel()]), column,
+        atol=TOL["packed_attention"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("heads", "rope", "policy"),
+    [(4, ROPE, TokenPolicy(sinks=2, recent=3)), (2, None, TokenPolicy()), (1, ROPE, TokenPolicy())],
+)
+def test_attention_through_the_pool_in_float64(rng, heads, rope, policy):
+    """A chunk, single tokens, a chunk: what is read are the units' codes, turned back in NumPy."""
+    layer = make_layer(rng, heads, policy, rope)
+    form = model_cache.forms([layer, layer])
+    states, (words,) = model_cache.init(form, batch=2, capacity=40)
+    q, k, v = inputs(rng, 30)
+    state, outs, at = states[1], [], 0
+    for size in (14, 1, 1, 14):
+        part = slice(at, at + size)
+        state, words, tail = model_cache.write(state, words, k[:, part], v[:, part])
+        where = jnp.broadcast_to(jnp.arange(at, at + size, dtype=jnp.int32), (2, size))
+        outs.append(
+            model_cache.attend(q[:, part], state, words, tail, q_positions=where, scale=SCALE)
+        )
+        at += size
+    padded = state.form.layer
+    positions = jnp.arange(30, dtype=jnp.int32)[None]
+    units = simulate(joint.units(padded), *joint.to_units(padded, k, v, positions))
+    stored = of_units(layer, units)
+    want = kernel_oracle.policy_attention(layer, q, k, v, scale=SCALE, stored_values=stored)
+    got = np.concatenate(outs, axis=1)
+    np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
+    simulated = simulate(padded, k, v)
+    for a, b in zip(simulated, stored, strict=True):
+        np.testing.assert_allclose(a, b, atol=TOL["packed_attention"])
+
+
+def test_both_turns_count(rng):
+    layer = make_layer(rng, 2)
+    alone = dataclasses.replace(layer, joint_heads=None, joint={})
+    more = accounting.array_bytes([layer]) - accounting.array_bytes([alone])
+    assert more == sum(x.nbytes for x in layer.joint.values())
+    assert layer.bits_per_token == alone.bits_per_token
+
+
+def test_who_reads_each_head_by_itself_says_so(rng):
+    layer = make_layer(rng, 2)
+    with pytest.raises(TurboqError, match=r"turboq.cache.contiguous reads each head.*joint=none"):
+        contiguous.init(layer, batch=1, capacity=10)
+    with pytest.raises(TurboqError, match=r"turboq.cache.paged reads each head.*model_cache"):
+        paged.init(layer, pages=2, rows=1)
+    form = model_cache.forms([layer])
+    (state,), (words,) = model_cache.init(form, batch=1, capacity=10)
+    q, k, v = inputs(rng, 1, batch=1)
+    state, words, tail = model_cache.write(state, words, k, v)
+    at = jnp.zeros((1, 1), jnp.int32)
+    assert columns.prepare(state, words) is None
+    with pytest.raises(ValueError, match="joined heads: a key needs the bits of other heads"):
+        columns.attend(q, state, words, tail, q_positions=at, scale=SCALE, implementation="triton")
+    columns.attend(q, state, words, tail, q_positions=at, scale=SCALE)  # XLA does
+
+
+def test_refusals(rng):
+    layer = make_layer(rng, 2)
+    with pytest.raises(ValueError, match=r"joint_heads=3 must divide self.kv_heads=4"):
+        dataclasses.replace(layer, joint_heads=3)
+    with pytest.raises(ValueError, match=r"rope_block=16: keys are joined before RoPE"):
+        dataclasses.replace(layer, rope_block=16)
+    singular = fitted(rng, 2)
+    singular["synthesis"][0] = 0
+    with pytest.raises(ValueError, match="synthesis is singular"):
+        joint.arrays_of(singular)
