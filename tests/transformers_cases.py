@@ -4,10 +4,12 @@
 here. Plans are fitted to random vectors about as large as the models' keys and values.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
+from turboq.cache import joint
 from turboq.cache.layer import TokenPolicy
 from turboq.cache.simulate import simulated_attention
 from turboq.codecs import Exact, PerHead, Transform, TurboQuantMSE
@@ -52,13 +54,24 @@ def _glm(layer, side, head):
     return TurboQuantMSE(dim=8, bits=4, scale_dtype="bfloat16" if head else "float32")
 
 
+def _llama(layer, side, head):
+    """Units of two heads and two: more bits in the first of each."""
+    if side == "k":
+        return _window(8, ((8, 5 - head % 2),), 64)
+    return _window(8, ((8, 3),), 16, "none")
+
+
 # Checkpoint -> (codec of every head, how keys stand when stored, exact tokens).
 CASES = {
     "llama3": (_llama3, "before", TokenPolicy(sinks=4)),
+    "llama": (_llama, "before", TokenPolicy(sinks=2, recent=3)),
     "mistral": (_mistral, "after", TokenPolicy(sinks=2, recent=5, exact_dtype="float32")),
     "gemma3": (_gemma3, "block:16", TokenPolicy(sinks=1, recent=3, exact_dtype="float16")),
     "glm": (_glm, "before", TokenPolicy()),
 }
+
+
+JOINED = {"llama": 2}  # heads
 
 
 def prompts(model) -> np.ndarray:
@@ -71,7 +84,8 @@ def planned(name: str):
     """(model, plan, arrays) of a case."""
     choose, form, policy = CASES[name]
     model = load_model(str(GOLDEN / name))
-    plan = head_plan(model_geometry(model), choose, k_rope=lambda _: form, policy=policy)
+    geometry = model_geometry(model)
+    plan = head_plan(geometry, choose, k_rope=lambda _: form, policy=policy)
 
     def fit(layer, side, codec):
         rng = np.random.default_rng([layer, side == "v", codec.dim])
@@ -79,7 +93,17 @@ def planned(name: str):
         x = rng.normal(0.2, 0.9 ** np.arange(codec.dim), (kv_heads, 600, codec.dim))
         return codec.fit(Observed.of(x.astype(np.float32)))
 
-    return model, plan, collect_arrays(plan, fit)
+    arrays = collect_arrays(plan, fit)
+    if (heads := JOINED.get(name)) is None:
+        return model, plan, arrays
+    for layer in geometry.cache_layers:
+        rng = np.random.default_rng(layer.index)
+        for array, shape in joint.shapes(layer.kv_heads, heads, layer.k_dim, layer.v_dim).items():
+            turn = np.eye(shape[-1]) if array == "synthesis" else 0.0
+            values = 0.1 * rng.normal(size=shape) + turn
+            arrays[f"layers.{layer.index}.joint.{array}"] = values.astype(np.float32)
+    joined = tuple(dataclasses.replace(layer, joint=heads) for layer in plan.layers)
+    return model, dataclasses.replace(plan, layers=joined), arrays
 
 
 def logits(model, plan, arrays, tokens) -> np.ndarray:

@@ -150,7 +150,7 @@ READ = {
 
 def test_the_reader_imports_nothing_else_and_is_short():
     source = Path(reader_example.__file__).read_text()
-    assert len(source.splitlines()) <= 150
+    assert len(source.splitlines()) <= 165
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
