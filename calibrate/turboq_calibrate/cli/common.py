@@ -393,7 +393,7 @@ def observation(values: flags.FlagValues) -> None:
         lower_bound=0, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
-        "reservoir", 4096, "Sampled tokens kept with their keys, values and gradients; 0 for none.",
+        "reservoir", 8192, "Sampled tokens kept with their keys, values and gradients; 0 for none.",
         lower_bound=0, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(

@@ -75,7 +75,7 @@ class ObserveRecipe:
     seed: int = 0
     skip: int = 4
     windows_per_chunk: int = 4
-    reservoir: int = 4096
+    reservoir: int = 8192
 
     def __post_init__(self):
         if not 0 <= self.seed < SEED_LIMIT:
