@@ -60,12 +60,13 @@ def refuse(layer: KVLayer, cache: str) -> None:
     """Refuses joined keys and values where each side of a head is read by itself.
 
     Raises:
-      TurboqError: says which cache reads them.
+      TurboqError: says what is read where.
     """
     if layer.joint_heads is not None:
         raise TurboqError(
             f"{cache} reads each head by itself, and this plan joins keys and values of "
-            f"{layer.joint_heads} heads: use turboq.cache.model_cache, or a plan of --joint=none"
+            f"{layer.joint_heads} heads: take a plan of --joint=none (joined transforms are read "
+            "by turboq.cache.model_cache)"
         )
 
 

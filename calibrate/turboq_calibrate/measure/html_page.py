@@ -188,7 +188,8 @@ def _bits(bits: dict[str, Any]) -> list[str]:
             "Where bits go",
             plan_pictures.bits_map(bits),
             "Stored bits per channel of every layer and KV head, scales and gains included. One "
-            f"scale for K and V of all plans.{left_out}",
+            "scale for K and V of all plans. Where a plan joins heads, rows of K and V are its "
+            f"units, the largest first.{left_out}",
         ),
         *_figure(
             "What each layer takes",
