@@ -16,24 +16,25 @@ from unchecked import unchecked
 # Most of the time goes into compiling programs that run once on a few numbers: without LLVM's
 # passes and with XLA's older emitter of loops that takes a quarter as long. XLA's own passes stay,
 # and `XLA_FLAGS= ./scripts/test` runs all. XLA reads this at its first compilation, here and in the
-# processes that tests start.
+# processes that tests start. jaxlib 0.12.0.1 crashes now and then while it compiles so.
+USUAL = jax.__version_info__ < (0, 12)
 if "XLA_FLAGS" not in os.environ:
-    os.environ |= {
-        "XLA_FLAGS": "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
-        " --xla_cpu_parallel_codegen_split_count=1"
-        " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # level 0; `optimised` takes it back
-    }
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # level 0; `optimised` takes it back
     jax.config.update("jax_disable_most_optimizations", True)
+    if USUAL:
+        os.environ["XLA_FLAGS"] = (
+            "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
+            " --xla_cpu_parallel_codegen_split_count=1"
+            " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+        )
 # One thread a process: the workers of a run share the cores, and threads of small products wait for
 # each other longer than they multiply. OpenBLAS reads this when NumPy is imported, so it holds for
 # the workers and for what tests start.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # What one process of a run has compiled, the others (workers and what tests start) read instead of
-# compiling it again. A run begins with an empty folder. jaxlib 0.12.0.1 crashes now and then where
-# it stores or reads such programs: there every process compiles its own.
+# compiling it again. A run begins with an empty folder. jaxlib 0.12.0.1 crashes here too.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
-SHARED = CACHE not in os.environ and jax.__version_info__ < (0, 12)
+SHARED = CACHE not in os.environ and USUAL
 MINE = tempfile.mkdtemp(prefix="turboq-compiled-") if SHARED else None
 if MINE is not None:
     os.environ |= {CACHE: MINE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
