@@ -65,8 +65,9 @@ def ladder_within(
     """
     if wanted.granularity not in GRANULARITIES:
         raise ValueError(f"a ladder lowers K or V of one layer at a time: {GRANULARITIES}")
-    if wanted.joint:
-        raise ValueError(f"{wanted.joint=}: a ladder lowers K or V alone, and joins neither")
+    joins = prepared.table.joint_heads if prepared is not None else wanted.joint
+    if joins:
+        raise ValueError(f"{joins} joined heads: a ladder lowers K or V alone (joint=0)")
     wanted = dataclasses.replace(wanted, joint=0)
     ready = menu(statistics, geometry, wanted, progress=progress) if prepared is None else prepared
     table, costs = ready.table, ready.costs @ ready.weights

@@ -209,15 +209,18 @@ def _use(quality: Quality) -> list[str]:
     path = shlex.quote(plans[best])
     lines = [
         f"# {engine.title}\nturboq export --engine={name} --plan={path} --out=runs/for_{name}"
-        for name, engine in ENGINES.items()
+        for name, engine in sorted(ENGINES.items(), key=lambda item: not item[1].joint)
     ]
     return [
         "<h2>Use a plan</h2>",
         f"<p>{_text(best)} has the least KL of the plans in a folder. In JAX:</p>",
-        f'<pre class="scroll">plan, arrays = turboq.load({_text(repr(plans[best]))})\n'
-        "layers = plan.kv_layers(arrays)  # for turboq.contiguous and turboq_kernels</pre>",
+        f'<pre class="scroll">import turboq\nfrom turboq.cache import model_cache\n\n'
+        f"plan, arrays = turboq.load({_text(repr(plans[best]))})\n"
+        "form = model_cache.forms(plan.kv_layers(arrays))  # None: turboq.contiguous</pre>",
         "<p>transformers runs it as it is; other engines store what is nearest, and the report of "
-        "the export says what that keeps. <code>--measure</code> measures it.</p>",
+        "the export says what that keeps. <code>--measure</code> measures it. A plan that joins "
+        "heads (<code>turboq inspect</code> says so) is for the first two alone: for another "
+        "engine make one with <code>--engine</code>, or <code>--joint=none</code>.</p>",
         f'<pre class="scroll">{_text(chr(10).join(lines))}</pre>',
     ]
 

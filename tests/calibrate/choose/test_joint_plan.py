@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from turboq.export import ENGINES
 from turboq.export.write import export
 from turboq.plan import load, summary
 from turboq_calibrate.choose.budget import Budget
+from turboq_calibrate.choose.ladder import ladder_within
 from turboq_calibrate.choose.plan_within import Wanted, menu, plan_within
 from turboq_calibrate.cli import main as cli
 from turboq_calibrate.fit.plan import fit_plan
@@ -72,8 +74,7 @@ def test_the_command_joins_and_says_so(run, model):
         assert bits == sorted(bits, reverse=True)
 
 
-@pytest.mark.parametrize("attention", ["simulated", "packed"])
-def test_it_is_evaluated_as_it_is_stored(run, model, attention):
+def test_it_is_evaluated_as_it_is_stored(run, model):
     """The packed cache gives the KL of the simulated one; neither is that of a plan without."""
     found, alone = within(run), within(run, joint=0)
     assert alone.plan.layers[0].joint is None
@@ -84,7 +85,7 @@ def test_it_is_evaluated_as_it_is_stored(run, model, attention):
     first, second = (
         {r["name"]: r["kl_mean"] for r in evaluate(
             model, rows, tokens, text="noise", attention=how, progress=False).rows}
-        for how in ("simulated", attention)
+        for how in ("simulated", "packed")
     )  # fmt: skip
     for name, kl in first.items():
         np.testing.assert_allclose(second[name], kl, rtol=TOL["kl_model_rel"])
@@ -137,6 +138,18 @@ def test_bad_flags_are_one_line(run, flags, says, tmp_path, capsys):
     assert turboq("plan", f"--model={MODEL}", *flags, f"--statistics={run}", f"--out={out}") == 1
     assert says in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_ladder_joins_nothing(run):
+    """Its rungs say nothing of units, so a menu of units is refused."""
+    statistics, geometry = load_statistics(run), model_geometry(load_model(MODEL, resident=False))
+    wanted = Wanted(budget=Budget.parse("3bpc"), candidates=("window:2,3,4",))
+    low, high = Budget.parse("2bpc"), Budget.parse("4bpc")
+    ready = menu(statistics, geometry, wanted, progress=False)
+    with pytest.raises(ValueError, match="2 joined heads: a ladder lowers K or V alone"):
+        ladder_within(statistics, geometry, wanted, low, high, prepared=ready)
+    with pytest.raises(ValueError, match="1 joined heads: a ladder"):
+        ladder_within(statistics, geometry, dataclasses.replace(wanted, joint=1), low, high)
 
 
 def test_none_on_the_command_line(run, tmp_path):
