@@ -61,8 +61,8 @@ OUT = flags.DEFINE_string("out", "runs/learned_vs_turboquant", "Folder for the r
 
 POLICY = TokenPolicy(sinks=4)
 LENGTH = 1024
-SHARED = (2.25, 3.25)  # budgets at which granularities, and heads apart, are compared
-APART = ", heads apart"  # what kernels read
+SHARED = (2.25, 3.25)  # budgets at which granularities, heads apart and forms are compared
+APART = ", heads apart"
 ALWAYS = ("topics:heldout", "source:heldout")
 # Learned budget -> the plan whose KL it must not exceed, on every text.
 TARGETS = {
@@ -70,6 +70,7 @@ TARGETS = {
     "two bits": ("learned 2.25", "turboquant_mse 4b"),
     "two bits and a half (stretch)": ("learned 1.75", "turboquant_mse 4b"),
     "two bits, heads apart": (f"learned 2.25{APART}", "turboquant_mse 4b"),
+    "two bits, by a kernel": ("learned 2.25, keys block:256", "turboquant_mse 4b"),
 }
 
 
@@ -83,6 +84,8 @@ def baselines(geometry: ModelGeometry, statistics: Statistics) -> Iterator[Named
         if FIELD.value:
             rules[f"per_head {bits}b"] = (own, own, "after")
             rules[f"per_head {bits}b, keys before RoPE"] = (own, own, "before")
+            nuq = c.NUQ(dim=dim, bits=bits)
+            rules[f"nuq {bits}b, keys before RoPE"] = (nuq, nuq, "before")
     for bits in (2, 3, 4) if FIELD.value else ():
         integers = c.IntAffine(dim=dim, bits=bits)
         rules[f"int{bits} hadamard"] = (integers, integers, "after")
@@ -112,11 +115,13 @@ def learned(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPl
         wanted = Wanted(
             budget=Budget.parse(f"{bits}bpc"), policy=POLICY, candidates=tuple(CANDIDATES.value)
         )
-        for form in K_ROPE.value:
-            if form != "before" and ONLY.value in (own := f"{name}, keys {form}"):
-                turned = dataclasses.replace(wanted, k_rope=form)
-                found = plan_within(statistics, geometry, turned)
-                yield own, found.plan, found.arrays
+        for form in K_ROPE.value if bits in SHARED else ():
+            for heads, says in ((None, ""), (0, APART)):
+                own = f"{name}, keys {form}{says}"
+                if form != "before" and ONLY.value in own:
+                    turned = dataclasses.replace(wanted, k_rope=form, joint=heads)
+                    found = plan_within(statistics, geometry, turned, progress=False)
+                    yield own, found.plan, found.arrays
         if "before" not in K_ROPE.value:
             continue
         for shrink in map(float, SHRINK.value):
@@ -166,7 +171,7 @@ def run(out: Path) -> None:
     print(quality_table.format_table(found))
     show(found.table["x-targets"])
     if LONG.value:
-        few = [row for row in rows if row[0].split(", keys ")[0] in LONG_ROWS]
+        few = [row for row in rows if row[0].split(", keys block")[0] in LONG_ROWS]
         windows = windows_of(model, LONG.value, LONG_LENGTH.value, 1)
         long = evaluate_texts(model, few, windows, folder=out / "parts")
         long.table["x-targets"] = targets(long.rows)

@@ -23,6 +23,7 @@ from turboq.plan import (
     head_plan,
     uniform_plan,
 )
+from turboq.plan.geometry import RopeForm
 
 Fitted = dict[str, np.ndarray]
 
@@ -135,7 +136,7 @@ def rich() -> tuple[Plan, Fitted]:
     return plan, collect_arrays(plan, random_fit(plan.model, 1))
 
 
-def joined() -> tuple[Plan, Fitted]:
+def joined(k_rope: RopeForm = "before") -> tuple[Plan, Fitted]:
     """Three heads together in one layer, two and two in another; learned codecs of both sides."""
     model, heads = hybrid(), {0: 3, 2: 2}
 
@@ -143,7 +144,7 @@ def joined() -> tuple[Plan, Fitted]:
         dim = 8 if side == "v" else 16 if index == 0 else 24
         return Transform(dim=dim, segments=((8, 3 if head else 5),), gain="code", gain_bits=2)
 
-    alone = head_plan(model, codec, k_rope="before", policy=TokenPolicy(sinks=2))
+    alone = head_plan(model, codec, k_rope=k_rope, policy=TokenPolicy(sinks=2))
     arrays = collect_arrays(alone, random_fit(model, 2))
     for index, own in heads.items():
         at, rng = model.layers[index], np.random.default_rng(index)

@@ -12,6 +12,8 @@ TOL: dict[str, float] = {
     # Queries as 16-bit integers of |q| |column| ~ 10: unit 3e-4, over sqrt(72) bits of +-1/2 at
     # 0.29 units each, gain 2, scale 0.3: 2.2e-4 on a logit, as much relative on p, times |v| ~ 2.
     "columns": 5e-4,
+    # The same over the 256 bits of six units: twice the sum of as many roundings.
+    "columns_joined": 1e-3,
     # Tiny decoders of 2-3 layers against transformers in float32: residual stream of order 1..5,
     # ~10 rounded sums of 28..48 products per layer, each ~4 eps of its size: 30 * 4 * 6e-8 = 7e-6.
     "model_golden": 1e-5,

@@ -11,7 +11,7 @@ from turboq_kernels.aot import compilers, cuda, cuda_columns, tpu, tpu_columns
 
 ROOT = Path(__file__).parents[2]
 COSTS = ROOT / "experiments" / "results" / "kernel_costs.json"
-KEYS = ("target", "bits", "dim", "group", "tokens", "cache")
+KEYS = ("target", "bits", "dim", "group", "tokens", "cache", "joined")
 
 
 def key(row):

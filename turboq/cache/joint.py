@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from turboq.cache import key_form
 from turboq.cache.layer import KVLayer
 from turboq.errors import TurboqError
-from turboq.numbers.rope import rotate, unrotate
 
 ARRAYS = ("mean", "synthesis")  # fitted ones
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -84,8 +84,7 @@ def to_units(
     """Units of keys as they come and values; without a joint transform both unchanged."""
     if layer.joint_heads is None:
         return k, v
-    if layer.rope is not None:
-        k = unrotate(layer.rope, k, positions[:, :, None])
+    k = key_form.to_stored(layer, _key_mean(layer, k), k.swapaxes(1, 2), positions).swapaxes(1, 2)
     x = _joined(k, v, layer.joint_heads) - layer.joint["mean"][None, None]
     y = jnp.einsum("btjc,jdc->btjd", x, layer.joint["analysis"], precision=HIGHEST)
     return _split(y, k.shape[2:], v.shape[2:])
@@ -103,9 +102,15 @@ def from_units(
     y = _joined(k, v, layer.joint_heads)
     x = jnp.einsum("btjd,jcd->btjc", y, layer.joint["synthesis"], precision=HIGHEST)
     keys, values = _split(x + layer.joint["mean"][None, None], k.shape[2:], v.shape[2:])
-    if layer.rope is not None:
-        keys = rotate(layer.rope, keys, positions[:, :, None])
-    return keys, values
+    mean = _key_mean(layer, k)
+    return key_form.from_stored(layer, mean, keys.swapaxes(1, 2), positions).swapaxes(1, 2), values
+
+
+def _key_mean(layer: KVLayer, k: Float[Array, "B T K D"]) -> dict[str, Float[Array, "K D"]]:
+    """The mean of every head's keys, as `turboq.cache.key_form` takes it off."""
+    heads, dim = k.shape[2:]
+    mean = layer.joint["mean"]
+    return {"mean": mean[:, : heads // len(mean) * dim].reshape(heads, dim)}
 
 
 def _joined(k: Array, v: Array, heads: int) -> Float[Array, "B T J C"]:

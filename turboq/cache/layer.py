@@ -78,8 +78,7 @@ class KVLayer:
     arrays `joint` has); None: keys and values of each head.
 
     Raises:
-      ValueError: a window of no token; heads that do not go into units; joined keys relative to
-        blocks.
+      ValueError: a window of no token; heads that do not go into units.
 
     Examples:
       >>> from turboq import TokenPolicy, TurboQuantMSE, uniform_layer
@@ -101,11 +100,10 @@ class KVLayer:
     def __post_init__(self):
         if self.window is not None and self.window < 1:
             raise ValueError(f"{self.window=} must be at least 1 token, or None")
-        if self.joint_heads is not None:
-            if self.joint_heads < 1 or self.kv_heads % self.joint_heads:
-                raise ValueError(f"{self.joint_heads=} must divide {self.kv_heads=}")
-            if self.rope_block != 1:
-                raise ValueError(f"{self.rope_block=}: keys are joined before RoPE, blocks of 1")
+        if self.joint_heads is not None and (
+            self.joint_heads < 1 or self.kv_heads % self.joint_heads
+        ):
+            raise ValueError(f"{self.joint_heads=} must divide {self.kv_heads=}")
 
     @property
     def kv_heads(self) -> int:

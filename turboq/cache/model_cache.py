@@ -49,7 +49,7 @@ class LayerForm:
 
     `first` has the lanes at which the layer's two runs begin (`turboq.cache.columns`), `most` how
     many lanes they have in the layer that has most, `fewest` the columns of codes of the head of
-    the model that has fewest.
+    the model that has fewest, `widest` those of K and V of the head, or joined heads, with most.
     """
 
     layer: KVLayer
@@ -58,6 +58,7 @@ class LayerForm:
     first: Any  # int32 [2]
     most: tuple[int, int] = dataclasses.field(metadata={"static": True})
     fewest: int = dataclasses.field(metadata={"static": True})
+    widest: int = dataclasses.field(metadata={"static": True})
 
     @property
     def group(self) -> HeadGroup:
@@ -122,6 +123,11 @@ def forms(layers: Sequence[KVLayer | None], *, tables: bool = False) -> ModelFor
         return None
     heads = [(_heads(layer, "k"), _heads(layer, "v")) for layer in kept]
     fewest = min(len(codes) for sides in heads for side in sides for codes, _ in side)
+    widest = max(
+        sum(len(codes) for side in sides for codes, _ in side[at : at + (layer.joint_heads or 1)])
+        for layer, sides in zip(kept, heads, strict=True)
+        for at in range(0, layer.kv_heads, layer.joint_heads or 1)
+    )
     kinds = list(dict.fromkeys(layer.window for layer in kept))
     out, columns = {}, []
     for window in kinds:
@@ -131,8 +137,9 @@ def forms(layers: Sequence[KVLayer | None], *, tables: bool = False) -> ModelFor
         most_k, most_v = (int(n) for n in np.max(runs[:, :, 1] - runs[:, :, 0], axis=0))
         for i, x, first in zip(own, laid, runs[:, :, 0], strict=True):
             out[i] = LayerForm(
-                layer=shared[i], k=x.k, v=x.v, first=first, most=(most_k, most_v), fewest=fewest
-            )
+                layer=shared[i], k=x.k, v=x.v, first=first, most=(most_k, most_v), fewest=fewest,
+                widest=widest,
+            )  # fmt: skip
         columns.append(count)
     return ModelForm(
         layers=tuple(out[i] for i in range(len(kept))),

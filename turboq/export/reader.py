@@ -29,7 +29,7 @@ from turboq.plan.constraints import Constraints
 from turboq.plan.geometry import ROPE_FORMS, rope_block
 
 GOLDEN, GOLDEN_JOINED = "page.npz", "joined.npz"
-JOINED_TOKENS = 8
+JOINED_TOKENS, JOINED_STRIDE = 8, 37  # positions 0, 37, ...
 SOURCES = {  # name in the export -> here
     "read_plan.py": "reader_example.py",
     "turboq_page.h": "c/turboq_page.h",
@@ -73,7 +73,8 @@ def page(entry: Entry, seed: int = 0) -> dict[str, np.ndarray]:
 def joined(plan: Plan, arrays: Tensors, seed: int = 0) -> dict[str, np.ndarray]:
     """Random units of a few tokens of the first layer that joins heads, and what they stand for.
 
-    Keys are those before RoPE; empty where no layer joins heads.
+    Keys `k` are as they are stored, `rotated` as attention takes them at `positions`; empty where
+    no layer joins heads.
     """
     layer = next((x for x in plan.layers if x.joint is not None), None)
     if layer is None:
@@ -84,12 +85,16 @@ def joined(plan: Plan, arrays: Tensors, seed: int = 0) -> dict[str, np.ndarray]:
         random.normal(size=(1, JOINED_TOKENS, of.kv_heads, dim)).astype(np.float32)
         for dim in (of.k_dim, of.v_dim)
     ]
-    whole = dataclasses.replace(plan.kv_layer(layer.index, arrays), rope=None)
-    at = jnp.zeros((1, JOINED_TOKENS), jnp.int32)
-    both = joint.from_units(whole, jnp.asarray(units[0]), jnp.asarray(units[1]), at)
-    names = ("k_units", "v_units", "k", "v")
-    found = {n: np.asarray(x)[0] for n, x in zip(names, (*units, *both), strict=True)}
-    return {"layer": np.asarray(layer.index)} | found
+    whole = plan.kv_layer(layer.index, arrays)
+    at = JOINED_STRIDE * jnp.arange(JOINED_TOKENS, dtype=jnp.int32)[None]
+    k, v = (jnp.asarray(x) for x in units)
+    both = joint.from_units(dataclasses.replace(whole, rope=None), k, v, at)
+    rotated, _ = joint.from_units(whole, k, v, at)
+    names = ("positions", "k_units", "v_units", "k", "v", "rotated")
+    found = (at, *units, *both, rotated)
+    return {"layer": np.asarray(layer.index)} | {
+        n: np.asarray(x)[0] for n, x in zip(names, found, strict=True)
+    }
 
 
 class Reader(Exporter):

@@ -100,9 +100,10 @@ def decode(codec, arrays, codes, scale=None):
 
 
 def part(plan, tensors, layer, keys, values):
-    """Keys before RoPE [tokens, K, D] and values [tokens, K, E] from decoded units of those shapes.
+    """Keys [tokens, K, D] and values [tokens, K, E] from decoded units of those shapes.
 
     A layer's "joint" heads are one vector: [keys, values] = mean + S [units of keys, of values].
+    Keys are those that `turn` takes, with the arrays of `joint_mean`.
     """
     heads = next(e for e in plan["layers"] if e["index"] == layer)["joint"]
     keys, values = keys.copy(), values.copy()
@@ -115,6 +116,13 @@ def part(plan, tensors, layer, keys, values):
         both = np.split(x, [units[0].shape[1]], axis=1)
         keys[:, own], values[:, own] = (y.reshape(s) for y, s in zip(both, shapes, strict=True))
     return keys, values
+
+
+def joint_mean(plan, tensors, layer, head, dim):
+    """What `turn` needs of the keys of a head that is joined with others: their mean [D]."""
+    heads = next(e for e in plan["layers"] if e["index"] == layer)["joint"]
+    first = head % heads * dim
+    return {"mean": tensors[f"layers.{layer}.joint.mean"][head // heads, first : first + dim]}
 
 
 def turn(plan, layer, arrays, x, positions):

@@ -181,8 +181,8 @@ class PlannedLayer(DynamicLayer):
         self.sinks, self.recent = kept["sinks"], kept["recent"]
         self.exact_dtype = getattr(torch, kept["exact_dtype"])
         self.sides = [Side(plan, tensors, index, side) for side in ("k", "v")]
-        self.rope = rope_of(plan, index, self.sides[0])
         self.joint = joint_of(plan, tensors, index)
+        self.rope = rope_of(plan, index, self.sides[0], self.joint)
         self.is_croppable = self.recent == 0
 
     def lazy_initialization(self, key_states, value_states):

@@ -14,14 +14,15 @@ import torch
 from read_plan import arrays_of, codec_of, inverse_frequencies
 
 
-def rope_of(plan, position, keys):
+def rope_of(plan, position, keys, joint):
     """How a layer's keys stand when they are stored; None: as the model hands them over."""
     layer = plan["layers"][position]
     form = layer["k"].get("rope", "after")
     if form == "after":
         return None
     block = 1 if form == "before" else int(form.removeprefix("block:"))
-    return Rope(plan["model"]["layers"][layer["index"]]["rope"], block, keys.mean)
+    mean = keys.mean if joint is None else joint.key_mean(keys.heads, keys.dim)
+    return Rope(plan["model"]["layers"][layer["index"]]["rope"], block, mean)
 
 
 class Rope:
@@ -94,7 +95,7 @@ def joint_of(plan, tensors, position):
 
 
 class Joint:
-    """Keys before RoPE and values of several heads as one vector (turboq/cache/joint.py).
+    """Keys (as `Rope` stores them) and values of several heads as one (turboq/cache/joint.py).
 
     y = S^-1 (x - mean): the first D of y take the place of the first head's keys, and so on.
     """
@@ -106,6 +107,10 @@ class Joint:
     def to(self, device):
         self.mean, self.synthesis = self.mean.to(device), self.synthesis.to(device)
         self.analysis = self.analysis.to(device)
+
+    def key_mean(self, heads, dim):
+        """The mean of each head's keys [K, D]."""
+        return self.mean[:, : heads // len(self.mean) * dim].reshape(heads, dim)
 
     def stored(self, k, v):
         """Units [B, K, T, D] and [B, K, T, E] of keys and values."""

@@ -69,7 +69,7 @@ def _joined(plan: Plan) -> list[str]:
     if not heads:
         return []
     return [
-        f"joined: keys before RoPE and values of {', '.join(map(str, heads))} heads are one "
+        f"joined: keys and values of {', '.join(map(str, heads))} heads are one "
         "vector; K and V below are its units, the largest first"
     ]
 

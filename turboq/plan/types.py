@@ -101,8 +101,9 @@ class SidePlan:
 class LayerPlan:
     """One layer that owns a cache.
 
-    `joint`: keys before RoPE and values of so many neighbouring KV heads are one vector, and what
-    `k` and `v` say is of its units (`turboq.cache.joint`). None: of the heads' own keys and values.
+    `joint`: keys (not as they are after RoPE) and values of so many neighbouring KV heads are one
+    vector, and what `k` and `v` say is of its units (`turboq.cache.joint`). None: of the heads' own
+    keys and values.
     """
 
     index: int
@@ -211,9 +212,10 @@ class Plan:
                 )
             if layer.path != owners[i].path:
                 raise PlanConflict(f"layers[{i}].path", f"the model has {owners[i].path!r} there")
+            joined = layer.joint is not None
             for side in SIDES:
-                _check_side(f"layers[{i}].{side}", layer.side(side), owners[i], side)
-            if layer.joint is not None:
+                _check_side(f"layers[{i}].{side}", layer.side(side), owners[i], side, joined)
+            if joined:
                 _check_joint(f"layers[{i}].joint", layer, owners[i])
         if len(self.layers) < len(owners):
             missing = owners[len(self.layers)].index
@@ -327,10 +329,12 @@ def array_name(index: int, side: str, array: str, head: int | None = None) -> st
     return f"layers.{index}.{side}." + (array if head is None else f"heads.{head}.{array}")
 
 
-def _check_side(path: str, side: SidePlan, geometry: LayerGeometry, name: str) -> None:
+def _check_side(
+    path: str, side: SidePlan, geometry: LayerGeometry, name: str, joined: bool
+) -> None:
     dim = geometry.k_dim if name == "k" else geometry.v_dim
     if side.rope != "after":
-        _check_turned(f"{path}.rope", geometry, name, side)
+        _check_turned(f"{path}.rope", geometry, name, side, joined)
     if side.codec.dim != dim:
         raise PlanConflict(f"{path}.dim", f"{side.codec.dim}, but the model's {name}_dim is {dim}")
     for head, codec in side.heads.items():
@@ -346,7 +350,9 @@ def _check_side(path: str, side: SidePlan, geometry: LayerGeometry, name: str) -
         raise PlanConflict(f"{path}.heads", "every head is overridden, the side's codec is unused")
 
 
-def _check_turned(path: str, geometry: LayerGeometry, name: str, side: SidePlan) -> None:
+def _check_turned(
+    path: str, geometry: LayerGeometry, name: str, side: SidePlan, joined: bool
+) -> None:
     """Refuses turned keys where nothing is rotated, or where nobody knows how."""
     if name == "v":
         raise PlanConflict(path, "values have no rotary embedding: only keys may be turned")
@@ -355,7 +361,7 @@ def _check_turned(path: str, geometry: LayerGeometry, name: str, side: SidePlan)
     if geometry.rope is None:
         due = f"model.layers[{geometry.index}].rope"
         raise PlanConflict(path, f"needs {due}, by which keys are turned back")
-    if rope_block(side.rope) > 1:
+    if rope_block(side.rope) > 1 and not joined:  # joined heads have means of their own
         for codec in (side.codec, *side.heads.values()):
             if "mean" not in codec.array_shapes:
                 raise PlanConflict(
@@ -369,10 +375,11 @@ def _check_joint(path: str, layer: LayerPlan, geometry: LayerGeometry) -> None:
     if layer.joint is None or geometry.kv_heads % layer.joint:
         raise PlanConflict(path, f"{layer.joint} does not divide {geometry.kv_heads} KV heads")
     rotates = geometry.rope_layout != "none" and geometry.rope_dim != 0
-    if rotates and layer.k.rope != "before":
+    if rotates and layer.k.rope == "after":
         raise PlanConflict(
-            path, f'keys are joined with values before RoPE, but k.rope is "{layer.k.rope}"'
-        )
+            path, 'keys are joined with values before RoPE or relative to blocks ("block:64"), '
+            'but k.rope is "after"',
+        )  # fmt: skip
     for side in SIDES:
         plan = layer.side(side)
         for codec in (plan.codec, *plan.heads.values()):

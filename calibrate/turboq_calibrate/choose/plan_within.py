@@ -184,7 +184,7 @@ def menu(
     @functools.lru_cache(maxsize=1)
     def units(layer: int) -> tuple[Observed, Observed]:
         seen = statistics.layers[layer]
-        k, v = seen.observed("k", rope="before"), seen.observed("v")
+        k, v = seen.observed("k", rope=k_rope), seen.observed("v")
         if layer not in joint:
             assert heads is not None
             joint[layer] = fit_joint(k, v, heads, ridge=wanted.options.ridge)
@@ -225,7 +225,7 @@ def _joined(
 ) -> int | None:
     """Heads that are joined in every layer, None for none (`Wanted.joint`)."""
     layers = geometry.cache_layers
-    before = k_rope == "before" or all(layer.rope_layout == "none" for layer in layers)
+    before = k_rope != "after" or all(layer.rope_layout == "none" for layer in layers)
     learns = all(learned_word(word) for word in wanted.candidates)
     if wanted.joint is not None:
         if wanted.joint and (wanted.engine is not None or not before):

@@ -23,6 +23,7 @@ from turboq.cache.layer import KVLayer, TokenPolicy
 from turboq.cache.simulate import quantize_dequantize, round_exact
 from turboq.errors import TurboqError
 from turboq.plan.build import Side
+from turboq.plan.geometry import rope_block
 from turboq.plan.types import SIDES
 from turboq_calibrate.candidates.table import Option, Table
 from turboq_calibrate.cost import metrics
@@ -165,7 +166,7 @@ class Engine:
             raise TurboqError(
                 f"windows of shape {tokens.shape}: need two tokens more than are exact"
             )
-        if table.k_rope not in ("after", "before"):
+        if table.k_rope not in ("after", "before") and table.joint_heads is None:
             raise TurboqError(
                 f"keys are measured side by side before or after RoPE, not {table.k_rope}"
             )
@@ -249,7 +250,9 @@ class Engine:
         spec, table = self.model.spec.layers[i], self.table
         turned = KVLayer(groups=(), policy=self.policy)
         if table.k_rope != "after" and spec.rope is not None:
-            turned = dataclasses.replace(turned, rope=spec.rope)
+            turned = dataclasses.replace(
+                turned, rope=spec.rope, rope_block=rope_block(table.k_rope)
+            )
         if table.joint_heads is None:
             return turned
         return dataclasses.replace(

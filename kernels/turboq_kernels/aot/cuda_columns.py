@@ -28,6 +28,7 @@ CONFIGURATIONS = (
     Configuration(target=TARGET, bits=3, cache="after"),
     Configuration(target=TARGET, bits=3, dim=64),
     Configuration(target=TARGET, bits=3, group=8),
+    Configuration(target=TARGET, bits=2, joined=2),
 )
 
 

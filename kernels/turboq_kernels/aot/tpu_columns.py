@@ -5,7 +5,7 @@
 
 As `turboq_kernels.aot.tpu`. `bits` per coordinate of K and of V are those of a layer as a whole:
 its heads may have any, and one program reads them all. `cache` says how keys stand: "after" their
-rotary embedding, or in blocks of so many positions.
+rotary embedding, or in blocks of so many positions; `joined` how many heads are one vector.
 """
 
 from __future__ import annotations
@@ -42,11 +42,21 @@ class Configuration:
     group: int = 4
     tokens: int = 1
     cache: str = "256"
+    joined: int = 1
+
+    @property
+    def unit_groups(self) -> tuple[int, ...]:
+        """As of `linear.LinearLayer`."""
+        groups = tuple(head // self.joined for head in range(HEADS))
+        return groups if self.joined == 1 else groups * 2
 
     @property
     def widths(self) -> tuple[int, int]:
         """Lanes of K and V as they are read, aligned."""
         codes, gains = HEADS * self.bits * self.dim, 2 * HEADS * GAIN_BITS
+        if self.joined > 1:
+            whole = _up(2 * codes + gains + LANES - 1)
+            return whole, whole
         return _up(codes + gains + LANES - 1), _up(codes + LANES - 1)
 
 
@@ -59,6 +69,7 @@ CONFIGURATIONS = (
     *(Configuration(target="v5e", bits=3, cache=form) for form in ("after", "128")),
     Configuration(target="v5e", bits=3, group=8),
     Configuration(target="v5e", bits=3, tokens=2),
+    Configuration(target="v5e", bits=2, joined=2),
     *(Configuration(target=target, bits=3) for target in ("v6e", "v5p")),
 )
 
@@ -66,6 +77,7 @@ CONFIGURATIONS = (
 def arguments(c: Configuration) -> tuple[Any, ...]:
     """Shapes of a call."""
     (k_width, v_width), rows = c.widths, HEADS * c.group * c.tokens
+    units = len(c.unit_groups)
     blocks = 1 if c.cache == "after" else PAGES * PAGE // int(c.cache)
 
     def struct(*shape, dtype=jnp.float32):
@@ -73,18 +85,19 @@ def arguments(c: Configuration) -> tuple[Any, ...]:
 
     def side(width):
         return LinearSide(
-            matrix=struct(c.dim, width), head=struct(width, dtype=jnp.int32),
-            mean=struct(HEADS, c.dim), gains=struct(HEADS, 1 << GAIN_BITS),
-            start=struct(HEADS, dtype=jnp.int32), count=struct(HEADS, dtype=jnp.int32),
-            tile_head=struct(width // LANES, dtype=jnp.int32), most=c.bits * c.dim, slots=2,
+            matrix=struct(c.joined, c.dim, width), unit=struct(width, dtype=jnp.int32),
+            mean=struct(HEADS, c.dim), gains=struct(units, 1 << GAIN_BITS),
+            start=struct(units, dtype=jnp.int32), count=struct(units, dtype=jnp.int32),
+            tile_unit=struct(width // LANES, dtype=jnp.int32), most=c.bits * c.dim, slots=2,
         )  # fmt: skip
 
     gain_lanes = _up(2 * HEADS * GAIN_BITS + LANES - 1)
     layer = LinearLayer(
-        k=side(k_width), v=side(v_width),
+        k=side(k_width), v=side(v_width), rest=struct(HEADS, c.dim),
+        unit_groups=c.unit_groups, widest=2 * c.joined * c.bits * c.dim, joined=c.joined > 1,
         first=struct(2, dtype=jnp.int32), gain_lane=struct(dtype=jnp.int32),
-        gain_weights=struct(HEADS, gain_lanes, dtype=jnp.int32), gained=True,
-        gain_lanes=struct(2, HEADS, GAIN_BITS, dtype=jnp.int32),
+        gain_weights=struct(units, gain_lanes, dtype=jnp.int32), gained=True,
+        gain_lanes=struct(2, units, GAIN_BITS, dtype=jnp.int32),
     )  # fmt: skip
     folded = Folded(
         left=struct(BATCH, blocks, rows, k_width),
@@ -105,7 +118,7 @@ def program(configuration: Configuration) -> Program:
     c, shapes = configuration, arguments(configuration)
     block = None if c.cache == "after" else int(c.cache)
     rows = HEADS * c.group * c.tokens
-    reason = mosaic_tpu.unsupported(rows, HEADS, c.bits * c.dim, c.widths, block)
+    reason = mosaic_tpu.unsupported(rows, c.unit_groups, c.bits * c.dim, c.widths, block)
     if reason is not None:
         raise ValueError(f"{configuration}: {reason}")
 
@@ -125,7 +138,8 @@ def row(configuration: Configuration, dump: pathlib.Path) -> dict[str, Any]:
         "loop_tokens": PAGE,
         "slots_used": cost.busy,
         "vmem_bytes": max(
-            mosaic_tpu.vmem_bytes(HEADS * c.group * c.tokens, HEADS, 2, c.widths), cost.vmem_bytes
+            mosaic_tpu.vmem_bytes(HEADS * c.group * c.tokens, c.unit_groups, 2, c.widths),
+            cost.vmem_bytes,
         ),
     }  # fmt: skip
 

@@ -42,11 +42,11 @@ def unsupported(
         return f"key blocks of {layer.rope_block} tokens that pages given up would cut"
     block = layer.rope_block if layer.rope is not None else None
     reason = linear.unsupported(state.form)
-    rows, heads = q.shape[1] * q.shape[2], len(state.form.group.heads)
+    rows, groups = q.shape[1] * q.shape[2], linear.unit_groups(state.form)
     if name == "triton":
-        return reason or triton.unsupported(rows, heads, block)
+        return reason or triton.unsupported(rows // (max(groups) + 1), block)
     widths = linear.run_lanes(state.form, words.shape[-1])
-    return reason or mosaic_tpu.unsupported(rows, heads, state.form.fewest, widths, block)
+    return reason or mosaic_tpu.unsupported(rows, groups, state.form.fewest, widths, block)
 
 
 def attend(
@@ -102,7 +102,7 @@ def attend(
     if layer.rope is not None and state.dropped is not None:  # slots count from there
         seen_from = queries.to_rows(unrotate(layer.rope, q, first[..., None]), heads)
     folded = queries.fold(
-        seen_from, made.k, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block
+        seen_from, made, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block
     )
     run = triton.attend if name == "triton" else mosaic_tpu.attend
     sums = run(
@@ -110,11 +110,7 @@ def attend(
         jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]) - first,
         interpret=interpret, **options,
     )  # fmt: skip
-    head = jnp.arange(rows.shape[1], dtype=jnp.int32) // (rows.shape[1] // heads)
-    own = (head[:, None] == made.v.head[None])[None]
-    bits = jnp.where(own, sums.acc - 0.5 * sums.gained[..., None], 0.0)
-    acc = jnp.einsum("bmw,dw->bmd", bits, made.v.matrix, precision=queries.HIGHEST)
-    acc = acc + sums.total[..., None] * made.v.mean[head][None]
+    acc = queries.values(sums, made)
     parts = [Partial(acc=acc, top=sums.top, total=sums.total)]
     parts += _exact(rows, state, tail, at, low, heads, options)
     whole = merge.merge(merge.stack(parts))

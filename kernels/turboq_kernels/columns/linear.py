@@ -1,11 +1,13 @@
 """A layer of the one pool as a matrix: what each of its stored bits adds to a key or a value.
 
-    x_hat = mean + gain * sum over lanes l of the head of  matrix[:, l] (bit_l - 1/2)
+    x_hat = mean + sum over lanes l of  gain[unit of l] matrix[:, l] (bit_l - 1/2)
 
 for `transform` with a window code (`turboq.numbers.window`), whose points lie evenly about zero.
-Lanes count from `first`, a multiple of 128 at or before the layer's own: what lies there besides is
-of other heads and layers, with zeros in the matrix. Bits per head are data, so one kernel reads all
-plans of a geometry.
+A unit is what one codec stores: K or V of a head, or of joined heads (`turboq.cache.joint`) a part
+of all their keys and values, so that a key of one is a sum over all units of its group. Lanes count
+from `first`, a multiple of 128 at or before the layer's own: what lies there besides is of other
+heads and layers, with zeros in the matrix. Bits per unit are data, so one kernel reads all plans of
+a geometry.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from turboq.cache.columns import NONE, Columns
@@ -25,44 +28,57 @@ from turboq.numbers import window
 
 LANES = 128
 GAIN_BITS = 4  # the most that a stored gain may have
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearSide:
-    """K or V of a layer, W lanes."""
+    """K or V of a layer, W lanes of U units; G heads of a group, K heads in all."""
 
-    matrix: Any  # float32 [D, W]; zero where a lane is none of this side's codes
-    head: Any  # int32 [W]: the KV head of a code's lane, NONE of any other
-    mean: Any  # float32 [N, D]
-    gains: Any  # float32 [N, 16]: of every stored gain; ones without
-    start: Any  # int32 [N]: the first of a head's lanes
-    count: Any  # int32 [N]: how many follow each other
-    tile_head: Any  # int32 [W / 128]: the first head that has lanes in a tile
-    most: int = dataclasses.field(metadata={"static": True})  # no head has more lanes
-    slots: int = dataclasses.field(metadata={"static": True})  # no tile has lanes of more heads
+    matrix: Any  # float32 [G, D, W]; zero where a lane is none of this side's codes
+    unit: Any  # int32 [W]: of a code's lane, NONE of any other
+    mean: Any  # float32 [K, D]
+    gains: Any  # float32 [U, 16]: of every stored gain; ones without
+    start: Any  # int32 [U]: the first of a unit's lanes
+    count: Any  # int32 [U]: how many follow each other
+    tile_unit: Any  # int32 [W / 128]: the first unit that has lanes in a tile
+    most: int = dataclasses.field(metadata={"static": True})  # no unit has more lanes
+    slots: int = dataclasses.field(metadata={"static": True})  # no tile has lanes of more units
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearLayer:
-    """A layer as kernels read it; `gain_weights` makes (gain of K) + 16 (gain of V) of its bits."""
+    """A layer as kernels read it: J groups of query rows, each with units of its own.
+
+    Heads by themselves are J = K groups; K has a unit of each, V another, in runs of lanes of
+    their own. Of joined heads both sides are read from the same lanes and units: those that take
+    the heads' keys' places, then those of values. `gain_weights` makes (gain of K) + 16 (gain of V)
+    of the bits of a head, or the gain of a unit.
+    """
 
     k: LinearSide
     v: LinearSide
+    rest: Any  # float32 [K, D]: what a key's mean is more than the part that turns (`k.mean`)
     first: Any  # int32 [2], lanes of the pool, multiples of 128
     gain_lane: Any  # int32 [], a multiple of 128: where in K's lanes the gains begin
-    gain_weights: Any  # int32 [N, lanes from there on]
-    gain_lanes: Any  # int32 [2, N, 4]: lane of the pool of each bit of K's and V's gain, or NONE
+    gain_weights: Any  # int32 [U, lanes from there on]
+    gain_lanes: Any  # int32 [2, U, 4]: lane of the pool of each bit of a unit's gain, or NONE
     gained: bool = dataclasses.field(metadata={"static": True})
+    unit_groups: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    widest: int = dataclasses.field(metadata={"static": True})  # no group has more lanes, K and V
+    joined: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def groups(self) -> int:
+        return max(self.unit_groups) + 1
 
 
 def unsupported(form: LayerForm) -> str | None:
     """Why a layer has no such form, or None."""
     if form.layer.latent:
         return "latent attention: queries meet values too"
-    if form.layer.joint_heads is not None:
-        return "joined heads: a key needs the bits of other heads and of values (--joint=none)"
     for codec, arrays in zip(form.codecs, (form.group.k_arrays, form.group.v_arrays), strict=True):
         if codec.quantizer != "window":
             return f"{codec.quantizer} codes are not linear in their bits; window codes are"
@@ -73,9 +89,18 @@ def unsupported(form: LayerForm) -> str | None:
     return None
 
 
+def unit_groups(form: LayerForm) -> tuple[int, ...]:
+    """The group of query rows that reads each unit."""
+    heads, joined = len(form.group.heads), form.layer.joint_heads
+    if joined is None:
+        return tuple(range(heads))
+    return tuple(h // joined for h in range(heads)) * 2
+
+
 def run_lanes(form: LayerForm, pool_lanes: int) -> tuple[int, int]:
-    """Lanes that are read of the runs of K and V: any layer's, with what alignment adds."""
-    k, v = (min(_up(most + LANES - 1), _up(pool_lanes)) for most in form.most)
+    """Lanes that are read for K and V: any layer's, with what alignment adds."""
+    most = form.most if form.layer.joint_heads is None else (sum(form.most),) * 2
+    k, v = (min(_up(n + LANES - 1), _up(pool_lanes)) for n in most)
     return k, v
 
 
@@ -93,55 +118,114 @@ def linear_layer(form: LayerForm, *, pool_lanes: int) -> LinearLayer:
     reason = unsupported(form)
     if reason is not None:
         raise ValueError(reason)
+    joined, groups = form.layer.joint_heads is not None, unit_groups(form)
     widths = run_lanes(form, pool_lanes)
     first = [
-        jnp.minimum(form.first[i] // LANES * LANES, _up(pool_lanes) - widths[i]) for i in range(2)
+        jnp.minimum(form.first[0 if joined else i] // LANES * LANES, _up(pool_lanes) - widths[i])
+        for i in range(2)
     ]
     group, (k, v) = form.group, form.codecs
-    gained = k.gain == "code" or v.gain == "code"
     # Gains are the first columns of a layer.
     lanes = min(_up(2 * GAIN_BITS * len(group.heads) + LANES - 1), widths[0])
     gain_lane = jnp.minimum((form.first[0] - first[0]) // LANES * LANES, widths[0] - lanes)
-    weights = jnp.zeros((len(group.heads), lanes), jnp.int32)
-    for codec, columns, worth in ((k, form.k, 1), (v, form.v, 1 << GAIN_BITS)):
+    weights, gain_lanes = [], []
+    for codec, columns in ((k, form.k), (v, form.v)):
+        own = jnp.zeros((len(group.heads), lanes), jnp.int32)
         if codec.gain == "code":
-            weights = weights + _gain_weights(codec, columns, first[0] + gain_lane, lanes) * worth
-    slots = (LANES - 2) // form.fewest + 2
+            own = _gain_weights(codec, columns, first[0] + gain_lane, lanes)
+        weights.append(own)
+        gain_lanes.append(_gain_lanes(codec, columns))
+    slots = min((LANES - 2) // form.fewest + 2, len(groups))
+    sides = [
+        _side(k, group.k_arrays, form.k, first[0], widths[0], slots),
+        _side(v, group.v_arrays, form.v, first[1], widths[1], slots),
+    ]
+    rest = jnp.zeros_like(sides[0].mean)
+    if joined:
+        sides, rest = _joined(form, *sides)
+        gain_lanes = [jnp.concatenate(gain_lanes)] * 2
+        weights = jnp.concatenate(weights)
+    else:
+        weights = weights[0] + (weights[1] << GAIN_BITS)
     return LinearLayer(
-        k=_side(k, group.k_arrays, form.k, first[0], widths[0], slots),
-        v=_side(v, group.v_arrays, form.v, first[1], widths[1], slots),
-        first=jnp.stack(first),
-        gain_lane=gain_lane,
-        gain_weights=weights,
-        gain_lanes=jnp.stack([_gain_lanes(c, at) for c, at in ((k, form.k), (v, form.v))]),
-        gained=gained,
-    )
+        k=sides[0], v=sides[1], rest=rest, first=jnp.stack(first), gain_lane=gain_lane,
+        gain_weights=weights, gain_lanes=jnp.stack(gain_lanes),
+        gained=k.gain == "code" or v.gain == "code", unit_groups=groups,
+        widest=form.widest, joined=joined,
+    )  # fmt: skip
 
 
 def _side(
     codec: PaddedTransform, arrays: Arrays, columns: Columns, first: Array, width: int, slots: int
 ) -> LinearSide:
+    """The units of one side by themselves: what each of their bits adds to its own unit."""
     codes = (columns.plane != NONE) & (columns.entry < codec.dim)
     each = jax.vmap(_columns)(arrays, jnp.asarray(columns.entry), jnp.asarray(columns.plane))
     lane = jnp.where(codes, columns.lane - first, width)  # dropped
     matrix = jnp.zeros((codec.dim, width), jnp.float32)
-    heads = jnp.broadcast_to(jnp.arange(len(lane), dtype=jnp.int32)[:, None], lane.shape)
+    units = jnp.broadcast_to(jnp.arange(len(lane), dtype=jnp.int32)[:, None], lane.shape)
     gains = jnp.ones((len(lane), 1 << GAIN_BITS), jnp.float32)
     if codec.gain == "code":
         gains = jnp.pad(arrays["gains"], ((0, 0), (0, gains.shape[1])))[:, : gains.shape[1]]
-    head = jnp.full(width, NONE, jnp.int32).at[lane].set(heads, mode="drop")
-    tiles = jnp.where(head == NONE, len(lane) - 1, head).reshape(-1, LANES)
+    unit = jnp.full(width, NONE, jnp.int32).at[lane].set(units, mode="drop")
     return LinearSide(
-        matrix=matrix.at[:, lane].set(jnp.moveaxis(each, 1, 0), mode="drop"),
-        head=head,
-        tile_head=jnp.min(tiles, axis=1),
+        matrix=matrix.at[:, lane].set(jnp.moveaxis(each, 1, 0), mode="drop")[None],
+        unit=unit,
+        tile_unit=_tile_unit(unit, len(lane)),
         mean=arrays["mean"],
         gains=gains,
         start=jnp.min(jnp.where(codes, lane, jnp.iinfo(jnp.int32).max), axis=1),
         count=jnp.sum(codes, axis=1, dtype=jnp.int32),
         most=lane.shape[1],
-        slots=min(slots, len(lane)),
+        slots=slots,
     )
+
+
+def _tile_unit(unit: Array, units: int) -> Array:
+    return jnp.min(jnp.where(unit == NONE, units - 1, unit).reshape(-1, LANES), axis=1)
+
+
+def _joined(form: LayerForm, k: LinearSide, v: LinearSide) -> tuple[list[LinearSide], Array]:
+    """Keys and values of joined heads over all units, [k; v] = mean + S [units of k; of v].
+
+    Also what the units' own means add to that of keys.
+    """
+    heads, each = len(form.group.heads), form.layer.joint_heads
+    assert each is not None
+    mean, turn = form.layer.joint["mean"], form.layer.joint["synthesis"]
+    groups, own = len(mean), np.arange(heads) // each
+    d, e = k.matrix.shape[1], v.matrix.shape[1]
+    # S by unit: [U, C, D] and [U, C, E] of the group that has it.
+    cut = each * d
+    of_k = jnp.moveaxis(turn[:, :, :cut].reshape(groups, -1, each, d), 2, 1).reshape(heads, -1, d)
+    of_v = jnp.moveaxis(turn[:, :, cut:].reshape(groups, -1, each, e), 2, 1).reshape(heads, -1, e)
+
+    def columns(turns, side):
+        """[C, W]: what a lane of these units adds to all keys and values of its group."""
+        there = (side.unit[None] == jnp.arange(heads, dtype=jnp.int32)[:, None])[:, None]
+        lanes = jnp.where(there, side.matrix, 0.0)  # [U, D, W]
+        return jnp.einsum("ucd,udw->cw", turns, lanes, precision=HIGHEST)
+
+    whole = columns(of_k, k) + columns(of_v, v)
+    means = mean + jnp.stack([
+        jnp.einsum("ucd,ud->c", of_k[own == j], k.mean[own == j], precision=HIGHEST)
+        + jnp.einsum("ucd,ud->c", of_v[own == j], v.mean[own == j], precision=HIGHEST)
+        for j in range(groups)
+    ])  # fmt: skip
+    unit = jnp.where(v.unit == NONE, k.unit, v.unit + heads)
+    shared = {
+        "unit": unit, "tile_unit": _tile_unit(unit, 2 * heads), "slots": k.slots,
+        "gains": jnp.concatenate([k.gains, v.gains]), "most": max(k.most, v.most),
+        "start": jnp.concatenate([k.start, v.start]), "count": jnp.concatenate([k.count, v.count]),
+    }  # fmt: skip
+    turning = mean[:, :cut].reshape(heads, d)
+    sides = [
+        LinearSide(matrix=whole[:cut].reshape(each, d, -1), mean=turning, **shared),
+        LinearSide(
+            matrix=whole[cut:].reshape(each, e, -1), mean=means[:, cut:].reshape(heads, e), **shared
+        ),
+    ]
+    return sides, means[:, :cut].reshape(heads, d) - turning
 
 
 def _columns(arrays: Arrays, entry: Array, plane: Array) -> Float[Array, "D T"]:
@@ -153,11 +237,11 @@ def _columns(arrays: Arrays, entry: Array, plane: Array) -> Float[Array, "D T"]:
         0.0,
     )
     values = jnp.where(plane[None] == 0, 2.0 * own[:, entry], line)
-    return jnp.matmul(arrays["synthesis"], values, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(arrays["synthesis"], values, precision=HIGHEST)
 
 
 def _gain_weights(codec: PaddedTransform, columns: Columns, first: Array, width: int) -> Array:
-    """2^p at the lanes of bit p of every head's gain, int32 [N, W]."""
+    """2^p at the lanes of bit p of every unit's gain, int32 [U, W]."""
     gain = (columns.plane != NONE) & (columns.entry >= codec.dim)
     lane = jnp.where(gain, columns.lane - first, width)
     head = jnp.arange(len(lane), dtype=jnp.int32)[:, None]
@@ -166,7 +250,7 @@ def _gain_weights(codec: PaddedTransform, columns: Columns, first: Array, width:
 
 
 def _gain_lanes(codec: PaddedTransform, columns: Columns) -> Array:
-    """Lane of the pool of bit p of every head's gain, int32 [N, 4]; NONE where it has none."""
+    """Lane of the pool of bit p of every unit's gain, int32 [U, 4]; NONE where it has none."""
     gain = (columns.plane != NONE) & (columns.entry >= codec.dim)
     if codec.gain != "code":
         gain = jnp.zeros_like(gain)

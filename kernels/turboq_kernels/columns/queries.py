@@ -1,11 +1,11 @@
 """Queries as the stored bits of a layer meet them: one row of weights over its lanes each.
 
-    logit(row m, token t) = gain[m, t] * sum_l left[m, l] (bit[t, l] - 1/2) + bias[m, t]
+    logit(row m, token t) = sum_l gain[unit of l, t] left[m, l] (bit[t, l] - 1/2) + bias[m, t]
 
 Keys after their rotary embedding: left = matrix^T q, bias = q . mean. Keys relative to blocks of P
 positions (`turboq.cache.key_form`): left = matrix^T R(-p0) q, one such row for every block, and
 bias = q . R(t) mean, a product of D numbers per row with one table of cosines and sines for all
-heads and layers.
+heads and layers; of joined heads also R(-p0) q . rest, a number per row and block.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from turboq.numbers import rope as rotary
 from turboq.numbers.rope import Rope
-from turboq_kernels.columns.linear import LinearSide
+from turboq_kernels.columns.linear import NONE, LinearLayer, LinearSide
+from turboq_kernels.columns.types import Sums
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -48,28 +49,50 @@ def from_rows(x: Float[Array, "B M E"], tokens: int, heads: int) -> Float[Array,
     return x.reshape(batch, tokens, rows // tokens, dim)
 
 
+def own_lanes(layer: LinearLayer, side: LinearSide, rows: int) -> Bool[Array, "M W"]:
+    """Lanes that are of a row's group."""
+    groups = jnp.asarray((*layer.unit_groups, NONE), jnp.int32)[side.unit]
+    of_row = jnp.arange(rows, dtype=jnp.int32) // (rows // layer.groups)
+    return of_row[:, None] == groups[None]
+
+
 def fold(
-    rows: Float[Array, "B M D"], side: LinearSide, *, slots: int, rope: Rope | None, block: int
+    rows: Float[Array, "B M D"], layer: LinearLayer, *, slots: int, rope: Rope | None, block: int
 ) -> Folded:
     """Rows of queries at their own positions, for keys of so many slots."""
-    heads = side.mean.shape[0]
-    of_row = jnp.repeat(jnp.arange(heads, dtype=jnp.int32), rows.shape[1] // heads)
-    own = (of_row[:, None] == side.head[None]).astype(jnp.float32)
-    mean = side.mean[of_row]
+    side, m = layer.k, rows.shape[1]
+    each, heads = side.matrix.shape[0], side.mean.shape[0]
+    head = jnp.repeat(jnp.arange(heads, dtype=jnp.int32), m // heads)
+    own, mean, rest = own_lanes(layer, side, m), side.mean[head], layer.rest[head]
     # |left| <= |q| |column|: rotations keep both, so one unit serves all blocks.
-    columns = jnp.sqrt(jnp.sum(jnp.square(side.matrix), axis=0))
-    largest = jnp.linalg.norm(rows, axis=-1) * jnp.max(own * columns[None], axis=1)[None]
+    columns = jnp.sqrt(jnp.sum(jnp.square(side.matrix), axis=1))[head % each]
+    largest = jnp.linalg.norm(rows, axis=-1) * jnp.max(jnp.where(own, columns, 0.0), axis=1)[None]
     if rope is None:
         turned = rows[:, None]
-        bias = jnp.sum(rows * mean[None], axis=-1, keepdims=True)
+        bias = jnp.sum(rows * (mean + rest)[None], axis=-1, keepdims=True)
     else:
         starts = jnp.arange(0, slots, block, dtype=jnp.int32)
         every = jnp.broadcast_to(rows[:, None], (len(rows), len(starts), *rows.shape[1:]))
         turned = rotary.unrotate(rope, every, starts[None, :, None])
         bias = mean_logits(rope, rows, mean, slots)
-    left = jnp.einsum("bqmd,dw->bqmw", turned, side.matrix, precision=HIGHEST)
-    left = left * own[None, None]
+        if layer.joined:
+            still = jnp.einsum("bqmd,md->bmq", turned, rest, precision=HIGHEST)
+            bias = bias + jnp.repeat(still, block, axis=-1)[..., :slots]
+    by_head = turned.reshape(*turned.shape[:2], layer.groups, each, m // heads, -1)
+    left = jnp.einsum("bqjgrd,gdw->bqjgrw", by_head, side.matrix, precision=HIGHEST)
+    left = jnp.where(own, left.reshape(*turned.shape[:3], -1), 0.0)
     return Folded(left=left, largest=largest, bias=bias)
+
+
+def values(sums: Sums, layer: LinearLayer) -> Float[Array, "B M E"]:
+    """What sums over bits are worth: sums of p x_hat, not yet normalised."""
+    batch, m, _ = sums.acc.shape
+    each, heads = layer.v.matrix.shape[0], layer.v.mean.shape[0]
+    bits = jnp.where(own_lanes(layer, layer.v, m), sums.acc, 0.0)
+    bits = bits.reshape(batch, layer.groups, each, m // heads, -1)
+    acc = jnp.einsum("bjgrw,gew->bjgre", bits, layer.v.matrix, precision=HIGHEST)
+    mean = jnp.repeat(layer.v.mean, m // heads, axis=0)
+    return acc.reshape(batch, m, -1) + sums.total[..., None] * mean[None]
 
 
 def mean_logits(

@@ -1,13 +1,14 @@
-"""Columns on GPUs (Pallas-Triton): one KV head's stored bits as bfloat16 zeros and ones.
+"""Columns on GPUs (Pallas-Triton): one group's stored bits as bfloat16 zeros and ones.
 
-One program reads one sequence, one KV head and one part of its pages, `TILE` word rows (32 tokens
-each) at a time; a head's lanes are read in runs of `RUN`, as many as the widest head has, those
-behind its last masked.
+One program reads one sequence, one group (a KV head, or heads that are joined) and one part of its
+pages, `TILE` word rows (32 tokens each) at a time; lanes are read in runs of `RUN` of one unit, as
+many as the widest group has, those behind its last masked.
 
     K run [RUN, T] of bits   S [T, M] = gain (sum over runs of run^T q - sum(q) / 2) + bias
     softmax over T, online   acc [RUN, M] += run (p gain)
 
-Queries and weights of up to 16 rows are two bfloat16 numbers each, side by side.
+Of joined heads every unit has its gain and both sides read all runs. Queries and weights of up to
+16 rows are two bfloat16 numbers each, side by side.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.numbers.packing import PAGE, ROWS, WORD_BITS
 from turboq_kernels import merge
-from turboq_kernels.columns.linear import GAIN_BITS, LinearLayer
+from turboq_kernels.columns.linear import GAIN_BITS, HIGHEST, LinearLayer
 from turboq_kernels.columns.queries import Folded
 from turboq_kernels.columns.types import Sums
 from turboq_kernels.decode.triton import join
@@ -34,15 +36,18 @@ LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 RUN = 64  # lanes of a run
 TILE = 4  # word rows of a step
 WARPS = 4
-MAX_ROWS = 16  # of a KV head
+MAX_ROWS = 16  # of a group
 PROGRAMS = 396  # three per SM of an H100
 BLOCKS = (PAGE,)  # positions of a block of keys
 
 
-def unsupported(rows: int, heads: int, block: int | None) -> str | None:
-    """Why this kernel cannot run a case, or None; `block` None: keys after RoPE."""
-    if rows // heads > MAX_ROWS:
-        return f"{rows // heads} query rows per KV head; it reads up to {MAX_ROWS}"
+def unsupported(rows: int, block: int | None) -> str | None:
+    """Why this kernel cannot run a case, or None.
+
+    `rows` of queries a group; `block` None: keys after RoPE.
+    """
+    if rows > MAX_ROWS:
+        return f"{rows} query rows of a KV head or joined heads; it reads up to {MAX_ROWS}"
     if block is not None and block not in BLOCKS:
         return f"keys of blocks of {block} positions; it reads blocks of {BLOCKS} positions"
     return None
@@ -52,9 +57,10 @@ def unsupported(rows: int, heads: int, block: int | None) -> str | None:
 class Plan:
     """Everything static about a call."""
 
-    m: int  # query rows of a head, padded
-    rows: int  # query rows of a head
+    m: int  # query rows of a group, padded
+    rows: int  # query rows of a group
     runs: tuple[int, int]  # of K and V
+    joined: bool
     splits: int
     turned: bool
     per_token: bool
@@ -78,12 +84,19 @@ def attend(
 ) -> Sums:
     """Softmax over slots starts[b, m] <= s < ends[b, m] of every row (`columns.queries`)."""
     batch, rows = starts.shape
-    heads, pages = layer.k.mean.shape[0], words.shape[1]
+    groups, pages = layer.groups, words.shape[1]
     if splits is None:
-        splits = max(1, min(PROGRAMS // (batch * heads), pages))
+        splits = max(1, min(PROGRAMS // (batch * groups), pages))
+    runs = (-(-layer.k.most // RUN), -(-layer.v.most // RUN))
+    half = -0.5 * jnp.sum(folded.left, axis=-1)
+    joined: dict[str, Any] = {}
+    if layer.joined:
+        table = _runs(layer)
+        joined = {"runs": table, "half": _half_by_unit(layer, folded)}
+        runs = (table.shape[1], table.shape[1])
     plan = Plan(
-        m=max(8, 1 << (rows // heads - 1).bit_length()), rows=rows // heads,
-        runs=(-(-layer.k.most // RUN), -(-layer.v.most // RUN)), splits=splits,
+        m=max(8, 1 << (rows // groups - 1).bit_length()), rows=rows // groups,
+        runs=runs, joined=layer.joined, splits=splits,
         turned=folded.left.shape[1] > 1, per_token=folded.bias.shape[-1] > 1,
         gained=layer.gained, scale=scale, softcap=softcap, interpret=interpret,
     )  # fmt: skip
@@ -95,42 +108,66 @@ def attend(
     first = low[:, None] + share[:, None] * jnp.arange(splits, dtype=jnp.int32)[None]
     inputs = {
         "words": words, "left": folded.left, "bias": folded.bias, "starts": starts, "ends": ends,
-        "half": -0.5 * jnp.sum(folded.left, axis=-1),
+        "half": half, "first": layer.first,
         "bounds": jnp.stack([first, jnp.minimum(first + share[:, None], high[:, None])], axis=-1),
-        "first": layer.first,
         "lanes": [jnp.stack([side.start, side.count], axis=-1) for side in (layer.k, layer.v)],
         "gains": [layer.k.gains, layer.v.gains], "gain_lanes": layer.gain_lanes,
-    }  # fmt: skip
+    } | joined  # fmt: skip
     leaves, tree = jax.tree.flatten(inputs)
-    width = layer.v.matrix.shape[1]
-    lead = (batch, splits, heads * plan.m)
+    width = layer.v.matrix.shape[-1]
+    lead = (batch, splits, groups * plan.m)
     acc, *stats = pl.pallas_call(
         functools.partial(_kernel, plan=plan, tree=tree),
-        grid=(splits, heads, batch),
+        grid=(splits, groups, batch),
         out_shape=[
             jax.ShapeDtypeStruct((*lead, width), jnp.float32),
-            *[jax.ShapeDtypeStruct(lead, jnp.float32)] * 3,
+            *[jax.ShapeDtypeStruct(lead, jnp.float32)] * 2,
         ],
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=2),
         interpret=interpret,
         name="turboq_columns",
     )(*leaves)
-    own = (jnp.arange(heads, dtype=jnp.int32)[:, None] * plan.m
+    own = (jnp.arange(groups, dtype=jnp.int32)[:, None] * plan.m
            + jnp.arange(plan.rows, dtype=jnp.int32)[None]).reshape(-1)  # fmt: skip
-    acc, gained, total, top = (y[:, :, own] for y in (acc, *stats))
+    acc, total, top = (y[:, :, own] for y in (acc, *stats))
     if splits == 1:
-        return Sums(acc=acc[:, 0], gained=gained[:, 0], total=total[:, 0], top=top[:, 0])
-    # Lanes that no program wrote hold anything: they are no code of the row's head.
-    both = Partial(acc=jnp.append(acc, gained[..., None], axis=-1), top=top, total=total)
-    whole = merge.merge(jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), both))
-    return Sums(
-        acc=whole.acc[..., :-1], gained=whole.acc[..., -1], total=whole.total, top=whole.top
-    )
+        return Sums(acc=acc[:, 0], total=total[:, 0], top=top[:, 0])
+    # Lanes that no program wrote hold anything: they are no code of the row's group.
+    parts = Partial(acc=acc, top=top, total=total)
+    whole = merge.merge(jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), parts))
+    return Sums(acc=whole.acc, total=whole.total, top=whole.top)
+
+
+def _runs(layer: LinearLayer) -> Int[Array, "J R 4"]:
+    """Runs of every group: unit, first lane, lanes, and 1 at the first of a unit."""
+    side, (units, groups) = layer.k, (len(layer.unit_groups), layer.groups)
+    count = -(-side.count // RUN)  # of every unit
+    widest = layer.widest // RUN + units // groups
+    own = np.asarray(layer.unit_groups)
+    out = []
+    for j in range(groups):
+        mine = np.flatnonzero(own == j)
+        behind = jnp.cumsum(count[mine])
+        run = jnp.arange(widest, dtype=jnp.int32)
+        which = jnp.searchsorted(behind, run, side="right")
+        unit = jnp.asarray(mine, jnp.int32)[jnp.minimum(which, len(mine) - 1)]
+        at = run - (behind - count[mine])[jnp.minimum(which, len(mine) - 1)]
+        left = jnp.where(which < len(mine), jnp.minimum(side.count[unit] - at * RUN, RUN), 0)
+        lane = jnp.where(left > 0, side.start[unit] + at * RUN, 0)
+        out.append(jnp.stack([unit, lane, left, ((at == 0) & (left > 0)).astype(jnp.int32)], 1))
+    return jnp.stack(out).astype(jnp.int32)
+
+
+def _half_by_unit(layer: LinearLayer, folded: Folded) -> Float[Array, "B Q M U"]:
+    """-1/2 of the sum of a row's weights over the lanes of each unit."""
+    units = jnp.arange(len(layer.unit_groups), dtype=jnp.int32)
+    there = (layer.k.unit[:, None] == units[None]).astype(jnp.float32)
+    return -0.5 * jnp.einsum("bqmw,wu->bqmu", folded.left, there, precision=HIGHEST)
 
 
 def _kernel(*refs, plan: Plan, tree) -> None:
     x: dict[str, Any] = jax.tree.unflatten(tree, refs[: tree.num_leaves])
-    acc_ref, gained_ref, total_ref, top_ref = refs[tree.num_leaves :]
+    acc_ref, total_ref, top_ref = refs[tree.num_leaves :]
     split, n, b = (pl.program_id(i) for i in range(3))
     m = plan.m
     row = jnp.arange(m, dtype=jnp.int32)
@@ -143,50 +180,66 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     fields = jnp.arange(WORD_BITS, dtype=jnp.int32)
     bits = fields // 2 + 16 * (fields % 2)
     inner = 32 * (bits % 8) + ROWS * (bits // 8)  # of row 0 of a page
-    sides = [(x["lanes"][i][n, 0], x["lanes"][i][n, 1]) for i in range(2)]
+
+    def run_of(side, i):
+        """Lanes [RUN] of a run, and which of them are its unit's."""
+        if plan.joined:
+            return x["runs"][n, i, 1] + lane, lane < x["runs"][n, i, 2]
+        at = i * RUN + lane
+        return x["lanes"][side][n, 0] + at, at < x["lanes"][side][n, 1]
 
     def queries(block):
         out = []
         for i in range(plan.runs[0]):
-            at = sides[0][0] + i * RUN + lane
+            at, held = run_of(0, i)
             place = (b, block, rows[None, :], at[:, None])
-            held = (i * RUN + lane < sides[0][1])[:, None] & real[None, :]
+            held = held[:, None] & real[None, :]
             out.append(_two(plgpu.load(x["left"].at[place], mask=held, other=0.0)))
-        return out, x["half"][b, block, rows]
+        if not plan.joined:
+            return out, [x["half"][b, block, rows]]
+        runs = [(x["runs"][n, i, 0], x["runs"][n, i, 3]) for i in range(plan.runs[0])]
+        return out, [
+            x["half"][b, block, rows, unit] * leads.astype(jnp.float32) for unit, leads in runs
+        ]
 
     once = None if plan.turned else queries(0)
 
     def step(s, carry):
-        accs, gained, total, top = carry
+        accs, masses, total, top = carry
         page, part = s // (ROWS // TILE), s % (ROWS // TILE)
         word_rows = part * TILE + jnp.arange(TILE, dtype=jnp.int32)
         slots = page * PAGE + (word_rows[:, None] + inner[None, :]).reshape(TILE * WORD_BITS)
 
         def run(side, i):
-            start, count = sides[side]
-            at = x["first"][side] + start + i * RUN + lane
-            held = jnp.broadcast_to((i * RUN + lane < count)[None, :], (TILE, RUN))
-            ref = x["words"].at[b, page, word_rows[:, None], at[None, :]]
-            return _bits(plgpu.load(ref, mask=held, other=0), plan)
+            at, held = run_of(side, i)
+            held = jnp.broadcast_to(held[None, :], (TILE, RUN))
+            place = (b, page, word_rows[:, None], (x["first"][side] + at)[None, :])
+            return _bits(plgpu.load(x["words"].at[place], mask=held, other=0), plan)
 
-        def gains(side):
+        def gains(side, unit):
             code = jnp.zeros((TILE * WORD_BITS,), jnp.int32)
             for p in range(GAIN_BITS):
-                at = x["gain_lanes"][side, n, p]
+                at = x["gain_lanes"][side, unit, p]
                 word = plgpu.load(
                     x["words"].at[b, page, word_rows, jnp.maximum(at, 0)], mask=at >= 0, other=0
                 )
                 bit = (word[:, None] >> bits[None, :].astype(jnp.uint32)) & jnp.uint32(1)
                 code += bit.astype(jnp.int32).reshape(TILE * WORD_BITS) << p
-            return x["gains"][side][n, code]
+            return x["gains"][side][unit, code]
 
         query, half = queries(page) if once is None else once
-        raw = jnp.zeros((TILE * WORD_BITS, 2 * m), jnp.float32)
-        for i in range(plan.runs[0]):
-            raw += _dot(run(0, i), query[i], 0)
-        logits = _one(raw, m) + half[None, :]
-        if plan.gained:
-            logits = logits * gains(0)[:, None]
+        if plan.joined:
+            logits = jnp.zeros((TILE * WORD_BITS, m), jnp.float32)
+            for i in range(plan.runs[0]):
+                own = _one(_dot(run(0, i), query[i], 0), m) + half[i][None, :]
+                logits += own * gains(0, x["runs"][n, i, 0])[:, None] if plan.gained else own
+        else:
+            raw = jnp.zeros((TILE * WORD_BITS, 2 * m), jnp.float32)
+            for i in range(plan.runs[0]):
+                raw += _dot(run(0, i), query[i], 0)
+            logits = _one(raw, m) + half[0][None, :]
+            if plan.gained:
+                logits = logits * gains(0, n)[:, None]
         if plan.per_token:
             logits += x["bias"][b, rows[None, :], slots[:, None]]
         else:
@@ -201,25 +254,34 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         p = jnp.exp2(logits - base[None, :])
         old = jnp.exp2(top - base)
-        weighted = p * gains(1)[:, None] if plan.gained else p
-        two = _two(weighted)
-        new = [acc * old[None, :] + _one(_dot(run(1, i), two, 1), m) for i, acc in enumerate(accs)]
-        gained = gained * old + jnp.sum(weighted, axis=0)
-        return new, gained, total * old + jnp.sum(p, axis=0), new_top
+        # What each mass, and then each run, weighs its tokens by.
+        weighted = []
+        for i in range(len(masses)):
+            unit = x["runs"][n, i, 0] if plan.joined else n
+            weighted.append(p * gains(1, unit)[:, None] if plan.gained else p)
+        two = [_two(w) for w in weighted]
+        accs = [
+            acc * old[None, :] + _one(_dot(run(1, i), two[i % len(two)], 1), m)
+            for i, acc in enumerate(accs)
+        ]
+        masses = [mass * old + jnp.sum(w, axis=0) for mass, w in zip(masses, weighted, strict=True)]
+        return accs, masses, total * old + jnp.sum(p, axis=0), new_top
 
     zero = jnp.zeros((m,), jnp.float32)
     carry = (
-        [jnp.zeros((RUN, m), jnp.float32) for _ in range(plan.runs[1])], zero, zero,
-        jnp.full((m,), -jnp.inf, jnp.float32),
+        [jnp.zeros((RUN, m), jnp.float32) for _ in range(plan.runs[1])],
+        [zero] * (plan.runs[1] if plan.joined and plan.gained else 1),
+        zero, jnp.full((m,), -jnp.inf, jnp.float32),
     )  # fmt: skip
     pages = [x["bounds"][b, split, i] * (ROWS // TILE) for i in range(2)]
-    accs, gained, total, top = jax.lax.fori_loop(pages[0], pages[1], step, carry)
-    start, count = sides[1]
+    accs, masses, total, top = jax.lax.fori_loop(pages[0], pages[1], step, carry)
     for i, acc in enumerate(accs):
-        held = jnp.broadcast_to((i * RUN + lane < count)[:, None], acc.shape)
-        place = (b, split, (n * m + row)[None, :], (start + i * RUN + lane)[:, None])
-        plgpu.store(acc_ref.at[place], acc, mask=held)
-    for ref, values in ((gained_ref, gained), (total_ref, total), (top_ref, top * LN2)):
+        at, held = run_of(1, i)
+        held = jnp.broadcast_to(held[:, None], acc.shape)
+        place = (b, split, (n * m + row)[None, :], at[:, None])
+        centred = acc - 0.5 * masses[i % len(masses)][None, :]
+        plgpu.store(acc_ref.at[place], centred, mask=held)
+    for ref, values in ((total_ref, total), (top_ref, top * LN2)):
         ref[b, split, pl.ds(n * m, m)] = values
 
 

@@ -13,12 +13,12 @@ import jax
 class Sums:
     """One softmax over the stored tokens of a layer, not yet normalised, for every query row.
 
-    With p = exp(logit - top) and g the gain of a row's head at each token: `acc` [B, M, W] is the
-    sum of p g bit, `gained` [B, M] that of p g, `total` [B, M] that of p; `top` [B, M] the largest
-    logit. A row that saw nothing has all sums 0, its top is arbitrary.
+    With p = exp(logit - top) and g the gain of a lane's unit at each token: `acc` [B, M, W] is the
+    sum of p g (bit - 1/2), `total` [B, M] that of p; `top` [B, M] the largest logit. Lanes that are
+    none of the row's group hold anything. A row that saw nothing has all sums 0, its top is
+    arbitrary.
     """
 
     acc: Any
-    gained: Any
     total: Any
     top: Any

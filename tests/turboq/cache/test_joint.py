@@ -29,7 +29,7 @@ def fitted(rng, heads):
     return {"mean": mean.astype(np.float32), "synthesis": synthesis.astype(np.float32)}
 
 
-def make_layer(rng, heads, policy=None, rope=ROPE):
+def make_layer(rng, heads, policy=None, rope=ROPE, block=1):
     """Units in bits of their own, in groups of heads out of order."""
 
     def side(dim, segments, count):
@@ -43,8 +43,8 @@ def make_layer(rng, heads, policy=None, rope=ROPE):
         (k, k_arrays), (v, v_arrays) = side(K_DIM, k, len(own)), side(V_DIM, v, len(own))
         groups.append(HeadGroup(heads=own, k=k, v=v, k_arrays=k_arrays, v_arrays=v_arrays))
     return KVLayer(
-        groups=tuple(groups), policy=policy or TokenPolicy(), rope=rope, joint_heads=heads,
-        joint=joint.arrays_of(fitted(rng, heads)),
+        groups=tuple(groups), policy=policy or TokenPolicy(), rope=rope, rope_block=block,
+        joint_heads=heads, joint=joint.arrays_of(fitted(rng, heads)),
     )  # fmt: skip
 
 
@@ -53,13 +53,13 @@ def inputs(rng, t, batch=2):
     return tuple(jnp.asarray(rng.normal(size=(batch, t, *s)), jnp.float32) for s in shapes)
 
 
-def turned(rope, x, positions, sign):
+def turned(rope, x, positions):
     """Keys [B, T, K, D] turned by their positions [T], float64."""
     if rope is None:
         return x
     half = rope.dim // 2
     at = positions[:, None] * rope.theta ** -(np.arange(half) / half)
-    cos, sin = np.cos(at)[None, :, None], sign * np.sin(at)[None, :, None]
+    cos, sin = np.cos(at)[None, :, None], np.sin(at)[None, :, None]
     a, b, rest = np.split(x, [half, rope.dim], axis=-1)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
@@ -76,14 +76,18 @@ def of_units(layer, units):
         x = y @ synthesis[j].T + mean[j]
         k[:, :, own] = x[..., : heads * K_DIM].reshape(*k.shape[:2], heads, K_DIM)
         v[:, :, own] = x[..., heads * K_DIM :].reshape(*v.shape[:2], heads, V_DIM)
-    return turned(layer.rope, k, np.arange(k.shape[1]), 1), v
+    at = np.arange(k.shape[1])
+    mu = mean[:, : heads * K_DIM].reshape(HEADS, K_DIM)
+    # What varies turns with the start of its block, the mean with its own position.
+    varying = turned(layer.rope, k - mu, at - at % layer.rope_block)
+    return varying + turned(layer.rope, np.broadcast_to(mu, k.shape), at), v
 
 
-@pytest.mark.parametrize("rope", [ROPE, None])
+@pytest.mark.parametrize(("rope", "block"), [(ROPE, 1), (ROPE, 16), (None, 1)])
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_units_stand_for_keys_and_values(rng, heads, rope):
+def test_units_stand_for_keys_and_values(rng, heads, rope, block):
     """mean + S y is what went in; the first D of y are the first head's keys'."""
-    layer = make_layer(rng, heads, rope=rope)
+    layer = make_layer(rng, heads, rope=rope, block=block)
     _, k, v = inputs(rng, 40)
     at = jnp.arange(40, dtype=jnp.int32)[None]
     units = joint.to_units(layer, k, v, at)
@@ -103,12 +107,17 @@ def test_units_stand_for_keys_and_values(rng, heads, rope):
 
 
 @pytest.mark.parametrize(
-    ("heads", "rope", "policy"),
-    [(4, ROPE, TokenPolicy(sinks=2, recent=3)), (2, None, TokenPolicy()), (1, ROPE, TokenPolicy())],
+    ("heads", "rope", "block", "policy"),
+    [
+        (4, ROPE, 1, TokenPolicy(sinks=2, recent=3)),
+        (2, ROPE, 8, TokenPolicy(sinks=1)),
+        (2, None, 1, TokenPolicy()),
+        (1, ROPE, 1, TokenPolicy()),
+    ],
 )
-def test_attention_through_the_pool_in_float64(rng, heads, rope, policy):
+def test_attention_through_the_pool_in_float64(rng, heads, rope, block, policy):
     """A chunk, single tokens, a chunk: what is read are the units' codes, turned back in NumPy."""
-    layer = make_layer(rng, heads, policy, rope)
+    layer = make_layer(rng, heads, policy, rope, block)
     form = model_cache.forms([layer, layer])
     states, (words,) = model_cache.init(form, batch=2, capacity=40)
     q, k, v = inputs(rng, 30)
@@ -152,8 +161,7 @@ def test_who_reads_each_head_by_itself_says_so(rng):
     q, k, v = inputs(rng, 1, batch=1)
     state, words, tail = model_cache.write(state, words, k, v)
     at = jnp.zeros((1, 1), jnp.int32)
-    assert columns.prepare(state, words) is None
-    with pytest.raises(ValueError, match="joined heads: a key needs the bits of other heads"):
+    with pytest.raises(ValueError, match="'triton' cannot run this case: keys of blocks of 1 pos"):
         columns.attend(q, state, words, tail, q_positions=at, scale=SCALE, implementation="triton")
     columns.attend(q, state, words, tail, q_positions=at, scale=SCALE)  # XLA does
 
@@ -162,8 +170,6 @@ def test_refusals(rng):
     layer = make_layer(rng, 2)
     with pytest.raises(ValueError, match=r"joint_heads=3 must divide self.kv_heads=4"):
         dataclasses.replace(layer, joint_heads=3)
-    with pytest.raises(ValueError, match=r"rope_block=16: keys are joined before RoPE"):
-        dataclasses.replace(layer, rope_block=16)
     singular = fitted(rng, 2)
     singular["synthesis"][0] = 0
     with pytest.raises(ValueError, match="synthesis is singular"):

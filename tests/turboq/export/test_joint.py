@@ -5,6 +5,7 @@ import io
 import numpy as np
 import plan_cases
 import pytest
+from tolerances import TOL
 
 from turboq.errors import TurboqError
 from turboq.export import ENGINES, Options, export, reader_example
@@ -14,7 +15,7 @@ from turboq.plan.violations import violations
 
 @pytest.fixture(scope="module")
 def planned():
-    return plan_cases.joined()
+    return plan_cases.joined("block:16")
 
 
 def test_the_reader_parts_what_is_joined(planned, tmp_path):
@@ -32,6 +33,12 @@ def test_the_reader_parts_what_is_joined(planned, tmp_path):
         # Sums of 72 products of order 1 in another order.
         np.testing.assert_allclose(keys, golden["k"], atol=1e-5)
         np.testing.assert_allclose(values, golden["v"], atol=1e-5)
+        layer, at = int(golden["layer"]), golden["positions"]
+        for h in range(keys.shape[1]):
+            mean = reader_example.joint_mean(read, tensors, layer, h, keys.shape[2])
+            turned = reader_example.turn(read, layer, mean, keys[:, h], at)
+            np.testing.assert_allclose(turned, golden["rotated"][:, h], atol=TOL["rope_rotate"])
+            assert not np.allclose(turned[1:], keys[1:, h], atol=0.1)
     for now, then in zip(units, before, strict=True):
         np.testing.assert_array_equal(now, then)
     with np.load(tmp_path / "out" / "page.npz") as page:
