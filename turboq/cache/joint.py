@@ -1,7 +1,8 @@
 """Keys and values of several heads as one vector, turned into units that codecs store one by one.
 
-    x = [k of G heads before RoPE, v of the same heads],   y = S^-1 (x - mean),   x_hat = mean + S y
+    x = [k of G heads, v of the same heads],   y = S^-1 (x - mean),   x_hat = mean + S y
 
+with k before RoPE, or relative to blocks of positions, its mean turned apart (`cache.key_form`).
 C = G (D + E) coordinates, in falling order of what they are worth: the first D of y take the place
 of the first head's keys, the next D of the second's, then E each those of values. All of a layer's
 keys and values are linear images of one hidden state, so most of what one head holds others hold

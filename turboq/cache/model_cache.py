@@ -49,7 +49,8 @@ class LayerForm:
 
     `first` has the lanes at which the layer's two runs begin (`turboq.cache.columns`), `most` how
     many lanes they have in the layer that has most, `fewest` the columns of codes of the head of
-    the model that has fewest, `widest` those of K and V of the head, or joined heads, with most.
+    the model that has fewest, `widest` those of the widest K and V, for every place among joined
+    heads (K of all, V of all).
     """
 
     layer: KVLayer
@@ -58,7 +59,7 @@ class LayerForm:
     first: Any  # int32 [2]
     most: tuple[int, int] = dataclasses.field(metadata={"static": True})
     fewest: int = dataclasses.field(metadata={"static": True})
-    widest: int = dataclasses.field(metadata={"static": True})
+    widest: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
     def group(self) -> HeadGroup:
@@ -123,11 +124,6 @@ def forms(layers: Sequence[KVLayer | None], *, tables: bool = False) -> ModelFor
         return None
     heads = [(_heads(layer, "k"), _heads(layer, "v")) for layer in kept]
     fewest = min(len(codes) for sides in heads for side in sides for codes, _ in side)
-    widest = max(
-        sum(len(codes) for side in sides for codes, _ in side[at : at + (layer.joint_heads or 1)])
-        for layer, sides in zip(kept, heads, strict=True)
-        for at in range(0, layer.kv_heads, layer.joint_heads or 1)
-    )
     kinds = list(dict.fromkeys(layer.window for layer in kept))
     out, columns = {}, []
     for window in kinds:
@@ -138,7 +134,7 @@ def forms(layers: Sequence[KVLayer | None], *, tables: bool = False) -> ModelFor
         for i, x, first in zip(own, laid, runs[:, :, 0], strict=True):
             out[i] = LayerForm(
                 layer=shared[i], k=x.k, v=x.v, first=first, most=(most_k, most_v), fewest=fewest,
-                widest=widest,
+                widest=_widest(heads, kept, kept[i].joint_heads),
             )  # fmt: skip
         columns.append(count)
     return ModelForm(
@@ -146,6 +142,16 @@ def forms(layers: Sequence[KVLayer | None], *, tables: bool = False) -> ModelFor
         pool_of=tuple(kinds.index(layer.window) for layer in kept),
         windows=tuple(kinds),
         columns=tuple(columns),
+    )
+
+
+def _widest(heads, layers: Sequence[KVLayer], joined: int | None) -> tuple[int, ...]:
+    """`LayerForm.widest`, of the layers that join as many heads."""
+    alike = [own for own, x in zip(heads, layers, strict=True) if x.joint_heads == joined]
+    return tuple(
+        max(len(codes) for sides in alike for codes, _ in sides[side][place :: joined or 1])
+        for side in (0, 1)
+        for place in range(joined or 1)
     )
 
 

@@ -41,7 +41,7 @@ def heads_joined(kv_heads: int, k_dim: int, v_dim: int, tokens: int) -> int:
 
 
 def fit_joint(k: Observed, v: Observed, heads: int, *, ridge: float = RIDGE) -> Arrays:
-    """The arrays of `turboq.cache.joint.shapes`, of keys before RoPE and values of one layer.
+    """The arrays of `turboq.cache.joint.shapes`, of keys as they are stored and values of a layer.
 
     Raises:
       TurboqError: no gradients (costs of keys and values cannot be compared), or fewer tokens than

@@ -79,9 +79,9 @@ class Wanted:
     options: of the learned transforms; with `guard` their shrinkage is chosen on texts left out,
       where no text is the model's own: what it writes is of no one kind already.
     rounds: refinements by KL measured around the plan (need the model).
-    joint: so many neighbouring KV heads have their keys before RoPE and values stored as one
-      vector (`turboq.cache.joint`); 0: none; None: as many as `fit_joint.heads_joined` says, where
-      all candidates are learned, each head chooses for itself and keys are stored before RoPE.
+    joint: so many neighbouring KV heads have their keys and values stored as one vector
+      (`turboq.cache.joint`); 0: none; None: as many as `fit_joint.heads_joined` says, where all
+      candidates are learned, each head chooses for itself and keys are not stored after RoPE.
 
     Raises:
       ValueError: an unknown objective, or a negative number of rounds.
@@ -230,8 +230,8 @@ def _joined(
     if wanted.joint is not None:
         if wanted.joint and (wanted.engine is not None or not before):
             raise TurboqError(
-                f"--joint={wanted.joint}: keys are joined before RoPE (--k_rope=before), and "
-                "engines read none (no --engine)"
+                f"--joint={wanted.joint}: keys are joined before RoPE or in blocks (--k_rope="
+                "before or block:P), and engines read none (no --engine)"
             )
         odd = [x for x in layers if wanted.joint and x.kv_heads % wanted.joint]
         if odd:

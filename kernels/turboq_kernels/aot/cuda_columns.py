@@ -44,7 +44,8 @@ def program(c: Configuration) -> Program:
 def row(configuration: Configuration) -> dict[str, Any]:
     """One row of `experiments/results/kernel_costs.json`."""
     cost, c = cuda.compiled_costs(program(configuration))[KERNEL], configuration
-    elements = triton.TILE * 32 * 2 * c.dim // (32 * triton.WARPS)
+    warps = triton.WARPS if c.joined == 1 else triton.JOINED_WARPS
+    elements = c.joined * triton.TILE * 32 * 2 * c.dim // (32 * warps)
     return {"op": "columns"} | dataclasses.asdict(c) | {
         "instructions_per_element": round(cost.loop_instructions / elements, 3),
         "registers": cost.registers,

@@ -88,13 +88,13 @@ def arguments(c: Configuration) -> tuple[Any, ...]:
             matrix=struct(c.joined, c.dim, width), unit=struct(width, dtype=jnp.int32),
             mean=struct(HEADS, c.dim), gains=struct(units, 1 << GAIN_BITS),
             start=struct(units, dtype=jnp.int32), count=struct(units, dtype=jnp.int32),
-            tile_unit=struct(width // LANES, dtype=jnp.int32), most=c.bits * c.dim, slots=2,
+            tile_unit=struct(width // LANES, dtype=jnp.int32), slots=2,
         )  # fmt: skip
 
     gain_lanes = _up(2 * HEADS * GAIN_BITS + LANES - 1)
     layer = LinearLayer(
         k=side(k_width), v=side(v_width), rest=struct(HEADS, c.dim),
-        unit_groups=c.unit_groups, widest=2 * c.joined * c.bits * c.dim, joined=c.joined > 1,
+        unit_groups=c.unit_groups, widest=(c.bits * c.dim,) * 2 * c.joined, joined=c.joined > 1,
         first=struct(2, dtype=jnp.int32), gain_lane=struct(dtype=jnp.int32),
         gain_weights=struct(units, gain_lanes, dtype=jnp.int32), gained=True,
         gain_lanes=struct(2, units, GAIN_BITS, dtype=jnp.int32),

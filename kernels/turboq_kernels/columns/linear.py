@@ -43,7 +43,6 @@ class LinearSide:
     start: Any  # int32 [U]: the first of a unit's lanes
     count: Any  # int32 [U]: how many follow each other
     tile_unit: Any  # int32 [W / 128]: the first unit that has lanes in a tile
-    most: int = dataclasses.field(metadata={"static": True})  # no unit has more lanes
     slots: int = dataclasses.field(metadata={"static": True})  # no tile has lanes of more units
 
 
@@ -67,7 +66,7 @@ class LinearLayer:
     gain_lanes: Any  # int32 [2, U, 4]: lane of the pool of each bit of a unit's gain, or NONE
     gained: bool = dataclasses.field(metadata={"static": True})
     unit_groups: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    widest: int = dataclasses.field(metadata={"static": True})  # no group has more lanes, K and V
+    widest: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # as of `LayerForm`
     joined: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -176,7 +175,6 @@ def _side(
         gains=gains,
         start=jnp.min(jnp.where(codes, lane, jnp.iinfo(jnp.int32).max), axis=1),
         count=jnp.sum(codes, axis=1, dtype=jnp.int32),
-        most=lane.shape[1],
         slots=slots,
     )
 
@@ -215,7 +213,7 @@ def _joined(form: LayerForm, k: LinearSide, v: LinearSide) -> tuple[list[LinearS
     unit = jnp.where(v.unit == NONE, k.unit, v.unit + heads)
     shared = {
         "unit": unit, "tile_unit": _tile_unit(unit, 2 * heads), "slots": k.slots,
-        "gains": jnp.concatenate([k.gains, v.gains]), "most": max(k.most, v.most),
+        "gains": jnp.concatenate([k.gains, v.gains]),
         "start": jnp.concatenate([k.start, v.start]), "count": jnp.concatenate([k.count, v.count]),
     }  # fmt: skip
     turning = mean[:, :cut].reshape(heads, d)

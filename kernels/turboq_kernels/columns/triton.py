@@ -35,7 +35,7 @@ from turboq_kernels.decode.types import Partial
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 RUN = 64  # lanes of a run
 TILE = 4  # word rows of a step
-WARPS = 4
+WARPS, JOINED_WARPS = 4, 8
 MAX_ROWS = 16  # of a group
 PROGRAMS = 396  # three per SM of an H100
 BLOCKS = (PAGE,)  # positions of a block of keys
@@ -59,8 +59,8 @@ class Plan:
 
     m: int  # query rows of a group, padded
     rows: int  # query rows of a group
-    runs: tuple[int, int]  # of K and V
-    joined: bool
+    places: tuple[tuple[int, ...], tuple[int, ...]]  # runs of K, and of V, at each place of a group
+    joined: int  # heads; 0: none, K and V have units of their own
     splits: int
     turned: bool
     per_token: bool
@@ -87,16 +87,10 @@ def attend(
     groups, pages = layer.groups, words.shape[1]
     if splits is None:
         splits = max(1, min(PROGRAMS // (batch * groups), pages))
-    runs = (-(-layer.k.most // RUN), -(-layer.v.most // RUN))
-    half = -0.5 * jnp.sum(folded.left, axis=-1)
-    joined: dict[str, Any] = {}
-    if layer.joined:
-        table = _runs(layer)
-        joined = {"runs": table, "half": _half_by_unit(layer, folded)}
-        runs = (table.shape[1], table.shape[1])
+    places = _places(layer)
     plan = Plan(
         m=max(8, 1 << (rows // groups - 1).bit_length()), rows=rows // groups,
-        runs=runs, joined=layer.joined, splits=splits,
+        places=places, joined=len(layer.widest) // 2 if layer.joined else 0, splits=splits,
         turned=folded.left.shape[1] > 1, per_token=folded.bias.shape[-1] > 1,
         gained=layer.gained, scale=scale, softcap=softcap, interpret=interpret,
     )  # fmt: skip
@@ -108,11 +102,11 @@ def attend(
     first = low[:, None] + share[:, None] * jnp.arange(splits, dtype=jnp.int32)[None]
     inputs = {
         "words": words, "left": folded.left, "bias": folded.bias, "starts": starts, "ends": ends,
-        "half": half, "first": layer.first,
+        "half": _half(layer, folded), "first": layer.first,
         "bounds": jnp.stack([first, jnp.minimum(first + share[:, None], high[:, None])], axis=-1),
         "lanes": [jnp.stack([side.start, side.count], axis=-1) for side in (layer.k, layer.v)],
         "gains": [layer.k.gains, layer.v.gains], "gain_lanes": layer.gain_lanes,
-    } | joined  # fmt: skip
+    }  # fmt: skip
     leaves, tree = jax.tree.flatten(inputs)
     width = layer.v.matrix.shape[-1]
     lead = (batch, splits, groups * plan.m)
@@ -123,7 +117,9 @@ def attend(
             jax.ShapeDtypeStruct((*lead, width), jnp.float32),
             *[jax.ShapeDtypeStruct(lead, jnp.float32)] * 2,
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=2),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=JOINED_WARPS if layer.joined else WARPS, num_stages=2
+        ),
         interpret=interpret,
         name="turboq_columns",
     )(*leaves)
@@ -138,31 +134,21 @@ def attend(
     return Sums(acc=whole.acc, total=whole.total, top=whole.top)
 
 
-def _runs(layer: LinearLayer) -> Int[Array, "J R 4"]:
-    """Runs of every group: unit, first lane, lanes, and 1 at the first of a unit."""
-    side, (units, groups) = layer.k, (len(layer.unit_groups), layer.groups)
-    count = -(-side.count // RUN)  # of every unit
-    widest = layer.widest // RUN + units // groups
-    own = np.asarray(layer.unit_groups)
-    out = []
-    for j in range(groups):
-        mine = np.flatnonzero(own == j)
-        behind = jnp.cumsum(count[mine])
-        run = jnp.arange(widest, dtype=jnp.int32)
-        which = jnp.searchsorted(behind, run, side="right")
-        unit = jnp.asarray(mine, jnp.int32)[jnp.minimum(which, len(mine) - 1)]
-        at = run - (behind - count[mine])[jnp.minimum(which, len(mine) - 1)]
-        left = jnp.where(which < len(mine), jnp.minimum(side.count[unit] - at * RUN, RUN), 0)
-        lane = jnp.where(left > 0, side.start[unit] + at * RUN, 0)
-        out.append(jnp.stack([unit, lane, left, ((at == 0) & (left > 0)).astype(jnp.int32)], 1))
-    return jnp.stack(out).astype(jnp.int32)
+def _places(layer: LinearLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Runs of every unit that K, and V, of a group are read from."""
+    runs = tuple(-(-lanes // RUN) for lanes in layer.widest)
+    return (runs, runs) if layer.joined else (runs[:1], runs[1:])
 
 
-def _half_by_unit(layer: LinearLayer, folded: Folded) -> Float[Array, "B Q M U"]:
-    """-1/2 of the sum of a row's weights over the lanes of each unit."""
-    units = jnp.arange(len(layer.unit_groups), dtype=jnp.int32)
-    there = (layer.k.unit[:, None] == units[None]).astype(jnp.float32)
-    return -0.5 * jnp.einsum("bqmw,wu->bqmu", folded.left, there, precision=HIGHEST)
+def _half(layer: LinearLayer, folded: Folded) -> Float[Array, "B Q M p"]:
+    """-1/2 of the sum of a row's weights over the lanes of the unit at each place of its group."""
+    if not layer.joined:
+        return -0.5 * jnp.sum(folded.left, axis=-1, keepdims=True)
+    own, rows = np.asarray(layer.unit_groups), folded.left.shape[2] // layer.groups
+    units = jnp.asarray([np.flatnonzero(own == j) for j in range(layer.groups)], jnp.int32)
+    there = layer.k.unit[None, :, None] == jnp.repeat(units, rows, axis=0)[:, None]
+    there = there.astype(jnp.float32)
+    return -0.5 * jnp.einsum("bqmw,mwp->bqmp", folded.left, there, precision=HIGHEST)
 
 
 def _kernel(*refs, plan: Plan, tree) -> None:
@@ -181,26 +167,32 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     bits = fields // 2 + 16 * (fields % 2)
     inner = 32 * (bits % 8) + ROWS * (bits // 8)  # of row 0 of a page
 
-    def run_of(side, i):
-        """Lanes [RUN] of a run, and which of them are its unit's."""
-        if plan.joined:
-            return x["runs"][n, i, 1] + lane, lane < x["runs"][n, i, 2]
-        at = i * RUN + lane
-        return x["lanes"][side][n, 0] + at, at < x["lanes"][side][n, 1]
+    def unit_at(place):
+        """The unit at a place of this group: of joined heads those of K, then those of V."""
+        if not plan.joined:
+            return n
+        behind = pl.num_programs(1) - 1 if place >= plan.joined else 0
+        return (n + behind) * plan.joined + place
+
+    def run_of(side, place, i):
+        """Lanes [RUN] of a run of a unit, and which of them are its own."""
+        at, unit = i * RUN + lane, unit_at(place)
+        return x["lanes"][side][unit, 0] + at, at < x["lanes"][side][unit, 1]
 
     def queries(block):
+        """Of every place: runs of weights, and half of their sum."""
         out = []
-        for i in range(plan.runs[0]):
-            at, held = run_of(0, i)
-            place = (b, block, rows[None, :], at[:, None])
-            held = held[:, None] & real[None, :]
-            out.append(_two(plgpu.load(x["left"].at[place], mask=held, other=0.0)))
-        if not plan.joined:
-            return out, [x["half"][b, block, rows]]
-        runs = [(x["runs"][n, i, 0], x["runs"][n, i, 3]) for i in range(plan.runs[0])]
-        return out, [
-            x["half"][b, block, rows, unit] * leads.astype(jnp.float32) for unit, leads in runs
-        ]
+        for place, runs in enumerate(plan.places[0]):
+            held = [run_of(0, place, i) for i in range(runs)]
+            weights = [
+                plgpu.load(
+                    x["left"].at[b, block, rows[None, :], at[:, None]],
+                    mask=own[:, None] & real[None, :], other=0.0,
+                )
+                for at, own in held
+            ]  # fmt: skip
+            out.append(([_two(w) for w in weights], x["half"][b, block, rows, place]))
+        return out
 
     once = None if plan.turned else queries(0)
 
@@ -210,11 +202,11 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         word_rows = part * TILE + jnp.arange(TILE, dtype=jnp.int32)
         slots = page * PAGE + (word_rows[:, None] + inner[None, :]).reshape(TILE * WORD_BITS)
 
-        def run(side, i):
-            at, held = run_of(side, i)
+        def run(side, place, i):
+            at, held = run_of(side, place, i)
             held = jnp.broadcast_to(held[None, :], (TILE, RUN))
-            place = (b, page, word_rows[:, None], (x["first"][side] + at)[None, :])
-            return _bits(plgpu.load(x["words"].at[place], mask=held, other=0), plan)
+            ref = x["words"].at[b, page, word_rows[:, None], (x["first"][side] + at)[None, :]]
+            return _bits(plgpu.load(ref, mask=held, other=0), plan)
 
         def gains(side, unit):
             code = jnp.zeros((TILE * WORD_BITS,), jnp.int32)
@@ -227,19 +219,14 @@ def _kernel(*refs, plan: Plan, tree) -> None:
                 code += bit.astype(jnp.int32).reshape(TILE * WORD_BITS) << p
             return x["gains"][side][unit, code]
 
-        query, half = queries(page) if once is None else once
-        if plan.joined:
-            logits = jnp.zeros((TILE * WORD_BITS, m), jnp.float32)
-            for i in range(plan.runs[0]):
-                own = _one(_dot(run(0, i), query[i], 0), m) + half[i][None, :]
-                logits += own * gains(0, x["runs"][n, i, 0])[:, None] if plan.gained else own
-        else:
+        held = queries(page) if once is None else once
+        factors = [gains(0, unit_at(i))[:, None] if plan.gained else 1.0 for i in range(len(held))]
+        logits = jnp.zeros((TILE * WORD_BITS, m), jnp.float32)
+        for place, (query, half) in enumerate(held):
             raw = jnp.zeros((TILE * WORD_BITS, 2 * m), jnp.float32)
-            for i in range(plan.runs[0]):
-                raw += _dot(run(0, i), query[i], 0)
-            logits = _one(raw, m) + half[0][None, :]
-            if plan.gained:
-                logits = logits * gains(0, n)[:, None]
+            for i, weights in enumerate(query):
+                raw += _dot(run(0, place, i), weights, 0)
+            logits += (_one(raw, m) + half[None, :]) * factors[place]
         if plan.per_token:
             logits += x["bias"][b, rows[None, :], slots[:, None]]
         else:
@@ -254,33 +241,32 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         p = jnp.exp2(logits - base[None, :])
         old = jnp.exp2(top - base)
-        # What each mass, and then each run, weighs its tokens by.
-        weighted = []
-        for i in range(len(masses)):
-            unit = x["runs"][n, i, 0] if plan.joined else n
-            weighted.append(p * gains(1, unit)[:, None] if plan.gained else p)
-        two = [_two(w) for w in weighted]
-        accs = [
-            acc * old[None, :] + _one(_dot(run(1, i), two[i % len(two)], 1), m)
-            for i, acc in enumerate(accs)
-        ]
-        masses = [mass * old + jnp.sum(w, axis=0) for mass, w in zip(masses, weighted, strict=True)]
-        return accs, masses, total * old + jnp.sum(p, axis=0), new_top
+        if plan.gained and not plan.joined:
+            factors = [gains(1, n)[:, None]]
+        new_accs, new_masses = [], []
+        for place, runs in enumerate(plan.places[1]):
+            weighted = p * factors[place]
+            two = _two(weighted)
+            new_accs.append([
+                accs[place][i] * old[None, :] + _one(_dot(run(1, place, i), two, 1), m)
+                for i in range(runs)
+            ])  # fmt: skip
+            new_masses.append(masses[place] * old + jnp.sum(weighted, axis=0))
+        return new_accs, new_masses, total * old + jnp.sum(p, axis=0), new_top
 
     zero = jnp.zeros((m,), jnp.float32)
     carry = (
-        [jnp.zeros((RUN, m), jnp.float32) for _ in range(plan.runs[1])],
-        [zero] * (plan.runs[1] if plan.joined and plan.gained else 1),
-        zero, jnp.full((m,), -jnp.inf, jnp.float32),
+        [[jnp.zeros((RUN, m), jnp.float32) for _ in range(runs)] for runs in plan.places[1]],
+        [zero for _ in plan.places[1]], zero, jnp.full((m,), -jnp.inf, jnp.float32),
     )  # fmt: skip
     pages = [x["bounds"][b, split, i] * (ROWS // TILE) for i in range(2)]
     accs, masses, total, top = jax.lax.fori_loop(pages[0], pages[1], step, carry)
-    for i, acc in enumerate(accs):
-        at, held = run_of(1, i)
-        held = jnp.broadcast_to(held[:, None], acc.shape)
-        place = (b, split, (n * m + row)[None, :], at[:, None])
-        centred = acc - 0.5 * masses[i % len(masses)][None, :]
-        plgpu.store(acc_ref.at[place], centred, mask=held)
+    for place, mass in enumerate(masses):
+        for i, acc in enumerate(accs[place]):
+            at, held = run_of(1, place, i)
+            target = acc_ref.at[b, split, (n * m + row)[None, :], at[:, None]]
+            held = jnp.broadcast_to(held[:, None], acc.shape)
+            plgpu.store(target, acc - 0.5 * mass[None, :], mask=held)
     for ref, values in ((total_ref, total), (top_ref, top * LN2)):
         ref[b, split, pl.ds(n * m, m)] = values
 

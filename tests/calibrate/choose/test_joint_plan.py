@@ -93,12 +93,13 @@ def test_it_is_evaluated_as_it_is_stored(run, model):
     assert model_cache.forms(found.plan.kv_layers(found.arrays)) is not None
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_rounds_measure_units(run, model, heads):
+@pytest.mark.parametrize(("heads", "form"), [(1, "before"), (2, "block:16")])
+def test_rounds_measure_units(run, model, heads, form):
     statistics, geometry = load_statistics(run), model_geometry(model)
     wanted = Wanted(
-        budget=Budget.parse("3bpc"), candidates=("window:2,3,4",), joint=heads, rounds=1
-    )
+        budget=Budget.parse("3bpc"), candidates=("window:2,3,4",), joint=heads, k_rope=form,
+        rounds=1,
+    )  # fmt: skip
     found = plan_within(
         statistics, geometry, wanted, model=model, force=True, progress=False, log=lambda _: None
     )
@@ -110,6 +111,7 @@ def test_rounds_measure_units(run, model, heads):
     [
         ({"candidates": ("turboquant_mse:2,3,4",)}, None),
         ({"k_rope": "after"}, None),
+        ({"k_rope": "block:256"}, 2),
         ({"granularity": "per_layer"}, None),
         ({"candidates": ("transform:2,3,4",)}, 2),
         ({"candidates": ("per_head:2,3,4",), "joint": 1}, 1),
