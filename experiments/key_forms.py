@@ -3,10 +3,10 @@
     python experiments/key_forms.py --text=novel.txt --text=wiki.txt --long=novel.txt
 
 Keys are quantized (values have 8 bits, which costs nothing beside that) by a scalar transform
-fitted to each head (`codecs.fit_transform`, no stored gain): before RoPE, relative to blocks of 16 to 256
-positions, and after it; with the head's mean taken off (before RoPE and in blocks it turns with
-the position: `cache.key_form`), some also with none taken off, at --bits of a channel of K in every
-head. First 4 tokens exact, KL to the model's exact cache on topics:heldout and every --text; at 2
+fitted to each head (`codecs.fit_transform`, no stored gain): before RoPE, relative to blocks of 16
+to 256 positions, and after it; with the head's mean taken off (before RoPE and in blocks it turns
+with the position: `cache.key_form`), some also with none taken off, at --bits of a channel of K in
+every head. First 4 tokens exact, KL to the exact cache on topics:heldout and every --text; at 2
 bits also in one window of every --lengths of each --long.
 
 Expected, written down before the first run: KL rises with the block, more at few bits, and after

@@ -64,7 +64,7 @@ def _llama(layer, side, head):
 # Checkpoint -> (codec of every head, how keys stand when stored, exact tokens).
 CASES = {
     "llama3": (_llama3, "before", TokenPolicy(sinks=4)),
-    "llama": (_llama, "block:8", TokenPolicy(sinks=2, recent=3)),
+    "llama": (_llama, "block:16", TokenPolicy(sinks=2, recent=3)),
     "mistral": (_mistral, "after", TokenPolicy(sinks=2, recent=5, exact_dtype="float32")),
     "gemma3": (_gemma3, "block:16", TokenPolicy(sinks=1, recent=3, exact_dtype="float16")),
     "glm": (_glm, "before", TokenPolicy()),
