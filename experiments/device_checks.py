@@ -53,6 +53,13 @@ CASES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("transform_code", {"dim": 64, "tokens": 17, "dtype": "bfloat16"}),
         ("hadamard_head", {"dim": 256, "tokens": 2}),
     ),
+    "columns": (
+        ("window", {}),
+        ("window", {"gain": "none", "softcap": 1.5}),
+        ("window", {"rope": "half", "block": 256, "window": 270}),
+        ("window", {"rope": "half", "block": 256, "joined": 3}),
+        ("window", {"rope": "partial", "block": 256, "gain": "none", "joined": 1}),
+    ),
     "prompt": (("turboquant_mse", {"dim": 128, "tokens": 100}),),
 }
 TINY: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
@@ -60,6 +67,7 @@ TINY: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "history": (("turboquant_2", {"dim": 16, "heads": 1, "page": 64, "lengths": (70,)}),),
     "own": (("bfloat16", {"dim": 16, "heads": 1, "tokens": 30, "starts": (5,)}),),
     "encode": (("mse_1", {"dim": 16, "heads": 1, "page": 64, "tokens": 1, "starts": (5,)}),),
+    "columns": (("window", {"gain": "none"}),),
     "prompt": (),
 }
 
@@ -112,6 +120,11 @@ def _encode(name: str, options: dict[str, Any], interpret: bool) -> None:
     cases.check(case, *case.run(write, interpret=interpret))
 
 
+def _columns(name: str, options: dict[str, Any], interpret: bool) -> None:
+    rng = np.random.default_rng(0)
+    _tests("columns_cases").check(rng, ("triton",), interpret=interpret, **options)
+
+
 def _prompt(name: str, options: dict[str, Any], interpret: bool) -> None:
     """Two chunks of a prompt: outputs and words of "xla"."""
     from turboq.cache import contiguous as caches
@@ -153,5 +166,6 @@ _CHECKS = {
     "history": _history,
     "own": _own,
     "encode": _encode,
+    "columns": _columns,
     "prompt": _prompt,
 }

@@ -28,7 +28,7 @@ MODULES = {
     ("cuda", "columns"): "cuda_columns",
 }
 # What makes two rows the same measurement.
-KEYS = ("target", "op", "bits", "levels", "dim", "group", "tokens", "cache")
+KEYS = ("target", "op", "bits", "levels", "dim", "group", "tokens", "cache", "joined")
 
 HELP = """\
 Compiles the kernels for chips that are not here and writes their static costs: VLIW bundles of the

@@ -8,117 +8,44 @@ import jax.numpy as jnp
 import kernel_oracle
 import numpy as np
 import pytest
+from columns_cases import (
+    DIM,
+    GROUP,
+    HEADS,
+    KERNELS,
+    ROPES,
+    SCALE,
+    attend,
+    check,
+    filled,
+    inputs,
+    make_layers,
+    write,
+)
 from tolerances import TOL
 
-from turboq.cache import joint, model_cache
-from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
+from turboq.cache import model_cache
+from turboq.cache.layer import TokenPolicy
 from turboq.cache.simulate import simulate
-from turboq.codecs.observed import Observed
-from turboq.codecs.transform import Transform
 from turboq.numbers import rope as rotary
-from turboq.numbers.rope import Rope
 from turboq_kernels import columns
 from turboq_kernels.columns import linear, queries
 
-DIM, HEADS, GROUP, SCALE = 24, 3, 2, 0.3
-SEGMENTS = [((8, 3), (8, 1)), ((16, 2), (8, 1)), ((24, 4),), ((8, 2),)]
-ROPES = {
-    "half": Rope(dim=DIM, theta=50.0),
-    "partial": Rope(dim=10, theta=9.0, layout="interleaved"),
-}
-KERNELS = ("mosaic_tpu", "triton")
-# Compiled as one program each, and not operation by operation.
-write = jax.jit(model_cache.write)
-attend = jax.jit(
-    columns.attend, static_argnames=("scale", "implementation", "interpret", "softcap", "window")
-)
+CASES = [
+    {},
+    {"gain": "none", "softcap": 1.5},
+    {"rope": "half", "block": 256, "window": 270},
+    {"rope": "partial", "block": 128},
+    {"rope": "half", "block": 256, "joined": 3, "window": 270},
+    {"rope": "partial", "block": 256, "gain": "none", "joined": 1, "softcap": 1.5},
+    {"rope": "half", "block": 128, "joined": 3},
+]
 
 
-def make_layers(rng, policy, rope=None, block=1, gain="code", joined=None):
-    """Two layers whose heads have other bits each, K and V alike, in groups out of order.
-
-    `joined`: units of so many heads together.
-    """
-
-    def side(segments, heads):
-        codec = Transform(dim=DIM, segments=segments, quantizer="window", states=16, gain=gain)
-        x = rng.normal(size=(len(heads), 60, DIM)) * 0.8 ** np.arange(DIM) + 0.5
-        fitted = codec.fit(Observed.of(x.astype(np.float32)))
-        return codec, {name: jnp.asarray(a) for name, a in fitted.items()}
-
-    def group(heads, k, v):
-        (k, k_arrays), (v, v_arrays) = side(k, heads), side(v, heads)
-        return HeadGroup(heads=heads, k=k, v=v, k_arrays=k_arrays, v_arrays=v_arrays)
-
-    def layer(*groups):
-        together = {}
-        if joined is not None:
-            shape = joint.shapes(HEADS, joined, DIM, DIM)
-            turn = np.eye(shape["mean"][1]) + 0.05 * rng.normal(size=shape["synthesis"])
-            own = {"mean": rng.normal(size=shape["mean"]), "synthesis": turn}
-            together = {"joint_heads": joined, "joint": joint.arrays_of(own)}
-        return KVLayer(groups=groups, policy=policy, rope=rope, rope_block=block, **together)
-
-    a, b, c, d = SEGMENTS
-    first = layer(group((0, 2), a, b), group((1,), c, d))
-    return [first, layer(group((0, 1, 2), b, c))]
-
-
-def inputs(rng, t, batch=2):
-    shape = 0.8 ** np.arange(DIM)
-    k, v = (rng.normal(size=(batch, t, HEADS, DIM)) * shape + 0.5 for _ in range(2))
-    q = rng.normal(size=(batch, t, GROUP * HEADS, DIM))
-    return tuple(jnp.asarray(x, jnp.float32) for x in (q, k, v))
-
-
-def filled(rng, layers, t, capacity, batch=2):
-    """States and pool of layers that hold t tokens, and the last layer's keys and values."""
-    states, (words,) = model_cache.init(model_cache.forms(layers), batch=batch, capacity=capacity)
-    out = []
-    for state in states:
-        _, k, v = inputs(rng, t, batch)
-        state, words, tail = write(state, words, k, v)
-        out.append((state, tail, k, v))
-    return out, words
-
-
-@pytest.mark.parametrize(
-    ("rope", "block", "gain", "joined", "options"),
-    [
-        (None, 1, "code", None, {}),
-        (None, 1, "none", None, {"softcap": 1.5}),
-        ("half", 256, "code", None, {"window": 270}),
-        ("partial", 128, "code", None, {}),
-        ("half", 256, "code", 3, {"window": 270}),
-        ("partial", 256, "none", 1, {"softcap": 1.5}),
-        ("half", 128, "code", 3, {}),
-    ],
-    ids=str,
-)
-def test_kernels_read_what_decoding_reads(rng, rope, block, gain, joined, options):
-    """Two pages and a bit, other bits in every head, ragged lengths, sinks, a recent window."""
-    names = [name for name in KERNELS if name != "triton" or block != 128]  # it reads 256
-    policy = TokenPolicy(sinks=3, recent=2)
-    layers = make_layers(rng, policy, rope and ROPES[rope], block, gain, joined)
-    held, words = filled(rng, layers, 530, 600)
-    off = TOL["columns" if joined is None else "columns_joined"]
-    for layer, (state, _, k, v) in zip(layers, held, strict=True):
-        q, more_k, more_v = inputs(rng, 1)
-        state, after, tail = write(state, words, more_k, more_v, jnp.array([1, 0], jnp.int32))
-        at = state.lengths[:, None] - 1
-        run = functools.partial(attend, q, state, after, tail, q_positions=at, scale=SCALE)
-        want = run(implementation="xla", **options)
-        # Of the sequence that got a token: what the codecs store, in float64.
-        whole = [jnp.concatenate(x, axis=1)[:1] for x in ((k, more_k), (v, more_v))]
-        every = jnp.zeros((1, 531, *q.shape[2:])).at[:, -1:].set(q[:1])
-        due = kernel_oracle.policy_attention(
-            layer, every, *whole, scale=SCALE,
-            stored_values=simulate(state.form.layer, *whole), **options,
-        )  # fmt: skip
-        for name in names:
-            got = run(implementation=name, interpret=True, **options)
-            np.testing.assert_allclose(got, want, atol=off, err_msg=name)
-            np.testing.assert_allclose(got[:1], due[:, -1:], atol=off, err_msg=name)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_read_what_decoding_reads(rng, case):
+    names = [name for name in KERNELS if name != "triton" or case.get("block") != 128]
+    check(rng, names, interpret=True, **case)
 
 
 def test_some_tokens_at_once_and_an_empty_cache(rng):

@@ -22,7 +22,7 @@ def test_tiny_run(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(out.read_text())
     assert {check["op"]: check["error"] for check in report["checks"]} == dict.fromkeys(
-        ("decode", "history", "own", "encode"), ""
+        ("decode", "history", "own", "encode", "columns"), ""
     )
     assert report["copy_gb_per_s"] > 0
     assert report["floor_us"] > 0
