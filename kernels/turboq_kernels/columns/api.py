@@ -21,12 +21,15 @@ from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.decode.types import Partial
 
 IMPLEMENTATIONS = ("xla", "mosaic_tpu", "triton")
+_BLOCKS = {*mosaic_tpu.BLOCKS, *triton.BLOCKS}
 _PREFERENCE = {"tpu": ("mosaic_tpu",), "gpu": ("triton",)}
 
 
 def prepare(state: LayerState, words: UInt32[Array, "B P R C"]) -> LinearLayer | None:
-    """What kernels need to know of a layer; None if its codes are not linear in their bits."""
-    if linear.unsupported(state.form) is not None:
+    """What kernels need to know of a layer; None if no kernel reads it."""
+    layer = state.form.layer
+    turned = layer.rope is not None and layer.rope_block not in _BLOCKS
+    if turned or linear.unsupported(state.form) is not None:
         return None
     return linear.linear_layer(state.form, pool_lanes=words.shape[-1])
 
