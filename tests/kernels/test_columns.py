@@ -93,7 +93,7 @@ def test_the_matrix_is_what_the_codec_decodes(rng):
         k_hat, v_hat = simulate(state.form.layer, k, v)
         codes = None
         for i, (side, due) in enumerate(((form.k, k_hat), (form.v, v_hat))):
-            first, width = int(form.first[i]), side.matrix.shape[1]
+            first, width = int(form.first[i]), side.matrix.shape[-1]
             own = np.pad(bits, ((0, 0), (0, width)))[:, first : first + width].astype(np.float64)
             if i == 0:
                 weights = np.asarray(form.gain_weights)
