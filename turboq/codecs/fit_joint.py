@@ -57,7 +57,7 @@ def fit_joint(k: Observed, v: Observed, heads: int, *, ridge: float = RIDGE) -> 
     for first in range(0, k.heads, heads):
         own = range(first, first + heads)
         x = _joined(k.x, v.x, own)
-        mean = np.concatenate([seen.mean[h] for seen in (k, v) for h in own])
+        mean = x.mean(axis=0, dtype=np.float64)
         centred = x - mean
         metric = np.zeros((dim, dim))
         at = 0

@@ -1,8 +1,7 @@
 """Reads plan.json, plan.safetensors and packed pages with Python's library and NumPy alone.
 
-Meant to be read and ported to C++ or CUDA: nothing here imports turboq. Three steps, one more where
-heads are stored together ("joint" in a layer) and one for keys that are stored before their rotary
-embedding ("rope" in a layer's k):
+Meant to be ported to C++ or CUDA: nothing here imports turboq. Three steps, one more where heads
+are stored together ("joint" in a layer) and one for keys not stored after RoPE ("rope" in its k):
 
     plan, tensors = read_plan("folder")               JSON, and a safetensors file by hand
     codes = unpack(words)                             bit planes -> one code per token and channel
@@ -13,8 +12,7 @@ embedding ("rope" in a layer's k):
 A page is 256 tokens of one KV head: words uint32 [bits, 8, C]; bit j of words[p, r, c] is bit p of
 the code of token 8 j + r, channel c. Pages follow each other; a field that is not packed has one
 row per token. The two codecs below cover every codec with a rotation and a codebook or with
-symmetric integers; another codec's formula stands in its file.
-"""
+symmetric integers; another codec's formula stands in its file."""
 
 import json
 import pathlib
@@ -120,9 +118,8 @@ def part(plan, tensors, layer, keys, values):
 
 def joint_mean(plan, tensors, layer, head, dim):
     """What `turn` needs of the keys of a head that is joined with others: their mean [D]."""
-    heads = next(e for e in plan["layers"] if e["index"] == layer)["joint"]
-    first = head % heads * dim
-    return {"mean": tensors[f"layers.{layer}.joint.mean"][head // heads, first : first + dim]}
+    group, at = divmod(head, next(e for e in plan["layers"] if e["index"] == layer)["joint"])
+    return {"mean": tensors[f"layers.{layer}.joint.mean"][group, at * dim : (at + 1) * dim]}
 
 
 def turn(plan, layer, arrays, x, positions):

@@ -74,7 +74,11 @@ def test_what_is_seen_of_units_is_what_was_seen(rng):
 
 
 def least(seen, bits):
-    """Predicted cost per token of the best segments of all heads at `bits` in all, by one price."""
+    """Predicted cost per token at `bits` in all, on the convex hull of the heads' best segments.
+
+    The largest of sum(min(error + price bits)) - price `bits` over prices: equal heads, which all
+    change at one price, make no step.
+    """
     options = TransformOptions()
     tables = [t for s in seen for t in head_rates(fit_heads(s, options), options)]
     low, high = 0.0, max(float(t.error.max()) for t in tables)
@@ -83,7 +87,7 @@ def least(seen, bits):
         at = [int(np.argmin(t.error + price * t.bits)) for t in tables]
         spent = sum(int(t.bits[i]) for t, i in zip(tables, at, strict=True))
         low, high = (price, high) if spent > bits else (low, price)
-    return sum(float(t.error[i]) for t, i in zip(tables, at, strict=True))
+    return sum(float(np.min(t.error + high * t.bits)) for t in tables) - high * bits
 
 
 def test_heads_that_share_a_source_cost_a_fraction_and_others_no_less(rng):
