@@ -124,6 +124,7 @@ def forms(layers: Sequence[KVLayer | None], *, tables: bool = False) -> ModelFor
         return None
     heads = [(_heads(layer, "k"), _heads(layer, "v")) for layer in kept]
     fewest = min(len(codes) for sides in heads for side in sides for codes, _ in side)
+    widest = {n: _widest(heads, kept, n) for n in {layer.joint_heads for layer in kept}}
     kinds = list(dict.fromkeys(layer.window for layer in kept))
     out, columns = {}, []
     for window in kinds:
@@ -134,7 +135,7 @@ def forms(layers: Sequence[KVLayer | None], *, tables: bool = False) -> ModelFor
         for i, x, first in zip(own, laid, runs[:, :, 0], strict=True):
             out[i] = LayerForm(
                 layer=shared[i], k=x.k, v=x.v, first=first, most=(most_k, most_v), fewest=fewest,
-                widest=_widest(heads, kept, kept[i].joint_heads),
+                widest=widest[kept[i].joint_heads],
             )  # fmt: skip
         columns.append(count)
     return ModelForm(

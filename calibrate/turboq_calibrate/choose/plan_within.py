@@ -225,10 +225,10 @@ def _joined(
 ) -> int | None:
     """Heads that are joined in every layer, None for none (`Wanted.joint`)."""
     layers = geometry.cache_layers
-    before = k_rope != "after" or all(layer.rope_layout == "none" for layer in layers)
+    unturned = k_rope != "after" or all(layer.rope_layout == "none" for layer in layers)
     learns = all(learned_word(word) for word in wanted.candidates)
     if wanted.joint is not None:
-        if wanted.joint and (wanted.engine is not None or not before):
+        if wanted.joint and (wanted.engine is not None or not unturned):
             raise TurboqError(
                 f"--joint={wanted.joint}: keys are joined before RoPE or in blocks (--k_rope="
                 "before or block:P), and engines read none (no --engine)"
@@ -240,7 +240,7 @@ def _joined(
                 f"{odd[0].index}"
             )
         return wanted.joint or None
-    if not (learns and before and wanted.engine is None and wanted.granularity == "per_head"):
+    if not (learns and unturned and wanted.engine is None and wanted.granularity == "per_head"):
         return None
     seen = statistics.layers[layers[0].index].observed("v")
     if not seen.gradients:

@@ -19,10 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from turboq.numbers import rope as rotary
 from turboq.numbers.rope import Rope
-from turboq_kernels.columns.linear import NONE, LinearLayer, LinearSide
+from turboq_kernels.columns.linear import HIGHEST, NONE, LinearLayer, LinearSide
 from turboq_kernels.columns.types import Sums
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @jax.tree_util.register_dataclass
