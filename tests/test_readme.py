@@ -1,12 +1,14 @@
-"""The pages' Python examples run (those below a `<!-- tested -->` mark), and links lead on.
+"""The pages' Python examples (below a `<!-- tested -->` mark) and notebooks run; links lead on.
 
 Links between pages, to a #part of them too, are also checked by `./scripts/docs`.
 """
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
 
 import turboq
 
@@ -20,6 +22,7 @@ BLOCKS = [
         re.findall(r"<!-- tested -->\n```python\n(.*?)```", page.read_text(), re.DOTALL)
     )
 ]
+NOTEBOOKS = {path.name: json.loads(path.read_text()) for path in ROOT.glob("notebooks/*.ipynb")}
 MADE = {f"docs/reference/{name}.md" for name in ("turboq", "turboq_kernels", "turboq_calibrate")}
 
 
@@ -35,6 +38,20 @@ def test_python_block_runs(code, tmp_path, monkeypatch):
     # A tiny checkpoint stands in for the embedded model: the same calls, in seconds.
     code = code.replace('"embedded"', repr(str(TINY)))
     exec(compile(code, "block", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs(name, tmp_path, monkeypatch):
+    """All cells in their order, on a tiny checkpoint; and no output is committed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = [cell for cell in NOTEBOOKS[name]["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    space = {"__name__": "notebook"}
+    for number, cell in enumerate(cells):
+        code = "".join(cell["source"]).replace('"embedded"', repr(str(TINY)))
+        exec(compile(code, f"{name}, cell {number}", "exec"), space)
+    pyplot.close("all")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
