@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import sys
 
 import jax.numpy as jnp
@@ -9,32 +10,12 @@ import kernel_cases as cases
 import ml_dtypes
 import numpy as np
 import pytest
+from triton_cases import SMALL, make, run
 
+from turboq.codecs.reading import Part, Reading
 from turboq_kernels.decode import triton
 from turboq_kernels.decode import triton_unpack as unpacking
-
-SMALL = triton.Tuning(tile_rows=2, num_warps=4, num_stages=1, programs=1)
-
-
-def make(name, *, dim=32, heads=1, **options):
-    """A case whose level tables are bfloat16 numbers, which is all that the kernel rounds."""
-    case = cases.make(name, dim=dim, heads=heads, **options)
-
-    def rounded(side):
-        tables = tuple(
-            None if t is None else t.astype(jnp.bfloat16).astype(jnp.float32) for t in side.tables
-        )
-        return dataclasses.replace(side, tables=tables)
-
-    return case.replace(k=rounded(case.k), v=rounded(case.v))
-
-
-def run(case, *, tuned=SMALL, splits=1, bias=None, scale=1.0, softcap=None):
-    return triton.decode(
-        case.q, case.k, case.v, case.pages, case.starts, case.ends,
-        **{"bias": bias, "scale": scale, "softcap": softcap} | case.options,
-        splits=splits, interpret=True, tuned=tuned,
-    )  # fmt: skip
+from turboq_kernels.target import Target
 
 
 @pytest.mark.parametrize(
@@ -149,6 +130,25 @@ def test_says_so_where_jax_has_no_triton(monkeypatch):
 
 
 def test_tuning_covers_all_that_is_supported():
-    for dim in (16, 64, 96, 128, 256, 512):
-        for rows in (8, 16, 32, 64):
-            assert triton.tuning(dim, rows).tile_rows in (1, 2, 4, 8)
+    empty = cases.make("affine", lengths=(1,), heads=1).k
+    for dim, bits, rows in itertools.product((16, 64, 96, 128, 256, 512), (1, 4, 8), (8, 16, 64)):
+        part = Part(field="codes", width=dim, bits=bits, levels="affine", offset="offset")
+        side = dataclasses.replace(empty, reading=Reading(parts=(part,)))
+        assert triton.tuning(side, side, rows).tile_rows in (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("capability", "refused"), [((8, 9), True), ((9, 0), False), (None, False)]
+)
+def test_bytes_as_floats_need_sm_90(monkeypatch, capability, refused):
+    """int8 and e4m3 become floats by packed additions of bfloat16, which older GPUs do not have."""
+    gpu = Target(ptx=True, processors=108, capability=capability)
+    monkeypatch.setattr(triton, "target", lambda: gpu)
+    case = cases.make("affine", lengths=(1,), heads=1)
+    for levels in ("int8", "e4m3"):
+        part = Part(field="codes", width=32, bits=8, levels=levels)
+        side = dataclasses.replace(case.k, reading=Reading(parts=(part,)))
+        reason = triton.unsupported_sides(side, case.v)
+        assert (reason is not None) == refused
+        assert reason is None or "sm_89" in reason
+    assert triton.unsupported_sides(case.k, case.v) is None

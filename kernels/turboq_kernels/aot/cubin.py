@@ -2,7 +2,8 @@
 
 No CUDA tool is needed. XLA's serialized executable nests Riegeli files of Snappy chunks around the
 ELF that the driver would load; that ELF says how many registers and bytes of stack each function
-takes, and its instructions are 16 bytes each.
+takes, and its instructions are 16 bytes each. How a function is launched lies before or after it:
+the protocol-buffer fields that follow its name.
 """
 
 from __future__ import annotations
@@ -14,18 +15,48 @@ _RIEGELI = bytes.fromhex("83af70d10d884a3f")  # first 8 bytes of every Riegeli f
 _BLOCK, _BLOCK_HEADER = 65536, 24
 _ELF = b"\x7fELF"
 _INSTRUCTION = 16
-_BRA = 0x947  # low 12 bits of an instruction: the operation
+_BRA, _DEPBAR = 0x947, 0x91A  # low 12 bits of an instruction: the operation
 _REGISTERS, _STACK = 0x2F, 0x11  # attributes of .nv.info: (symbol, value)
+
+
+# A multiprocessor of sm_90: registers, in units of a warp's; bytes of shared memory, of which every
+# program takes some for the system; programs; threads.
+_FILE, _UNIT, _SHARED, _SYSTEM, _PROGRAMS, _THREADS = 65536, 256, 228 * 1024, 1024, 32, 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One GPU function: registers per thread, bytes of local memory, length of its largest loop."""
+    """One GPU function: registers per thread, bytes of local memory, length of its largest loop.
+
+    `loads_ahead` are the groups of asynchronous copies that may still be under way where the loop
+    waits for the oldest: 0 is a single buffer. `threads` and `shared_bytes` are of one program.
+    """
 
     registers: int
     spill_bytes: int
     instructions: int
     loop_instructions: int
+    loads_ahead: int
+    threads: int
+    shared_bytes: int
+
+    @property
+    def residency(self) -> int:
+        """Programs that a multiprocessor of sm_90 holds at a time."""
+        warps = -(-self.threads // 32)
+        registers = -(-32 * self.registers // _UNIT) * _UNIT * warps
+        shared = self.shared_bytes + _SYSTEM
+        return min(_PROGRAMS, _THREADS // (32 * warps), _FILE // registers, _SHARED // shared)
+
+    def columns(self) -> dict[str, int]:
+        """Those of `experiments/results/kernel_costs.json`."""
+        return {
+            "registers": self.registers,
+            "spill_bytes": self.spill_bytes,
+            "shared_bytes": self.shared_bytes,
+            "residency": self.residency,
+            "loads_ahead": self.loads_ahead,
+        }
 
 
 def costs(executable: bytes) -> dict[str, Cost]:
@@ -34,14 +65,23 @@ def costs(executable: bytes) -> dict[str, Cost]:
     Raises:
       ValueError: no ELF inside (another version of XLA may serialize otherwise).
     """
+    data = _unwrapped(executable)
     out = {}
-    for elf in elves(executable):
-        out |= _functions(elf)
+    for elf in _elves(data):
+        out |= _functions(elf, data)
     return out
 
 
 def elves(executable: bytes) -> list[bytes]:
-    """The ELF images in a serialized executable."""
+    """The ELF images in a serialized executable.
+
+    Raises:
+      ValueError: there is none.
+    """
+    return _elves(_unwrapped(executable))
+
+
+def _unwrapped(executable: bytes) -> bytes:
     data = executable
     for _ in range(4):
         start = data.find(_RIEGELI)
@@ -51,14 +91,64 @@ def elves(executable: bytes) -> list[bytes]:
         if inner is None:
             break
         data = inner
+    return data
+
+
+def _elves(data: bytes) -> list[bytes]:
     found, at = [], data.find(_ELF)
     while at >= 0:
         size = _elf_size(data, at)
         found.append(data[at : at + size])
         at = data.find(_ELF, at + size)
     if not found:
-        raise ValueError(f"no ELF in an executable of {len(executable)} bytes")
+        raise ValueError(f"no ELF in an executable of {len(data)} bytes")
     return found
+
+
+def launch(data: bytes, name: str) -> tuple[int, int]:
+    """(threads, bytes of shared memory) of a program of a function; (0, 0) where nothing says so.
+
+    After a kernel's name (field 4) and arguments (5) come its grid (3), its threads (4) and, if it
+    takes any, its bytes of shared memory (6).
+    """
+    tag = b'"' + bytes([len(name)]) + name.encode() + b"*"
+    at, threads, shared = data.find(tag), 0, 0
+    if at < 0:
+        return 0, 0
+    at += len(tag) - 1
+    for wanted in (0x2A, 0x1A, 0x22, 0x30):
+        if at >= len(data) or data[at] != wanted:
+            break
+        value, at = _varint(data, at + 1)
+        if wanted == 0x30:
+            shared = value
+        elif wanted == 0x22:
+            threads = _product(data[at : at + value])
+        at += 0 if wanted == 0x30 else value
+    return threads, shared
+
+
+def _product(message: bytes) -> int:
+    """Of the numbers of a message, which may lie within others."""
+    product, at = 1, 0
+    while at < len(message):
+        kind = message[at] & 7
+        value, at = _varint(message, at + 1)
+        if kind == 2:
+            product *= _product(message[at : at + value])
+            at += value
+        else:
+            product *= value
+    return product
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value, shift = 0, 0
+    while True:
+        value |= (data[at] & 127) << shift
+        shift, at = shift + 7, at + 1
+        if data[at - 1] < 128:
+            return value, at
 
 
 def _without_block_headers(file: bytes) -> bytes:
@@ -120,10 +210,10 @@ def _snappy(data: bytes, at: int) -> bytes | None:
 
 
 def _elf_size(data: bytes, at: int) -> int:
-    """Up to the end of the section table, which is last."""
-    (table,) = struct.unpack_from("<Q", data, at + 0x28)
-    entry, count = struct.unpack_from("<HH", data, at + 0x3A)
-    return table + entry * count
+    """Up to the end of the section table or of the program headers, whichever is last."""
+    headers, table = struct.unpack_from("<QQ", data, at + 0x20)
+    header, count, entry, sections = struct.unpack_from("<HHHH", data, at + 0x36)
+    return max(table + entry * sections, headers + header * count)
 
 
 def _sections(elf: bytes) -> list[tuple[str, bytes]]:
@@ -136,7 +226,7 @@ def _sections(elf: bytes) -> list[tuple[str, bytes]]:
     ]
 
 
-def _functions(elf: bytes) -> dict[str, Cost]:
+def _functions(elf: bytes, data: bytes) -> dict[str, Cost]:
     sections = _sections(elf)
     by_name = dict(sections)
     registers = _attributes(by_name[".nv.info"], _REGISTERS)
@@ -147,9 +237,12 @@ def _functions(elf: bytes) -> dict[str, Cost]:
         name_at, *_ = struct.unpack_from("<I", symbols, 24 * index)
         name = by_name[".strtab"][name_at:].split(b"\0", 1)[0].decode()
         code = by_name[f".text.{name}"]
+        start, end = largest_loop(code)
+        threads, shared = launch(data, name)
         out[name] = Cost(
             registers=registers[index], spill_bytes=stacks.get(index, 0),
-            instructions=len(code) // _INSTRUCTION, loop_instructions=largest_loop(code),
+            instructions=len(code) // _INSTRUCTION, loop_instructions=end - start,
+            loads_ahead=loads_ahead(code, start, end), threads=threads, shared_bytes=shared,
         )  # fmt: skip
     return out
 
@@ -167,9 +260,9 @@ def _attributes(info: bytes, wanted: int) -> dict[int, int]:
     return out
 
 
-def largest_loop(code: bytes) -> int:
-    """Instructions from the target of the farthest backward branch to that branch."""
-    longest = 0
+def largest_loop(code: bytes) -> tuple[int, int]:
+    """Instructions from the target of the farthest backward branch to behind it: [start, end)."""
+    longest = (0, 0)
     for at in range(0, len(code), _INSTRUCTION):
         low, high = struct.unpack_from("<QQ", code, at)
         if low & 0xFFF != _BRA:
@@ -177,6 +270,18 @@ def largest_loop(code: bytes) -> int:
         # Distance in units of 4 bytes from the next instruction: bits 34..81, then 16..23.
         words = ((high << 64 | low) >> 34 & (1 << 48) - 1) << 8 | low >> 16 & 0xFF
         words -= 1 << 56 if words >> 55 else 0
-        if words < -4:  # a branch to itself pads the end of the code
-            longest = max(longest, -4 * words // _INSTRUCTION)
+        length, end = -4 * words // _INSTRUCTION, at // _INSTRUCTION + 1
+        # A branch to itself pads the end of the code.
+        if words < -4 and length > longest[1] - longest[0]:
+            longest = (end - length, end)
     return longest
+
+
+def loads_ahead(code: bytes, start: int, end: int) -> int:
+    """The least number of groups that a wait for copies leaves under way; 0 without a wait."""
+    waits = []
+    for at in range(start, end):
+        (low,) = struct.unpack_from("<Q", code, at * _INSTRUCTION)
+        if low & 0xFFF == _DEPBAR:
+            waits.append(low >> 38 & 63)
+    return min(waits, default=0)

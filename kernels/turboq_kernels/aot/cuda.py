@@ -29,7 +29,7 @@ from turboq_kernels.aot.compilers import Program
 from turboq_kernels.decode import api, types
 
 TARGET = "sm_90"
-DEVICE = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+DEVICE = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
 KERNEL = "turboq_decode"
 
 
@@ -82,25 +82,25 @@ def row(configuration: Configuration) -> dict[str, Any]:
     c = configuration
     rows = max(8, c.group)  # padded: the same kernel for all groups up to 8
     cost = _cost(dataclasses.replace(c, group=rows))
-    tuned = triton.tuning(c.dim, rows)
+    _, k, v, *_ = shapes(c, rows=rows)
+    tuned = triton.tuning(k, v, rows)
     elements = tuned.tile_rows * 32 * 2 * c.dim // (32 * tuned.num_warps)
     return {
         "target": TARGET,
         "op": "decode",
         **dataclasses.asdict(c),
         "instructions_per_element": round(cost.loop_instructions / elements, 3),
-        "registers": cost.registers,
-        "spill_bytes": cost.spill_bytes,
+        **cost.columns(),
     }
 
 
 def program(c: Configuration) -> Program:
-    """`decode` over 16 pages of 256 tokens."""
+    """`decode` of 8 sequences of 32,768 tokens, in pages of 256."""
 
     def run(q, k, v, pages, starts, ends):
         return api.decode(q, k, v, pages, starts, ends, scale=c.dim**-0.5, implementation="triton")
 
-    return Program(run, shapes(c, rows=c.group))
+    return Program(run, shapes(c, rows=c.group, batch=8, count=128))
 
 
 @functools.cache

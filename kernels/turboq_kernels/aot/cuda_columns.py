@@ -48,8 +48,7 @@ def row(configuration: Configuration) -> dict[str, Any]:
     elements = c.joined * triton.TILE * 32 * 2 * c.dim // (32 * warps)
     return {"op": "columns"} | dataclasses.asdict(c) | {
         "instructions_per_element": round(cost.loop_instructions / elements, 3),
-        "registers": cost.registers,
-        "spill_bytes": cost.spill_bytes,
+        **cost.columns(),
     }  # fmt: skip
 
 

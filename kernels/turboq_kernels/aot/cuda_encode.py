@@ -79,8 +79,7 @@ def row(configuration: Configuration) -> dict[str, Any]:
     encoded = min(c.tokens, WORD_BITS) * c.dim
     return {"target": TARGET, "op": "encode"} | dataclasses.asdict(c) | {
         "instructions_per_element": round(executed * 32 * tuned.num_warps / encoded, 1),
-        "registers": cost.registers,
-        "spill_bytes": cost.spill_bytes,
+        **cost.columns(),
     }  # fmt: skip
 
 

@@ -72,8 +72,7 @@ def row(configuration: Configuration) -> dict[str, Any]:
     return {"target": TARGET, "op": "prefill"} | dataclasses.asdict(c) | {
         "rows": tile,
         "instructions_per_element": round(cost.loop_instructions / elements, 3),
-        "registers": cost.registers,
-        "spill_bytes": cost.spill_bytes,
+        **cost.columns(),
     }  # fmt: skip
 
 

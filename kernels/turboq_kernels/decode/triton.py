@@ -16,6 +16,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from turboq_kernels.decode.types import Pages, Partial, Side
+from turboq_kernels.target import target
 
 try:
     import jax.experimental.pallas.triton
@@ -31,6 +32,7 @@ except ImportError as error:  # deprecated since JAX 0.11
 
 _MAX_ROWS = 64
 _MIN_RUN = 16  # the matrix units' smallest depth
+_PACKED_FLOATS = ("int8", "e4m3")  # read by `add.bf16x2`, which sm_90 is the first to have
 
 
 @functools.cache
@@ -39,10 +41,13 @@ def _table() -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def tuning(dim: int, rows: int) -> Tuning:
-    """The tuned numbers for the widest side's `dim` coordinates and `rows` padded query rows."""
+def tuning(k: Side, v: Side, rows: int) -> Tuning:
+    """The tuned numbers for the wider of these sides and `rows` padded query rows."""
+    dim = max(k.reading.width, v.reading.width)
+    bits = max(part.bits for side in (k, v) for part in side.reading.parts)
     for entry in _table()["sm_90"]:
-        if dim <= entry["dim_up_to"] and rows <= entry["rows_up_to"]:
+        fits = bits <= entry.get("bits_up_to", bits)
+        if dim <= entry["dim_up_to"] and rows <= entry["rows_up_to"] and fits:
             return from_entry(Tuning, entry)
     raise ValueError(f"no tuning for {dim=}, {rows=}")
 
@@ -62,8 +67,12 @@ def unsupported(q: Float[Array, "B N M C"], k: Side, v: Side, pages: Pages) -> s
 
 def unsupported_sides(k: Side, v: Side) -> str | None:
     """Why no kernel here can read such stored tokens, or None."""
+    capability = target().capability
     for side in (k, v):
         for part in side.reading.parts:
+            if part.levels in _PACKED_FLOATS and capability is not None and capability < (9, 0):
+                major, minor = capability
+                return f"{part.field!r} as {part.levels} needs sm_90, this GPU is sm_{major}{minor}"
             if part.levels == "table" and part.bits > unpacking.NIBBLE_BITS:
                 return f"a level table of {part.bits} bits ({part.field!r}) has no look-up"
             if part.width % _MIN_RUN:
@@ -93,5 +102,5 @@ def decode(
     return attend(
         q, k, v, pages, starts, ends, bias=bias, scale=scale, softcap=softcap, splits=splits,
         interpret=interpret, rows=rows, name="turboq_decode",
-        tuned=tuned or tuning(max(k.reading.width, v.reading.width), rows),
+        tuned=tuned or tuning(k, v, rows),
     )  # fmt: skip

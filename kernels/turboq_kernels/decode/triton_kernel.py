@@ -1,6 +1,6 @@
 """The body of the Triton kernels over packed head-pages, for decode and for prefill.
 
-One program reads one sequence, one KV head, one tile of query rows and one part of the tokens,
+One program reads one KV head of one part of the tokens (`triton_parts`) for one tile of query rows,
 `tile_rows` word rows (32 tokens each) at a time: a row of a page holds tokens `rows * j + r` of its
 page at bit j, and as attention does not care for order inside a tile, tokens stay as they come out
 of the registers.
@@ -30,9 +30,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from turboq_kernels import merge
+from turboq_kernels.decode import triton_parts
 from turboq_kernels.decode import triton_unpack as unpacking
 from turboq_kernels.decode.types import Pages, Partial, Side
+from turboq_kernels.target import target
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -42,12 +43,12 @@ _SPLIT_ROWS = 16  # up to this many query rows, queries and probabilities are tw
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Word rows per step, warps per program, stages of load pipelining, programs to aim at."""
+    """Word rows per step, warps, stages of load pipelining, programs a multiprocessor holds."""
 
     tile_rows: int
     num_warps: int
     num_stages: int
-    programs: int
+    residency: int
 
 
 def attend(
@@ -69,22 +70,32 @@ def attend(
 ) -> Partial:
     """What `turboq_kernels.decode.api.decode` says, `rows` query rows (a power of two) at a time.
 
-    `splits` None takes as many as make `tuned.programs` programs; `name` is the kernel's.
+    `splits` None spreads the tokens over what the GPU runs at a time; with a number, what a
+    sequence gives does not depend on the others of its batch. `name` is the kernel's.
     """
     batch, heads, m, _ = q.shape
     tiles = -(-m // rows)
     steps = -(-pages.table.shape[1] * k.page // (tuned.tile_rows * 32))
+    gpu = target()
+    count = batch * tiles * (splits or 1)
     if splits is None:
-        splits = max(1, min(-(-tuned.programs // (batch * heads * tiles)), steps))
+        slots = gpu.processors * tuned.residency
+        count = triton_parts.count(batch * tiles, heads, steps, slots)
+    whole = count == batch * tiles
     plan = Plan(
         k=_runs(k), v=_runs(v), rows=k.rows,
         strides=(pages.stride_page, pages.stride_head), m=rows, tiles=tiles,
-        tile_rows=tuned.tile_rows, splits=splits, steps=steps, scale=scale, softcap=softcap,
-        interpret=interpret, asm=has_ptx(interpret),
+        tile_rows=tuned.tile_rows, whole=whole, steps=steps, scale=scale, softcap=softcap,
+        interpret=interpret, asm=gpu.ptx and not interpret,
     )  # fmt: skip
+    low, high = bounds(starts, ends, plan)
+    if whole or splits is not None:
+        parts = triton_parts.split(low, high, splits or 1)
+    else:
+        parts = triton_parts.spread(low, high, count)
     inputs = {
-        "table": pages.table,
-        "bounds": bounds(starts, ends, plan),
+        "table": jnp.maximum(pages.table, 0),  # -1: a page that nobody sees
+        "bounds": [low, high] if whole else list(parts[:3]),
         "starts": starts,
         "ends": ends,
         "bias": bias,
@@ -94,10 +105,10 @@ def attend(
         "v": _operands(v),
     }
     leaves, tree = jax.tree.flatten(inputs)
-    lead = (batch, heads, splits, tiles * rows)
-    acc, top, total = pl.pallas_call(
+    lead = (batch, heads, tiles * rows) if whole else (count, heads, rows)
+    out = pl.pallas_call(
         functools.partial(_kernel, plan=plan, tree=tree),
-        grid=(tiles * splits, heads, batch),
+        grid=(tiles, heads, batch) if whole else (count, heads),
         out_shape=[
             jax.ShapeDtypeStruct((*lead, v.reading.width), jnp.float32),
             *[jax.ShapeDtypeStruct(lead, jnp.float32)] * 2,
@@ -108,9 +119,10 @@ def attend(
         interpret=interpret,
         name=name,
     )(*leaves)
-    parts = Partial(acc=acc, top=top, total=total)
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, :, :m], 2, 0), parts)
-    return jax.tree.map(lambda x: x[0], parts) if splits == 1 else merge.merge(parts)
+    found = Partial(acc=out[0], top=out[1], total=out[2])
+    if not whole:
+        found = triton_parts.merge(found, parts.start, batch=batch, interpret=interpret)
+    return jax.tree.map(lambda x: x[:, :, :m], found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +146,7 @@ class Plan:
     m: int  # query rows of a tile
     tiles: int  # of query rows
     tile_rows: int
-    splits: int
+    whole: bool  # a program reads all tokens of its item
     steps: int
     scale: float
     softcap: float | None
@@ -216,16 +228,16 @@ def _operands(side: Side) -> dict[str, Any]:
     }
 
 
-def has_ptx(interpret: bool) -> bool:
-    """Whether NVIDIA's instructions may be written out (AMD's compiler knows none of them)."""
-    return not (interpret or "rocm" in jax.devices()[0].client.platform_version.lower())
-
-
 def _kernel(*refs, plan: Plan, tree) -> None:
     inputs = jax.tree.unflatten(tree, refs[: tree.num_leaves])
     acc_ref, top_ref, total_ref = refs[tree.num_leaves :]
-    n, b = pl.program_id(1), pl.program_id(2)
-    tile, split = _tile_and_split(pl.program_id(0), plan)
+    n = pl.program_id(1)
+    if plan.whole:
+        tile, b = pl.program_id(0), pl.program_id(2)
+        first, last = (bound[b * plan.tiles + tile] for bound in inputs["bounds"])
+    else:
+        item, first, last = (bound[pl.program_id(0)] for bound in inputs["bounds"])
+        b, tile = item // plan.tiles, item % plan.tiles
     m, tile_tokens = plan.m, plan.tile_rows * 32
     rows = tile * m + jnp.arange(m, dtype=jnp.int32)
     real = rows < inputs["starts"].shape[1]  # padding rows see nothing
@@ -247,22 +259,40 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     v_tables = [_registers(inputs["v"], run, n) for run in plan.v]
     lowest = jnp.min(jnp.where(ends > starts, starts, jnp.int32(2**30)))
     highest = jnp.max(jnp.where(ends > starts, ends, 0))
-    first, last = (inputs["bounds"][b, tile, split, i] for i in (0, 1))
     bits = unpacking.bit_of_field(jnp.arange(32, dtype=jnp.int32))
     gain = plan.scale * (LOG2E if plan.softcap is None else 1.0)
 
-    def step(s, carry):
-        accs, top, total = carry
+    def located(s):
+        """Head-pages and word rows of a step's rows, and its tokens within their pages."""
         at = s * plan.tile_rows + jnp.arange(plan.tile_rows, dtype=jnp.int32)
         p, row = at // plan.rows, at % plan.rows
         page = inputs["table"][b, jnp.minimum(p, inputs["table"].shape[1] - 1)]
         page = page * plan.strides[0] + n * plan.strides[1]
-        inner = plan.rows * bits[None, :] + row[:, None]  # token within its page
-        slots = (p[:, None] * (plan.rows * 32) + inner).reshape(tile_tokens)
-        pages = jnp.broadcast_to(page[:, None], inner.shape)
+        return p, row, page, plan.rows * bits[None, :] + row[:, None]
 
-        def vector(ref):
-            return ref[pages, inner].astype(jnp.float32).reshape(tile_tokens)
+    def vectors(page, inner, side, i):
+        """Scale and offset of a step's tokens in one part, as they are stored."""
+        pages = jnp.broadcast_to(page[:, None], inner.shape)
+        refs = inputs[side]["scales"][i], inputs[side]["offsets"][i]
+        return [ref if ref is None else ref[pages, inner] for ref in refs]
+
+    def all_vectors(s):
+        _, _, page, inner = located(s)
+        return {(side, i): vectors(page, inner, side, i) for side, i in carried}
+
+    # Few rows wait for memory, not for registers: they load scales a step ahead of their use.
+    every = [(side, i) for side in ("k", "v") for i in range(len(inputs[side]["words"]))]
+    carried = [] if plan.rows_first else every
+
+    def step(s, carry):
+        accs, top, total, stored = carry
+        p, row, page, inner = located(s)
+        ahead = all_vectors(jnp.minimum(s + 1, last - 1)) if carried else {}
+        slots = (p[:, None] * (plan.rows * 32) + inner).reshape(tile_tokens)
+
+        def numbers(side, i):
+            of = stored[side, i] if carried else vectors(page, inner, side, i)
+            return [x if x is None else x.astype(jnp.float32).reshape(tile_tokens) for x in of]
 
         logits = jnp.zeros(plan.square(tile_tokens, m), jnp.float32)
         side = inputs["k"]
@@ -273,10 +303,10 @@ def _kernel(*refs, plan: Plan, tree) -> None:
                     levels = _levels(side["words"][i], page, row, run, table, plan)
                     raw += _dot(levels, query, 0, plan)
             raw = _one(raw, plan)
-            scales, offsets = side["scales"][i], side["offsets"][i]
-            raw = raw * (gain if scales is None else plan.of_tokens(vector(scales)) * gain)
+            scales, offsets = numbers("k", i)
+            raw = raw * (gain if scales is None else plan.of_tokens(scales) * gain)
             if offsets is not None:
-                raw += plan.of_tokens(vector(offsets) * gain) * plan.of_rows(sums[i])
+                raw += plan.of_tokens(offsets * gain) * plan.of_rows(sums[i])
             logits = raw if i == 0 else logits + raw
         if bias is not None:
             logits += plan.of_rows(bias * gain)
@@ -296,63 +326,52 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         held = (slots >= lowest) & (slots < highest)
         side, new = inputs["v"], []
         for i in range(len(side["words"])):
+            scales, offsets = numbers("v", i)
             weighted = weights
-            if side["scales"][i] is not None:
-                scales = jnp.where(held, vector(side["scales"][i]), 0.0)
-                weighted = weights * plan.of_tokens(scales)
+            if scales is not None:
+                weighted = weights * plan.of_tokens(jnp.where(held, scales, 0.0))
             weighted = _two(weighted, plan)
             shift = None
-            if side["offsets"][i] is not None:
-                offset = jnp.where(held, vector(side["offsets"][i]), 0.0)
-                shift = jnp.sum(weights * plan.of_tokens(offset), axis=plan.over_tokens)
+            if offsets is not None:
+                offset = plan.of_tokens(jnp.where(held, offsets, 0.0))
+                shift = jnp.sum(weights * offset, axis=plan.over_tokens)
             for run, table, acc in zip(plan.v, v_tables, accs, strict=True):
                 if run.part == i:
                     levels = _levels(side["words"][i], page, row, run, table, plan)
                     acc = acc * plan.of_rows(old) + _one(_dot(levels, weighted, 1, plan), plan)
                     new.append(acc if shift is None else acc + plan.of_rows(shift))
-        return new, new_top, total
+        return new, new_top, total, ahead
 
     carry = (
         [jnp.zeros(plan.square(run.width, m), jnp.float32) for run in plan.v],
         jnp.full((m,), -jnp.inf, jnp.float32),
         jnp.zeros((m,), jnp.float32),
+        all_vectors(first) if carried else {},
     )
-    accs, top, total = jax.lax.fori_loop(first, last, step, carry)
+    accs, top, total, _ = jax.lax.fori_loop(first, last, step, carry)
+    place, at = (b, tile * m) if plan.whole else (pl.program_id(0), 0)
     for run, acc in zip(plan.v, accs, strict=True):
-        across, down = _places(run, rows, plan)
-        acc_ref[b, n, split, across, down] = acc
-    span = pl.ds(tile * m, m)
-    top_ref[b, n, split, span] = top * LN2
-    total_ref[b, n, split, span] = total
-
-
-def _tile_and_split(program, plan: Plan):
-    """Splits of a tile of rows lie side by side; with a single tile no division is left."""
-    if plan.tiles == 1:
-        return 0, program
-    if plan.splits == 1:
-        return program, 0
-    return program // plan.splits, program % plan.splits
+        across, down = _places(run, at + jnp.arange(m, dtype=jnp.int32), plan)
+        acc_ref[place, n, across, down] = acc
+    span = pl.ds(at, m)
+    top_ref[place, n, span] = top * LN2
+    total_ref[place, n, span] = total
 
 
 def bounds(
     starts: Int[Array, "B M"], ends: Int[Array, "B M"], plan: Plan
-) -> Int[Array, "B tiles S 2"]:
-    """First and last step of every tile's splits, of the slots that some row of the tile sees."""
+) -> tuple[Int[Array, "I"], Int[Array, "I"]]:
+    """First step and the one after the last of what some row of every item sees."""
     tokens = plan.tile_rows * 32
     unit = max(plan.rows * 32, tokens)  # the tokens of a page are spread over all its steps
     each = unit // tokens
     padding = ((0, 0), (0, plan.tiles * plan.m - starts.shape[1]))
-    shape = (starts.shape[0], plan.tiles, plan.m)
+    shape = (starts.shape[0] * plan.tiles, plan.m)
     starts, ends = (jnp.pad(x, padding).reshape(shape) for x in (starts, ends))
     seen = ends > starts
-    low = jnp.min(jnp.where(seen, starts, jnp.int32(2**30)), axis=2) // unit * each
-    high = (jnp.max(jnp.where(seen, ends, 0), axis=2) + unit - 1) // unit * each
-    high = jnp.minimum(high, plan.steps)
-    share = (jnp.maximum(high - low, 0) + plan.splits - 1) // plan.splits
-    split = jnp.arange(plan.splits, dtype=jnp.int32)
-    first = low[..., None] + share[..., None] * split[None, None, :]
-    return jnp.stack([first, jnp.minimum(first + share[..., None], high[..., None])], axis=-1)
+    low = jnp.min(jnp.where(seen, starts, jnp.int32(2**30)), axis=1) // unit * each
+    high = (jnp.max(jnp.where(seen, ends, 0), axis=1) + unit - 1) // unit * each
+    return low, jnp.minimum(high, plan.steps)
 
 
 def _places(run: _Run, rows: Array, plan: Plan) -> tuple[Array, Array]:

@@ -27,11 +27,7 @@ def unsupported(name: str, codec: Codec, page: int) -> str | None:
     """Why a kernel cannot encode with a codec into pages of `page` tokens, or None."""
     if codec.writing is None:
         return f"codec {codec.name!r} as configured has no writing for kernels"
-    try:
-        module = importlib.import_module(MODULES[name])
-    except ImportError as error:
-        return f"it cannot be imported here ({error})"
-    return module.unsupported(codec.writing, codec.dim, page)
+    return importlib.import_module(MODULES[name]).unsupported(codec.writing, codec.dim, page)
 
 
 # Cached, so that one setting is one function: `cache.contiguous.write` compiles once for each.

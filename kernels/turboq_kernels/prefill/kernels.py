@@ -58,6 +58,7 @@ def history(
     Raises:
       ValueError: shapes that do not match, an unknown implementation, or a named one that does not
         support the case (the message says why).
+      ImportError: this JAX lacks the backend that the platform's kernel is written in.
     """
     decoding.check(q, k, v, pages, starts, ends)
     name = choose(q, k, v, pages, implementation, interpret)
@@ -94,9 +95,9 @@ def own(
     should be about ascending.
 
     Raises:
-      ValueError: an unknown implementation, or a named one that is not available here.
+      ValueError: an unknown implementation (ImportError: as `history`).
     """
-    name = _choose(implementation, interpret, _unavailable)
+    name = _choose(implementation, interpret, lambda name: None)
 
     def seen():
         s = positions[:, None, :]
@@ -132,9 +133,6 @@ def choose(
     """
 
     def unable(name: str) -> str | None:
-        missing = _unavailable(name)
-        if missing is not None:
-            return missing
         return importlib.import_module(_MODULES[name]).unsupported(q, k, v, pages)
 
     return _choose(implementation, interpret, unable)
@@ -152,11 +150,3 @@ def _choose(implementation: str | None, interpret: bool, unable) -> str:
     if reason is not None:
         raise ValueError(f"{implementation=} cannot run this case: {reason}; use 'xla' or None")
     return implementation
-
-
-def _unavailable(name: str) -> str | None:
-    try:
-        importlib.import_module(_MODULES[name])
-    except ImportError as error:
-        return f"it cannot be imported here ({error})"
-    return None

@@ -25,8 +25,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from turboq_kernels.decode import triton_unpack as unpacking
-from turboq_kernels.decode.triton_kernel import LN2, LOG2E, has_ptx
+from turboq_kernels.decode.triton_kernel import LN2, LOG2E
 from turboq_kernels.decode.types import Partial
+from turboq_kernels.target import target
 
 _FAR = 2**30
 _MIN_WIDTH = 16  # the matrix units' smallest depth
@@ -75,7 +76,7 @@ def attend_exact(
     qs = _rounded(q.astype(jnp.float32) * gain)[: len(ks)]
     plan = _Plan(
         rows=tuned.rows, entries=tuned.entries, k_pieces=len(ks), v_pieces=len(vs),
-        softcap=softcap, asm=has_ptx(interpret),
+        softcap=softcap, asm=target().ptx and not interpret,
     )  # fmt: skip
     lower = jnp.maximum(lower, 0)
     limits = bounds(positions, lower, upper, tuned)
