@@ -120,6 +120,17 @@ def test_docstrings_have_the_needed_parts(package, name):
         assert undocumented == []
 
 
+def test_modules_of_public_names_are_strictly_typed():
+    """pyright checks them strictly: the mark that it looks for is there."""
+    loose = {
+        module.__name__
+        for package, name in PUBLIC
+        if (module := inspect.getmodule(getattr(importlib.import_module(package), name)))
+        and "# pyright: strict" not in inspect.getsource(module)
+    }
+    assert loose == set()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """One folder for all examples: what `calibrate` writes, the others read."""

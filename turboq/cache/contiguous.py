@@ -30,18 +30,20 @@ Examples:
   ([10], True)
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from turboq.cache import joint, overflow, windows
 from turboq.cache.key_form import to_stored
@@ -163,7 +165,7 @@ def settled(layer: KVLayer, cache: LayerCache) -> LayerCache:
     Several tokens written at once need more while their queries look: `write` makes room for them,
     and after attention this gives it up. A cache that is not settled only takes more memory.
     """
-    return _holding(layer, cache, 1)
+    return cast(LayerCache, _holding(layer, cache, 1))
 
 
 @functools.partial(jax.jit, static_argnames=("new",))
@@ -176,8 +178,8 @@ def _holding(layer: KVLayer, cache: LayerCache, new: int) -> LayerCache:
     first = windows.first_needed(layer.window, cache.lengths)
     given_up = (first - cache.dropped) // packing.PAGE
 
-    def move(groups):
-        def one(x):
+    def move(groups: tuple[GroupBuffers, ...]) -> tuple[GroupBuffers, ...]:
+        def one(x: Array) -> Array:
             return windows.moved(x, given_up, old, count, axis=2)
 
         return tuple(
@@ -186,7 +188,10 @@ def _holding(layer: KVLayer, cache: LayerCache, new: int) -> LayerCache:
         )
 
     if count == old:  # most tokens begin no page
-        groups = jax.lax.cond(jnp.any(given_up > 0), move, lambda groups: groups, cache.groups)
+        groups = cast(
+            tuple[GroupBuffers, ...],
+            jax.lax.cond(jnp.any(given_up > 0), move, _same, cache.groups),
+        )
     else:
         groups = move(cache.groups)
     return dataclasses.replace(cache, groups=groups, dropped=first, slots=count * packing.PAGE)
@@ -235,28 +240,35 @@ def write(
       TurboqError: outside jit, tokens that do not fit.
     """
     check_room(cache.lengths, cache.capacity, k.shape[1], counts)
-    return _write(layer, cache, k, v, counts, store or store_encoded)
+    return cast(tuple[LayerCache, Tail], _write(layer, cache, k, v, counts, store or store_encoded))
 
 
 @functools.partial(jax.jit, static_argnames=("store",))
-def _write(layer: KVLayer, cache: LayerCache, k, v, counts, store: Store):
+def _write(
+    layer: KVLayer,
+    cache: LayerCache,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    counts: Int[Array, "B"] | None,
+    store: Store,
+) -> tuple[LayerCache, Tail]:
     check_heads(layer, k.shape[2])
     batch, t = k.shape[:2]
-    cache = _holding(layer, cache, t)
+    held = cast(LayerCache, _holding(layer, cache, t))
     steps = jnp.arange(t, dtype=jnp.int32)
     counts = jnp.full((batch,), t, jnp.int32) if counts is None else counts
-    fitting, lost = overflow.split(cache.lengths, counts, jnp.int32(cache.capacity))
-    positions = cache.lengths[:, None] + steps[None, :]
+    fitting, lost = overflow.split(held.lengths, counts, jnp.int32(held.capacity))
+    positions = held.lengths[:, None] + steps[None, :]
     valid = steps[None, :] < fitting[:, None]
-    store = store if cache.dropped is None else _after(cache.dropped, store)
+    store = store if held.dropped is None else _after(held.dropped, store)
     groups = tuple(
-        write_group(layer, g, buffers, k, v, cache.lengths, positions, valid, fitting, store)
-        for g, buffers in zip(layer.groups, cache.groups, strict=True)
+        write_group(layer, g, buffers, k, v, held.lengths, positions, valid, fitting, store)
+        for g, buffers in zip(layer.groups, held.groups, strict=True)
     )
     new = dataclasses.replace(
-        cache, groups=groups, lengths=cache.lengths + fitting, overflow=cache.overflow + lost
+        held, groups=groups, lengths=held.lengths + fitting, overflow=held.overflow + lost
     )
-    before, after = (cache.groups, cache.lengths), (groups, new.lengths)
+    before, after = (held.groups, held.lengths), (groups, new.lengths)
     return new, tail_of(layer, before, after, k, v, positions, valid)
 
 
@@ -275,9 +287,17 @@ def _empty(codec: Codec, lead: tuple[int, int], capacity: int) -> Stored:
 
 
 def write_group(
-    layer: KVLayer, group: HeadGroup, buffers: GroupBuffers, k, v, start, positions, valid, counts,
+    layer: KVLayer,
+    group: HeadGroup,
+    buffers: GroupBuffers,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    start: Int[Array, "B"],
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    counts: Int[Array, "B"],
     store: Store,
-) -> GroupBuffers:  # fmt: skip
+) -> GroupBuffers:
     """Writes tokens to one group: `store` puts encoded ones where this cache keeps them."""
     sinks, ring = layer.policy.sinks, layer.ring
     units = joint.to_units(layer, k, v, positions)
@@ -289,12 +309,16 @@ def write_group(
     # Of a chunk longer than the ring only its last tokens are written: slots stay unique.
     slot = jnp.where(valid & (from_end <= ring), positions % max(ring, 1), ring)
 
-    def side(codec, arrays, stored, recent, x, store):
+    def side(
+        codec: Codec, arrays: Arrays, stored: Stored, recent: Array, x: Array, store: Store
+    ) -> Stored:
         if layer.block == 1:
             return store(codec, arrays, stored, x, positions, valid)
         return _store_blocks(layer, codec, arrays, stored, recent, x, start, counts, store)
 
-    def k_store(codec, arrays, stored, x, positions, valid):
+    def k_store(
+        codec: Codec, arrays: Arrays, stored: Stored, x: Array, positions: Array, valid: Array
+    ) -> Stored:
         if layer.joint_heads is None:
             x = to_stored(layer, arrays, x, positions)
         return store(codec, arrays, stored, x, positions, valid)
@@ -312,21 +336,36 @@ def write_group(
 def _after(dropped: Int[Array, "B"], store: Store) -> Store:
     """`store` into slots counted from token `dropped` on."""
 
-    def shifted(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
+    def shifted(
+        codec: Codec, arrays: Arrays, stored: Stored, x: Array, positions: Array, valid: Array
+    ) -> Stored:
         return store(codec, arrays, stored, x, positions - dropped[:, None], valid)
 
     return shifted
 
 
-def store_encoded(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
+def store_encoded(
+    codec: Codec,
+    arrays: Arrays,
+    stored: Stored,
+    x: Float[Array, "B N T D"],
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> Stored:
     """Encodes x [B, N, T, D], whole blocks of it, into slots positions[:, 0] onwards."""
     encoded = jax.vmap(codec.encode, in_axes=(0, 1), out_axes=1)(arrays, x)
     return put(codec, encoded, stored, positions, valid)
 
 
-def put(codec: Codec, encoded: Stored, stored: Stored, positions, valid) -> Stored:
+def put(
+    codec: Codec,
+    encoded: Stored,
+    stored: Stored,
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> Stored:
     """The fields that are in `encoded` [B, N, T, ...], written into slots positions[:, 0] on."""
-    out = {}
+    out: Stored = {}
     for field in codec.fields:
         if field.name not in encoded:
             continue
@@ -347,9 +386,16 @@ def put(codec: Codec, encoded: Stored, stored: Stored, positions, valid) -> Stor
 
 
 def _store_blocks(
-    layer: KVLayer, codec: Codec, arrays: Arrays, stored: Stored, recent, x, start, counts,
+    layer: KVLayer,
+    codec: Codec,
+    arrays: Arrays,
+    stored: Stored,
+    recent: Float[Array, "B N R D"],
+    x: Float[Array, "B N T D"],
+    start: Int[Array, "B"],
+    counts: Int[Array, "B"],
     store: Store,
-) -> Stored:  # fmt: skip
+) -> Stored:
     """Encodes the blocks that these tokens complete, from the exact ring and the new tokens."""
     first, end = layer.stored_until(start), layer.stored_until(start + counts)
     # T tokens complete ceil(T / block) blocks at most, wherever they start.
@@ -362,11 +408,15 @@ def _store_blocks(
     tokens = jnp.where(old, kept.astype(jnp.float32), round_exact(layer.policy, new))
     complete = positions < end[:, None]
 
-    def encode(stored):
+    def encode(stored: Stored) -> Stored:
         return store(codec, arrays, stored, tokens, positions, complete)
 
     # Most appended tokens complete no block and encode nothing.
-    return jax.lax.cond(jnp.any(end > first), encode, lambda stored: stored, stored)
+    return cast(Stored, jax.lax.cond(jnp.any(end > first), encode, _same, stored))
+
+
+def _same[T](x: T) -> T:
+    return x
 
 
 def _scatter(
@@ -379,7 +429,7 @@ def _scatter(
         return buffer
     rows = rows.astype(buffer.dtype)
 
-    def one_sequence(buffer, rows, slots):
+    def one_sequence(buffer: Array, rows: Array, slots: Array) -> Array:
         return buffer.at[:, slots].set(rows, mode="drop", unique_indices=False)
 
     return jax.vmap(one_sequence)(buffer, rows, slots)
@@ -388,7 +438,15 @@ def _scatter(
 Held = tuple[tuple[GroupBuffers, ...], Int[Array, "B"]]  # buffers, and tokens present
 
 
-def tail_of(layer: KVLayer, old: Held, new: Held, k, v, positions, valid) -> Tail:
+def tail_of(
+    layer: KVLayer,
+    old: Held,
+    new: Held,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> Tail:
     """Exact tokens that the queries of these new tokens may need."""
     ring, t = layer.ring, k.shape[1]
     (old_groups, old_lengths), (new_groups, new_lengths) = old, new
@@ -410,7 +468,7 @@ def tail_of(layer: KVLayer, old: Held, new: Held, k, v, positions, valid) -> Tai
 def ring_of(layer: KVLayer, groups: tuple[GroupBuffers, ...]) -> tuple[Array, Array]:
     """Exact recent keys and values of all heads, [B, ring, K, D], in ring order."""
 
-    def gather(parts):
+    def gather(parts: list[Array]) -> Array:
         return in_head_order(layer, jnp.concatenate(parts, axis=1), 1).swapaxes(1, 2)
 
     return (

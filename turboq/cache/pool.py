@@ -12,10 +12,12 @@ for i in range(len(layers)):                          # in the model's forward p
 b = pool.pager.fork(a)                                # shares the prompt's pages
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 from jaxtyping import Array, Float
@@ -29,7 +31,7 @@ from turboq.cache.pager import Evict, Pager
 from turboq.numbers.packing import PAGE
 
 # The old pool's buffers are given up: a step changes a few pages and copies none.
-_write = functools.partial(jax.jit, donate_argnums=1)(paged_cache.write)
+_write = jax.jit(paged_cache.write, donate_argnums=1)
 
 
 class Pool:
@@ -108,7 +110,9 @@ class Pool:
         self, i: int, where: Where, k: Float[Array, "B T K D"], v: Float[Array, "B T K E"]
     ) -> Tail:
         """Stores the step's tokens in layer i (`turboq.cache.paged.write`)."""
-        self.caches[i], tail = _write(self.layers[i], self.caches[i], where, k, v)
+        self.caches[i], tail = cast(
+            tuple[PagedCache, Tail], _write(self.layers[i], self.caches[i], where, k, v)
+        )
         return tail
 
     def view(self, i: int, where: Where) -> PagedView:

@@ -1,5 +1,7 @@
 """What fits: the longest context for a memory."""
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -7,12 +7,15 @@ prompt depends on the seed and on its place among the prompts alone, not on what
 with.
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -130,8 +133,8 @@ def generate(
     _check(model, rows, max_new_tokens)
     sizes = np.array([len(row) for row in rows])
     batch, chunk = min(batch, len(rows)), min(chunk, int(sizes.max()))
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(sampling.seed), i))(
-        jnp.arange(len(rows))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        jax.random.key(sampling.seed), jnp.arange(len(rows))
     )
     tokens: list[list[int]] = [[] for _ in rows]
     stopped = [False] * len(rows)
@@ -239,7 +242,7 @@ def _choose(
     if sampling.temperature == 0:
         return logits.argmax(axis=-1).astype(np.int32)
     how = jnp.float32(sampling.temperature), jnp.float32(sampling.top_p)
-    kept = nucleus(jnp.asarray(logits), *how)
+    kept = cast(Array, nucleus(jnp.asarray(logits), *how))
     return np.asarray(draw(kept, keys, jnp.int32(step)))
 
 

@@ -1,9 +1,11 @@
 """What is observed, and what identifies a run: the recipe, hashes of inputs, their checks."""
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -130,15 +132,19 @@ def observe_inputs(
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Fields in which two runs differ, one line each."""
     if isinstance(old, dict) and isinstance(new, dict):
+        there, now = cast(dict[str, Any], old), cast(dict[str, Any], new)
         return [
             line
-            for key in sorted(old.keys() | new.keys())
-            for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            for key in sorted(there.keys() | now.keys())
+            for line in differences(there.get(key), now.get(key), f"{path}.{key}" if path else key)
         ]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
+    if isinstance(old, list) and isinstance(new, list):
+        first, second = cast(list[Any], old), cast(list[Any], new)
+        if len(first) != len(second):
+            return [f"{path}: there {quoted(first)}, now {quoted(second)}"]
+        pairs = enumerate(zip(first, second, strict=True))
         return [line for i, (a, b) in pairs for line in differences(a, b, f"{path}[{i}]")]
-    return [] if old == new else [f"{path}: there {quoted(old)}, now {quoted(new)}"]
+    return [] if old == new else [f"{path}: there {quoted(cast(Any, old))}, now {quoted(new)}"]
 
 
 def check_sizes(model: Model, windows: Windows, recipe: ObserveRecipe) -> None:

@@ -1,5 +1,7 @@
 """Attention over the packed cache: the call a model makes, prefill or decode."""
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import functools

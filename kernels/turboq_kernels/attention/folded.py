@@ -7,6 +7,8 @@ with acc in the space of V's codes, U its inverse transform and W_h [E, F] the r
 belong to query head h. Exact tokens (sinks, recent window) keep their own product with W_o.
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -21,6 +23,7 @@ from turboq.cache.contiguous import LayerCache, Tail
 from turboq.cache.exact_attention import HIGHEST
 from turboq.cache.layer import KVLayer
 from turboq.cache.paged import PagedView
+from turboq.codecs.base import Arrays, Codec
 from turboq_kernels.attention import base
 from turboq_kernels.attention.api import STATIC, check
 
@@ -55,33 +58,35 @@ def fold_output(layer: KVLayer, w_o: Float[Array, "H E F"]) -> tuple[FoldedGroup
     if heads % layer.kv_heads:
         raise ValueError(f"{heads=} of w_o must be a multiple of {layer.kv_heads} KV heads")
     by_kv = w_o.astype(jnp.float32).reshape(layer.kv_heads, -1, dim, width)
-    folded = []
+    folded: list[FoldedGroup] = []
     for group in layer.groups:
         codec, w = group.v, by_kv[jnp.array(group.heads)]
         size = _code_space(codec, group.v_arrays)
 
-        def head(arrays, w, codec=codec, size=size):
+        def head(
+            arrays: Arrays, w: Array, codec: Codec = codec, size: int = size
+        ) -> tuple[Array, Array]:
             turn = codec.unfold_output(arrays, jnp.eye(size), jnp.zeros((size,), jnp.float32))
             mean = codec.unfold_output(arrays, jnp.zeros((1, size)), jnp.ones((1,), jnp.float32))
-            product = functools.partial(jnp.einsum, precision=HIGHEST)
-            return product("ce,gef->gcf", turn, w), product("e,gef->gf", mean[0], w)
+            stored = jnp.einsum("ce,gef->gcf", turn, w, precision=HIGHEST)
+            return stored, jnp.einsum("e,gef->gf", mean[0], w, precision=HIGHEST)
 
         stored, mean = jax.vmap(head)(group.v_arrays, w)
         folded.append(FoldedGroup(stored=stored, mean=mean, exact=w))
     return tuple(folded)
 
 
-def _code_space(codec, arrays) -> int:
+def _code_space(codec: Codec, arrays: Arrays) -> int:
     """C: the width of the weighted sums that `codec.unfold_output` takes."""
     if codec.reading is not None:
         return codec.reading.width
 
-    def width(arrays):
+    def width(arrays: Arrays) -> Array:
         tokens = max(codec.block, 1)
         stored = codec.encode(arrays, jnp.zeros((tokens, codec.dim), jnp.float32))
         return codec.accumulate(arrays, jnp.zeros((1, tokens), jnp.float32), stored)
 
-    return jax.eval_shape(width, jax.tree.map(lambda x: x[0], arrays)).shape[-1]
+    return jax.eval_shape(width, {name: x[0] for name, x in arrays.items()}).shape[-1]
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)

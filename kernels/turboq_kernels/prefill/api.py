@@ -1,5 +1,7 @@
 """A chunk of a prompt: attention to the packed history and to itself, then into the cache."""
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import functools
@@ -95,7 +97,11 @@ def prefill(
 
 
 def _tail(
-    layer: KVLayer, history: LayerCache | PagedView, k, v, positions: Int[Array, "B T"]
+    layer: KVLayer,
+    history: LayerCache | PagedView,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    positions: Int[Array, "B T"],
 ) -> Tail:
     """The ring as it was, and the chunk itself as the ring would hold it."""
     k, v = round_exact(layer.policy, k), round_exact(layer.policy, v)
