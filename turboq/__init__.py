@@ -6,11 +6,12 @@ The names that most programs need, loaded when first used (`turboq memory` never
     Plan, load, save, summary, uniform_plan                    how a model's K and V are stored
     TokenPolicy(sinks=4)                                       which tokens stay exact
     KVLayer, uniform_layer, contiguous, Pool                   packed caches of a layer, of a model
-    max_context                                                what fits a memory
+    accounting, max_context                                    bytes; what fits a memory
+    ENGINES, export_plan                                       plans for other engines
     packing, rotation, codebook                                the numbers underneath
 
-Attention over such a cache is `turboq_kernels.cache_attention`; `turboq.export` writes plans for
-other engines. Shapes are in the letters of `docs/reference/index.md`.
+Attention over such a cache is `turboq_kernels.cache_attention`. Shapes are in the letters of
+`docs/reference/index.md`.
 """
 
 # pyright: strict
@@ -25,7 +26,8 @@ _FROM = {
         "LayerGeometry", "ModelGeometry", "Plan", "head_plan", "load", "save", "summary",
         "uniform_plan",
     ),
-    "turboq.cache": ("contiguous",),
+    "turboq.cache": ("accounting", "contiguous"),
+    "turboq.export": ("ENGINES", "export_plan"),
     "turboq.cache.layer": ("KVLayer", "TokenPolicy", "uniform_layer"),
     "turboq.cache.pool": ("Pool",),
     "turboq.what_fits.max_context": ("max_context",),
@@ -36,6 +38,7 @@ _NAMES = {name: module for module, names in _FROM.items() for name in names}
 __all__ = sorted([*_NAMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from turboq.cache import accounting as accounting
     from turboq.cache import contiguous as contiguous
     from turboq.cache.layer import KVLayer as KVLayer
     from turboq.cache.layer import TokenPolicy as TokenPolicy
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
     from turboq.codecs import Transform as Transform
     from turboq.codecs import TurboQuantMSE as TurboQuantMSE
     from turboq.errors import TurboqError as TurboqError
+    from turboq.export import ENGINES as ENGINES
+    from turboq.export import export_plan as export_plan
     from turboq.numbers import codebook as codebook
     from turboq.numbers import packing as packing
     from turboq.numbers import rotation as rotation

@@ -36,6 +36,8 @@ from turboq.export.vllm import VLLM
 from turboq.export.write import export as export
 from turboq.registry import Registry
 
+export_plan = export  # its name in `turboq`, where `export` is this package
+
 
 def _check(found: object) -> Exporter:
     found = found() if isinstance(found, type) else found

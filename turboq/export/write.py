@@ -1,5 +1,7 @@
 """Writing an export: everything checked first, then one folder, whole or not at all."""
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -50,6 +52,19 @@ def export(
       TurboqError: the engine cannot hold the plan even approximately, the checkpoint is another
         model's, the folder holds something else, or turboq lacks a codec of what is to be measured.
         Nothing is written then.
+
+    Examples:
+      >>> import turboq
+      >>> sizes = dict(kv_heads=2, q_heads=4, k_dim=64, v_dim=64)
+      >>> layer = turboq.LayerGeometry(index=0, path="l0", **sizes)
+      >>> model = turboq.ModelGeometry(
+      ...     fingerprint="mine-1", family="mine", name="one layer", layers=(layer,)
+      ... )
+      >>> codec = turboq.TurboQuantMSE(dim=64, bits=4)
+      >>> plan = turboq.uniform_plan(model, k=codec, v=codec)
+      >>> report = turboq.export_plan(plan, {}, turboq.ENGINES["reader"], "for_reader")
+      >>> report.engine_bytes_per_token  # 2 heads of 64 + 64 numbers in 4 bits, 4 norms of 2 bytes
+      136.0
     """
     options = options or Options()
     exporter.check_model(plan.model)
