@@ -285,8 +285,11 @@ def lengths_of(values: flags.FlagValues, spec: ModelSpec) -> list[int]:
     """The tokens that --lengths lists, each once.
 
     Raises:
-      TurboqError: one is no whole number, below 2, given twice, or beyond the model's context.
+      TurboqError: none, or one is no whole number, below 2, given twice, or beyond the model's
+        context.
     """
+    if not values.lengths:
+        raise TurboqError("--lengths is empty: give numbers of tokens, for example 1024,4096")
     found: list[int] = []
     for entry in values.lengths:
         length = int(entry) if entry.strip().isdecimal() else 0

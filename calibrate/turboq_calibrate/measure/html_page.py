@@ -27,7 +27,7 @@ from turboq_calibrate.measure.quality_table import (
     read_quality,
     scopes,
 )
-from turboq_calibrate.tasks.results import RESULTS, cells, notes_of, read_results
+from turboq_calibrate.tasks.results import DETAILS, RESULTS, cells, details, notes_of, read_results
 
 REPORT = "report.html"
 
@@ -169,6 +169,9 @@ def _tasks(tasks: dict[str, Any]) -> list[str]:
         "offered; written: greedy decoding writes it. Plans: change of its log-probability in "
         "nats, and how often greedy decoding writes what it writes with the exact cache.</p>",
         *(f'<p class="soft">{_text(note)}.</p>' for note in notes),
+        "<h3>In detail</h3>",
+        _table(details(tasks["rows"])),
+        f'<p class="soft">{_text(DETAILS[0].upper() + DETAILS[1:])} (McNemar).</p>',
         *_figure(
             "Which tasks tolerate how many bits",
             pictures.loss_by_task(tasks["rows"]),

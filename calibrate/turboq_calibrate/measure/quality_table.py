@@ -163,11 +163,11 @@ def by_position(rows: Sequence[Row]) -> list[dict[str, str]]:
         {
             "plan": row["name"],
             "positions": f"{b['start']}..{b['end'] - 1}",
-            "KL mean": _with(nats, b["kl_mean"], b["kl_mean_ci"]),
-            "p99": _with(nats, b["kl_p99"], b["kl_p99_ci"]),
-            "p99.9": _with(nats, b["kl_p999"], b["kl_p999_ci"]),
-            "top-1, %": _with(lambda x: f"{100 * x:.1f}", b["top1"], b["top1_ci"]),
-            "perplexity ratio": _with(
+            "KL mean": with_interval(nats, b["kl_mean"], b["kl_mean_ci"]),
+            "p99": with_interval(nats, b["kl_p99"], b["kl_p99_ci"]),
+            "p99.9": with_interval(nats, b["kl_p999"], b["kl_p999_ci"]),
+            "top-1, %": with_interval(lambda x: f"{100 * x:.1f}", b["top1"], b["top1_ci"]),
+            "perplexity ratio": with_interval(
                 lambda x: f"{x:.4f}", b["perplexity_ratio"], b["perplexity_ratio_ci"]
             ),
         }
@@ -184,7 +184,7 @@ def by_step(rows: Sequence[Row]) -> list[dict[str, str]]:
             "positions": str(s["positions"]),
             "KL, one pass": nats(s["kl_one_pass"]),
             "KL, step by step": nats(s["kl_steps"]),
-            "difference": _with(
+            "difference": with_interval(
                 lambda x: f"{x:+.1e}", s["kl_steps"] - s["kl_one_pass"], s["difference_ci"]
             ),
             "largest": nats(s["largest"]),
@@ -196,7 +196,7 @@ def by_step(rows: Sequence[Row]) -> list[dict[str, str]]:
     ]
 
 
-def _with(shown: Callable[[float], str], x: float, ci: Sequence[float] | None) -> str:
+def with_interval(shown: Callable[[float], str], x: float, ci: Sequence[float] | None) -> str:
     """A number and its interval."""
     return shown(x) if ci is None else f"{shown(x)} ({shown(ci[0])} .. {shown(ci[1])})"
 

@@ -62,10 +62,14 @@ def measure_tasks(
         that are not finite.
     """
     names = [name for name, _, _ in plans]
-    if not plans or not tasks or not lengths or len(set(names)) != len(names):
-        raise TurboqError(f"tasks need plans of different names, got {names}, tasks and lengths")
-    if count < 1 or not depths or not all(0 <= depth <= 1 for depth in depths):
-        raise TurboqError(f"{count=} must be 1 or more and {depths=} between 0 and 1")
+    if not plans or len(set(names)) != len(names):
+        raise TurboqError(f"tasks need plans of different names, got {names}")
+    if not tasks or not lengths:
+        raise TurboqError(f"{len(tasks)} tasks at lengths {list(lengths)}: one or more of each")
+    if count < 1:
+        raise TurboqError(f"{count=} must be 1 example or more")
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise TurboqError(f"depths={list(depths)} must be one or more, from 0 to 1")
     geometry = model_geometry(model)
     for name, plan, _ in plans:
         try:

@@ -281,6 +281,8 @@ def test_tasks_are_a_table_and_a_picture(full, tmp_path):
     assert label is not None
     assert label[1].endswith("Largest: a &amp; b needle 1, c needle 0.1 nats.")
     assert "-1.00 75 %" in page
+    assert "<td>-1.00 (-2.00 .. +0.00)</td>" in page
+    assert ">at 0.5</th>" in page
     assert "&lt;lots&gt;" in page.partition("counted for nothing")[2][:20]
     assert "<lots>" not in page
     for row in found["rows"]:
