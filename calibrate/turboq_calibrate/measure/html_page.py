@@ -26,6 +26,7 @@ from turboq_calibrate.measure.quality_table import (
     nats,
     read_quality,
     scopes,
+    unequal,
 )
 from turboq_calibrate.tasks.results import DETAILS, RESULTS, cells, details, notes_of, read_results
 
@@ -305,7 +306,7 @@ def _quality(quality: Quality) -> list[str]:
             parts += ["<h3>By position</h3>", _table(buckets)]
         if walked := by_step(rows):
             parts += ["<h3>Step by step through the packed cache</h3>", _table(walked)]
-    return parts
+    return parts + [f'<p class="soft">{_text(x)}.</p>' for x in unequal(quality.rows)]
 
 
 def _definitions(table: dict[str, Any]) -> str:

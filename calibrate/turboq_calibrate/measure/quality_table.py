@@ -237,6 +237,20 @@ def cautions(rows: Sequence[Row], text: dict[str, Any]) -> list[str]:
     return found
 
 
+def unequal(rows: Sequence[Row]) -> list[str]:
+    """A line where plans keep unequal numbers of tokens exact, from rows of either command."""
+    plans: dict[tuple[int, int], dict[str, None]] = {}
+    for row in rows:
+        if row.get("quantized_tokens", 1):  # all of an exact plan is
+            policy = row.get("policy", {})
+            first, last = row.get("exact_tokens") or (policy["sinks"], policy["recent"])
+            plans.setdefault((first, last), {})[row["plan" if "plan" in row else "name"]] = None
+    if len(plans) < 2:
+        return []
+    said = "; ".join(f"first {a} and last {b} of {', '.join(x)}" for (a, b), x in plans.items())
+    return [f"exact tokens differ, so plans do not compare: {said}"]
+
+
 def quantized_share(row: Row, length: int) -> float:
     """Keys read quantized over keys read, at all positions that see a quantized one: at most so
     many in a window of `length` tokens, as blocks of tokens leave more of them exact."""
@@ -299,7 +313,7 @@ def format_table(quality: Quality) -> str:
             lines += [f"{text['text']}: by position", *aligned(buckets)]
         if walked := by_step(rows):
             lines += [f"{text['text']}: through the packed cache", *aligned(walked)]
-    return "\n".join(lines)
+    return "\n".join(lines + unequal(quality.rows))
 
 
 def aligned(cells: Iterable[Mapping[str, str]]) -> list[str]:

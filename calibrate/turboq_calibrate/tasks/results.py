@@ -10,7 +10,7 @@ from typing import Any
 from turboq.files import make_folder, settle, write_together
 from turboq.plan import json_file
 from turboq.plan.errors import PlanError, shown
-from turboq_calibrate.measure.quality_table import aligned, json_text, with_interval
+from turboq_calibrate.measure.quality_table import aligned, json_text, unequal, with_interval
 from turboq_calibrate.tasks.score import Score
 
 SCHEMA = 1
@@ -179,10 +179,7 @@ def notes_of(table: dict[str, Any]) -> list[str]:
         "greedy decoding writes it. Plans: change of its log-probability in nats, and how often "
         "greedy decoding writes what it writes with the exact cache"
     ]
-    kept = {row["plan"]: tuple(row["exact_tokens"]) for row in rows}
-    if len(set(kept.values())) > 1:
-        said = "; ".join(f"{plan} first {a} and last {b}" for plan, (a, b) in kept.items())
-        lines.append(f"exact tokens differ, so plans do not compare: {said}")
+    lines += unequal(rows)
     few = {r["task"]: f"{r['task']} ({r['examples_needed']} needed)" for r in rows if too_few(r)}
     if few:
         said = ", ".join(few.values())

@@ -20,6 +20,7 @@ from turboq.files import atomic_write, make_folder
 from turboq.plan import Plan, check_model, document, head_plan
 from turboq.version import __version__
 from turboq_calibrate.measure.evaluate import NamedPlan
+from turboq_calibrate.measure.storage_columns import exact_tokens
 from turboq_calibrate.measure.window_files import arrays_sha256
 from turboq_calibrate.models import Model
 from turboq_calibrate.models.geometry import model_geometry
@@ -190,12 +191,10 @@ def _rows(
 
 
 def _storage(name: str, layers: Sequence[KVLayer], length: int) -> dict[str, Any]:
-    """What a plan stores at this length; exact_tokens: first, and at most last."""
-    policy = layers[0].policy
-    last = policy.recent + max(layer.block for layer in layers) - 1
+    """What a plan stores at this length."""
     return {
         "plan": name,
         "bits_per_channel": accounting.bits_per_channel(layers),
         "cache_bytes": accounting.residency(layers, context=length).total,
-        "exact_tokens": [policy.sinks, last],
+        "exact_tokens": exact_tokens(layers),
     }

@@ -13,6 +13,7 @@ from turboq.cache.simulate import simulated_attention
 from turboq.codecs import Exact, KiviKey, KiviValue, TurboQuantMSE
 from turboq.errors import TurboqError
 from turboq.plan import uniform_plan
+from turboq_calibrate.measure.storage_columns import exact_tokens
 from turboq_calibrate.models import forward, load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.tasks import results, run
@@ -250,3 +251,9 @@ def test_results_that_are_damaged_are_one_clear_line(tmp_path):
         with pytest.raises(TurboqError, match=match) as error:
             results.read_results(tmp_path)
         assert "\n" not in str(error.value)
+
+
+def test_blocks_of_tokens_keep_more_exact(model):
+    kivi = KiviKey(dim=16, bits=2, group=32), KiviValue(dim=16, bits=2, group=16)
+    assert exact_tokens(plan_of(model, *kivi).kv_layers({})) == [2, 31]
+    assert exact_tokens(plan_of(model, TurboQuantMSE(dim=16, bits=2)).kv_layers({})) == [2, 0]
