@@ -104,7 +104,7 @@ def render(
         raise ValueError(f"{missing=} in the heat maps; the table has {list(errors)}")
     chosen = [name for name in chosen if name in errors]
     title = f"KV-cache quantization of {table['model']}"
-    several = len(texts) > 1
+    several, panels = len(texts) > 1, by_length(quality)
     body = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="soft">{_text(_summary(quality))}</p>',
@@ -114,11 +114,11 @@ def render(
         f'<p class="soft">{_text(_definitions(table))}</p>',
         *_figure(
             "Quality against size",
-            pictures.kl_against_bits(over_texts(rows) if several else rows),
+            pictures.kl_against_bits(panels),
             "Lower and further left is better. "
             + (
                 "Points are means over texts, bars reach from the best text to the worst; "
-                if several
+                if len(texts) > len(panels)
                 else "Bars are bootstrap intervals over windows; "
             )
             + "the scale is logarithmic.",
@@ -252,6 +252,19 @@ def over_texts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for same in plans.values():
         kl = [row["kl_mean"] for row in same]
         found.append(same[0] | {"kl_mean": sum(kl) / len(kl), "kl_ci": [min(kl), max(kl)]})
+    return found
+
+
+def by_length(quality: Quality) -> dict[str, list[dict[str, Any]]]:
+    """Rows by length of windows (over the texts of that length), under what a panel is called."""
+    texts: dict[int, list[str]] = {}
+    for text in quality.table["texts"]:
+        texts.setdefault(text["window_tokens"], []).append(text["text"])
+    found = {}
+    for length, names in sorted(texts.items()):
+        rows = [row for name in names for row in quality.rows_of(name)]
+        title = f"windows of {length} tokens" if len(texts) > 1 else ""
+        found[title] = over_texts(rows) if len(quality.texts) > len(texts) else rows
     return found
 
 

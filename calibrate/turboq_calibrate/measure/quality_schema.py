@@ -111,6 +111,7 @@ class Row:
     exact_tokens: tuple[int, int] | None = dataclasses.field(
         default=None, metadata={"optional": True}
     )
+    kl_p999: float | None = dataclasses.field(default=None, metadata={"optional": True})
     by_position: tuple[Reach, ...] | None = dataclasses.field(
         default=None, metadata={"optional": True}
     )

@@ -23,13 +23,17 @@ from turboq_calibrate.measure.quality_schema import Run, Table, read_json
 QUALITY, TABLE, RUN = "quality.json", "quality.csv", "run.json"
 LONG = 1024  # windows above this show their KL by position
 FEW = 5  # windows below this make an interval that needs a word
+# Buckets of position by their first one, and what the CSV says of each.
+BUCKETS = {0: "0_1k", 1024: "1k_4k", 4096: "4k_16k", 16384: "16k_up"}
+OF_BUCKETS = ("kl_mean", "kl_p99", "kl_p999", "top1", "perplexity_ratio")
 # The columns of the CSV, in order; nested values are flattened or left to the JSON.
 COLUMNS: tuple[str, ...] = (
     "name", "codec", "k_codec", "v_codec", "k_bits", "v_bits", "bits_per_channel",
     "bits_per_channel_at_context", "context", "bits_per_channel_at_window", "sinks", "recent",
     "text", "quantized_tokens", "scored_positions", "kl_mean", "kl_median", "kl_ci_lo", "kl_ci_hi",
-    "kl_p99", "top1", "perplexity", "perplexity_exact", "perplexity_ratio", "bytes_per_token",
-    "compression",
+    "kl_p99", "kl_p999", "top1", "perplexity", "perplexity_exact", "perplexity_ratio",
+    "bytes_per_token", "compression",
+    *(f"{name}_{bucket}" for bucket in BUCKETS.values() for name in OF_BUCKETS),
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -92,9 +96,16 @@ def json_text(value: Any) -> str:
 
 
 def flat(row: Row) -> Row:
-    """A row's values by `COLUMNS`; a missing interval is empty."""
+    """A row's values by `COLUMNS`; a missing interval is empty, as are buckets beyond a window."""
     lo, hi = row["kl_ci"] or ("", "")
-    extra = {"kl_ci_lo": lo, "kl_ci_hi": hi, "bits_per_channel_at_window": ""} | row["policy"]
+    optional = [
+        "bits_per_channel_at_window",
+        "kl_p999",
+        *COLUMNS[-len(BUCKETS) * len(OF_BUCKETS) :],
+    ]
+    extra = dict.fromkeys(optional, "") | {"kl_ci_lo": lo, "kl_ci_hi": hi} | row["policy"]
+    for bucket in row.get("by_position", ()):
+        extra |= {f"{name}_{BUCKETS[bucket['start']]}": bucket[name] for name in OF_BUCKETS}
     extra |= {name: row[name] for name in COLUMNS if name in row}
     return {name: extra[name] for name in COLUMNS}
 

@@ -1,5 +1,7 @@
 """Quality files and their table: what is refused, and what a table says of its bytes."""
 
+import csv
+import io
 import json
 import re
 
@@ -109,3 +111,17 @@ def test_unequal_exact_tokens_are_said_once(text):
         "first 4 and last 0 of plan 0, plan 2; first 4 and last 31 of plan 1"
     ]
     assert said((4, 0), (4, 0)) == []
+
+
+def test_the_csv_has_buckets_of_position_and_tails():
+    row = quality_cases.row("a", kl=0.1) | {"kl_p999": 0.6}
+    row["by_position"] += [row["by_position"][0] | {"start": 4096, "end": 5000, "kl_p99": 7.0}]
+    (read,) = csv.DictReader(io.StringIO(quality.csv_text([row])))
+    assert read["kl_p999"] == "0.6"
+    assert float(read["kl_p999_0_1k"]) == pytest.approx(0.9)
+    assert (read["kl_mean_0_1k"], read["kl_p99_4k_16k"]) == ("0.1", "7.0")
+    assert {read[f"{name}_1k_4k"] for name in ("kl_mean", "top1", "perplexity_ratio")} == {""}
+    assert read["top1_16k_up"] == ""
+    old = {name: x for name, x in row.items() if name not in ("kl_p999", "by_position")}
+    (read,) = csv.DictReader(io.StringIO(quality.csv_text([old])))
+    assert (read["kl_p999"], read["kl_mean_0_1k"], read["compression"]) == ("", "", str(16 / 3))
