@@ -1,4 +1,4 @@
-"""The rows that long_context.py and tasks.py compare, by name: ours and the field's.
+"""The rows that long_context.py and tasks.py compare, by name: ours and the field's; and how.
 
 First 4 tokens exact everywhere; KIVI stores blocks of tokens and keeps up to 31 more exact.
 """
@@ -7,29 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from nova import nova_like
 
 from turboq import codecs as c
+from turboq import words
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs.oscar import CLIP_PERCENT
 from turboq.errors import TurboqError
 from turboq.plan import ModelGeometry, load
 from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.plan_within import Wanted, plan_within
+from turboq_calibrate.cost.metrics import bootstrap_ci
 from turboq_calibrate.fit.plan import make_plan
 from turboq_calibrate.measure.evaluate import NamedPlan
 from turboq_calibrate.observe.statistics_files import Statistics
 
 POLICY = TokenPolicy(sinks=4)
+LEARNED = (2.25, 3.25, 1.75)  # bits per channel
+TARGET = ("learned 2.25", "turboquant_mse 4b")  # ours loses no more than theirs
 Make = Callable[[], NamedPlan]
 
 
 def makers(
     geometry: ModelGeometry, statistics: Statistics, written: Sequence[str] = ()
 ) -> dict[str, Make]:
-    """Every row by its name; `written`: NAME=FOLDER of learned ones that need not be made again."""
+    """Every row by its name; `written`: NAME=FOLDER of learned ones that need not be made again.
+
+    Raises:
+      TurboqError: an entry of another form, or whose name is no learned row.
+    """
     dim = geometry.cache_layers[0].k_dim
-    given = dict(entry.split("=", 1) for entry in written)
+    given: dict[str, str] = {}
+    for entry in words.split(written):
+        name, path = words.labelled(entry)
+        if name not in (known := [f"learned {bits:g}" for bits in LEARNED]):
+            raise TurboqError(f"--plan={entry}: must be NAME=FOLDER, NAME of {', '.join(known)}")
+        given[name] = path
 
     def learned(bits: float) -> NamedPlan:
         name = f"learned {bits:g}"
@@ -76,6 +90,15 @@ def makers(
         "nova-like": nova,
         "turboquant_mse 2b": mse(2),
     }
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, str]:
+    """The mean of ours minus theirs over the same windows or examples, and in words with its
+    95 % bootstrap interval."""
+    difference = np.subtract(ours, theirs)
+    ci = bootstrap_ci(difference)
+    interval = "one alone, no interval" if ci is None else f"{ci[0]:+.4f} .. {ci[1]:+.4f}"
+    return difference.mean(), f"difference {difference.mean():+.4f} ({interval})"
 
 
 def chosen(made: dict[str, Make], names: Sequence[str]) -> list[str]:

@@ -149,7 +149,7 @@ def kl() -> str | None:
     rows = json.loads((ROOT / "experiments" / "results" / "demo.json").read_text())["rows"]
     for row in rows:
         row["codec"] = {"transform": "learned"}.get(row["codec"], row["codec"])
-    return pictures.kl_against_bits(html_page.over_texts(rows))
+    return pictures.kl_against_bits({"": html_page.over_texts(rows)})
 
 
 def bits() -> str | None:

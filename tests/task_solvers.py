@@ -89,7 +89,12 @@ def distant_code(prompt):
 
 
 def arithmetic(prompt):
-    line, total = prompt.rpartition("\n")[2], 0
-    for word, n in re.findall(r"(Start with|Add|Take away) ([0-9]+)", line):
-        total = int(n) if word == "Start with" else total + (int(n) if word == "Add" else -int(n))
-    return f" {total}."
+    steps, _, given = prompt.partition("\nTotals:\n")
+    total, totals = int(_last(r"Start with ([0-9]+)", steps)), []
+    for n, word, by in re.findall(r"([0-9]+)\. (Add|Take away) ([0-9]+)", steps):
+        assert int(n) == len(totals) + 1
+        total += int(by) if word == "Add" else -int(by)
+        totals.append(total)
+    every = "".join(f"{n}. {x}\n" for n, x in enumerate(totals, 1))
+    assert every.startswith(given)
+    return every.removeprefix(given)

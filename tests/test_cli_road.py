@@ -131,7 +131,10 @@ def test_lengths_and_tasks(run, tmp_path, capsys):
     assert table["rows"][1] == alone | {"text": "topics:heldout at 48"}
     tasks = ("--tasks=arithmetic,common_words", "--lengths=256", "--samples=2")
     assert turboq("tasks", *args[:2], *tasks, f"--out={tmp_path}") == 0
-    assert "counted for nothing: arithmetic, common_words" in capsys.readouterr().out
+    assert (
+        "counted for nothing: arithmetic (3 needed), common_words (3 needed)"
+        in capsys.readouterr().out
+    )
     assert not (tmp_path / "unfinished").exists()
     assert turboq("report", f"--run={tmp_path}") == 0
     page = (tmp_path / "report.html").read_text()
@@ -244,8 +247,13 @@ EXACT = (HERE, "--baselines=exact")
         (["tasks", HERE, "--lengths=200", NEW], "nothing to evaluate"),
         (["tasks", *EXACT, "--tasks=needles", NEW], "unknown task 'needles': known are all"),
         (["tasks", *EXACT, "--lengths=999", NEW], "of 999 tokens exceed the model's context"),
-        (["tasks", *EXACT, "--lengths=200", "--depths=x", NEW], "--depths=x must be numbers"),
-        (["tasks", *EXACT, "--lengths=200", "--depths=2", NEW], "between 0 and 1"),
+        (["tasks", *EXACT, "--lengths=200", "--depths=x", NEW], "--depths: 'x' must be a number"),
+        (
+            ["tasks", *EXACT, "--lengths=200", "--depths=2", NEW],
+            "--depths: '2' must be a number from 0 to 1",
+        ),
+        (["tasks", *EXACT, "--lengths=200", "--depths=", NEW], "--depths is empty"),
+        (["tasks", *EXACT, "--lengths=", NEW], "--lengths is empty"),
         (["tasks", *EXACT, "--lengths=200", NEW], "its shortest prompt is"),
         (["report", "--run={tmp}"], "quality.json"),
         (["inspect", "{tmp}"], "is no plan"),

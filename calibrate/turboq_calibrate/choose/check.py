@@ -3,7 +3,8 @@
 On windows held back from every calibration text all plans that were tried are measured, the best
 uniform `per_head` plan of no more bytes always among them. The best is then measured on longer
 windows than were calibrated on, beside `turboquant_mse` of no more bytes: a plan that loses there
-has learned its text or its positions, and the next best is taken.
+has learned its text or its positions, and the next best is taken. For a context beyond the short
+windows it is the longer ones that plans are compared on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from turboq_calibrate.candidates.table import Arrays
 from turboq_calibrate.choose.within import NoPlan
 from turboq_calibrate.fit.plan import make_plan
 from turboq_calibrate.measure.evaluate import evaluate_texts
+from turboq_calibrate.measure.scored import plan_scored
 from turboq_calibrate.models import Model
 from turboq_calibrate.observe.statistics_files import Statistics
 
@@ -80,21 +82,29 @@ def rivals(
 class Checked:
     """What the check found: mean KL in nats per token by plan, text and window length.
 
-    `length` is that of the windows by which plans are compared, `objective` how texts are joined,
-    `weights` what each counts for in their mean.
+    `length` is that of the windows by which plans are compared, `shares` of their positions those
+    at which a plan shows a quantized token, `objective` how texts are joined, `weights` what each
+    counts for in their mean.
     `refused` are plans that would have been kept and lost at a length: (plan, text, tokens).
     """
 
     kept: str
     kl: dict[str, dict[str, dict[int, float]]]
     length: int
+    shares: Mapping[str, float]
     objective: str
     weights: Mapping[str, float]
     refused: tuple[tuple[str, str, int], ...] = ()
 
     def loss(self, name: str) -> float:
-        """Of one plan: mean over the texts, or the worst of them."""
-        each = {text: at[self.length] for text, at in self.kl[name].items()}
+        """Of one plan, over all positions of a window: mean over the texts, or the worst of them.
+
+        Where nothing quantized is seen nothing is lost: so plans with more exact tokens compare.
+        """
+        share = self.shares[name]
+        each = {
+            text: share * at[self.length] for text, at in self.kl[name].items() if self.length in at
+        }
         if self.objective == "worst":
             return max(each.values())
         total = sum(self.weights[text] for text in each)
@@ -104,6 +114,7 @@ class Checked:
         """JSON-ready."""
         return {
             "kept": self.kept,
+            "judged_tokens": self.length,
             "kl": {
                 name: {text: {str(n): v for n, v in at.items()} for text, at in texts.items()}
                 for name, texts in self.kl.items()
@@ -137,12 +148,23 @@ class Checked:
         )
 
 
+def judged(plan: Plan, length: int) -> float:
+    """Share of a window's positions at which a plan shows a quantized token.
+
+    Raises:
+      TurboqError: of no position.
+    """
+    return 1 - plan_scored(plan, length).first / (length - 1)
+
+
 def check_plans(
     model: Model,
     statistics: Statistics,
     plans: Plans,
-    baseline: Plans,
+    baselines: Plans,
+    beside: Mapping[str, str],
     *,
+    context: int | None = None,
     objective: str = "mean",
     folder: Path | None = None,
     force: bool = False,
@@ -150,6 +172,10 @@ def check_plans(
     log: Callable[[str], None] = print,
 ) -> Checked:
     """The plan that is kept.
+
+    Args:
+      baselines, beside: uniform plans, and by a plan's name that of the one it may not lose to.
+      context: tokens that the plan is for: beyond the short windows the long ones decide.
 
     Raises:
       TurboqError: statistics hold no check windows.
@@ -163,7 +189,8 @@ def check_plans(
             f"statistics in {statistics.folder} hold no windows to check on: run `turboq "
             "calibrate` with --check_windows=1 or more, or `turboq plan` with --nocheck"
         )
-    kl: dict[str, dict[str, dict[int, float]]] = {name: {} for name in (*plans, *baseline)}
+    every = {**plans, **baselines}
+    kl: dict[str, dict[str, dict[int, float]]] = {name: {} for name in every}
 
     def measured(which: Plans, texts: Mapping[str, Any]) -> None:
         rows = [(name, plan, arrays) for name, (plan, arrays) in which.items()]
@@ -176,17 +203,28 @@ def check_plans(
                     f"the check measured a KL that is not finite: {row['name']} on {row['text']}"
                 )
 
-    measured({**plans, **baseline}, short)
+    measured(every, short)
     length = next(iter(short.values())).shape[1]
-    weights = dict(zip(names, statistics.weights.tolist(), strict=True))
-    found = Checked(kept="", kl=kl, length=length, objective=objective, weights=weights)
+    at_length = bool(long) and context is not None and context > length
+    if at_length:
+        measured(every, long)
+        length = next(iter(long.values())).shape[1]
+    found = Checked(
+        kept="",
+        kl=kl,
+        length=length,
+        shares={name: judged(plan, length) for name, (plan, _) in every.items()},
+        objective=objective,
+        weights=dict(zip(names, statistics.weights.tolist(), strict=True)),
+    )
     order = sorted(plans, key=found.loss)
     refused: list[tuple[str, str, int]] = []
     for name in order:
-        if not (long and baseline):
-            return dataclasses.replace(found, kept=name)
-        measured({name: plans[name], **baseline}, long)
-        (other,) = baseline
+        other = beside.get(name)
+        if not long or other is None:
+            return dataclasses.replace(found, kept=name, refused=tuple(refused))
+        if not at_length:
+            measured({name: plans[name], other: baselines[other]}, long)
         lost = [
             (name, text, windows.shape[1])
             for text, windows in long.items()
@@ -202,6 +240,6 @@ def check_plans(
         return dataclasses.replace(found, kept=order[0], refused=tuple(refused))
     at = ", ".join(sorted({f"{tokens} tokens of {text}" for _, text, tokens in refused}))
     raise NoPlan(
-        f"every plan within the budget loses to {next(iter(baseline))} of the same bytes at {at}: "
+        f"every plan within the budget loses to {', '.join(baselines)} of the same bytes at {at}: "
         "calibrate on more kinds of text or longer windows, or keep the best with --force"
     )

@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,18 @@ from turboq_calibrate.candidates.makers import (
 )
 from turboq_calibrate.candidates.table import Arrays, Table, build_table
 from turboq_calibrate.choose.budget import Budget
-from turboq_calibrate.choose.check import Checked, check_plans, rivals
+from turboq_calibrate.choose.check import (
+    Checked,
+    Plans,
+    Rivals,
+    check_plans,
+    judged,
+    rivals,
+)
 from turboq_calibrate.choose.refine import refine, rounds_report
 from turboq_calibrate.choose.solver.problem import Problem
 from turboq_calibrate.choose.solver.solve import Allocation
-from turboq_calibrate.choose.within import record, within
+from turboq_calibrate.choose.within import NoPlan, record, within
 from turboq_calibrate.choose.worst_text import least_worst
 from turboq_calibrate.cost.predicted import predicted_costs
 from turboq_calibrate.cost.side_by_side import Engine
@@ -73,7 +80,8 @@ class Wanted:
       budget. engine: only what that engine loads, which decides candidates, granularity and k_rope.
     granularity: what may choose on its own: "uniform" (all K, all V), "per_layer", "per_kv" (K or V
       of a layer), "per_head".
-    policy: tokens kept exact. k_rope: keys stored "before" or "after" their rotary embedding, or
+    policy: tokens kept exact; policies: several to choose among at the budget's context, by what
+      the check measures. k_rope: keys stored "before" or "after" their rotary embedding, or
       relative to their "block:P" of positions.
     objective: least predicted loss over the "mean" of the calibration texts, or on the "worst".
     options: of the learned transforms; with `guard` their shrinkage is chosen on texts left out,
@@ -84,7 +92,8 @@ class Wanted:
       candidates are learned, each head chooses for itself and keys are not stored after RoPE.
 
     Raises:
-      ValueError: an unknown objective, or a negative number of rounds.
+      ValueError: an unknown objective, a negative number of rounds, policies without a context or
+        with an engine.
 
     Examples:
       >>> from turboq_calibrate import Budget, Wanted
@@ -98,6 +107,7 @@ class Wanted:
     engine: str | None = None
     granularity: Granularity = "per_head"
     policy: TokenPolicy = SINKS
+    policies: tuple[TokenPolicy, ...] = ()
     k_rope: RopeForm = "before"
     objective: str = "mean"
     options: TransformOptions = LEARNED
@@ -110,6 +120,8 @@ class Wanted:
             raise ValueError(f"{self.objective=} must be one of {OBJECTIVES}")
         if self.rounds < 0:
             raise ValueError(f"{self.rounds=} must be 0 or more")
+        if self.policies and (self.engine is not None or self.budget.context is None):
+            raise ValueError(f"{self.policies=} need a budget at a context, and no engine")
         if self.joint is not None and self.joint < 0:
             raise ValueError(f"{self.joint=} must be heads that are joined, 0 for none, or None")
 
@@ -283,6 +295,9 @@ def plan_within(
 ) -> Found:
     """The best plan found within a budget.
 
+    At a context the check compares plans on its longer windows, if the context is beyond the
+    short ones; of several policies each has plans of its own, measured together.
+
     Args:
       statistics: of that model (`turboq calibrate`).
       model: to check the plan on (and to refine it); None: the choice alone, unchecked.
@@ -293,6 +308,7 @@ def plan_within(
     Raises:
       TurboqError: nothing fits the budget; statistics lack what is needed; every plan loses to
         `turboquant_mse` of the same bytes at a length that was not calibrated on.
+      ValueError: policies to choose among without a model.
 
     Examples:
       >>> import turboq_calibrate as tc
@@ -305,34 +321,42 @@ def plan_within(
       >>> found.kept, found.plan.bits_per_channel() <= 4
       ('chosen', True)
     """
+    if wanted.policies and model is None:
+        raise ValueError("policies are compared by what the check measures: name a model")
     ready = menu(statistics, geometry, wanted, progress=progress) if prepared is None else prepared
-    problem, allocation = solve(ready, wanted)
-    tried = {"chosen": allocation}
-    rounds: list[dict[str, Any]] = []
-    if wanted.rounds:
-        if model is None:
-            raise TurboqError("--rounds measures on the model: name --model, or --rounds=0")
-        tried["refined"], rounds = _refined(
-            model, statistics, ready, wanted, problem, folder, progress
-        )
-    plans = {
-        name: ready.table.to_plan(geometry, one.chosen, policy=ready.policy)
-        for name, one in tried.items()
-    }
-    kept, checked = "chosen", None
+    every: dict[str, _Tried] = {}
+    for policy in wanted.policies or (ready.policy,):
+        of = f"{policy.sinks}:{policy.recent} " if wanted.policies else ""
+        mine = dataclasses.replace(ready, policy=policy)
+        try:
+            every[of] = _try(statistics, geometry, mine, wanted, model, folder, progress)
+        except NoPlan as error:
+            if not wanted.policies:
+                raise
+            log(f"{_said(policy)}: {error}")
+    if not every:
+        raise NoPlan(f"{wanted.budget.text}: no policy leaves room for a plan that can be checked")
+    kept, checked, (best_of,) = "chosen", None, tuple(every)[:1]
     if model is not None:
-        others = rivals(statistics, geometry, plans["chosen"][0], k_rope=ready.table.k_rope)
+        plans, baselines, beside = _together(every)
         checked = check_plans(
-            model, statistics, plans | dict(others.candidates), others.baseline,
+            model, statistics, plans, baselines, beside, context=wanted.budget.context,
             objective=wanted.objective, folder=folder, force=force, progress=progress, log=log,
         )  # fmt: skip
-        kept, plans = checked.kept, plans | dict(others.candidates)
-    plan, arrays = plans[kept]
-    best = tried.get(kept, allocation)
+        owner = {of + name: (of, name) for of, one in every.items() for name in one.plans}
+        best_of, kept = owner[checked.kept]
+        for of, one in every.items() if wanted.policies else ():
+            least = min(checked.loss(of + name) for name in one.plans)
+            log(f"{_said(one.policy)}: KL at {checked.length} tokens held back {least:.6g}")
+        _say_length(checked.length, wanted.budget.context, model.spec.context, log)
+    best = every[best_of]
+    problem, tried, rounds = best.problem, best.choices, best.rounds
+    plan, arrays = best.plans[kept]
+    allocation = tried.get(kept, tried["chosen"])
     if kept in tried:
-        by_text = _by_text(ready, best.chosen, statistics.texts)
-        by_layer = problem.cost_by_layer(best.chosen)
-        solved = record(best, wanted.budget)
+        by_text = _by_text(ready, allocation.chosen, statistics.texts)
+        by_layer = problem.cost_by_layer(allocation.chosen)
+        solved = record(allocation, wanted.budget)
         solved |= {"predicted_by_text": by_text, "predicted_by_layer": by_layer}
     else:  # a rival: its codecs are no candidates, so nothing was predicted for it
         solved = {"budget": wanted.budget.text, "method": "uniform"}
@@ -349,7 +373,7 @@ def plan_within(
     }  # fmt: skip
     source = provenance(statistics)
     source = dataclasses.replace(source, recipe=(source.recipe or {}) | {"allocation": report})
-    measured = () if checked is None else checked.measurements(kept)
+    measured = () if checked is None else checked.measurements(checked.kept)
     predicted = None
     if kept in tried:
         text = ", ".join(statistics.texts)
@@ -361,11 +385,85 @@ def plan_within(
         plan=plan,
         arrays=arrays,
         kept=kept,
-        allocation=best,
+        allocation=allocation,
         problem=problem,
         checked=checked,
         notes=ready.notes,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tried:
+    """Under one policy: what was chosen and its plans by name, those of uniform rivals with them,
+    and what none of them may lose to."""
+
+    policy: TokenPolicy
+    problem: Problem
+    choices: dict[str, Allocation]
+    rounds: list[dict[str, Any]]
+    plans: Plans
+    baseline: Plans
+
+
+def _try(
+    statistics: Statistics, geometry: ModelGeometry, ready: Menu, wanted: Wanted,
+    model: Model | None, folder: Path | None, progress: bool,
+) -> _Tried:  # fmt: skip
+    """Raises NoPlan where nothing fits, or nothing quantized would be seen by the check."""
+    problem, allocation = solve(ready, wanted)
+    choices, rounds = {"chosen": allocation}, list[dict[str, Any]]()
+
+    def plan_of(one: Allocation) -> tuple[Plan, Arrays]:
+        return ready.table.to_plan(geometry, one.chosen, policy=ready.policy)
+
+    plans = {"chosen": plan_of(allocation)}
+    if wanted.policies:
+        held = statistics.held_back
+        for windows in (*held.short.values(), *held.long.values()):
+            try:
+                judged(plans["chosen"][0], windows.shape[1])
+            except TurboqError as error:
+                raise NoPlan(str(error)) from None
+    if wanted.rounds:
+        if model is None:
+            raise TurboqError("--rounds measures on the model: name --model, or --rounds=0")
+        choices["refined"], rounds = _refined(
+            model, statistics, ready, wanted, problem, folder, progress
+        )
+        plans["refined"] = plan_of(choices["refined"])
+    others = Rivals(candidates={}, baseline={})
+    if model is not None:
+        others = rivals(statistics, geometry, plans["chosen"][0], k_rope=ready.table.k_rope)
+    return _Tried(
+        policy=ready.policy, problem=problem, choices=choices, rounds=rounds,
+        plans=plans | dict(others.candidates), baseline=others.baseline,
+    )  # fmt: skip
+
+
+def _together(every: Mapping[str, _Tried]) -> tuple[Plans, Plans, dict[str, str]]:
+    """All plans, all baselines, and by a plan's name that of the one it may not lose to."""
+    plans = {of + name: x for of, one in every.items() for name, x in one.plans.items()}
+    baselines = {of + name: x for of, one in every.items() for name, x in one.baseline.items()}
+    beside = {
+        of + name: of + other
+        for of, one in every.items()
+        for name in one.plans
+        for other in one.baseline
+    }
+    return plans, baselines, beside
+
+
+def _said(policy: TokenPolicy) -> str:
+    return f"sinks {policy.sinks}, recent {policy.recent}"
+
+
+def _say_length(tokens: int, context: int | None, most: int, log: Callable[[str], None]) -> None:
+    """Says that a plan was judged by shorter windows than its budget is for."""
+    if context is not None and tokens < (longer := min(context, most)):
+        log(
+            f"judged at {tokens} tokens, the budget is for {context}: calibrate with "
+            f"--check_length={longer}"
+        )
 
 
 def _check_texts(costs: Float[np.ndarray, "U C X"], texts: Sequence[str]) -> None:

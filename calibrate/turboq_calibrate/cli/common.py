@@ -285,8 +285,11 @@ def lengths_of(values: flags.FlagValues, spec: ModelSpec) -> list[int]:
     """The tokens that --lengths lists, each once.
 
     Raises:
-      TurboqError: one is no whole number, below 2, given twice, or beyond the model's context.
+      TurboqError: none, or one is no whole number, below 2, given twice, or beyond the model's
+        context.
     """
+    if not values.lengths:
+        raise TurboqError("--lengths is empty: give numbers of tokens, for example 1024,4096")
     found: list[int] = []
     for entry in values.lengths:
         length = int(entry) if entry.strip().isdecimal() else 0
@@ -381,7 +384,8 @@ def observation(values: flags.FlagValues) -> None:
     )  # fmt: skip
     flags.DEFINE_integer(
         "check_length", None, "Tokens of one longer window left out, to check plans at a length "
-        "that was not calibrated on; 0 for none (default: four windows, or the model's context).",
+        "that was not calibrated on; 0 for none (default: four windows, or the model's context; "
+        "`plan` with a budget at a context: that context, at most 4,096 tokens or four windows).",
         lower_bound=0, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
@@ -415,10 +419,13 @@ def observing(values: flags.FlagValues, model: Model) -> list[str]:
     return ["self:", "observe"] if own else ["observe"]
 
 
-def observed_windows(values: flags.FlagValues, model: Model, *, written: bool = True) -> Windows:
+def observed_windows(
+    values: flags.FlagValues, model: Model, *, written: bool = True, context: int | None = None
+) -> Windows:
     """The windows to calibrate on, and those held back.
 
     written: False takes as much text that need not be written instead, to say what a run takes.
+    context: what plans are for, if that is known.
 
     Raises:
       TurboqError: text of the model's own is asked for and must not be written; sizes that do not
@@ -434,7 +441,7 @@ def observed_windows(values: flags.FlagValues, model: Model, *, written: bool = 
     model.spec.check_length(values.window_length, "windows (--window_length)")
     length = values.check_length
     if length is None:
-        length = long_check(model.spec.context, values.window_length)
+        length = long_check(model.spec.context, values.window_length, context)
     elif length and not values.window_length < length <= model.spec.context:
         raise TurboqError(
             f"--check_length={length} must be more than --window_length={values.window_length} and "

@@ -30,14 +30,14 @@ the best uniform per_head plan, and at --check_length tokens of `turboq calibrat
 turboquant_mse of the same bytes there is not written without --force. --nocheck skips all that
 and needs no model: another budget from a finished folder takes seconds.
 
---policies=4:0,4:32,4:128 (exact sinks : exact recent tokens) also chooses the exact tokens: each
-is solved with its own bytes counted at the budget's context, and the least KL on the windows held
-back wins.
+With a budget at a context the exact tokens are chosen too, among --policies=4:0,4:32,4:128 (exact
+sinks : exact recent tokens; --sinks or --recent name the only ones): each is solved with its own
+bytes counted at that context, and the least KL on the longer window held back wins. That window
+has as many tokens as the context, at most 4,096 (--check_length for more, which takes longer).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,7 +121,8 @@ def define(values: flags.FlagValues) -> None:
         "texts, or on the worst of them.", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_multi_string(
-        "policies", [], "--budget at a context: SINKS:RECENT exact tokens to choose among.",
+        "policies", [], "--budget at a context: SINKS:RECENT exact tokens to choose among "
+        "(default: 4:0,4:32,4:128).",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
@@ -240,7 +241,7 @@ def _one_codec(values: flags.FlagValues) -> None:
 
 
 def _observed(
-    values: flags.FlagValues, out: Path
+    values: flags.FlagValues, out: Path, context: int | None = None
 ) -> tuple[Model | None, Statistics, ModelGeometry, list[str]]:
     """The model (None where it is not needed), its statistics and geometry, as the flags say.
 
@@ -262,7 +263,7 @@ def _observed(
         # Texts are left out, one at a time, only where none is the model's own.
         steps = [*observing, *["guard"] * ("self:" not in observing), *steps]
         with phases(*steps):
-            windows = common.observed_windows(values, model)
+            windows = common.observed_windows(values, model, context=context)
             statistics = observe(model, windows, out, common.recipe_of(values))
     else:
         statistics = load_statistics(values.statistics)
@@ -328,13 +329,17 @@ def _within_budget(values: flags.FlagValues) -> None:
     from turboq.plan import save, summary
     from turboq_calibrate.choose.budget import Budget
     from turboq_calibrate.choose.plan_within import Wanted, plan_within
-    from turboq_calibrate.choose.policies import best_policy, policies_of
+    from turboq_calibrate.choose.policies import DEFAULT, policies_of
     from turboq_calibrate.choose.within import report
     from turboq_calibrate.run.progress import phases
 
     budget, out = Budget.parse(values.budget), Path(values.out)
     with common.as_user_error():
-        policies = policies_of(common.listed(values, "policies"), common.policy_of(values), budget)
+        words = common.listed(values, "policies")
+        named = values["sinks"].present or values["recent"].present
+        if budget.context is not None and values.check and values.engine is None and not named:
+            words = words or list(DEFAULT)
+        policies = policies_of(words, common.policy_of(values), budget)
         wanted = Wanted(
             budget=budget,
             candidates=tuple(common.listed(values, "candidates")),
@@ -344,25 +349,19 @@ def _within_budget(values: flags.FlagValues) -> None:
             objective=values.objective,
             rounds=values.rounds,
             joint=_joint(values.joint),
+            policy=policies[0],
+            policies=tuple(policies) if len(policies) > 1 else (),
         )
-        model, statistics, geometry, steps = _observed(values, out)
-
-        def search(policy):
-            return plan_within(
+        model, statistics, geometry, steps = _observed(values, out, budget.context)
+        with phases(*steps):
+            found = plan_within(
                 statistics,
                 geometry,
-                dataclasses.replace(wanted, policy=policy),
+                wanted,
                 model=model if values.check else None,
                 folder=out / "measured",
                 force=values.force,
             )
-
-        with phases(*steps):
-            if len(policies) == 1:
-                found = search(policies[0])
-            else:
-                found, lines = best_policy(policies, search)
-                print("\n".join(lines))
     saved = save(found.plan, found.arrays, out)
     for line in found.notes:
         print(line)

@@ -5,11 +5,13 @@ Needles, pass keys, UUIDs, digits, copying, variables, words, tool calls, code, 
 the right answer, whether it is likelier than wrong ones, and whether greedy decoding writes what it
 writes with the exact cache; intervals are over examples, paired. A task at which the exact cache
 does no better than chance says so and counts for nothing. Writes tasks.json to --out and prints a
-table: per plan the change of the log-probability in nats, and the share of equal greedy answers.
+table: per plan the change of the log-probability in nats, and the share of equal greedy answers;
+then every change with its interval and by depth, median ranks, and exact matches with McNemar's p.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -52,12 +54,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq_calibrate.tasks.run import measure_tasks
 
     tasks = tasks_of(values.tasks)
-    try:
-        depths = [float(entry) for entry in values.depths]
-    except ValueError:
-        raise TurboqError(
-            f"--depths={','.join(values.depths)} must be numbers from 0 to 1"
-        ) from None
+    depths = _depths(values.depths)
     model = load_model(values.model, dtype=values.model_dtype)
     lengths = common.lengths_of(values, model.spec)
     plans = named_plans.load_all(values, model)
@@ -70,3 +67,18 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     write_results(table, values.out)
     shutil.rmtree(unfinished)
     print(format_results(table))
+
+
+def _depths(entries: list[str]) -> list[float]:
+    """Raises TurboqError where --depths is empty, or one is no number from 0 to 1."""
+    found: list[float] = []
+    for entry in entries:
+        try:
+            found.append(float(entry))
+        except ValueError:
+            found.append(math.nan)
+        if not 0 <= found[-1] <= 1:
+            raise TurboqError(f"--depths: {entry!r} must be a number from 0 to 1")
+    if not found:
+        raise TurboqError("--depths is empty: give numbers from 0 to 1, for example 0,0.5,1")
+    return found

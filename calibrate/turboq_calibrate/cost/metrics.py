@@ -224,8 +224,8 @@ class TokenMetrics:
     def summary(self, *, level: float = 0.95, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
         """What a row of the quality table says.
 
-        kl_mean: mean over all positions of all windows, nats per token. kl_median, kl_p99: the
-        50 % and 99 % quantiles over positions, linearly interpolated. kl_ci: `level` bootstrap
+        kl_mean: mean over all positions of all windows, nats per token. kl_median, kl_p99, kl_p999:
+        quantiles over positions (50, 99, 99.9 %), linearly interpolated. kl_ci: `level` bootstrap
         interval of kl_mean over windows (None with one window). kl_windows: mean KL of every
         window, for paired comparisons. top1: share of positions where both arg-maxima agree.
         perplexity, perplexity_exact: exp(mean NLL) of the plan and of the exact model.
@@ -237,7 +237,7 @@ class TokenMetrics:
             "kl_median": float(np.quantile(self.kl, 0.5)),
             "kl_ci": None if ci is None else list(ci),
             "kl_windows": [float(x) for x in self.kl.mean(axis=1)],
-            "kl_p99": float(np.quantile(self.kl, 0.99)),
+            **{name: float(np.quantile(self.kl, q)) for name, q in TAILS.items()},
             "top1": float(self.top1.mean()),
             "perplexity": perplexity(self.nll),
             "perplexity_exact": perplexity(self.nll_exact),

@@ -41,7 +41,7 @@ from turboq_calibrate.measure.attention_plugs import (
 from turboq_calibrate.measure.broken import first_broken
 from turboq_calibrate.measure.quality_schema import SCHEMA
 from turboq_calibrate.measure.quality_table import Quality
-from turboq_calibrate.measure.scored import Scored, scored
+from turboq_calibrate.measure.scored import plan_scored
 from turboq_calibrate.measure.steps import step_by_step
 from turboq_calibrate.measure.storage_columns import head_bits, layer_loss, storage_columns
 from turboq_calibrate.measure.teacher_forced import hidden_states, mean_errors, score
@@ -359,7 +359,7 @@ def _quality(
     tokens = metrics.TokenMetrics(
         kl=mine["kl"], nll=mine["nll"], nll_exact=exact, top1=mine["top1"]
     )
-    scope = _scored(plan, exact.shape[1] + 1)
+    scope = plan_scored(plan, exact.shape[1] + 1)
     walked = {}
     if "steps.kl" in mine:
         walked = {"steps": metrics.steps(tokens, mine["steps.kl"], mine["steps.top1"], **bootstrap)}
@@ -405,13 +405,9 @@ def _check(
         try:
             check_model(plan, geometry)
             for windows in texts.values():
-                _scored(plan, windows.shape[1])
+                plan_scored(plan, windows.shape[1])
         except TurboqError as error:
             raise TurboqError(f"plan {name!r}: {error}") from None
-
-
-def _scored(plan: Plan, length: int) -> Scored:
-    return scored([layer.window for layer in plan.model.cache_layers], plan.storage, length)
 
 
 def _check_exact(nll: np.ndarray) -> None:

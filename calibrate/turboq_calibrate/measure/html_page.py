@@ -26,8 +26,9 @@ from turboq_calibrate.measure.quality_table import (
     nats,
     read_quality,
     scopes,
+    unequal,
 )
-from turboq_calibrate.tasks.results import RESULTS, cells, notes_of, read_results
+from turboq_calibrate.tasks.results import DETAILS, RESULTS, cells, details, notes_of, read_results
 
 REPORT = "report.html"
 
@@ -103,7 +104,7 @@ def render(
         raise ValueError(f"{missing=} in the heat maps; the table has {list(errors)}")
     chosen = [name for name in chosen if name in errors]
     title = f"KV-cache quantization of {table['model']}"
-    several = len(texts) > 1
+    several, panels = len(texts) > 1, by_length(quality)
     body = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="soft">{_text(_summary(quality))}</p>',
@@ -113,11 +114,11 @@ def render(
         f'<p class="soft">{_text(_definitions(table))}</p>',
         *_figure(
             "Quality against size",
-            pictures.kl_against_bits(over_texts(rows) if several else rows),
+            pictures.kl_against_bits(panels),
             "Lower and further left is better. "
             + (
                 "Points are means over texts, bars reach from the best text to the worst; "
-                if several
+                if len(texts) > len(panels)
                 else "Bars are bootstrap intervals over windows; "
             )
             + "the scale is logarithmic.",
@@ -169,6 +170,9 @@ def _tasks(tasks: dict[str, Any]) -> list[str]:
         "offered; written: greedy decoding writes it. Plans: change of its log-probability in "
         "nats, and how often greedy decoding writes what it writes with the exact cache.</p>",
         *(f'<p class="soft">{_text(note)}.</p>' for note in notes),
+        "<h3>In detail</h3>",
+        _table(details(tasks["rows"])),
+        f'<p class="soft">{_text(DETAILS[0].upper() + DETAILS[1:])} (McNemar).</p>',
         *_figure(
             "Which tasks tolerate how many bits",
             pictures.loss_by_task(tasks["rows"]),
@@ -251,6 +255,19 @@ def over_texts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def by_length(quality: Quality) -> dict[str, list[dict[str, Any]]]:
+    """Rows by length of windows (over the texts of that length), under what a panel is called."""
+    texts: dict[int, list[str]] = {}
+    for text in quality.table["texts"]:
+        texts.setdefault(text["window_tokens"], []).append(text["text"])
+    found = {}
+    for length, names in sorted(texts.items()):
+        rows = [row for name in names for row in quality.rows_of(name)]
+        title = f"windows of {length} tokens" if len(texts) > 1 else ""
+        found[title] = over_texts(rows) if len(quality.texts) > len(texts) else rows
+    return found
+
+
 def _summary(quality: Quality) -> str:
     plans = len({row["name"] for row in quality.rows})
     texts = "; ".join(
@@ -302,7 +319,7 @@ def _quality(quality: Quality) -> list[str]:
             parts += ["<h3>By position</h3>", _table(buckets)]
         if walked := by_step(rows):
             parts += ["<h3>Step by step through the packed cache</h3>", _table(walked)]
-    return parts
+    return parts + [f'<p class="soft">{_text(x)}.</p>' for x in unequal(quality.rows)]
 
 
 def _definitions(table: dict[str, Any]) -> str:

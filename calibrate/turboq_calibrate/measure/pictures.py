@@ -11,6 +11,7 @@ import io
 import math
 import re
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib as mpl
@@ -89,71 +90,89 @@ def svg(figure: Figure, name: str, alt: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
 
 
-def kl_against_bits(rows: list[Row]) -> str | None:
-    """Mean KL (log scale) against bits per channel, bars: `kl_ci`. None without data.
+def kl_against_bits(panels: Mapping[str, list[Row]]) -> str | None:
+    """Mean KL (log scale) against bits per channel, bars: `kl_ci`, a panel for every title. None
+    without data.
 
     Exact rows far to the right would flatten the rest: they become a dashed level instead.
     """
-    points = [r for r in rows if r["kl_mean"] > 0]
-    levels = [r for r in points if r["codec"] == "exact"]
-    points = [r for r in points if r["codec"] != "exact"]
-    if not points:
+    drawn = {title: rows for title, rows in panels.items() if _lossy(rows)}
+    if not drawn:
         return None
-    styles = family_styles(rows)
+    styles = family_styles([row for rows in drawn.values() for row in rows])
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
-        axes = figure.subplots()
-        for codec in dict.fromkeys(r["codec"] for r in points):
-            mine = sorted((r for r in points if r["codec"] == codec), key=_bits)
-            colour, marker = styles[codec]
-            y = np.array([r["kl_mean"] for r in mine])
-            # A lower bound of zero cannot be drawn on a log axis: the bar ends at the axis.
-            ci = [r["kl_ci"] or (r["kl_mean"], r["kl_mean"]) for r in mine]
-            spread = np.array(
-                [
-                    [k - lo for k, (lo, _) in zip(y, ci, strict=True)],
-                    [hi - k for k, (_, hi) in zip(y, ci, strict=True)],
-                ]
-            )
-            axes.errorbar(
-                [_bits(r) for r in mine], y, yerr=np.maximum(spread, 0.0), color=colour,
-                marker=marker, markersize=6, linewidth=1.6, capsize=3, label=codec,
-            )  # fmt: skip
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        below = []
-        for r in levels:
-            text = f"{r['name']} ({_bits(r):g} bits per channel)"
-            if r["kl_mean"] < low / 30:
-                below.append(f"{text}: {r['kl_mean']:.1e}, below this axis")
-                continue
-            axes.axhline(r["kl_mean"], color=styles["exact"][0], linestyle="--", linewidth=1.2)
-            axes.annotate(
-                text, (1.0, r["kl_mean"]), xycoords=("axes fraction", "data"),
-                xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=SMALL,
-            )  # fmt: skip
-            low = min(low, r["kl_mean"] / 1.6)
-        axes.annotate(
-            "\n".join(below), (0.0, 0.0), xycoords="axes fraction", xytext=(6, 5),
-            textcoords="offset points", fontsize=SMALL,
+        figure = Figure(figsize=(WIDTH, 0.6 + 3.8 * len(drawn)), layout="constrained")
+        every = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
+        labels: dict[str, Any] = {}
+        for axes, (title, rows) in zip(every, drawn.items(), strict=True):
+            _bits_panel(axes, rows, styles)
+            axes.set_title(title)
+            handles, names = axes.get_legend_handles_labels()
+            labels |= dict(zip(names, handles, strict=True))
+        every[-1].set_xlabel("bits per channel (all stored bits of a quantized token)")
+        figure.legend(
+            labels.values(), labels.keys(), frameon=False, loc="outside upper left", ncols=2,
+            handlelength=2.2,
         )  # fmt: skip
-        axes.set_ylim(low, high)
-        axes.grid(axis="y")
-        axes.set_axisbelow(True)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_locator(_log_ticks(low, high))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("bits per channel (all stored bits of a quantized token)")
-        axes.set_ylabel("mean KL, nats per token")
-        figure.legend(frameon=False, loc="outside upper left", ncols=2, handlelength=2.2)
-        best = min(points, key=lambda r: r["kl_mean"])
-        alt = (
-            f"Mean KL divergence against bits per channel for {len(points)} plans. "
-            f"Lowest: {best['name']}, {best['kl_mean']:.3g} nats per token at "
-            f"{_bits(best):.2f} bits per channel. The numbers are in the table."
+        alt = "".join(
+            f"Mean KL divergence against bits per channel for {len(points)} plans"
+            f"{f' ({title})' if title else ''}. Lowest: {best['name']}, {best['kl_mean']:.3g} nats "
+            f"per token at {_bits(best):.2f} bits per channel. "
+            for title, points in ((title, _lossy(rows)) for title, rows in drawn.items())
+            for best in [min(points, key=lambda r: r["kl_mean"])]
         )
-        return svg(figure, "kl", alt)
+        return svg(figure, "kl", f"{alt}The numbers are in the table.")
+
+
+def _lossy(rows: list[Row]) -> list[Row]:
+    return [r for r in rows if r["codec"] != "exact" and r["kl_mean"] > 0]
+
+
+def _bits_panel(axes: Any, rows: list[Row], styles: dict[str, tuple[str, str]]) -> None:
+    """KL against bits of these rows."""
+    points, levels = _lossy(rows), [r for r in rows if r["codec"] == "exact" and r["kl_mean"] > 0]
+    for codec in dict.fromkeys(r["codec"] for r in points):
+        mine = sorted((r for r in points if r["codec"] == codec), key=_bits)
+        colour, marker = styles[codec]
+        y = np.array([r["kl_mean"] for r in mine])
+        # A lower bound of zero cannot be drawn on a log axis: the bar ends at the axis.
+        ci = [r["kl_ci"] or (r["kl_mean"], r["kl_mean"]) for r in mine]
+        spread = np.array(
+            [
+                [k - lo for k, (lo, _) in zip(y, ci, strict=True)],
+                [hi - k for k, (_, hi) in zip(y, ci, strict=True)],
+            ]
+        )
+        axes.errorbar(
+            [_bits(r) for r in mine], y, yerr=np.maximum(spread, 0.0), color=colour,
+            marker=marker, markersize=6, linewidth=1.6, capsize=3, label=codec,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    below = []
+    for r in levels:
+        text = f"{r['name']} ({_bits(r):g} bits per channel)"
+        if r["kl_mean"] < low / 30:
+            below.append(f"{text}: {r['kl_mean']:.1e}, below this axis")
+            continue
+        axes.axhline(r["kl_mean"], color=styles["exact"][0], linestyle="--", linewidth=1.2)
+        axes.annotate(
+            text, (1.0, r["kl_mean"]), xycoords=("axes fraction", "data"),
+            xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=SMALL,
+        )  # fmt: skip
+        low = min(low, r["kl_mean"] / 1.6)
+    axes.annotate(
+        "\n".join(below), (0.0, 0.0), xycoords="axes fraction", xytext=(6, 5),
+        textcoords="offset points", fontsize=SMALL,
+    )  # fmt: skip
+    axes.set_ylim(low, high)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(_log_ticks(low, high))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel("mean KL, nats per token")
 
 
 def _bits(row: Row) -> float:

@@ -108,6 +108,10 @@ class Row:
     bits_per_channel_at_window: float | None = dataclasses.field(
         default=None, metadata={"optional": True}
     )
+    exact_tokens: tuple[int, int] | None = dataclasses.field(
+        default=None, metadata={"optional": True}
+    )
+    kl_p999: float | None = dataclasses.field(default=None, metadata={"optional": True})
     by_position: tuple[Reach, ...] | None = dataclasses.field(
         default=None, metadata={"optional": True}
     )

@@ -23,13 +23,17 @@ from turboq_calibrate.measure.quality_schema import Run, Table, read_json
 QUALITY, TABLE, RUN = "quality.json", "quality.csv", "run.json"
 LONG = 1024  # windows above this show their KL by position
 FEW = 5  # windows below this make an interval that needs a word
+# Buckets of position by their first one, and what the CSV says of each.
+BUCKETS = {0: "0_1k", 1024: "1k_4k", 4096: "4k_16k", 16384: "16k_up"}
+OF_BUCKETS = ("kl_mean", "kl_p99", "kl_p999", "top1", "perplexity_ratio")
 # The columns of the CSV, in order; nested values are flattened or left to the JSON.
 COLUMNS: tuple[str, ...] = (
     "name", "codec", "k_codec", "v_codec", "k_bits", "v_bits", "bits_per_channel",
     "bits_per_channel_at_context", "context", "bits_per_channel_at_window", "sinks", "recent",
     "text", "quantized_tokens", "scored_positions", "kl_mean", "kl_median", "kl_ci_lo", "kl_ci_hi",
-    "kl_p99", "top1", "perplexity", "perplexity_exact", "perplexity_ratio", "bytes_per_token",
-    "compression",
+    "kl_p99", "kl_p999", "top1", "perplexity", "perplexity_exact", "perplexity_ratio",
+    "bytes_per_token", "compression",
+    *(f"{name}_{bucket}" for bucket in BUCKETS.values() for name in OF_BUCKETS),
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -92,9 +96,16 @@ def json_text(value: Any) -> str:
 
 
 def flat(row: Row) -> Row:
-    """A row's values by `COLUMNS`; a missing interval is empty."""
+    """A row's values by `COLUMNS`; a missing interval is empty, as are buckets beyond a window."""
     lo, hi = row["kl_ci"] or ("", "")
-    extra = {"kl_ci_lo": lo, "kl_ci_hi": hi, "bits_per_channel_at_window": ""} | row["policy"]
+    optional = [
+        "bits_per_channel_at_window",
+        "kl_p999",
+        *COLUMNS[-len(BUCKETS) * len(OF_BUCKETS) :],
+    ]
+    extra = dict.fromkeys(optional, "") | {"kl_ci_lo": lo, "kl_ci_hi": hi} | row["policy"]
+    for bucket in row.get("by_position", ()):
+        extra |= {f"{name}_{BUCKETS[bucket['start']]}": bucket[name] for name in OF_BUCKETS}
     extra |= {name: row[name] for name in COLUMNS if name in row}
     return {name: extra[name] for name in COLUMNS}
 
@@ -163,11 +174,11 @@ def by_position(rows: Sequence[Row]) -> list[dict[str, str]]:
         {
             "plan": row["name"],
             "positions": f"{b['start']}..{b['end'] - 1}",
-            "KL mean": _with(nats, b["kl_mean"], b["kl_mean_ci"]),
-            "p99": _with(nats, b["kl_p99"], b["kl_p99_ci"]),
-            "p99.9": _with(nats, b["kl_p999"], b["kl_p999_ci"]),
-            "top-1, %": _with(lambda x: f"{100 * x:.1f}", b["top1"], b["top1_ci"]),
-            "perplexity ratio": _with(
+            "KL mean": with_interval(nats, b["kl_mean"], b["kl_mean_ci"]),
+            "p99": with_interval(nats, b["kl_p99"], b["kl_p99_ci"]),
+            "p99.9": with_interval(nats, b["kl_p999"], b["kl_p999_ci"]),
+            "top-1, %": with_interval(lambda x: f"{100 * x:.1f}", b["top1"], b["top1_ci"]),
+            "perplexity ratio": with_interval(
                 lambda x: f"{x:.4f}", b["perplexity_ratio"], b["perplexity_ratio_ci"]
             ),
         }
@@ -184,7 +195,7 @@ def by_step(rows: Sequence[Row]) -> list[dict[str, str]]:
             "positions": str(s["positions"]),
             "KL, one pass": nats(s["kl_one_pass"]),
             "KL, step by step": nats(s["kl_steps"]),
-            "difference": _with(
+            "difference": with_interval(
                 lambda x: f"{x:+.1e}", s["kl_steps"] - s["kl_one_pass"], s["difference_ci"]
             ),
             "largest": nats(s["largest"]),
@@ -196,7 +207,7 @@ def by_step(rows: Sequence[Row]) -> list[dict[str, str]]:
     ]
 
 
-def _with(shown: Callable[[float], str], x: float, ci: Sequence[float] | None) -> str:
+def with_interval(shown: Callable[[float], str], x: float, ci: Sequence[float] | None) -> str:
     """A number and its interval."""
     return shown(x) if ci is None else f"{shown(x)} ({shown(ci[0])} .. {shown(ci[1])})"
 
@@ -235,6 +246,20 @@ def cautions(rows: Sequence[Row], text: dict[str, Any]) -> list[str]:
             "not how another text would"
         )
     return found
+
+
+def unequal(rows: Sequence[Row]) -> list[str]:
+    """A line where plans keep unequal numbers of tokens exact, from rows of either command."""
+    plans: dict[tuple[int, int], dict[str, None]] = {}
+    for row in rows:
+        if row.get("quantized_tokens", 1):  # all of an exact plan is
+            policy = row.get("policy", {})
+            first, last = row.get("exact_tokens") or (policy["sinks"], policy["recent"])
+            plans.setdefault((first, last), {})[row["plan" if "plan" in row else "name"]] = None
+    if len(plans) < 2:
+        return []
+    said = "; ".join(f"first {a} and last {b} of {', '.join(x)}" for (a, b), x in plans.items())
+    return [f"exact tokens differ, so plans do not compare: {said}"]
 
 
 def quantized_share(row: Row, length: int) -> float:
@@ -299,7 +324,7 @@ def format_table(quality: Quality) -> str:
             lines += [f"{text['text']}: by position", *aligned(buckets)]
         if walked := by_step(rows):
             lines += [f"{text['text']}: through the packed cache", *aligned(walked)]
-    return "\n".join(lines)
+    return "\n".join(lines + unequal(quality.rows))
 
 
 def aligned(cells: Iterable[Mapping[str, str]]) -> list[str]:

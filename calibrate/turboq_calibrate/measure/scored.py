@@ -9,6 +9,7 @@ import numpy as np
 
 from turboq.cache.layer import KVLayer
 from turboq.errors import TurboqError
+from turboq.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,11 @@ class Scored:
 
     first: int
     quantized: int
+
+
+def plan_scored(plan: Plan, length: int) -> Scored:
+    """`scored` of a plan, by the windows of its model."""
+    return scored([layer.window for layer in plan.model.cache_layers], plan.storage, length)
 
 
 def scored(windows: Sequence[int | None], layers: Sequence[KVLayer], length: int) -> Scored:

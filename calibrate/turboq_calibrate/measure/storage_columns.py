@@ -52,6 +52,7 @@ def storage_columns(
             "recent": policy.recent,
             "exact_dtype": policy.exact_dtype,
         },
+        "exact_tokens": exact_tokens(owned),
         "bytes_per_token": _whole(accounting.bits_per_token(owned) / 8),
         "compression": accounting.compression(owned),
         "cache_bytes": {
@@ -59,6 +60,14 @@ def storage_columns(
             for c in _contexts(model.spec.context)
         },
     }
+
+
+def exact_tokens(layers: Sequence[KVLayer | None]) -> list[int]:
+    """How many first tokens are exact, and at most how many last ones: codecs that store blocks of
+    tokens wait for a whole one."""
+    owned = [layer for layer in layers if layer is not None]
+    policy = owned[0].policy
+    return [policy.sinks, policy.recent + max(layer.block for layer in owned) - 1]
 
 
 def head_bits(layers: Sequence[KVLayer | None]) -> dict[str, Any]:

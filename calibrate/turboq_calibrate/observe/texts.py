@@ -52,6 +52,7 @@ CALIBRATION = ("self:0", "topics:calibration")
 WRITES = 2_000_000_000  # parameters
 CALIBRATION_OF_LARGE = ("topics:calibration", "source:calibration")
 COUNT, LENGTH = 16, 512
+LONG_CHECK = 4096  # tokens of a window to judge plans for a context by
 # "kind:rest"; one letter before the colon is a drive.
 KIND = re.compile(r"([A-Za-z_]\w+):")
 
@@ -516,8 +517,10 @@ def calibration_windows(
     )  # fmt: skip
 
 
-def long_check(context: int, length: int) -> int:
+def long_check(context: int, length: int, wanted: int | None = None) -> int:
     """Tokens of the longer check window: four windows, at most the model's context; 0 if no more
-    than one window fits."""
-    longest = min(context, 4 * length)
+    than one window fits. For plans at a context of `wanted` tokens so many, at most `LONG_CHECK`
+    (or four windows)."""
+    four = 4 * length
+    longest = min(context, four if wanted is None else min(wanted, max(four, LONG_CHECK)))
     return longest if longest > length else 0

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from turboq.files import make_folder, settle, write_together
 from turboq.plan import json_file
 from turboq.plan.errors import PlanError, shown
-from turboq_calibrate.measure.quality_table import aligned, json_text
+from turboq_calibrate.measure.quality_table import aligned, json_text, unequal, with_interval
 from turboq_calibrate.tasks.score import Score
 
 SCHEMA = 1
@@ -64,6 +64,12 @@ class TaskRow:
     matches_exact: float
     matches_p: float
     by_depth: tuple[AtDepth, ...]
+    examples_needed: int | None = dataclasses.field(default=None, metadata={"optional": True})
+    logp_examples: tuple[float, ...] | None = dataclasses.field(
+        default=None, metadata={"optional": True}
+    )
+    rank_median: float | None = dataclasses.field(default=None, metadata={"optional": True})
+    rank_median_exact: float | None = dataclasses.field(default=None, metadata={"optional": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +121,9 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     lines: dict[tuple[str, int], dict[str, str]] = {}
     for row in rows:
         line = lines.setdefault((row["task"], row["length"]), {})
-        chance = " (chance)" if row["at_chance"] else ""
+        chance = ""
+        if row["at_chance"]:
+            chance = " (too few examples)" if too_few(row) else " (chance)"
         line |= {
             "task": row["task"],
             "length": str(row["length"]),
@@ -127,6 +135,42 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     return [lines[key] for key in sorted(lines, key=lambda x: (x[1], order[x[0]]))]
 
 
+def too_few(row: dict[str, Any]) -> bool:
+    """Even if all examples were right, chance could not be ruled out."""
+    return row["examples"] < (row.get("examples_needed") or 0)
+
+
+def details(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """One dict per task, length and plan: the change with its interval, the rank, what is written,
+    and the change at every depth."""
+
+    def both(row: dict[str, Any], name: str, shown: Callable[[float], str]) -> str:
+        mine, theirs = row.get(name), row.get(f"{name}_exact")
+        return "-" if mine is None or theirs is None else f"{shown(mine)} / {shown(theirs)}"
+
+    def one(row: dict[str, Any]) -> dict[str, str]:
+        return {
+            "task": row["task"],
+            "length": str(row["length"]),
+            "plan": row["plan"],
+            "change (95 %)": with_interval(
+                lambda x: f"{x:+.2f}", row["logp_change"], row["logp_change_ci"]
+            ),
+            "median rank / exact": both(row, "rank_median", lambda x: f"{x:g}"),
+            "written / exact": both(row, "matches", lambda x: f"{100 * x:.0f} %"),
+            "McNemar p": f"{row['matches_p']:.2g}",
+        } | {f"at {x['depth']:g}": f"{x['logp_change']:+.2f}" for x in row["by_depth"]}
+
+    order = {task: i for i, task in enumerate(dict.fromkeys(row["task"] for row in rows))}
+    return [one(row) for row in sorted(rows, key=lambda x: (x["length"], order[x["task"]]))]
+
+
+DETAILS = (
+    "change of the log-probability with its interval over examples (and by depth), median rank of "
+    "the right answer, how often greedy decoding writes it, and whether that differs"
+)
+
+
 def notes_of(table: dict[str, Any]) -> list[str]:
     """What the printed table says in words: its heading, and what must not be overlooked."""
     rows = table["rows"]
@@ -135,17 +179,21 @@ def notes_of(table: dict[str, Any]) -> list[str]:
         "greedy decoding writes it. Plans: change of its log-probability in nats, and how often "
         "greedy decoding writes what it writes with the exact cache"
     ]
-    kept = {row["plan"]: tuple(row["exact_tokens"]) for row in rows}
-    if len(set(kept.values())) > 1:
-        said = "; ".join(f"{plan} first {a} and last {b}" for plan, (a, b) in kept.items())
-        lines.append(f"exact tokens differ, so plans do not compare: {said}")
-    chance = list(dict.fromkeys(row["task"] for row in rows if row["at_chance"]))
+    lines += unequal(rows)
+    few = {r["task"]: f"{r['task']} ({r['examples_needed']} needed)" for r in rows if too_few(r)}
+    if few:
+        said = ", ".join(few.values())
+        lines.append(f"too few examples to tell from chance, so counted for nothing: {said}")
+    chance = list(
+        dict.fromkeys(row["task"] for row in rows if row["at_chance"] and not too_few(row))
+    )
     if chance:
         lines.append(f"at chance with the exact cache, so counted for nothing: {', '.join(chance)}")
     return lines
 
 
 def format_results(table: dict[str, Any]) -> str:
-    """The printed table: one line per task and length, one column per plan."""
+    """The printed tables: a line per task and length with a column per plan, then `details`."""
     heading, *notes = notes_of(table)
-    return "\n".join([heading, *aligned(cells(table["rows"])), *notes])
+    rows = table["rows"]
+    return "\n".join([heading, *aligned(cells(rows)), *notes, DETAILS, *aligned(details(rows))])

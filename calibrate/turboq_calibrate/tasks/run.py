@@ -20,6 +20,7 @@ from turboq.files import atomic_write, make_folder
 from turboq.plan import Plan, check_model, document, head_plan
 from turboq.version import __version__
 from turboq_calibrate.measure.evaluate import NamedPlan
+from turboq_calibrate.measure.storage_columns import exact_tokens
 from turboq_calibrate.measure.window_files import arrays_sha256
 from turboq_calibrate.models import Model
 from turboq_calibrate.models.geometry import model_geometry
@@ -62,10 +63,14 @@ def measure_tasks(
         that are not finite.
     """
     names = [name for name, _, _ in plans]
-    if not plans or not tasks or not lengths or len(set(names)) != len(names):
-        raise TurboqError(f"tasks need plans of different names, got {names}, tasks and lengths")
-    if count < 1 or not depths or not all(0 <= depth <= 1 for depth in depths):
-        raise TurboqError(f"{count=} must be 1 or more and {depths=} between 0 and 1")
+    if not plans or len(set(names)) != len(names):
+        raise TurboqError(f"tasks need plans of different names, got {names}")
+    if not tasks or not lengths:
+        raise TurboqError(f"{len(tasks)} tasks at lengths {list(lengths)}: one or more of each")
+    if count < 1:
+        raise TurboqError(f"{count=} must be 1 example or more")
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise TurboqError(f"depths={list(depths)} must be one or more, from 0 to 1")
     geometry = model_geometry(model)
     for name, plan, _ in plans:
         try:
@@ -186,12 +191,10 @@ def _rows(
 
 
 def _storage(name: str, layers: Sequence[KVLayer], length: int) -> dict[str, Any]:
-    """What a plan stores at this length; exact_tokens: first, and at most last."""
-    policy = layers[0].policy
-    last = policy.recent + max(layer.block for layer in layers) - 1
+    """What a plan stores at this length."""
     return {
         "plan": name,
         "bits_per_channel": accounting.bits_per_channel(layers),
         "cache_bytes": accounting.residency(layers, context=length).total,
-        "exact_tokens": [policy.sinks, last],
+        "exact_tokens": exact_tokens(layers),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,11 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
     return float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
+def needed(answers: int) -> int:
+    """Examples from which on all right ones are more than chance: answers^-n < LEVEL."""
+    return next(n for n in itertools.count(1) if answers**-n < LEVEL)
+
+
 def above_chance(chosen: Sequence[bool], answers: int) -> bool:
     """The right one of so many answers is chosen more often than by drawing lots (one-sided)."""
     test = stats.binomtest(sum(chosen), len(chosen), 1 / answers, alternative="greater")
@@ -35,8 +41,9 @@ def summary(plan: Sequence[Score], exact: Sequence[Score], *, seed: int = 0) -> 
     """One row of the results; shares are of the same examples under both caches.
 
     at_chance: the exact cache does not choose the right answer more often than chance: nothing
-      can be lost. logp: mean log-probability of the right answer, nats; logp_change: plan less
-      exact, with its paired bootstrap interval over examples. rank: geometric mean. chosen,
+      can be lost. examples_needed: fewer can never say so. logp: mean log-probability of the right
+      answer, nats (logp_examples: of each); logp_change: plan less exact, with its paired bootstrap
+      interval over examples. rank: geometric mean; rank_median. chosen,
       matches: shares with the right answer likeliest, and written by greedy decoding; *_p: exact
       McNemar tests. agrees: greedy decoding writes what it does with the exact cache.
     """
@@ -45,12 +52,16 @@ def summary(plan: Sequence[Score], exact: Sequence[Score], *, seed: int = 0) -> 
     row: dict[str, Any] = {
         "examples": len(plan),
         "at_chance": not above_chance([x.chosen for x in exact], len(exact[0].logp)),
+        "examples_needed": needed(len(exact[0].logp)),
+        "logp_examples": [x.logp[0] for x in plan],
         "logp": float(np.mean([x.logp[0] for x in plan])),
         "logp_exact": float(np.mean([x.logp[0] for x in exact])),
         "logp_change": float(change.mean()),
         "logp_change_ci": None if ci is None else list(ci),
         "rank": float(stats.gmean([x.rank for x in plan])),
         "rank_exact": float(stats.gmean([x.rank for x in exact])),
+        "rank_median": float(np.median([x.rank for x in plan])),
+        "rank_median_exact": float(np.median([x.rank for x in exact])),
         "agrees": float(np.mean([x.agrees for x in plan])),
     }
     for name in ("chosen", "matches"):

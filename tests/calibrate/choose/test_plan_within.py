@@ -27,6 +27,7 @@ from turboq_calibrate.measure.storage_columns import layer_loss
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe.statistics_files import load_statistics
+from turboq_calibrate.observe.texts import long_check
 
 MODEL = Path(__file__).parents[2] / "golden" / "llama3"
 OBSERVE = ("--windows=2", "--window_length=24", "--check_length=48", "--reservoir=64")
@@ -484,3 +485,96 @@ def test_exact_tokens_are_chosen_with_their_bytes_counted(run, tmp_path, capsys)
     best = min(kl, key=lambda name: kl[name])
     assert best == f"sinks {found.tokens.sinks}, recent {found.tokens.recent}"
     assert found.residency(700).total <= 150 * 1024
+
+
+AT_700 = ("--budget=700@150KiB", DATA_FREE, "--granularity=uniform")
+
+
+def policy_lines(out: str) -> dict[str, str]:
+    lines = [x.partition(": ") for x in out.splitlines() if x.startswith("sinks")]
+    return {name: rest for name, _, rest in lines}
+
+
+def test_policies_are_compared_at_length_over_the_same_positions(
+    run, tmp_path, monkeypatch, capsys
+):
+    """Short windows prefer 0:0, the long one 4:16, by its 27 of 47 positions that see a codec."""
+
+    def kl(name, tokens, text):
+        if name.split()[1] == "turboquant_mse":
+            return 9.0
+        return {"0:0": 1.0, "4:0": 2.0, "4:16": 3.0}[name.split()[0]] if tokens == 24 else 1.0
+
+    asked = made_up(monkeypatch, kl)
+    flags = (*AT_700, "--policies=0:0,4:0,4:16", f"--statistics={run}", f"--out={tmp_path}")
+    assert plan(*flags) == 0
+    out = capsys.readouterr().out
+    shares = {"sinks 0, recent 0": 47 / 47, "sinks 4, recent 0": 43 / 47}
+    shares["sinks 4, recent 16"] = 27 / 47
+    assert policy_lines(out) == {
+        name: f"KL at 48 tokens held back {share:.6g}" for name, share in shares.items()
+    }
+    assert len(asked) == 2  # short, long: all policies at once
+    assert sorted(asked[0]) == sorted(asked[1])
+    assert load(tmp_path)[0].tokens.recent == 16
+    assert allocation(tmp_path)["check"]["judged_tokens"] == 48
+    assert "judged at 48 tokens, the budget is for 700: calibrate with --check_length=256" in out
+
+
+def test_a_policy_that_loses_at_length_gives_way_to_the_next(run, tmp_path, monkeypatch):
+    """4:0 loses least and to its own baseline, which is not that of 0:0."""
+
+    def kl(name, tokens, text):
+        policy, codec = name.split()[:2]
+        return {"0:0": 2.0, "4:0": 1.0}[policy] + (codec != "turboquant_mse") * (
+            1.0 if policy == "4:0" else -0.5
+        )
+
+    made_up(monkeypatch, kl)
+    flags = (*AT_700, "--policies=0:0,4:0", f"--statistics={run}", f"--out={tmp_path}")
+    assert plan(*flags) == 0
+    assert load(tmp_path)[0].tokens.sinks == 0
+    refused = {name.split()[0] for name, _, _ in allocation(tmp_path)["check"]["refused"]}
+    assert refused <= {"4:0"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "tried"),
+    [
+        ([], {"sinks 4, recent 0", "sinks 4, recent 32", "sinks 4, recent 128"}),
+        (["--sinks=2"], set()),
+    ],
+)
+def test_three_policies_by_default_at_a_context(flags, tried, run, tmp_path, monkeypatch, capsys):
+    made_up(monkeypatch, lambda name, tokens, text: 1.0)
+    assert plan(*AT_700, *flags, f"--statistics={run}", f"--out={tmp_path}") == 0
+    lines = policy_lines(capsys.readouterr().out)
+    assert set(lines) == tried
+    for name in tried - {"sinks 4, recent 0"}:
+        assert "keeps every token of a window of 24 exact" in lines[name]
+
+
+@pytest.mark.parametrize(
+    ("context", "length", "wanted", "tokens"),
+    [
+        (8192, 512, None, 2048),
+        (8192, 512, 32768, 4096),
+        (2048, 512, 32768, 2048),
+        (8192, 512, 1024, 1024),
+        (8192, 512, 300, 0),
+        (65536, 2048, 32768, 8192),
+    ],
+)
+def test_the_long_window_follows_the_budget(context, length, wanted, tokens):
+    assert long_check(context, length, wanted) == tokens
+
+
+def test_what_is_calibrated_for_a_context_is_checked_there(texts, tmp_path, monkeypatch, capsys):
+    made_up(monkeypatch, lambda name, tokens, text: 1.0)
+    sizes = [x for x in OBSERVE if "check_length" not in x]
+    flags = (*texts, *sizes, DATA_FREE, "--budget=100@120KiB", "--granularity=uniform")
+    assert plan(*flags, f"--out={tmp_path}") == 0
+    (long,) = load_statistics(tmp_path).held_back.long.values()
+    assert long.shape == (1, 100)
+    assert allocation(tmp_path)["check"]["judged_tokens"] == 100
+    assert "judged at" not in capsys.readouterr().out

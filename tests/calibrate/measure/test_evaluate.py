@@ -343,7 +343,8 @@ def test_files_and_table(measured, tmp_path):
         assert [float(text["kl_ci_lo"]), float(text["kl_ci_hi"])] == row["kl_ci"]
         assert int(text["recent"]) == row["policy"]["recent"]
     lines = quality.format_table(measured).splitlines()
-    assert len(lines) == 3 + len(rows) + 4  # two policies, and the exact plan quantizes nothing
+    assert len(lines) == 3 + len(rows) + 5  # two policies, and the exact plan quantizes nothing
+    assert lines[-1].startswith("exact tokens differ, so plans do not compare: first 2 and last 3 ")
     assert lines[1].split()[:2] == ["plan", "bits/ch"]
     assert len({len(line) for line in lines[1 : 3 + len(rows)]}) == 1  # aligned
     lines = lines[: 3 + len(rows) + 3]

@@ -281,8 +281,34 @@ def test_tasks_are_a_table_and_a_picture(full, tmp_path):
     assert label is not None
     assert label[1].endswith("Largest: a &amp; b needle 1, c needle 0.1 nats.")
     assert "-1.00 75 %" in page
+    assert "<td>-1.00 (-2.00 .. +0.00)</td>" in page
+    assert ">at 0.5</th>" in page
     assert "&lt;lots&gt;" in page.partition("counted for nothing")[2][:20]
     assert "<lots>" not in page
     for row in found["rows"]:
         row["logp_change"] = 0.0
     assert "which tasks tolerate" not in report.render(full, tasks=found).lower()
+
+
+def test_every_length_has_a_panel_of_kl_against_bits():
+    """Nothing is averaged over lengths; texts of one length are."""
+    texts = ("a at 600", "b at 600", "a at 2048")
+    rows = [
+        quality_cases.row("mse 3", kl=kl, text=text)
+        for text, kl in zip(texts, (0.1, 0.3, 0.7), strict=True)
+    ]
+    found = quality_cases.quality(rows, texts)
+    found.table["texts"][2]["window_tokens"] = 2048
+    assert {
+        title: [(row["kl_mean"], row["kl_ci"]) for row in each]
+        for title, each in report.by_length(found).items()
+    } == {
+        "windows of 600 tokens": [(pytest.approx(0.2), [0.1, 0.3])],
+        "windows of 2048 tokens": [(0.7, [0.7, 0.7])],
+    }
+    page = report.render(found)
+    label = re.search(r'aria-label="(Mean KL divergence against bits[^"]*)"', page)
+    assert label is not None
+    assert "(windows of 600 tokens). Lowest: mse 3, 0.2 nats" in label[1]
+    assert "(windows of 2048 tokens). Lowest: mse 3, 0.7 nats" in label[1]
+    assert page.count(">windows of 2048 tokens</text>") == 1

@@ -1,11 +1,15 @@
 """Quality files and their table: what is refused, and what a table says of its bytes."""
 
+import csv
+import io
 import json
+import re
 
 import pytest
 import quality_cases
 
 from turboq.errors import TurboqError
+from turboq_calibrate.measure import html_page
 from turboq_calibrate.measure import quality_table as quality
 
 
@@ -86,3 +90,38 @@ def test_every_damaged_field_is_one_clear_line(tmp_path, file):
                 quality.format_table(found)
     assert len(refused) > 0.8 * tried > 40
     assert all(str(tmp_path) in line and "\n" not in line for line in refused)
+
+
+@pytest.mark.parametrize("text", ["printed", "page"])
+def test_unequal_exact_tokens_are_said_once(text):
+    """KIVI keeps up to 31 more; a plan that quantizes nothing does not count."""
+
+    def said(*kept):
+        rows = [
+            quality_cases.row(f"plan {i}", text=where) | {"exact_tokens": list(x)}
+            for where in ("a", "b")
+            for i, x in enumerate(kept)
+        ]
+        rows.append(quality_cases.row("all", "exact", text="a") | {"exact_tokens": [9, 9]})
+        found = quality_cases.quality(rows, ("a", "b"))
+        shown = quality.format_table(found) if text == "printed" else html_page.render(found)
+        return re.findall("exact tokens differ, so plans do not compare: ([a-z0-9,; ]+)", shown)
+
+    assert said((4, 0), (4, 31), (4, 0)) == [
+        "first 4 and last 0 of plan 0, plan 2; first 4 and last 31 of plan 1"
+    ]
+    assert said((4, 0), (4, 0)) == []
+
+
+def test_the_csv_has_buckets_of_position_and_tails():
+    row = quality_cases.row("a", kl=0.1) | {"kl_p999": 0.6}
+    row["by_position"] += [row["by_position"][0] | {"start": 4096, "end": 5000, "kl_p99": 7.0}]
+    (read,) = csv.DictReader(io.StringIO(quality.csv_text([row])))
+    assert read["kl_p999"] == "0.6"
+    assert float(read["kl_p999_0_1k"]) == pytest.approx(0.9)
+    assert (read["kl_mean_0_1k"], read["kl_p99_4k_16k"]) == ("0.1", "7.0")
+    assert {read[f"{name}_1k_4k"] for name in ("kl_mean", "top1", "perplexity_ratio")} == {""}
+    assert read["top1_16k_up"] == ""
+    old = {name: x for name, x in row.items() if name not in ("kl_p999", "by_position")}
+    (read,) = csv.DictReader(io.StringIO(quality.csv_text([old])))
+    assert (read["kl_p999"], read["kl_mean_0_1k"], read["compression"]) == ("", "", str(16 / 3))

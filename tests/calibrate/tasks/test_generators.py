@@ -88,3 +88,16 @@ def test_seeds_and_indices_differ():
         for x in examples(task, Characters(), length=300, count=2, depths=[0.0], seed=seed, room=9)
     ]
     assert len({tuple(p[-15:]) for p in prompts}) == 4
+
+
+def test_arithmetic_asks_the_end_of_a_chain_as_long_as_the_prompt():
+    """Four totals, each of which needs its step: the last one turned round changes the last."""
+    for size in (0, 50):
+        sample = TASKS["arithmetic"].write(random.Random(5), size, 0.0)
+        assert len(re.findall(r"Add|Take away", sample.prompt)) == 8 + size
+        assert [x.count("\n") for x in (sample.answer, *sample.wrong)] == [4] * 4
+        assert {len(x) for x in sample.wrong} == {len(sample.answer)}
+        before, _, by = sample.prompt.rpartition("Add")
+        found = task_solvers.arithmetic(f"{before}Take away{by}").split("\n")
+        assert found != sample.answer.split("\n")
+        assert len(found) == 5

@@ -13,13 +13,14 @@ from turboq.cache.simulate import simulated_attention
 from turboq.codecs import Exact, KiviKey, KiviValue, TurboQuantMSE
 from turboq.errors import TurboqError
 from turboq.plan import uniform_plan
+from turboq_calibrate.measure.storage_columns import exact_tokens
 from turboq_calibrate.models import forward, load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.tasks import results, run
 from turboq_calibrate.tasks.contract import Sample, Task
 from turboq_calibrate.tasks.examples import Example
 from turboq_calibrate.tasks.score import Score, score
-from turboq_calibrate.tasks.statistics import above_chance, mcnemar, summary
+from turboq_calibrate.tasks.statistics import above_chance, mcnemar, needed, summary
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 POLICY = TokenPolicy(sinks=2)
@@ -101,6 +102,55 @@ def test_mcnemar_and_chance_against_closed_forms():
         assert above_chance([True] * right + [False] * (10 - right), 4) == (p < 0.05)
 
 
+@pytest.mark.parametrize(("answers", "fewest"), [(2, 5), (4, 3), (20, 2), (21, 1)])
+def test_with_too_few_examples_nothing_is_above_chance(answers, fewest):
+    assert needed(answers) == fewest
+    assert above_chance([True] * fewest, answers)
+    assert not any(above_chance([True] * n, answers) for n in range(1, fewest))
+
+
+def scores(*logps, rank=1, greedy=(1,)):
+    return [Score(logp=x, rank=rank, agrees=True, greedy=greedy) for x in logps]
+
+
+def test_too_few_examples_are_called_so():
+    """All right, of four answers: two examples may be luck, three count."""
+    storage = {"plan": "p", "exact_tokens": [4, 0], "task": "t", "length": 48, "by_depth": []}
+    for count, said in ((1, "too few"), (2, "too few"), (3, "")):
+        right = scores(*[(-1.0, -2.0, -2.0, -2.0)] * count)
+        row = storage | summary(right, right)
+        assert row["at_chance"] == bool(said)
+        (cell,) = results.cells([row])
+        assert cell["exact"] == "100 %" + " (too few examples)" * bool(said)
+        notes = results.notes_of({"model": "m", "rows": [row]})[1:]
+        assert notes == [
+            "too few examples to tell from chance, so counted for nothing: t (3 needed)"
+        ] * bool(said)
+
+
+def test_details_say_intervals_ranks_matches_and_depths():
+    exact = scores(*[(-1.0, -9.0)] * 6)
+    plan = scores(*[(-1.5, -9.0)] * 4, rank=5) + scores(*[(-1.5, -9.0)] * 2, rank=1)
+    depths = [{"depth": 0.25, "logp_change": -0.25, "agrees": 1.0}]
+    storage = {"plan": "p", "exact_tokens": [4, 0], "task": "t", "length": 48, "by_depth": depths}
+    row = storage | summary(plan, exact)
+    assert row["logp_examples"] == [-1.5] * 6
+    assert results.details([row]) == [
+        {
+            "task": "t",
+            "length": "48",
+            "plan": "p",
+            "change (95 %)": "-0.50 (-0.50 .. -0.50)",
+            "median rank / exact": "5 / 1",
+            "written / exact": "33 % / 100 %",
+            "McNemar p": f"{2 * 0.5**4:.2g}",
+            "at 0.25": "-0.25",
+        }
+    ]
+    old = {name: x for name, x in row.items() if not name.startswith("rank_median")}
+    assert results.details([old])[0]["median rank / exact"] == "-"
+
+
 def test_a_summary_is_paired():
     rng = np.random.default_rng(0)
     base = (-10 * rng.random(12)).tolist()
@@ -157,8 +207,12 @@ def test_run_keeps_scores_and_counts_no_task_at_chance(model, tmp_path, monkeypa
     mean = np.mean([x["logp_change"] for x in found["rows"][0]["by_depth"]])
     assert mean == pytest.approx(found["rows"][0]["logp_change"])
     lines = results.format_results(found).splitlines()
-    assert lines[-1] == "at chance with the exact cache, so counted for nothing: flag"
+    assert lines[4] == "at chance with the exact cache, so counted for nothing: flag"
     assert lines[3].split()[:4] == ["flag", "48", lines[3].split()[2], "%"]
+    assert lines[5] == results.DETAILS
+    assert "at 0" in lines[6]
+    assert "at 1" in lines[6]
+    assert len(lines) == 9
     results.write_results(found, tmp_path)
     assert results.read_results(tmp_path) == json.loads(json.dumps(found))
     monkeypatch.setattr("turboq_calibrate.tasks.statistics.LEVEL", 2.0)  # everything is above
@@ -181,7 +235,9 @@ def test_bad_input_is_one_clear_line(model):
         ("plans of different names", [("a", plan, {})] * 2, {}),
         ("another model", [("a", other, {})], {}),
         ("of 300 tokens exceed the model's context of 256", [("a", plan, {})], {"lengths": [300]}),
-        ("between 0 and 1", [("a", plan, {})], {"lengths": [48], "depths": [2.0]}),
+        ("from 0 to 1", [("a", plan, {})], {"lengths": [48], "depths": [2.0]}),
+        ("1 tasks at lengths", [("a", plan, {})], {"lengths": []}),
+        ("count=0 must be 1", [("a", plan, {})], {"count": 0}),
     ):
         with pytest.raises(TurboqError, match=match) as error:
             run.measure_tasks(model, plans, [TASK], progress=False, **options)
@@ -195,3 +251,9 @@ def test_results_that_are_damaged_are_one_clear_line(tmp_path):
         with pytest.raises(TurboqError, match=match) as error:
             results.read_results(tmp_path)
         assert "\n" not in str(error.value)
+
+
+def test_blocks_of_tokens_keep_more_exact(model):
+    kivi = KiviKey(dim=16, bits=2, group=32), KiviValue(dim=16, bits=2, group=16)
+    assert exact_tokens(plan_of(model, *kivi).kv_layers({})) == [2, 31]
+    assert exact_tokens(plan_of(model, TurboQuantMSE(dim=16, bits=2)).kv_layers({})) == [2, 0]
