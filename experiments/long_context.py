@@ -71,8 +71,8 @@ def targets(found: quality_table.Quality) -> list[str]:
     rows = {(row["text"], row["name"]): row for row in found.rows}
     lines = []
     for text in found.texts:
-        pair = [rows.get((text, name)) for name in TARGET]
-        if None in pair:
+        pair = [row for name in TARGET if (row := rows.get((text, name)))]
+        if len(pair) < len(TARGET):
             continue
         each = ", ".join(f"{row['name']} {row['kl_mean']:.4f}" for row in pair)
         more, said = paired(*(row["kl_windows"] for row in pair))

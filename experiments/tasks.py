@@ -63,8 +63,8 @@ def targets(rows: list[dict[str, Any]]) -> list[str]:
     found = {(r["task"], r["length"], r["plan"]): r for r in rows if not r["at_chance"]}
     lines = []
     for task, length in dict.fromkeys(key[:2] for key in found):
-        pair = [found.get((task, length, name)) for name in TARGET]
-        if None in pair:
+        pair = [row for name in TARGET if (row := found.get((task, length, name)))]
+        if len(pair) < len(TARGET):
             continue
         each = ", ".join(f"{r['plan']} {r['logp_change']:+.3f}" for r in pair)
         more, said = paired(*(r["logp_examples"] for r in pair))
