@@ -169,6 +169,16 @@ def test_flags_of_one_command_do_not_leak_into_another():
     assert set(flags.FLAGS) == before
 
 
+def test_no_list_forgets_what_was_given_before():
+    """Every list is a flag that may be repeated: absl's own lists keep the last one only."""
+    for name in cli.COMMANDS:
+        values = cli._define(cli._module(name))
+        assert not [f for f in values if values[f].flag_type() == "comma separated list of strings"]
+    values = cli._define(memory)
+    values(["memory", "--cards=8,16", "--cards=24"])
+    assert memory._cards(common.listed(values, "cards")) == (8, 16, 24)
+
+
 def test_flagfile(tmp_path, capsys, monkeypatch):
     seen = {}
     monkeypatch.setattr(memory, "main", lambda values, arguments: seen.update(c=values.context))

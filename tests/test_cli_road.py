@@ -125,7 +125,7 @@ def test_lengths_and_tasks(run, tmp_path, capsys):
     assert turboq("evaluate", *args, "--window_length=48", "--steps=3") == 0
     (alone,) = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert alone["steps"]["positions"] == 2 * 3
-    assert turboq("evaluate", *args, "--lengths=32,48", "--steps=3") == 0
+    assert turboq("evaluate", *args, "--lengths=32", "--lengths=48", "--steps=3") == 0
     table = json.loads((tmp_path / "quality.json").read_text())
     assert [t["window_tokens"] for t in table["texts"]] == [32, 48]
     assert table["rows"][1] == alone | {"text": "topics:heldout at 48"}
@@ -240,6 +240,10 @@ EXACT = (HERE, "--baselines=exact")
         (["evaluate", *EXACT, "--lengths=24,999", NEW], "of 999 tokens exceed the model's context"),
         (["evaluate", *EXACT, "--lengths=24,two", NEW], "--lengths: 'two' must be a number"),
         (["evaluate", *EXACT, "--lengths=24,24", NEW], "given once"),
+        (["evaluate", *EXACT, "--lengths=24", "--lengths=24", NEW], "given once"),
+        (["evaluate", *EXACT, "--lengths=24 48", NEW], "--lengths: '24 48' is no path: of several"),
+        (["evaluate", HERE, "--plan=tq3 learned", NEW], "commas stand between: tq3,learned"),
+        (["evaluate", *EXACT, "--text=a.txt b.txt", NEW], "commas stand between: a.txt,b.txt"),
         (["evaluate", *EXACT, *SMALL, "--steps=48", NEW], "steps=48 must be less than the 48"),
         (["tasks", HERE, "--lengths=200", NEW], "nothing to evaluate"),
         (["tasks", *EXACT, "--tasks=needles", NEW], "unknown task 'needles': known are all"),

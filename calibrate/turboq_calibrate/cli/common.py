@@ -225,12 +225,14 @@ def listed(values: flags.FlagValues, flag: str, default: Sequence[str] = ()) -> 
     """The items of a flag that takes a list: comma-separated, repeated, or both.
 
     Raises:
-      TurboqError: an empty item.
+      TurboqError: an empty item, or several that only spaces part.
     """
     from turboq import words
 
-    with as_user_error():
+    try:
         return words.split(values[flag].value or default)
+    except TurboqError as error:
+        raise TurboqError(f"--{flag}: {error}") from error
 
 
 def policy_of(values: flags.FlagValues) -> TokenPolicy:
@@ -244,7 +246,8 @@ def sources_of(entries: Sequence[str]) -> list[str]:
     """The texts that --text names: lists, folders (their files, by name) and patterns (*.txt).
 
     Raises:
-      TurboqError: an empty item, a folder without files, a pattern that nothing matches.
+      TurboqError: an empty item, several that only spaces part, a folder without files, a pattern
+        that nothing matches.
     """
     return [
         source
@@ -278,7 +281,9 @@ def _files(item: str) -> list[str]:
         return found
     if not item:
         raise TurboqError("--text has an empty item between its commas")
-    return [item]
+    from turboq import words
+
+    return [words.parted(item)]
 
 
 def lengths_of(values: flags.FlagValues, spec: ModelSpec) -> list[int]:
@@ -288,8 +293,8 @@ def lengths_of(values: flags.FlagValues, spec: ModelSpec) -> list[int]:
       TurboqError: one is no whole number, below 2, given twice, or beyond the model's context.
     """
     found: list[int] = []
-    for entry in values.lengths:
-        length = int(entry) if entry.strip().isdecimal() else 0
+    for entry in listed(values, "lengths"):
+        length = int(entry) if entry.isdecimal() else 0
         if length < 2 or length in found:
             raise TurboqError(
                 f"--lengths: {entry!r} must be a number of tokens, 2 or more, and given once"

@@ -37,7 +37,7 @@ def define(values: flags.FlagValues) -> None:
         values, "topics:heldout", windows=8, length=1024, of="each text",
         note="Each is measured by itself.",
     )  # fmt: skip
-    flags.DEFINE_list(
+    flags.DEFINE_multi_string(
         "lengths", [], "Tokens per window, comma-separated, instead of --window_length: every text "
         "is measured at each.", flag_values=values,
     )  # fmt: skip

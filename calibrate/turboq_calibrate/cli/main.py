@@ -184,7 +184,9 @@ def _parse(
         listed = ", ".join(f"--{flag}" for flag in missing)
         raise UsageError(f"{name} needs {listed} (see turboq {name} --help)")
     if arguments and not getattr(module, "ARGUMENTS", ""):
-        raise UsageError(f"{name} takes flags only, got {arguments[0]!r}")
+        raise UsageError(
+            f"{name} takes flags only, got {arguments[0]!r} (a list is one word: --FLAG=A,B)"
+        )
     return arguments
 
 

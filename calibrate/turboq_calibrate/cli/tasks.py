@@ -26,17 +26,17 @@ def define(values: flags.FlagValues) -> None:
     common.model(values)
     common.model_dtype(values)
     named_plans.define(values)
-    flags.DEFINE_list(
+    flags.DEFINE_multi_string(
         "tasks", ["all"], "Tasks, comma-separated; another package's is PACKAGE.NAME.",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_list(
+    flags.DEFINE_multi_string(
         "lengths", ["1024"], "Tokens of prompt and answer, comma-separated.", flag_values=values
     )
     flags.DEFINE_integer(
         "samples", 10, "Examples per task and length.", lower_bound=1, flag_values=values
     )
-    flags.DEFINE_list(
+    flags.DEFINE_multi_string(
         "depths", ["0", "0.25", "0.5", "0.75", "1"], "Where in the prompt what decides stands, 0 "
         "(first) to 1 (last); examples take turns.", flag_values=values,
     )  # fmt: skip
@@ -51,13 +51,12 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq_calibrate.tasks.results import format_results, write_results
     from turboq_calibrate.tasks.run import measure_tasks
 
-    tasks = tasks_of(values.tasks)
+    tasks = tasks_of(common.listed(values, "tasks"))
+    depths = common.listed(values, "depths")
     try:
-        depths = [float(entry) for entry in values.depths]
+        depths = [float(entry) for entry in depths]
     except ValueError:
-        raise TurboqError(
-            f"--depths={','.join(values.depths)} must be numbers from 0 to 1"
-        ) from None
+        raise TurboqError(f"--depths={','.join(depths)} must be numbers from 0 to 1") from None
     model = load_model(values.model, dtype=values.model_dtype)
     lengths = common.lengths_of(values, model.spec)
     plans = named_plans.load_all(values, model)
