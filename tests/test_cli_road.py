@@ -275,6 +275,12 @@ def test_statistics_of_another_model_are_refused(run, tmp_path, capsys):
     other = f"--model={MODEL.parent / 'qwen2'}"
     flags = (f"--statistics={run}", "--bits=3", f"--out={tmp_path}/new")
     assert turboq("plan", other, *flags) == 1
-    assert "are of another model" in capsys.readouterr().err
-    assert turboq("evaluate", other, f"--plan={run}", *SMALL, f"--out={tmp_path}/new") == 1
-    assert "the plan is for another model" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "are of another model" in err
+    assert "--model=..." in err
+    measured = ("export", "--engine=vllm", f"--plan={run}", "--measure", *SMALL)
+    for command in (("evaluate", f"--plan={run}", *SMALL), measured):
+        assert turboq(*command, other, f"--out={tmp_path}/new") == 1
+        err = capsys.readouterr().err
+        assert "the plan is for another model" in err
+        assert "--model=..." in err

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from turboq.cache.layer import TokenPolicy
     from turboq.codecs import Codec
-    from turboq.plan import ModelGeometry
+    from turboq.plan import ModelGeometry, Plan
     from turboq.plan.build import Template
     from turboq.words import Side
     from turboq_calibrate.models import Model, Tokenizer
@@ -128,6 +128,16 @@ def policy(values: flags.FlagValues, *, sinks: int = 4, of: str = "") -> None:
     flags.DEFINE_enum(
         "exact_dtype", "bfloat16", DTYPES, f"Type of the exact tokens{of}.", flag_values=values
     )
+
+
+def check_model(plan: Plan, geometry: ModelGeometry) -> None:
+    """Raises TurboqError where a plan is of another model than --model."""
+    from turboq import plan as plans
+
+    try:
+        plans.check_model(plan, geometry)
+    except TurboqError as error:
+        raise TurboqError(f"{error} (--model=... names the plan's own)") from error
 
 
 def command(name: str, values: flags.FlagValues) -> str:

@@ -106,9 +106,11 @@ def _measure(values: flags.FlagValues) -> Measure:
     from turboq.export.report import Kl
     from turboq_calibrate.measure.evaluate import evaluate_texts
     from turboq_calibrate.models import load_model
+    from turboq_calibrate.models.geometry import model_geometry
 
     def measure(ours, engine) -> Kl:
         model = load_model(values.model)
+        common.check_model(ours[0], model_geometry(model))
         texts = common.texts_of(values, model)
         rows = evaluate_texts(model, [("plan", *ours), ("engine", *engine)], texts).rows
         kl = {n: mean(r["kl_mean"] for r in rows if r["name"] == n) for n in ("plan", "engine")}
