@@ -207,10 +207,18 @@ def _use(quality: Quality) -> list[str]:
         return []
     best = min(plans, key=lambda name: (rows[name]["kl_mean"], name))
     path = shlex.quote(plans[best])
+    joint = best in (quality.table.get("joint") or ())
     lines = [
         f"# {engine.title}\nturboq export --engine={name} --plan={path} --out=runs/for_{name}"
         for name, engine in sorted(ENGINES.items(), key=lambda item: not item[1].joint)
+        if engine.joint or not joint
     ]
+    others = [name for name, engine in ENGINES.items() if not engine.joint]
+    if joint:
+        lines.append(
+            f"# this plan joins heads; for NAME of {', '.join(others)}\nturboq plan --engine=NAME "
+            "--model=... --statistics=... --budget=... --out=runs/plan_for_NAME"
+        )
     return [
         "<h2>Use a plan</h2>",
         f"<p>{_text(best)} has the least KL of the plans in a folder. In JAX:</p>",
@@ -218,9 +226,7 @@ def _use(quality: Quality) -> list[str]:
         f"plan, arrays = turboq.load({_text(repr(plans[best]))})\n"
         "form = model_cache.forms(plan.kv_layers(arrays))  # None: turboq.contiguous</pre>",
         "<p>transformers runs it as it is; other engines store what is nearest, and the report of "
-        "the export says what that keeps. <code>--measure</code> measures it. A plan that joins "
-        "heads (<code>turboq inspect</code> says so) is for the first two alone: for another "
-        "engine make one with <code>--engine</code>, or <code>--joint=none</code>.</p>",
+        "the export says what that keeps. <code>--measure</code> measures it.</p>",
         f'<pre class="scroll">{_text(chr(10).join(lines))}</pre>',
     ]
 
