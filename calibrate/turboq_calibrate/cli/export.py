@@ -33,7 +33,10 @@ RESUME = "nothing was written, run the same command again"
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("engine", None, "Engine, or 'list'.", flag_values=values)
-    flags.DEFINE_string("plan", None, "Plan: a folder or plan.json.", flag_values=values)
+    flags.DEFINE_string(
+        "plan", None, "Plan: a folder or plan.json; for buun-llama.cpp also a ladder, whose "
+        "predicted losses then order its tiers.", flag_values=values,
+    )  # fmt: skip
     common.out(values, "Folder for the files, flags and export_report.json.")
     flags.DEFINE_string(
         "checkpoint", None, "Hugging Face folder of the plan's model, for overlays.",
@@ -68,6 +71,8 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.export import ENGINES, Options, engine, export, summary
     from turboq.plan import load
+    from turboq.plan.io import is_ladder
+    from turboq.plan.ladder import load_ladder
 
     if values.engine == "list":
         width = max(map(len, ENGINES))
@@ -79,7 +84,12 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     for name in ("plan", "out"):
         if not values[name].value:
             raise TurboqError(f"export needs --{name}")
-    plan, arrays = load(values.plan)
+    ladder = None
+    if is_ladder(Path(values.plan)):
+        ladder, stored = load_ladder(values.plan)
+        plan, arrays = ladder.rung(0, stored)
+    else:
+        plan, arrays = load(values.plan)
     checkpoint = None if values.checkpoint is None else Path(values.checkpoint)
     if checkpoint is not None:
         _check_weights(plan, checkpoint)
@@ -89,6 +99,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         tensor_parallel=values.tensor_parallel,
         checkpoint=checkpoint,
         rope_envelope=values.rope_envelope,
+        ladder=ladder,
     )
     measure = _measure(values) if values.measure else None
     print(summary(export(plan, arrays, exporter, values.out, options, measure=measure)))
