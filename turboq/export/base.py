@@ -162,7 +162,10 @@ class Projection:
 
 
 class Exporter(abc.ABC):
-    """One engine: `versions` is the range its rules hold for, `checked` where they come from.
+    """One engine: `versions` is the range its rules hold for.
+
+    `checked` says where they come from: version or commit, and when; `ran` whether the engine
+    itself was run on what is written for it, `said` both.
 
     `uses` names the options that only some engines understand and this one does; `latent` says
     whether it has a place for the vectors of multi-head latent attention, `joint` whether it reads
@@ -173,9 +176,15 @@ class Exporter(abc.ABC):
     title: ClassVar[str]
     versions: ClassVar[str]
     checked: ClassVar[str]
+    ran: ClassVar[bool] = False
     uses: ClassVar[tuple[str, ...]] = ()
     latent: ClassVar[bool] = False
     joint: ClassVar[bool] = False
+
+    @property
+    def said(self) -> str:
+        """`checked`, and where it was not run that too."""
+        return self.checked if self.ran else f"{self.checked}; the engine itself not run here"
 
     @abc.abstractmethod
     def formats(self, model: ModelGeometry, options: Options) -> Formats:

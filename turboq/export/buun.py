@@ -194,7 +194,7 @@ class Buun(Exporter):
     name = "buun-llama.cpp"
     title = "llama.cpp fork with variable-bit-rate caches (spiritbuun/buun-llama-cpp)"
     versions = "VBR of August 2026 (CUDA and ROCm)"
-    checked = "its manual and the parser of its schedules; not run here"
+    checked = "its manual and the parser of its schedules, 2026-11-28, commit not recorded"
     uses = ("ladder",)
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:

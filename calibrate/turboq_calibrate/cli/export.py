@@ -77,7 +77,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     if values.engine == "list":
         width = max(map(len, ENGINES))
         for name, e in ENGINES.items():
-            print(f"{name:<{width}}  {e.title}: {e.versions}")
+            print(f"{name:<{width}}  {e.title}: {e.versions}{'' if e.ran else '; not run here'}")
         return
     _check_measure(values)
     exporter = engine(values.engine)

@@ -209,7 +209,8 @@ def _use(quality: Quality) -> list[str]:
     path = shlex.quote(plans[best])
     joint = best in (quality.table.get("joint") or ())
     lines = [
-        f"# {engine.title}\nturboq export --engine={name} --plan={path} --out=runs/for_{name}"
+        f"# {engine.title}{'' if engine.ran else ' (not run here)'}\n"
+        f"turboq export --engine={name} --plan={path} --out=runs/for_{name}"
         for name, engine in sorted(ENGINES.items(), key=lambda item: not item[1].joint)
         if engine.joint or not joint
     ]

@@ -99,6 +99,7 @@ def test_the_report_says_where_bits_go_and_how_to_use_the_best_plan(report, tmp_
         {"--engine": name, "--plan": "runs/the best", "--out": f"runs/for_{name}"}
         for name in ["transformers", "reader", *(e for e in ENGINES if e not in whole)]
     ]  # fmt: skip
+    assert page.count("(not run here)\n") == sum(not engine.ran for engine in ENGINES.values())
     quality_table.write_quality(report, tmp_path)
     read = quality_table.read_quality(tmp_path)
     assert (read.table, read.run) == (report.table, report.run)
