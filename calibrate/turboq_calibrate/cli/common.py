@@ -430,6 +430,11 @@ def observing(values: flags.FlagValues, model: Model) -> list[str]:
     return ["self:", "observe"] if own else ["observe"]
 
 
+def own_texts(values: flags.FlagValues) -> list[str]:
+    """A step's label for every text that the model writes itself."""
+    return ["self:" for source in sources_of(values.text) if source.startswith("self:")]
+
+
 def observed_windows(values: flags.FlagValues, model: Model, *, written: bool = True) -> Windows:
     """The windows to calibrate on, and those held back.
 

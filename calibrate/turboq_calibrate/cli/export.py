@@ -118,12 +118,14 @@ def _measure(values: flags.FlagValues) -> Measure:
     from turboq_calibrate.measure.evaluate import evaluate_texts
     from turboq_calibrate.models import load_model
     from turboq_calibrate.models.geometry import model_geometry
+    from turboq_calibrate.run.progress import phases
 
     def measure(ours, engine) -> Kl:
         model = load_model(values.model)
         common.check_model(ours[0], model_geometry(model))
-        texts = common.texts_of(values, model)
-        rows = evaluate_texts(model, [("plan", *ours), ("engine", *engine)], texts).rows
+        with phases(*common.own_texts(values), "evaluate"):
+            texts = common.texts_of(values, model)
+            rows = evaluate_texts(model, [("plan", *ours), ("engine", *engine)], texts).rows
         kl = {n: mean(r["kl_mean"] for r in rows if r["name"] == n) for n in ("plan", "engine")}
         windows = next(iter(texts.values()))
         how = f"measured here: {values.windows} windows of {windows.shape[1]} tokens of each text"

@@ -47,6 +47,7 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.files import make_folder, settle
     from turboq_calibrate.models import load_model
+    from turboq_calibrate.run.progress import phases
     from turboq_calibrate.tasks import tasks_of
     from turboq_calibrate.tasks.results import format_results, write_results
     from turboq_calibrate.tasks.run import measure_tasks
@@ -62,10 +63,11 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     plans = named_plans.load_all(values, model)
     settle(make_folder(values.out))
     unfinished = Path(values.out) / "unfinished"
-    table = measure_tasks(
-        model, plans, tasks, lengths=lengths, count=values.samples, depths=depths,
-        seed=values.seed, folder=unfinished,
-    )  # fmt: skip
+    with phases("tasks"):
+        table = measure_tasks(
+            model, plans, tasks, lengths=lengths, count=values.samples, depths=depths,
+            seed=values.seed, folder=unfinished,
+        )  # fmt: skip
     write_results(table, values.out)
     shutil.rmtree(unfinished)
     print(format_results(table))
