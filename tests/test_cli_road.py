@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from quality_cases import task_results
 
 from turboq.plan import load
 from turboq_calibrate.cli import main as cli
+from turboq_calibrate.tasks.results import write_results
 
 MODEL = Path(__file__).parent / "golden" / "llama3"
 SMALL = ("--windows=3", "--window_length=48")
@@ -149,6 +151,27 @@ def test_inspect_tells_kinds_apart(run, capsys):
     assert f"{MODEL}: model" in text
     assert f"{MODEL}/model.gguf: model" in text
     assert text.count(": plan\n") == 2
+    assert f"{run}: evaluation of 3 plans" in text
+
+
+def test_inspect_says_what_commands_wrote(run, tmp_path, capsys):
+    """Each by its folder and by its file, a configuration whatever it is called."""
+    out = tmp_path / "out"
+    assert turboq("export", "--engine=reader", f"--plan={run}", f"--out={out}") == 0
+    write_results(task_results(), tmp_path)
+    shutil.copy(MODEL / "config.json", tmp_path / "mine.json")
+    capsys.readouterr()
+    for paths, says in (
+        ((run / "quality.json",), [f"evaluation of 3 plans, model {MODEL.name}", "mine: KL 0."]),
+        ((tmp_path, tmp_path / "tasks.json"), ["results of 2 tasks", "needle", "turboq report"]),
+        ((out, out / "export_report.json"), ["export of", "in the plan sha256:", "readers"]),
+        ((MODEL / "config.json",), [f"{MODEL}: model", "layers: 2"]),
+        ((tmp_path / "mine.json",), ["mine.json: model", "a configuration by itself"]),
+    ):
+        for path in paths:
+            assert turboq("inspect", path) == 0
+            found = capsys.readouterr().out
+            assert all(words in found for words in says), found
 
 
 def test_inspect_finds_damage(run, tmp_path, capsys):

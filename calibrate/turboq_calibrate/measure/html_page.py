@@ -24,6 +24,7 @@ from turboq_calibrate.measure.quality_table import (
     cautions,
     display,
     nats,
+    over_texts,
     read_quality,
     scopes,
 )
@@ -244,18 +245,6 @@ def _page(title: str, body: list[str]) -> str:
 
 def _text(value: object) -> str:
     return html.escape(str(value))
-
-
-def over_texts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per plan: the mean of its KL over texts, and as `kl_ci` its range over them."""
-    plans: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        plans.setdefault(row["name"], []).append(row)
-    found = []
-    for same in plans.values():
-        kl = [row["kl_mean"] for row in same]
-        found.append(same[0] | {"kl_mean": sum(kl) / len(kl), "kl_ci": [min(kl), max(kl)]})
-    return found
 
 
 def _summary(quality: Quality) -> str:
