@@ -49,6 +49,7 @@ from turboq_calibrate.observe.statistics_files import Statistics
 from turboq_calibrate.observe.texts import calibration_windows, mixed_windows
 from turboq_calibrate.run.peak_memory import peak_rss
 from turboq_calibrate.run.progress import phases
+from turboq_calibrate.run.shown import USUAL, showing
 
 LICENCE = str(Path(__file__).resolve().parents[1] / "LICENSE")
 OUT = flags.DEFINE_string("out", "runs/demo", "Where everything is written.")
@@ -98,7 +99,8 @@ def folder_of(out: Path, name: str) -> Path:
 def demo(out: Path) -> None:
     """Runs all steps into `out` and prints the table and where everything is."""
     make_folder(out)
-    with phases("self:", "observe", *("fit", "costs") * len(BUDGETS.value), "evaluate"):
+    labels = ("self:", "observe", *("fit", "costs") * len(BUDGETS.value), "evaluate")
+    with showing(USUAL), phases(*labels):
         measured = steps(out)
     report = write_report(out)
 

@@ -22,7 +22,7 @@ from matplotlib.patches import Rectangle
 from turboq.numbers.packing import ROWS, WORD_BITS
 from turboq.numbers.rope import unrotate
 from turboq.plan import load
-from turboq_calibrate.measure import html_page, pictures, plan_pictures
+from turboq_calibrate.measure import pictures, plan_pictures, quality_table
 from turboq_calibrate.measure.pictures import INK, SMALL, STYLE, WIDTH, svg
 from turboq_calibrate.measure.storage_columns import head_bits
 from turboq_calibrate.models import (
@@ -149,7 +149,7 @@ def kl() -> str | None:
     rows = json.loads((ROOT / "experiments" / "results" / "demo.json").read_text())["rows"]
     for row in rows:
         row["codec"] = {"transform": "learned"}.get(row["codec"], row["codec"])
-    return pictures.kl_against_bits({"": html_page.over_texts(rows)})
+    return pictures.kl_against_bits({"": quality_table.over_texts(rows)})
 
 
 def bits() -> str | None:

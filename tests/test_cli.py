@@ -11,6 +11,7 @@ from absl import flags
 
 from turboq.codecs import Ggml
 from turboq.errors import TurboqError, TurboqWarning
+from turboq.files import atomic_write
 from turboq_calibrate.cli import common, memory
 from turboq_calibrate.cli import main as cli
 from turboq_calibrate.observe import texts
@@ -81,6 +82,7 @@ def test_helpfull_lists_every_flag_of_every_command(capsys):
     [
         ([], "name a command"),
         (["evalute"], "did you mean evaluate?"),
+        (["chat", "--plan=x"], "did you mean generate --chat?"),
         (["--model=x", "evaluate"], "a flag comes after the command"),
         (["report", "--windows=3"], "Unknown command line flag 'windows'"),
         (["evaluate", "--text=x"], "needs --out"),
@@ -169,6 +171,16 @@ def test_flags_of_one_command_do_not_leak_into_another():
     assert set(flags.FLAGS) == before
 
 
+def test_no_list_forgets_what_was_given_before():
+    """Every list is a flag that may be repeated: absl's own lists keep the last one only."""
+    for name in cli.COMMANDS:
+        values = cli._define(cli._module(name))
+        assert not [f for f in values if values[f].flag_type() == "comma separated list of strings"]
+    values = cli._define(memory)
+    values(["memory", "--cards=8,16", "--cards=24"])
+    assert memory._cards(common.listed(values, "cards")) == (8, 16, 24)
+
+
 def test_flagfile(tmp_path, capsys, monkeypatch):
     seen = {}
     monkeypatch.setattr(memory, "main", lambda values, arguments: seen.update(c=values.context))
@@ -227,17 +239,32 @@ def test_a_device_that_is_not_there_is_one_line():
     without = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     done = subprocess.run(command, capture_output=True, text=True, env=without, check=False)
     assert done.returncode == 1
-    assert "--device=cuda: JAX finds none (the extra cuda13" in one_line(done.stderr)
+    says = "--device=cuda: JAX finds none (its driver is in turboq-jax[cuda13])"
+    assert says in one_line(done.stderr)
 
 
-def test_quiet_commands_have_no_progress(monkeypatch, capsys):
+def test_how_much_a_command_says(monkeypatch, capsys, tmp_path):
     def main(values, arguments):
         with Progress(10, label="steps") as bar:
+            bar._start -= 2  # seconds
             bar.advance(10)
+        atomic_write(tmp_path / "file", "")
         print("result")
 
     monkeypatch.setattr(memory, "main", main)
-    assert cli.run(["memory"]) == 0
-    assert "steps 100%" in capsys.readouterr().err
-    assert cli.run(["memory", "--quiet"]) == 0
-    assert capsys.readouterr() == ("result\n", "")
+    wrote = f"wrote {tmp_path / 'file'}"
+    for argv, begins, ends, files in (
+        ([], False, True, False),
+        (["--verbosity=1"], True, True, True),
+        (["--verbosity=-1"], False, False, False),
+        (["--quiet"], False, False, False),
+        (["--quiet", "--verbosity=-1"], False, False, False),
+    ):
+        assert cli.run(["memory", *argv]) == 0
+        out, err = capsys.readouterr()
+        assert out == "result\n"
+        assert ("steps begins" in err, "steps 100%" in err, wrote in err) == (begins, ends, files)
+        assert len(err.splitlines()) == begins + ends + files
+    for argv in (["--verbosity=2"], ["--quiet", "--verbosity=1"]):
+        assert cli.run(["memory", *argv]) == 2
+        assert "verbosity" in one_line(capsys.readouterr().err)

@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from quality_cases import task_results
 
 from turboq.plan import load
 from turboq_calibrate.cli import main as cli
+from turboq_calibrate.tasks.results import write_results
 
 MODEL = Path(__file__).parent / "golden" / "llama3"
 SMALL = ("--windows=3", "--window_length=48")
@@ -125,7 +127,7 @@ def test_lengths_and_tasks(run, tmp_path, capsys):
     assert turboq("evaluate", *args, "--window_length=48", "--steps=3") == 0
     (alone,) = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert alone["steps"]["positions"] == 2 * 3
-    assert turboq("evaluate", *args, "--lengths=32,48", "--steps=3") == 0
+    assert turboq("evaluate", *args, "--lengths=32", "--lengths=48", "--steps=3") == 0
     table = json.loads((tmp_path / "quality.json").read_text())
     assert [t["window_tokens"] for t in table["texts"]] == [32, 48]
     assert table["rows"][1] == alone | {"text": "topics:heldout at 48"}
@@ -152,6 +154,27 @@ def test_inspect_tells_kinds_apart(run, capsys):
     assert f"{MODEL}: model" in text
     assert f"{MODEL}/model.gguf: model" in text
     assert text.count(": plan\n") == 2
+    assert f"{run}: evaluation of 3 plans" in text
+
+
+def test_inspect_says_what_commands_wrote(run, tmp_path, capsys):
+    """Each by its folder and by its file, a configuration whatever it is called."""
+    out = tmp_path / "out"
+    assert turboq("export", "--engine=reader", f"--plan={run}", f"--out={out}") == 0
+    write_results(task_results(), tmp_path)
+    shutil.copy(MODEL / "config.json", tmp_path / "mine.json")
+    capsys.readouterr()
+    for paths, says in (
+        ((run / "quality.json",), [f"evaluation of 3 plans, model {MODEL.name}", "mine: KL 0."]),
+        ((tmp_path, tmp_path / "tasks.json"), ["results of 2 tasks", "needle", "turboq report"]),
+        ((out, out / "export_report.json"), ["export of", "in the plan sha256:", "readers"]),
+        ((MODEL / "config.json",), [f"{MODEL}: model", "layers: 2"]),
+        ((tmp_path / "mine.json",), ["mine.json: model", "a configuration by itself"]),
+    ):
+        for path in paths:
+            assert turboq("inspect", path) == 0
+            found = capsys.readouterr().out
+            assert all(words in found for words in says), found
 
 
 def test_inspect_finds_damage(run, tmp_path, capsys):
@@ -243,6 +266,10 @@ EXACT = (HERE, "--baselines=exact")
         (["evaluate", *EXACT, "--lengths=24,999", NEW], "of 999 tokens exceed the model's context"),
         (["evaluate", *EXACT, "--lengths=24,two", NEW], "--lengths: 'two' must be a number"),
         (["evaluate", *EXACT, "--lengths=24,24", NEW], "given once"),
+        (["evaluate", *EXACT, "--lengths=24", "--lengths=24", NEW], "given once"),
+        (["evaluate", *EXACT, "--lengths=24 48", NEW], "--lengths: '24 48' is no path: of several"),
+        (["evaluate", HERE, "--plan=tq3 learned", NEW], "commas stand between: tq3,learned"),
+        (["evaluate", *EXACT, "--text=a.txt b.txt", NEW], "commas stand between: a.txt,b.txt"),
         (["evaluate", *EXACT, *SMALL, "--steps=48", NEW], "steps=48 must be less than the 48"),
         (["tasks", HERE, "--lengths=200", NEW], "nothing to evaluate"),
         (["tasks", *EXACT, "--tasks=needles", NEW], "unknown task 'needles': known are all"),
@@ -279,6 +306,12 @@ def test_statistics_of_another_model_are_refused(run, tmp_path, capsys):
     other = f"--model={MODEL.parent / 'qwen2'}"
     flags = (f"--statistics={run}", "--bits=3", f"--out={tmp_path}/new")
     assert turboq("plan", other, *flags) == 1
-    assert "are of another model" in capsys.readouterr().err
-    assert turboq("evaluate", other, f"--plan={run}", *SMALL, f"--out={tmp_path}/new") == 1
-    assert "the plan is for another model" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "are of another model" in err
+    assert "--model=..." in err
+    measured = ("export", "--engine=vllm", f"--plan={run}", "--measure", *SMALL)
+    for command in (("evaluate", f"--plan={run}", *SMALL), measured):
+        assert turboq(*command, other, f"--out={tmp_path}/new") == 1
+        err = capsys.readouterr().err
+        assert "the plan is for another model" in err
+        assert "--model=..." in err

@@ -20,4 +20,8 @@ def test_the_site_builds_and_has_every_public_name(tmp_path):
     command = (tmp_path / "reference" / "command.html").read_text()
     assert "usage: turboq calibrate" in command
     assert "--windows" in command
+    # Opened as files, pages search an index that is a script, through a worker of our own.
+    assert (tmp_path / "search" / "search_index.js").exists()
+    assert '<script src="../iframe-worker.js"></script>' in command
+    assert (tmp_path / "iframe-worker.js").exists()
     assert (tmp_path / "repository" / "experiments" / "results" / "demo.json").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from turboq.errors import TurboqError
 
+_LOG = logging.getLogger("turboq")  # `turboq --verbosity=1` shows it
 PARTIAL = ".partial"  # ends the names of files and folders that are not whole yet
 COMPLETE = ".complete"  # of files that are whole, on their way to their places (`write_together`)
 ABANDONED = (
@@ -39,6 +41,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        if not path.parent.name.endswith(PARTIAL):
+            _LOG.debug("wrote %s", path)
     except OSError as error:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -101,6 +105,7 @@ def settle(folder: Path) -> None:
         for name in sorted(os.listdir(complete)):
             with contextlib.suppress(FileNotFoundError):  # another run moved it
                 os.replace(complete / name, folder / name)
+                _LOG.debug("wrote %s", folder / name)
         with contextlib.suppress(FileNotFoundError):
             os.rmdir(complete)
     except OSError as error:

@@ -147,7 +147,7 @@ def parse(text: str) -> Word:
 
 def labelled(text: str) -> tuple[str | None, str]:
     """(LABEL, the rest) of LABEL=REST; a setting's "=" comes behind a colon."""
-    match = re.match(r"([^=:/]+)=(.+)", text, re.DOTALL)
+    match = re.match(r"([^=:/,]+)=(.+)", text, re.DOTALL)
     return (match[1], match[2]) if match and not os.path.exists(text) else (None, text)
 
 
@@ -244,6 +244,9 @@ def split(entries: str | Iterable[str]) -> list[str]:
     """The items of a flag's lists: separated by commas, the flag repeated or not.
 
     An entry that is a file or folder (or LABEL=PATH of one) is one item, commas and all.
+
+    Raises:
+      TurboqError: an empty item, or several that only spaces part.
     """
     found: list[str] = []
     for entry in [entries] if isinstance(entries, str) else entries:
@@ -254,11 +257,26 @@ def split(entries: str | Iterable[str]) -> list[str]:
         for item in map(str.strip, entry.split(",")):
             if not item:
                 raise TurboqError(f"{entry!r} has an empty item between its commas")
+            parted(item)
             if before and _repeats(before, item):
                 item = before[: max(map(before.rfind, ":=")) + 1] + item
             found.append(item)
             before = item if ":" in item else ""
     return found
+
+
+def parted(item: str) -> str:
+    """The item, unless it is several with spaces between.
+
+    Raises:
+      TurboqError: no such path, and spaces in it.
+    """
+    what = labelled(item)[1]
+    if len(several := what.split()) > 1 and not os.path.exists(what):
+        raise TurboqError(
+            f"{item!r} is no path: of several, commas stand between: {','.join(several)}"
+        )
+    return item
 
 
 def _repeats(before: str, item: str) -> bool:

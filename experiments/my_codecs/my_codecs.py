@@ -52,6 +52,7 @@ class MeanBits(Exporter):
     title = "an example"
     versions = "any"
     checked = "run by the tests"
+    ran = True
 
     def formats(self, model, options):
         return {}

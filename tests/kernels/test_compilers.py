@@ -61,7 +61,7 @@ def test_missing(folder, monkeypatch):
     install(folder, "libtpu", "jax_plugins/other")
     assert compilers.missing("tpu") is None
     assert compilers.missing("cuda") is not None
-    install(folder / "site", "jax_plugins/xla_cuda13")  # beside JAX, by `pip install turboq[aot]`
+    install(folder / "site", "jax_plugins/xla_cuda13")  # beside JAX, by turboq-jax[aot]
     monkeypatch.setattr(sys, "path", [str(folder / "site")])
     assert compilers.missing("cuda") is None
 

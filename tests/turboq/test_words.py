@@ -1,5 +1,6 @@
 """The one way to name codecs: against codecs made by hand, llama.cpp's own rule and plain lists."""
 
+import re
 import subprocess
 import sys
 
@@ -102,10 +103,15 @@ def test_what_makes_no_codec_says_what_would(text, says):
         (["f16", "q8_0/q4_0,kivi:2"], ["f16", "q8_0/q4_0", "kivi:2"]),
         ("fp8:scale=token,none,exact", ["fp8:scale=token", "fp8:scale=none", "exact"]),
         ("window:2,2.5, exact", ["window:2", "window:2.5", "exact"]),
+        ("learned,mine=apart", ["learned", "mine=apart"]),
+        ("mine=apart,learned", ["mine=apart", "learned"]),
+        (["32", "64, 96"], ["32", "64", "96"]),
         ([], []),
     ],
 )
-def test_lists(entries, items):
+def test_lists(entries, items, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "apart").mkdir()
     assert words.split(entries) == items
 
 
@@ -113,8 +119,21 @@ def test_a_path_with_a_comma_is_one_item(tmp_path):
     path = tmp_path / "a,b"
     path.mkdir()
     assert words.split([str(path), f"mine={path}"]) == [str(path), f"mine={path}"]
-    with pytest.raises(TurboqError, match="empty item"):
-        words.split("f16,,q8_0")
+    (tmp_path / "a b").mkdir()
+    assert words.split(f"mine={tmp_path / 'a b'},exact") == [f"mine={tmp_path / 'a b'}", "exact"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ("f16,,q8_0", "empty item"),
+        ("tq3 learned", "'tq3 learned' is no path: of several, commas stand between: tq3,learned"),
+        ("exact,mine=tq3 q8_0", "commas stand between: tq3,q8_0"),
+    ],
+)
+def test_what_is_no_list(entries, says):
+    with pytest.raises(TurboqError, match=re.escape(says)):
+        words.split(entries)
 
 
 def test_a_list_longer_than_any_file_name():

@@ -16,7 +16,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -71,6 +71,21 @@ def stack(heads: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([h[name] for h in heads]) for name in heads[0]}
 
 
+def _with_arrays(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A codec's method that names fitted arrays which it was not given."""
+
+    @functools.wraps(method)
+    def checked(self: Codec, arrays: Mapping[str, Any], *rest: Any, **named: Any) -> Any:
+        if missing := [name for name in self.array_shapes if name not in arrays]:
+            raise TurboqError(
+                f"codec {self.name!r} is fitted and lacks its arrays {', '.join(missing)}: give "
+                "one head's of what codec.fit returns"
+            )
+        return method(self, arrays, *rest, **named)
+
+    return checked
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codec(abc.ABC):
     """Base of all codecs: how one head's vectors x [n, D] are stored, read and scored.
@@ -98,6 +113,12 @@ class Codec(abc.ABC):
     claims: ClassVar[Mapping[str, Any]] = {}
 
     dim: int
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        for name in ("encode", "decode", "fold_query"):
+            if name in cls.__dict__:
+                setattr(cls, name, _with_arrays(cls.__dict__[name]))
 
     @property
     def block(self) -> int:

@@ -28,6 +28,7 @@ from turboq.plan import LayerGeometry, ModelGeometry, Plan, array_name
 from turboq.plan.constraints import Constraints, Match, Scheme
 from turboq.plan.document import pretty
 from turboq.plan.geometry import RopeForm
+from turboq.plan.ladder import Ladder
 from turboq.plan.rules import nominal_bits
 
 Side = Literal["k", "v"]
@@ -49,7 +50,7 @@ class Options:
     plan's exact codecs, else bfloat16). `prefer`: "quality" stores no head in fewer bits than the
     plan if the engine can help it, "size" stays within the plan's bytes. `tensor_parallel`: ranks,
     for files that list them. `checkpoint`: folder that an overlay is made for. `rope_envelope`:
-    widen static K ranges to the norm of their rotary pair.
+    widen static K ranges to the norm of their rotary pair. `ladder`: of which the plan is rung 0.
 
     Raises:
       TurboqError: unknown dtype or preference, or fewer than one rank.
@@ -60,6 +61,7 @@ class Options:
     tensor_parallel: int = 1
     checkpoint: Path | None = None
     rope_envelope: bool = False
+    ladder: Ladder | None = None
 
     def __post_init__(self):
         if self.dtype is not None and self.dtype not in MODEL_DTYPES:
@@ -160,7 +162,10 @@ class Projection:
 
 
 class Exporter(abc.ABC):
-    """One engine: `versions` is the range its rules hold for, `checked` where they come from.
+    """One engine: `versions` is the range its rules hold for.
+
+    `checked` says where they come from: version or commit, and when; `ran` whether the engine
+    itself was run on what is written for it, `said` both.
 
     `uses` names the options that only some engines understand and this one does; `latent` says
     whether it has a place for the vectors of multi-head latent attention, `joint` whether it reads
@@ -171,9 +176,15 @@ class Exporter(abc.ABC):
     title: ClassVar[str]
     versions: ClassVar[str]
     checked: ClassVar[str]
+    ran: ClassVar[bool] = False
     uses: ClassVar[tuple[str, ...]] = ()
     latent: ClassVar[bool] = False
     joint: ClassVar[bool] = False
+
+    @property
+    def said(self) -> str:
+        """`checked`, and where it was not run that too."""
+        return self.checked if self.ran else f"{self.checked}; the engine itself not run here"
 
     @abc.abstractmethod
     def formats(self, model: ModelGeometry, options: Options) -> Formats:

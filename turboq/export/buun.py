@@ -11,19 +11,21 @@ everywhere: with errors falling as 4^-bits, side i of n_i channels and b_i plann
 
     n_i 4^(b_i - b)     at b bits, in one common unit,
 
-and the order takes the step of the least loss per byte first.
+and the order takes the step of the least loss per byte first. A ladder (`turboq.plan.ladder`) says
+what each side's steps lose: between its tiers log loss is linear in bits, beyond them as above.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from turboq.codecs.tcq import TCQ
 from turboq.codecs.turboquant_mse import TurboQuantMSE
+from turboq.errors import TurboqError
 from turboq.export import choose
 from turboq.export.base import (
     SIDES,
@@ -45,6 +47,7 @@ from turboq.export.llama_cpp import ggml_formats, ggml_hold
 from turboq.numbers import lower_hull
 from turboq.plan import ModelGeometry, Plan
 from turboq.plan.constraints import Constraints
+from turboq.plan.ladder import Ladder
 
 BLOCK = 128  # channels, to whole numbers of which heads are padded
 TIERS = {"t8": 130, "t4": 66, "t3": 52, "t2": 36, "t1": 20}  # bytes of a block
@@ -54,6 +57,7 @@ WINDOW = 8192  # VBR_SCHEDULE_CTX: rows that a band must cover to hold for a who
 BUDGETS = (6.0, 5.0, 4.0, 3.5, 3.0, 2.5, 2.0)  # bits per value of the policy's rungs
 
 Unit = tuple[int, Side]
+Losses = Callable[[np.ndarray], np.ndarray]  # bits per channel [side, tier] -> losses
 
 
 def tier_hold(tier: str) -> Hold:
@@ -73,13 +77,53 @@ class Step:
     unit: Unit
     tier: str
     saves: int
-    loss: float  # in the module's unit
+    loss: float  # in the module's unit, or a ladder's
 
     def __str__(self) -> str:
         return f"{self.unit[0]}{self.unit[1]}:{self.tier}"
 
 
-def degrade_order(found: Sequence[Entry]) -> list[Step]:
+def implied(heads: Sequence[Sequence[Entry]]) -> Losses:
+    """What a plan says of the loss of every side, in the module's unit."""
+    channels = np.array([[sum(e.dim for e in side)] for side in heads])
+    planned = np.array([[sum(e.codec.bits_per_vector for e in side)] for side in heads])
+    return lambda bits: channels * 4.0 ** (planned / channels - bits)
+
+
+def predicted(ladder: Ladder) -> Losses:
+    """What a ladder says of it, in nats per token.
+
+    Only steps have losses: a side's first tier gets what the law of 4^-b makes of its first step,
+    or where it has none of the ladder's last, which no other step was worth.
+
+    Raises:
+      TurboqError: the ladder has one rung, or a step that gains.
+    """
+    steps = np.diff(ladder.loss)
+    if not len(steps) or np.any(steps <= 0):
+        raise TurboqError("its order needs a ladder of two rungs or more, each losing more")
+    last = steps[-1] / (ladder.bits[-2] - ladder.bits[-1])  # nats per bit
+    tiers, logs = [], []
+    for i, side in enumerate(ladder.sides):
+        layer = ladder.model.layers[side.layer]
+        n = layer.kv_heads * (layer.k_dim if side.side == "k" else layer.v_dim)
+        bits = np.array([ladder.bits_of(i, t) / n for t in range(len(side.tiers))])
+        falls = steps[np.array(ladder.order) == i]
+        first = falls[0] / (4 ** (bits[0] - bits[1]) - 1) if len(falls) else n * last / np.log(4)
+        tiers.append(bits[::-1])
+        logs.append(np.log(first + np.cumsum([0.0, *falls]))[::-1] / np.log(4))
+
+    def at(bits: np.ndarray) -> np.ndarray:
+        found = [
+            np.interp(b, x, y) - np.maximum(b - x[-1], 0) + np.maximum(x[0] - b, 0)
+            for b, x, y in zip(bits, tiers, logs, strict=True)
+        ]
+        return 4.0 ** np.array(found)
+
+    return at
+
+
+def degrade_order(found: Sequence[Entry], ladder: Ladder | None = None) -> list[Step]:
     """All steps of all sides, by loss per byte; those of one side in the ladder's order.
 
     A tier that is no smaller than the one above it (of padded heads) is no step.
@@ -87,8 +131,8 @@ def degrade_order(found: Sequence[Entry]) -> list[Step]:
     of = units(found)
     sizes = np.array([[size(heads, tier) for tier in LADDER] for heads in of.values()])
     channels = np.array([[sum(e.dim for e in heads)] for heads in of.values()])
-    planned = np.array([[sum(e.codec.bits_per_vector for e in heads)] for heads in of.values()])
-    losses = channels * 4.0 ** ((planned - 8 * sizes) / channels)
+    law = implied(list(of.values())) if ladder is None else predicted(ladder)
+    losses = law(8 * sizes / channels)
     losses[:, 1:][sizes[:, 1:] >= np.minimum.accumulate(sizes, axis=1)[:, :-1]] = np.inf
     hull = lower_hull.segments(losses, sizes, lower_hull.smallest(losses, sizes))
     # Where a segment begins: the column that the one below it reaches, or the smallest.
@@ -150,7 +194,8 @@ class Buun(Exporter):
     name = "buun-llama.cpp"
     title = "llama.cpp fork with variable-bit-rate caches (spiritbuun/buun-llama-cpp)"
     versions = "VBR of August 2026 (CUDA and ROCm)"
-    checked = "its manual and the parser of its schedules; not run here"
+    checked = "its manual and the parser of its schedules, 2026-11-28, commit not recorded"
+    uses = ("ladder",)
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
         """Floats exactly; for each tier our codec that is most like it."""
@@ -182,7 +227,7 @@ class Buun(Exporter):
             chosen = choose.pick(total, choose.planned_bits(heads), options.prefer)
             tiers[unit] = list(holds)[chosen]
             held |= choose.held_by(heads, lambda _, name=tiers[unit]: holds[name])
-        steps = degrade_order(found)
+        steps = degrade_order(found, options.ladder)
         files = {
             "schedule.txt": schedule(tiers),
             "degrade_order.txt": "".join(f"{step}\n" for step in steps),
@@ -196,6 +241,7 @@ class Buun(Exporter):
         run = "llama-server -m MODEL.gguf"
         rates = {choose.planned_bits(heads) for heads in units(found).values()}
         alike = "All sides have equal bits in this plan, so its order is no more than by number."
+        source = "plan implies" if options.ladder is None else "ladder predicts"
         fixed = "VBR_LAYER_SCHEDULE=@schedule.txt VBR_LAYER_STRICT=1"
         return Projection(
             held=held,
@@ -209,9 +255,9 @@ class Buun(Exporter):
                 "One of the lines, here: fixed tiers; tiers that fall as memory fills; the"
                 " schedule nearest below BITS per value.",
                 "Calibration has no effect here but on which layer and side gets how many bits.",
-                "The order is by loss per byte that the plan implies, not measured in the engine;"
+                f"The order is by loss per byte that the {source}, not measured in the engine;"
                 " policy.json states no KL for its schedules, because nobody has measured it.",
                 f"Heads are padded to {BLOCK} channels.",
-                *([alike] if len(rates) == 1 else []),
+                *([alike] if options.ladder is None and len(rates) == 1 else []),
             ),
         )

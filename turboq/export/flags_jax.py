@@ -88,7 +88,9 @@ class MaxText(_OneType):
     name = "maxtext"
     title = "MaxText (and JetStream, with the same flags)"
     versions = ">=0.2.5,<0.3"
-    checked = "0.2.5 by source; its KVCache run with turboq_kernels.engines.maxtext"
+    checked = (
+        "0.2.5 by source, November 2026; its KVCache alone run with turboq_kernels.engines.maxtext"
+    )
 
     def holds(self) -> dict[str, Hold]:
         return {kind: maxtext_hold(kind) for kind in MAXTEXT}
@@ -113,7 +115,7 @@ class TpuInference(_OneType):
     name = "tpu-inference"
     title = "tpu-inference (vLLM on TPU)"
     versions = ">=0.32,<0.33"
-    checked = "0.32.0 by source"
+    checked = "0.32.0 by source, November 2026"
 
     def holds(self) -> dict[str, Hold]:
         return {kind: tpu_hold(kind) for kind in TPU}

@@ -45,7 +45,7 @@ class IkLlama(Exporter):
     name = "ik_llama.cpp"
     title = "ik_llama.cpp"
     versions = "since pull requests 1599 and 1626"
-    checked = "source; not run here"
+    checked = "source with both of these, November 2026, commit not recorded"
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
         return ggml_formats(model, (*FLOATS, *QUANTS), False)

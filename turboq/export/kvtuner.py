@@ -98,7 +98,7 @@ class KVTuner(Exporter):
     name = "kvtuner"
     title = "KVTuner's flexible quantized cache (transformers)"
     versions = "revision babe7753"
-    checked = "source; files read back with PyYAML"
+    checked = "babe7753 by source, November 2026; files read back with PyYAML"
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
         k, v = first_dims(model).values()

@@ -168,7 +168,11 @@ class LlamaCpp(Uniform):
     name = "llama.cpp"
     title = "llama.cpp (mainline)"
     versions = "since pull request 21038 (2026-04-01); read at 0c1e57098"
-    checked = "types and rotation by source; q8_0, q5_0, q4_0 run, see tests/golden/export"
+    checked = (
+        "0c1e57098, 2026-11-22: types and rotation by source; q8_0, q5_0, q4_0 run, see "
+        "tests/golden/export"
+    )
+    ran = True
 
     def finish(self, plan: Plan, chosen: Chosen) -> Projection:
         flags = f"-ctk {chosen.k} -ctv {chosen.v}" + (" -fa on" if chosen.v in QUANTS else "")

@@ -13,7 +13,10 @@ class LMStudio(Uniform):
     name = "lmstudio"
     title = "LM Studio"
     versions = "SDKs with llamaKCacheQuantizationType; runtimes built after 2026-04-01 rotate"
-    checked = "lmstudio.js source; not run here"
+    checked = (
+        "lmstudio.js by source (LLMLlamaCacheQuantizationType.ts), November 2026, version not "
+        "recorded"
+    )
     types = ("f32", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
     def finish(self, plan: Plan, chosen: Chosen) -> Projection:

@@ -71,7 +71,8 @@ class MlxLm(Exporter):
     name = "mlx-lm"
     title = "mlx-lm"
     versions = ">=0.32,<0.33"
-    checked = "0.32.2 on Linux: caches built and filled, see tests/golden/export"
+    checked = "0.32.2 on Linux, 2026-11-22: caches built and filled, see tests/golden/export"
+    ran = True
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
         k, v = first_dims(model).values()

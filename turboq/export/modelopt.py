@@ -66,7 +66,10 @@ class ModelOpt(Exporter):
     name = "modelopt"
     title = "TensorRT Model Optimizer, KV map schema v1 (TensorRT-LLM, vLLM)"
     versions = "schema v1: forward-looking, in no release that was tested (ModelOpt after 0.47)"
-    checked = "upstream's tests of the schema; not run"
+    checked = (
+        "upstream's tests of the schema, November 2026, commit not recorded: the latest release, "
+        "0.47.0, does not have it"
+    )
     uses = ("checkpoint",)
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:

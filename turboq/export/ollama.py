@@ -13,7 +13,7 @@ class Ollama(Uniform):
     name = "ollama"
     title = "Ollama"
     versions = "0.5 and later (OLLAMA_KV_CACHE_TYPE)"
-    checked = "documentation and issue threads; not run here"
+    checked = "documentation and issue threads, November 2026, version not recorded"
     types = ("f16", "q8_0", "q4_0")
     same_types = True
 

@@ -75,7 +75,11 @@ class OrtGenAI(Exporter):
     title = "ONNX Runtime GenAI"
     versions = ">=0.18,<0.19 (onnxruntime >=1.31,<1.32)"
     uses = ("checkpoint", "rope_envelope")
-    checked = "built, run and matched code by code, see tests/golden/export"
+    checked = (
+        "0.18.0 (onnxruntime 1.31.1), 2026-11-22: built, run and matched code by code, see "
+        "tests/golden/export"
+    )
+    ran = True
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
         k, v = first_dims(model).values()

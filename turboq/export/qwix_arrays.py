@@ -153,7 +153,8 @@ class Qwix(Exporter):
     name = "qwix"
     title = "JAX: qwix.QArray, tokamax.dot_product_attention"
     versions = "qwix >=0.1.8, tokamax >=0.0.12"
-    checked = "run, see tests/golden/export"
+    checked = "qwix 0.1.8, tokamax 0.0.12, 2026-11-22: run, see tests/golden/export"
+    ran = True
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
         return {}

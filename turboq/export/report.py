@@ -136,7 +136,7 @@ def make_report(
         engine=exporter.name,
         engine_title=exporter.title,
         engine_versions=exporter.versions,
-        checked=exporter.checked,
+        checked=exporter.said,
         model=plan.model.name,
         model_fingerprint=plan.model.fingerprint,
         plan_hash=fingerprint(plan),

@@ -69,7 +69,7 @@ class SGLang(Exporter):
     name = "sglang"
     title = "SGLang"
     versions = ">=0.5.23,<0.6"
-    checked = "0.5.23 by source; its schema restated and tested"
+    checked = "0.5.23 by source, November 2026; its schema restated and tested"
     uses = ("tensor_parallel",)
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:

@@ -111,7 +111,7 @@ class TurboquantFork(Exporter):
     name = "turboquant-llama.cpp"
     title = "llama.cpp fork with turbo types (TheTom/llama-cpp-turboquant)"
     versions = "snapshot of May 2026"
-    checked = "source of that snapshot; not run here"
+    checked = "source of that snapshot, November 2026, commit not recorded"
 
     def formats(self, model: ModelGeometry, options: Options) -> Formats:
         return ggml_formats(model, ("f16", "bf16", *QUANTS), rotates(model))

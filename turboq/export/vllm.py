@@ -68,7 +68,7 @@ class VLLM(Exporter):
     name = "vllm"
     title = "vLLM"
     versions = ">=0.33,<0.34"
-    checked = "0.33.0 by source; files checked with compressed-tensors 0.20.0"
+    checked = "0.33.0 by source, November 2026; files checked with compressed-tensors 0.20.0"
     uses = ("checkpoint",)
     dtypes: ClassVar[tuple[str, ...]] = (
         *vllm_rules.PLAIN,

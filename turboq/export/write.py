@@ -119,6 +119,11 @@ def export(
 def _check_options(exporter: Exporter, options: Options) -> None:
     """Refuses an option that the engine would silently leave aside."""
     default = Options()
+    if options.ladder is not None and "ladder" not in exporter.uses:
+        raise TurboqError(
+            f"{exporter.name} stores one plan: take a rung of the ladder with `turboq plan "
+            "--ladder=PATH --budget=...`"
+        )
     for name in ("checkpoint", "tensor_parallel", "rope_envelope"):
         if getattr(options, name) != getattr(default, name) and name not in exporter.uses:
             raise TurboqError(f"--{name} means nothing to {exporter.name}: leave it out")

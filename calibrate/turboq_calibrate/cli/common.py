@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from turboq.cache.layer import TokenPolicy
     from turboq.codecs import Codec
-    from turboq.plan import ModelGeometry
+    from turboq.plan import ModelGeometry, Plan
     from turboq.plan.build import Template
     from turboq.words import Side
     from turboq_calibrate.models import Model, Tokenizer
@@ -130,6 +130,16 @@ def policy(values: flags.FlagValues, *, sinks: int = 4, of: str = "") -> None:
     )
 
 
+def check_model(plan: Plan, geometry: ModelGeometry) -> None:
+    """Raises TurboqError where a plan is of another model than --model."""
+    from turboq import plan as plans
+
+    try:
+        plans.check_model(plan, geometry)
+    except TurboqError as error:
+        raise TurboqError(f"{error} (--model=... names the plan's own)") from error
+
+
 def command(name: str, values: flags.FlagValues) -> str:
     """The command line that gives these flags, as a shell takes it."""
     given = [values[flag].serialize() for flag in values if values[flag].present]
@@ -225,12 +235,14 @@ def listed(values: flags.FlagValues, flag: str, default: Sequence[str] = ()) -> 
     """The items of a flag that takes a list: comma-separated, repeated, or both.
 
     Raises:
-      TurboqError: an empty item.
+      TurboqError: an empty item, or several that only spaces part.
     """
     from turboq import words
 
-    with as_user_error():
+    try:
         return words.split(values[flag].value or default)
+    except TurboqError as error:
+        raise TurboqError(f"--{flag}: {error}") from error
 
 
 def policy_of(values: flags.FlagValues) -> TokenPolicy:
@@ -244,7 +256,8 @@ def sources_of(entries: Sequence[str]) -> list[str]:
     """The texts that --text names: lists, folders (their files, by name) and patterns (*.txt).
 
     Raises:
-      TurboqError: an empty item, a folder without files, a pattern that nothing matches.
+      TurboqError: an empty item, several that only spaces part, a folder without files, a pattern
+        that nothing matches.
     """
     return [
         source
@@ -278,7 +291,9 @@ def _files(item: str) -> list[str]:
         return found
     if not item:
         raise TurboqError("--text has an empty item between its commas")
-    return [item]
+    from turboq import words
+
+    return [words.parted(item)]
 
 
 def lengths_of(values: flags.FlagValues, spec: ModelSpec) -> list[int]:
@@ -291,8 +306,8 @@ def lengths_of(values: flags.FlagValues, spec: ModelSpec) -> list[int]:
     if not values.lengths:
         raise TurboqError("--lengths is empty: give numbers of tokens, for example 1024,4096")
     found: list[int] = []
-    for entry in values.lengths:
-        length = int(entry) if entry.strip().isdecimal() else 0
+    for entry in listed(values, "lengths"):
+        length = int(entry) if entry.isdecimal() else 0
         if length < 2 or length in found:
             raise TurboqError(
                 f"--lengths: {entry!r} must be a number of tokens, 2 or more, and given once"
@@ -417,6 +432,11 @@ def observing(values: flags.FlagValues, model: Model) -> list[str]:
     """Labels of the steps of `turboq calibrate` (`run.progress.phases`)."""
     own = any(source.startswith("self:") for source in calibration_texts(values, model))
     return ["self:", "observe"] if own else ["observe"]
+
+
+def own_texts(values: flags.FlagValues) -> list[str]:
+    """A step's label for every text that the model writes itself."""
+    return ["self:" for source in sources_of(values.text) if source.startswith("self:")]
 
 
 def observed_windows(

@@ -3,6 +3,7 @@
 Per plan: KL in nats per token (mean, 95 % bootstrap interval over windows, median, p99), top-1
 agreement, perplexity, all-in bits per channel, bytes per token, compression against bf16. Every
 --text is measured by itself, on --windows of its own; with several, the table shows plans by texts.
+A plan's row has the name of its folder; --plan=NAME=FOLDER gives it another.
 --lengths=1024,4096,8192 measures each at several lengths of context, and by position in the window;
 --steps=64 measures the last positions once more, token by token through the packed cache.
 Writes quality.json, quality.csv and run.json to --out and prints the table. Two runs write the same
@@ -23,6 +24,7 @@ from turboq_calibrate.cli import common, named_plans
 if TYPE_CHECKING:
     import numpy as np
 
+    from turboq_calibrate.measure.evaluate import NamedPlan
     from turboq_calibrate.models import Model
 
 REQUIRED = ("out",)
@@ -37,7 +39,7 @@ def define(values: flags.FlagValues) -> None:
         values, "topics:heldout", windows=8, length=1024, of="each text",
         note="Each is measured by itself.",
     )  # fmt: skip
-    flags.DEFINE_list(
+    flags.DEFINE_multi_string(
         "lengths", [], "Tokens per window, comma-separated, instead of --window_length: every text "
         "is measured at each.", flag_values=values,
     )  # fmt: skip
@@ -67,13 +69,21 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
-    from turboq.files import make_folder, settle
-    from turboq_calibrate.measure.evaluate import NotFinite, evaluate_texts
-    from turboq_calibrate.measure.quality_table import format_table, write_quality
     from turboq_calibrate.models import load_model
+    from turboq_calibrate.run.progress import phases
 
     model = load_model(values.model, dtype=values.model_dtype, resident=not values.stream)
     plans = named_plans.load_all(values, model)
+    own = common.own_texts(values) * max(1, len(common.listed(values, "lengths")))
+    with phases(*own, "evaluate"):
+        _measure(values, model, plans)
+
+
+def _measure(values: flags.FlagValues, model: Model, plans: list[NamedPlan]) -> None:
+    from turboq.files import make_folder, settle
+    from turboq_calibrate.measure.evaluate import NotFinite, evaluate_texts
+    from turboq_calibrate.measure.quality_table import format_table, write_quality
+
     texts = _texts(values, model)
     if not values["text"].present:
         print("text: topics:heldout, the Python language reference; yours: --text=FILE or FOLDER")

@@ -33,7 +33,10 @@ RESUME = "nothing was written, run the same command again"
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("engine", None, "Engine, or 'list'.", flag_values=values)
-    flags.DEFINE_string("plan", None, "Plan: a folder or plan.json.", flag_values=values)
+    flags.DEFINE_string(
+        "plan", None, "Plan: a folder or plan.json; for buun-llama.cpp also a ladder, whose "
+        "predicted losses then order its tiers.", flag_values=values,
+    )  # fmt: skip
     common.out(values, "Folder for the files, flags and export_report.json.")
     flags.DEFINE_string(
         "checkpoint", None, "Hugging Face folder of the plan's model, for overlays.",
@@ -68,18 +71,25 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.export import ENGINES, Options, engine, export, summary
     from turboq.plan import load
+    from turboq.plan.io import is_ladder
+    from turboq.plan.ladder import load_ladder
 
     if values.engine == "list":
         width = max(map(len, ENGINES))
         for name, e in ENGINES.items():
-            print(f"{name:<{width}}  {e.title}: {e.versions}")
+            print(f"{name:<{width}}  {e.title}: {e.versions}{'' if e.ran else '; not run here'}")
         return
     _check_measure(values)
     exporter = engine(values.engine)
     for name in ("plan", "out"):
         if not values[name].value:
             raise TurboqError(f"export needs --{name}")
-    plan, arrays = load(values.plan)
+    ladder = None
+    if is_ladder(Path(values.plan)):
+        ladder, stored = load_ladder(values.plan)
+        plan, arrays = ladder.rung(0, stored)
+    else:
+        plan, arrays = load(values.plan)
     checkpoint = None if values.checkpoint is None else Path(values.checkpoint)
     if checkpoint is not None:
         _check_weights(plan, checkpoint)
@@ -89,6 +99,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         tensor_parallel=values.tensor_parallel,
         checkpoint=checkpoint,
         rope_envelope=values.rope_envelope,
+        ladder=ladder,
     )
     measure = _measure(values) if values.measure else None
     print(summary(export(plan, arrays, exporter, values.out, options, measure=measure)))
@@ -106,11 +117,15 @@ def _measure(values: flags.FlagValues) -> Measure:
     from turboq.export.report import Kl
     from turboq_calibrate.measure.evaluate import evaluate_texts
     from turboq_calibrate.models import load_model
+    from turboq_calibrate.models.geometry import model_geometry
+    from turboq_calibrate.run.progress import phases
 
     def measure(ours, engine) -> Kl:
         model = load_model(values.model)
-        texts = common.texts_of(values, model)
-        rows = evaluate_texts(model, [("plan", *ours), ("engine", *engine)], texts).rows
+        common.check_model(ours[0], model_geometry(model))
+        with phases(*common.own_texts(values), "evaluate"):
+            texts = common.texts_of(values, model)
+            rows = evaluate_texts(model, [("plan", *ours), ("engine", *engine)], texts).rows
         kl = {n: mean(r["kl_mean"] for r in rows if r["name"] == n) for n in ("plan", "engine")}
         windows = next(iter(texts.values()))
         how = f"measured here: {values.windows} windows of {windows.shape[1]} tokens of each text"

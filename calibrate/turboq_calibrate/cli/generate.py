@@ -68,6 +68,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.files import atomic_write
     from turboq_calibrate.measure.generate_many import Sampling, cut, generate, stops_at
     from turboq_calibrate.models import load_model
+    from turboq_calibrate.run.progress import phases
 
     with common.as_user_error():
         sampling = Sampling(temperature=values.temperature, top_p=values.top_p, seed=values.seed)
@@ -79,12 +80,13 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     texts = _prompts(values, tokenizer)
     prompts = [_tokens(tokenizer, text, chat) for text, chat in texts]
     found: dict[str, Answers] = {}
-    for name, plan, arrays in rows:
-        found[name] = generate(
-            model, prompts, values.max_new_tokens, layers=plan.kv_layers(arrays),
-            sampling=sampling, stop_ids=tokenizer.eos_ids if values.eos else (),
-            stop=stops_at(tokenizer, values.stop), batch=values.batch,
-        )  # fmt: skip
+    with phases(*["generate"] * len(rows)):
+        for name, plan, arrays in rows:
+            found[name] = generate(
+                model, prompts, values.max_new_tokens, layers=plan.kv_layers(arrays),
+                sampling=sampling, stop_ids=tokenizer.eos_ids if values.eos else (),
+                stop=stops_at(tokenizer, values.stop), batch=values.batch,
+            )  # fmt: skip
     lines = []
     for name, answers in found.items():
         for i, (tokens, stopped) in enumerate(zip(answers.tokens, answers.stopped, strict=True)):

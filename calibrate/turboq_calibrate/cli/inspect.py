@@ -1,4 +1,9 @@
-"""Says what each PATH is, checks it, and prints what it holds: a plan, statistics, or a model."""
+"""Says what each PATH is, checks it, and prints what it holds.
+
+A plan, a ladder, statistics, an evaluation, results of tasks, an export, or a model (a folder, a
+.gguf file, a config.json): folders or their files; what a folder holds of several kinds is said of
+each.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from absl import flags
 
 from turboq.errors import TurboqError
 from turboq.hub_cache import snapshot_hint
+from turboq.json_object import read_object
 
 ARGUMENTS = "PATH ..."
 REQUIRED = ()
@@ -25,7 +31,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
     if not arguments:
-        raise TurboqError("name a path: a plan, a statistics folder or a model")
+        raise TurboqError("name a path: a plan, a statistics folder, a model or what was written")
     for i, argument in enumerate(arguments):
         if i:
             print()
@@ -45,23 +51,32 @@ def describe(argument: str, context: int, *, layers: bool | None = None) -> str:
     argument = str(path)
     if argument != "embedded" and not path.exists():
         raise TurboqError(f"{path} does not exist")
+    folder = path if path.is_dir() else path.parent
+
+    def holds(name: str) -> bool:
+        return (path / name).is_file() if path.is_dir() else path.name == name
+
     found = []
-    if (path.suffix == ".json" and path.is_file() and not is_ladder(path)) or (
-        path / "plan.json"
-    ).is_file():
-        found.append(_plan(path, context, layers))
     if is_ladder(path):
-        found = [_ladder(path)]
+        found.append(_ladder(path))
+    elif holds("plan.json"):
+        found.append(_plan(path, context, layers))
+    found += [say(path, folder) for name, say in _RESULTS.items() if holds(name)]
     if any((path / name / "manifest.json").is_file() for name in (".", "statistics")):
         found.append(_statistics(path))
     if (path / "observe" / "inputs.json").is_file() and not found:
         raise TurboqError(f"{path} is an unfinished run: give the same `turboq calibrate` again")
-    if (path / "config.json").is_file() or path.suffix == ".gguf" or argument == "embedded":
+    if path.suffix == ".gguf" or argument == "embedded":
         found.append(_model(argument))
+    elif holds("config.json") and not holds("export_report.json"):  # some exports bring one
+        found.append(_model(str(folder)))
+    elif not found and path.suffix == ".json" and path.is_file():
+        config = "model_type" in read_object(path)
+        found.append(_counted(argument, _ALONE) if config else _plan(path, context, layers))
     if not found:
         raise TurboqError(
-            f"{path} is no plan (plan.json), no statistics folder and no model (config.json, .gguf)"
-            f"{snapshot_hint(path)}"
+            f"{path} is no plan (plan.json), no statistics folder, nothing that a command wrote "
+            f"and no model (config.json, .gguf){snapshot_hint(path)}"
         )
     return "\n\n".join(found)
 
@@ -87,6 +102,71 @@ def _ladder(path: Path) -> str:
             "MiB",
         ]
     )
+
+
+def _evaluation(path: Path, folder: Path) -> str:
+    from turboq_calibrate.measure.quality_table import nats, over_texts, read_quality
+
+    quality = read_quality(folder)
+    rows = sorted(over_texts(quality.rows), key=lambda row: row["kl_mean"])
+    texts = [
+        f"{t['text']}, {t['windows']} windows of {t['window_tokens']} tokens"
+        for t in quality.table["texts"]
+    ]
+    return "\n".join(
+        [
+            f"{path}: evaluation of {len(rows)} plans, model {quality.table['model']}",
+            f"texts: {'; '.join(texts)}",
+            *(
+                f"{row['name']}: KL {nats(row['kl_mean'])} nats per token at "
+                f"{row['bits_per_channel']:.2f} bits per channel"
+                for row in rows[:_MOST]
+            ),
+            *([f"and {len(rows) - _MOST} more"] if len(rows) > _MOST else []),
+            f"drawn: turboq report --run={folder}",
+        ]
+    )
+
+
+def _tasks(path: Path, folder: Path) -> str:
+    from turboq_calibrate.tasks.results import read_results
+
+    found = read_results(folder)
+    rows = found["rows"]
+    each = {key: dict.fromkeys(str(r[key]) for r in rows) for key in ("plan", "task", "length")}
+    return "\n".join(
+        [
+            f"{path}: results of {len(each['task'])} tasks, model {found['model']}, seed "
+            f"{found['seed']}",
+            f"tasks: {', '.join(each['task'])}; tokens: {', '.join(each['length'])}",
+            f"plans: {', '.join(each['plan'])}",
+            f"drawn: turboq report --run={folder}",
+        ]
+    )
+
+
+def _export(path: Path, folder: Path) -> str:
+    from turboq.export.report import FILE, ExportReport
+    from turboq.plan.json_file import read_json
+
+    found = read_json(folder / FILE, ExportReport, otherwise="export again")
+    counts = ", ".join(f"{n} {name}" for name, n in found["counts"].items() if n)
+    return "\n".join(
+        [
+            f"{path}: export of {found['model']} for {found['engine_title']}: {found['status']} "
+            f"({counts} of K and V heads)",
+            f"checked: {found['checked']}",
+            f"one token: {found['engine_bytes_per_token']:g} bytes in the engine, "
+            f"{found['plan_bytes_per_token']:g} in the plan {found['plan_hash'][:19]}",
+            f"files: {', '.join(found['files'])}",
+            *found["flags"],
+        ]
+    )
+
+
+_MOST = 8  # rows of an evaluation
+_ALONE = TurboqError("a configuration by itself")
+_RESULTS = {"quality.json": _evaluation, "tasks.json": _tasks, "export_report.json": _export}
 
 
 def _statistics(path: Path) -> str:

@@ -16,7 +16,6 @@ Exit codes: 0 done, 1 bad input (one line), 2 usage (one line), 130 interrupted.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import difflib
 import importlib
@@ -34,6 +33,7 @@ from absl import flags
 from turboq.errors import TurboqError, TurboqWarning
 from turboq.version import __version__
 from turboq_calibrate.cli import help as help_text
+from turboq_calibrate.run import shown
 
 COMMANDS = {
     "calibrate": "run a model over text and keep statistics of its Q, K and V (resumable)",
@@ -47,6 +47,7 @@ COMMANDS = {
     "inspect": "say what a plan, a statistics folder or a checkpoint holds",
     "memory": "bytes per token, cache size and longest context of a plan or a codec",
 }
+OTHER_WORDS = {"chat": "generate --chat"}
 LONG_S = 30.0  # a command that took longer says how long
 
 
@@ -112,17 +113,19 @@ def _dispatch(argv: list[str]) -> None:
         if values.device is not None:
             _take(values.device)
         began = time.monotonic()
-        with _silent() if values.quiet else contextlib.nullcontext():
+        level = _level(values)
+        with shown.showing(level):
             module.main(values, arguments)
         seconds = time.monotonic() - began
-        if seconds >= LONG_S and not values.quiet:
+        if seconds >= LONG_S and level > shown.QUIET:
             print(f"{name} took {datetime.timedelta(seconds=round(seconds))}", file=sys.stderr)
 
 
 def _module(name: str) -> ModuleType:
     """The subcommand's module. Raises UsageError for an unknown name, with the nearest one."""
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        near = [OTHER_WORDS[name]] if name in OTHER_WORDS else []
+        near = near or difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
         kind = "a flag comes after the command:" if name.startswith("-") else "unknown command"
         raise UsageError(f"{kind} {name!r} ({hint})")
@@ -134,7 +137,12 @@ def _define(module: ModuleType) -> flags.FlagValues:
     values.set_gnu_getopt(True)
     module.define(values)
     flags.DEFINE_boolean("traceback", False, "Show the traceback of an error.", flag_values=values)
-    flags.DEFINE_boolean("quiet", False, "No progress: results and errors.", flag_values=values)
+    flags.DEFINE_boolean("quiet", False, "As --verbosity=-1.", flag_values=values)
+    flags.DEFINE_integer(
+        "verbosity", shown.USUAL, "-1: results and errors only; 0: also progress; 1: also a line "
+        "when a step begins or ends, and what it finds done, and one of every file written.",
+        lower_bound=shown.QUIET, upper_bound=shown.ALL, flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_enum(
         "device", None, ("cpu", "cuda", "tpu"), "What JAX runs on; by default what it finds.",
         flag_values=values,
@@ -142,10 +150,10 @@ def _define(module: ModuleType) -> flags.FlagValues:
     return values
 
 
-def _silent() -> contextlib.AbstractContextManager[None]:
-    from turboq_calibrate.run import progress
-
-    return progress.silent()
+def _level(values: flags.FlagValues) -> int:
+    if values.quiet and values.verbosity > shown.USUAL:
+        raise UsageError(f"--quiet and --verbosity={values.verbosity}: give one of them")
+    return shown.QUIET if values.quiet else values.verbosity
 
 
 def _take(device: str) -> None:
@@ -163,7 +171,7 @@ def _take(device: str) -> None:
         extra = {"cuda": "cuda13"}.get(device, device)
         why = "".join(f": {line}" for line in str(error).splitlines()[:1])
         raise TurboqError(
-            f"--device={device}: JAX finds none (the extra {extra} of turboq has its driver){why}"
+            f"--device={device}: JAX finds none (its driver is in turboq-jax[{extra}]){why}"
         ) from None
 
 
@@ -184,7 +192,9 @@ def _parse(
         listed = ", ".join(f"--{flag}" for flag in missing)
         raise UsageError(f"{name} needs {listed} (see turboq {name} --help)")
     if arguments and not getattr(module, "ARGUMENTS", ""):
-        raise UsageError(f"{name} takes flags only, got {arguments[0]!r}")
+        raise UsageError(
+            f"{name} takes flags only, got {arguments[0]!r} (a list is one word: --FLAG=A,B)"
+        )
     return arguments
 
 

@@ -109,7 +109,7 @@ def define(values: flags.FlagValues) -> None:
         "efficiency", 1.0, "Share of the bandwidth that is reached.", lower_bound=0.0,
         upper_bound=1.0, flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_list("cards", CARDS, "Memory sizes of the table, GB.", flag_values=values)
+    flags.DEFINE_multi_string("cards", CARDS, "Memory sizes of the table, GB.", flag_values=values)
     flags.DEFINE_string(
         "picture", None, "Draw memory against context to this .svg or .png.", flag_values=values
     )
@@ -173,7 +173,7 @@ def _question(values: flags.FlagValues) -> Question:
         weights_from=weights_from,
         working=int(values.working_gib * GIB),
         overhead=values.overhead_percent / 100,
-        cards=_cards(values.cards),
+        cards=_cards(common.listed(values, "cards")),
         options=_options(values, geometry),
         quality_rows=_quality(values),
         bandwidth=None if values.bandwidth_gbs is None else values.bandwidth_gbs * 1e9,

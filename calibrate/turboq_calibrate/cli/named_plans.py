@@ -38,7 +38,7 @@ def load_all(values: flags.FlagValues, model: Model) -> list[NamedPlan]:
       TurboqError: there are none, or one is unreadable or of another model.
     """
     from turboq import words
-    from turboq.plan import check_model, load
+    from turboq.plan import load
     from turboq_calibrate.fit.plan import make_plan
     from turboq_calibrate.models.geometry import model_geometry
     from turboq_calibrate.observe.statistics_files import load_statistics
@@ -61,7 +61,7 @@ def load_all(values: flags.FlagValues, model: Model) -> list[NamedPlan]:
         found.append((word.label, plan, arrays))
     for name, path in folders(values).items():
         plan, arrays = load(path)
-        check_model(plan, geometry)
+        common.check_model(plan, geometry)
         found.append((name, plan, arrays))
     return found
 

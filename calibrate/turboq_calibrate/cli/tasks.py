@@ -28,17 +28,17 @@ def define(values: flags.FlagValues) -> None:
     common.model(values)
     common.model_dtype(values)
     named_plans.define(values)
-    flags.DEFINE_list(
+    flags.DEFINE_multi_string(
         "tasks", ["all"], "Tasks, comma-separated; another package's is PACKAGE.NAME.",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_list(
+    flags.DEFINE_multi_string(
         "lengths", ["1024"], "Tokens of prompt and answer, comma-separated.", flag_values=values
     )
     flags.DEFINE_integer(
         "samples", 10, "Examples per task and length.", lower_bound=1, flag_values=values
     )
-    flags.DEFINE_list(
+    flags.DEFINE_multi_string(
         "depths", ["0", "0.25", "0.5", "0.75", "1"], "Where in the prompt what decides stands, 0 "
         "(first) to 1 (last); examples take turns.", flag_values=values,
     )  # fmt: skip
@@ -49,21 +49,23 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq.files import make_folder, settle
     from turboq_calibrate.models import load_model
+    from turboq_calibrate.run.progress import phases
     from turboq_calibrate.tasks import tasks_of
     from turboq_calibrate.tasks.results import format_results, write_results
     from turboq_calibrate.tasks.run import measure_tasks
 
-    tasks = tasks_of(values.tasks)
-    depths = _depths(values.depths)
+    tasks = tasks_of(common.listed(values, "tasks"))
+    depths = _depths(common.listed(values, "depths"))
     model = load_model(values.model, dtype=values.model_dtype)
     lengths = common.lengths_of(values, model.spec)
     plans = named_plans.load_all(values, model)
     settle(make_folder(values.out))
     unfinished = Path(values.out) / "unfinished"
-    table = measure_tasks(
-        model, plans, tasks, lengths=lengths, count=values.samples, depths=depths,
-        seed=values.seed, folder=unfinished,
-    )  # fmt: skip
+    with phases("tasks"):
+        table = measure_tasks(
+            model, plans, tasks, lengths=lengths, count=values.samples, depths=depths,
+            seed=values.seed, folder=unfinished,
+        )  # fmt: skip
     write_results(table, values.out)
     shutil.rmtree(unfinished)
     print(format_results(table))

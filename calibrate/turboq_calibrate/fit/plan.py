@@ -137,5 +137,5 @@ def check_statistics(statistics: Statistics, geometry: ModelGeometry) -> None:
         raise TurboqError(
             f"statistics in {statistics.folder} are of another model ({theirs['name']}, "
             f"fingerprint {theirs['fingerprint'][:12]}), not of {geometry.name} "
-            f"({geometry.fingerprint[:12]})"
+            f"({geometry.fingerprint[:12]}): name theirs with --model=..."
         )

@@ -219,6 +219,8 @@ def evaluate_texts(
     }
     losses = {name: loss for name, plan, _ in plans if (loss := layer_loss(plan)) is not None}
     table |= {"layer_loss": losses} if losses else {}
+    joint = [name for name, plan, _ in plans if any(x.joint is not None for x in plan.layers)]
+    table |= {"joint": joint} if joint else {}
     reused = sum(job.passes for job in every if job.kept)
     passes = sum(job.passes for job in every) - reused
     quality = Quality(table=table, run=_run_info(started, seconds, passes, reused))

@@ -30,6 +30,7 @@ from turboq_calibrate.measure.decode_cache import ByLayer, OnePool, feed, open_c
 from turboq_calibrate.measure.generate import first_bad, not_finite
 from turboq_calibrate.models import Model, Tokenizer
 from turboq_calibrate.observe.self_text import draw
+from turboq_calibrate.run.progress import Progress
 
 CHUNK = 64  # prompt tokens that pass through a layer at once
 
@@ -102,6 +103,7 @@ def generate(
     batch: int = 8,
     chunk: int = CHUNK,
     attention: str | None = None,
+    progress: bool = True,
 ) -> Answers:
     """At most `max_new_tokens` tokens behind every prompt, through caches of `layers`.
 
@@ -123,7 +125,7 @@ def generate(
       >>> codec = turboq.TurboQuantMSE(dim=model.spec.layers[0].head_dim, bits=4)
       >>> plan = turboq.uniform_plan(tc.model_geometry(model), k=codec, v=codec)
       >>> prompts = [model.tokenizer.encode(text) for text in ("Python is", "A cache of keys is")]
-      >>> found = tc.generate(model, prompts, 2, layers=plan.kv_layers({}))
+      >>> found = tc.generate(model, prompts, 2, layers=plan.kv_layers({}), progress=False)
       >>> [len(tokens) for tokens in found.tokens], found.stopped
       ([2, 2], (False, False))
     """
@@ -150,37 +152,46 @@ def generate(
         return not stopped[i] and len(tokens[i]) < max_new_tokens
 
     order = np.argsort(sizes, kind="stable")
-    for at in range(0, len(rows), batch):
-        members = [int(i) for i in order[at : at + batch]]
-        filled = members + [members[-1]] * (batch - len(members))
-        # The last token is returned but never written, hence one token less.
-        cache = open_cache(layers, batch, int(sizes.max()) + max_new_tokens - 1, attention)
-        logits = _read(model, cache, [rows[i] for i in filled], len(members), chunk, read)
-        lengths = sizes[filled].astype(np.int32)
-        active = np.arange(batch) < len(members)
-        for step in range(max_new_tokens):
-            _check_finite(model, layers, logits, active, rows, tokens, filled, step)
-            chosen = _choose(logits, keys[np.array(filled)], step, sampling)
-            for row, i in enumerate(members):
-                if active[row]:
-                    active[row] = take(i, int(chosen[row]))
-            if not active.any():
-                break
-            begun = time.perf_counter()
-            logits = np.asarray(
-                feed(
-                    model, cache, jnp.asarray(chosen)[:, None], jnp.asarray(lengths),
-                    counts=jnp.asarray(active, jnp.int32),
-                )[:, 0]
-            )  # fmt: skip
-            wrote.add(int(active.sum()), time.perf_counter() - begun)
-            lengths = lengths + active
-        overflow.check(cache.counters())
-        nbytes = cache.nbytes()
+    with Progress(_most(sizes, max_new_tokens), label="generate", enabled=progress) as bar:
+        for at in range(0, len(rows), batch):
+            members = [int(i) for i in order[at : at + batch]]
+            filled = members + [members[-1]] * (batch - len(members))
+            # The last token is returned but never written, hence one token less.
+            cache = open_cache(layers, batch, int(sizes.max()) + max_new_tokens - 1, attention)
+            logits = _read(model, cache, [rows[i] for i in filled], len(members), chunk, read)
+            bar.advance(int(sizes[members].sum()))
+            lengths = sizes[filled].astype(np.int32)
+            active = np.arange(batch) < len(members)
+            for step in range(max_new_tokens):
+                _check_finite(model, layers, logits, active, rows, tokens, filled, step)
+                chosen = _choose(logits, keys[np.array(filled)], step, sampling)
+                for row, i in enumerate(members):
+                    if active[row]:
+                        active[row] = take(i, int(chosen[row]))
+                if not active.any():
+                    break
+                begun = time.perf_counter()
+                logits = np.asarray(
+                    feed(
+                        model, cache, jnp.asarray(chosen)[:, None], jnp.asarray(lengths),
+                        counts=jnp.asarray(active, jnp.int32),
+                    )[:, 0]
+                )  # fmt: skip
+                wrote.add(int(active.sum()), time.perf_counter() - begun)
+                bar.advance(int(active.sum()))
+                lengths = lengths + active
+            bar.advance(_most(sizes[order[: at + batch]], max_new_tokens) - bar.done)
+            overflow.check(cache.counters())
+            nbytes = cache.nbytes()
     return Answers(
         tokens=tuple(np.array(x, np.int32) for x in tokens), stopped=tuple(stopped),
         cache_bytes=nbytes, read=read, wrote=wrote,
     )  # fmt: skip
+
+
+def _most(sizes: np.ndarray, new: int) -> int:
+    """Tokens of prompts and of answers that nothing stops."""
+    return int(sizes.sum()) + new * len(sizes)
 
 
 def stops_at(tokenizer: Tokenizer, texts: Sequence[str]) -> Stop | None:

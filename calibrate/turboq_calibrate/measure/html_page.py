@@ -24,6 +24,7 @@ from turboq_calibrate.measure.quality_table import (
     cautions,
     display,
     nats,
+    over_texts,
     read_quality,
     scopes,
     unequal,
@@ -211,10 +212,19 @@ def _use(quality: Quality) -> list[str]:
         return []
     best = min(plans, key=lambda name: (rows[name]["kl_mean"], name))
     path = shlex.quote(plans[best])
+    joint = best in (quality.table.get("joint") or ())
     lines = [
-        f"# {engine.title}\nturboq export --engine={name} --plan={path} --out=runs/for_{name}"
+        f"# {engine.title}{'' if engine.ran else ' (not run here)'}\n"
+        f"turboq export --engine={name} --plan={path} --out=runs/for_{name}"
         for name, engine in sorted(ENGINES.items(), key=lambda item: not item[1].joint)
+        if engine.joint or not joint
     ]
+    others = [name for name, engine in ENGINES.items() if not engine.joint]
+    if joint:
+        lines.append(
+            f"# this plan joins heads; for NAME of {', '.join(others)}\nturboq plan --engine=NAME "
+            "--model=... --statistics=... --budget=... --out=runs/plan_for_NAME"
+        )
     return [
         "<h2>Use a plan</h2>",
         f"<p>{_text(best)} has the least KL of the plans in a folder. In JAX:</p>",
@@ -222,9 +232,7 @@ def _use(quality: Quality) -> list[str]:
         f"plan, arrays = turboq.load({_text(repr(plans[best]))})\n"
         "form = model_cache.forms(plan.kv_layers(arrays))  # None: turboq.contiguous</pre>",
         "<p>transformers runs it as it is; other engines store what is nearest, and the report of "
-        "the export says what that keeps. <code>--measure</code> measures it. A plan that joins "
-        "heads (<code>turboq inspect</code> says so) is for the first two alone: for another "
-        "engine make one with <code>--engine</code>, or <code>--joint=none</code>.</p>",
+        "the export says what that keeps. <code>--measure</code> measures it.</p>",
         f'<pre class="scroll">{_text(chr(10).join(lines))}</pre>',
     ]
 
@@ -241,18 +249,6 @@ def _page(title: str, body: list[str]) -> str:
 
 def _text(value: object) -> str:
     return html.escape(str(value))
-
-
-def over_texts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per plan: the mean of its KL over texts, and as `kl_ci` its range over them."""
-    plans: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        plans.setdefault(row["name"], []).append(row)
-    found = []
-    for same in plans.values():
-        kl = [row["kl_mean"] for row in same]
-        found.append(same[0] | {"kl_mean": sum(kl) / len(kl), "kl_ci": [min(kl), max(kl)]})
-    return found
 
 
 def by_length(quality: Quality) -> dict[str, list[dict[str, Any]]]:

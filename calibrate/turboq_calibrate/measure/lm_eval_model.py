@@ -165,7 +165,7 @@ class TurboqLM(TemplateLM):
             prompts = [self.tok_encode(requests[n].args[0]) for n in members]
             found = generate(
                 self.model, [self._shortened(p, max(0, len(p) - room)) for p in prompts],
-                how["max_gen_toks"], layers=self.layers,
+                how["max_gen_toks"], layers=self.layers, progress=False,
                 sampling=Sampling(
                     temperature=how.get("temperature", 1.0) if how["do_sample"] else 0.0,
                     top_p=how.get("top_p", 1.0),

@@ -174,7 +174,8 @@ class Bootstrap:
 class Table:
     """`quality.json`. head_errors: text -> plan -> errors; head_bits: plan -> bits.
 
-    layer_loss: plan -> what the allocator predicted, of plans within a budget.
+    layer_loss: plan -> what the allocator predicted, of plans within a budget; joint: plans that
+    store heads together.
     """
 
     schema: int
@@ -193,6 +194,7 @@ class Table:
     layer_loss: dict[str, LayerLoss] | None = dataclasses.field(
         default=None, metadata={"optional": True}
     )
+    joint: tuple[str, ...] | None = dataclasses.field(default=None, metadata={"optional": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

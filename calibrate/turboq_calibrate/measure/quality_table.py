@@ -90,6 +90,18 @@ def read_quality(folder: str | Path) -> Quality:
     return Quality(table=table, run=read_json(run, Run, otherwise=again) if run.exists() else {})
 
 
+def over_texts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per plan: the mean of its KL over texts, and as `kl_ci` its range over them."""
+    plans: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        plans.setdefault(row["name"], []).append(row)
+    found = []
+    for same in plans.values():
+        kl = [row["kl_mean"] for row in same]
+        found.append(same[0] | {"kl_mean": sum(kl) / len(kl), "kl_ci": [min(kl), max(kl)]})
+    return found
+
+
 def json_text(value: Any) -> str:
     """As all files of a run are written."""
     return json.dumps(value, indent=1, allow_nan=False) + "\n"

@@ -1,7 +1,8 @@
 """Progress of a long step: one bar with ETA on a terminal, a few plain lines elsewhere.
 
-A log gets a line after half a minute and then whenever a tenth more time has passed, and the last.
-Inside `phases` the steps of a command say which of how many they are.
+A log gets a line after half a minute and then whenever a tenth more time has passed, and the last,
+but none of a step that is over within a second; each begins with the time since the command began.
+Inside `phases` the steps of a command say which of how many they are. `run.shown` says how much.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemai
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from turboq_calibrate.run import shown
+
 LOG_EVERY_S = 30.0  # at least, and a tenth of what has passed
+SHORT_S = 1.0  # a step that took less is no line
 
 
 class _Phases:
@@ -37,7 +41,6 @@ class _Phases:
         return found + 1
 
 
-_SHOWN: contextvars.ContextVar[bool] = contextvars.ContextVar("shown", default=True)
 _PHASES: contextvars.ContextVar[_Phases | None] = contextvars.ContextVar("phases", default=None)
 
 
@@ -54,16 +57,6 @@ def phases(*labels: str) -> Iterator[None]:
         _PHASES.reset(token)
 
 
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """No progress is shown inside."""
-    token = _SHOWN.set(False)
-    try:
-        yield
-    finally:
-        _SHOWN.reset(token)
-
-
 def _numbered(label: str) -> str:
     known = _PHASES.get()
     found = None if known is None else known.number(label)
@@ -77,8 +70,8 @@ class Progress:
             bar.advance(1024, "layer 3 of 30")
 
     `done` units were finished by an earlier run: they count as progress, not as speed.
-    `enabled=False` is silent, and so is all inside `silent()`; `stream` is a text file (standard
-    error by default).
+    `enabled=False` is silent, and so is all inside `showing(QUIET)`; `stream` is a text file
+    (standard error by default).
     """
 
     def __init__(
@@ -94,7 +87,8 @@ class Progress:
         self.total, self.unit, self.done = total, unit, done
         self.label = _numbered(label)
         self._stream = sys.stderr if stream is None else stream
-        self._enabled = enabled and _SHOWN.get()
+        self._shown = shown.CURRENT.get()
+        self._enabled = enabled and self._shown.level > shown.QUIET
         self._at_start = done
         self._bar: RichProgress | None = None
 
@@ -113,6 +107,10 @@ class Progress:
             self._task = self._bar.add_task(self.label, total=self.total, note="")
             self._bar.update(self._task, completed=self.done)
             self._bar.start()
+        elif self._enabled and self._shown.level >= shown.ALL:
+            percent = 100 * self.done / self.total if self.total else 0.0
+            before = f" at {percent:.0f}%, done before" if self.done else ""
+            print(f"{self._at()}{self.label} begins{before}", file=self._stream, flush=True)
         return self
 
     def advance(self, amount: float | int, note: str = "") -> None:
@@ -124,7 +122,8 @@ class Progress:
         now = time.monotonic()
         finished = self.done >= self.total * (1 - 1e-9)
         wait = max(LOG_EVERY_S, 0.1 * (now - self._start))
-        if self._enabled and (now - self._last_line >= wait or finished):
+        last = finished and (now - self._start >= SHORT_S or self._shown.level >= shown.ALL)
+        if self._enabled and (now - self._last_line >= wait or last):
             self._last_line = now
             print(self.line(note), file=self._stream, flush=True)
 
@@ -133,13 +132,19 @@ class Progress:
         """Units per second of this run, 0 before the first."""
         return (self.done - self._at_start) / max(time.monotonic() - self._start, 1e-9)
 
+    def _at(self) -> str:
+        """How long the command has run, before a line; nothing outside of one."""
+        since = self._shown.since
+        return "" if since is None else f"{clock(time.monotonic() - since)}  "
+
     def line(self, note: str = "") -> str:
-        """The plain log line: percentage, rate, time left."""
+        """The plain log line: time of the whole command, percentage, rate, time left."""
         left = (self.total - self.done) / self.rate if self.rate > 0 else float("inf")
         eta = clock(max(left, 0.0))
         percent = 100 * self.done / self.total if self.total else 100.0
         tail = f"  {note}" if note else ""
-        return f"{self.label} {percent:3.0f}%  {self.rate:.0f} {self.unit}/s  ETA {eta}{tail}"
+        head = f"{self._at()}{self.label}"
+        return f"{head} {percent:3.0f}%  {self.rate:.0f} {self.unit}/s  ETA {eta}{tail}"
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:

@@ -237,7 +237,7 @@ def test_several_texts(two_texts):
     assert "mse 4 on &lt;i>novel&lt;/i> 0.025 to 0.075" in position[1]
     assert page.count("<h3>By position</h3>") == 2
     assert page.count("Step by step through the packed cache") == 2
-    means = report.over_texts(two_texts.rows)
+    means = quality.over_texts(two_texts.rows)
     assert [(r["name"], r["kl_mean"]) for r in means] == [
         ("mse 3", pytest.approx(0.15)), ("mse 4", pytest.approx(0.04)),
     ]  # fmt: skip

@@ -99,9 +99,21 @@ def test_the_report_says_where_bits_go_and_how_to_use_the_best_plan(report, tmp_
         {"--engine": name, "--plan": "runs/the best", "--out": f"runs/for_{name}"}
         for name in ["transformers", "reader", *(e for e in ENGINES if e not in whole)]
     ]  # fmt: skip
+    assert page.count("(not run here)\n") == sum(not engine.ran for engine in ENGINES.values())
     quality_table.write_quality(report, tmp_path)
     read = quality_table.read_quality(tmp_path)
     assert (read.table, read.run) == (report.table, report.run)
+
+
+def test_a_plan_that_joins_heads_is_offered_to_those_that_read_it(report):
+    report.table["joint"] = ["best"]
+    page = html_page.render(report)
+    assert re.findall(r"^turboq (.*?) --engine=(\S+)", page, re.MULTILINE) == [
+        ("export", "transformers"), ("export", "reader"), ("plan", "NAME"),
+    ]  # fmt: skip
+    assert all(f" {name}" in page for name, engine in ENGINES.items() if not engine.joint)
+    report.table["joint"] = ["other"]
+    assert page.count("turboq export") < html_page.render(report).count("turboq export")
 
 
 def test_without_plans_in_folders_there_is_nothing_to_type(report):

@@ -2,10 +2,11 @@
 
 import io
 import math
+import re
 
 import pytest
 
-from turboq_calibrate.run import progress
+from turboq_calibrate.run import progress, shown
 from turboq_calibrate.run.progress import Progress, clock
 
 
@@ -40,28 +41,53 @@ def test_a_long_run_has_few_lines(monkeypatch):
 
 
 def test_phases_are_numbered(monkeypatch):
-    Clock(monkeypatch)
-    out = io.StringIO()
+    time, out = Clock(monkeypatch), io.StringIO()
     with progress.phases("self:", "observe"):
         for label in ("self:3 from ''", "observe", "other"):
             with Progress(1.0, label=label, stream=out) as bar:
+                time.now += 1.0
                 bar.advance(1.0)
     with Progress(1.0, label="observe", stream=out) as bar:
+        time.now += 1.0
         bar.advance(1.0)
     heads = [line.partition(" 100%")[0] for line in out.getvalue().splitlines()]
     assert heads == ["[1/2] self:3 from ''", "[2/2] observe", "other", "observe"]
 
 
 def test_a_label_that_stands_twice_is_two_phases(monkeypatch):
-    Clock(monkeypatch)
-    out = io.StringIO()
+    time, out = Clock(monkeypatch), io.StringIO()
     with progress.phases("fit", "costs", "fit", "costs", "evaluate"):
         for label in ("fit", "costs", "fit", "costs", "evaluate", "fit"):
             with Progress(1.0, label=label, stream=out) as bar:
+                time.now += 1.0
                 bar.advance(1.0)
     heads = [line.partition(" 100%")[0] for line in out.getvalue().splitlines()]
     numbered = ["[1/5] fit", "[2/5] costs", "[3/5] fit", "[4/5] costs", "[5/5] evaluate"]
     assert heads == [*numbered, "[3/5] fit"]  # once more: never a number that is not there
+
+
+@pytest.mark.parametrize(
+    ("level", "lines"),
+    [
+        (shown.QUIET, []),
+        (shown.USUAL, ["0:00:33  [2/2] costs 100%"]),
+        (
+            shown.ALL,
+            ["0:00:30  [1/2] fit begins", "0:00:30  [1/2] fit 100%",
+             "0:00:30  [2/2] costs begins at 40%, done before", "0:00:33  [2/2] costs 100%"],
+        ),
+    ],
+)  # fmt: skip
+def test_lines_begin_with_the_commands_time_and_short_steps_have_none(level, lines, monkeypatch):
+    time, out = Clock(monkeypatch), io.StringIO()
+    with shown.showing(level), progress.phases("fit", "costs"):
+        time.now += 30.0
+        for label, done, seconds in (("fit", 0.0, 0.4), ("costs", 4.0, 2.6)):
+            with Progress(10.0, label=label, done=done, stream=out) as bar:
+                time.now += seconds
+                bar.advance(10.0 - done)
+    found = [re.sub(r"100%  .*", "100%", line) for line in out.getvalue().splitlines()]
+    assert found == lines
 
 
 def test_silent_when_disabled():

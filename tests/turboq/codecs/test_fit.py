@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,27 @@ def test_what_is_missing_is_named_with_its_remedy(row):
         codec.fit(few)
     with pytest.raises(TurboqError, match=rf"self\.dim={2 * DIM}, but vectors have {DIM}"):
         ROWS[row].make(2 * DIM).fit(seen)
+
+
+@fitted_rows
+def test_a_codec_without_its_arrays_names_them(row):
+    codec = ROWS[row].make(DIM)
+    x, names = jnp.ones((codec.block, DIM)), list(codec.array_shapes)
+    for missing in (names, names[:1]):
+        given = {n: jnp.ones(shape) for n, shape in codec.array_shapes.items() if n not in missing}
+        lacks = f"{codec.name!r} is fitted and lacks its arrays {', '.join(missing)}:"
+        for method, other in ((codec.encode, x), (codec.decode, {}), (codec.fold_query, x)):
+            for call in (method, functools.partial(jax.eval_shape, method)):
+                with pytest.raises(TurboqError, match=re.escape(lacks)):
+                    call(given, other)
+
+
+def test_looking_for_arrays_costs_traced_code_nothing():
+    codec, x = ROWS["per_head-3"].make(DIM), jnp.ones((2, DIM))
+    arrays = {name: jnp.ones(shape) for name, shape in codec.array_shapes.items()}
+    traced = jax.make_jaxpr(codec.encode)(arrays, x)
+    bare = jax.make_jaxpr(functools.partial(type(codec).encode.__wrapped__, codec))(arrays, x)
+    assert str(traced) == str(bare)
 
 
 def test_needs_decide_what_must_be_there():

@@ -1,15 +1,22 @@
 """Schedules and degrade orders of buun's VBR: its grammar, and a greedy walk written anew."""
 
+import dataclasses
+import itertools
 import json
 import re
 
 import pytest
 from plan_cases import geometry
 
+from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, TurboQuantMSE
-from turboq.export import ENGINES, Options
+from turboq.errors import TurboqError
+from turboq.export import ENGINES, Options, export
+from turboq.export.base import entries
+from turboq.export.buun import degrade_order
 from turboq.export.report import make_report
 from turboq.plan import head_plan, uniform_plan
+from turboq.plan.ladder import Ladder, LadderSide, Tier, save_ladder
 
 BYTES = {"f16": 256, "t8": 130, "t4": 66, "t3": 52, "t2": 36, "t1": 20}  # of 128 channels
 LADDER = list(BYTES)
@@ -116,6 +123,74 @@ def test_rungs_of_the_policy_are_states_of_the_order():
         before = states[states.index(tiers) - 1]
         above = sum(BYTES[t] for t in before.values()) * 8 / 128 / len(tiers)
         assert any(bits <= budget < above for budget in budgets)
+
+
+WEIGHTS = {(0, "k"): 3.0, (0, "v"): 0.2, (1, "k"): 1.0, (1, "v"): 0.05}
+
+
+def ladder_of(lowest=(2, 2, 2, 2)):
+    """Sides lose WEIGHTS * channels * 4^-bits exactly; the least loss per bit falls first."""
+    model = geometry(layers=2, kv_heads=HEADS, k_dim=128, v_dim=128)
+    tiers = {unit: list(range(5, low - 1, -1)) for unit, low in zip(WEIGHTS, lowest, strict=True)}
+
+    def plan(at):
+        def codec(i, s, head):
+            return TurboQuantMSE(dim=128, bits=tiers[i, s][: at + 1][-1])
+
+        return head_plan(model, codec)
+
+    sides = tuple(
+        LadderSide(
+            layer=i, side=s,
+            tiers=tuple(Tier(store=plan(t).layers[i].side(s), arrays={}) for t in range(len(own))),
+        )
+        for (i, s), own in tiers.items()
+    )  # fmt: skip
+    scale = 16 / 128  # of every vector
+
+    def loss(unit, t):
+        return WEIGHTS[unit] * HEADS * 128 * 4.0 ** -(tiers[unit][t] + scale)
+
+    at, order, total = dict.fromkeys(WEIGHTS, 0), [], [sum(loss(u, 0) for u in WEIGHTS)]
+    while left := [u for u in at if at[u] < len(tiers[u]) - 1]:
+        unit = min(left, key=lambda u: loss(u, at[u] + 1) - loss(u, at[u]))
+        total.append(total[-1] + loss(unit, at[unit] + 1) - loss(unit, at[unit]))
+        at[unit] += 1
+        order.append(list(WEIGHTS).index(unit))
+    return Ladder(
+        model=model, tokens=TokenPolicy(), sides=sides, order=tuple(order), loss=tuple(total)
+    )
+
+
+def test_a_ladder_orders_steps_by_the_losses_it_predicts(tmp_path):
+    """One law holds between its tiers and beyond them, so the order is a walk along that law."""
+    ladder = ladder_of()
+    save_ladder(ladder, {}, tmp_path / "ladder")
+    plan, arrays = ladder.rung(0, {})
+    report = export(plan, arrays, BUUN, tmp_path / "out", Options(ladder=ladder))
+    lines = (tmp_path / "out" / "degrade_order.txt").read_text().splitlines()
+    steps = []
+    for (layer, side), weight in WEIGHTS.items():
+        for a, b in itertools.pairwise(LADDER):
+            loss = weight * (4.0 ** (-BYTES[b] / 16) - 4.0 ** (-BYTES[a] / 16))
+            steps.append((loss / (BYTES[a] - BYTES[b]), f"{layer}{side}:{b}"))
+    assert lines == [line for _, line in sorted(steps)]
+    assert any("that the ladder predicts" in note for note in report.notes)
+    with pytest.raises(TurboqError, match="stores one plan: take a rung"):
+        export(plan, arrays, ENGINES["llama.cpp"], tmp_path / "no", Options(ladder=ladder))
+
+
+def test_a_side_that_never_falls_is_worth_the_last_step():
+    ladder = ladder_of(lowest=(5, 2, 2, 2))
+    lines = [str(x) for x in degrade_order(entries(ladder.rung(0, {})[0], {}), ladder)]
+    whole = [str(x) for x in degrade_order(entries(ladder.rung(0, {})[0], {}), ladder_of())]
+    others = [line for line in lines if not line.startswith("0k")]
+    assert others == [line for line in whole if not line.startswith("0k")]
+    # At the same bits it is above everything that fell to 2 bits.
+    assert lines.index("0k:t2") > max(lines.index(f"{u}:t3") for u in ("0v", "1k", "1v"))
+    flat = dataclasses.replace(ladder, loss=(1.0,) * ladder.rungs)
+    with pytest.raises(TurboqError, match="each losing more"):
+        degrade_order(entries(flat.rung(0, {})[0], {}), flat)
 
 
 def test_a_plan_of_equal_bits_says_that_it_orders_nothing():
