@@ -39,11 +39,13 @@ def describe(argument: str, context: int, *, layers: bool | None = None) -> str:
       TurboqError: nothing is there, or what is there is damaged or of no known kind.
     """
     from turboq.plan.io import is_ladder
-    from turboq_calibrate.models import hub
+    from turboq_calibrate.models import hub, packaged
 
+    if argument in packaged.MODELS:
+        return _model(argument)
     path = Path(hub.local(argument, hub.CONFIG))
     argument = str(path)
-    if argument != "embedded" and not path.exists():
+    if not path.exists():
         raise TurboqError(f"{path} does not exist")
     found = []
     if (path.suffix == ".json" and path.is_file() and not is_ladder(path)) or (
@@ -56,7 +58,7 @@ def describe(argument: str, context: int, *, layers: bool | None = None) -> str:
         found.append(_statistics(path))
     if (path / "observe" / "inputs.json").is_file() and not found:
         raise TurboqError(f"{path} is an unfinished run: give the same `turboq calibrate` again")
-    if (path / "config.json").is_file() or path.suffix == ".gguf" or argument == "embedded":
+    if (path / "config.json").is_file() or path.suffix == ".gguf":
         found.append(_model(argument))
     if not found:
         raise TurboqError(
