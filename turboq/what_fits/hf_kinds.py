@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from turboq.errors import TurboqError, quoted
+from turboq.what_fits import field_names
 from turboq.what_fits.families import Family
 from turboq.what_fits.hf_fields import BY_HAND, Fields, is_off
 from turboq.what_fits.layers import MAX_LAYERS
@@ -48,6 +49,7 @@ def kinds(read: Fields, family: Family, count: int) -> list[str]:
         return ["both"] * count
     listed = _listed(read, count)
     if listed is not None:
+        read.asked |= field_names.CHOICES
         return listed
     _refuse_rules_of_others(read, family)
     if rule == "listed":
@@ -58,6 +60,7 @@ def kinds(read: Fields, family: Family, count: int) -> list[str]:
     if rule in RULES:
         return RULES[rule](read, family, count)
     if not _has_window(read):
+        read.asked.update(PATTERNS)
         return ["full"] * count
     if any(read.get(key) is not None for key in PATTERNS):
         return _every_nth_full(read, family, count)
@@ -152,15 +155,17 @@ def _sparse_attention_config(read: Fields, count: int) -> list[str]:
 
 
 def _has_window(read: Fields) -> bool:
-    return not (
-        all(read.get(key) in (None, 0, -1) for key in WINDOWS)
-        or read.get("use_sliding_window") is False
-    )
+    read.asked.update(WINDOWS)
+    given = any(read.get(key) not in (None, 0, -1) for key in WINDOWS)
+    if not given and read.get("use_sliding_window"):
+        raise read.fail("use_sliding_window", f"without sliding_window: {BY_HAND}")
+    return given and read.get("use_sliding_window") is not False
 
 
 def _every_nth_full(read: Fields, family: Family, count: int) -> list[str]:
     """In every group of n layers the last is full, the others slide."""
     if not _has_window(read):
+        read.asked.update(PATTERNS)
         return ["full"] * count
     pattern = read.get("sliding_window_pattern")
     if isinstance(pattern, str):  # EXAONE 4: "LLLG", local and global layers in turn
@@ -178,6 +183,7 @@ def _every_nth_full(read: Fields, family: Family, count: int) -> list[str]:
 
 def _first_of_n_full(read: Fields, family: Family, count: int) -> list[str]:
     n = read.integer("global_attn_every_n_layers", high=MAX_LAYERS, default=family.layers["n"])
+    read.asked.update(WINDOWS)
     other = family.layers.get("other", "sliding")
     if other == "sliding" and not _has_window(read):
         return ["full"] * count
@@ -190,7 +196,10 @@ def _all_sliding(read: Fields, family: Family, count: int) -> list[str]:
 
 def _after_max_window_layers(read: Fields, family: Family, count: int) -> list[str]:
     """Qwen2: layers slide from max_window_layers on, if switched on at all."""
-    if not read.flag("use_sliding_window") or not _has_window(read):
+    if not read.flag("use_sliding_window"):
+        read.asked.update(WINDOWS)
+        return ["full"] * count
+    if not _has_window(read):
         return ["full"] * count
     first = read.number("max_window_layers", read.get("max_window_layers"), MAX_LAYERS, low=0)
     return ["full"] * min(first, count) + ["sliding"] * max(0, count - first)
@@ -236,6 +245,7 @@ def _block_types(read: Fields, family: Family, count: int) -> list[str]:
 
 def _local_and_global(read: Fields, family: Family, count: int) -> list[str]:
     """GPT-Neo: attention_layers, or attention_types = [[[kinds], times], ...]."""
+    read.asked.add("attention_types")
     given = read.get("attention_layers")
     if given is None:
         given = []
