@@ -7,13 +7,15 @@ are those of v5 (`rope_parameters`) and of v4 (`rope_theta`, `rope_scaling`).
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from pathlib import Path
 from typing import Any
 
 from turboq.errors import TurboqError, quoted
 from turboq.hub_cache import snapshot_hint
 from turboq.json_object import read_object
-from turboq_calibrate.models import hf_fp8
+from turboq.what_fits import from_config
+from turboq_calibrate.models import cache_check, hf_fp8
 from turboq_calibrate.models.config_delta import read_delta
 from turboq_calibrate.models.config_experts import read_experts
 from turboq_calibrate.models.config_fields import Reader
@@ -29,30 +31,24 @@ MAX_LAYERS = 10_000
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 EMBEDDING_FACTOR = "embedding_multiplier"
 FACTORS = ("logit_scale", EMBEDDING_FACTOR, "residual_multiplier", "logits_scaling")
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+NEUTRAL_AT_1 = (*FACTORS, "attention_value_scale")
 # Fields that a family's own code never reads but whose presence says that the weights were trained
-# with them.
-REFUSED = (
-    "auto_map",
-    "rope_interleaved",
-    "rope_local_base_freq",
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "use_bidirectional_attention",
-    "sliding_window_pattern",
-    "_sliding_window_pattern",
-    "attention_chunk_size",
-    *FACTORS,
-    "attention_multiplier",
-    "clip_qkv",
-    "no_rope_layers",
-    "no_rope_layer_interval",
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "kv_lora_rank",
-    "num_kv_shared_layers",
+# with them. What changes the cache is not here: the planner's reader knows it (`cache_check`).
+REFUSED = frozenset(
+    {
+        "auto_map", "rope_interleaved", "rope_local_base_freq", "use_bidirectional_attention",
+        "sliding_window_pattern", "_sliding_window_pattern", "attention_chunk_size", "clip_qkv",
+        "no_rope_layers", "no_rope_layer_interval", "num_experts", "num_local_experts",
+        "n_routed_experts", "kv_lora_rank", "num_kv_shared_layers",
+    }
+)  # fmt: skip
+# So are factors and caps of what a layer computes, whatever they are called.
+_FACTOR = frozenset(
+    {"scale", "scales", "scaling", "scalar", "multiplier", "cap", "softcap", "softcapping"}
 )
+_TRAINING = frozenset({"init", "initializer", "loss"})
+NO_FACTORS = frozenset({"rope_scaling", "ffn_dim_multiplier"})  # read apart; a width
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -79,28 +75,28 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
     Raises:
       TurboqError: unsupported family or field, a missing or a nonsensical value.
     """
-    inside = config.get("model_type") in tuple(WRAPPERS)
+    whole, inside = config, config.get("model_type") in tuple(WRAPPERS)
     config = _decoder_part(config, name) if inside else config
     family = config.get("model_type")
     row = FAMILIES.get(family) if isinstance(family, str) else None
     if row is None:
         raise TurboqError(
-            f"{name}: model_type {quoted(family)} is not supported (supported: "
-            f"{', '.join([*FAMILIES, *WRAPPERS])})"
+            f"{name}: model_type {quoted(family)} is not supported ({_nearest(family)}; `turboq "
+            "memory` counts its cache, and `turboq calibrate --captured` plans it if transformers "
+            "runs it)"
         )
     where = f"{name}: config.json of model_type {quoted(family)}"
     read = Reader({**row.defaults, **config}, where)
     reads = row.reads - UNREAD_INSIDE if inside else row.reads
-    for key in REFUSED:
-        value = config.get(key)
-        neutral = not value or (key in FACTORS and value == 1 and value is not True)
-        if key not in reads and not neutral:
+    for key, value in config.items():
+        neutral = not value or (key in NEUTRAL_AT_1 and value == 1 and value is not True)
+        if not neutral and key not in reads and (key in REFUSED or _is_factor(key)):
             raise TurboqError(f"{where}: {key}={quoted(value)} is not supported")
     _check_unquantized(read, row)
     hidden, context = read.integer("hidden_size"), read.integer("max_position_embeddings")
     rotation = rotation_of(read, row.rotation) if row.latent else row.rotation
     ropes = read_ropes(read, _head_dim(read, row), context, rotation)
-    return ModelSpec(
+    spec = ModelSpec(
         family=str(family),
         name=name,
         vocab=read.integer("vocab_size"),
@@ -115,6 +111,19 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
         logit_scale=_factor(read, row, "logit_scale") / _factor(read, row, "logits_scaling"),
         logit_softcap=read.optional("final_logit_softcapping"),
     )
+    sizes = {} if inside else {k: v for k, v in row.defaults.items() if k in _SIZES}
+    return cache_check.check(spec, lambda: from_config({**sizes, **whole}, name))
+
+
+def _nearest(family: Any) -> str:
+    known = [*FAMILIES, *WRAPPERS]
+    close = difflib.get_close_matches(str(family)[:99], known, n=1, cutoff=0.7)
+    return f"nearest: {close[0]}" if close else f"supported: {', '.join(known)}"
+
+
+def _is_factor(key: str) -> bool:
+    words = set(key.lower().split("_"))
+    return bool(words & _FACTOR) and not words & _TRAINING and key not in NO_FACTORS
 
 
 def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerSpec, ...]:

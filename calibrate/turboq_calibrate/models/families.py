@@ -100,7 +100,7 @@ _deepseek = functools.partial(
     rotation=Rotation(layout="interleaved"),
     latent=True,
     # Published files name the code of before transformers had it.
-    reads=frozenset({"kv_lora_rank", "n_routed_experts", "auto_map"}),
+    reads=frozenset({"kv_lora_rank", "n_routed_experts", "auto_map", "routed_scaling_factor"}),
 )
 _DEEPSEEK_V3 = {
     "max_position_embeddings": 4096, "kv_lora_rank": 512, "q_lora_rank": 1536,

@@ -8,7 +8,8 @@ import pytest
 
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope, Scaling
-from turboq.what_fits.hf_config import from_config
+from turboq.what_fits import from_config
+from turboq_calibrate.models import cache_check
 from turboq_calibrate.models.config import model_spec
 from turboq_calibrate.models.families import FAMILIES, WRAPPERS
 from turboq_calibrate.models.params import parameter_count
@@ -387,7 +388,16 @@ def test_windows_per_layer():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gemma"}, r"model_type 'gemma' is not supported \(supported: llama, mi"),
+        ({"model_type": "qwen4_moe"}, r"'qwen4_moe' is not supported \(nearest: qwen3_moe; `turb"),
+        ({"model_type": "zzz"}, r"'zzz' is not supported \(supported: llama, mistral, .*captured`"),
+        ({"attention_value_scale": 0.7}, "attention_value_scale=0.7 is not supported"),
+        ({"logits_soft_cap": 30.0}, "logits_soft_cap=30.0 is not supported"),
+        ({"attention_sink_size": 4}, "attention_sink_size=4 is not understood .* the cache$"),
+        ({"swa_head_dim": 16}, "swa_head_dim=16 may change the cache, and is not what layers of"),
+        ({"v_head_dim": 8}, "v_head_dim=8 may change the cache"),
+        ({"attn_config": {"kv_n_heads": 1}}, "num_key_value_heads=2 and attn_config.kv_n_heads=1"),
+        ({"num_kv_heads": 1}, "num_key_value_heads=2 and num_kv_heads=1 are at odds"),
+        ({"mamba_d_state": 16}, "mamba_d_state=16 may change the cache"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
         ({"query_pre_attn_scalar": 1}, "query_pre_attn_scalar=1 is not supported"),
         ({"model_type": None}, "model_type None is not supported"),
@@ -518,3 +528,22 @@ def test_the_planner_reads_the_same_layers(folder):
     scaled = config.get("rope_parameters", {}).get("rope_type") == "longrope"
     original = config["original_max_position_embeddings"] if scaled else planned.context
     assert spec.context == original
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_key_value_heads": 1}, "layer 0 of qwen3 .* 2 KV heads, .* says 1 KV heads, K 128"),
+        ({"head_dim": 32}, "K 128 and V 128 wide but its file says 2 KV heads, K 32 and V 32"),
+        ({"num_hidden_layers": 2}, "3 layers, but 2 with a cache"),
+        (
+            {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+            "layer 2 of qwen3 .* V 128 wide but .* V 128 wide, window 9: this is not supported",
+        ),
+    ],
+)
+def test_a_cache_that_the_planner_reads_otherwise(change, words):
+    spec = model_spec(config("qwen3"), "x")
+    assert cache_check.check(spec, lambda: from_config(config("qwen3"), "x")) is spec
+    with pytest.raises(TurboqError, match=words):
+        cache_check.check(spec, lambda: from_config(config("qwen3", **change), "x"))
