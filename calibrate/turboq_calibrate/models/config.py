@@ -21,7 +21,7 @@ from turboq_calibrate.models.config_experts import read_experts
 from turboq_calibrate.models.config_fields import Reader
 from turboq_calibrate.models.config_latent import ROTATED, latent_fields, rotation_of
 from turboq_calibrate.models.config_nope import rotated_layers
-from turboq_calibrate.models.config_rope import Turn, read_ropes
+from turboq_calibrate.models.config_rope import Turn, query_growth, read_ropes
 from turboq_calibrate.models.families import FAMILIES, UNREAD_INSIDE, WRAPPERS, Family
 from turboq_calibrate.models.primitives import SWIGLU_ALPHA, SWIGLU_LIMIT
 from turboq_calibrate.models.spec import DeltaNet, LayerSpec, ModelSpec
@@ -150,7 +150,8 @@ def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerS
         norm_eps=read.number(row.eps, 1e-6),
         norm=row.norm,
         rope=full.rope,
-        qk_norm=row.qk_norm,
+        qk_norm=row.qk_norm if _has_qk_norm(read, row) else None,
+        query_growth=query_growth(read, row.rotation, grows=row.query_growth),
         norm_offset=row.norm_offset,
         gated=row.gated,
         pre_norms=row.pre_norms,
@@ -200,19 +201,20 @@ def _decoder_part(config: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(text, dict):
         raise TurboqError(f"{name}: config.json of model_type {family!r}: text_config is missing")
     outer = {k: v for k, v in config.items() if not k.endswith("_config") or k == _QUANTIZED}
-    inner = {"model_type": WRAPPERS[family], **text}
-    if inner["model_type"] != WRAPPERS[family]:
+    inner = {"model_type": WRAPPERS[family][0], **text}
+    if inner["model_type"] not in WRAPPERS[family]:
         raise TurboqError(
             f"{name}: text_config of model_type {quoted(inner['model_type'])} is not supported in "
             f"{family!r}"
         )
-    for key in ("tie_word_embeddings", _QUANTIZED):
-        if key in inner and key in outer and inner[key] != outer[key]:
-            raise TurboqError(
-                f"{name}: config.json says {key}={quoted(outer[key])} but its text_config "
-                f"{quoted(inner[key])}: leave one of them out of a copy of the file"
-            )
-    return outer | inner
+    if _QUANTIZED in inner and inner[_QUANTIZED] != outer.get(_QUANTIZED, inner[_QUANTIZED]):
+        raise TurboqError(
+            f"{name}: config.json says {_QUANTIZED}={quoted(outer[_QUANTIZED])} but its "
+            f"text_config {quoted(inner[_QUANTIZED])}: leave one of them out of a copy of the file"
+        )
+    # As in transformers, where the outer one is given (5.x always gives it).
+    tied = {k: v for k, v in outer.items() if k == "tie_word_embeddings"}
+    return outer | inner | tied
 
 
 def _head_dim(read: Reader, row: Family) -> int:
@@ -231,6 +233,10 @@ def _factor(read: Reader, row: Family, key: str) -> float:
     """A factor that the family reads; 1 where it does not, or the file has none."""
     value = read.optional(key) if key in row.reads else None
     return 1.0 if value is None else value
+
+
+def _has_qk_norm(read: Reader, row: Family) -> bool:
+    return row.qk_norm_switch is None or read.boolean(row.qk_norm_switch, False)
 
 
 def _softmax_scale(read: Reader, row: Family) -> float | None:

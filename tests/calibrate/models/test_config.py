@@ -309,7 +309,11 @@ def test_what_gemma_3_does_not_do_is_refused(fields, message):
         ({}, None, "text_config is missing"),
         ({}, {"model_type": "llama"}, "text_config of model_type 'llama' is not supported in 'ge"),
         ({}, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
-        ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, "=False but its text_co"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantization_config={'quant_method': 'fp8'} but its text_config",
+        ),
         ({"quantization_config": {"quant_method": "awq"}}, {}, "weights are quantized"),
     ],
 )
@@ -317,6 +321,27 @@ def test_parts_of_a_model_that_also_sees(fields, text, message):
     inside = {} if text is None else {"text_config": text}
     with pytest.raises(TurboqError, match=message):
         model_spec({"model_type": "gemma3", **fields, **inside}, "some/folder")
+
+
+def test_the_outer_configuration_says_whether_the_head_is_the_embedding():
+    """As in transformers 5, whose files always have it."""
+    text = {"tie_word_embeddings": True, **config("mistral", sliding_window=None)}
+    assert model_spec({"model_type": "mistral3", "text_config": text}, "x").tied_embeddings
+    said = {"model_type": "mistral3", "text_config": text, "tie_word_embeddings": False}
+    assert not model_spec(said, "x").tied_embeddings
+
+
+def test_queries_that_grow():
+    """Ministral 3 alone and inside Mistral 3; by its class's numbers where the file has none."""
+    fields = config("ministral3", head_dim=16)
+    assert model_spec(fields, "x").layers[0].query_growth == (0.1, 16384)
+    inside = {"model_type": "mistral3", "text_config": fields}
+    assert model_spec(inside, "x").layers == model_spec(fields, "x").layers
+    grown = {"rope_type": "default", "llama_4_scaling_beta": 0.1}
+    with pytest.raises(TurboqError, match=r"llama_4_scaling_beta=0\.1 is not supported"):
+        model_spec(config("mistral", rope_parameters=grown), "x")
+    with pytest.raises(TurboqError, match="rope llama_4_scaling_beta=None must be a positive"):
+        model_spec(config("ministral3", rope_parameters={"rope_type": "default"}), "x")
 
 
 @pytest.mark.parametrize(
@@ -502,13 +527,14 @@ def test_neutral_values_of_refused_fields_pass():
 
 def test_supported_families_are_the_documented_ones():
     assert [*FAMILIES, *WRAPPERS] == [
-        *("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3", "smollm3", "granite"),
-        *("phi3", "glm", "glm4", "starcoder2", "cohere2"),
+        *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "olmo2", "olmo3"),
+        *("smollm3", "granite", "granitemoe", "phi3", "glm", "glm4", "glm4_moe", "starcoder2"),
+        "cohere2",
         *("mixtral", "qwen2_moe", "qwen3_moe"),
         *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
         *("deepseek_v2", "deepseek_v3", "kimi_k2", "gpt_oss"),
         *("gemma2", "gemma3_text"),
-        *("gemma3", "qwen3_5", "qwen3_5_moe"),
+        *("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe"),
     ]
 
 
