@@ -218,6 +218,11 @@ FAMILIES = {
                "max_window_layers": 1},
         torch.bfloat16, None, None, None,
     ),
+    "qwen2_moe_all": (
+        "qwen2_moe",
+        MOE | {"num_experts": 4, "shared_expert_intermediate_size": 10},
+        torch.bfloat16, None, "BF16", None,
+    ),
     "qwen3_moe": (
         "qwen3_moe",
         MOE | {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True, "head_dim": 8},
@@ -358,7 +363,7 @@ FAMILIES = {
                "routed_scaling_factor": 1.7, "head_dim": 12, "attention_bias": True,
                "use_qk_norm": True, "pad_token_id": 1, "num_nextn_predict_layers": 1,
                "rope_parameters": rope(partial_rotary_factor=0.5)},
-        torch.bfloat16, None, None, None,
+        torch.bfloat16, None, "BF16", None,
     ),
     "starcoder2": (
         "starcoder2",
@@ -381,6 +386,7 @@ COVERS = {
     "qwen3": "QK-norm, sharded with an index",
     "mixtral": "experts whose weights sum to one",
     "qwen2_moe": "experts beside a shared one with a gate, a dense layer, windows",
+    "qwen2_moe_all": "the same in every layer, no window",
     "qwen3_moe": "experts and QK-norm",
     "olmo3": "windows, YaRN on full layers alone, norms after attention and MLP alone",
     "qwen3_dynamic": "dynamic rope scaling within the original context",
@@ -444,6 +450,6 @@ CAPTURED = {
 }  # fmt: skip
 # Whose GGUF copies transformers does not read.
 UNREAD = ("mixtral", "olmo2", "olmo3", "smollm3", "granite", "glm4", "gpt_oss", "cohere2")
-UNREAD += ("deepseek_v2", "deepseek_v3")
+UNREAD += ("deepseek_v2", "deepseek_v3", "glm4_moe", "qwen2_moe")
 # Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
 INTERLEAVED = ("llama", "mixtral", "smollm3", "granite")

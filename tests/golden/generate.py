@@ -25,7 +25,7 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-from deepseek import keep_blocks, latents, pack_blocks, split_latent, write_latent
+from deepseek import keep_blocks, latents, pack_blocks, split_latent, write_grouped, write_latent
 from families import (
     ARCHITECTURES,
     BASE,
@@ -191,7 +191,12 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     config = model.config
     writer = gguf.GGUFWriter(path, ARCHITECTURES.get(model_type, model_type))
     writer.add_name(f"golden {family}")
-    writer.add_block_count(config.num_hidden_layers)
+    drafting = (getattr(config, "num_mtp_layers", 0) or 0) if model_type == "glm4_moe" else 0
+    writer.add_block_count(config.num_hidden_layers + drafting)
+    if drafting:
+        writer.add_nextn_predict_layers(drafting)
+        name = f"blk.{config.num_hidden_layers}.nextn.enorm.weight"
+        writer.add_tensor(name, np.ones(config.hidden_size, np.float32))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -238,13 +243,18 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
             writer.add_tensor(f"rope_factors_{name.removesuffix('_factor')}.weight", factors)
     if model_type in INTERLEAVED:
         writer.add_rope_dimension_count(head_dim)
-    if model_type in ("mixtral", "qwen3_moe", "gpt_oss"):
-        writer.add_expert_count(config.num_local_experts)
+    if model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"):
+        count = getattr(config, "num_local_experts", None) or config.num_experts
+        writer.add_expert_count(count)
         writer.add_expert_used_count(config.num_experts_per_tok)
     if model_type == "gpt_oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
-    if model_type == "qwen3_moe":
+    if model_type in ("qwen2_moe", "qwen3_moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if model_type == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if model_type == "glm4_moe":
+        write_grouped(writer, config)
     if latent:
         write_latent(writer, config, rotation)
     if tokenizer is not None:
@@ -257,11 +267,12 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_token_merges([" ".join(m) for m in merges_of(tokenizer)])
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
-    arch = ARCHITECTURES.get(model_type, model_type).upper().replace("-", "_")
-    arch = getattr(gguf.MODEL_ARCH, arch)
+    called = ARCHITECTURES.get(model_type, model_type)
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == called)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     kind = gguf.GGMLQuantizationType[stored]
-    state = split_latent(config, model.state_dict()) if latent else model.state_dict()
+    grouped = latent or model_type == "glm4_moe"
+    state = split_latent(config, model.state_dict()) if grouped else model.state_dict()
     for name, p in split_experts(model_type, state):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue

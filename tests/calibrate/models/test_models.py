@@ -41,6 +41,7 @@ FAMILIES = (
     "mixtral",
     "qwen2_moe",
     "qwen3_moe",
+    "qwen2_moe_all",
     "olmo2",
     "smollm3",
     "granite",
@@ -67,7 +68,7 @@ MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 COPIES = (
     *("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"),
     *("olmo2", "smollm3", "granite", "phi3", "glm4", "starcoder2", "olmo3", "gpt_oss_mxfp4"),
-    "cohere2",
+    *("cohere2", "qwen2_moe_all", "glm4_moe"),
 )
 
 
@@ -118,6 +119,7 @@ def test_golden_families_cover_what_they_claim():
         "gemma2",
         *["gemma3_text"] * 2,
         *MIXTURES,
+        "qwen2_moe",
         *("olmo2", "smollm3", "granite"),
         *["phi3"] * 2,
         *("glm", "glm4", "starcoder2", "olmo3", "qwen3"),
