@@ -79,8 +79,6 @@ SAME = {
     "olmo": "gpt-2",
 }
 WHOLE = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken")  # a word that is a token stays
-# The two libraries know different versions of Unicode.
-ASSIGNED = st.characters(exclude_categories=("Cn", "Cs", "Co"))
 NFC = ("qwen2", "command-r", "olmo")
 
 
@@ -156,8 +154,10 @@ def test_pre_tokenizers_against_bpe_by_hand(pre):
     merges = metadata["tokenizer.ggml.merges"]
 
     @settings(max_examples=150 if pre in SPLITS else 20, deadline=None)
-    @given(st.text(ASSIGNED, max_size=40) | st.text("aBb1 \n\t'sS./é中\u0301", max_size=30))
+    @given(st.text(max_size=40) | st.text("aBb1 \n\t'sS./é中\u0301", max_size=30))
     def check(text):
+        # The two libraries know different versions of Unicode.
+        text = "".join(c for c in text if unicodedata.category(c) not in ("Cn", "Co"))
         if pre in NFC:
             text = unicodedata.normalize("NFC", text)
         rule = SPLITS[SAME.get(pre, pre)]
