@@ -85,6 +85,11 @@ def write_latent(writer, config, rotation: dict) -> None:
     writer.add_rope_dimension_count(rotated)
     if rotation["rope_type"] == "yarn":
         writer.add_rope_scaling_yarn_log_mul(0.1 * rotation["mscale_all_dim"])
+    write_grouped(writer, config)
+
+
+def write_grouped(writer, config) -> None:
+    """The same of experts in groups."""
     writer.add_leading_dense_block_count(config.first_k_dense_replace)
     writer.add_expert_count(config.n_routed_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
@@ -92,7 +97,7 @@ def write_latent(writer, config, rotation: dict) -> None:
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_expert_weights_scale(config.routed_scaling_factor)
     writer.add_expert_weights_norm(config.norm_topk_prob)
-    if config.model_type == "deepseek_v3":
+    if config.model_type != "deepseek_v2":
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         writer.add_expert_group_count(config.n_group)
         writer.add_expert_group_used_count(config.topk_group)

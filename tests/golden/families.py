@@ -128,10 +128,12 @@ REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ARCHITECTURES = {
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
+    "glm4_moe": "glm4moe",
     "gemma3_text": "gemma3",
     "gpt_oss": "gpt-oss",
     "olmo3": "olmo2",
     "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
 }  # model type -> GGUF's, where they differ
 # name -> (model type, settings, stored type, shard size, GGUF type, tokenizer kind)
@@ -170,6 +172,27 @@ FAMILIES = {
          "hidden_size": 33},
         torch.bfloat16, None, None, None,
     ),
+    "mistral3": (
+        "mistral3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20,
+         "sliding_window": None},
+        torch.bfloat16, None, None, None,
+    ),
+    "ministral": (
+        "ministral",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20,
+         "head_dim": 16, "sliding_window": 5,
+         "layer_types": ["sliding_attention", "full_attention"]},
+        torch.bfloat16, None, None, None,
+    ),
+    "ministral3": (
+        "ministral3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20,
+         "head_dim": 12, "rope_parameters": rope("yarn", 1e6, mscale=1.0, mscale_all_dim=1.0,
+                                 factor=4.0, original_max_position_embeddings=8,
+                                 llama_4_scaling_beta=0.3)},
+        torch.bfloat16, None, None, None,
+    ),
     "qwen2": (
         "qwen2",
         {"vocab_size": 320, "tie_word_embeddings": True, "rope_parameters": rope(theta=1e6)},
@@ -194,6 +217,11 @@ FAMILIES = {
                "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5,
                "max_window_layers": 1},
         torch.bfloat16, None, None, None,
+    ),
+    "qwen2_moe_all": (
+        "qwen2_moe",
+        MOE | {"num_experts": 4, "shared_expert_intermediate_size": 10},
+        torch.bfloat16, None, "BF16", None,
     ),
     "qwen3_moe": (
         "qwen3_moe",
@@ -303,6 +331,13 @@ FAMILIES = {
          "logits_scaling": 2.5, "tie_word_embeddings": True},
         torch.bfloat16, None, "BF16", None,
     ),
+    "granitemoe": (
+        "granitemoe",
+        MOE | {"num_local_experts": 4, "intermediate_size": 12, "attention_bias": True,
+               "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
+               "attention_multiplier": 0.125, "logits_scaling": 2.5, "tie_word_embeddings": True},
+        torch.bfloat16, None, None, None,
+    ),
     "phi3": (
         "phi3",
         {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20,
@@ -322,11 +357,62 @@ FAMILIES = {
         torch.bfloat16, None, None, None,
     ),
     "glm4": ("glm4", GLM, torch.bfloat16, None, "BF16", None),
+    "glm4_moe": (
+        "glm4_moe",
+        MOE | {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
+               "routed_scaling_factor": 1.7, "head_dim": 12, "attention_bias": True,
+               "use_qk_norm": True, "pad_token_id": 1, "num_nextn_predict_layers": 1,
+               "rope_parameters": rope(partial_rotary_factor=0.5)},
+        torch.bfloat16, None, "BF16", None,
+    ),
     "starcoder2": (
         "starcoder2",
         {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1},
         torch.bfloat16, None, "BF16", None,
     ),
+}  # fmt: skip
+# What each covers.
+COVERS = {
+    "llama": "multi-head, untied, default rotation, float32",
+    "llama3": "llama3 rope scaling, tied, head_dim not hidden / heads",
+    "llama_bias": "biases everywhere, linear rope scaling",
+    "smollm2": "one KV head, tied, float16",
+    "mistral": "sliding window on every layer",
+    "mistral3": "the decoder as a part of a model that also sees, no window",
+    "ministral": "windows by layer",
+    "ministral3": "YaRN, queries that grow with their position",
+    "qwen2": "QKV bias",
+    "qwen2_window": "full and sliding layers mixed",
+    "qwen3": "QK-norm, sharded with an index",
+    "mixtral": "experts whose weights sum to one",
+    "qwen2_moe": "experts beside a shared one with a gate, a dense layer, windows",
+    "qwen2_moe_all": "the same in every layer, no window",
+    "qwen3_moe": "experts and QK-norm",
+    "olmo3": "windows, YaRN on full layers alone, norms after attention and MLP alone",
+    "qwen3_dynamic": "dynamic rope scaling within the original context",
+    "cohere2": "windows, rotation in sliding layers alone, parallel blocks, centred norms",
+    "gpt_oss": "logit sinks, clipped SwiGLU, biased experts, YaRN, windows",
+    "gpt_oss_mxfp4": "the same with experts in MXFP4 as published, YaRN to whole pairs",
+    "qwen3_next": "gated delta-nets and attention, experts, a dense layer",
+    "qwen3_5": "the same without experts, delta-net matrices apart",
+    "qwen3_5_vision": "stacked experts, a part of a model that also sees",
+    "deepseek_v2": "latent attention, YaRN, experts of the best groups",
+    "deepseek_v2_lite": "queries made at once, experts without groups",
+    "deepseek_v3": "experts chosen by corrected sigmoids in groups",
+    "deepseek_fp8": "matrices in FP8 with scales of blocks, rotation of halves",
+    "gemma2": "soft caps, 1 + weight norms on both sides, GELU, scaled embedding",
+    "gemma3": "windows and rotary embeddings by layer, every sixth full",
+    "gemma3_vision": "the decoder as a part of a model that also sees",
+    "olmo2": "norms after attention and MLP alone, QK-norm over whole projections",
+    "smollm3": "layers without a rotary embedding",
+    "granite": "factors on embedding, residual, attention and logits, biases",
+    "granitemoe": "experts in two tensors, the factors of granite",
+    "phi3": "fused matrices, longrope, partial rotation",
+    "phi3_window": "fused matrices of grouped heads, a sliding window on every layer",
+    "glm": "partial rotation of neighbours, fused matrices",
+    "glm4": "the same with biases and norms on both sides",
+    "glm4_moe": "partial rotation, QK-norm, experts chosen by corrected sigmoids in groups",
+    "starcoder2": "layer norms, biases everywhere, an MLP without gate",
 }  # fmt: skip
 # name -> (model type, settings, KV heads, window and lender of every layer, or the refusal)
 CAPTURED = {
@@ -364,6 +450,6 @@ CAPTURED = {
 }  # fmt: skip
 # Whose GGUF copies transformers does not read.
 UNREAD = ("mixtral", "olmo2", "olmo3", "smollm3", "granite", "glm4", "gpt_oss", "cohere2")
-UNREAD += ("deepseek_v2", "deepseek_v3")
+UNREAD += ("deepseek_v2", "deepseek_v3", "glm4_moe", "qwen2_moe")
 # Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
 INTERLEAVED = ("llama", "mixtral", "smollm3", "granite")

@@ -25,11 +25,12 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-from deepseek import keep_blocks, latents, pack_blocks, split_latent, write_latent
+from deepseek import keep_blocks, latents, pack_blocks, split_latent, write_grouped, write_latent
 from families import (
     ARCHITECTURES,
     BASE,
     CAPTURED,
+    COVERS,
     FAMILIES,
     INTERLEAVED,
     REST,
@@ -56,9 +57,13 @@ def build(family: str) -> transformers.PreTrainedModel:
     """The model in float32 with weights that its storage type holds exactly."""
     model_type, settings, stored, *_ = FAMILIES[family]
     fields = BASE | settings
-    if model_type == "gemma3":  # the decoder is a part of a model that also sees
+    if model_type in ("gemma3", "mistral3"):  # the decoder is a part of a model that also sees
         fields = {"text_config": fields, "vision_config": VISION}
     kind = transformers.AutoModelForCausalLM
+    if model_type == "mistral3":
+        fields["tie_word_embeddings"] = False  # its class says otherwise
+        fields["vision_config"] = VISION | {"model_type": "pixtral", "head_dim": 8}
+        kind = transformers.AutoModelForImageTextToText
     if model_type == "qwen3_5_moe":
         fields = {"text_config": fields, "vision_config": SEEING}
         kind = transformers.AutoModelForImageTextToText  # the other leaves out what sees
@@ -186,7 +191,12 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     config = model.config
     writer = gguf.GGUFWriter(path, ARCHITECTURES.get(model_type, model_type))
     writer.add_name(f"golden {family}")
-    writer.add_block_count(config.num_hidden_layers)
+    drafting = (getattr(config, "num_mtp_layers", 0) or 0) if model_type == "glm4_moe" else 0
+    writer.add_block_count(config.num_hidden_layers + drafting)
+    if drafting:
+        writer.add_nextn_predict_layers(drafting)
+        name = f"blk.{config.num_hidden_layers}.nextn.enorm.weight"
+        writer.add_tensor(name, np.ones(config.hidden_size, np.float32))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -233,13 +243,18 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
             writer.add_tensor(f"rope_factors_{name.removesuffix('_factor')}.weight", factors)
     if model_type in INTERLEAVED:
         writer.add_rope_dimension_count(head_dim)
-    if model_type in ("mixtral", "qwen3_moe", "gpt_oss"):
-        writer.add_expert_count(config.num_local_experts)
+    if model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"):
+        count = getattr(config, "num_local_experts", None) or config.num_experts
+        writer.add_expert_count(count)
         writer.add_expert_used_count(config.num_experts_per_tok)
     if model_type == "gpt_oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
-    if model_type == "qwen3_moe":
+    if model_type in ("qwen2_moe", "qwen3_moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if model_type == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if model_type == "glm4_moe":
+        write_grouped(writer, config)
     if latent:
         write_latent(writer, config, rotation)
     if tokenizer is not None:
@@ -252,11 +267,12 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_token_merges([" ".join(m) for m in merges_of(tokenizer)])
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
-    arch = ARCHITECTURES.get(model_type, model_type).upper().replace("-", "_")
-    arch = getattr(gguf.MODEL_ARCH, arch)
+    called = ARCHITECTURES.get(model_type, model_type)
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == called)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     kind = gguf.GGMLQuantizationType[stored]
-    state = split_latent(config, model.state_dict()) if latent else model.state_dict()
+    grouped = latent or model_type == "glm4_moe"
+    state = split_latent(config, model.state_dict()) if grouped else model.state_dict()
     for name, p in split_experts(model_type, state):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -391,6 +407,13 @@ def make_embedded() -> None:
     )
 
 
+def row(family: str) -> str:
+    """Its line of the README's table."""
+    model_type, _, _, _, gguf_type, kind = FAMILIES[family]
+    also = ", tokenizer" * (kind is not None) + ", GGUF copy" * (gguf_type is not None)
+    return f"| `{family}` | {model_type} | {COVERS[family]}{also} |"
+
+
 README = string.Template("""# Golden checkpoints and outputs
 
 Made by `./scripts/make_golden` (see `generate.py`) on $date with Python $python, $versions.
@@ -401,38 +424,9 @@ q, k, v of each layer [B, T, heads, D] as transformers' attention interface sees
 attention gave the same logits bit for bit). Of latent attention also what transformers caches:
 `c`, latent vectors, and `r`, the rotated part.
 
-$table
 | folder | model type | what it covers |
 |---|---|---|
-| `llama` | llama | multi-head, untied, default rotation, float32 |
-| `llama3` | llama | llama3 rope scaling, tied, head_dim not hidden / heads, tokenizer, GGUF copy |
-| `llama_bias` | llama | biases everywhere, linear rope scaling |
-| `smollm2` | llama | one KV head, tied, float16 |
-| `mistral` | mistral | sliding window on every layer |
-| `qwen2` | qwen2 | QKV bias, tokenizer, GGUF copy |
-| `qwen2_window` | qwen2 | full and sliding layers mixed |
-| `qwen3` | qwen3 | QK-norm, sharded with an index, GGUF copy |
-| `mixtral` | mixtral | experts whose weights sum to one, GGUF copy |
-| `qwen2_moe` | qwen2_moe | experts beside a shared one with a gate, a dense layer, windows |
-| `qwen3_moe` | qwen3_moe | experts and QK-norm, GGUF copy |
-| `qwen3_next` | qwen3_next | gated delta-nets and attention, experts, a dense layer |
-| `qwen3_5` | qwen3_5_text | the same without experts, delta-net matrices apart |
-| `qwen3_5_vision` | qwen3_5_moe | stacked experts, a part of a model that also sees |
-| `deepseek_v2` | deepseek_v2 | latent attention, YaRN, experts of the best groups |
-| `deepseek_v2_lite` | deepseek_v2 | queries made at once, experts without groups, GGUF copy |
-| `deepseek_v3` | deepseek_v3 | experts chosen by corrected sigmoids in groups, GGUF copy |
-| `deepseek_fp8` | deepseek_v3 | matrices in FP8 with scales of blocks, rotation of halves |
-| `gemma2` | gemma2 | soft caps, 1 + weight norms on both sides, GELU, scaled embedding, GGUF copy |
-| `gemma3` | gemma3_text | windows and rotary embeddings by layer, every sixth full, GGUF copy |
-| `gemma3_vision` | gemma3 | the decoder as a part of a model that also sees |
-| `olmo2` | olmo2 | norms after attention and MLP alone, QK-norm over whole projections, GGUF copy |
-| `smollm3` | smollm3 | layers without a rotary embedding, GGUF copy |
-| `phi3` | phi3 | fused matrices, longrope, partial rotation, GGUF copy |
-| `phi3_window` | phi3 | fused matrices of grouped heads, a sliding window on every layer |
-| `glm` | glm | partial rotation of neighbours, fused matrices |
-| `glm4` | glm4 | the same with biases and norms on both sides, GGUF copy |
-| `starcoder2` | starcoder2 | layer norms, biases everywhere, an MLP without gate, GGUF copy |
-| `granite` | granite | factors on embedding, residual, attention and logits, biases, GGUF copy |
+$table
 
 `smollm2_135m.npz`: the embedded SmolLM2-135M-Instruct on `passage.txt` (written for this project),
 read from its GGUF file by transformers: token ids, perplexity, log-normalisers, the 8 leading
@@ -492,9 +486,9 @@ def main(names: list[str]) -> None:
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         python=platform.python_version(),
         versions=versions,
-        table="",
+        table="\n".join(row(family) for family in FAMILIES),
     )
-    (HERE / "README.md").write_text(text.replace("\n\n\n", "\n\n"), encoding="utf-8")
+    (HERE / "README.md").write_text(text, encoding="utf-8")
     size = sum(f.stat().st_size for f in HERE.rglob("*") if f.is_file())
     print(f"{HERE}: {size} bytes")
 

@@ -26,6 +26,7 @@ class Family:
       latent: a layer keeps one vector per token (`kv_lora_rank` + `qk_rope_head_dim` numbers).
       caches_per_layer: attention modules of one counted layer.
       layers: which layers keep what, where no list says so (`turboq.what_fits.hf_kinds`).
+      own: fields of the cache that only some families use, and this one does.
       state: rule of `turboq.what_fits.states` for the layers without a cache.
       ignored: fields that do not matter to this family's cache.
     """
@@ -38,6 +39,7 @@ class Family:
     latent: bool = False
     caches_per_layer: int = 1
     layers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    own: tuple[str, ...] = ()
     state: str | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
@@ -60,7 +62,7 @@ def _rows() -> dict[str, Family]:
     """Every row by each of its names."""
     out = {}
     for row in _file()["families"]:
-        lists = {k: tuple(row[k]) for k in ("also", "sizes", "ignored") if k in row}
+        lists = {k: tuple(row[k]) for k in ("also", "sizes", "own", "ignored") if k in row}
         family = Family(**{**row, **lists})
         out.update(dict.fromkeys((family.model_type, *family.also), family))
     return out

@@ -1,14 +1,15 @@
 """Names of `config.json` fields: which are read, under which other names, and which are harmless.
 
 A field is refused if a word of its name speaks of the cache (`WORDS`) and it is neither read nor
-known to be harmless by its whole name (`field_names.json`). What is off (null, false, 0, empty) is
-never refused.
+known to be harmless by its whole name (`field_names.json`), and one that is read if the model's
+layers made no use of it. What is off (null, false, 0, empty) is never refused.
 """
 
 from __future__ import annotations
 
 import importlib.resources
 import json
+import re
 
 _LISTS: dict[str, list[str]] = json.loads(
     (importlib.resources.files("turboq.what_fits") / "field_names.json").read_text(encoding="utf-8")
@@ -37,8 +38,9 @@ CONTEXT = (
     "max_sequence_length", "n_ctx", "max_context_length",
 )  # fmt: skip
 
-# Words of a name that may change the cache.
+# Words of a name that may change the cache, and parts of words that have grown together (nkv).
 WORDS = frozenset(_LISTS["words"])
+_STEM = re.compile("(?<!q)kv|head|window|attn|attention|sliding|cache|mamba|ssm")
 
 # Containers that are read by themselves, with the names that are understood in them.
 CONTAINERS: dict[str, frozenset[str]] = {
@@ -58,22 +60,9 @@ CONTAINERS: dict[str, frozenset[str]] = {
     "per_layer_config": frozenset(),  # its keys are layers; every field is checked when read
 }  # fmt: skip
 
-READ = frozenset(
+# Of the layers without K and V, and of those that slide.
+STATES = frozenset(
     {
-        *ALIASES, *(name for names in ALIASES.values() for name in names), *CONTEXT, *CONTAINERS,
-        "use_sliding_window", "max_window_layers", "layer_types", "layers_block_type",
-        "sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers",
-        "attention_chunk_size", "no_rope_layers", "no_rope_layer_interval",
-        "hybrid_override_pattern", "hybrid_layer_pattern", "attn_layer_period",
-        "attn_layer_offset", "attn_layer_indices", "attn_type_list", "full_attn_idxs",
-        "layer_group_size", "full_attention_interval", "block_types", "_block_types",
-        "attention_layers", "attention_types", "window_size", "local_attention",
-        "kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "use_mla",
-        "index_head_dim", "indexer_types", "num_kv_shared_layers", "use_cla", "cla_share_factor",
-        "global_head_dim", "num_global_key_value_heads", "attention_k_eq_v",
-        "swa_head_dim", "swa_v_head_dim", "swa_num_key_value_heads",
-        "multi_query", "multi_query_attention", "multi_query_group_num",
-        "new_decoder_architecture", "use_bidirectional_attention",
         "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
         "linear_value_head_dim", "linear_conv_kernel_dim", "linear_head_dim", "linear_num_heads",
         "short_conv_kernel_size", "mamba_num_heads", "mamba_n_heads", "n_mamba_heads",
@@ -83,6 +72,41 @@ READ = frozenset(
         "conv1d_width", "conv_L_cache",
     }
 )  # fmt: skip
+# By which layers are chosen: a file that lists its layers may give them too.
+CHOICES = frozenset(
+    {
+        "use_sliding_window", "max_window_layers", "layer_types", "layers_block_type",
+        "sliding_window", "sliding_window_pattern", "_sliding_window_pattern",
+        "global_attn_every_n_layers", "attention_chunk_size", "no_rope_layers",
+        "no_rope_layer_interval", "hybrid_override_pattern", "hybrid_layer_pattern",
+        "attn_layer_period", "attn_layer_offset", "attn_layer_indices", "attn_type_list",
+        "full_attn_idxs", "layer_group_size", "full_attention_interval", "block_types",
+        "_block_types", "attention_layers", "attention_types", "window_size", "local_attention",
+    }
+)  # fmt: skip
+# Not refused where nothing asks for them: another field says what they would, or they say nothing
+# of the cache by themselves.
+QUIET = frozenset(
+    {
+        *CONTEXT, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "max_window_layers", "no_rope_layers", "no_rope_layer_interval", "qk_rope_head_dim",
+        "mamba_ssm_cache_dtype",
+    }
+)  # fmt: skip
+READ = frozenset(
+    {
+        *ALIASES, *(name for names in ALIASES.values() for name in names), *CONTEXT, *CONTAINERS,
+        *STATES, *CHOICES, "kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "use_mla",
+        "index_head_dim", "indexer_types", "num_kv_shared_layers", "use_cla", "cla_share_factor",
+        "global_head_dim", "num_global_key_value_heads", "attention_k_eq_v", "swa_head_dim",
+        "swa_v_head_dim", "swa_num_key_value_heads", "multi_query", "multi_query_attention",
+        "multi_query_group_num", "new_decoder_architecture", "use_bidirectional_attention",
+    }
+)  # fmt: skip
+# Names that speak of the cache inside an object that is otherwise harmless.
+READ_WITHIN = frozenset(name.rpartition(".")[2] for name in READ) - {
+    *CONTEXT, "hidden_size", *ALIASES["hidden_size"],
+}  # fmt: skip
 
 HARMLESS = frozenset(_LISTS["harmless"])
 # Harmless beside the parts of a multimodal file: they describe other parts.
@@ -92,8 +116,14 @@ GGUF_HARMLESS = frozenset(_LISTS["gguf_harmless"])
 
 
 def speaks(name: str) -> bool:
-    """Whether a word of `name` may speak of the cache."""
-    return not WORDS.isdisjoint(name.lower().split("_"))
+    """Whether a word of `name` (parted by underscores or capitals) may speak of the cache."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().split("_")
+    return not WORDS.isdisjoint(words) or any(_STEM.search(word) for word in words)
+
+
+def main_name(name: str) -> str:
+    """The field that `name` is another name of, else `name`."""
+    return next((field for field, names in ALIASES.items() if name in names), name)
 
 
 def aliases_of(field: str) -> tuple[str, ...]:

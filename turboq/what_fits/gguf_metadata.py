@@ -26,15 +26,20 @@ from turboq.what_fits.layers import (
 )
 
 WIDE = 2**24  # channels
+STATES = frozenset(
+    {
+        "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.group_count", "kda.head_dim",
+        "shortconv.l_cache",
+    }
+)  # fmt: skip
 READ = frozenset(
     {
+        *STATES,
         "attention.head_count", "attention.head_count_kv", "attention.key_length",
         "attention.value_length", "attention.key_length_swa", "attention.value_length_swa",
         "attention.sliding_window", "attention.sliding_window_pattern",
         "attention.shared_kv_layers", "attention.kv_lora_rank", "attention.key_length_mla",
         "attention.indexer.key_length", "attention.recurrent_layers", "full_attention_interval",
-        "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.group_count", "kda.head_dim",
-        "shortconv.l_cache",
     }
 )  # fmt: skip
 
@@ -75,6 +80,7 @@ def from_metadata(metadata: Mapping[str, Any], name: str, *, source: str = "") -
     read = _Fields(metadata, arch, name)
     read.refuse_unknown()
     layers = _layers(read, _count(read))
+    read.refuse_unasked()
     if not any(layer.stores for layer in layers):
         raise TurboqError(f"{name}: no layer keeps a KV cache")
     return CacheGeometry(
@@ -91,8 +97,10 @@ class _Fields:
     def __init__(self, metadata: Mapping[str, Any], arch: str, where: str):
         self.metadata, self.arch, self.where = metadata, arch, where
         self.row = _rows().get(arch, {})
+        self.asked: set[str] = set()  # fields that decided something, or could have
 
     def get(self, key: str, layer: int | None = None) -> Any:
+        self.asked.add(key)
         value = self.metadata.get(f"{self.arch}.{key}")
         if layer is not None and isinstance(value, list):
             if layer >= len(value):
@@ -133,6 +141,15 @@ class _Fields:
             if key not in field_names.GGUF_HARMLESS and field_names.speaks(key.replace(".", "_")):
                 raise self.fail(key, f"is not understood and may change the cache: {BY_HAND}")
 
+    def refuse_unasked(self) -> None:
+        """Raises TurboqError for the first known field that no layer asked for."""
+        heads = {"attention.key_length", "attention.value_length"}  # beside a latent vector
+        for key in sorted(READ - self.asked - heads):
+            if not is_off(self.get(key)):
+                raise self.fail(
+                    key, f"may change the cache, and is not what its layers use: {BY_HAND}"
+                )
+
 
 def _count(read: _Fields) -> int:
     """Layers that run: block_count includes those that only predict further tokens."""
@@ -170,11 +187,18 @@ def _layers(read: _Fields, count: int) -> list[CacheLayer]:
             layers.append(CacheLayer(kind="latent", kv_heads=1, k_dim=dim, index_dim=index))
         else:
             layers.append(_layer(read, i, kv_heads, windows[i]))
-    shared = read.get("attention.shared_kv_layers") or 0
-    if shared:
-        shared = read.whole("attention.shared_kv_layers", shared, count - 1)
-    elif read.get("attention.shared_kv_layers") is None:
-        shared = max(0, count - read.row.get("own_layers", count))
+    return _with_shared(read, layers)
+
+
+def _with_shared(read: _Fields, layers: list[CacheLayer]) -> list[CacheLayer]:
+    """The last layers of some architectures read the caches of others."""
+    count, own = len(layers), read.row.get("own_layers")
+    if own is None:
+        return layers
+    given = read.get("attention.shared_kv_layers")
+    shared = max(0, count - (own or count))
+    if given is not None:
+        shared = read.whole("attention.shared_kv_layers", given, count - 1, 0)
     return layers[: count - shared] + [CacheLayer(kind="shared")] * shared
 
 
@@ -208,12 +232,16 @@ def _kv_heads(read: _Fields, layer: int) -> int:
 
 def _recurrent(read: _Fields, count: int) -> list[bool]:
     """Layers that keep a state instead of K and V, beside those of 0 KV heads."""
+    if isinstance(read.get("attention.head_count_kv"), list):
+        read.asked |= STATES  # of layers without KV heads, if there are any
     if read.get("attention.recurrent_layers") is not None:
+        read.asked |= {*STATES, "full_attention_interval"}
         return read.switches("attention.recurrent_layers", count)
     if "interval" not in read.row:
         if read.get("full_attention_interval"):
             raise read.fail("full_attention_interval", f"is not understood: {BY_HAND}")
         return [False] * count
+    read.asked |= STATES
     interval = read.integer("full_attention_interval", MAX_LAYERS, default=read.row["interval"])
     return [(i + 1) % interval != 0 for i in range(count)]
 
@@ -242,10 +270,13 @@ def _layer(read: _Fields, index: int, kv_heads: int, window: int | None) -> Cach
 def _windows(read: _Fields, count: int) -> list[int | None]:
     """The window of every layer; None: it keeps all tokens."""
     window, row = _window(read, count), read.row
+    key, lengths = "attention.sliding_window_pattern", ("key_length_swa", "value_length_swa")
     if window is None:
+        if read.get("attention.sliding_window") is not None:  # 0, or not used here
+            read.asked.add(key)
         return [None] * count
-    key = "attention.sliding_window_pattern"
     if isinstance(read.get(key), list):
+        read.asked.update(f"attention.{name}" for name in lengths)
         return [window if slides else None for slides in read.switches(key, count)]
     if read.get(key) is None and "period" not in row:
         raise read.fail("attention.sliding_window", f"without {key} is not understood: {BY_HAND}")
@@ -282,6 +313,7 @@ def _state(read: _Fields) -> int | None:
     LFM2: hidden (c - 1); KDA: H D (D + 3 (c - 1)); others: I N + (c - 1) (I + 2 G N).
     """
     hidden = read.integer("embedding_length", WIDE)
+    read.asked |= STATES
     if read.get("shortconv.l_cache"):
         return 4 * hidden * (read.integer("shortconv.l_cache", 64) - 1)
     tail = read.integer("ssm.conv_kernel", 64, default=1) - 1

@@ -63,7 +63,10 @@ def from_config(config: Mapping[str, Any], name: str, *, source: str = "") -> Ca
     else:
         layers, note = _heads(read, family, count)
         notes.append(note)
-    layers = _shared(read, layers)
+    layers = _shared(read, family, layers)
+    if family.state is not None or any(layer.state_bytes is None for layer in layers):
+        read.asked |= field_names.STATES
+    read.refuse_unasked(config, given)
     if not any(layer.stores for layer in layers):
         raise TurboqError(f"{where}: no layer keeps a KV cache")
     if (
@@ -148,6 +151,7 @@ def _is_latent(read: Fields, family: Family) -> bool:
 
 def _latent(read: Fields, family: Family, count: int) -> list[CacheLayer]:
     """Layers of one vector per token, some with an index key beside it."""
+    read.asked.add("v_head_dim")  # of the expanded heads
     dim = read.integer("kv_lora_rank", high=MAX_DIM // 2)
     dim += read.integer("qk_rope_head_dim", high=MAX_DIM // 2)
     index = read.optional("index_head_dim", high=MAX_DIM) or 0
@@ -216,6 +220,8 @@ def _kv_heads(read: Fields, family: Family, heads: int, count: int) -> tuple[lis
     key = "num_key_value_heads"
     if _one_head(read, family):
         return [1] * count, ""
+    if read.get("multi_query_attention") is not None:
+        read.asked.add("multi_query_group_num")  # which then says nothing if the switch is off
     if read.flag("multi_query_attention"):
         key = "multi_query_group_num"
         kv_heads = read.integer(key, high=MAX_HEADS)
@@ -255,7 +261,7 @@ def _layer(read: Fields, family: Family, index: int, kind: str, heads: int, dim:
         window = _window(read)
     elif kind == "chunked":
         window = read.integer("attention_chunk_size", high=MAX_TOKENS)
-    heads, dim, v_dim = _of_layer(read, index, kind, heads, dim)
+    heads, dim, v_dim = _of_layer(read, family, index, kind, heads, dim)
     return CacheLayer(
         kind="full" if window is None else "sliding",
         kv_heads=heads, k_dim=dim, v_dim=v_dim, window=window,
@@ -271,31 +277,36 @@ def _window(read: Fields) -> int:
     return read.integer(*WINDOWS[:2], high=MAX_TOKENS)
 
 
-def _of_layer(read: Fields, index: int, kind: str, heads: int, dim: int) -> tuple[int, int, int]:
+def _of_layer(
+    read: Fields, family: Family, index: int, kind: str, heads: int, dim: int
+) -> tuple[int, int, int]:
     """KV heads and head dims of K and V of one layer, where layers or their kinds differ."""
-    v_dim = read.integer("v_head_dim", high=MAX_DIM, default=dim)
-    own = _per_layer(read).get(index)
-    if own is not None:
+    if read.get("per_layer_config") is not None:  # says what the family's own fields would
+        read.asked.update(family.own)
+        own = _per_layer(read).get(index, {})
         fields = Fields({"head_dim": dim, "num_key_value_heads": heads, **own}, read.where)
         dim = fields.integer("head_dim", high=MAX_DIM)
         return fields.integer("num_key_value_heads", high=MAX_HEADS), dim, dim
-    if "per_layer_config" in read.config:
-        return heads, dim, dim
+
+    def own(key: str, high: int, default: int) -> int:
+        return read.integer(key, high=high, default=default) if key in family.own else default
+
+    v_dim = own("v_head_dim", MAX_DIM, dim)
     if kind == "sliding":  # MiMo-V2: its sliding layers have heads of their own
-        heads = read.integer("swa_num_key_value_heads", high=MAX_HEADS, default=heads)
-        dim = read.integer("swa_head_dim", high=MAX_DIM, default=dim)
-        v_dim = read.integer("swa_v_head_dim", high=MAX_DIM, default=v_dim)
-    if kind == "full" and read.get("global_head_dim") is not None:
-        dim = v_dim = read.integer("global_head_dim", high=MAX_DIM)
-    if kind == "full" and read.flag("attention_k_eq_v"):
+        heads = own("swa_num_key_value_heads", MAX_HEADS, heads)
+        dim = own("swa_head_dim", MAX_DIM, dim)
+        v_dim = own("swa_v_head_dim", MAX_DIM, v_dim)
+    if kind == "full" and "global_head_dim" in family.own:  # Gemma 4
+        dim = v_dim = own("global_head_dim", MAX_DIM, dim)
         # K and V come from one projection, but are normed and rotated apart: both are stored.
-        heads = read.integer("num_global_key_value_heads", high=MAX_HEADS, default=heads)
+        global_heads = own("num_global_key_value_heads", MAX_HEADS, heads)
+        heads = global_heads if read.flag("attention_k_eq_v") else heads
     return heads, dim, v_dim
 
 
 def _per_layer(read: Fields) -> dict[int, Mapping[str, Any]]:
     """`per_layer_config` by layer; transformers pads its keys with zeros ("05")."""
-    given = read.config.get("per_layer_config", {})
+    given = read.get("per_layer_config")
     if not isinstance(given, Mapping):
         raise read.fail("per_layer_config", "must be an object of layers")
     out = {}
@@ -338,13 +349,15 @@ def _blocks(read: Fields, count: int) -> list[CacheLayer]:
     return out
 
 
-def _shared(read: Fields, layers: list[CacheLayer]) -> list[CacheLayer]:
+def _shared(read: Fields, family: Family, layers: list[CacheLayer]) -> list[CacheLayer]:
     """Layers that read another's cache: the last ones (Gemma), or all but one of a group (CLA)."""
     count, last = len(layers), 0
-    if read.get("num_kv_shared_layers"):
+    if "num_kv_shared_layers" in family.own and read.get("num_kv_shared_layers"):
         last = read.integer("num_kv_shared_layers", high=MAX_LAYERS)
         if last >= count:
             raise read.fail("num_kv_shared_layers", f"leaves none of the {count} layers a cache")
+    if read.get("use_cla") is not None:
+        read.asked.add("cla_share_factor")  # which then says nothing if the switch is off
     group = read.integer("cla_share_factor", high=MAX_LAYERS) if read.flag("use_cla") else 1
     shared = CacheLayer(kind="shared")
     return [shared if i >= count - last or i % group else layer for i, layer in enumerate(layers)]

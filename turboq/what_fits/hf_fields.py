@@ -24,6 +24,7 @@ class Fields:
 
     def __init__(self, config: Mapping[str, Any], where: str):
         self.config, self.where = config, where
+        self.asked: set[str] = set()  # fields that decided something, or could have
         self.given = {field: name for field in field_names.ALIASES if (name := self._given(field))}
 
     def _given(self, field: str) -> str | None:
@@ -50,6 +51,7 @@ class Fields:
 
     def get(self, key: str) -> Any:
         """The value of `key` under any of its names; None if absent."""
+        self.asked.add(key)
         return self._at(self.given.get(key, key))
 
     def fail(self, key: str, why: str) -> TurboqError:
@@ -57,6 +59,7 @@ class Fields:
         return TurboqError(f"{self.where}: {shortened(key)}={quoted(self._at(key))} {why}")
 
     def optional(self, *keys: str, high: int) -> int | None:
+        self.asked.update(keys)
         key = next((k for k in keys if self.get(k) is not None), None)
         return None if key is None else self.number(key, self.get(key), high)
 
@@ -97,10 +100,20 @@ class Fields:
 
     def inner(self, key: str) -> Fields:
         """The fields of a nested object; without any if it is absent."""
-        value = self.config.get(key) or {}
+        value = self.get(key) or {}
         if not isinstance(value, Mapping):
             raise self.fail(key, "must be an object")
         return Fields(value, f"{self.where}: {key}")
+
+    def refuse_unasked(self, file: Mapping[str, Any], model_type: str) -> None:
+        """Raises TurboqError for the first known field of `file` that no layer asked for."""
+        quiet = self.asked | field_names.QUIET
+        for name in self.config.keys() & file.keys() & field_names.READ:
+            if field_names.main_name(name) not in quiet and not is_off(file[name]):
+                raise TurboqError(
+                    f"{self.where}: {name}={quoted(file[name])} may change the cache, and is not "
+                    f"what layers of model_type {quoted(model_type)} use: {BY_HAND}"
+                )
 
     def refuse_unknown(self) -> None:
         """Raises TurboqError for the first field that may change the cache and is not known."""
@@ -113,7 +126,7 @@ class Fields:
 
 def refuse_beside(config: Mapping[str, Any], parts: tuple[str, ...], where: str) -> None:
     """Raises TurboqError for an unknown field beside the language model's part of a file."""
-    rest = {k: v for k, v in config.items() if k not in parts and k not in field_names.OTHER_PARTS}
+    rest = {k: v for k, v in config.items() if k not in parts}
     Fields(rest, where).refuse_unknown()
 
 
@@ -127,10 +140,12 @@ def _unknown(
 ) -> Iterator[tuple[str, Any]]:
     """Fields, with their paths, that may change the cache and are neither known nor harmless."""
     for key, value in config.items():
-        if not isinstance(key, str) or is_off(value) or key in field_names.HARMLESS:
+        if not isinstance(key, str) or is_off(value) or key in field_names.OTHER_PARTS:
             continue
         here = f"{path}.{key}" if path else key
-        if key in known:
+        if key in field_names.HARMLESS:
+            yield from _within(value, here)
+        elif key in known:
             if key in field_names.CONTAINERS and key != "per_layer_config":
                 yield from _parts(value, field_names.CONTAINERS[key], here)
         elif field_names.speaks(key) or (path and key in field_names.READ):
@@ -145,5 +160,18 @@ def _parts(value: Any, known: frozenset[str], path: str) -> Iterator[tuple[str, 
         yield from _unknown(value, known, path)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            if isinstance(item, Mapping):
-                yield from _unknown(item, known, f"{path}[{index}]")
+            yield from _parts(item, known, f"{path}[{index}]")
+
+
+def _within(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Fields of the cache inside a harmless object or list."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _within(item, f"{path}[{index}]")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key in field_names.OTHER_PARTS or is_off(item):
+                continue
+            if key in field_names.READ_WITHIN:
+                yield f"{path}.{key}", item
+            yield from _within(item, f"{path}.{key}")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from turboq.errors import TurboqError, quoted
+from turboq.what_fits import field_names
 from turboq.what_fits.families import Family
 from turboq.what_fits.hf_fields import BY_HAND, Fields, is_off
 from turboq.what_fits.layers import MAX_LAYERS
@@ -48,6 +49,7 @@ def kinds(read: Fields, family: Family, count: int) -> list[str]:
         return ["both"] * count
     listed = _listed(read, count)
     if listed is not None:
+        read.asked |= field_names.CHOICES
         return listed
     _refuse_rules_of_others(read, family)
     if rule == "listed":
@@ -58,6 +60,9 @@ def kinds(read: Fields, family: Family, count: int) -> list[str]:
     if rule in RULES:
         return RULES[rule](read, family, count)
     if not _has_window(read):
+        if read.get("use_sliding_window"):
+            raise read.fail("use_sliding_window", f"without sliding_window: {BY_HAND}")
+        read.asked.update(PATTERNS)
         return ["full"] * count
     if any(read.get(key) is not None for key in PATTERNS):
         return _every_nth_full(read, family, count)
@@ -152,15 +157,15 @@ def _sparse_attention_config(read: Fields, count: int) -> list[str]:
 
 
 def _has_window(read: Fields) -> bool:
-    return not (
-        all(read.get(key) in (None, 0, -1) for key in WINDOWS)
-        or read.get("use_sliding_window") is False
-    )
+    read.asked.update(WINDOWS)
+    given = any(read.get(key) not in (None, 0, -1) for key in WINDOWS)
+    return read.get("use_sliding_window") is not False and given
 
 
 def _every_nth_full(read: Fields, family: Family, count: int) -> list[str]:
     """In every group of n layers the last is full, the others slide."""
     if not _has_window(read):
+        read.asked.update(PATTERNS)
         return ["full"] * count
     pattern = read.get("sliding_window_pattern")
     if isinstance(pattern, str):  # EXAONE 4: "LLLG", local and global layers in turn
@@ -178,6 +183,7 @@ def _every_nth_full(read: Fields, family: Family, count: int) -> list[str]:
 
 def _first_of_n_full(read: Fields, family: Family, count: int) -> list[str]:
     n = read.integer("global_attn_every_n_layers", high=MAX_LAYERS, default=family.layers["n"])
+    read.asked.update(WINDOWS)
     other = family.layers.get("other", "sliding")
     if other == "sliding" and not _has_window(read):
         return ["full"] * count
@@ -190,10 +196,42 @@ def _all_sliding(read: Fields, family: Family, count: int) -> list[str]:
 
 def _after_max_window_layers(read: Fields, family: Family, count: int) -> list[str]:
     """Qwen2: layers slide from max_window_layers on, if switched on at all."""
-    if not read.flag("use_sliding_window") or not _has_window(read):
+    if not _switched(read):
         return ["full"] * count
-    first = read.number("max_window_layers", read.get("max_window_layers"), MAX_LAYERS, low=0)
+    first = _max_window_layers(read)
     return ["full"] * min(first, count) + ["sliding"] * max(0, count - first)
+
+
+def _alternating(read: Fields, family: Family, count: int) -> list[str]:
+    """Qwen2-MoE: every other layer before max_window_layers slides, the first included."""
+    if not _switched(read):
+        return ["full"] * count
+    first = _max_window_layers(read)
+    return ["full" if i % 2 or i >= first else "sliding" for i in range(count)]
+
+
+def _unrotated_slide(read: Fields, family: Family, count: int) -> list[str]:
+    """SmolLM3: layers without rotary positions slide, if switched on at all."""
+    if not _switched(read):
+        return ["full"] * count
+    return ["full" if turns else "sliding" for turns in _rotary(read, count)]
+
+
+def _switched(read: Fields) -> bool:
+    read.asked.update(WINDOWS)
+    return read.flag("use_sliding_window") and _has_window(read)
+
+
+def _max_window_layers(read: Fields) -> int:
+    return read.number("max_window_layers", read.get("max_window_layers"), MAX_LAYERS, low=0)
+
+
+def _rotary(read: Fields, count: int) -> list[bool]:
+    """Whether each layer has rotary positions."""
+    if read.get("no_rope_layers"):
+        return read.switches("no_rope_layers", count)
+    n = read.integer("no_rope_layer_interval", high=MAX_LAYERS, default=4)
+    return [(i + 1) % n != 0 for i in range(count)]
 
 
 def _interval(read: Fields, family: Family, count: int) -> list[str]:
@@ -213,14 +251,9 @@ def _period(read: Fields, family: Family, count: int) -> list[str]:
 
 def _rotary_chunked(read: Fields, family: Family, count: int) -> list[str]:
     """Llama 4: layers with rotary positions attend within chunks, the others to everything."""
-    if read.get("no_rope_layers"):
-        rotary = read.switches("no_rope_layers", count)
-    else:
-        n = read.integer("no_rope_layer_interval", high=MAX_LAYERS, default=4)
-        rotary = [(i + 1) % n != 0 for i in range(count)]
     if read.get("attention_chunk_size") is None:
         return ["full"] * count
-    return ["chunked" if chunked else "full" for chunked in rotary]
+    return ["chunked" if turns else "full" for turns in _rotary(read, count)]
 
 
 def _block_types(read: Fields, family: Family, count: int) -> list[str]:
@@ -236,6 +269,7 @@ def _block_types(read: Fields, family: Family, count: int) -> list[str]:
 
 def _local_and_global(read: Fields, family: Family, count: int) -> list[str]:
     """GPT-Neo: attention_layers, or attention_types = [[[kinds], times], ...]."""
+    read.asked.add("attention_types")
     given = read.get("attention_layers")
     if given is None:
         given = []
@@ -275,5 +309,6 @@ RULES: dict[str, Callable[[Fields, Family, int], list[str]]] = {
     "all_sliding": _all_sliding, "after_max_window_layers": _after_max_window_layers,
     "interval": _interval, "period": _period, "rotary_chunked": _rotary_chunked,
     "block_types": _block_types, "local_and_global": _local_and_global,
-    "sparse_index": _sparse_index,
+    "sparse_index": _sparse_index, "alternating": _alternating,
+    "unrotated_slide": _unrotated_slide,
 }  # fmt: skip

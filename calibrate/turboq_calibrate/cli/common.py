@@ -39,7 +39,8 @@ CODEC_FIELDS = ("rotation", "scale_rule", "scale", "scale_dtype", "codebook", "s
 def model(values: flags.FlagValues, default: str | None = "embedded") -> None:
     flags.DEFINE_string(
         "model", default, "Model: a Hugging Face folder, its name on the hub (Qwen/Qwen3-0.6B: "
-        "downloaded where a network is), a .gguf file, or 'embedded' (SmolLM2-135M-Instruct).",
+        "downloaded where a network is), a .gguf file, 'embedded' (SmolLM2-135M-Instruct), or "
+        "'gemma3-270m' (Gemma 3 270M of the extra gemma3, under the Gemma Terms of Use).",
         flag_values=values,
     )  # fmt: skip
 

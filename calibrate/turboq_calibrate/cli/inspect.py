@@ -45,11 +45,13 @@ def describe(argument: str, context: int, *, layers: bool | None = None) -> str:
       TurboqError: nothing is there, or what is there is damaged or of no known kind.
     """
     from turboq.plan.io import is_ladder
-    from turboq_calibrate.models import hub
+    from turboq_calibrate.models import hub, packaged
 
+    if argument in packaged.MODELS:
+        return _model(argument)
     path = Path(hub.local(argument, hub.CONFIG))
     argument = str(path)
-    if argument != "embedded" and not path.exists():
+    if not path.exists():
         raise TurboqError(f"{path} does not exist")
     folder = path if path.is_dir() else path.parent
 
@@ -66,7 +68,7 @@ def describe(argument: str, context: int, *, layers: bool | None = None) -> str:
         found.append(_statistics(path))
     if (path / "observe" / "inputs.json").is_file() and not found:
         raise TurboqError(f"{path} is an unfinished run: give the same `turboq calibrate` again")
-    if path.suffix == ".gguf" or argument == "embedded":
+    if path.suffix == ".gguf":
         found.append(_model(argument))
     elif holds("config.json") and not holds("export_report.json"):  # some exports bring one
         found.append(_model(str(folder)))

@@ -7,19 +7,21 @@ are those of v5 (`rope_parameters`) and of v4 (`rope_theta`, `rope_scaling`).
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from pathlib import Path
 from typing import Any
 
 from turboq.errors import TurboqError, quoted
 from turboq.hub_cache import snapshot_hint
 from turboq.json_object import read_object
-from turboq_calibrate.models import hf_fp8
+from turboq.what_fits import from_config
+from turboq_calibrate.models import cache_check, hf_fp8
 from turboq_calibrate.models.config_delta import read_delta
 from turboq_calibrate.models.config_experts import read_experts
 from turboq_calibrate.models.config_fields import Reader
 from turboq_calibrate.models.config_latent import ROTATED, latent_fields, rotation_of
 from turboq_calibrate.models.config_nope import rotated_layers
-from turboq_calibrate.models.config_rope import Turn, read_ropes
+from turboq_calibrate.models.config_rope import Turn, query_growth, read_ropes
 from turboq_calibrate.models.families import FAMILIES, UNREAD_INSIDE, WRAPPERS, Family
 from turboq_calibrate.models.primitives import SWIGLU_ALPHA, SWIGLU_LIMIT
 from turboq_calibrate.models.spec import DeltaNet, LayerSpec, ModelSpec
@@ -29,30 +31,24 @@ MAX_LAYERS = 10_000
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 EMBEDDING_FACTOR = "embedding_multiplier"
 FACTORS = ("logit_scale", EMBEDDING_FACTOR, "residual_multiplier", "logits_scaling")
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+NEUTRAL_AT_1 = (*FACTORS, "attention_value_scale")
 # Fields that a family's own code never reads but whose presence says that the weights were trained
-# with them.
-REFUSED = (
-    "auto_map",
-    "rope_interleaved",
-    "rope_local_base_freq",
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "use_bidirectional_attention",
-    "sliding_window_pattern",
-    "_sliding_window_pattern",
-    "attention_chunk_size",
-    *FACTORS,
-    "attention_multiplier",
-    "clip_qkv",
-    "no_rope_layers",
-    "no_rope_layer_interval",
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "kv_lora_rank",
-    "num_kv_shared_layers",
+# with them. What changes the cache is not here: the planner's reader knows it (`cache_check`).
+REFUSED = frozenset(
+    {
+        "auto_map", "rope_interleaved", "rope_local_base_freq", "use_bidirectional_attention",
+        "sliding_window_pattern", "_sliding_window_pattern", "attention_chunk_size", "clip_qkv",
+        "no_rope_layers", "no_rope_layer_interval", "num_experts", "num_local_experts",
+        "n_routed_experts", "kv_lora_rank", "num_kv_shared_layers",
+    }
+)  # fmt: skip
+# So are factors and caps of what a layer computes, whatever they are called.
+_FACTOR = frozenset(
+    {"scale", "scales", "scaling", "scalar", "multiplier", "cap", "softcap", "softcapping"}
 )
+_TRAINING = frozenset({"init", "initializer", "loss"})
+NO_FACTORS = frozenset({"rope_scaling", "ffn_dim_multiplier"})  # read apart; a width
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -79,28 +75,28 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
     Raises:
       TurboqError: unsupported family or field, a missing or a nonsensical value.
     """
-    inside = config.get("model_type") in tuple(WRAPPERS)
+    whole, inside = config, config.get("model_type") in tuple(WRAPPERS)
     config = _decoder_part(config, name) if inside else config
     family = config.get("model_type")
     row = FAMILIES.get(family) if isinstance(family, str) else None
     if row is None:
         raise TurboqError(
-            f"{name}: model_type {quoted(family)} is not supported (supported: "
-            f"{', '.join([*FAMILIES, *WRAPPERS])})"
+            f"{name}: model_type {quoted(family)} is not supported ({_nearest(family)}; `turboq "
+            "memory` counts its cache, and `turboq calibrate --captured` plans it if transformers "
+            "runs it)"
         )
     where = f"{name}: config.json of model_type {quoted(family)}"
     read = Reader({**row.defaults, **config}, where)
     reads = row.reads - UNREAD_INSIDE if inside else row.reads
-    for key in REFUSED:
-        value = config.get(key)
-        neutral = not value or (key in FACTORS and value == 1 and value is not True)
-        if key not in reads and not neutral:
+    for key, value in config.items():
+        neutral = not value or (key in NEUTRAL_AT_1 and value == 1 and value is not True)
+        if not neutral and key not in reads and (key in REFUSED or _is_factor(key)):
             raise TurboqError(f"{where}: {key}={quoted(value)} is not supported")
     _check_unquantized(read, row)
     hidden, context = read.integer("hidden_size"), read.integer("max_position_embeddings")
     rotation = rotation_of(read, row.rotation) if row.latent else row.rotation
     ropes = read_ropes(read, _head_dim(read, row), context, rotation)
-    return ModelSpec(
+    spec = ModelSpec(
         family=str(family),
         name=name,
         vocab=read.integer("vocab_size"),
@@ -115,6 +111,19 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
         logit_scale=_factor(read, row, "logit_scale") / _factor(read, row, "logits_scaling"),
         logit_softcap=read.optional("final_logit_softcapping"),
     )
+    sizes = {} if inside else {k: v for k, v in row.defaults.items() if k in _SIZES}
+    return cache_check.check(spec, lambda: from_config({**sizes, **whole}, name))
+
+
+def _nearest(family: Any) -> str:
+    known = [*FAMILIES, *WRAPPERS]
+    close = difflib.get_close_matches(str(family)[:99], known, n=1, cutoff=0.7)
+    return f"nearest: {close[0]}" if close else f"supported: {', '.join(known)}"
+
+
+def _is_factor(key: str) -> bool:
+    words = set(key.lower().split("_"))
+    return bool(words & _FACTOR) and not words & _TRAINING and key not in NO_FACTORS
 
 
 def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerSpec, ...]:
@@ -141,7 +150,8 @@ def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerS
         norm_eps=read.number(row.eps, 1e-6),
         norm=row.norm,
         rope=full.rope,
-        qk_norm=row.qk_norm,
+        qk_norm=row.qk_norm if _has_qk_norm(read, row) else None,
+        query_growth=query_growth(read, row.rotation, grows=row.query_growth),
         norm_offset=row.norm_offset,
         gated=row.gated,
         pre_norms=row.pre_norms,
@@ -191,19 +201,20 @@ def _decoder_part(config: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(text, dict):
         raise TurboqError(f"{name}: config.json of model_type {family!r}: text_config is missing")
     outer = {k: v for k, v in config.items() if not k.endswith("_config") or k == _QUANTIZED}
-    inner = {"model_type": WRAPPERS[family], **text}
-    if inner["model_type"] != WRAPPERS[family]:
+    inner = {"model_type": WRAPPERS[family][0], **text}
+    if inner["model_type"] not in WRAPPERS[family]:
         raise TurboqError(
             f"{name}: text_config of model_type {quoted(inner['model_type'])} is not supported in "
             f"{family!r}"
         )
-    for key in ("tie_word_embeddings", _QUANTIZED):
-        if key in inner and key in outer and inner[key] != outer[key]:
-            raise TurboqError(
-                f"{name}: config.json says {key}={quoted(outer[key])} but its text_config "
-                f"{quoted(inner[key])}: leave one of them out of a copy of the file"
-            )
-    return outer | inner
+    if _QUANTIZED in inner and inner[_QUANTIZED] != outer.get(_QUANTIZED, inner[_QUANTIZED]):
+        raise TurboqError(
+            f"{name}: config.json says {_QUANTIZED}={quoted(outer[_QUANTIZED])} but its "
+            f"text_config {quoted(inner[_QUANTIZED])}: leave one of them out of a copy of the file"
+        )
+    # As in transformers, where the outer one is given (5.x always gives it).
+    tied = {k: v for k, v in outer.items() if k == "tie_word_embeddings"}
+    return outer | inner | tied
 
 
 def _head_dim(read: Reader, row: Family) -> int:
@@ -222,6 +233,10 @@ def _factor(read: Reader, row: Family, key: str) -> float:
     """A factor that the family reads; 1 where it does not, or the file has none."""
     value = read.optional(key) if key in row.reads else None
     return 1.0 if value is None else value
+
+
+def _has_qk_norm(read: Reader, row: Family) -> bool:
+    return row.qk_norm_switch is None or read.boolean(row.qk_norm_switch, False)
 
 
 def _softmax_scale(read: Reader, row: Family) -> float | None:

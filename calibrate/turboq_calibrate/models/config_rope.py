@@ -62,6 +62,29 @@ def read_ropes(read: Reader, head_dim: int, context: int, rotation: Rotation) ->
     )
 
 
+GROWTH = "llama_4_scaling_beta"
+
+
+def query_growth(read: Reader, rotation: Rotation, *, grows: bool) -> tuple[float, float] | None:
+    """(b, n): queries at position p are multiplied by 1 + b ln(1 + floor(p / n)), as Llama 4 does.
+
+    Raises:
+      TurboqError: a family that does it has no b or n, or another has b.
+    """
+    names = [k for k in ("rope_parameters", "rope_scaling") if read.config.get(k)]
+    fields = read.config[names[0]] if names else rotation.defaults or {}
+    said = fields.get(GROWTH) if isinstance(fields, Mapping) else None
+    if not grows:
+        if said:
+            raise TurboqError(f"{read.where}: {GROWTH}={quoted(said)} is not supported")
+        return None
+    original = "original_max_position_embeddings"
+    return (
+        positive(said, f"rope {GROWTH}", read.where),
+        positive(fields.get(original), f"rope {original}", read.where),
+    )
+
+
 def _rope(read: Reader, head_dim: int, context: int, rotation: Rotation) -> Turn:
     """The rotary embedding; where v4's and v5's names both describe it, they must agree."""
     names = [k for k in ("rope_parameters", "rope_scaling") if read.config.get(k) not in (None, {})]

@@ -35,6 +35,14 @@ def always(read: Reader, count: int, default: int | None) -> Windows:
     return [_window(read, default)] * count
 
 
+def always_or_listed(read: Reader, count: int) -> Windows:
+    """Every layer slides where there is a window, or as `layer_types` says."""
+    window, types = _window(read, 4096), read.config.get("layer_types")
+    if types is not None:
+        return _by_type(read, count, types, window, "sliding_window is null")
+    return [window] * count
+
+
 def switched(read: Reader, count: int) -> Windows:
     """With `use_sliding_window` layers from `max_window_layers` on, or as `layer_types` says."""
     window = _switch(read)

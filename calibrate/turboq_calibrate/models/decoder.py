@@ -62,6 +62,10 @@ def project_qkv(
     if spec.qk_norm == "head":
         q, k = normed(spec, params, q, "q_norm"), normed(spec, params, k, "k_norm")
     q, k = rotate(spec, (q, k), positions)
+    if spec.query_growth is not None:
+        by, every = spec.query_growth
+        grown = 1.0 + by * jnp.log1p(jnp.floor(positions.astype(jnp.float32) / every))
+        q = q * grown[:, :, None, None]
     return q, k, v
 
 

@@ -35,6 +35,8 @@ class Family:
     o_bias: bool = True  # attention_bias is of the output projection too
     nope: bool = False  # some layers have no rotary embedding
     qk_norm: Literal["head", "projection"] | None = None
+    qk_norm_switch: str | None = None  # the field that says whether there is one
+    query_growth: bool = False  # queries grow with their position (`config_rope.query_growth`)
     norm_offset: float = 0.0
     norm: Norm = "rms"
     eps: str = "rms_norm_eps"  # the field that names it
@@ -55,6 +57,9 @@ class Family:
 
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
 _EXPERTS = frozenset({"num_experts", "num_local_experts"})
+_GRANITE = frozenset(
+    {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
+)
 _GEMMA = {
     "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
@@ -100,7 +105,7 @@ _deepseek = functools.partial(
     rotation=Rotation(layout="interleaved"),
     latent=True,
     # Published files name the code of before transformers had it.
-    reads=frozenset({"kv_lora_rank", "n_routed_experts", "auto_map"}),
+    reads=frozenset({"kv_lora_rank", "n_routed_experts", "auto_map", "routed_scaling_factor"}),
 )
 _DEEPSEEK_V3 = {
     "max_position_embeddings": 4096, "kv_lora_rank": 512, "q_lora_rank": 1536,
@@ -118,6 +123,22 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
         windows=functools.partial(config_windows.always, default=4096),
+    ),
+    "ministral": Family(
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        windows=config_windows.always_or_listed,
+    ),
+    "ministral3": Family(
+        defaults={
+            "num_key_value_heads": 8, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5,
+        },
+        windows=functools.partial(config_windows.always, default=None),
+        head_dim=128,
+        rotation=Rotation(theta=1e6, defaults={
+            "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        }),
+        query_growth=True,
     ),
     "qwen2": Family(defaults=_QWEN, windows=config_windows.switched, qkv_bias=True),
     "qwen3": Family(
@@ -158,10 +179,17 @@ FAMILIES: dict[str, Family] = {
         defaults={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
         windows=config_windows.never,
         biases=frozenset({"attention_bias", "mlp_bias"}),
-        reads=frozenset({
-            "embedding_multiplier", "residual_multiplier", "attention_multiplier",
-            "logits_scaling",
-        }),
+        reads=_GRANITE,
+    ),
+    "granitemoe": Family(
+        defaults={
+            "max_position_embeddings": 2048, "attention_multiplier": 1.0, "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        windows=config_windows.never,
+        biases=frozenset({"attention_bias"}),
+        experts=Mixture(width="intermediate_size", renormalised=True),
+        reads=_EXPERTS | _GRANITE,
     ),
     "phi3": Family(
         defaults={
@@ -175,6 +203,21 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm": _glm(),
     "glm4": _glm(post_norms=True),
+    "glm4_moe": Family(
+        defaults={
+            "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+            "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
+            "moe_intermediate_size": 1408, "first_k_dense_replace": 1,
+        },
+        windows=config_windows.never,
+        rotation=Rotation(partial=0.5),
+        biases=frozenset({"attention_bias"}),
+        o_bias=False,
+        qk_norm="head",
+        qk_norm_switch="use_qk_norm",
+        experts=_NOAUX,
+        reads=frozenset({"n_routed_experts", "routed_scaling_factor"}),
+    ),
     "starcoder2": Family(
         defaults={
             "num_key_value_heads": 2, "max_position_embeddings": 4096,
@@ -307,11 +350,12 @@ FAMILIES: dict[str, Family] = {
         }),
     ),
 }  # fmt: skip
-# Models that also see, whose decoder is one of the families: its type where text_config has none.
+# Models that also see, whose decoder is one of these: the first where text_config has no type.
 WRAPPERS = {
-    "gemma3": "gemma3_text",
-    "qwen3_5": "qwen3_5_text",
-    "qwen3_5_moe": "qwen3_5_moe_text",
+    "gemma3": ("gemma3_text",),
+    "mistral3": ("mistral", "ministral3"),
+    "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
 }
 # Fields that a decoder reads by itself, and transformers' model around it does not.
 UNREAD_INSIDE = frozenset({"final_logit_softcapping"})

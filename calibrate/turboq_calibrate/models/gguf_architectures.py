@@ -44,12 +44,15 @@ class Architecture:
     logit_softcap: float | None = None
     wide_scale_layers: int | None = None  # with so many layers the scale is (hidden / heads)^-1/2
     renormalised: bool = False  # weights of the chosen experts sum to one
+    grouped: bool = False  # experts as DeepSeek has them (`gguf_file._grouped`)
+    gating: int | None = None  # expert_gating_func where the file names none
     latent: bool = False  # multi-head latent attention and grouped experts (`gguf_latent`)
     reads: frozenset[str] = frozenset()
 
 
 # Not read, while the same models are as Hugging Face folders.
-FROM_HUGGING_FACE = ("qwen2moe", "qwen3next", "qwen35", "qwen35moe")
+FROM_HUGGING_FACE = ("qwen3next", "qwen35", "qwen35moe")
+SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 
 _gemma = functools.partial(
     Architecture, post_norms=True, scaled_embedding=True, activation="gelu_tanh"
@@ -58,6 +61,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(interleaved=True, renormalised=True, reads=frozenset({"expert_count"})),
     "qwen2": Architecture(),
     "qwen3": Architecture(),
+    "qwen2moe": Architecture(reads=frozenset({"expert_count"})),
     "qwen3moe": Architecture(renormalised=True, reads=frozenset({"expert_count"})),
     "smollm3": Architecture(interleaved=True, no_rope_every=4),
     "granite": Architecture(
@@ -72,6 +76,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "glm4": Architecture(
         layout="interleaved", partial_rotary=True, fused=("gate_up",), post_norms=True
+    ),
+    "glm4moe": Architecture(
+        partial_rotary=True,
+        mlp_norm="post_attention_norm.weight",
+        grouped=True,
+        gating=SIGMOID,
+        reads=frozenset({"expert_count"}),
     ),
     "starcoder2": Architecture(norm="layer", gated=False, activation="gelu_tanh"),
     "cohere2": Architecture(
@@ -94,6 +105,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek2": Architecture(
         layout="interleaved",
         latent=True,
+        grouped=True,
+        gating=SOFTMAX,
         reads=frozenset({"expert_count", "attention.key_length_mla"}),
     ),
     "gpt-oss": Architecture(

@@ -24,11 +24,14 @@ from turboq_calibrate.models.config_yarn import temperature, yarn_frequencies
 from turboq_calibrate.models.gguf_architectures import (
     ARCHITECTURES,
     FROM_HUGGING_FACE,
+    SIGMOID,
+    SOFTMAX,
     Architecture,
 )
 from turboq_calibrate.models.spec import Experts, Latent, LayerSpec, ModelSpec
 
 NORM, NORM_BIAS = "output_norm.weight", "output_norm.bias"
+SHARED_ROUTER = "ffn_gate_inp_shexp.weight"
 LAYER_TENSORS = {
     "attn_norm_bias": "attn_norm.bias",
     "mlp_norm_bias": "ffn_norm.bias",
@@ -62,6 +65,7 @@ LAYER_TENSORS = {
     "router": "ffn_gate_inp.weight",
     "router_bias": "ffn_gate_inp.bias",
     "router_correction": "exp_probs_b.bias",
+    "shared_router": SHARED_ROUTER,
     "shared_gate": "ffn_gate_shexp.weight",
     "shared_up": "ffn_up_shexp.weight",
     "shared_down": "ffn_down_shexp.weight",
@@ -103,7 +107,6 @@ ROPE = (
 
 # Of YaRN, on whole queries and keys: latent attention.
 LOG_MULTIPLIER = "scaling.yarn_log_multiplier"
-SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 
 # What longrope divides frequencies by, in short sequences and in long ones.
 FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
@@ -131,6 +134,8 @@ class GGUFFile:
                     f"{self.path}: tensor {shortened(name)} has type {info.kind}, which the gguf "
                     "package does not know: install a newer gguf, or take a file of another type"
                 )
+            if name.endswith(SHARED_ROUTER) and len(info.shape) == 1:  # one row
+                self._tensors[name] = dataclasses.replace(info, shape=(1, *info.shape))
         self.spec = self._spec()
         self._check_tensors()
 
@@ -245,7 +250,10 @@ class GGUFFile:
         if "token_embd.weight" not in self._tensors:
             raise TurboqError(f"{self.path}: tensor token_embd.weight is missing")
         hidden, count = self._integer("embedding_length"), self._integer("block_count")
-        if count > len(self._tensors):
+        ahead = self._get("nextn_predict_layers", 0)
+        if ahead:  # the last layers draft further tokens, and are not run
+            count -= self._integer("nextn_predict_layers")
+        if not 0 < count <= len(self._tensors):
             raise TurboqError(f"{self.path}: {count} layers but {len(self._tensors)} tensors")
         rms = self._row.norm == "rms"
         eps = self._positive(f"attention.layer_norm_{'rms_' if rms else ''}epsilon")
@@ -309,7 +317,8 @@ class GGUFFile:
         def has(name: str) -> bool:
             return self._name(index, name) in self._tensors
 
-        row, window, experts = self._row, self._window(index), self._experts(index)
+        row, window = self._row, self._window(index)
+        experts = self._grouped(index) if row.grouped else self._experts(index)
         rope, magnitude = self._rope(head_dim, sliding=window is not None)
         turns = self._turns(index) and not (row.sliding_rope_only and window is None)
         return LayerSpec(
@@ -380,7 +389,7 @@ class GGUFFile:
         """DeepSeek's experts, chosen in the groups whose two best scores are highest."""
         if index < self._get("leading_dense_block_count", 0):
             return None
-        gating = self._get("expert_gating_func", SOFTMAX)
+        gating = self._get("expert_gating_func", 0) or self._row.gating
         groups = self._get("expert_group_count", 0) or 1
         if gating not in (SOFTMAX, SIGMOID) or (gating == SOFTMAX and groups != 1):
             raise TurboqError(
@@ -431,11 +440,13 @@ class GGUFFile:
         if chosen > count:
             raise TurboqError(f"{self.path}: expert_used_count={chosen} of {count} experts")
         dense = self._get("feed_forward_length", 0) or None
+        shared = self._name(index, "shared_router") in self._tensors
         return Experts(
             count=count,
             chosen=chosen,
             intermediate=self._integer("expert_feed_forward_length", dense, index),
-            renormalised=self._row.renormalised,
+            renormalised=self._row.renormalised or bool(self._get("expert_weights_norm", False)),
+            shared=self._integer("expert_shared_feed_forward_length", dense) if shared else 0,
             bias=self._name(index, "router_bias") in self._tensors,
         )
 
@@ -547,7 +558,12 @@ class GGUFFile:
                 raise TurboqError(f"{self.path}: tensor {name} is missing")
             P.check_shape(name, self._tensors[name].shape, shape, self.path)
         divisors = FACTORS if self._row.longrope else ("rope_freqs.weight",)
-        extra = sorted(set(self._tensors) - set(expected) - set(divisors))
+        drafts = tuple(f"blk.{i}." for i in range(len(spec.layers), self._integer("block_count")))
+        extra = sorted(
+            name
+            for name in set(self._tensors) - set(expected) - set(divisors)
+            if not name.startswith(drafts)
+        )
         if extra:
             raise TurboqError(
                 f"{self.path}: tensor {shortened(extra[0])} ({len(extra)} in all) has no place in "

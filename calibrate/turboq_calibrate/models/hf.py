@@ -110,7 +110,7 @@ class HFFolder:
         if gpt_oss:
             found = hf_gpt_oss.expert(read, packed=self._packed)
         else:
-            found = hf_stacked_experts.expert(read)
+            found = hf_stacked_experts.expert(read, self.spec.family)
         for name, value in found.items():
             where = self.folder / f"layers.{index}.mlp.experts"
             P.check_finite(f"{name} of expert {number}", value, where)
@@ -118,7 +118,8 @@ class HFFolder:
 
     def _stacked(self, index: int) -> bool:
         """Whether a layer's experts are in two tensors."""
-        return f"{self.spec.prefix}layers.{index}.{hf_stacked_experts.GATE_UP}" in self._file_of
+        gate_up, _ = hf_stacked_experts.names(self.spec.family)
+        return f"{self.spec.prefix}layers.{index}.{gate_up}" in self._file_of
 
     def embed(self) -> dict[str, np.ndarray]:
         return self._read({"embedding": (self._embedding, (self.spec.vocab, self.spec.hidden))})
@@ -167,7 +168,7 @@ class HFFolder:
                         kinds[whole] = types
                 continue
             if layer.experts and self._stacked(i):
-                stored = hf_stacked_experts.stored(layer)
+                stored = hf_stacked_experts.stored(layer, spec.family)
                 expected |= {f"{spec.prefix}layers.{i}.{n}": shape for n, shape in stored.items()}
                 continue
             for number in range(layer.experts.count if layer.experts else 0):

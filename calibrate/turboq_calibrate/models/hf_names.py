@@ -20,7 +20,7 @@ OTHER_PARTS = tuple(
 # Layers behind the decoder that draft further tokens; transformers does not run them.
 DRAFTS, DRAFTING = "mtp.", ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # The same with the numbers that follow the decoder's layers, `num_nextn_predict_layers` of them.
-DRAFTING_LAYERS = ("deepseek_v3", "kimi_k2")
+DRAFTING_LAYERS = ("deepseek_v3", "kimi_k2", "glm4_moe")
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
@@ -115,7 +115,14 @@ EXPERT = {
     "expert_down": "mlp.experts.{}.down_proj.weight",
 }
 GPT_OSS_ROUTING = {"router": "mlp.router.weight", "router_bias": "mlp.router.bias"}
+GRANITE_ROUTING = {"router": "block_sparse_moe.router.layer.weight"}
 MIXTRAL_ROUTING = {"router": "block_sparse_moe.gate.weight"}
+ROUTINGS = {
+    "mixtral": MIXTRAL_ROUTING,
+    "gpt_oss": GPT_OSS_ROUTING,
+    "glm4_moe": DEEPSEEK_ROUTING,
+    "granitemoe": GRANITE_ROUTING,
+}
 MIXTRAL_EXPERT = {
     "expert_gate": "block_sparse_moe.experts.{}.w1.weight",
     "expert_up": "block_sparse_moe.experts.{}.w3.weight",
@@ -125,8 +132,7 @@ MIXTRAL_EXPERT = {
 
 def layer_names(spec: LayerSpec, family: str) -> dict[str, str]:
     """Our name of a layer's weight -> the checkpoint's, after the layer's own prefix."""
-    routing = {"mixtral": MIXTRAL_ROUTING, "gpt_oss": GPT_OSS_ROUTING}.get(family, ROUTING)
-    routing = DEEPSEEK_ROUTING if spec.latent is not None else routing
+    routing = DEEPSEEK_ROUTING if spec.latent is not None else ROUTINGS.get(family, ROUTING)
     post: dict[str, str] = {}
     if spec.post_norms:
         post = POST_NORMS if spec.pre_norms else POST_NORMS_ALONE

@@ -1,4 +1,5 @@
-"""Experts of a layer in two tensors, rows of gate above those of up, as Qwen3.5 is published."""
+"""Experts of a layer in two tensors, rows of gate above those of up, as Qwen3.5 and Granite MoE are
+published."""
 
 from __future__ import annotations
 
@@ -9,17 +10,25 @@ import numpy as np
 from turboq_calibrate.models.params import Shapes
 from turboq_calibrate.models.spec import LayerSpec
 
-GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+GRANITE = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
+OTHERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
-def stored(spec: LayerSpec) -> Shapes:
+def names(family: str) -> tuple[str, str]:
+    """What the two are called, after the layer's prefix."""
+    return GRANITE if family == "granitemoe" else OTHERS
+
+
+def stored(spec: LayerSpec, family: str) -> Shapes:
     """Tensors of a layer's experts, by their names after the layer's prefix."""
     assert spec.experts is not None
     count, inner, m = spec.experts.count, spec.experts.intermediate, spec.hidden
-    return {GATE_UP: (count, 2 * inner, m), DOWN: (count, m, inner)}
+    gate_up, down = names(family)
+    return {gate_up: (count, 2 * inner, m), down: (count, m, inner)}
 
 
-def expert(read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+def expert(read: Callable[[str], np.ndarray], family: str) -> dict[str, np.ndarray]:
     """One expert's weights, from its rows of the tensors of `stored`."""
-    gate, up = np.split(read(GATE_UP), 2)
-    return {"expert_gate": gate, "expert_up": up, "expert_down": read(DOWN)}
+    gate_up, down = names(family)
+    gate, up = np.split(read(gate_up), 2)
+    return {"expert_gate": gate, "expert_up": up, "expert_down": read(down)}

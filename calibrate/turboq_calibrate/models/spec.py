@@ -88,6 +88,7 @@ class LayerSpec:
     residual_scale: float = 1.0  # of what attention and the MLP add
     gated: bool = True  # the MLP is down(act(gate) * up), not down(act(up))
     activation: Literal["silu", "gelu_tanh", "clipped_swiglu"] = "silu"
+    query_growth: tuple[float, float] | None = None  # (b, n): times 1 + b ln(1 + floor(p / n))
     softmax_scale: float | None = None  # None: head_dim^-1/2
     window: int | None = None  # sliding window in tokens, the query's own included
     softcap: float | None = None  # of attention logits

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
 
 from turboq.errors import TurboqError, quoted, shortened
 from turboq.json_object import read_object
 from turboq_calibrate.models import chat
 from turboq_calibrate.models.chat import ChatTemplate
+from turboq_calibrate.models.splits import SPLITS, Splits
 
 # GGUF token types
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -181,51 +182,11 @@ def _library(what: str) -> Iterator[None]:
         raise TurboqError(f"{what}: {_line(error)}") from error
 
 
-def _split_words(digits: int) -> str:
-    """The pre-tokenizer pattern that Llama 3 and Qwen 2 share but for digits per token.
-
-    In order: English contractions; letters with one leading non-letter; up to `digits` digits;
-    punctuation with trailing line breaks; spaces ending in line breaks; trailing spaces but one.
-    """
-    contraction = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-    word = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-    number = r"\p{N}" if digits == 1 else rf"\p{{N}}{{1,{digits}}}"
-    punctuation = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
-    breaks = r"\s*[\r\n]+"
-    spaces = r"\s+(?!\S)|\s+"
-    return "|".join((contraction, word, number, punctuation, breaks, spaces))
-
-
-def _pattern(digits: int) -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(tokenizers.Regex(_split_words(digits)), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([split, byte_level])
-
-
-def _digits_then_gpt2() -> pre_tokenizers.PreTokenizer:
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-
-
-# tokenizer.ggml.pre -> (pre-tokenizer, normalizer, a word that is itself a token is not split)
-PRE_TOKENIZERS = {
-    "gpt-2": (lambda: pre_tokenizers.ByteLevel(add_prefix_space=False), None, False),
-    "smollm": (_digits_then_gpt2, None, False),
-    "llama-bpe": (lambda: _pattern(3), None, True),
-    "qwen2": (lambda: _pattern(1), normalizers.NFC, False),
-}
-
-
-# Where `tokenizer.ggml.add_bos_token` is absent, llama.cpp begins a text with BOS for every
-# tokenizer of model "llama" and, of model "gpt2", for these pre-tokenizers.
-PRE_ADDS_BOS = ("llama-bpe",)
-
-
 def from_gguf(metadata: dict[str, Any], path: Path) -> Tokenizer:
     """The tokenizer that GGUF metadata describes.
 
     Raises:
-      TurboqError: absent, incomplete, or of a kind not listed in `PRE_TOKENIZERS`.
+      TurboqError: absent, incomplete, or of a kind not listed in `SPLITS`.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None:
@@ -249,7 +210,7 @@ def from_gguf(metadata: dict[str, Any], path: Path) -> Tokenizer:
     ]
     backend.add_tokens(added)
     bos, *eos = (_token_id(metadata, name, path) for name in ("bos", "eos", "eot", "eom"))
-    default = kind == "llama" or metadata.get("tokenizer.ggml.pre") in PRE_ADDS_BOS
+    default = kind == "llama" or _splits(metadata, path).bos
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token", default)
     if type(adds_bos) is not bool:
         raise TurboqError(
@@ -295,20 +256,25 @@ def _line(error: BaseException) -> str:
 def _byte_level_bpe(
     metadata: dict[str, Any], tokens: list[str], path: Path
 ) -> tokenizers.Tokenizer:
+    splits = _splits(metadata, path)
+    merges = [tuple(m.split(" ", 1)) for m in _list(metadata, "merges", str, path)]
+    backend = _bpe(tokens, merges, path, splits.whole)
+    backend.pre_tokenizer = splits.pre_tokenizer()
+    backend.decoder = decoders.ByteLevel()
+    if (normalizer := splits.normalizer()) is not None:
+        backend.normalizer = normalizer
+    return backend
+
+
+def _splits(metadata: dict[str, Any], path: Path) -> Splits:
     pre = metadata.get("tokenizer.ggml.pre")
-    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in SPLITS:
         raise TurboqError(
             f"{path}: pre-tokenizer {quoted(pre)} is not supported (supported: "
-            f"{', '.join(PRE_TOKENIZERS)})"
+            f"{', '.join(SPLITS)}): the model's Hugging Face folder has a tokenizer.json, which is "
+            "read whatever it does"
         )
-    merges = [tuple(m.split(" ", 1)) for m in _list(metadata, "merges", str, path)]
-    pre_tokenizer, normalizer, ignore_merges = PRE_TOKENIZERS[pre]
-    backend = _bpe(tokens, merges, path, ignore_merges)
-    backend.pre_tokenizer = pre_tokenizer()
-    backend.decoder = decoders.ByteLevel()
-    if normalizer is not None:
-        backend.normalizer = normalizer()
-    return backend
+    return SPLITS[pre]
 
 
 def _sentencepiece(

@@ -23,16 +23,12 @@ MAX_CONFIG_BYTES = 16 << 20  # the largest real ones have a few hundred kB
 
 
 def read_geometry(path: str | os.PathLike[str]) -> CacheGeometry:
-    """The cache geometry at `path`: a folder with config.json, a .json or .gguf file, a hub name,
-    "embedded".
+    """The cache geometry at `path`: a folder with config.json, a .json or .gguf file, or a name of
+    `hub.local`.
 
     Raises:
       TurboqError: absent, unreadable, truncated, or a field that is nonsensical or not understood.
     """
-    if str(path) == "embedded":
-        from turboq_calibrate.models.model import embedded_path
-
-        path = embedded_path()
     path = Path(hub.local(path, hub.CONFIG))
     if not path.exists():
         raise TurboqError(f"model {path} does not exist")

@@ -8,7 +8,8 @@ import pytest
 
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope, Scaling
-from turboq.what_fits.hf_config import from_config
+from turboq.what_fits import from_config
+from turboq_calibrate.models import cache_check
 from turboq_calibrate.models.config import model_spec
 from turboq_calibrate.models.families import FAMILIES, WRAPPERS
 from turboq_calibrate.models.params import parameter_count
@@ -308,7 +309,11 @@ def test_what_gemma_3_does_not_do_is_refused(fields, message):
         ({}, None, "text_config is missing"),
         ({}, {"model_type": "llama"}, "text_config of model_type 'llama' is not supported in 'ge"),
         ({}, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
-        ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, "=False but its text_co"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantization_config={'quant_method': 'fp8'} but its text_config",
+        ),
         ({"quantization_config": {"quant_method": "awq"}}, {}, "weights are quantized"),
     ],
 )
@@ -316,6 +321,27 @@ def test_parts_of_a_model_that_also_sees(fields, text, message):
     inside = {} if text is None else {"text_config": text}
     with pytest.raises(TurboqError, match=message):
         model_spec({"model_type": "gemma3", **fields, **inside}, "some/folder")
+
+
+def test_the_outer_configuration_says_whether_the_head_is_the_embedding():
+    """As in transformers 5, whose files always have it."""
+    text = {"tie_word_embeddings": True, **config("mistral", sliding_window=None)}
+    assert model_spec({"model_type": "mistral3", "text_config": text}, "x").tied_embeddings
+    said = {"model_type": "mistral3", "text_config": text, "tie_word_embeddings": False}
+    assert not model_spec(said, "x").tied_embeddings
+
+
+def test_queries_that_grow():
+    """Ministral 3 alone and inside Mistral 3; by its class's numbers where the file has none."""
+    fields = config("ministral3", head_dim=16)
+    assert model_spec(fields, "x").layers[0].query_growth == (0.1, 16384)
+    inside = {"model_type": "mistral3", "text_config": fields}
+    assert model_spec(inside, "x").layers == model_spec(fields, "x").layers
+    grown = {"rope_type": "default", "llama_4_scaling_beta": 0.1}
+    with pytest.raises(TurboqError, match=r"llama_4_scaling_beta=0\.1 is not supported"):
+        model_spec(config("mistral", rope_parameters=grown), "x")
+    with pytest.raises(TurboqError, match="rope llama_4_scaling_beta=None must be a positive"):
+        model_spec(config("ministral3", rope_parameters={"rope_type": "default"}), "x")
 
 
 @pytest.mark.parametrize(
@@ -387,7 +413,16 @@ def test_windows_per_layer():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gemma"}, r"model_type 'gemma' is not supported \(supported: llama, mi"),
+        ({"model_type": "qwen4_moe"}, r"'qwen4_moe' is not supported \(nearest: qwen3_moe; `turb"),
+        ({"model_type": "zzz"}, r"'zzz' is not supported \(supported: llama, mistral, .*captured`"),
+        ({"attention_value_scale": 0.7}, "attention_value_scale=0.7 is not supported"),
+        ({"logits_soft_cap": 30.0}, "logits_soft_cap=30.0 is not supported"),
+        ({"attention_sink_size": 4}, "attention_sink_size=4 is not understood .* the cache$"),
+        ({"swa_head_dim": 16}, "swa_head_dim=16 may change the cache, and is not what layers of"),
+        ({"v_head_dim": 8}, "v_head_dim=8 may change the cache"),
+        ({"attn_config": {"kv_n_heads": 1}}, "num_key_value_heads=2 and attn_config.kv_n_heads=1"),
+        ({"num_kv_heads": 1}, "num_key_value_heads=2 and num_kv_heads=1 are at odds"),
+        ({"mamba_d_state": 16}, "mamba_d_state=16 may change the cache"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
         ({"query_pre_attn_scalar": 1}, "query_pre_attn_scalar=1 is not supported"),
         ({"model_type": None}, "model_type None is not supported"),
@@ -492,13 +527,14 @@ def test_neutral_values_of_refused_fields_pass():
 
 def test_supported_families_are_the_documented_ones():
     assert [*FAMILIES, *WRAPPERS] == [
-        *("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3", "smollm3", "granite"),
-        *("phi3", "glm", "glm4", "starcoder2", "cohere2"),
+        *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "olmo2", "olmo3"),
+        *("smollm3", "granite", "granitemoe", "phi3", "glm", "glm4", "glm4_moe", "starcoder2"),
+        "cohere2",
         *("mixtral", "qwen2_moe", "qwen3_moe"),
         *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
         *("deepseek_v2", "deepseek_v3", "kimi_k2", "gpt_oss"),
         *("gemma2", "gemma3_text"),
-        *("gemma3", "qwen3_5", "qwen3_5_moe"),
+        *("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe"),
     ]
 
 
@@ -518,3 +554,22 @@ def test_the_planner_reads_the_same_layers(folder):
     scaled = config.get("rope_parameters", {}).get("rope_type") == "longrope"
     original = config["original_max_position_embeddings"] if scaled else planned.context
     assert spec.context == original
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_key_value_heads": 1}, "layer 0 of qwen3 .* 2 KV heads, .* says 1 KV heads, K 128"),
+        ({"head_dim": 32}, "K 128 and V 128 wide but its file says 2 KV heads, K 32 and V 32"),
+        ({"num_hidden_layers": 2}, "3 layers, but 2 with a cache"),
+        (
+            {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+            "layer 2 of qwen3 .* V 128 wide but .* V 128 wide, window 9: this is not supported",
+        ),
+    ],
+)
+def test_a_cache_that_the_planner_reads_otherwise(change, words):
+    spec = model_spec(config("qwen3"), "x")
+    assert cache_check.check(spec, lambda: from_config(config("qwen3"), "x")) is spec
+    with pytest.raises(TurboqError, match=words):
+        cache_check.check(spec, lambda: from_config(config("qwen3", **change), "x"))

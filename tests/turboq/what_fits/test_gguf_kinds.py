@@ -162,6 +162,13 @@ def test_listed_recurrent_layers():
         ({"full_attention_interval": 4}, "full_attention_interval=4 is not understood"),
         ({"decoder_block_count": 4}, "decoder_block_count=4 is not understood"),
         ({"attention__sliding_window": 64}, "sliding_window=64 without .*pattern is not"),
+        ({"attention__kvheads": 2}, "attention.kvheads=2 is not understood"),
+        ({"ssm__state_size": 128}, "ssm.state_size=128 may change the cache, and is not"),
+        ({"kda__head_dim": 64}, "kda.head_dim=64 may change the cache, and is not"),
+        ({"shortconv__l_cache": 3}, "shortconv.l_cache=3 may change the cache, and is not"),
+        ({"attention__key_length_swa": 16}, "key_length_swa=16 may change the cache, and is"),
+        ({"attention__sliding_window_pattern": [1, 0, 1]}, "pattern=.1, 0, 1. may change the"),
+        ({"attention__shared_kv_layers": 1}, "shared_kv_layers=1 may change the cache, and"),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused_by_name(fields, words):

@@ -306,6 +306,16 @@ def test_index_keys_beside_k_and_v():
         ({"block_configs": [{"attention": {"n_heads_in_group": 3}}] * 3}, "=3 does not divide"),
         ({"kv_lora_rank": 512}, "kv_lora_rank=512 is not understood .*LAYERSx1xDIM with DIM half"),
         ({"mamba_magic": 3}, "mamba_magic=3 is not understood"),
+        ({"numKvHeads": 2}, "numKvHeads=2 is not understood"),
+        ({"slidingWindow": 64}, "slidingWindow=64 is not understood"),
+        ({"n_kvheads": 2}, "n_kvheads=2 is not understood"),
+        ({"nkv": 2}, "nkv=2 is not understood"),
+        ({"extra": [[{"num_key_value_heads": 2}]]}, r"extra.0..0..num_key_value_heads=2 is not"),
+        ({"ffn_config": {"kv_n_heads": 2}}, "ffn_config.kv_n_heads=2 is not understood"),
+        ({"rope_scaling": {"sliding_window": 9}}, "rope_scaling.sliding_window=9 is not"),
+        ({"compression_config": {"a": [{"head_dim": 9}]}}, r"config.a.0..head_dim=9 is not"),
+        ({"generation_config": {"num_kv_heads": 1}}, "generation_config.num_kv_heads=1 is not"),
+        ({"use_sliding_window": True}, "use_sliding_window=True without sliding_window"),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused_by_name(change, words):
@@ -313,6 +323,40 @@ def test_what_is_not_understood_is_refused_by_name(change, words):
     assert per_token(config) == 3 * LAYER
     with pytest.raises(TurboqError, match=words):
         per_token(config | change)
+
+
+# Known fields, of layers that these models do not have.
+UNUSED = {
+    "mamba_d_state": 128, "ssm_state_size": 128, "linear_num_key_heads": 4, "lru_width": 64,
+    "conv_L_cache": 3, "n_groups": 2, "short_conv_kernel_size": 4, "swa_head_dim": 16,
+    "swa_num_key_value_heads": 2, "v_head_dim": 16, "num_kv_shared_layers": 2,
+    "global_head_dim": 64, "num_global_key_value_heads": 2, "attention_k_eq_v": True,
+    "cla_share_factor": 2, "multi_query_group_num": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["other", "llama", "phi4flash", "gemma2"])
+@pytest.mark.parametrize("field", UNUSED)
+def test_fields_of_layers_that_the_model_does_not_have(family, field):
+    config = plain(family, 4, 16, 4, 32, sliding_window=None)
+    assert per_token(config) == 4 * LAYER
+    with pytest.raises(TurboqError, match=f"{field}={UNUSED[field]} may change the cache, and is"):
+        per_token(config | {field: UNUSED[field]})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # Granite 4 micro has no Mamba layer, and its file describes one.
+        plain("granitemoehybrid", 3, 16, 4, 32, layer_types=["attention"] * 3, mamba_d_state=128),
+        plain("qwen3", 3, 16, 4, 32, sliding_window=64, max_window_layers=1,
+              use_sliding_window=False),
+        plain("other", 3, 16, 4, 32, layer_types=["full_attention"] * 3, sliding_window=64,
+              sliding_window_pattern=6),
+    ],
+)  # fmt: skip
+def test_fields_that_another_one_makes_idle(config):
+    assert per_token(config) == 3 * LAYER
 
 
 def test_a_field_beside_the_language_model():
