@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import shutil
@@ -440,6 +441,43 @@ def captured(model: Path, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
+def check_shared(model: Path, raw: Path, layers: list[dict]) -> None:
+    """The gradient written of a shared cache is the sum of what each of its readers gives alone."""
+    spec = importlib.util.spec_from_file_location("capture", PROGRAM)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    apart: dict[int, tuple] = {}
+
+    def reader(module, query, key, value, attention_mask, **kwargs):
+        apart[module.layer_idx] = key.clone(), value.clone()
+        for x in apart[module.layer_idx]:
+            x.retain_grad()
+        own = sys.modules[type(module).__module__]
+        return own.eager_attention_forward(
+            module, query, *apart[module.layer_idx], attention_mask, **kwargs
+        )
+
+    AttentionInterface.register("readers", reader)
+    AttentionMaskInterface.register("readers", eager_mask)
+    request = load_file(raw / "request.safetensors")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    loaded.requires_grad_(False)
+    loaded.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True))
+    loaded.set_attn_implementation("readers")
+    first = load_file(raw / "chunk_000" / "layer_000.safetensors")["g_k"].shape[0]
+    tokens, uniforms = request["tokens"][:first].long(), request["uniforms"][:first]
+    program.pass_chunk(loaded, apart, tokens, uniforms)
+    for owner in (x["index"] for x in layers if x["borrows_cache_of"] is None):
+        of = [owner, *(x["index"] for x in layers if x["borrows_cache_of"] == owner)]
+        assert len(of) == 2, of
+        kept = load_file(raw / "chunk_000" / f"layer_{owner:03d}.safetensors")
+        for i, name in enumerate(("g_k", "g_v")):
+            parts = [apart[reader][i].grad.transpose(1, 2) for reader in of]
+            assert all(part.abs().max() > 1e-6 for part in parts)
+            torch.testing.assert_close(kept[name], sum(parts), rtol=1e-4, atol=1e-6)
+    print("captured shared: gradients of owners are the sums over their readers")
+
+
 def make_captured() -> None:
     """What the program captures of `llama3`, from the committed request, and its way with others.
 
@@ -468,6 +506,8 @@ def make_captured() -> None:
             layers = json.loads((raw / "capture.json").read_text())["layers"]
             found = [(x["kv_heads"], x["window"], x["borrows_cache_of"]) for x in layers]
             assert found == expected, found
+            if name == "shared":
+                check_shared(model, raw, layers)
             print(f"captured {name}: {found}")
 
 

@@ -288,18 +288,18 @@ def _of_layer(
         dim = fields.integer("head_dim", high=MAX_DIM)
         return fields.integer("num_key_value_heads", high=MAX_HEADS), dim, dim
 
-    def own(key: str, high: int, default: int) -> int:
+    def field(key: str, high: int, default: int) -> int:
         return read.integer(key, high=high, default=default) if key in family.own else default
 
-    v_dim = own("v_head_dim", MAX_DIM, dim)
+    v_dim = field("v_head_dim", MAX_DIM, dim)
     if kind == "sliding":  # MiMo-V2: its sliding layers have heads of their own
-        heads = own("swa_num_key_value_heads", MAX_HEADS, heads)
-        dim = own("swa_head_dim", MAX_DIM, dim)
-        v_dim = own("swa_v_head_dim", MAX_DIM, v_dim)
+        heads = field("swa_num_key_value_heads", MAX_HEADS, heads)
+        dim = field("swa_head_dim", MAX_DIM, dim)
+        v_dim = field("swa_v_head_dim", MAX_DIM, v_dim)
     if kind == "full" and "global_head_dim" in family.own:  # Gemma 4
-        dim = v_dim = own("global_head_dim", MAX_DIM, dim)
+        dim = v_dim = field("global_head_dim", MAX_DIM, dim)
         # K and V come from one projection, but are normed and rotated apart: both are stored.
-        global_heads = own("num_global_key_value_heads", MAX_HEADS, heads)
+        global_heads = field("num_global_key_value_heads", MAX_HEADS, heads)
         heads = global_heads if read.flag("attention_k_eq_v") else heads
     return heads, dim, v_dim
 
