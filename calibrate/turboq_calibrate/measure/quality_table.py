@@ -95,7 +95,7 @@ def over_texts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     plans: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         plans.setdefault(row["name"], []).append(row)
-    found = []
+    found: list[dict[str, Any]] = []
     for same in plans.values():
         kl = [row["kl_mean"] for row in same]
         found.append(same[0] | {"kl_mean": sum(kl) / len(kl), "kl_ci": [min(kl), max(kl)]})
