@@ -69,13 +69,38 @@ def missing(found: object, text: str) -> list[str]:
         for error in raised(inspect.getsource(found)):
             if not any(name in says for name in BASES.get(error, (error,))):
                 lacks.append(f"Raises: {error}")
-    if isinstance(found, types.FunctionType):
-        for name, parameter in inspect.signature(found).parameters.items():
-            if parameter.annotation is parameter.empty:
-                lacks.append(f"a type of {name}")
-            elif parameter.annotation in BARE:
-                lacks.append(f"a shape of {name}")
+    return lacks + (untyped(found) if isinstance(found, types.FunctionType) else [])
+
+
+def untyped(found: types.FunctionType) -> list[str]:
+    """Parameters, and what is returned, without a type or an array's shape."""
+    signature = inspect.signature(found)
+    types_of = {name: x.annotation for name, x in signature.parameters.items()}
+    types_of["what it returns"] = signature.return_annotation
+    lacks = []
+    for name, kind in types_of.items():
+        if kind is signature.empty and name not in ("self", "cls"):
+            lacks.append(f"a type of {name}")
+        elif kind in BARE:
+            lacks.append(f"a shape of {name}")
     return lacks
+
+
+def members(found: object) -> dict[str, types.FunctionType]:
+    """Public methods and properties that a class states, functions that a module does."""
+    out = {}
+    for name, value in vars(found).items():
+        if isinstance(value, classmethod | staticmethod):
+            value = value.__func__
+        elif isinstance(value, property):
+            value = value.fget
+        elif isinstance(value, functools.cached_property):
+            value = value.func
+        value = inspect.unwrap(value) if callable(value) else value
+        own = inspect.isclass(found) or getattr(value, "__module__", "") == found.__name__
+        if isinstance(value, types.FunctionType) and own and not name.startswith("_"):
+            out[name] = value
+    return out
 
 
 def test_what_is_missing_is_seen():
@@ -87,9 +112,10 @@ def test_what_is_missing_is_seen():
         "an example",
         "Raises: KeyError",
         "a type of x",
+        "a type of what it returns",
     ]
     good = "Does it.\n\nRaises:\n  KeyError: never.\n\n>>> 1\n"
-    assert missing(bare, good) == ["a type of x"]
+    assert missing(bare, good) == ["a type of x", "a type of what it returns"]
 
     class Made:
         def __post_init__(self):
@@ -98,7 +124,13 @@ def test_what_is_missing_is_seen():
         def later(self):
             raise KeyError(self)
 
+        @property
+        def width(self) -> np.ndarray: ...
+
     assert missing(Made, good) == ["Raises: TypeError"]
+    assert set(members(Made)) == {"later", "width"}
+    assert untyped(members(Made)["later"]) == ["a type of what it returns"]
+    assert untyped(members(Made)["width"]) == ["a shape of what it returns"]
 
     def unsaid(x: np.ndarray) -> None: ...
 
@@ -109,15 +141,10 @@ def test_what_is_missing_is_seen():
 def test_docstrings_have_the_needed_parts(package, name):
     found = getattr(importlib.import_module(package), name)
     assert missing(found, documented(found)) == []
-    if inspect.isclass(found):
-        undocumented = [
-            member
-            for member, value in vars(found).items()
-            if isinstance(value, types.FunctionType | classmethod)
-            and not member.startswith("_")
-            and not inspect.getdoc(getattr(found, member))
-        ]
-        assert undocumented == []
+    if inspect.isclass(found) or inspect.ismodule(found):
+        own = members(found)
+        assert [member for member in own if not inspect.getdoc(getattr(found, member))] == []
+        assert {member: lacks for member, x in own.items() if (lacks := untyped(x))} == {}
 
 
 def test_modules_of_public_names_are_strictly_typed():

@@ -25,6 +25,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from turboq.cache import joint
 from turboq.cache.layer import KVLayer
@@ -188,7 +189,7 @@ def distinct_tables(codecs: Iterable[Codec]) -> list[tuple[str, np.ndarray]]:
     return list(seen.values())
 
 
-def table_key(name: str, values: np.ndarray) -> TableKey:
+def table_key(name: str, values: Float[np.ndarray, "*n"]) -> TableKey:
     """Two tables are the same when their names and their float32 values are."""
     values = np.ascontiguousarray(values, np.float32)
     return name, values.shape, values.tobytes()

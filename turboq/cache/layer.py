@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from turboq.codecs.base import Arrays, Codec
 from turboq.numbers.rope import Rope
@@ -107,6 +108,7 @@ class KVLayer:
 
     @property
     def kv_heads(self) -> int:
+        """KV heads of all groups."""
         return sum(len(g.heads) for g in self.groups)
 
     def check_arrays(self) -> None:
@@ -140,7 +142,7 @@ class KVLayer:
         """How many of the first `tokens` tokens a query at their end reads packed."""
         return stored_until(self.policy, self.block, tokens)
 
-    def keys(self, k: jax.Array, v: jax.Array) -> jax.Array:
+    def keys(self, k: Float[Array, "*n D"], v: Float[Array, "*n E"]) -> Float[Array, "*n Q"]:
         """What queries meet, of keys and values as they are stored: [..., D] and [..., E]."""
         return latent_keys(k, v) if self.latent else k
 
@@ -150,7 +152,7 @@ class KVLayer:
         return sum(len(g.heads) * (g.k.bits_per_vector + g.v.bits_per_vector) for g in self.groups)
 
 
-def latent_keys(k: jax.Array, v: jax.Array) -> jax.Array:
+def latent_keys(k: Float[Array, "*n D"], v: Float[Array, "*n E"]) -> Float[Array, "*n Q"]:
     """[v, k]: keys of multi-head latent attention, whose values are the latent vectors."""
     return jnp.concatenate([v, k], axis=-1)
 

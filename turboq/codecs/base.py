@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from turboq.codecs.bit_form import BitForm, of_reading
 from turboq.codecs.observed import Observed
@@ -253,7 +253,9 @@ class Codec(abc.ABC):
         """How one head's x_hat is linear in the stored bits; None: it is not."""
         return of_reading(self, arrays)
 
-    def row_values(self, arrays: Arrays, name: str, entries: Array) -> Float[Array, "*n"]:
+    def row_values(
+        self, arrays: Arrays, name: str, entries: Shaped[Array, "*n"]
+    ) -> Float[Array, "*n"]:
         """Scales or offsets [*n] in float32 from the entries [*n] of the field `name`."""
         return entries.astype(np.float32)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays, Codec, Field, Stored
@@ -240,7 +240,9 @@ class Transform(Codec):
         )
         return BitForm(mean=arrays["mean"], parts=(part,))
 
-    def row_values(self, arrays: Arrays, name: str, entries: Array) -> Float[Array, "*n"]:
+    def row_values(
+        self, arrays: Arrays, name: str, entries: Shaped[Array, "*n"]
+    ) -> Float[Array, "*n"]:
         """The gains of codes, or stored gains as they are."""
         if self.gain != "code":
             return super().row_values(arrays, name, entries)

@@ -29,7 +29,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Float64, UInt8
 from scipy import special
 
 from turboq.numbers.codebook_fitting import fit_histogram as fit_histogram
@@ -78,7 +78,7 @@ def _tails(source: str, dim: int | None, t: np.ndarray) -> tuple[np.ndarray, np.
 
 
 @functools.lru_cache(maxsize=128)
-def lloyd_max(source: str, bits: int, dim: int | None = None) -> np.ndarray:
+def lloyd_max(source: str, bits: int, dim: int | None = None) -> Float64[np.ndarray, "levels"]:
     """Optimal 2**bits centroids [2**bits], float64, ascending, symmetric, unit-variance scale.
 
     Newton's method on the fixed-point equations of the positive half (tridiagonal Jacobian), from
@@ -145,7 +145,7 @@ def _newton_step(source: str, dim: int | None, c: np.ndarray) -> np.ndarray:
     return np.linalg.solve(jacobian, centroid - c)
 
 
-def thresholds(codebook: np.ndarray) -> np.ndarray:
+def thresholds(codebook: Float[np.ndarray, "levels"]) -> Float64[np.ndarray, "edges"]:
     """Midpoints [levels-1] between neighbouring centroids, float64."""
     c = np.asarray(codebook, np.float64)
     return 0.5 * (c[1:] + c[:-1])
@@ -162,7 +162,7 @@ def _moments(source: str, codebook: np.ndarray, dim: int | None) -> tuple[np.nda
     return mass, m1[:-1] - m1[1:]  # the first moment below an edge is minus its tail, either side
 
 
-def distortion(source: str, codebook: np.ndarray, dim: int | None = None) -> float:
+def distortion(source: str, codebook: Float[np.ndarray, "levels"], dim: int | None = None) -> float:
     """Mean squared error E[(t - c(t))^2] of nearest-centroid coding of a unit-variance coordinate.
 
     For Lloyd-Max D(b) is 0.1175, 0.03455, 0.009501 at 2, 3, 4 bits (Gaussian).
@@ -173,7 +173,7 @@ def distortion(source: str, codebook: np.ndarray, dim: int | None = None) -> flo
     return float(1 + np.sum(c * (c * mass - 2 * first)))  # 1 is the variance
 
 
-def entropy(source: str, codebook: np.ndarray, dim: int | None = None) -> float:
+def entropy(source: str, codebook: Float[np.ndarray, "levels"], dim: int | None = None) -> float:
     """Entropy of the codes in bits: what ideal entropy coding would store per coordinate."""
     _check(source, dim)
     p = _moments(source, np.asarray(codebook, np.float64), dim)[0]

@@ -158,7 +158,9 @@ def _insert_one(
     return jax.lax.dynamic_update_slice(words, old | new[None, :, None, :], at)
 
 
-def pack_host(codes: np.ndarray, bits: int, rows: int = ROWS) -> np.ndarray:
+def pack_host(
+    codes: UInt8[np.ndarray, "*n S C"], bits: int, rows: int = ROWS
+) -> UInt32[np.ndarray, "*n P b rows C"]:
     """NumPy twin of `pack`: uint8 [..., S, C] -> uint32 [..., P, b, rows, C]."""
     *lead, tokens, channels = codes.shape
     pages = words_shape(tokens, bits, channels, rows)[0]
@@ -171,7 +173,7 @@ def pack_host(codes: np.ndarray, bits: int, rows: int = ROWS) -> np.ndarray:
     return words
 
 
-def unpack_host(words: np.ndarray) -> np.ndarray:
+def unpack_host(words: UInt32[np.ndarray, "*n P b rows C"]) -> UInt8[np.ndarray, "*n S C"]:
     """NumPy twin of `unpack`: uint32 [..., P, b, rows, C] -> uint8 [..., S, C]."""
     *lead, pages, bits, rows, channels = words.shape
     codes = np.zeros((*lead, pages, WORD_BITS, rows, channels), np.uint8)

@@ -34,7 +34,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float64, UInt64
 from scipy import special
 
 KINDS = ("identity", "hadamard", "walsh", "haar")
@@ -47,12 +47,12 @@ MAX_DIM = 8192  # a dense matrix of this size is 0.5 GB in float64
 _DENSE_BLOCK = 64
 
 
-def random_words(seed: int, stream: str, count: int) -> np.ndarray:
+def random_words(seed: int, stream: str, count: int) -> UInt64[np.ndarray, "count"]:
     """`count` raw uint64 words of the documented stream (module docstring)."""
     return np.random.Philox(key=seed + (STREAMS[stream] << 64)).random_raw(count)
 
 
-def random_normals(seed: int, stream: str, shape: tuple[int, ...]) -> np.ndarray:
+def random_normals(seed: int, stream: str, shape: tuple[int, ...]) -> Float64[np.ndarray, "..."]:
     """Standard normals, float64, by inverse CDF of the documented stream."""
     words = random_words(seed, stream, int(np.prod(shape)))
     return special.ndtri(((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53).reshape(
@@ -60,7 +60,7 @@ def random_normals(seed: int, stream: str, shape: tuple[int, ...]) -> np.ndarray
     )
 
 
-def haar_matrix(normals: np.ndarray) -> np.ndarray:
+def haar_matrix(normals: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
     """Q of the QR of `normals` [D, D] with R's diagonal positive: Haar if the normals are iid.
 
     Mezzadri, "How to generate random matrices from the classical compact groups" (2007), eq. 5.
@@ -70,7 +70,7 @@ def haar_matrix(normals: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=32)
-def hadamard_matrix(dim: int) -> np.ndarray:
+def hadamard_matrix(dim: int) -> Float64[np.ndarray, "D D"]:
     """H_{2^k} (x) C_m [dim, dim], orthonormal, with dim = 2^k m, m odd.
 
     H is Sylvester's Hadamard matrix over sqrt(2^k), C the orthonormal DCT-II of the odd factor
@@ -107,7 +107,7 @@ def fast_transform(x: Float[Array, "*n D"], *, transpose: bool = False) -> Float
     return product(x, matrix if transpose else matrix.T)
 
 
-def product(x: Float[Array, "*n D"], matrix: np.ndarray) -> Float[Array, "*n C"]:
+def product(x: Float[Array, "*n D"], matrix: Float[np.ndarray, "D C"]) -> Float[Array, "*n C"]:
     """x @ matrix in full float32 (TPU and GPU would otherwise round inputs to bf16 or TF32)."""
     return jnp.matmul(x, jnp.asarray(matrix, jnp.float32), precision=jax.lax.Precision.HIGHEST)
 

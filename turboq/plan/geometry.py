@@ -134,6 +134,7 @@ class LayerGeometry:
 
     @property
     def owns_cache(self) -> bool:
+        """Whether it stores keys and values itself: it has KV heads and borrows no cache."""
         return self.kv_heads > 0 and self.borrows_cache_of is None
 
 

@@ -306,8 +306,9 @@ def plan_within(
       prepared: of an earlier `menu` under the same candidates.
 
     Raises:
-      TurboqError: nothing fits the budget; statistics lack what is needed; every plan loses to
-        `turboquant_mse` of the same bytes at a length that was not calibrated on.
+      TurboqError: statistics lack what is needed.
+      NoPlan: nothing fits the budget, or every plan loses to `turboquant_mse` of the same bytes at
+        a length that was not calibrated on (a TurboqError).
       ValueError: policies to choose among without a model.
 
     Examples:

@@ -193,6 +193,7 @@ class Statistics:
 
     @property
     def layers(self) -> Statistics:
+        """Itself: the statistics of layer i are `layers[i]`, read when asked for."""
         return self
 
     @property
