@@ -29,7 +29,9 @@ BLOCKS = [
         re.findall(r"<!-- tested -->\n```python\n(.*?)```", page.read_text(), re.DOTALL)
     )
 ]
-NOTEBOOKS = {path.name: json.loads(path.read_text()) for path in ROOT.glob("notebooks/*.ipynb")}
+NOTEBOOKS = {
+    path.name: json.loads(path.read_text()) for path in ROOT.glob("docs/notebooks/*.ipynb")
+}
 MADE = {f"docs/reference/{name}.md" for name in ("turboq", "turboq_kernels", "turboq_calibrate")}
 
 

@@ -240,8 +240,11 @@ def listed(values: flags.FlagValues, flag: str, default: Sequence[str] = ()) -> 
     """
     from turboq import words
 
+    given = values[flag].value or default
+    if given and not "".join(given).strip():
+        raise TurboqError(f"--{flag} is empty: give values, with commas between")
     try:
-        return words.split(values[flag].value or default)
+        return words.split(given)
     except TurboqError as error:
         raise TurboqError(f"--{flag}: {error}") from error
 
