@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
 from turboq_kernels.decode.types import Partial
@@ -101,6 +102,7 @@ def merge(parts: Partial, start: Int[Array, "J"], *, batch: int, interpret: bool
             jax.ShapeDtypeStruct((*lead, width), jnp.float32),
             *[jax.ShapeDtypeStruct(lead, jnp.float32)] * 2,
         ],
+        compiler_params=plgpu.CompilerParams(num_warps=4),
         interpret=interpret,
         name="turboq_merge",
     )(start, parts.acc, parts.top, parts.total)
