@@ -281,6 +281,10 @@ EXACT = (HERE, "--baselines=exact")
         ),
         (["tasks", *EXACT, "--lengths=200", "--depths=", NEW], "--depths is empty"),
         (["tasks", *EXACT, "--lengths=", NEW], "--lengths is empty"),
+        (
+            ["plan", "--model={tmp}/absent", "--budget=3bpc", "--engine=nope", NEW],
+            "unknown engine 'nope'",
+        ),
         (["tasks", *EXACT, "--lengths=200", NEW], "its shortest prompt is"),
         (["report", "--run={tmp}"], "quality.json"),
         (["inspect", "{tmp}"], "is no plan"),

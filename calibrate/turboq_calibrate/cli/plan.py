@@ -181,6 +181,9 @@ def _check(values: flags.FlagValues) -> None:
     if values.rounds and not values.check:
         raise TurboqError(f"--rounds={values.rounds} measures on the model: leave --nocheck out")
     if values.engine is not None:
+        from turboq.export import engine
+
+        engine(values.engine)  # an unknown one is refused before anything is calibrated
         for flag in ("granularity", "candidates", "policies", "k_rope", "joint"):
             if values[flag].present:
                 raise TurboqError(f"--{flag}: --engine={values.engine} decides that")
