@@ -5,7 +5,7 @@ First 4 tokens exact everywhere; KIVI stores blocks of tokens and keeps up to 31
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from nova import nova_like
@@ -101,7 +101,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, str]:
     return difference.mean(), f"difference {difference.mean():+.4f} ({interval})"
 
 
-def chosen(made: dict[str, Make], names: Sequence[str]) -> list[str]:
+def chosen(made: Mapping[str, object], names: Sequence[str]) -> list[str]:
     """The names, or all in the order in which they are measured.
 
     Raises:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from field_rows import chosen
 from program import main, statistics_of
 
 from turboq.cache import accounting
@@ -51,6 +52,7 @@ flags.DEFINE_list("lengths", ["1024", "4096", "16384"], "Tokens of windows.")
 WINDOWS = flags.DEFINE_integer("windows", 1, "Windows per text and length.", lower_bound=1)
 BUDGETS = flags.DEFINE_list("budgets", ["2.25", "3.25"], "Bits per channel of learned plans.")
 APART = flags.DEFINE_list("apart", ["learned 2.25", "turboquant_mse 3b"], "Rows by kind of layer.")
+ROWS = flags.DEFINE_list("rows", [], "Only these rows; all by default.")
 CONTEXT = flags.DEFINE_integer("context", 32768, "Where bytes are counted for the last row.")
 OUT = flags.DEFINE_string("out", "runs/sliding_layers", "Folder for the result.")
 
@@ -120,6 +122,7 @@ def run(out: Path) -> None:
     kinds = [bits_by_kind(name, plan) for name, plan, _ in rows]
     apart = itertools.product((row for row in rows if row[0] in APART.value), KINDS.items())
     rows += [only(row, full, f"{says} only") for row, (says, full) in apart]
+    rows = [row for row in rows if row[0] in chosen({row[0]: row for row in rows}, ROWS.value)]
     texts = {}
     for source, length in itertools.product(TEXT.value, lengths):
         windows = mixed_windows([source], model.tokenizer, length=length, count=WINDOWS.value)
