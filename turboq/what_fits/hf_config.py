@@ -15,7 +15,13 @@ from typing import Any
 from turboq.errors import TurboqError, quoted
 from turboq.what_fits import families, field_names
 from turboq.what_fits.families import Family
-from turboq.what_fits.hf_fields import BY_HAND, Fields, is_off, refuse_beside
+from turboq.what_fits.hf_fields import (
+    BY_HAND,
+    ENCODER_DECODER,
+    Fields,
+    is_off,
+    refuse_beside,
+)
 from turboq.what_fits.hf_kinds import WINDOWS, kinds
 from turboq.what_fits.layers import (
     MAX_DIM,
@@ -45,7 +51,9 @@ def from_config(config: Mapping[str, Any], name: str, *, source: str = "") -> Ca
     """
     where = f"{name}: config.json"
     notes = [TALKER_NOTE] if config.get("talker_config") else []
+    _refuse_encoder_decoders(config, where)
     config, nested = _text_part(config, where)
+    _refuse_encoder_decoders(config, where)
     given = config.get("model_type")
     if not isinstance(given, str) or not given:
         raise TurboqError(f"{where} has no model_type (a string)")
@@ -127,6 +135,12 @@ def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         for key in ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim"):
             filled.pop(key, None)
     return filled
+
+
+def _refuse_encoder_decoders(config: Mapping[str, Any], where: str) -> None:
+    kind, said = config.get("model_type"), config.get("is_encoder_decoder")
+    if said is True or (isinstance(kind, str) and families.is_encoder_decoder(kind)):
+        raise TurboqError(f"{where}: model_type {quoted(kind)} {ENCODER_DECODER}")
 
 
 def _refuse_encoders(read: Fields, model_type: str) -> None:
