@@ -38,6 +38,8 @@ NESTED = (
     "text_config", "language_config", "llm_config", "lm_config", "language_model_config",
     "thinker_config",
 )  # fmt: skip
+# What they read of their prompt both ways is kept all the same.
+PREFIX_LMS = ("paligemma",)
 BLOCK_FIELDS = ("n_heads_in_group", "no_op", "replace_with_linear", "window_length")
 LATENT_NOTE = "the latent cache of vLLM, SGLang and llama.cpp; transformers stores K and V whole"
 TALKER_NOTE = "the thinker alone: the talker keeps a cache of its own, which is not counted"
@@ -118,6 +120,8 @@ def _text_part(config: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any]
         if "model_type" not in part and isinstance(kind, str):
             text = kind if kind.endswith("_text") else f"{kind}_text"
             part = {**part, "model_type": text if families.is_known(text) else kind}
+        if kind in PREFIX_LMS:
+            part = {k: v for k, v in part.items() if k != "use_bidirectional_attention"}
         config, inside = part, True
     return config, inside
 

@@ -230,6 +230,7 @@ def mla(model_type: str, layers: int, **fields) -> dict:
 
 LATENT = {
     "plain": (mla("minicpm3", 3), 3 * (96 + 32) * 2),
+    "Mistral's": (mla("mistral4", 3), 3 * (96 + 32) * 2),
     "an index key per layer": (
         mla("deepseek_v32", 3, index_head_dim=40, index_n_heads=64, index_topk=2048),
         3 * (96 + 32 + 40) * 2,
@@ -388,6 +389,14 @@ def test_no_advice_to_leave_fields_out():
 def test_encoders_keep_no_cache(family):
     with pytest.raises(TurboqError, match=f"'{family}' is an encoder"):
         per_token(plain(family, 3, 16, None, 32))
+
+
+def test_a_prompt_read_both_ways_is_kept():
+    """PaliGemma attends to its prompt both ways, and to what it writes as a decoder does."""
+    text = plain("gemma", 3, 16, 4, 32, use_bidirectional_attention=True)
+    assert per_token(nested(**text) | {"model_type": "paligemma"}) == 3 * LAYER
+    with pytest.raises(TurboqError, match="is an encoder"):
+        per_token(nested(**text))
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "whisper", "t5gemma2"])
