@@ -144,7 +144,6 @@ def check_dims(geometry: ModelGeometry) -> None:
 
 def check_statistics(statistics: Statistics, geometry: ModelGeometry) -> None:
     """Raises TurboqError unless the statistics are of that model, and it can have a plan."""
-    check_dims(geometry)
     theirs = statistics.manifest.inputs["model"]
     if theirs["fingerprint"] != geometry.fingerprint:
         raise TurboqError(
@@ -152,3 +151,4 @@ def check_statistics(statistics: Statistics, geometry: ModelGeometry) -> None:
             f"fingerprint {theirs['fingerprint'][:12]}), not of {geometry.name} "
             f"({geometry.fingerprint[:12]}): name theirs with --model=..."
         )
+    check_dims(geometry)
