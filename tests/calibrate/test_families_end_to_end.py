@@ -20,7 +20,7 @@ from turboq.codecs import TurboQuantMSE
 from turboq.codecs.transform_padded import shared_layer
 from turboq.export import ENGINES, export
 from turboq.export.report import PLAN_FOLDER
-from turboq.plan import load
+from turboq.plan import load, uniform_plan
 from turboq.what_fits import from_config, of_formats, of_plan
 from turboq.what_fits.storage import check_plan
 from turboq_calibrate.candidates.makers import named
@@ -30,6 +30,7 @@ from turboq_calibrate.choose.plan_within import Wanted, menu, plan_within
 from turboq_calibrate.cli import main as cli
 from turboq_calibrate.cost.side_by_side import Engine
 from turboq_calibrate.measure.attention_plugs import simulated_attend
+from turboq_calibrate.measure.decode_cache import open_cache
 from turboq_calibrate.measure.evaluate import evaluate, plan_layers
 from turboq_calibrate.measure.generate import greedy
 from turboq_calibrate.measure.scored import plan_scored
@@ -82,6 +83,14 @@ def test_a_learned_plan_of_every_family(name, tmp_path):
     check_memory(name, model, plan, got.cache_bytes)
     check_files(plan, arrays, tmp_path)
     check_prices(model, statistics, tokens, exact)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_memory_of_every_family(name):
+    model = load_model(GOLDEN / name, resident=False)
+    codec = TurboQuantMSE(dim=8, bits=3)
+    plan = uniform_plan(model_geometry(model), k=codec, v=codec, policy=POLICY)
+    check_memory(name, model, plan, open_cache(plan.kv_layers({}), 1, STEPS).nbytes())
 
 
 @pytest.mark.parametrize("name", ["glm4", "llama_bias"])
