@@ -441,7 +441,7 @@ CAPTURED = {
         {"vocab_size": 320, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
          "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
          "n_group": 1, "topk_group": 1, "moe_intermediate_size": 8, "num_key_value_heads": 4},
-        "one latent vector per token",
+        [(1, None, None)] * 2,
     ),
     "elsewhere": (
         "bloom", {"vocab_size": 320, "n_head": 4, "n_layer": 2},

@@ -479,16 +479,17 @@ def check_shared(model: Path, raw: Path, layers: list[dict]) -> None:
 
 
 def make_captured() -> None:
-    """What the program captures of `llama3`, from the committed request, and its way with others.
+    """What the program captures of two models, from committed requests, and its way with others.
 
     A hybrid's linear layers keep no cache, a shared one's are named; what it must refuse, it does.
     """
-    folder = HERE / "captured"
-    for path in folder.iterdir():
-        if path.name != "request.safetensors":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    done = captured(HERE / "llama3", folder)
-    assert done.returncode == 0, done.stderr
+    for family, name in (("deepseek_v2", "captured_latent"), ("llama3", "captured")):
+        folder = HERE / name
+        for path in folder.iterdir():
+            if path.name != "request.safetensors":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        done = captured(HERE / family, folder)
+        assert done.returncode == 0, done.stderr
     with tempfile.TemporaryDirectory() as place:
         for name, (model_type, fields, expected) in CAPTURED.items():
             model, raw = Path(place) / name, Path(place) / f"{name}_raw"

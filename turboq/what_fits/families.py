@@ -10,8 +10,11 @@ import dataclasses
 import functools
 import importlib.resources
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
+
+_PART = re.compile(r"_(encoder|vision_model|audio_model|vqgan)$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,4 +91,9 @@ def family(model_type: str) -> Family:
 
 
 def is_encoder(model_type: str) -> bool:
-    return model_type in _file()["encoders"]
+    """Whether it is one, or a part of a model that sees or hears."""
+    return model_type in _file()["encoders"] or _PART.search(model_type) is not None
+
+
+def is_encoder_decoder(model_type: str) -> bool:
+    return model_type in _file()["encoder_decoders"]

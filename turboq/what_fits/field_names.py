@@ -41,6 +41,8 @@ CONTEXT = (
 # Words of a name that may change the cache, and parts of words that have grown together (nkv).
 WORDS = frozenset(_LISTS["words"])
 _STEM = re.compile("(?<!q)kv|head|window|attn|attention|sliding|cache|mamba|ssm")
+# Sizes of K or V by their letter: d_v, dim_k, k_dim (not top_k).
+_LETTER = re.compile("(?:d|dim|n|num|size|rank)_?[kv]|[kv]_?(?:dim|size|rank|channels|width|len)")
 
 # Containers that are read by themselves, with the names that are understood in them.
 CONTAINERS: dict[str, frozenset[str]] = {
@@ -109,16 +111,38 @@ READ_WITHIN = frozenset(name.rpartition(".")[2] for name in READ) - {
 }  # fmt: skip
 
 HARMLESS = frozenset(_LISTS["harmless"])
+_TOKEN = re.compile(r"\w+_token_(?:id|index)")  # as of an image
+# Harmless objects whose keys are anything: labels, names of tasks, layers by number.
+FREE = frozenset({"auto_map", "id2label", "label2id", "pruned_heads", "task_specific_params"})
 # Harmless beside the parts of a multimodal file: they describe other parts.
 OTHER_PARTS = frozenset(_LISTS["other_parts"])
 
+_HEADS, _WITHIN = frozenset(_LISTS["heads"]), frozenset(_LISTS["within"])
 GGUF_HARMLESS = frozenset(_LISTS["gguf_harmless"])
 
 
 def speaks(name: str) -> bool:
     """Whether a word of `name` (parted by underscores or capitals) may speak of the cache."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().split("_")
-    return not WORDS.isdisjoint(words) or any(_STEM.search(word) for word in words)
+    words = _parted(name)
+    sized = _LETTER.fullmatch("_".join(words))
+    return bool(sized) or not WORDS.isdisjoint(words) or any(_STEM.search(x) for x in words)
+
+
+def speaks_within(name: str) -> bool:
+    """The same inside an object that is otherwise harmless; paths of modules speak of none."""
+    if "." in name or name in _WITHIN:
+        return False
+    return name in READ_WITHIN or not _HEADS.isdisjoint(_parted(name))
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a field does not change the cache, whatever its words."""
+    return name in HARMLESS or _TOKEN.fullmatch(name) is not None
+
+
+def _parted(name: str) -> list[str]:
+    """Words of a name, parted by underscores or capitals."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().split("_")
 
 
 def main_name(name: str) -> str:

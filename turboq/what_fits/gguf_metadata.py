@@ -15,7 +15,7 @@ from typing import Any
 
 from turboq.errors import LONGEST, TurboqError, quoted, shortened
 from turboq.what_fits import field_names
-from turboq.what_fits.hf_fields import BY_HAND, is_off
+from turboq.what_fits.hf_fields import BY_HAND, ENCODER_DECODER, is_off
 from turboq.what_fits.layers import (
     MAX_DIM,
     MAX_HEADS,
@@ -77,6 +77,8 @@ def from_metadata(metadata: Mapping[str, Any], name: str, *, source: str = "") -
             f"{name}: architecture {quoted(arch)} reads its input at once and keeps no KV cache: "
             "name a decoder"
         )
+    if arch in _file()["encoder_decoders"]:
+        raise TurboqError(f"{name}: architecture {quoted(arch)} {ENCODER_DECODER}")
     read = _Fields(metadata, arch, name)
     read.refuse_unknown()
     layers = _layers(read, _count(read))

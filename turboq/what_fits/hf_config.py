@@ -15,7 +15,13 @@ from typing import Any
 from turboq.errors import TurboqError, quoted
 from turboq.what_fits import families, field_names
 from turboq.what_fits.families import Family
-from turboq.what_fits.hf_fields import BY_HAND, Fields, is_off, refuse_beside
+from turboq.what_fits.hf_fields import (
+    BY_HAND,
+    ENCODER_DECODER,
+    Fields,
+    is_off,
+    refuse_beside,
+)
 from turboq.what_fits.hf_kinds import WINDOWS, kinds
 from turboq.what_fits.layers import (
     MAX_DIM,
@@ -32,6 +38,8 @@ NESTED = (
     "text_config", "language_config", "llm_config", "lm_config", "language_model_config",
     "thinker_config",
 )  # fmt: skip
+# What they read of their prompt both ways is kept all the same.
+PREFIX_LMS = ("paligemma",)
 BLOCK_FIELDS = ("n_heads_in_group", "no_op", "replace_with_linear", "window_length")
 LATENT_NOTE = "the latent cache of vLLM, SGLang and llama.cpp; transformers stores K and V whole"
 TALKER_NOTE = "the thinker alone: the talker keeps a cache of its own, which is not counted"
@@ -45,7 +53,9 @@ def from_config(config: Mapping[str, Any], name: str, *, source: str = "") -> Ca
     """
     where = f"{name}: config.json"
     notes = [TALKER_NOTE] if config.get("talker_config") else []
+    _refuse_encoder_decoders(config, where)
     config, nested = _text_part(config, where)
+    _refuse_encoder_decoders(config, where)
     given = config.get("model_type")
     if not isinstance(given, str) or not given:
         raise TurboqError(f"{where} has no model_type (a string)")
@@ -110,6 +120,8 @@ def _text_part(config: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any]
         if "model_type" not in part and isinstance(kind, str):
             text = kind if kind.endswith("_text") else f"{kind}_text"
             part = {**part, "model_type": text if families.is_known(text) else kind}
+        if kind in PREFIX_LMS:
+            part = {k: v for k, v in part.items() if k != "use_bidirectional_attention"}
         config, inside = part, True
     return config, inside
 
@@ -127,6 +139,12 @@ def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         for key in ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim"):
             filled.pop(key, None)
     return filled
+
+
+def _refuse_encoder_decoders(config: Mapping[str, Any], where: str) -> None:
+    kind, said = config.get("model_type"), config.get("is_encoder_decoder")
+    if said is True or (isinstance(kind, str) and families.is_encoder_decoder(kind)):
+        raise TurboqError(f"{where}: model_type {quoted(kind)} {ENCODER_DECODER}")
 
 
 def _refuse_encoders(read: Fields, model_type: str) -> None:

@@ -17,6 +17,10 @@ BY_HAND = (
     "name --geometry=LAYERSxKVHEADSxDIM, with LAYERS the layers that keep every token and KVHEADS "
     "the heads that are stored"
 )
+ENCODER_DECODER = (
+    "is an encoder with a decoder: what the decoder keeps of itself and of the encoder's output is "
+    "not counted here: name a model that is a decoder alone"
+)
 
 
 class Fields:
@@ -143,8 +147,9 @@ def _unknown(
         if not isinstance(key, str) or is_off(value) or key in field_names.OTHER_PARTS:
             continue
         here = f"{path}.{key}" if path else key
-        if key in field_names.HARMLESS:
-            yield from _within(value, here)
+        if field_names.is_harmless(key):
+            if key not in field_names.FREE:
+                yield from _within(value, here)
         elif key in known:
             if key in field_names.CONTAINERS and key != "per_layer_config":
                 yield from _parts(value, field_names.CONTAINERS[key], here)
@@ -172,6 +177,6 @@ def _within(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         for key, item in value.items():
             if key in field_names.OTHER_PARTS or is_off(item):
                 continue
-            if key in field_names.READ_WITHIN:
+            if field_names.speaks_within(str(key)):
                 yield f"{path}.{key}", item
             yield from _within(item, f"{path}.{key}")

@@ -36,10 +36,12 @@ from turboq.plan.build import Side
 from turboq.plan.constraints import Constraints, Granularity
 from turboq.plan.geometry import ROPE_FORMS, RopeForm
 from turboq_calibrate.candidates.makers import (
+    DEFAULT,
     default_makers,
     engine_menu,
     learned_word,
     makers_of,
+    options_of,
     smallest_dim,
 )
 from turboq_calibrate.candidates.table import Arrays, Table, build_table
@@ -67,9 +69,7 @@ from turboq_calibrate.observe.statistics_files import Statistics
 OBJECTIVES = ("mean", "worst")
 SINKS = TokenPolicy(sinks=4)
 # A stored gain of 4 bits: what text of another kind needs most is another size of vectors.
-# Window codes: a reader needs one product with their bits, and at 2 to 4 bits they err 1.3 to 1.7
-# dB less than scalar codes.
-LEARNED = TransformOptions(quantizer="window", states=64, gain="code", gain_bits=4)
+LEARNED = options_of(DEFAULT, TransformOptions(gain="code", gain_bits=4))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,9 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues, arguments: list[str]) -> None:
+    from turboq_calibrate.fit.plan import check_dims
     from turboq_calibrate.models import load_model
+    from turboq_calibrate.models.geometry import spec_geometry
     from turboq_calibrate.observe.recipe import Shard
     from turboq_calibrate.run.progress import phases
 
@@ -67,6 +69,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     recipe, mesh = common.recipe_of(values), mesh_of(values)
     # Each layer is read twice, so there is little to gain from keeping them all.
     model = load_model(values.model, dtype=values.model_dtype, resident=False)
+    check_dims(spec_geometry(model.spec, "not read yet"))
     with phases(*common.observing(values, model)):
         _observe(values, model, recipe, shard, mesh)
 

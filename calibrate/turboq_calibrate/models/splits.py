@@ -84,13 +84,15 @@ _DEEPSEEK_V3 = (
 )
 _GPT2, _DIGITS = Splits(gpt2=True), Splits(gpt2=True, digits=True)
 _LLAMA3 = Splits(patterns=(_words(3),), whole=True, bos=True)
+_QWEN2 = Splits(patterns=(_words(1),), nfc=True)
 _CL100K = Splits(patterns=(_words(3),))
 _O200K = Splits(patterns=(_cased_words(3, f"{_CONTRACTION}?"),))
 SPLITS = {
     "gpt-2": _GPT2,
     "smollm": _DIGITS,
     "llama-bpe": _LLAMA3,
-    "qwen2": Splits(patterns=(_words(1),), nfc=True),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "pixtral": _LLAMA3,

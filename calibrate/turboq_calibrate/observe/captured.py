@@ -78,6 +78,7 @@ class Seen:
     v_dim: int
     window: int | None
     borrows_cache_of: int | None
+    latent: bool = dataclasses.field(default=False, metadata={"optional": True})
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:

@@ -47,7 +47,7 @@ def unsupported(
     reason = linear.unsupported(state.form)
     rows, groups = q.shape[1] * q.shape[2], linear.unit_groups(state.form)
     if name == "triton":
-        return reason or triton.unsupported(rows // (max(groups) + 1), block)
+        return reason or triton.unsupported(rows // linear.group_count(groups), block)
     widths = linear.run_lanes(state.form, words.shape[-1])
     return reason or mosaic_tpu.unsupported(rows, groups, state.form.fewest, widths, block)
 

@@ -71,7 +71,7 @@ class LinearLayer:
 
     @property
     def groups(self) -> int:
-        return max(self.unit_groups) + 1
+        return group_count(self.unit_groups)
 
 
 def unsupported(form: LayerForm) -> str | None:
@@ -94,6 +94,11 @@ def unit_groups(form: LayerForm) -> tuple[int, ...]:
     if joined is None:
         return tuple(range(heads))
     return tuple(h // joined for h in range(heads)) * 2
+
+
+def group_count(unit_groups: tuple[int, ...]) -> int:
+    """Groups of query rows."""
+    return max(unit_groups) + 1
 
 
 def run_lanes(form: LayerForm, pool_lanes: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Int8, UInt32
 
 from turboq.numbers.packing import PAGE, ROWS
 from turboq_kernels.columns import mosaic_tpu_kernel as inner
-from turboq_kernels.columns.linear import GAIN_BITS, LANES, LinearLayer, LinearSide
+from turboq_kernels.columns.linear import GAIN_BITS, LANES, LinearLayer, LinearSide, group_count
 from turboq_kernels.columns.mosaic_tpu_kernel import HALF, PIECE, Spec
 from turboq_kernels.columns.queries import Folded, as_integers
 from turboq_kernels.columns.types import Sums
@@ -47,7 +47,7 @@ def unsupported(
 
 def vmem_bytes(rows: int, groups: tuple[int, ...], slots: int, widths: tuple[int, int]) -> int:
     """Bytes of VMEM of operands and scratch."""
-    each, units = _up(rows // (max(groups) + 1), SUBLANES), len(groups)
+    each, units = _up(rows // group_count(groups), SUBLANES), len(groups)
     left = _up(2 * slots * each, 32)
     words = 2 * ROWS * 4 * sum(widths)
     operands = 2 * (2 * left * widths[0] + 4 * slots * each * widths[1])

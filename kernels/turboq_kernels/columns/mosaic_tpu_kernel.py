@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from turboq.numbers.packing import PAGE, ROWS
-from turboq_kernels.columns.linear import GAIN_BITS, LANES
+from turboq_kernels.columns.linear import GAIN_BITS, LANES, group_count
 
 HALF = PAGE // 2  # tokens of one operand of the matrix unit
 MASKS = 4  # of half a page
@@ -57,7 +57,7 @@ class Spec:
 
     @property
     def groups(self) -> int:
-        return max(self.unit_groups) + 1
+        return group_count(self.unit_groups)
 
     @property
     def rows(self) -> int:

@@ -194,6 +194,8 @@ def test_the_command_chats_and_compares(tmp_path, capsys):
     assert re.search(r"^turboquant_mse 8b .* \d of 3$", said, re.MULTILINE)
     for wrong, message in (
         ((), "no prompt: give --prompt=TEXT or --prompts=FILE"),
+        (("--prompts=a,,b",), "--prompts has an empty item"),
+        ((f"--prompts={tmp_path}/*.md",), f"--prompts={tmp_path}/*.md: no file matches"),
         (("--prompt=a", "--stop="), "--stop: an empty text"),
         (("--prompt=a", "--top_p=2"), "top_p=2.0 must be above 0"),
         (

@@ -76,10 +76,11 @@ SAME = {
     **dict.fromkeys(("glm4", "chatglm-bpe"), "llama-bpe"),
     **dict.fromkeys(("starcoder", "refact", "command-r"), "smollm"),
     "llama4": "gpt-4o",
+    "deepseek-r1-qwen": "qwen2",
     "olmo": "gpt-2",
 }
 WHOLE = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken")  # a word that is a token stays
-NFC = ("qwen2", "command-r", "olmo")
+NFC = ("qwen2", "deepseek-r1-qwen", "command-r", "olmo")
 
 
 def gguf_tokenizer(family):

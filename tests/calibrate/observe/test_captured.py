@@ -28,8 +28,8 @@ RECIPE = ObserveRecipe(skip=2, windows_per_chunk=2, reservoir=20)
 SILENT = {"log": lambda line: None}
 
 
-def windows():
-    return random_windows(320, count=3, length=12)
+def windows(vocab=320):
+    return random_windows(vocab, count=3, length=12)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,33 @@ def found(tmp_path_factory):
 
 
 def test_captured_statistics_are_those_of_our_own_pass(found, tmp_path):
-    """Moments, histograms, gradients and the sample; only the form of keys differs."""
     model = load_model(GOLDEN / "llama3")
     own = observe(model, windows(), tmp_path, RECIPE, progress=False, **SILENT)
+    check_same(found, own)
+    assert [x.rope_layout for x in found.geometry.layers] == ["none"] * 2
+
+
+def test_latent_vectors_are_captured_where_they_are_cached(tmp_path):
+    """Once per token, gradients through keys and values of all heads; and a plan of them."""
+    model, text = load_model(GOLDEN / "deepseek_v2"), windows(96)
+    source = captured.source_of(GOLDEN / "deepseek_v2")
+    found = captured.observe_captured(
+        GOLDEN / "captured_latent", source, text, tmp_path / "raw", RECIPE, **SILENT
+    )
+    check_same(found, observe(model, text, tmp_path, RECIPE, progress=False, **SILENT))
+    (layer,) = found.geometry.layers
+    assert (layer.latent, layer.kv_heads, layer.q_heads) == (True, 1, 4)
+    assert (layer.k_dim, layer.v_dim, layer.rope_layout) == (8, 16, "none")
+    wanted = Wanted(
+        budget=Budget.parse("4bpc"), guard=False, policy=TokenPolicy(sinks=1),
+        candidates=("transform:3,4",),
+    )  # fmt: skip
+    plan = plan_within(found, found.geometry, wanted, progress=False, **SILENT).plan
+    assert plan.bytes_per_token <= 24 * 4 / 8
+
+
+def check_same(found, own):
+    """Moments, histograms, gradients and the sample; only the form of keys differs."""
     assert found.manifest.inputs == own.manifest.inputs
     for ours, theirs in zip(own.layers, found.layers, strict=True):
         assert theirs.rotary is None
@@ -67,7 +91,6 @@ def test_captured_statistics_are_those_of_our_own_pass(found, tmp_path):
             np.testing.assert_allclose(y, x, rtol=0, atol=TOL["model_golden"] * np.max(np.abs(x)))
         at = (other.window, other.position)
         assert not np.allclose(other.k[at[1] > 0], mine.k[at[1] > 0])  # turned
-    assert [x.rope_layout for x in found.geometry.layers] == ["none"] * 2
 
 
 def test_plans_need_only_those(found):

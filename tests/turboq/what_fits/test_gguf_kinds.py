@@ -163,6 +163,8 @@ def test_listed_recurrent_layers():
         ({"decoder_block_count": 4}, "decoder_block_count=4 is not understood"),
         ({"attention__sliding_window": 64}, "sliding_window=64 without .*pattern is not"),
         ({"attention__kvheads": 2}, "attention.kvheads=2 is not understood"),
+        ({"attention__d_v": 2}, "attention.d_v=2 is not understood"),
+        ({"yoco": 1}, "yoco=1 is not understood"),
         ({"ssm__state_size": 128}, "ssm.state_size=128 may change the cache, and is not"),
         ({"kda__head_dim": 64}, "kda.head_dim=64 may change the cache, and is not"),
         ({"shortconv__l_cache": 3}, "shortconv.l_cache=3 may change the cache, and is not"),
@@ -181,3 +183,5 @@ def test_what_is_not_understood_is_refused_by_name(fields, words):
 def test_encoders_keep_no_cache():
     with pytest.raises(TurboqError, match=r"architecture 'nomic-bert' .* keeps no KV cache"):
         read("nomic-bert", 12, 12, 12, 768)
+    with pytest.raises(TurboqError, match=r"architecture 't5' is an encoder with a decoder"):
+        read("t5", 12, 12, 12, 768)

@@ -230,6 +230,7 @@ def mla(model_type: str, layers: int, **fields) -> dict:
 
 LATENT = {
     "plain": (mla("minicpm3", 3), 3 * (96 + 32) * 2),
+    "Mistral's": (mla("mistral4", 3), 3 * (96 + 32) * 2),
     "an index key per layer": (
         mla("deepseek_v32", 3, index_head_dim=40, index_n_heads=64, index_topk=2048),
         3 * (96 + 32 + 40) * 2,
@@ -316,6 +317,16 @@ def test_index_keys_beside_k_and_v():
         ({"compression_config": {"a": [{"head_dim": 9}]}}, r"config.a.0..head_dim=9 is not"),
         ({"generation_config": {"num_kv_heads": 1}}, "generation_config.num_kv_heads=1 is not"),
         ({"use_sliding_window": True}, "use_sliding_window=True without sliding_window"),
+        ({"quantization_config": {"kv_heads": 2}}, "quantization_config.kv_heads=2 is not"),
+        ({"quantization_config": {"a": [{"mla": 2}]}}, r"quantization_config.a.0..mla=2 is not"),
+        ({"generation_config": {"latentDim": 64}}, "generation_config.latentDim=64 is not"),
+        ({"yoco": True}, "yoco=True is not understood"),
+        ({"d_v": 64}, "d_v=64 is not understood"),
+        ({"extra": {"dimK": 64}}, "extra.dimK=64 is not understood"),
+        ({"v_channels": 64}, "v_channels=64 is not understood"),
+        ({"total_ut_steps": 4}, "total_ut_steps=4 is not understood"),
+        ({"num_loops": 2}, "num_loops=2 is not understood"),
+        ({"reuse_from": 1}, "reuse_from=1 is not understood"),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused_by_name(change, words):
@@ -380,15 +391,53 @@ def test_encoders_keep_no_cache(family):
         per_token(plain(family, 3, 16, None, 32))
 
 
+def test_a_prompt_read_both_ways_is_kept():
+    """PaliGemma attends to its prompt both ways, and to what it writes as a decoder does."""
+    text = plain("gemma", 3, 16, 4, 32, use_bidirectional_attention=True)
+    assert per_token(nested(**text) | {"model_type": "paligemma"}) == 3 * LAYER
+    with pytest.raises(TurboqError, match="is an encoder"):
+        per_token(nested(**text))
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper", "t5gemma2"])
+def test_encoders_with_a_decoder_are_refused(family):
+    with pytest.raises(TurboqError, match=f"'{family}' is an encoder with a decoder: .* alone$"):
+        per_token({"model_type": family})
+
+
+@pytest.mark.parametrize("part", [{}, nested(model_type="other")])
+def test_encoders_with_a_decoder_by_their_own_word(part):
+    """A file's own word counts, beside the language model's part or in it."""
+    config = part or plain("other", 3, 16, 4, 32)
+    inside = nested(**plain("other", 3, 16, 4, 32), is_encoder_decoder=True)
+    for said in (config | {"is_encoder_decoder": True}, inside):
+        with pytest.raises(TurboqError, match="is an encoder with a decoder"):
+            per_token(said)
+
+
+def test_parts_that_see_or_hear_keep_no_cache():
+    for family in ("dia_encoder", "other_vision_model"):
+        with pytest.raises(TurboqError, match=f"'{family}' is an encoder, which"):
+            per_token(plain(family, 3, 16, 4, 32))
+
+
 HARMLESS = {
     "lm_head_multiplier": 0.02, "mamba_ssm_cache_dtype": "float32",
     "cache_implementation": "hybrid",
     "num_local_experts": 8, "n_shared_experts": 2, "moe_layer_freq": [0, 1, 1], "n_group": 8,
     "attention_bias": True, "attn_logit_softcapping": 50.0, "num_nextn_predict_layers": 1,
     "for_llm_compressor": True, "shared_intermediate_size": 64, "attention_multiplier": 0.02,
-    "quantization_config": {"kv_cache_scheme": {"num_bits": 8}, "group_size": 128},
+    "quantization_config": {
+        "kv_cache_scheme": {"num_bits": 8}, "group_size": 128, "lm_head": False, "head_bits": 6,
+        "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": None}},
+        "extra_config": {"model.layers.0.self_attn.k_proj": {"bits": 8}},
+        "sparsity_config": {"sparsity_structure": "dense", "global_sparsity": 0.1},
+    },
     "rope_scaling": {"type": "yarn", "attention_factor": 1.0}, "use_qkv_bias": True,
-    "id2label": {"0": "LABEL_0"}, "auto_map": {"AutoConfig": "x.y"}, "query_pre_attn_scalar": 256,
+    "rope_parameters": {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {}},
+    "num_experts_top_k": 2, "moe_k": 2, "video_token_index": 7, "no_repeat_ngram_size": 3,
+    "id2label": {"0": "head"}, "task_specific_params": {"window": {"max_length": 9}},
+    "auto_map": {"AutoConfig": "x.y"}, "query_pre_attn_scalar": 256,
 }  # fmt: skip
 
 
