@@ -37,6 +37,8 @@ MODELS = {
     "deepseek_v3": [None] * 3,
     # attention and MLP side by side
     "cohere2": [5, 5, 5, None, 5],
+    # caches that two layers read, heads by layer, inputs of layers
+    "gemma4": [5, None, 5, 5, None],
 }
 
 

@@ -38,6 +38,7 @@ from families import (
     SEEING,
     UNREAD,
     VISION,
+    VISION4,
     WORD,
 )
 from safetensors.torch import load_file, save_file
@@ -60,6 +61,8 @@ def build(family: str) -> transformers.PreTrainedModel:
     fields = BASE | settings
     if model_type in ("gemma3", "mistral3"):  # the decoder is a part of a model that also sees
         fields = {"text_config": fields, "vision_config": VISION}
+    if model_type == "gemma4":
+        fields = {"text_config": fields, "vision_config": VISION4}
     kind = transformers.AutoModelForCausalLM
     if model_type == "mistral3":
         fields["tie_word_embeddings"] = False  # its class says otherwise
@@ -79,14 +82,21 @@ def build(family: str) -> transformers.PreTrainedModel:
                 value = noise * (unit if "embed" in name else p.shape[-1] ** -0.5)
             else:
                 # Others add it themselves; the gated norm of a delta-net does not.
-                centred = "gemma" in model_type or model_type.startswith(("qwen3_5", "qwen3_next"))
+                centred = model_type.startswith(("gemma2", "gemma3")) or model_type.startswith(
+                    ("qwen3_5", "qwen3_next")
+                )
                 one = name.endswith("norm.weight") and not centred
                 one |= name.endswith("linear_attn.norm.weight")
                 value = 1 + 0.3 * noise if one else 0.3 * noise
+                if model_type.startswith("gemma4") and name.endswith("q_norm.weight"):
+                    value *= 0.3  # there is no softmax scale
             p.copy_(value.to(stored).float())
         for name, p in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+            if name.endswith("layer_scalar"):
+                value = 1 + 0.2 * torch.randn(p.shape, generator=generator)
+                p.copy_(value.to(stored).float())
         if family.endswith("fp8"):
             pack_blocks(model)
         if family.endswith("mxfp4"):

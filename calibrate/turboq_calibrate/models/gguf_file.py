@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +174,14 @@ class GGUFFile:
             for name, shape in _stacked(layer).items()
         }
 
-    def embed(self) -> dict[str, np.ndarray]:
-        return {"embedding": self._read("token_embd.weight", (self.spec.vocab, self.spec.hidden))}
+    def embed(self, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """Float32 weights before the layers, or some of them."""
+        shapes = P.embed_shapes(self.spec)
+        return {name: self._read("token_embd.weight", shapes[name]) for name in names or shapes}
 
-    def embed_rows(self, ids: np.ndarray) -> np.ndarray:
+    def embed_rows(self, ids: np.ndarray, name: str = "embedding") -> np.ndarray:
         """Float32 embeddings of some tokens only, [len(ids), M]."""
+        assert name == "embedding"  # of no architecture here anything else
         return self._read("token_embd.weight", (self.spec.vocab, self.spec.hidden), ids)
 
     def head(self) -> dict[str, np.ndarray]:

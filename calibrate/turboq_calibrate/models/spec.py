@@ -97,11 +97,27 @@ class LayerSpec:
     output_gate: bool = False  # what attention gives is multiplied by sigmoid(gate(n))
     latent: Latent | None = None
     delta: DeltaNet | None = None  # in place of attention, whose fields are 0 then
+    values_are_keys: bool = False  # values are the keys of before their norm and rotation
+    value_norm: bool = False  # of each head, without a weight
     borrows_cache_of: int | None = None  # index of the layer whose cache this layer reads
+    # Channel of the stream (`stream`) at which K and V stand that more layers than one read: this
+    # layer leaves them there, or finds them (`borrows_cache_of`).
+    shared_at: int | None = None
+    own_input: int = 0  # channels that this layer reads of each token beside the residual
+    own_input_at: int = 0  # their first channel of the stream
+    output_scale: bool = False  # what the layer makes of the residual is multiplied by a weight
+
+    @property
+    def lends(self) -> bool:
+        return self.shared_at is not None and self.borrows_cache_of is None
 
     @property
     def owns_cache(self) -> bool:
         return self.kv_heads > 0 and self.borrows_cache_of is None
+
+    def cache_at(self, index: int) -> int:
+        """The layer whose cache this one, layer `index`, reads."""
+        return index if self.borrows_cache_of is None else self.borrows_cache_of
 
     @property
     def scale(self) -> float:
@@ -127,6 +143,13 @@ class ModelSpec:
     logit_scale: float = 1.0  # logits are multiplied by it
     logit_softcap: float | None = None  # of the final logits
     prefix: str = "model."  # of the decoder's module names
+    shared: int = 0  # channels of the stream that hold K and V which more layers than one read
+    own_input: int = 0  # `LayerSpec.own_input` of every layer
+
+    @property
+    def kept(self) -> int:
+        """Channels of the stream that layers change."""
+        return self.hidden + self.shared
 
     def path(self, index: int) -> str:
         """Module path of a layer's attention, as Hugging Face names it."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from turboq_calibrate.models import experts
+from turboq_calibrate.models import experts, stream
 from turboq_calibrate.models.primitives import Params, add, pre_normed
 from turboq_calibrate.models.spec import LayerSpec
 
@@ -109,13 +109,14 @@ def _sum(spec: LayerSpec, params: Streamed, y: Array, n: Array, chosen: Array, w
 def _prepared(spec: LayerSpec, params: Params, x: Array) -> tuple[Array, Array, Array, Array]:
     """Normalised rows [N, M], their experts and weights, and what the shared expert adds."""
     assert spec.experts is not None
-    n = pre_normed(spec, params, x, "mlp_norm").reshape(-1, x.shape[-1])
+    n = pre_normed(spec, params, x, "mlp_norm").reshape(-1, spec.hidden)
     chosen, weights = experts.route(spec.experts, params, n)
     return n, chosen, weights, experts.shared(spec, params, n)
 
 
 def _joined(spec: LayerSpec, params: Params, x: Array, y: Array) -> Array:
-    return add(spec, params, x, y.reshape(x.shape), "mlp_post_norm")
+    y = y.reshape(*x.shape[:-1], -1)
+    return stream.leave(spec, params, add(spec, params, x, y, "mlp_post_norm"))
 
 
 _before, _after, _add_chosen = _jit(_prepared), _jit(_joined), _jit(experts.add_chosen)
