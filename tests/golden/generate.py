@@ -82,9 +82,7 @@ def build(family: str) -> transformers.PreTrainedModel:
                 value = noise * (unit if "embed" in name else p.shape[-1] ** -0.5)
             else:
                 # Others add it themselves; the gated norm of a delta-net does not.
-                centred = model_type.startswith(("gemma2", "gemma3")) or model_type.startswith(
-                    ("qwen3_5", "qwen3_next")
-                )
+                centred = model_type.startswith(("gemma2", "gemma3", "qwen3_5", "qwen3_next"))
                 one = name.endswith("norm.weight") and not centred
                 one |= name.endswith("linear_attn.norm.weight")
                 value = 1 + 0.3 * noise if one else 0.3 * noise
