@@ -367,6 +367,12 @@ def make_family(family: str) -> None:
         logits=logits,
         **seen,
     )
+    if (model.config.get_text_config().rope_parameters or {}).get("rope_type") == "longrope":
+        # A token behind the original context: every key turns as in long sequences.
+        far = positions + np.array([[0], [200]])
+        logits_far, seen_far = run(model, tokens, far)
+        far_file = {"tokens": tokens.astype(np.int32), "positions": far.astype(np.int32)}
+        np.savez(folder / "golden_long.npz", **far_file, logits=logits_far, **seen_far)
     tokenizer = None
     if kind is not None:
         tokenizer = make_tokenizer(kind, model.config.vocab_size)

@@ -28,6 +28,8 @@ from turboq_calibrate.models.spec import DeltaNet, LayerSpec, ModelSpec
 
 _QUANTIZED = "quantization_config"
 MAX_LAYERS = 10_000
+OTHER_FORM = ", or read it with --long_context (long_context=True)"
+ONE_FORM = "long_context is for longrope alone, this model has one form: leave it out"
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 EMBEDDING_FACTOR = "embedding_multiplier"
 FACTORS = ("logit_scale", EMBEDDING_FACTOR, "residual_multiplier", "logits_scaling")
@@ -65,15 +67,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_object(path)
 
 
-def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
+def model_spec(config: dict[str, Any], name: str, *, long_context: bool = False) -> ModelSpec:
     """The geometry that a configuration describes.
 
     Args:
       config: the parsed `config.json`.
       name: what to call the model, also in errors.
+      long_context: longrope in its form for sequences longer than the original context.
 
     Raises:
-      TurboqError: unsupported family or field, a missing or a nonsensical value.
+      TurboqError: unsupported family or field, a missing or a nonsensical value; `long_context` of
+        a model that rotates long sequences as short ones.
     """
     whole, inside = config, config.get("model_type") in tuple(WRAPPERS)
     config = _decoder_part(config, name) if inside else config
@@ -95,11 +99,14 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
     _check_unquantized(read, row)
     hidden, context = read.integer("hidden_size"), read.integer("max_position_embeddings")
     rotation = rotation_of(read, row.rotation) if row.latent else row.rotation
+    rotation = dataclasses.replace(rotation, long=long_context)
     windows = row.windows(read, _count(read))
     full_dim = None
     if row.by_layer:
         full_dim = config_gemma4.full_head_dim(read, [window is None for window in windows])
     ropes = read_ropes(read, _head_dim(read, row), context, rotation, full_dim)
+    if long_context and ropes[0].forms == 1:
+        raise TurboqError(f"{where}: {ONE_FORM}")
     layers = _layers(read, row, ropes, windows)
     spec = ModelSpec(
         family=str(family),
@@ -117,6 +124,7 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
         logit_softcap=read.optional("final_logit_softcapping"),
         shared=config_gemma4.shared_channels(layers),
         own_input=layers[0].own_input,
+        longer=OTHER_FORM if ropes[0].forms == 2 and not long_context else "",
     )
     sizes = {} if inside else {k: v for k, v in row.defaults.items() if k in _SIZES}
     return cache_check.check(spec, lambda: from_config({**sizes, **whole}, name))

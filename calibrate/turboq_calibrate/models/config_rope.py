@@ -27,6 +27,7 @@ class Rotation:
     layout: Literal["half", "interleaved"] = "half"
     unscaled_sliding: bool = False  # sliding layers rotate with the same base, not scaled
     defaults: Mapping[str, Any] | None = None  # rope parameters of a file that names none
+    long: bool = False  # longrope is read in its form for long sequences
     proportional: bool = False  # full layers may turn slower pairs not at all (`_proportional`)
 
 
@@ -37,6 +38,7 @@ class Turn(NamedTuple):
     magnitude: float = 1.0
     context: int | None = None  # longer sequences would rotate otherwise
     all_dims: float = 1.0  # factor on whole queries and keys (latent attention)
+    forms: int = 1  # of longrope one is for short sequences, one for long ones
 
 
 def read_ropes(
@@ -123,7 +125,7 @@ def _rope_of(read: Reader, fields: Any, head_dim: int, context: int, rotation: R
         case "default":
             return Turn(rope)
         case _ if kind in TYPES:
-            return Turn(*longrope(read, fields, rope, context))
+            return Turn(*longrope(read, fields, rope, context, long=rotation.long), forms=2)
         case "yarn":
             rope, magnitude, all_dims = yarn(read, fields, rope, context)
             return Turn(rope, magnitude, all_dims=all_dims)

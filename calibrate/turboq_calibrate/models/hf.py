@@ -36,10 +36,10 @@ class HFFolder:
       TurboqError: unsupported configuration; a missing, truncated or misshapen tensor or file.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], *, long_context: bool = False):
         self.folder = Path(folder)
         config = read_config(self.folder / "config.json")
-        self.spec = model_spec(config, model_name(self.folder))
+        self.spec = model_spec(config, model_name(self.folder), long_context=long_context)
         self._fused = hf_names.FUSED.get(self.spec.family, ())
         quantized = config.get("quantization_config")
         self._cache_scales = keeps_weights(quantized)

@@ -127,23 +127,27 @@ class Model:
         return out
 
 
-def open_source(path: str | os.PathLike[str]) -> WeightSource:
+def open_source(path: str | os.PathLike[str], *, long_context: bool = False) -> WeightSource:
     """The weight source at `path`: a Hugging Face folder, .gguf file or name of `hub.local`."""
     from turboq_calibrate.models.gguf_file import GGUFFile
     from turboq_calibrate.models.hf import HFFolder
 
     path = Path(hub.local(path))
     if path.is_dir():
-        return HFFolder(path)
+        return HFFolder(path, long_context=long_context)
     if path.is_file() and path.suffix == ".gguf":
-        return GGUFFile(path)
+        return GGUFFile(path, long_context=long_context)
     if path.exists():
         raise TurboqError(f"model {path} must be a Hugging Face folder or a .gguf file")
     raise TurboqError(f"model {path} does not exist")
 
 
 def load_model(
-    path: str | os.PathLike[str], dtype: str = "float32", resident: bool = True
+    path: str | os.PathLike[str],
+    dtype: str = "float32",
+    resident: bool = True,
+    *,
+    long_context: bool = False,
 ) -> Model:
     """Loads a model from a Hugging Face folder, a .gguf file, or the embedded default.
 
@@ -151,6 +155,8 @@ def load_model(
       path: the folder or file, a name of the hub (ORG/NAME), "embedded" or "gemma3-270m".
       dtype: how weights are kept ("float32", "bfloat16", "float16"); arithmetic is float32.
       resident: keep all weights, or re-read one layer at a time.
+      long_context: rotate by longrope's factors for sequences longer than the original context
+        (Phi-3, Phi-4-mini), at all lengths; by default by those for shorter ones, up to there.
 
     Raises:
       TurboqError: unsupported family or field, missing, truncated, misshapen or non-finite weights.
@@ -161,7 +167,8 @@ def load_model(
       >>> model.tokenizer.decode(model.tokenizer.encode("a cache of keys"))
       'a cache of keys'
     """
-    return Model(open_source(path), dtype=dtype, resident=resident)
+    source = open_source(path, long_context=long_context)
+    return Model(source, dtype=dtype, resident=resident)
 
 
 def forward(

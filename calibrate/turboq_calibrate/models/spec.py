@@ -145,6 +145,7 @@ class ModelSpec:
     prefix: str = "model."  # of the decoder's module names
     shared: int = 0  # channels of the stream that hold K and V which more layers than one read
     own_input: int = 0  # `LayerSpec.own_input` of every layer
+    longer: str = ""  # how to read the model for more tokens than `context`; ends an error
 
     @property
     def kept(self) -> int:
@@ -160,5 +161,5 @@ class ModelSpec:
         if tokens > self.context:
             raise TurboqError(
                 f"{what} of {tokens} tokens exceed the model's context of {self.context}: make "
-                "them shorter"
+                f"them shorter{self.longer}"
             )
