@@ -342,6 +342,14 @@ FAMILIES = {
                                   "full_attention"]},
         torch.bfloat16, None, None, None,
     ),
+    "gemma4_moe": (
+        "gemma4_text",
+        GEMMA4 | {"num_hidden_layers": 2, "enable_moe_block": True, "num_experts": 4,
+                  "top_k_experts": 2, "moe_intermediate_size": 12,
+                  "hidden_size_per_layer_input": 0,
+                  "layer_types": ["sliding_attention", "full_attention"]},
+        torch.bfloat16, None, None, None,
+    ),
     "gemma4_vision": (
         "gemma4",
         GEMMA4 | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1,
@@ -442,6 +450,7 @@ COVERS = {
     "gemma3": "windows and rotary embeddings by layer, every sixth full",
     "gemma3_vision": "the decoder as a part of a model that also sees",
     "gemma4": "shared caches, inputs of layers, heads by layer, proportional rotation",
+    "gemma4_moe": "experts beside an MLP, each with a factor and norms of its own",
     "gemma4_vision": "values of keys, KV heads by layer, a part of a model that also sees",
     "olmo2": "norms after attention and MLP alone, QK-norm over whole projections",
     "smollm3": "layers without a rotary embedding",

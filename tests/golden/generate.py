@@ -85,6 +85,9 @@ def build(family: str) -> transformers.PreTrainedModel:
                 centred = model_type.startswith(("gemma2", "gemma3", "qwen3_5", "qwen3_next"))
                 one = name.endswith("norm.weight") and not centred
                 one |= name.endswith("linear_attn.norm.weight")
+                one |= "gemma4" in model_type and name.endswith(
+                    ("scale", "norm_1.weight", "norm_2.weight")
+                )
                 value = 1 + 0.3 * noise if one else 0.3 * noise
                 if model_type.startswith("gemma4") and name.endswith("q_norm.weight"):
                     value *= 0.3  # there is no softmax scale

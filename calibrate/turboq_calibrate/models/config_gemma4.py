@@ -11,7 +11,7 @@ from typing import Any
 
 from turboq.errors import TurboqError, quoted
 from turboq_calibrate.models.config_fields import Reader
-from turboq_calibrate.models.spec import LayerSpec
+from turboq_calibrate.models.spec import Experts, LayerSpec
 
 SHARED, BOTH_WAYS = "num_kv_shared_layers", "use_bidirectional_attention"
 OVERRIDES = "per_layer_config"  # transformers' own way to say `global_head_dim` and its like
@@ -27,10 +27,13 @@ def refined(read: Reader, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...
     """The layers with what Gemma 4 has otherwise.
 
     Raises:
-      TurboqError: numbers that do not go together, or what is not done: experts, attention both
-        ways, tokens without an input of a layer.
+      TurboqError: numbers that do not go together, or what is not done: attention both ways,
+        tokens without an input of a layer.
     """
-    _check(read)
+    # "vision" is of tokens of pictures alone.
+    if read.config.get(BOTH_WAYS) not in (None, "vision"):
+        said = quoted(read.config[BOTH_WAYS])
+        raise TurboqError(f"{read.where}: {BOTH_WAYS}={said} is not supported")
     full = [layer.window is None for layer in layers]
     own = _full(read, full)
     kv_heads, heads = own["num_key_value_heads"], layers[0].heads
@@ -42,6 +45,7 @@ def refined(read: Reader, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...
     head = {"kv_heads": kv_heads, "head_dim": own["head_dim"], "v_head_dim": own["head_dim"]}
     head |= {"values_are_keys": read.boolean("attention_k_eq_v", False)}
     common: dict[str, Any] = {"value_norm": True, "softmax_scale": 1.0, "output_scale": True}
+    common["experts"] = _experts(read)
     out = [
         dataclasses.replace(layer, **common, **(head if is_full else {}))
         for layer, is_full in zip(layers, full, strict=True)
@@ -49,16 +53,15 @@ def refined(read: Reader, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...
     return _with_inputs(read, _sharing(read, out))
 
 
-def _check(read: Reader) -> None:
-    if read.boolean("enable_moe_block", False):
-        raise TurboqError(
-            f"{read.where}: enable_moe_block=True is not supported: Gemma 4 without experts is "
-            "(E2B, E4B, 31B)"
-        )
-    # "vision" is of tokens of pictures alone.
-    if read.config.get(BOTH_WAYS) not in (None, "vision"):
-        said = quoted(read.config[BOTH_WAYS])
-        raise TurboqError(f"{read.where}: {BOTH_WAYS}={said} is not supported")
+def _experts(read: Reader) -> Experts | None:
+    """Experts beside every layer's MLP."""
+    if not read.boolean("enable_moe_block", False):
+        return None
+    count, chosen = read.integer("num_experts"), read.integer("top_k_experts")
+    if chosen > count:
+        raise TurboqError(f"{read.where}: top_k_experts={chosen} of {count} experts")
+    inner = read.integer("moe_intermediate_size")
+    return Experts(count=count, chosen=chosen, intermediate=inner, renormalised=True, beside=True)
 
 
 def _full(read: Reader, full: list[bool]) -> dict[str, int]:

@@ -156,11 +156,12 @@ def join_feed_forward(
     """
     read = before if spec.parallel else x
     assert read is not None
-    n = pre_normed(spec, params, read, "mlp_norm")
-    mlp = gated_mlp if spec.gated else plain_mlp
     if spec.experts is not None:
-        mlp = experts.mixture
-    return stream.leave(spec, params, add(spec, params, x, mlp(spec, params, n), "mlp_post_norm"))
+        y = experts.mixture(spec, params, read)
+    else:
+        mlp = gated_mlp if spec.gated else plain_mlp
+        y = mlp(spec, params, pre_normed(spec, params, read, "mlp_norm"))
+    return stream.leave(spec, params, add(spec, params, x, y, "mlp_post_norm"))
 
 
 def attention_half(

@@ -370,7 +370,8 @@ FAMILIES: dict[str, Family] = {
         scaled_embedding=True,
         by_layer=True,
         reads=frozenset({
-            "final_logit_softcapping", config_gemma4.SHARED, config_gemma4.BOTH_WAYS,
+            "final_logit_softcapping", "num_experts", config_gemma4.SHARED,
+            config_gemma4.BOTH_WAYS,
         }),
     ),
 }  # fmt: skip

@@ -134,7 +134,16 @@ EXPERT = {
 GPT_OSS_ROUTING = {"router": "mlp.router.weight", "router_bias": "mlp.router.bias"}
 GRANITE_ROUTING = {"router": "block_sparse_moe.router.layer.weight"}
 MIXTRAL_ROUTING = {"router": "block_sparse_moe.gate.weight"}
+GEMMA4_ROUTING = {
+    "router": "router.proj.weight",
+    "router_scale": "router.scale",
+    "expert_factor": "router.per_expert_scale",
+    "expert_norm": "pre_feedforward_layernorm_2.weight",
+    "expert_post_norm": "post_feedforward_layernorm_2.weight",
+    "mlp_own_post_norm": "post_feedforward_layernorm_1.weight",
+}
 ROUTINGS = {
+    "gemma4_text": GEMMA4_ROUTING,
     "mixtral": MIXTRAL_ROUTING,
     "gpt_oss": GPT_OSS_ROUTING,
     "glm4_moe": DEEPSEEK_ROUTING,

@@ -42,11 +42,11 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
         shapes["attn_gate"] = (o, m)
     if spec.pre_norms and not spec.parallel:
         shapes["mlp_norm"] = (m,)
-    if spec.experts is None:
+    if spec.experts is None or spec.experts.beside:
         shapes |= mlp_shapes(m, f)
         if not spec.gated:
             del shapes["gate"]
-    else:
+    if spec.experts is not None:
         shapes["router"] = (spec.experts.count, m)
         if spec.experts.bias:
             shapes["router_bias"] = (spec.experts.count,)
@@ -55,6 +55,9 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
         if spec.experts.shared:
             shapes |= {"shared_router": (1, m)} if spec.experts.shared_gate else {}
             shapes |= mlp_shapes(m, spec.experts.shared, "shared_")
+        if spec.experts.beside:
+            shapes |= {"router_scale": (m,), "expert_factor": (spec.experts.count,)}
+            shapes |= dict.fromkeys(("expert_norm", "expert_post_norm", "mlp_own_post_norm"), (m,))
     if spec.post_norms:
         shapes |= {"attn_post_norm": (m,), "mlp_post_norm": (m,)}
     if spec.qkv_bias:

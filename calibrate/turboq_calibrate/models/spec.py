@@ -16,7 +16,8 @@ Norm = Literal["rms", "layer", "centred"]  # "layer": less the mean, with a bias
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experts:
-    """A mixture of experts in place of one MLP (`experts.route` says how they are chosen)."""
+    """A mixture of experts in place of one MLP, or `beside` it (`experts.route` says how they are
+    chosen)."""
 
     count: int
     chosen: int  # per token
@@ -31,6 +32,9 @@ class Experts:
     chosen_groups: int = 1
     group_best: int = 1  # a group is as good as the sum of so many of its best scores
     scale: float = 1.0  # of the weights
+    # Gemma 4: an MLP and the experts are each normalised before and after, the router reads the
+    # residual, normalised and multiplied by a weight, and each expert has a factor of its own.
+    beside: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,7 @@ class LayerSpec:
     """One decoder layer. Hashable: two equal specs share one compiled function."""
 
     hidden: int
-    intermediate: int  # of the one MLP; 0 where there are experts
+    intermediate: int  # of the one MLP; 0 where there are experts alone
     heads: int
     kv_heads: int  # 0: the layer keeps no KV cache
     head_dim: int  # of q and k

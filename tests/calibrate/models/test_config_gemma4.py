@@ -32,6 +32,11 @@ SIZES = {
 }  # fmt: skip
 
 
+MOE = {
+    "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 12,
+}  # fmt: skip
+
+
 def small(**fields):
     """A small valid configuration."""
     return {
@@ -82,6 +87,13 @@ def test_e2b_shares_caches_as_the_planner_counts_them():
     assert {layer.own_input_at for layer in spec.layers} == {1536 + spec.shared}
 
 
+def test_experts_are_beside_the_mlp():
+    layer = model_spec(small(**MOE), "x").layers[0]
+    assert (layer.intermediate, layer.experts.beside, layer.experts.chosen) == (20, True, 2)
+    assert layer.experts.renormalised
+    assert model_spec(small(**MOE | {"enable_moe_block": False}), "x").layers[0].experts is None
+
+
 def test_transformers_own_way_to_say_it_is_the_same():
     said = small(attention_k_eq_v=True, num_global_key_value_heads=1)
     plain = {k: v for k, v in said.items() if "global" not in k}
@@ -94,9 +106,9 @@ def test_transformers_own_way_to_say_it_is_the_same():
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"enable_moe_block": True, "num_experts": 4}, "num_experts=4 is not supported"),
-        ({"enable_moe_block": True}, "enable_moe_block=True is not supported: Gemma 4 without"),
-        ({"use_bidirectional_attention": "all"}, 'use_bidirectional_attention="all" is not'),
+        ({"enable_moe_block": True}, "num_experts is missing"),
+        (MOE | {"top_k_experts": 5}, "top_k_experts=5 of 4 experts"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all' is not"),
         ({"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 99},
          "vocab_size_per_layer_input=99 must be vocab_size=100"),
         ({"num_kv_shared_layers": 3}, "num_kv_shared_layers=3 of 4 layers leaves full or sliding"),
@@ -107,7 +119,7 @@ def test_transformers_own_way_to_say_it_is_the_same():
         ({"rope_parameters": {FULL: {"rope_type": "proportional", "partial_rotary_factor": 1.5}}},
          "partial_rotary_factor=1.5 of head_dim=16 must be at least one pair"),
         ({"rope_parameters": {SLIDING: {"rope_type": "proportional"}}},
-         'rope type "proportional" is not supported'),
+         "rope type 'proportional' is not supported"),
         ({"global_head_dim": 15}, "head_dim=15 must be even"),
     ],
 )  # fmt: skip

@@ -64,6 +64,7 @@ FAMILIES = (
     "granitemoe",
     "glm4_moe",
     "gemma4",
+    "gemma4_moe",
     "gemma4_vision",
 )
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -148,7 +149,7 @@ def test_golden_families_cover_what_they_claim():
         "cohere2",
         *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
         *("mistral", "ministral", "ministral3", "granitemoe", "glm4_moe"),
-        *["gemma4_text"] * 2,
+        *["gemma4_text"] * 3,
     ]
     assert first["llama3"].rope.scaling.type == "llama3"
     assert first["llama_bias"].rope.scaling == Scaling(type="linear", factor=2.5)
