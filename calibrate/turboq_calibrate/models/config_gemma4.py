@@ -125,10 +125,10 @@ def _sharing(read: Reader, layers: list[LayerSpec]) -> list[LayerSpec]:
 
 def _with_inputs(read: Reader, layers: list[LayerSpec]) -> tuple[LayerSpec, ...]:
     """The layers with inputs of their own, which stand in the stream behind what is shared."""
-    size = read.count("hidden_size_per_layer_input", 256)
+    size = read.count("hidden_size_per_layer_input", 0)
     if not size:
         return tuple(layers)
-    vocab, tokens = read.integer("vocab_size"), read.integer("vocab_size_per_layer_input", 262144)
+    vocab, tokens = read.integer("vocab_size"), read.integer("vocab_size_per_layer_input")
     if tokens != vocab:
         raise TurboqError(
             f"{read.where}: vocab_size_per_layer_input={tokens} must be vocab_size={vocab}"

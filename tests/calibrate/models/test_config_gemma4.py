@@ -26,7 +26,8 @@ SIZES = {
     },
     "gemma-4-e2b": {
         "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35,
-        "num_key_value_heads": 1, "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "num_kv_shared_layers": 20,
+        "use_double_wide_mlp": True,
         "layer_types": [*[SLIDING] * 4, FULL] * 7, "final_logit_softcapping": 30.0,
     },
 }  # fmt: skip
