@@ -371,7 +371,7 @@ def make_family(family: str) -> None:
         **seen,
     )
     if (model.config.get_text_config().rope_parameters or {}).get("rope_type") == "longrope":
-        # A token behind the original context: every key turns as in long sequences.
+        # Tokens behind the original context: every key of the batch turns as in long sequences.
         far = positions + np.array([[0], [200]])
         logits_far, seen_far = run(model, tokens, far)
         far_file = {"tokens": tokens.astype(np.int32), "positions": far.astype(np.int32)}
@@ -440,7 +440,8 @@ Each folder: a tiny `transformers` checkpoint with all weights random, norms and
 (stored in float32, float16 or bfloat16), and `golden.npz`: tokens, positions, float32 logits, and
 q, k, v of each layer [B, T, heads, D] as transformers' attention interface sees them (`eager`
 attention gave the same logits bit for bit). Of latent attention also what transformers caches:
-`c`, latent vectors, and `r`, the rotated part.
+`c`, latent vectors, and `r`, the rotated part. `golden_long.npz`: the same tokens, some of them
+behind longrope's original context.
 
 | folder | model type | what it covers |
 |---|---|---|
