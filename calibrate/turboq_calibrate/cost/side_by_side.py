@@ -151,7 +151,8 @@ class Run:
 class Engine:
     """A model, its candidates, and the exact predictions on a few windows tokens [W, T].
 
-    Keeps 4 W T V bytes of log-probabilities; every `Run` 4 W T (M (L + 1) + 2 K D L).
+    Keeps 4 W T V bytes of log-probabilities; every `Run` 4 W T (Z (L + 1) + 2 K D L), Z
+    channels of the stream (`models.stream`).
 
     Raises:
       TurboqError: a layer with its own cache has no candidates, or the windows are too short.
