@@ -52,6 +52,7 @@ MECHANISMS = (
     "qwen3_next",  # gated delta-nets without keys and values beside gated attention
     "deepseek_v3",  # one latent vector of all heads, experts in groups
     "cohere2",  # attention and MLP side by side
+    "gemma4",  # caches that two layers read, heads by layer, inputs of layers
 )
 ASKED = os.environ.get("TURBOQ_FAMILIES", "")
 FAMILIES = EVERY if ASKED == "all" else ASKED.split(",") if ASKED else MECHANISMS

@@ -60,6 +60,17 @@ GEMMA = {
     "sliding_window": 5,
     "tie_word_embeddings": True,
 }
+GEMMA4 = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "intermediate_size": 20,
+    "sliding_window": 5,
+    "tie_word_embeddings": True,
+    "vocab_size_per_layer_input": 96,
+    "pad_token_id": 1,
+}
 GLM = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -122,6 +133,16 @@ VISION = {
     "num_attention_heads": 1,
     "image_size": 8,
     "patch_size": 4,
+}
+VISION4 = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "patch_size": 4,
+    "position_embedding_size": 4,
 }
 WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -313,6 +334,31 @@ FAMILIES = {
                  "layer_types": ["full_attention", "sliding_attention"]},
         torch.bfloat16, None, None, None,
     ),
+    "gemma4": (
+        "gemma4_text",
+        GEMMA4 | {"num_hidden_layers": 5, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+                  "hidden_size_per_layer_input": 12, "final_logit_softcapping": 2.0,
+                  "layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 2,
+                                  "full_attention"]},
+        torch.bfloat16, None, None, None,
+    ),
+    "gemma4_moe": (
+        "gemma4_text",
+        GEMMA4 | {"num_hidden_layers": 2, "enable_moe_block": True, "num_experts": 4,
+                  "top_k_experts": 2, "moe_intermediate_size": 12,
+                  "hidden_size_per_layer_input": 0,
+                  "layer_types": ["sliding_attention", "full_attention"]},
+        torch.bfloat16, None, None, None,
+    ),
+    "gemma4_vision": (
+        "gemma4",
+        GEMMA4 | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1,
+                  "attention_k_eq_v": True, "num_global_key_value_heads": 2,
+                  "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision",
+                  "final_logit_softcapping": 2.0, "attention_bias": True,
+                  "layer_types": ["sliding_attention", "full_attention"]},
+        torch.bfloat16, None, None, None,
+    ),
     "olmo2": (
         "olmo2",
         {"intermediate_size": 20, "rope_parameters": rope(theta=5e5)},
@@ -403,6 +449,9 @@ COVERS = {
     "gemma2": "soft caps, 1 + weight norms on both sides, GELU, scaled embedding",
     "gemma3": "windows and rotary embeddings by layer, every sixth full",
     "gemma3_vision": "the decoder as a part of a model that also sees",
+    "gemma4": "shared caches, inputs of layers, heads by layer, proportional rotation",
+    "gemma4_moe": "experts beside an MLP, each with a factor and norms of its own",
+    "gemma4_vision": "values of keys, KV heads by layer, a part of a model that also sees",
     "olmo2": "norms after attention and MLP alone, QK-norm over whole projections",
     "smollm3": "layers without a rotary embedding",
     "granite": "factors on embedding, residual, attention and logits, biases",

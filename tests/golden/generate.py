@@ -38,6 +38,7 @@ from families import (
     SEEING,
     UNREAD,
     VISION,
+    VISION4,
     WORD,
 )
 from safetensors.torch import load_file, save_file
@@ -60,6 +61,8 @@ def build(family: str) -> transformers.PreTrainedModel:
     fields = BASE | settings
     if model_type in ("gemma3", "mistral3"):  # the decoder is a part of a model that also sees
         fields = {"text_config": fields, "vision_config": VISION}
+    if model_type == "gemma4":
+        fields = {"text_config": fields, "vision_config": VISION4}
     kind = transformers.AutoModelForCausalLM
     if model_type == "mistral3":
         fields["tie_word_embeddings"] = False  # its class says otherwise
@@ -79,14 +82,22 @@ def build(family: str) -> transformers.PreTrainedModel:
                 value = noise * (unit if "embed" in name else p.shape[-1] ** -0.5)
             else:
                 # Others add it themselves; the gated norm of a delta-net does not.
-                centred = "gemma" in model_type or model_type.startswith(("qwen3_5", "qwen3_next"))
+                centred = model_type.startswith(("gemma2", "gemma3", "qwen3_5", "qwen3_next"))
                 one = name.endswith("norm.weight") and not centred
                 one |= name.endswith("linear_attn.norm.weight")
+                one |= "gemma4" in model_type and name.endswith(
+                    ("scale", "norm_1.weight", "norm_2.weight")
+                )
                 value = 1 + 0.3 * noise if one else 0.3 * noise
+                if model_type.startswith("gemma4") and name.endswith("q_norm.weight"):
+                    value *= 0.3  # there is no softmax scale
             p.copy_(value.to(stored).float())
         for name, p in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+            if name.endswith("layer_scalar"):
+                value = 1 + 0.2 * torch.randn(p.shape, generator=generator)
+                p.copy_(value.to(stored).float())
         if family.endswith("fp8"):
             pack_blocks(model)
         if family.endswith("mxfp4"):
@@ -359,6 +370,12 @@ def make_family(family: str) -> None:
         logits=logits,
         **seen,
     )
+    if (model.config.get_text_config().rope_parameters or {}).get("rope_type") == "longrope":
+        # Tokens behind the original context: every key of the batch turns as in long sequences.
+        far = positions + np.array([[0], [200]])
+        logits_far, seen_far = run(model, tokens, far)
+        far_file = {"tokens": tokens.astype(np.int32), "positions": far.astype(np.int32)}
+        np.savez(folder / "golden_long.npz", **far_file, logits=logits_far, **seen_far)
     tokenizer = None
     if kind is not None:
         tokenizer = make_tokenizer(kind, model.config.vocab_size)
@@ -423,7 +440,8 @@ Each folder: a tiny `transformers` checkpoint with all weights random, norms and
 (stored in float32, float16 or bfloat16), and `golden.npz`: tokens, positions, float32 logits, and
 q, k, v of each layer [B, T, heads, D] as transformers' attention interface sees them (`eager`
 attention gave the same logits bit for bit). Of latent attention also what transformers caches:
-`c`, latent vectors, and `r`, the rotated part.
+`c`, latent vectors, and `r`, the rotated part. `golden_long.npz`: the same tokens, some of them
+behind longrope's original context.
 
 | folder | model type | what it covers |
 |---|---|---|

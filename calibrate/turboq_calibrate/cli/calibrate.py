@@ -61,6 +61,8 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq_calibrate.run.progress import phases
 
     if values.captured is not None:
+        if values.long_context:
+            raise TurboqError("--long_context: transformers chooses by itself with --captured")
         captured(values)
         return
     if values.coordinator is not None:
@@ -68,7 +70,9 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     shard = None if values.shard is None else Shard.parse(values.shard)
     recipe, mesh = common.recipe_of(values), mesh_of(values)
     # Each layer is read twice, so there is little to gain from keeping them all.
-    model = load_model(values.model, dtype=values.model_dtype, resident=False)
+    model = load_model(
+        values.model, dtype=values.model_dtype, resident=False, long_context=values.long_context
+    )
     check_dims(spec_geometry(model.spec, "not read yet"))
     with phases(*common.observing(values, model)):
         _observe(values, model, recipe, shard, mesh)

@@ -36,12 +36,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 CODEC_FIELDS = ("rotation", "scale_rule", "scale", "scale_dtype", "codebook", "sketch", "dtype")
 
 
-def model(values: flags.FlagValues, default: str | None = "embedded") -> None:
+def model(values: flags.FlagValues, default: str | None = "embedded", *, runs: bool = True) -> None:
     flags.DEFINE_string(
         "model", default, "Model: a Hugging Face folder, its name on the hub (Qwen/Qwen3-0.6B: "
         "downloaded where a network is), a .gguf file, 'embedded' (SmolLM2-135M-Instruct), or "
         "'gemma3-270m' (Gemma 3 270M of the extra gemma3, under the Gemma Terms of Use).",
         flag_values=values,
+    )  # fmt: skip
+    if not runs:
+        return
+    flags.DEFINE_bool(
+        "long_context", False, "Of a model with longrope (Phi-3, Phi-4-mini): rotate as in "
+        "sequences longer than its original context, at all lengths.", flag_values=values,
     )  # fmt: skip
 
 

@@ -72,7 +72,12 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
     from turboq_calibrate.models import load_model
     from turboq_calibrate.run.progress import phases
 
-    model = load_model(values.model, dtype=values.model_dtype, resident=not values.stream)
+    model = load_model(
+        values.model,
+        dtype=values.model_dtype,
+        resident=not values.stream,
+        long_context=values.long_context,
+    )
     plans = named_plans.load_all(values, model)
     own = common.own_texts(values) * max(1, len(common.listed(values, "lengths")))
     with phases(*own, "evaluate"):

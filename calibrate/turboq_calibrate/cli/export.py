@@ -121,7 +121,7 @@ def _measure(values: flags.FlagValues) -> Measure:
     from turboq_calibrate.run.progress import phases
 
     def measure(ours, engine) -> Kl:
-        model = load_model(values.model)
+        model = load_model(values.model, long_context=values.long_context)
         common.check_model(ours[0], model_geometry(model))
         with phases(*common.own_texts(values), "evaluate"):
             texts = common.texts_of(values, model)

@@ -74,7 +74,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
         sampling = Sampling(temperature=values.temperature, top_p=values.top_p, seed=values.seed)
     if "" in values.stop:
         raise TurboqError("--stop: an empty text would end every answer")
-    model = load_model(values.model, dtype=values.model_dtype)
+    model = load_model(values.model, dtype=values.model_dtype, long_context=values.long_context)
     rows = _rows(values, model)
     tokenizer = model.tokenizer
     texts = _prompts(values, tokenizer)

@@ -46,7 +46,7 @@ def define(values: flags.FlagValues) -> None:
         "--budget=LOW..HIGH), of which --memory_gib chooses the rung.",
         flag_values=values,
     )
-    common.model(values, None)
+    common.model(values, None, runs=False)
     flags.DEFINE_string(
         "geometry", None, "Named geometry such as llama-3-8b, or LAYERSxKVHEADSxDIM; 'list' "
         "prints the names.", flag_values=values,

@@ -217,7 +217,9 @@ def _one_codec(values: flags.FlagValues) -> None:
     from turboq_calibrate.observe.statistics_files import load_statistics
 
     statistics = load_statistics(values.statistics) if values.statistics else None
-    geometry = model_geometry(load_model(values.model, resident=False))
+    geometry = model_geometry(
+        load_model(values.model, resident=False, long_context=values.long_context)
+    )
     rope = values.k_rope or "after"
     sides = common.sides_of_flags(values)
     codecs = {which: common.template(sides[which], which, geometry) for which in SIDES}
@@ -259,7 +261,7 @@ def _observed(
 
     model = None
     if values.check or values.statistics is None:
-        model = load_model(values.model)
+        model = load_model(values.model, long_context=values.long_context)
     steps = ["fit", "costs", *["evaluate"] * values.check]
     if values.statistics is None:
         assert model is not None
@@ -277,7 +279,9 @@ def _observed(
     if model is not None:
         geometry = model_geometry(model)
     elif values["model"].present:  # not needed, but its statistics these should be
-        geometry = model_geometry(load_model(values.model, resident=False))
+        geometry = model_geometry(
+            load_model(values.model, resident=False, long_context=values.long_context)
+        )
     else:
         geometry = statistics.geometry
     return model, statistics, geometry, steps

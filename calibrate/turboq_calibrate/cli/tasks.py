@@ -56,7 +56,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> None:
 
     tasks = tasks_of(common.listed(values, "tasks"))
     depths = _depths(common.listed(values, "depths"))
-    model = load_model(values.model, dtype=values.model_dtype)
+    model = load_model(values.model, dtype=values.model_dtype, long_context=values.long_context)
     lengths = common.lengths_of(values, model.spec)
     plans = named_plans.load_all(values, model)
     settle(make_folder(values.out))

@@ -40,6 +40,7 @@ from turboq_calibrate.models.decoder import (
     sinks_of,
 )
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
+from turboq_calibrate.models.stream import lend
 
 EXACT = -1  # the choice of a unit that is not quantized
 
@@ -150,7 +151,8 @@ class Run:
 class Engine:
     """A model, its candidates, and the exact predictions on a few windows tokens [W, T].
 
-    Keeps 4 W T V bytes of log-probabilities; every `Run` 4 W T (M (L + 1) + 2 K D L).
+    Keeps 4 W T V bytes of log-probabilities; every `Run` 4 W T (Z (L + 1) + 2 K D L), Z
+    channels of the stream (`models.stream`).
 
     Raises:
       TurboqError: a layer with its own cache has no candidates, or the windows are too short.
@@ -213,25 +215,29 @@ class Engine:
         self, i: int, x: Array, choices: np.ndarray, *,
         added: dict[str, Array] | None = None, keep: bool = False,
     ) -> tuple[Array, dict[str, Array]]:  # fmt: skip
-        """Layer i for all rows; x holds either every row or one window set that they share."""
+        """Layer i for all rows; x holds either every row or one window set that they share.
+
+        A layer that reads another's cache makes of its exact K and V what the owner made of them.
+        """
         spec, params = self.model.spec.layers[i], self.model.layer(i)
         rows = len(choices) * self.windows
-        if not spec.owns_cache:
+        owner = spec.cache_at(i)
+        if owner not in self._stored:
             x = _repeat(x, rows)
             where = self.positions(rows)
             return run_layer(spec, params, x, where, exact_attend, None)[0], {}
         where = self.positions(x.shape[0])
         q, k, v = run_project(spec, params, x, where)
         clean, used = {"k": _repeat(k, rows), "v": _repeat(v, rows)}, {}
-        stored = self._stored[i]
+        stored = self._stored[owner]
         coded = _to_stored(stored, k, v, where)
         values: dict[Side, Array] = {"k": coded[0], "v": coded[1]}
         hat = {side: _repeat(y, rows) for side, y in values.items()}
         for side, y in values.items():
-            choice = np.repeat(choices[:, self._choice_rows[i, side]], self.windows, axis=0)
+            choice = np.repeat(choices[:, self._choice_rows[owner, side]], self.windows, axis=0)
             used[side] = jnp.asarray(choice != EXACT)
             for c in [] if added is not None else np.unique(choice[choice != EXACT]):
-                new = _repeat(quantized(self.table.options[i, side][c], y), rows)
+                new = _repeat(quantized(self.table.options[owner, side][c], y), rows)
                 hat[side] = _take(jnp.asarray(choice == c), new, hat[side])
         used = _together(stored, used)
         if added is not None:
@@ -241,7 +247,7 @@ class Engine:
             # A head of which nothing is quantized is exact, whatever turning it rounds.
             hat = {s: _take(used[s], y, clean[s]) for s, y in zip(SIDES, read, strict=True)}
         errors = {side: hat[side] - clean[side] for side in SIDES} if keep else {}
-        x = _repeat(x, rows)
+        x = lend(spec, _repeat(x, rows), clean["k"], clean["v"])
         y = finish(spec, self.policy, params, x, _repeat(q, rows), clean, hat, used)
         return run_feed_forward(spec, params, y, x), errors
 

@@ -61,9 +61,10 @@ def first_broken(
     """
     tokens = window[None]
     positions, x = default_positions(jnp.asarray(tokens)), embed_tokens(model, tokens)
-    for i, (spec, layer) in enumerate(zip(model.spec.layers, layers, strict=True)):
+    for i, spec in enumerate(model.spec.layers):
+        layer = layers[spec.cache_at(i)]
         x, seen = run_layer(spec, model.layer(i), x, positions, _look, layer)
-        for side in ("k", "v") if layer is not None else ():
+        for side in ("k", "v") if spec.owns_cache and layer is not None else ():
             broken, norms = (np.asarray(a)[0] for a in seen[side])  # [T, K]
             if not broken.any():
                 continue

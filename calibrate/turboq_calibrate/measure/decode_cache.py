@@ -1,6 +1,7 @@
 """The packed cache of a whole model while it decodes: made once, fed some tokens at a time.
 
-Layers without keys and values (gated delta-nets) have their state beside it.
+Layers without keys and values (gated delta-nets) have their state beside it. A layer that reads the
+cache of another appends the same tokens to it as it was before them, and drops what that makes.
 """
 
 from __future__ import annotations
@@ -23,11 +24,26 @@ from turboq_calibrate.models.spec import LayerSpec
 from turboq_kernels import columns
 
 
+def shared(spec: LayerSpec) -> bool:
+    """Whether the layer reads a cache that others read too."""
+    return spec.lends or spec.borrows_cache_of is not None
+
+
 class Recurrent:
-    """The states of gated delta-nets, by layer; none before the first token."""
+    """The states of gated delta-nets, by layer; none before the first token.
+
+    And the caches that several layers read as they were before the tokens at hand, by owner.
+    """
 
     def __init__(self):
         self.recurrent: dict[int, delta_net.State] = {}
+        self.lent: dict[int, Any] = {}
+
+    def found(self, i: int, spec: LayerSpec, state: Any) -> Any:
+        """What a layer appends to: the owner's `state`, of a borrower that of before its owner."""
+        if spec.lends:
+            self.lent[i] = state
+        return state if spec.owns_cache else self.lent[i]
 
     def mix(
         self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array, *,
@@ -64,10 +80,12 @@ class ByLayer(Recurrent):
         self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array, *,
         keep: bool, counts: Array | None = None,
     ) -> Array:  # fmt: skip
+        found = self.found(i, spec, self.states[i])
         # Its own copy of the counts: the state is donated.
-        given = dataclasses.replace(self.states[i], counts=_copied(counts))
-        x, state = run_layer(spec, params, x, positions, self.attend, given, donate=not keep)
-        if not keep:
+        given = dataclasses.replace(found, counts=_copied(counts))
+        donate = not (keep or shared(spec))
+        x, state = run_layer(spec, params, x, positions, self.attend, given, donate=donate)
+        if not keep and spec.owns_cache:
             self.states[i] = state
         return x
 
@@ -102,12 +120,13 @@ class OnePool(Recurrent):
         keep: bool, counts: Array | None = None,
     ) -> Array:  # fmt: skip
         pool = self.form.pool_of[i]
-        state = Pooled(
-            layer=self.states[i], words=self.pools[pool], matrices=self.matrices[i],
-            counts=_copied(counts),
-        )  # fmt: skip
-        x, state = run_layer(spec, params, x, positions, self.attend, state, donate=not keep)
-        if not keep:  # a layer reads its own columns only: the next one needs none of these
+        found = self.found(i, spec, (self.states[i], self.pools[pool], self.matrices[i]))
+        state = Pooled(layer=found[0], words=found[1], matrices=found[2], counts=_copied(counts))
+        donate = not (keep or shared(spec))
+        x, state = run_layer(spec, params, x, positions, self.attend, state, donate=donate)
+        if (
+            not keep and spec.owns_cache
+        ):  # a layer reads its own columns only: the next one needs none of these
             self.states[i], self.pools[pool] = state.layer, state.words
             self.matrices[i] = state.matrices
         return x
@@ -169,13 +188,16 @@ def feed(
     positions = jnp.broadcast_to(at, (batch, count))
     x = embed_tokens(model, tokens)
     cache.hold(count)
-    owner = 0
+    number = {
+        i: n for n, i in enumerate(i for i, s in enumerate(model.spec.layers) if s.owns_cache)
+    }
     for i, spec in enumerate(model.spec.layers):
         if spec.delta is not None:
             x = cache.mix(i, spec, model.layer(i), x, positions, keep=keep, counts=counts)
             continue
-        x = cache.layer(owner, spec, model.layer(i), x, positions, keep=keep, counts=counts)
-        owner += 1
+        own = number[spec.cache_at(i)]
+        x = cache.layer(own, spec, model.layer(i), x, positions, keep=keep, counts=counts)
+    cache.lent.clear()
     if count > 1:  # what only the chunk's own queries needed is given up
         cache.hold(1)
     if counts is not None and last not in (1, count):

@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from turboq.cache.layer import KVLayer
-from turboq.errors import TurboqError
 from turboq_calibrate.cost import metrics
 from turboq_calibrate.measure.decode_cache import feed, open_cache
 from turboq_calibrate.models import Model
@@ -33,12 +32,7 @@ def step_by_step(
 
     The tokens before them are prefilled. `exact` is the exact model's last hidden state; `step` is
     called after the prefill and after every token.
-
-    Raises:
-      TurboqError: a layer reads the cache of another.
     """
-    if any(spec.borrows_cache_of is not None for spec in model.spec.layers):
-        raise TurboqError("layers that read another layer's cache are not decoded step by step")
     owned = [layer for layer in layers if layer is not None]
     batch, length = tokens.shape
     first = length - 1 - steps

@@ -33,7 +33,8 @@ def hidden_states(
 ) -> tuple[dict[str | None, Array], dict[str, list[dict[str, np.ndarray]]]]:
     """Last hidden states of the exact model (key None) and of every plan, and the head errors.
 
-    `plans` hold what the plug takes for every layer: a `KVLayer`, a `Fresh` cache, or None.
+    `plans` hold what the plug takes for every layer: a `KVLayer`, a `Fresh` cache, or None of one
+    without a cache of its own.
     """
     positions = default_positions(jnp.asarray(tokens))
     start = embed_tokens(model, tokens)
@@ -43,8 +44,10 @@ def hidden_states(
         params = model.layer(i)
         hidden[None], _ = run_parts(spec, params, hidden[None], positions, _exact, None)
         for name, layers in plans.items():
-            hidden[name], errors = run_parts(spec, params, hidden[name], positions, plug, layers[i])
-            found[name].append(errors or {})
+            read = layers[spec.cache_at(i)]
+            hidden[name], errors = run_parts(spec, params, hidden[name], positions, plug, read)
+            # A cache's errors are those of the layer that owns it.
+            found[name].append((spec.owns_cache and errors) or {})
         jax.block_until_ready(list(hidden.values()))
         step()
     return hidden, jax.tree.map(lambda x: np.asarray(x, np.float64), found)

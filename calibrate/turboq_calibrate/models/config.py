@@ -15,7 +15,7 @@ from turboq.errors import TurboqError, quoted
 from turboq.hub_cache import snapshot_hint
 from turboq.json_object import read_object
 from turboq.what_fits import from_config
-from turboq_calibrate.models import cache_check, hf_fp8
+from turboq_calibrate.models import cache_check, config_gemma4, hf_fp8
 from turboq_calibrate.models.config_delta import read_delta
 from turboq_calibrate.models.config_experts import read_experts
 from turboq_calibrate.models.config_fields import Reader
@@ -28,6 +28,8 @@ from turboq_calibrate.models.spec import DeltaNet, LayerSpec, ModelSpec
 
 _QUANTIZED = "quantization_config"
 MAX_LAYERS = 10_000
+OTHER_FORM = ", or read it with --long_context (long_context=True)"
+ONE_FORM = "long_context is for longrope alone, this model has one form: leave it out"
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 EMBEDDING_FACTOR = "embedding_multiplier"
 FACTORS = ("logit_scale", EMBEDDING_FACTOR, "residual_multiplier", "logits_scaling")
@@ -65,15 +67,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_object(path)
 
 
-def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
+def model_spec(config: dict[str, Any], name: str, *, long_context: bool = False) -> ModelSpec:
     """The geometry that a configuration describes.
 
     Args:
       config: the parsed `config.json`.
       name: what to call the model, also in errors.
+      long_context: longrope in its form for sequences longer than the original context.
 
     Raises:
-      TurboqError: unsupported family or field, a missing or a nonsensical value.
+      TurboqError: unsupported family or field, a missing or a nonsensical value; `long_context` of
+        a model that rotates long sequences as short ones.
     """
     whole, inside = config, config.get("model_type") in tuple(WRAPPERS)
     config = _decoder_part(config, name) if inside else config
@@ -87,7 +91,7 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
         )
     where = f"{name}: config.json of model_type {quoted(family)}"
     read = Reader({**row.defaults, **config}, where)
-    reads = row.reads - UNREAD_INSIDE if inside else row.reads
+    reads = row.reads - UNREAD_INSIDE.get(whole["model_type"], frozenset()) if inside else row.reads
     for key, value in config.items():
         neutral = not value or (key in NEUTRAL_AT_1 and value == 1 and value is not True)
         if not neutral and key not in reads and (key in REFUSED or _is_factor(key)):
@@ -95,7 +99,15 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
     _check_unquantized(read, row)
     hidden, context = read.integer("hidden_size"), read.integer("max_position_embeddings")
     rotation = rotation_of(read, row.rotation) if row.latent else row.rotation
-    ropes = read_ropes(read, _head_dim(read, row), context, rotation)
+    rotation = dataclasses.replace(rotation, long=long_context)
+    windows = row.windows(read, _count(read))
+    full_dim = None
+    if row.by_layer:
+        full_dim = config_gemma4.full_head_dim(read, [window is None for window in windows])
+    ropes = read_ropes(read, _head_dim(read, row), context, rotation, full_dim)
+    if long_context and ropes[0].forms == 1:
+        raise TurboqError(f"{where}: {ONE_FORM}")
+    layers = _layers(read, row, ropes, windows)
     spec = ModelSpec(
         family=str(family),
         name=name,
@@ -105,11 +117,14 @@ def model_spec(config: dict[str, Any], name: str) -> ModelSpec:
         norm_eps=read.number(row.eps, 1e-6),
         norm=row.norm,
         tied_embeddings=read.boolean("tie_word_embeddings", False),
-        layers=_layers(read, row, ropes),
+        layers=layers,
         embed_scale=hidden**0.5 if row.scaled_embedding else _factor(read, row, EMBEDDING_FACTOR),
         norm_offset=row.norm_offset,
         logit_scale=_factor(read, row, "logit_scale") / _factor(read, row, "logits_scaling"),
         logit_softcap=read.optional("final_logit_softcapping"),
+        shared=config_gemma4.shared_channels(layers),
+        own_input=layers[0].own_input,
+        longer=OTHER_FORM if ropes[0].forms == 2 and not long_context else "",
     )
     sizes = {} if inside else {k: v for k, v in row.defaults.items() if k in _SIZES}
     return cache_check.check(spec, lambda: from_config({**sizes, **whole}, name))
@@ -126,10 +141,17 @@ def _is_factor(key: str) -> bool:
     return bool(words & _FACTOR) and not words & _TRAINING and key not in NO_FACTORS
 
 
-def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerSpec, ...]:
+def _count(read: Reader) -> int:
     count = read.integer("num_hidden_layers")
     if count > MAX_LAYERS:
         raise TurboqError(f"{read.where}: num_hidden_layers={count} is above {MAX_LAYERS}")
+    return count
+
+
+def _layers(
+    read: Reader, row: Family, ropes: tuple[Turn, Turn], windows: list[int | None]
+) -> tuple[LayerSpec, ...]:
+    count = len(windows)
     hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
     kv_heads = read.integer("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -166,7 +188,6 @@ def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerS
         **_biases(read, row),
     )
     common = dataclasses.replace(common, **latent)
-    windows = row.windows(read, count)
     deltas = read_delta(read, count) if row.delta else [None] * count
     if row.sliding_rope_only:
         rotated = [window is not None for window in windows]
@@ -174,7 +195,7 @@ def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerS
         rotated = [delta is None for delta in deltas]
     experts = read_experts(read, row.experts, count)
     dense = read.integer("intermediate_size") if None in experts else 0
-    return tuple(
+    layers = tuple(
         dataclasses.replace(
             common if delta is None else _without_attention(common, delta),
             intermediate=dense if mixture is None else 0,
@@ -185,6 +206,7 @@ def _layers(read: Reader, row: Family, ropes: tuple[Turn, Turn]) -> tuple[LayerS
         )
         for window, mixture, turns, delta in zip(windows, experts, rotated, deltas, strict=True)
     )
+    return config_gemma4.refined(read, layers) if row.by_layer else layers
 
 
 def _without_attention(spec: LayerSpec, delta: DeltaNet) -> LayerSpec:

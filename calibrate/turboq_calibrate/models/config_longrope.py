@@ -1,7 +1,9 @@
 """LongRoPE scaling (arXiv 2402.13753, Phi-3) from a `config.json`.
 
 Sequences up to the original context divide each frequency by `short_factor`, longer ones all of
-theirs by `long_factor`: keys of one cache cannot be both, so a model is read as its short form.
+theirs by `long_factor`. Keys of one cache cannot be both, so a model is read in one form: the short
+one up to the original context, or the long one for all lengths, as engines do that are given a
+longer context.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ TYPES = ("longrope", "su")  # one, by its new and its old name
 
 
 def longrope(
-    read: Reader, fields: dict[str, Any], rope: Rope, context: int
+    read: Reader, fields: dict[str, Any], rope: Rope, context: int, *, long: bool
 ) -> tuple[Rope, float, int]:
-    """The rotary embedding of short sequences, the factor on what it rotates, and how long such a
-    sequence may be.
+    """The rotary embedding of long or of short sequences, the factor on what it rotates, and how
+    long such a sequence may be.
 
     Raises:
       TurboqError: a list that does not count the frequencies, a number that is not positive.
@@ -35,8 +37,8 @@ def longrope(
     if magnitude is None:
         magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     magnitude = positive(magnitude, "rope attention_factor", read.where)
-    _divisors(read, fields, "long_factor", rope)
-    return divided(rope, _divisors(read, fields, "short_factor", rope)), magnitude, original
+    divisors = [_divisors(read, fields, f"{form}_factor", rope) for form in ("short", "long")]
+    return divided(rope, divisors[long]), magnitude, context if long else original
 
 
 def original_context(read: Reader, fields: dict[str, Any], default: int | None = None) -> int:

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from turboq.errors import TurboqError, quoted
 from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models.config_fields import Reader, positive
@@ -25,6 +27,8 @@ class Rotation:
     layout: Literal["half", "interleaved"] = "half"
     unscaled_sliding: bool = False  # sliding layers rotate with the same base, not scaled
     defaults: Mapping[str, Any] | None = None  # rope parameters of a file that names none
+    long: bool = False  # longrope is read in its form for long sequences
+    proportional: bool = False  # full layers may turn slower pairs not at all (`_proportional`)
 
 
 class Turn(NamedTuple):
@@ -34,15 +38,21 @@ class Turn(NamedTuple):
     magnitude: float = 1.0
     context: int | None = None  # longer sequences would rotate otherwise
     all_dims: float = 1.0  # factor on whole queries and keys (latent attention)
+    forms: int = 1  # of longrope one is for short sequences, one for long ones
 
 
-def read_ropes(read: Reader, head_dim: int, context: int, rotation: Rotation) -> tuple[Turn, Turn]:
+def read_ropes(
+    read: Reader, head_dim: int, context: int, rotation: Rotation, full_dim: int | None = None
+) -> tuple[Turn, Turn]:
     """Rotary embeddings of full and of sliding layers; the same where a family has but one.
 
-    Scaling that v4 names without a kind of layer is that of full layers.
+    Scaling that v4 names without a kind of layer is that of full layers, whose head dimension is
+    `full_dim` where theirs is another.
     """
-    if head_dim % 2:
-        raise TurboqError(f"{read.where}: head_dim={head_dim} must be even for rotary embedding")
+    full_dim = head_dim if full_dim is None else full_dim
+    for dim in (head_dim, full_dim):
+        if dim % 2:
+            raise TurboqError(f"{read.where}: head_dim={dim} must be even for rotary embedding")
     if rotation.sliding_theta is None and not rotation.unscaled_sliding:
         both = _rope(read, head_dim, context, rotation)
         return both, both
@@ -55,9 +65,10 @@ def read_ropes(read: Reader, head_dim: int, context: int, rotation: Rotation) ->
     full = read.config | {"rope_parameters": by_kind.get(FULL)}
     base = "rope_theta" if rotation.unscaled_sliding else "rope_local_base_freq"
     sliding = {"rope_parameters": by_kind.get(SLIDING), "rope_theta": read.config.get(base)}
-    other = dataclasses.replace(rotation, theta=rotation.sliding_theta or rotation.theta)
+    theta = rotation.sliding_theta or rotation.theta
+    other = dataclasses.replace(rotation, theta=theta, defaults=None, proportional=False)
     return (
-        _rope(Reader(full, read.where), head_dim, context, rotation),
+        _rope(Reader(full, read.where), full_dim, context, rotation),
         _rope(Reader(sliding, f"{read.where}, sliding layers"), head_dim, context, other),
     )
 
@@ -102,17 +113,19 @@ def _rope_of(read: Reader, fields: Any, head_dim: int, context: int, rotation: R
         raise TurboqError(f"{read.where}: rope parameters {quoted(fields)} are not supported")
     theta = _said_once(read, fields, "rope_theta")
     theta = rotation.theta if theta is None else positive(theta, "rope_theta", read.where)
+    kind = _rope_type(read, fields)
+    if kind == "proportional" and rotation.proportional:
+        return Turn(_proportional(read, fields, Rope(theta=theta, dim=head_dim)))
     rope = Rope(theta=theta, dim=_rotated(read, fields, head_dim, rotation), layout=rotation.layout)
 
     def need(key: str, default: Any = None) -> float:
         return positive(fields.get(key, default), f"rope {key}", read.where)
 
-    kind = _rope_type(read, fields)
     match kind:
         case "default":
             return Turn(rope)
         case _ if kind in TYPES:
-            return Turn(*longrope(read, fields, rope, context))
+            return Turn(*longrope(read, fields, rope, context, long=rotation.long), forms=2)
         case "yarn":
             rope, magnitude, all_dims = yarn(read, fields, rope, context)
             return Turn(rope, magnitude, all_dims=all_dims)
@@ -136,6 +149,24 @@ def _rope_of(read: Reader, fields: Any, head_dim: int, context: int, rotation: R
                 "linear, dynamic, llama3, yarn, longrope)"
             )
     return Turn(dataclasses.replace(rope, scaling=scaling))
+
+
+def _proportional(read: Reader, fields: dict[str, Any], rope: Rope) -> Rope:
+    """The first part of a whole head's frequencies (divided by `factor`); other pairs stand still.
+
+    Unlike partial rotation the exponents are those of the whole head.
+    """
+    part = positive(fields.get("partial_rotary_factor", 1.0), "partial_rotary_factor", read.where)
+    turned = int(part * rope.dim // 2)
+    if part > 1 or not turned:
+        raise TurboqError(
+            f"{read.where}: partial_rotary_factor={quoted(part)} of head_dim={rope.dim} must be at "
+            "least one pair of channels, at most all"
+        )
+    factor = positive(fields.get("factor", 1.0), "rope factor", read.where)
+    inv_freq = rope.theta ** -(np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim) / factor
+    inv_freq[turned:] = 0.0
+    return dataclasses.replace(rope, inv_freq=tuple(float(f) for f in inv_freq))
 
 
 def _rotated(read: Reader, fields: dict[str, Any], head_dim: int, rotation: Rotation) -> int:

@@ -92,6 +92,20 @@ def every_nth_full(read: Reader, count: int, n: int) -> Windows:
     return _by_type(read, count, types, _window(read, 4096), "sliding_window is null")
 
 
+def last_full(read: Reader, count: int, n: int) -> Windows:
+    """As `every_nth_full`, but that the last layer is full, as transformers makes it.
+
+    Raises:
+      TurboqError: `layer_types` says that it slides.
+    """
+    if read.config.get("layer_types") is None:
+        return [*every_nth_full(read, count, n)[:-1], None]
+    windows = every_nth_full(read, count, n)
+    if windows[-1] is not None:
+        raise TurboqError(f"{read.where}: layer_types must end with {FULL}")
+    return windows
+
+
 def _switch(read: Reader, default: int | None = 4096) -> int | None:
     return _window(read, default) if read.boolean("use_sliding_window", False) else None
 

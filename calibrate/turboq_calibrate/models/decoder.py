@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from turboq.cache.exact_attention import attention, soft_cap
 from turboq.cache.layer import latent_keys
 from turboq.numbers import rope
-from turboq_calibrate.models import delta_net, experts, latent_attention, streamed_experts
+from turboq_calibrate.models import delta_net, experts, latent_attention, stream, streamed_experts
 from turboq_calibrate.models.primitives import (
     Params,
     add,
@@ -30,6 +30,8 @@ from turboq_calibrate.models.primitives import (
     normed,
     plain_mlp,
     pre_normed,
+    residual,
+    rms_norm,
 )
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
 from turboq_calibrate.models.streamed_experts import Streamed
@@ -41,9 +43,9 @@ Attend = Callable[..., tuple[Array, Any]]
 
 
 def project_qkv(
-    spec: LayerSpec, params: Params, x: Float[Array, "B T M"], positions: Int[Array, "B T"]
+    spec: LayerSpec, params: Params, x: Float[Array, "B T Z"], positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T H Q"], Float[Array, "B T K D"], Float[Array, "B T K Dv"]]:
-    """Queries, keys and values as attention sees them: after bias, QK-norm and rotation.
+    """Queries, keys and values as attention sees them: after bias, norms and rotation.
 
     Of latent attention queries are [B, T, H, E + D]: `latent_attention.project`.
     """
@@ -52,16 +54,13 @@ def project_qkv(
         q, k, v = latent_attention.project(spec, params, n)
         rotated = rotate(spec, (q[..., spec.v_head_dim :], k), positions)
         return jnp.concatenate([q[..., : spec.v_head_dim], rotated[0]], axis=-1), rotated[1], v
-    batch, time = x.shape[:2]
-    q, k, v = (linear(n, params, name) for name in "qkv")
-    if spec.qk_norm == "projection":
-        q, k = normed(spec, params, q, "q_norm"), normed(spec, params, k, "k_norm")
-    q = q.reshape(batch, time, spec.heads, spec.head_dim)
-    k = k.reshape(batch, time, spec.kv_heads, spec.head_dim)
-    v = v.reshape(batch, time, spec.kv_heads, spec.v_head_dim)
-    if spec.qk_norm == "head":
-        q, k = normed(spec, params, q, "q_norm"), normed(spec, params, k, "k_norm")
-    q, k = rotate(spec, (q, k), positions)
+    q = _projected(spec, params, n, "q", spec.heads)
+    if spec.borrows_cache_of is not None:
+        k, v = stream.borrowed(spec, x)
+        q = rotate(spec, (q,), positions)[0]
+    else:
+        k, v = _keys_and_values(spec, params, n)
+        q, k = rotate(spec, (q, k), positions)
     if spec.query_growth is not None:
         by, every = spec.query_growth
         grown = 1.0 + by * jnp.log1p(jnp.floor(positions.astype(jnp.float32) / every))
@@ -69,17 +68,38 @@ def project_qkv(
     return q, k, v
 
 
+def _projected(
+    spec: LayerSpec, params: Params, n: Float[Array, "B T M"], name: str, heads: int
+) -> Float[Array, "B T h D"]:
+    """Queries or keys by head, normalised where the layer does that."""
+    y = linear(n, params, name)
+    if spec.qk_norm == "projection":
+        y = normed(spec, params, y, f"{name}_norm")
+    y = y.reshape(*n.shape[:2], heads, spec.head_dim)
+    return normed(spec, params, y, f"{name}_norm") if spec.qk_norm == "head" else y
+
+
+def _keys_and_values(
+    spec: LayerSpec, params: Params, n: Float[Array, "B T M"]
+) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K Dv"]]:
+    k = _projected(spec, params, n, "k", spec.kv_heads)
+    v = linear(n, params, "k" if spec.values_are_keys else "v")
+    v = v.reshape(*n.shape[:2], spec.kv_heads, spec.v_head_dim)
+    if spec.value_norm:
+        v = rms_norm(v, jnp.ones(v.shape[-1:]), spec.norm_eps)
+    return k, v
+
+
 def rotate(
-    spec: LayerSpec, parts: tuple[Array, Array], positions: Int[Array, "B T"]
-) -> tuple[Array, Array]:
+    spec: LayerSpec, parts: tuple[Array, ...], positions: Int[Array, "B T"]
+) -> tuple[Array, ...]:
     """The layer's rotary embedding of queries and keys [B, T, heads, D]."""
     if spec.rope is None:
         return parts
     cos, sin = rope.tables(spec.rope, positions[:, :, None])
     if spec.rope_magnitude != 1.0:
         cos, sin = cos * spec.rope_magnitude, sin * spec.rope_magnitude
-    layout = spec.rope.layout
-    return rope.apply(parts[0], cos, sin, layout), rope.apply(parts[1], cos, sin, layout)
+    return tuple(rope.apply(part, cos, sin, spec.rope.layout) for part in parts)
 
 
 def exact_attend(
@@ -111,8 +131,8 @@ def sinks_of(spec: LayerSpec, params: Params) -> tuple[Array, ...]:
 
 
 def join_attention(
-    spec: LayerSpec, params: Params, x: Float[Array, "B T M"], out: Float[Array, "B T H Dv"]
-) -> Float[Array, "B T M"]:
+    spec: LayerSpec, params: Params, x: Float[Array, "B T Z"], out: Float[Array, "B T H Dv"]
+) -> Float[Array, "B T Z"]:
     """The residual sum with the projected, perhaps gated, output of attention."""
     if spec.latent is not None:
         out = latent_attention.expand(spec, params, out)
@@ -127,30 +147,31 @@ def join_attention(
 def join_feed_forward(
     spec: LayerSpec,
     params: Params,
-    x: Float[Array, "B T M"],
-    before: Float[Array, "B T M"] | None = None,
-) -> Float[Array, "B T M"]:
+    x: Float[Array, "B T Z"],
+    before: Float[Array, "B T Z"] | None = None,
+) -> Float[Array, "B T Z"]:
     """The residual sum with the MLP, or the chosen experts, of the normalised x.
 
     The MLP of a parallel layer reads what there was `before` attention.
     """
     read = before if spec.parallel else x
     assert read is not None
-    n = pre_normed(spec, params, read, "mlp_norm")
-    mlp = gated_mlp if spec.gated else plain_mlp
     if spec.experts is not None:
-        mlp = experts.mixture
-    return add(spec, params, x, mlp(spec, params, n), "mlp_post_norm")
+        y = experts.mixture(spec, params, read)
+    else:
+        mlp = gated_mlp if spec.gated else plain_mlp
+        y = mlp(spec, params, pre_normed(spec, params, read, "mlp_norm"))
+    return stream.leave(spec, params, add(spec, params, x, y, "mlp_post_norm"))
 
 
 def attention_half(
     spec: LayerSpec,
     params: Params,
-    x: Float[Array, "B T M"],
+    x: Float[Array, "B T Z"],
     positions: Int[Array, "B T"],
     attend: Attend,
     state: Any = None,
-) -> tuple[Float[Array, "B T M"], Any]:
+) -> tuple[Float[Array, "B T Z"], Any]:
     """A layer up to its MLP; `state` is what `attend` carries (a cache, statistics, nothing).
 
     A delta-net does without `attend`; its state is its own (`delta_net.State`, None: zero).
@@ -160,32 +181,33 @@ def attention_half(
         return add(spec, params, x, y, "attn_post_norm"), state
     q, k, v = project_qkv(spec, params, x, positions)
     out, state = attend(spec, q, k, v, positions, state, *sinks_of(spec, params))
-    return join_attention(spec, params, x, out), state
+    return join_attention(spec, params, stream.lend(spec, x, k, v), out), state
 
 
 def layer(
     spec: LayerSpec,
     params: Params,
-    x: Float[Array, "B T M"],
+    x: Float[Array, "B T Z"],
     positions: Int[Array, "B T"],
     attend: Attend,
     state: Any = None,
-) -> tuple[Float[Array, "B T M"], Any]:
+) -> tuple[Float[Array, "B T Z"], Any]:
     """One decoder layer with all of its weights."""
     y, state = attention_half(spec, params, x, positions, attend, state)
     return join_feed_forward(spec, params, y, x), state
 
 
 def join(
-    spec: LayerSpec, params: Params, x: Float[Array, "B T M"], out: Float[Array, "B T H Dv"]
-) -> Float[Array, "B T M"]:
+    spec: LayerSpec, params: Params, x: Float[Array, "B T Z"], out: Float[Array, "B T H Dv"]
+) -> Float[Array, "B T Z"]:
     """What a layer does after attention."""
     return join_feed_forward(spec, params, join_attention(spec, params, x, out), x)
 
 
-def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
-    """Token embeddings, float32, times the model's factor."""
-    return scaled(spec, params["embedding"][tokens])
+def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T Z"]:
+    """The stream that enters the first layer (of most families the embeddings)."""
+    rows = params["layer_embedding"][tokens] if spec.own_input else None
+    return stream.begin(spec, params, scaled(spec, params["embedding"][tokens]), rows)
 
 
 def scaled(spec: ModelSpec, rows: Float[Array, "*A M"]) -> Float[Array, "*A M"]:
@@ -194,9 +216,9 @@ def scaled(spec: ModelSpec, rows: Float[Array, "*A M"]) -> Float[Array, "*A M"]:
     return rows if spec.embed_scale == 1.0 else rows * jnp.float32(spec.embed_scale)
 
 
-def head(spec: ModelSpec, params: Params, x: Float[Array, "B T M"]) -> Float[Array, "B T V"]:
+def head(spec: ModelSpec, params: Params, x: Float[Array, "B T Z"]) -> Float[Array, "B T V"]:
     """Final norm and unembedding: logits in nats."""
-    n = normed(spec, params, x, "norm")
+    n = normed(spec, params, residual(spec, x), "norm")
     logits = linear(n, params, "unembedding")
     if spec.logit_scale != 1.0:
         logits = logits * jnp.float32(spec.logit_scale)
@@ -222,13 +244,13 @@ run_head = jax.jit(head, static_argnames=("spec",))
 def run_layer(
     spec: LayerSpec,
     params: Params,
-    x: Float[Array, "B T M"],
+    x: Float[Array, "B T Z"],
     positions: Int[Array, "B T"],
     attend: Attend,
     state: Any = None,
     *,
     donate: bool = False,
-) -> tuple[Float[Array, "B T M"], Any]:
+) -> tuple[Float[Array, "B T Z"], Any]:
     """One compiled decoder layer; experts that are not in memory are read as they are due.
 
     `donate` lets it overwrite `state` in place.
@@ -244,11 +266,11 @@ def run_layer(
 def run_parts(
     spec: LayerSpec,
     params: Params,
-    x: Float[Array, "B T M"],
+    x: Float[Array, "B T Z"],
     positions: Int[Array, "B T"],
     attend: Attend,
     state: Any = None,
-) -> tuple[Float[Array, "B T M"], Any]:
+) -> tuple[Float[Array, "B T Z"], Any]:
     """`run_layer` compiled around `attend`, which compiles itself: many attends share the rest.
 
     A delta-net starts from zero and hands out nothing.
@@ -257,6 +279,7 @@ def run_parts(
         return run_layer(spec, params, x, positions, exact_attend)[0], None
     q, k, v = run_project(spec, params, x, positions)
     out, state = attend(spec, q, k, v, positions, state, *sinks_of(spec, params))
+    x = stream.lend(spec, x, k, v)
     if not isinstance(params, Streamed):
         return _join(spec, params, x, out), state
     x = _join_attention(spec, params, x, out)
@@ -264,8 +287,8 @@ def run_parts(
 
 
 def run_feed_forward(
-    spec: LayerSpec, params: Params, x: Float[Array, "B T M"], before: Float[Array, "B T M"]
-) -> Float[Array, "B T M"]:
+    spec: LayerSpec, params: Params, x: Float[Array, "B T Z"], before: Float[Array, "B T Z"]
+) -> Float[Array, "B T Z"]:
     """`join_feed_forward`, compiled, or with experts read as they are due."""
     if isinstance(params, Streamed):
         return streamed_experts.feed_forward(spec, params, x)

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from turboq_calibrate.models.params import expert_shapes
-from turboq_calibrate.models.primitives import Params, gated_mlp, linear
+from turboq_calibrate.models.primitives import (
+    Params,
+    gated_mlp,
+    linear,
+    normed,
+    pre_normed,
+    residual,
+    rms_norm,
+)
 from turboq_calibrate.models.spec import Experts, LayerSpec
 
 PREFIX = "expert_"  # of the stacked matrices [experts, out, in]
@@ -23,14 +31,40 @@ SHARED = "shared_"
 ROWS = (8, 256)  # fewest and most rows of a block
 
 
-def mixture(spec: LayerSpec, params: Params, n: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
-    """The weighted sum of every token's experts, all of them in `params`."""
+def mixture(spec: LayerSpec, params: Params, x: Float[Array, "B T Z"]) -> Float[Array, "B T M"]:
+    """What every token's experts, all of them in `params`, make of the stream."""
     assert spec.experts is not None
-    rows = n.reshape(-1, n.shape[-1])
-    chosen, weights = route(spec.experts, params, rows)
+    n, chosen, weights, y = enter(spec, params, x)
     numbers = jnp.arange(spec.experts.count, dtype=jnp.int32)
-    y = add_chosen(spec, params, numbers, shared(spec, params, rows), rows, chosen, weights)
-    return y.reshape(n.shape)
+    return leave(spec, params, x, add_chosen(spec, params, numbers, y, n, chosen, weights))
+
+
+def enter(
+    spec: LayerSpec, params: Params, x: Float[Array, "B T Z"]
+) -> tuple[Float[Array, "N M"], Int[Array, "N k"], Float[Array, "N k"], Float[Array, "N M"]]:
+    """Rows that experts read, every row's experts and their weights, and what is added to."""
+    assert spec.experts is not None
+    if not spec.experts.beside:
+        n = pre_normed(spec, params, x, "mlp_norm").reshape(-1, spec.hidden)
+        return n, *route(spec.experts, params, n), shared(spec, params, n)
+    rows = residual(spec, x).reshape(-1, spec.hidden)
+    scale = params["router_scale"].astype(jnp.float32) * jnp.float32(spec.hidden**-0.5)
+    chosen, weights = route(spec.experts, params, rms_norm(rows, scale, spec.norm_eps))
+    n = normed(spec, params, rows, "expert_norm")
+    return n, chosen, weights, jnp.zeros_like(n)
+
+
+def leave(
+    spec: LayerSpec, params: Params, x: Float[Array, "B T Z"], y: Float[Array, "N M"]
+) -> Float[Array, "B T M"]:
+    """What the layer makes of the sum over experts: itself, or that and the MLP beside them."""
+    assert spec.experts is not None
+    y = y.reshape(*x.shape[:-1], -1)
+    if not spec.experts.beside:
+        return y
+    own = gated_mlp(spec, params, pre_normed(spec, params, x, "mlp_norm"))
+    own = normed(spec, params, own, "mlp_own_post_norm")
+    return own + normed(spec, params, y, "expert_post_norm")
 
 
 def route(
@@ -48,6 +82,8 @@ def route(
     weights = jnp.take_along_axis(p, chosen, axis=-1)
     if experts.renormalised:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    if experts.beside:
+        weights = weights * params["expert_factor"].astype(jnp.float32)[chosen]
     return chosen, weights if experts.scale == 1.0 else weights * jnp.float32(experts.scale)
 
 

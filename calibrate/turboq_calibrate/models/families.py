@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from turboq_calibrate.models import config_nope, config_windows
+from turboq_calibrate.models import config_gemma4, config_nope, config_windows
 from turboq_calibrate.models.config_experts import Grouped, Mixture
 from turboq_calibrate.models.config_fields import Reader
 from turboq_calibrate.models.config_rope import Rotation
@@ -47,6 +47,7 @@ class Family:
     post_norms: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden)
     experts: Mixture | Grouped | None = None
+    by_layer: bool = False  # what `config_gemma4` reads
     latent: bool = False  # multi-head latent attention
     delta: bool = False  # some layers are gated delta-nets, and attention has a gate of its output
     logit_sinks: bool = False
@@ -349,13 +350,39 @@ FAMILIES: dict[str, Family] = {
             "sliding_window_pattern", "_sliding_window_pattern",
         }),
     ),
+    "gemma4_text": Family(
+        defaults={
+            "vocab_size": 262144, "hidden_size": 2304, "intermediate_size": 9216,
+            "num_hidden_layers": 30, "num_attention_heads": 8, "num_key_value_heads": 4,
+            "max_position_embeddings": 131072, "sliding_window": 512, "tie_word_embeddings": True,
+            "hidden_activation": "gelu_pytorch_tanh", "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262144,
+        },
+        windows=functools.partial(config_windows.last_full, n=6),
+        head_dim=256,
+        rotation=Rotation(
+            theta=1e6, sliding_theta=1e4, proportional=True,
+            defaults={"rope_type": "proportional", "partial_rotary_factor": 0.25},
+        ),
+        activation="hidden_activation",
+        biases=frozenset({"attention_bias"}),
+        qk_norm="head",
+        post_norms=True,
+        scaled_embedding=True,
+        by_layer=True,
+        reads=frozenset({
+            "final_logit_softcapping", "num_experts", config_gemma4.SHARED,
+            config_gemma4.BOTH_WAYS,
+        }),
+    ),
 }  # fmt: skip
 # Models that also see, whose decoder is one of these: the first where text_config has no type.
 WRAPPERS = {
     "gemma3": ("gemma3_text",),
+    "gemma4": ("gemma4_text",),
     "mistral3": ("mistral", "ministral3"),
     "qwen3_5": ("qwen3_5_text",),
     "qwen3_5_moe": ("qwen3_5_moe_text",),
 }
 # Fields that a decoder reads by itself, and transformers' model around it does not.
-UNREAD_INSIDE = frozenset({"final_logit_softcapping"})
+UNREAD_INSIDE = {"gemma3": frozenset({"final_logit_softcapping"})}

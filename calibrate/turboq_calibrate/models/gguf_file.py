@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from turboq.errors import TurboqError, quoted, shortened
 from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models import gguf_header, gguf_latent
 from turboq_calibrate.models import params as P
+from turboq_calibrate.models.config import ONE_FORM, OTHER_FORM
 from turboq_calibrate.models.config_fields import positive
 from turboq_calibrate.models.config_longrope import divided
 from turboq_calibrate.models.config_yarn import temperature, yarn_frequencies
@@ -119,8 +121,8 @@ class GGUFFile:
       TurboqError: unreadable, truncated, or a model the decoder does not do.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, long_context: bool = False):
+        self.path, self._long = Path(path), long_context
         self.metadata, self._tensors, self._data = gguf_header.read(self.path)
         parts = self.metadata.get("split.count", 1)
         if parts not in (0, 1):
@@ -173,11 +175,14 @@ class GGUFFile:
             for name, shape in _stacked(layer).items()
         }
 
-    def embed(self) -> dict[str, np.ndarray]:
-        return {"embedding": self._read("token_embd.weight", (self.spec.vocab, self.spec.hidden))}
+    def embed(self, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """Float32 weights before the layers, or some of them."""
+        shapes = P.embed_shapes(self.spec)
+        return {name: self._read("token_embd.weight", shapes[name]) for name in names or shapes}
 
-    def embed_rows(self, ids: np.ndarray) -> np.ndarray:
+    def embed_rows(self, ids: np.ndarray, name: str = "embedding") -> np.ndarray:
         """Float32 embeddings of some tokens only, [len(ids), M]."""
+        assert name == "embedding"  # of no architecture here anything else
         return self._read("token_embd.weight", (self.spec.vocab, self.spec.hidden), ids)
 
     def head(self) -> dict[str, np.ndarray]:
@@ -272,6 +277,7 @@ class GGUFFile:
             else self._factor("embedding_scale"),
             logit_scale=self._factor("logit_scale") ** (1 if self._row.logits_times else -1),
             logit_softcap=self._cap("final_logit_softcapping", self._row.logit_softcap),
+            longer=OTHER_FORM if self._row.longrope and self._divisors and not self._long else "",
         )
 
     def _factor(self, key: str) -> float:
@@ -487,15 +493,21 @@ class GGUFFile:
 
     @property
     def _divisors(self) -> str | None:
-        """The tensor that each frequency is divided by; of longrope the one of short sequences."""
-        name = FACTORS[0] if self._row.longrope else "rope_freqs.weight"
+        """The tensor that each frequency is divided by."""
+        name = FACTORS[self._long] if self._row.longrope else "rope_freqs.weight"
         return name if name in self._tensors else None
 
     @property
     def _context(self) -> int:
-        """The longest sequence, of longrope the longest short one."""
-        context = self._integer("context_length")
-        if self._row.longrope and self._divisors is not None:
+        """The longest sequence, of longrope's short form the longest short one.
+
+        Raises:
+          TurboqError: the long form of a file that has none.
+        """
+        context, two_forms = self._integer("context_length"), self._row.longrope and self._divisors
+        if self._long and not two_forms:
+            raise TurboqError(f"{self.path}: {ONE_FORM}")
+        if two_forms and not self._long:
             return min(context, self._integer("rope.scaling.original_context_length"))
         return context
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ class HFFolder:
       TurboqError: unsupported configuration; a missing, truncated or misshapen tensor or file.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], *, long_context: bool = False):
         self.folder = Path(folder)
         config = read_config(self.folder / "config.json")
-        self.spec = model_spec(config, model_name(self.folder))
+        self.spec = model_spec(config, model_name(self.folder), long_context=long_context)
         self._fused = hf_names.FUSED.get(self.spec.family, ())
         quantized = config.get("quantization_config")
         self._cache_scales = keeps_weights(quantized)
@@ -121,21 +122,31 @@ class HFFolder:
         gate_up, _ = hf_stacked_experts.names(self.spec.family)
         return f"{self.spec.prefix}layers.{index}.{gate_up}" in self._file_of
 
-    def embed(self) -> dict[str, np.ndarray]:
-        return self._read({"embedding": (self._embedding, (self.spec.vocab, self.spec.hidden))})
+    def embed(self, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """Float32 weights before the layers, or some of them."""
+        shapes = P.embed_shapes(self.spec)
+        wanted = shapes if names is None else names
+        return self._read({name: (self._before(name), shapes[name]) for name in wanted})
 
-    def embed_rows(self, ids: np.ndarray) -> np.ndarray:
-        """Float32 embeddings of some tokens only, [len(ids), M], read a block of rows at a time."""
-        path, spec = self._file_of[self._embedding], self.spec
-        out = np.empty((len(ids), spec.hidden), np.float32)
+    def _before(self, ours: str) -> str:
+        """What the folder calls a weight before the layers."""
+        if ours == "embedding":
+            return self._embedding
+        return self.spec.prefix + hf_names.INPUTS[ours]
+
+    def embed_rows(self, ids: np.ndarray, name: str = "embedding") -> np.ndarray:
+        """Float32 rows of some tokens only, [len(ids), M], read a block of rows at a time."""
+        spec, stored = self.spec, self._before(name)
+        path = self._file_of[stored]
+        out = np.empty((len(ids), P.embed_shapes(spec)[name][1]), np.float32)
         with open_safetensors(path) as f:
-            table = f.get_slice(self._embedding)
+            table = f.get_slice(stored)
             for start in range(0, spec.vocab, ROWS):
                 inside = (ids >= start) & (ids < start + ROWS)
                 if inside.any():
                     block = table[start : min(start + ROWS, spec.vocab)]
                     out[inside] = _float32(block[ids[inside] - start])
-        P.check_finite(self._embedding, out, path)
+        P.check_finite(stored, out, path)
         return out
 
     def head(self) -> dict[str, np.ndarray]:
@@ -151,7 +162,8 @@ class HFFolder:
         """Every tensor the decoder needs is there with its shape, and no tensor is left over."""
         spec = self.spec
         kinds: dict[str, tuple[str, ...]] = {}  # of tensors that are not floats
-        expected = {self._embedding: (spec.vocab, spec.hidden), self._norm: (spec.hidden,)}
+        expected = {self._before(n): shape for n, shape in P.embed_shapes(spec).items()}
+        expected[self._norm] = (spec.hidden,)
         if spec.norm == "layer":
             expected[self._norm_bias] = (spec.hidden,)
         if not spec.tied_embeddings or self._head in self._file_of:
@@ -214,13 +226,19 @@ class HFFolder:
 
     def _redundant(self, name: str) -> bool:
         """Rotary tables that old checkpoints carry; scales of the cache in an overlay for vLLM;
-        layers that draft; what belongs to other parts of a model that also sees."""
+        layers that draft; caches' weights of layers that read another's; what belongs to other
+        parts of a model that also sees."""
         drafts = self.spec.family in hf_names.DRAFTING
         layers = self.spec.prefix + "layers."
         number = name.removeprefix(layers).partition(".")[0] if name.startswith(layers) else ""
         if isinstance(self._drafts, int) and number.isdecimal():
             drafted = int(number) - len(self.spec.layers)
             if 0 <= drafted < self._drafts:
+                return True
+        if number.isdecimal() and int(number) < len(self.spec.layers):
+            own = name.removeprefix(f"{layers}{number}.")
+            borrows = self.spec.layers[int(number)].borrows_cache_of is not None
+            if borrows and own.startswith(hf_names.UNUSED_OF_BORROWERS):
                 return True
         scales = (".self_attn.k_scale", ".self_attn.v_scale")
         return (

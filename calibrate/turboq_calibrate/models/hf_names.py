@@ -9,13 +9,26 @@ from turboq_calibrate.models.spec import LayerSpec
 # After the prefix.
 EMBEDDING, NORM, NORM_BIAS = "embed_tokens.weight", "norm.weight", "norm.bias"
 PREFIX, HEAD = "model.", "lm_head.weight"
+# The same of inputs of layers (`stream`).
+INPUTS = {
+    "layer_embedding": "embed_tokens_per_layer.weight",
+    "input_projection": "per_layer_model_projection.weight",
+    "input_norm": "per_layer_projection_norm.weight",
+}
 # The same where the decoder is a part of a model that also sees: published names, then v5's own.
 PART_PREFIXES = ("language_model.model.", "model.language_model.")
 PART_HEADS = (HEAD, "language_model.lm_head.weight")
 OTHER_PARTS = tuple(
     f"{prefix}{part}."
     for prefix in ("", "model.")
-    for part in ("vision_tower", "multi_modal_projector", "visual")
+    for part in (
+        *("vision_tower", "multi_modal_projector", "visual"),
+        *("embed_vision", "audio_tower", "embed_audio"),
+    )
+)
+# What layers that read another's cache may have for a cache of their own; transformers drops it.
+UNUSED_OF_BORROWERS = tuple(
+    f"self_attn.{name}." for name in ("k_proj", "v_proj", "k_norm", "v_norm")
 )
 # Layers behind the decoder that draft further tokens; transformers does not run them.
 DRAFTS, DRAFTING = "mtp.", ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
@@ -63,6 +76,10 @@ LAYER_TENSORS = {
     "decay_bias": "linear_attn.dt_bias",
     "delta_norm": "linear_attn.norm.weight",
     "delta_out": "linear_attn.out_proj.weight",
+    "input_gate": "per_layer_input_gate.weight",
+    "input_out": "per_layer_projection.weight",
+    "input_post_norm": "post_per_layer_input_norm.weight",
+    "output_scale": "layer_scalar",
 }
 # Where the layer also normalises what it adds to the residual stream.
 POST_NORMS = {
@@ -117,7 +134,16 @@ EXPERT = {
 GPT_OSS_ROUTING = {"router": "mlp.router.weight", "router_bias": "mlp.router.bias"}
 GRANITE_ROUTING = {"router": "block_sparse_moe.router.layer.weight"}
 MIXTRAL_ROUTING = {"router": "block_sparse_moe.gate.weight"}
+GEMMA4_ROUTING = {
+    "router": "router.proj.weight",
+    "router_scale": "router.scale",
+    "expert_factor": "router.per_expert_scale",
+    "expert_norm": "pre_feedforward_layernorm_2.weight",
+    "expert_post_norm": "post_feedforward_layernorm_2.weight",
+    "mlp_own_post_norm": "post_feedforward_layernorm_1.weight",
+}
 ROUTINGS = {
+    "gemma4_text": GEMMA4_ROUTING,
     "mixtral": MIXTRAL_ROUTING,
     "gpt_oss": GPT_OSS_ROUTING,
     "glm4_moe": DEEPSEEK_ROUTING,

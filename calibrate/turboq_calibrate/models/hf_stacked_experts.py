@@ -1,5 +1,5 @@
-"""Experts of a layer in two tensors, rows of gate above those of up, as Qwen3.5 and Granite MoE are
-published."""
+"""Experts of a layer in two tensors, rows of gate above those of up, as Qwen3.5, Granite MoE and
+Gemma 4 are published."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from turboq_calibrate.models.params import Shapes
 from turboq_calibrate.models.spec import LayerSpec
 
 GRANITE = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
+GEMMA4 = ("experts.gate_up_proj", "experts.down_proj")
 OTHERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 def names(family: str) -> tuple[str, str]:
     """What the two are called, after the layer's prefix."""
-    return GRANITE if family == "granitemoe" else OTHERS
+    return {"granitemoe": GRANITE, "gemma4_text": GEMMA4}.get(family, OTHERS)
 
 
 def stored(spec: LayerSpec, family: str) -> Shapes:

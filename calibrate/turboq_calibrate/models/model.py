@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from turboq.errors import TurboqError
 from turboq.files import sha256_file
-from turboq_calibrate.models import decoder, hub
-from turboq_calibrate.models.params import DTYPES, layer_size
+from turboq_calibrate.models import decoder, hub, stream
+from turboq_calibrate.models.params import DTYPES, embed_shapes, layer_size
 from turboq_calibrate.models.spec import ModelSpec
 from turboq_calibrate.models.streamed_experts import Streamed, whole
 from turboq_calibrate.models.tokenizer import Tokenizer
@@ -29,7 +29,8 @@ from turboq_calibrate.models.tokenizer import Tokenizer
 class WeightSource(Protocol):
     """What a file format provides: geometry at once, weights on demand (float32, checked).
 
-    `layer` leaves out experts; `experts` are those of some numbers, stacked.
+    `layer` leaves out experts; `experts` are those of some numbers, stacked; `embed` are weights
+    before the layers (`params.embed_shapes`), `embed_rows` rows of one of their tables.
     """
 
     spec: ModelSpec
@@ -38,8 +39,8 @@ class WeightSource(Protocol):
     def files(self) -> list[Path]: ...
     def layer(self, index: int) -> dict[str, np.ndarray]: ...
     def experts(self, index: int, numbers: np.ndarray) -> dict[str, np.ndarray]: ...
-    def embed(self) -> dict[str, np.ndarray]: ...
-    def embed_rows(self, ids: np.ndarray) -> np.ndarray: ...
+    def embed(self, names: Collection[str] | None = None) -> dict[str, np.ndarray]: ...
+    def embed_rows(self, ids: np.ndarray, name: str = "embedding") -> np.ndarray: ...
     def head(self) -> dict[str, np.ndarray]: ...
     def tokenizer(self) -> Tokenizer: ...
 
@@ -69,10 +70,9 @@ class Model:
         self._layers: list[decoder.Params] | None = None
         if resident:
             self._head = self._convert(source.head())
-            if self.spec.tied_embeddings:
-                self._embed = {"embedding": self._head["unembedding"]}
-            else:
-                self._embed = self._convert(source.embed())
+            tied = {"embedding": self._head["unembedding"]} if self.spec.tied_embeddings else {}
+            others = [name for name in embed_shapes(self.spec) if name not in tied]
+            self._embed = tied | self._convert(source.embed(others))
             self._layers = [
                 whole(spec, self._read_layer(i)) for i, spec in enumerate(self.spec.layers)
             ]
@@ -127,23 +127,27 @@ class Model:
         return out
 
 
-def open_source(path: str | os.PathLike[str]) -> WeightSource:
+def open_source(path: str | os.PathLike[str], *, long_context: bool = False) -> WeightSource:
     """The weight source at `path`: a Hugging Face folder, .gguf file or name of `hub.local`."""
     from turboq_calibrate.models.gguf_file import GGUFFile
     from turboq_calibrate.models.hf import HFFolder
 
     path = Path(hub.local(path))
     if path.is_dir():
-        return HFFolder(path)
+        return HFFolder(path, long_context=long_context)
     if path.is_file() and path.suffix == ".gguf":
-        return GGUFFile(path)
+        return GGUFFile(path, long_context=long_context)
     if path.exists():
         raise TurboqError(f"model {path} must be a Hugging Face folder or a .gguf file")
     raise TurboqError(f"model {path} does not exist")
 
 
 def load_model(
-    path: str | os.PathLike[str], dtype: str = "float32", resident: bool = True
+    path: str | os.PathLike[str],
+    dtype: str = "float32",
+    resident: bool = True,
+    *,
+    long_context: bool = False,
 ) -> Model:
     """Loads a model from a Hugging Face folder, a .gguf file, or the embedded default.
 
@@ -151,6 +155,8 @@ def load_model(
       path: the folder or file, a name of the hub (ORG/NAME), "embedded" or "gemma3-270m".
       dtype: how weights are kept ("float32", "bfloat16", "float16"); arithmetic is float32.
       resident: keep all weights, or re-read one layer at a time.
+      long_context: rotate by longrope's factors for sequences longer than the original context
+        (Phi-3, Phi-4-mini), at all lengths; by default by those for shorter ones, up to there.
 
     Raises:
       TurboqError: unsupported family or field, missing, truncated, misshapen or non-finite weights.
@@ -161,7 +167,8 @@ def load_model(
       >>> model.tokenizer.decode(model.tokenizer.encode("a cache of keys"))
       'a cache of keys'
     """
-    return Model(open_source(path), dtype=dtype, resident=resident)
+    source = open_source(path, long_context=long_context)
+    return Model(source, dtype=dtype, resident=resident)
 
 
 def forward(
@@ -200,8 +207,9 @@ def forward(
     return cast(Array, decoder.run_head(model.spec, model.head_params(), x)), states
 
 
-def embed_tokens(model: Model, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T M"]:
-    """Embeddings of checked token ids; a streamed model reads only the rows it needs.
+def embed_tokens(model: Model, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T Z"]:
+    """What enters the first layer, of checked token ids: the embeddings, and of some families more
+    (`models.stream`). A streamed model reads only the rows it needs.
 
     Raises:
       TurboqError: an id outside the vocabulary (a gather would clamp it silently).
@@ -216,5 +224,14 @@ def embed_tokens(model: Model, tokens: Int[Array | np.ndarray, "B T"]) -> Float[
     if model.resident:
         return cast(Array, decoder.run_embed(model.spec, model.embed_params(), jnp.asarray(ids)))
     used, where = np.unique(ids, return_inverse=True)
-    rows = jnp.asarray(model.source.embed_rows(used)).astype(model.dtype)
-    return decoder.scaled(model.spec, rows[jnp.asarray(where.reshape(ids.shape))])
+    at = jnp.asarray(where.reshape(ids.shape))
+
+    def rows(name: str) -> Array:
+        return jnp.asarray(model.source.embed_rows(used, name)).astype(model.dtype)[at]
+
+    x = decoder.scaled(model.spec, rows("embedding"))
+    if not model.spec.own_input:
+        return stream.begin(model.spec, {}, x, None)
+    small = model.source.embed(["input_projection", "input_norm"])
+    weights = {name: jnp.asarray(w).astype(model.dtype) for name, w in small.items()}
+    return stream.begin(model.spec, weights, x, rows("layer_embedding"))

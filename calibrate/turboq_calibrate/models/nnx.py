@@ -62,6 +62,7 @@ class Decoder(nnx.Module):
     ):
         self.spec = spec
         self.embedding = nnx.Param(embed["embedding"])
+        self.inputs = _Weights({n: w for n, w in embed.items() if n != "embedding"})
         self.ends = _Weights({n: w for n, w in head.items() if n != "unembedding"})
         if not spec.tied_embeddings:
             self.unembedding = nnx.Param(head["unembedding"])
@@ -87,7 +88,8 @@ class Decoder(nnx.Module):
         states = [None] * len(self.spec.layers) if states is None else list(states)
         positions = decoder.default_positions(tokens) if positions is None else positions
         embedding = self.embedding[...]
-        x = decoder.embed(self.spec, {"embedding": embedding}, tokens.astype(jnp.int32))
+        before = {**self.inputs.params(), "embedding": embedding}
+        x = decoder.embed(self.spec, before, tokens.astype(jnp.int32))
         for i, layer in enumerate(self.layers):
             x, states[i] = layer(x, positions, attend, states[i])
         unembedding = embedding if self.spec.tied_embeddings else self.unembedding[...]

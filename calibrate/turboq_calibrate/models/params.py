@@ -33,15 +33,20 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
         shapes |= latent_shapes(spec, spec.latent)
     else:
         shapes |= {"q": (q, m), "k": (k, m), "v": (v, m), "o": (m, o)}
+    if spec.own_input:
+        p = spec.own_input
+        shapes |= {"input_gate": (p, m), "input_out": (m, p), "input_post_norm": (m,)}
+    if spec.output_scale:
+        shapes["output_scale"] = (1,)
     if spec.output_gate:
         shapes["attn_gate"] = (o, m)
     if spec.pre_norms and not spec.parallel:
         shapes["mlp_norm"] = (m,)
-    if spec.experts is None:
+    if spec.experts is None or spec.experts.beside:
         shapes |= mlp_shapes(m, f)
         if not spec.gated:
             del shapes["gate"]
-    else:
+    if spec.experts is not None:
         shapes["router"] = (spec.experts.count, m)
         if spec.experts.bias:
             shapes["router_bias"] = (spec.experts.count,)
@@ -50,6 +55,9 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
         if spec.experts.shared:
             shapes |= {"shared_router": (1, m)} if spec.experts.shared_gate else {}
             shapes |= mlp_shapes(m, spec.experts.shared, "shared_")
+        if spec.experts.beside:
+            shapes |= {"router_scale": (m,), "expert_factor": (spec.experts.count,)}
+            shapes |= dict.fromkeys(("expert_norm", "expert_post_norm", "mlp_own_post_norm"), (m,))
     if spec.post_norms:
         shapes |= {"attn_post_norm": (m,), "mlp_post_norm": (m,)}
     if spec.qkv_bias:
@@ -67,7 +75,10 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
         shapes |= {"q_norm": (q,), "k_norm": (k,)}
     if spec.logit_sinks:
         shapes["sinks"] = (spec.heads,)
-    return shapes
+    without = {"v", "v_bias"} if spec.values_are_keys else set[str]()
+    if spec.borrows_cache_of is not None:
+        without = {"k", "v", "k_bias", "v_bias", "k_norm"}
+    return {name: shape for name, shape in shapes.items() if name not in without}
 
 
 def delta_shapes(hidden: int, delta: DeltaNet) -> Shapes:
@@ -170,7 +181,15 @@ def layer_size(spec: LayerSpec, experts: int) -> int:
 
 def embed_shapes(spec: ModelSpec) -> Shapes:
     """Weights before the layers."""
-    return {"embedding": (spec.vocab, spec.hidden)}
+    shapes: Shapes = {"embedding": (spec.vocab, spec.hidden)}
+    if spec.own_input:
+        width = len(spec.layers) * spec.own_input
+        shapes |= {
+            "layer_embedding": (spec.vocab, width),
+            "input_projection": (width, spec.hidden),
+            "input_norm": (spec.own_input,),
+        }
+    return shapes
 
 
 def head_shapes(spec: ModelSpec) -> Shapes:
@@ -181,7 +200,9 @@ def head_shapes(spec: ModelSpec) -> Shapes:
 
 def parameter_count(spec: ModelSpec) -> int:
     """Number of distinct weights."""
-    ends = [head_shapes(spec)] + ([] if spec.tied_embeddings else [embed_shapes(spec)])
+    ends = [head_shapes(spec), embed_shapes(spec)]
+    if spec.tied_embeddings:
+        del ends[1]["embedding"]
     layers = sum(layer_size(s, s.experts.count if s.experts else 0) for s in spec.layers)
     return layers + sum(math.prod(shape) for table in ends for shape in table.values())
 

@@ -53,8 +53,21 @@ def layer_norm(
     return centred * inverse * weight + bias
 
 
+def residual(spec: LayerSpec | ModelSpec, x: Float[Array, "*A Z"]) -> Float[Array, "*A M"]:
+    """The residual stream alone (`stream`)."""
+    return x if x.shape[-1] == spec.hidden else x[..., : spec.hidden]
+
+
+def with_residual(
+    spec: LayerSpec, x: Float[Array, "*A Z"], y: Float[Array, "*A M"]
+) -> Float[Array, "*A Z"]:
+    """`x` with another residual."""
+    return y if x.shape == y.shape else jnp.concatenate([y, x[..., spec.hidden :]], axis=-1)
+
+
 def pre_normed(spec: LayerSpec, params: Params, x: Array, name: str) -> Array:
     """What attention (`name` attn_norm) or the MLP (mlp_norm) reads of the residual stream."""
+    x = residual(spec, x)
     if spec.parallel:
         name = "attn_norm"
     return normed(spec, params, x, name) if spec.pre_norms else x
@@ -92,9 +105,10 @@ def clipped_swiglu(gate: Float[Array, "*A F"], up: Float[Array, "*A F"]) -> Floa
 
 
 def add(
-    spec: LayerSpec, params: Params, x: Float[Array, "*A M"], y: Float[Array, "*A M"], norm: str
-) -> Float[Array, "*A M"]:
+    spec: LayerSpec, params: Params, x: Float[Array, "*A Z"], y: Float[Array, "*A M"], norm: str
+) -> Float[Array, "*A Z"]:
     """The residual sum x + y, with y normalised by weight `norm`, or scaled, where the layer does
     that."""
     y = normed(spec, params, y, norm) if spec.post_norms else y
-    return x + (y if spec.residual_scale == 1.0 else y * jnp.float32(spec.residual_scale))
+    y = y if spec.residual_scale == 1.0 else y * jnp.float32(spec.residual_scale)
+    return with_residual(spec, x, residual(spec, x) + y)

@@ -16,7 +16,8 @@ Norm = Literal["rms", "layer", "centred"]  # "layer": less the mean, with a bias
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experts:
-    """A mixture of experts in place of one MLP (`experts.route` says how they are chosen)."""
+    """A mixture of experts in place of one MLP, or `beside` it (`experts.route` says how they are
+    chosen)."""
 
     count: int
     chosen: int  # per token
@@ -31,6 +32,9 @@ class Experts:
     chosen_groups: int = 1
     group_best: int = 1  # a group is as good as the sum of so many of its best scores
     scale: float = 1.0  # of the weights
+    # Gemma 4: an MLP and the experts are each normalised before and after, the router reads the
+    # residual, normalised and multiplied by a weight, and each expert has a factor of its own.
+    beside: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,7 @@ class LayerSpec:
     """One decoder layer. Hashable: two equal specs share one compiled function."""
 
     hidden: int
-    intermediate: int  # of the one MLP; 0 where there are experts
+    intermediate: int  # of the one MLP; 0 where there are experts alone
     heads: int
     kv_heads: int  # 0: the layer keeps no KV cache
     head_dim: int  # of q and k
@@ -97,11 +101,27 @@ class LayerSpec:
     output_gate: bool = False  # what attention gives is multiplied by sigmoid(gate(n))
     latent: Latent | None = None
     delta: DeltaNet | None = None  # in place of attention, whose fields are 0 then
+    values_are_keys: bool = False  # values are the keys of before their norm and rotation
+    value_norm: bool = False  # of each head, without a weight
     borrows_cache_of: int | None = None  # index of the layer whose cache this layer reads
+    # Channel of the stream (`stream`) at which K and V stand that more layers than one read: this
+    # layer leaves them there, or finds them (`borrows_cache_of`).
+    shared_at: int | None = None
+    own_input: int = 0  # channels that this layer reads of each token beside the residual
+    own_input_at: int = 0  # their first channel of the stream
+    output_scale: bool = False  # what the layer makes of the residual is multiplied by a weight
+
+    @property
+    def lends(self) -> bool:
+        return self.shared_at is not None and self.borrows_cache_of is None
 
     @property
     def owns_cache(self) -> bool:
         return self.kv_heads > 0 and self.borrows_cache_of is None
+
+    def cache_at(self, index: int) -> int:
+        """The layer whose cache this one, layer `index`, reads."""
+        return index if self.borrows_cache_of is None else self.borrows_cache_of
 
     @property
     def scale(self) -> float:
@@ -127,6 +147,14 @@ class ModelSpec:
     logit_scale: float = 1.0  # logits are multiplied by it
     logit_softcap: float | None = None  # of the final logits
     prefix: str = "model."  # of the decoder's module names
+    shared: int = 0  # channels of the stream that hold K and V which more layers than one read
+    own_input: int = 0  # `LayerSpec.own_input` of every layer
+    longer: str = ""  # how to read the model for more tokens than `context`; ends an error
+
+    @property
+    def kept(self) -> int:
+        """Channels of the stream that layers change."""
+        return self.hidden + self.shared
 
     def path(self, index: int) -> str:
         """Module path of a layer's attention, as Hugging Face names it."""
@@ -137,5 +165,5 @@ class ModelSpec:
         if tokens > self.context:
             raise TurboqError(
                 f"{what} of {tokens} tokens exceed the model's context of {self.context}: make "
-                "them shorter"
+                f"them shorter{self.longer}"
             )

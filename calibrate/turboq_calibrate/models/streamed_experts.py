@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from turboq_calibrate.models import experts
-from turboq_calibrate.models.primitives import Params, add, pre_normed
+from turboq_calibrate.models import experts, stream
+from turboq_calibrate.models.primitives import Params, add
 from turboq_calibrate.models.spec import LayerSpec
 
 GROUP_BYTES = 2**28
@@ -106,19 +106,12 @@ def _sum(spec: LayerSpec, params: Streamed, y: Array, n: Array, chosen: Array, w
     return y
 
 
-def _prepared(spec: LayerSpec, params: Params, x: Array) -> tuple[Array, Array, Array, Array]:
-    """Normalised rows [N, M], their experts and weights, and what the shared expert adds."""
-    assert spec.experts is not None
-    n = pre_normed(spec, params, x, "mlp_norm").reshape(-1, x.shape[-1])
-    chosen, weights = experts.route(spec.experts, params, n)
-    return n, chosen, weights, experts.shared(spec, params, n)
-
-
 def _joined(spec: LayerSpec, params: Params, x: Array, y: Array) -> Array:
-    return add(spec, params, x, y.reshape(x.shape), "mlp_post_norm")
+    y = experts.leave(spec, params, x, y)
+    return stream.leave(spec, params, add(spec, params, x, y, "mlp_post_norm"))
 
 
-_before, _after, _add_chosen = _jit(_prepared), _jit(_joined), _jit(experts.add_chosen)
+_before, _after, _add_chosen = _jit(experts.enter), _jit(_joined), _jit(experts.add_chosen)
 
 
 @_jit
@@ -138,7 +131,7 @@ def _group_gradient(spec, params, numbers, n, chosen, weights, g, g_n, g_w):
 @_jit
 def _before_gradient(spec: LayerSpec, params: Params, x: Array, g_x: Array, g: tuple[Array, ...]):
     def prepared(x):
-        n, _, weights, y = _prepared(spec, params, x)
+        n, _, weights, y = experts.enter(spec, params, x)
         return n, weights, y
 
     return g_x + jax.vjp(prepared, x)[1](g)[0]

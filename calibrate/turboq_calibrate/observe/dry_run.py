@@ -91,7 +91,8 @@ def dry_run(
     count, length = windows.tokens.shape
     chunks = -(-count // recipe.windows_per_chunk)
     specs = model.spec.layers
-    boundary = count * length * model.spec.hidden * 4
+    boundary = count * length * model.spec.kept * 4
+    inputs = count * length * len(specs) * model.spec.own_input * 4
     sampled = min(recipe.reservoir, count * (length - recipe.skip))
     estimate = Estimate(
         geometry=_geometry(model),
@@ -100,7 +101,9 @@ def dry_run(
         chunks=chunks,
         statistics_bytes=max(_statistics_bytes(s) for s in specs),
         # All hidden states, with one gradient when the head is done; then always one fewer state.
-        hidden_disk_bytes=(len(specs) + 2) * boundary + max(_row_bytes(s) for s in specs) * sampled,
+        hidden_disk_bytes=(len(specs) + 2) * boundary
+        + inputs
+        + max(_row_bytes(s) for s in specs) * sampled,
         statistics_disk_bytes=sum(_statistics_bytes(s) + _row_bytes(s) * sampled for s in specs)
         + len(specs) * (12 * sampled + 2 * FILE_HEADER)
         + 4 * count * (length + 1),

@@ -25,6 +25,7 @@ from turboq.numbers.rope import unrotate
 from turboq_calibrate.models import decoder, streamed_experts
 from turboq_calibrate.models.decoder import exact_attend
 from turboq_calibrate.models.spec import LayerSpec, ModelSpec
+from turboq_calibrate.models.stream import borrowed
 from turboq_calibrate.models.streamed_experts import Streamed
 from turboq_calibrate.observe import reduce
 
@@ -121,6 +122,9 @@ def reverse(
 ) -> tuple[Float[Array, "B T M"], Sides, Float[Array, "n R"], Finite]:
     """One layer backwards, from the gradient g at its output.
 
+    Of a layer that lends its cache the gradients at K and V are the sums over all of its readers; a
+    borrower's are its own alone.
+
     Returns:
       The gradient at the layer's input; the statistics of every side without each window's first
       `skip` tokens; rows (k, v, g_k, g_v), before rotary embedding, of the tokens `sampled`
@@ -159,6 +163,8 @@ def reverse_part(spec, params, x, positions, g, sampled, *, skip: int, whole: bo
     zeros = [jnp.zeros((*tokens, dim), jnp.float32) for dim in (spec.head_dim, spec.v_head_dim)]
     _, pull, (q, k, v) = jax.vjp(run, x, *zeros, has_aux=True)
     g_x, g_k, g_v = pull(g)
+    if spec.lends:  # what its readers say of the K and V that it left them
+        g_k, g_v = (own + more for own, more in zip((g_k, g_v), borrowed(spec, g), strict=True))
 
     q = q[..., -spec.head_dim :]  # of latent attention the part that meets K
     values, gradients = {"k": k, "v": v, "q": q}, {"k": g_k, "v": g_v}

@@ -106,18 +106,19 @@ class MeshPlacement(Placement):
         # Rows of q, k, v are heads, and columns of o: a head stays on one device.
         by_head = spec.kv_heads % self.mesh.shape["model"] == 0
         by_unit = inside % self.mesh.shape["model"] == 0
+        by_own_unit = (spec.intermediate or inside) % self.mesh.shape["model"] == 0
 
         def axes(name: str, ndim: int) -> tuple[str | None, ...]:
             matrix = name.removesuffix("_bias")
             if matrix in ("q", "k", "v", "attn_gate") and by_head:
                 return ("model", None)[:ndim]
-            if matrix in ("gate", "up") and by_unit:
+            if matrix in ("gate", "up") and by_own_unit:
                 return ("model", None)[:ndim]
             if matrix in ("expert_gate", "expert_up") and by_unit:
                 return (None, "model", None)
             if matrix == "expert_down" and by_unit:
                 return (None, None, "model")
-            if (name == "o" and by_head) or (name == "down" and by_unit):
+            if (name == "o" and by_head) or (name == "down" and by_own_unit):
                 return (None, "model")
             return (None,) * ndim
 

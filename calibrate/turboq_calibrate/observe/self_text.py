@@ -184,9 +184,13 @@ def write_block(
         x = decoder.embed(spec, embedding, token[:, None])
         positions = jnp.broadcast_to(position, (len(token), 1))
         written = []
-        for one, params, cache in zip(spec.layers, layers, caches, strict=True):
-            x, cache = decoder.layer(one, params, x, positions, append_and_attend, cache)
-            written.append(cache)
+        for i, (one, params) in enumerate(zip(spec.layers, layers, strict=True)):
+            # A borrower writes the same once more into its owner's cache.
+            at = one.cache_at(i)
+            given = caches[i] if at == i else written[at]
+            x, cache = decoder.layer(one, params, x, positions, append_and_attend, given)
+            written.append(cache if at == i else ())
+            written[at] = cache
         logits = decoder.head(spec, head, x)[:, 0]
         token = draw(logits, keys, position)
         return (token, written, finite & jnp.isfinite(logits).all()), token
@@ -243,10 +247,12 @@ def append_and_attend(
 
 
 def _caches(spec: ModelSpec, batch: int, capacity: int) -> list[Any]:
-    """Keys and values of every layer, the state of a gated delta-net."""
+    """Keys and values of every layer, the state of a gated delta-net, nothing of a borrower."""
     return [
         delta_net.empty(one.delta, batch)
         if one.delta is not None
+        else ()
+        if one.borrows_cache_of is not None
         else (
             jnp.zeros((batch, one.kv_heads, capacity, one.head_dim), jnp.float32),
             jnp.zeros((batch, one.kv_heads, capacity, one.v_head_dim), jnp.float32),
@@ -259,7 +265,9 @@ def _weights(model: Model) -> tuple[decoder.Params, list[decoder.Params], decode
     """All weights at once; a tied embedding is one array."""
     head = model.head_params()
     tied = model.spec.tied_embeddings
-    embedding = {"embedding": head["unembedding"]} if tied else model.embed_params()
+    embedding = model.embed_params()
+    if tied:
+        embedding = embedding | {"embedding": head["unembedding"]}
     layers = [whole(one, model.layer(i)) for i, one in enumerate(model.spec.layers)]
     return embedding, layers, head
 

@@ -154,8 +154,13 @@ class Stages:
         return self._boundary("gradient", layer)
 
     def _boundary(self, kind: str, layer: int) -> RowsFile:
-        shape = (*self.tokens.shape, self.model.spec.hidden)
+        shape = (*self.tokens.shape, self.model.spec.kept)
         return RowsFile(self.work / f"{kind}_{layer:03d}.npy", shape)
+
+    def _inputs(self, layer: int) -> list[RowsFile]:
+        """The input of its own that `layer` reads, which no layer changes."""
+        shape = (*self.tokens.shape, self.model.spec.own_input)
+        return [RowsFile(self.work / f"inputs_{layer:03d}.npy", shape)] if shape[-1] else []
 
     def _sampled(self, layer: int) -> RowsFile:
         """k, v, g_k, g_v of the sampled tokens, one row each."""
@@ -172,6 +177,8 @@ class Stages:
             self._gradient(layer + 1).remove()
             if layer < self.layers:
                 self._sampled(layer).remove()
+                for file in self._inputs(layer):
+                    file.remove()
 
     def _create(self, stage: int, *wanted: RowsFile) -> None:
         if self.place.primary:
@@ -179,16 +186,20 @@ class Stages:
                 file.create()
         self.place.barrier(f"created {stage}")
 
-    def _read(self, file: RowsFile, c: int) -> jax.Array:
+    def _read(self, file: RowsFile, c: int, *beside: RowsFile, zeros: int = 0) -> jax.Array:
+        """The chunk's rows, with channels of other files or zeros behind its own."""
         start, stop = (n - self.start for n in self.chunks[c])
-        return self.place.windows(
-            (stop - start, *file.shape[1:]), "float32",
-            lambda a, b: file.read(start + a, start + b),
-        )  # fmt: skip
+        width = file.shape[-1] + sum(other.shape[-1] for other in beside) + zeros
+
+        def rows(a: int, b: int) -> np.ndarray:
+            parts = [f.read(start + a, start + b) for f in (file, *beside)]
+            return np.concatenate([*parts, np.zeros((*parts[0].shape[:-1], zeros))], axis=-1)
+
+        return self.place.windows((stop - start, *file.shape[1:-1], width), "float32", rows)
 
     def _write(self, file: RowsFile, c: int, x: jax.Array) -> None:
         for row, states in self.place.rows(x):
-            file.write(self.chunks[c][0] - self.start + row, states)
+            file.write(self.chunks[c][0] - self.start + row, states[..., : file.shape[-1]])
 
     def _numbers(self, c: int) -> jax.Array:
         """Numbers of the chunk's windows in the whole text."""
@@ -205,11 +216,15 @@ class Stages:
 
     def _embed(self) -> None:
         if self.place.primary:
-            hidden = self._hidden(0)
-            hidden.create()
+            files = [self._hidden(0), *(f for i in range(self.layers) for f in self._inputs(i))]
+            for file in files:
+                file.create()
+            ends = np.cumsum([file.shape[-1] for file in files])
             for start, stop in self.chunks:
                 rows = slice(start - self.start, stop - self.start)
-                hidden.write(rows.start, np.asarray(embed_tokens(self.model, self.tokens[rows])))
+                x = np.asarray(embed_tokens(self.model, self.tokens[rows]))
+                for file, part in zip(files, np.split(x, ends[:-1], axis=-1), strict=True):
+                    file.write(rows.start, part)
             self.event("embedded")
         self.place.barrier("embedded")
 
@@ -219,7 +234,7 @@ class Stages:
         if first == 0:
             self._create(stage, out)
         for c in range(first, len(self.chunks)):
-            x = self._read(self._hidden(i), c)
+            x = self._read(self._hidden(i), c, *self._inputs(i))
             y, finite = self.place.forward(spec, params, x, self._positions(c))
             self._check_finite(finite, "", self._layer(i), c)
             self._write(out, c, y)
@@ -251,7 +266,8 @@ class Stages:
             self._create(stage, *kept, *out)
             tree = {side: st.zeros(side, *size) for side, size in sizes(spec).items()}
         for c in range(first, len(self.chunks)):
-            x, g = self._read(self._hidden(i), c), self._read(self._gradient(i + 1), c)
+            x = self._read(self._hidden(i), c, *self._inputs(i))
+            g = self._read(self._gradient(i + 1), c, zeros=self.model.spec.own_input)
             rows, sampled = self._members(c)
             g_x, reduced, found, finite = self.place.reverse(
                 spec, params, x, self._positions(c), g, sampled, skip=self.recipe.skip

@@ -2,21 +2,26 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tolerances import TOL
 
 from turboq.cache import joint
 from turboq.cache.layer import TokenPolicy
+from turboq.cache.simulate import simulated_attention
 from turboq.codecs import Exact, TurboQuantMSE
 from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
+from turboq.plan import uniform_plan
 from turboq_calibrate.candidates import table as c
 from turboq_calibrate.candidates.makers import learned, named
 from turboq_calibrate.cost import measured as s
 from turboq_calibrate.cost.side_by_side import EXACT, Engine
+from turboq_calibrate.measure.attention_plugs import simulated_attend
 from turboq_calibrate.measure.evaluate import evaluate
-from turboq_calibrate.models import load_model
+from turboq_calibrate.measure.teacher_forced import hidden_states
+from turboq_calibrate.models import exact_attend, forward, load_model, run_head
 from turboq_calibrate.models.geometry import model_geometry
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -243,3 +248,39 @@ def test_passes_of_a_layer_are_nearly_equal(engine):
     assert sorted(i for b in batches for i in b) == list(range(len(moves)))
     assert all(len({moves[i].layer for i in b}) == 1 for b in batches)
     assert {len(b) for b in batches} == {4}
+
+
+def test_a_shared_cache_costs_what_all_of_its_readers_lose():
+    """Side by side and evaluated: the KL of a pass in which borrowers read the owner's codec."""
+    model = load_model(GOLDEN / "gemma4")
+    layout = model_geometry(model)
+    codec = TurboQuantMSE(dim=8, bits=2)
+    table = c.build_table(layout, [named("tq 2", codec)], random_vectors(layout))
+    engine = Engine(model, table, make_windows(model, length=16), POLICY)
+    choice = np.where([unit.layer == 2 for unit in table.units], 0, EXACT)  # a lender alone
+    plan = uniform_plan(layout, k=codec, v=codec, policy=POLICY)
+    lent = plan.kv_layers({})[2]
+
+    def plug(spec, q, k, v, positions, layer):
+        if layer is None:
+            return exact_attend(spec, q, k, v, positions, None)
+        out = simulated_attention(
+            layer, q, k, v, scale=spec.scale, window=spec.window, softcap=spec.softcap
+        )
+        return out, None
+
+    def log_p(read):
+        return np.asarray(jax.nn.log_softmax(forward(model, engine.tokens, plug, read)[0]), float)
+
+    exact, alone, both = (
+        log_p([lent if i in readers else None for i in range(5)]) for readers in ((), (2,), (2, 3))
+    )
+    first = POLICY.sinks + POLICY.recent
+    kl = [np.sum(np.exp(exact) * (exact - x), -1)[:, first:-1].mean(1) for x in (alone, both)]
+    close(engine.kl(choice[None])[0], kl[1])
+    assert (np.abs(kl[0] / kl[1] - 1) > 0.05).all()  # the borrower's part is felt
+    owned = [None, None, lent, None, None]
+    hidden, _ = hidden_states(model, {"": owned}, engine.tokens, simulated_attend, lambda: None)
+    logits = run_head(model.spec, model.head_params(), hidden[""])
+    got = np.asarray(jax.nn.log_softmax(logits))
+    np.testing.assert_allclose(got, both, rtol=0, atol=TOL["decode_exact"])

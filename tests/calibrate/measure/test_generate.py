@@ -223,6 +223,34 @@ def test_delta_nets_beside_packed_caches(make):
         greedy(model, prompt, 6, layers=layers * 3)
 
 
+@pytest.mark.parametrize("codec", [PerHead, Transform])
+def test_caches_that_several_layers_read(codec):
+    """By themselves or in a pool: borrowers read what their owner stored, window and recent tokens
+    included."""
+    model = load_model(GOLDEN / "gemma4")
+    geometry = model_geometry(model)
+
+    def choose(index, side, head):
+        dim = geometry.layers[index].k_dim
+        return (
+            PerHead(dim=dim, bits=3)
+            if codec is PerHead
+            else Transform(dim=dim, segments=((dim, 3),))
+        )
+
+    plan = head_plan(geometry, choose, policy=POLICY)
+    layers = plan.kv_layers(collect_arrays(plan, random_fit(geometry)))
+    assert len(layers) == 3
+    prompt = np.random.default_rng(5).integers(0, model.spec.vocab, (2, 7)).astype(np.int32)
+    got = greedy(model, prompt, 6, layers=layers, keep_logits=True)
+    sequence = np.concatenate([prompt, got.tokens[:, :-1]], axis=1)
+    read = [layers[n] for n in (0, 1, 2, 2, 1)]
+    want = parallel(model, read, sequence)[:, prompt.shape[1] - 1 :]
+    np.testing.assert_allclose(got.logits, want, rtol=0, atol=TOL["decode_packed"])
+    exact = np.asarray(forward(model, sequence)[0])[:, prompt.shape[1] - 1 :]
+    assert np.abs(exact - want).max() > 100 * TOL["decode_packed"]
+
+
 def test_windows_are_all_that_a_long_sequence_keeps(tmp_path):
     """Gemma 3 over three pages: tokens as of plain attention, sliding layers two pages each."""
     for file in (GOLDEN / "gemma3").iterdir():

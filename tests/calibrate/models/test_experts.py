@@ -74,7 +74,7 @@ def test_routing_takes_the_most_probable(layer, rng, renormalised):
     np.testing.assert_allclose(weights, want, rtol=TOL["model_golden"])
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe/model.gguf"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe/model.gguf", "gemma4_moe"])
 def test_streamed_experts_are_read_as_they_are_chosen(family, monkeypatch, rng):
     """Forwards and backwards, one expert in memory at a time, and none that no token chose."""
     model = load_model(GOLDEN / family, resident=False)

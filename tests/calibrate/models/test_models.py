@@ -63,6 +63,9 @@ FAMILIES = (
     "ministral3",
     "granitemoe",
     "glm4_moe",
+    "gemma4",
+    "gemma4_moe",
+    "gemma4_vision",
 )
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 COPIES = (
@@ -78,13 +81,13 @@ def capturing(spec, q, k, v, positions, state, *sinks):
     return out, (q, k, v)
 
 
-def golden(family):
-    with np.load(GOLDEN / family / "golden.npz") as file:
-        return dict(file)
+def golden(family, file="golden"):
+    with np.load(GOLDEN / family / f"{file}.npz") as stored:
+        return dict(stored)
 
 
-def check_against_golden(path, expected):
-    model = load_model(path)
+def check_against_golden(path, expected, **options):
+    model = load_model(path, **options)
     logits, states = forward(model, expected["tokens"], capturing, positions=expected["positions"])
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=TOL["model_golden"])
@@ -101,6 +104,25 @@ def check_against_golden(path, expected):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_qkv_are_those_of_transformers(family):
     check_against_golden(GOLDEN / family, golden(family))
+
+
+@pytest.mark.parametrize("file", ["", "model.gguf"])
+def test_longrope_of_long_sequences(file):
+    """In transformers one token behind the original context turns all keys by the other factors."""
+    expected = golden("phi3", "golden_long")
+    assert expected["positions"].max() >= 80 > expected["positions"].min()
+    check_against_golden(GOLDEN / "phi3" / file, expected, long_context=True)
+    spec = load_model(GOLDEN / "phi3" / file, resident=False, long_context=True).spec
+    spec.check_length(256, "windows")
+    short = load_model(GOLDEN / "phi3" / file, resident=False).spec
+    with pytest.raises(TurboqError, match=r"context of 80: .* --long_context \(long_context=True"):
+        short.check_length(81, "windows")
+
+
+@pytest.mark.parametrize("path", ["qwen3", "qwen3/model.gguf", "phi3_window"])
+def test_a_long_form_of_a_model_that_has_none_is_refused(path):
+    with pytest.raises(TurboqError, match="long_context is for longrope alone"):
+        load_model(GOLDEN / path, resident=False, long_context=True)
 
 
 @pytest.mark.parametrize("family", COPIES)
@@ -127,6 +149,7 @@ def test_golden_families_cover_what_they_claim():
         "cohere2",
         *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
         *("mistral", "ministral", "ministral3", "granitemoe", "glm4_moe"),
+        *["gemma4_text"] * 3,
     ]
     assert first["llama3"].rope.scaling.type == "llama3"
     assert first["llama_bias"].rope.scaling == Scaling(type="linear", factor=2.5)

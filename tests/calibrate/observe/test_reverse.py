@@ -48,6 +48,7 @@ MODELS = {
     "glm4": lambda: load_model(GOLDEN / "glm4"),  # partial rotation of neighbours
     "qwen3_5": lambda: load_model(GOLDEN / "qwen3_5"),  # delta-nets around gated attention
     "deepseek_v2": lambda: load_model(GOLDEN / "deepseek_v2"),  # latent attention
+    "gemma4": lambda: load_model(GOLDEN / "gemma4"),  # caches that two layers read
     "without rope": lambda: without_rope("llama3"),
 }
 
@@ -150,7 +151,10 @@ def test_everything_a_fit_may_use_equals_the_whole_model(name, tmp_path):
             continue
         q, k, v = (np.asarray(x, np.float64) for x in kept[i])
         q = q[..., -spec.head_dim :]
-        g_k, g_v = (np.asarray(x, np.float64) for x in gradients[i])
+        readers = [n for n, s in enumerate(model.spec.layers) if s.cache_at(n) == i] or [i]
+        g_k, g_v = (
+            sum(np.asarray(gradients[n][side], np.float64) for n in readers) for side in (0, 1)
+        )
         layer = found.layers[i]
         assert ("k_before" in layer.sides) == ("q_before" in layer.sides) == bool(spec.rope)
         cases = {

@@ -66,8 +66,9 @@ def test_first_tokens_are_draws_from_the_models_probabilities(model):
     assert ((cells[0] - flat) ** 2 / flat).sum() > 2 * threshold
 
 
-# Grouped heads; a sliding window of 6; QK-norm and three layers of another geometry; delta-nets.
-@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen3", "qwen3_5", "deepseek_v2"])
+# Grouped heads; a sliding window of 6; QK-norm and three layers of another geometry; delta-nets;
+# latent vectors; shared caches.
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen3", "qwen3_5", "deepseek_v2", "gemma4"])
 def test_cached_steps_are_the_parallel_forward(name):
     """The logits of one causal pass over the windows, with the same noise, draw the same tokens.
 
