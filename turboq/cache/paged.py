@@ -200,6 +200,8 @@ def _padded(copies: np.ndarray) -> tuple[Array, Array]:
 
 # Encodes x [B, N, T, D] into the pages table [B, P] of a pool, from slots positions[:, 0] on.
 PoolStore = Callable[[int, Any, Codec, Arrays, Stored, Any, Any, Any], Stored]
+# Writes one token [B, 1, K, D] of every sequence, and all that a pool keeps of it.
+Append = Callable[[KVLayer, PagedCache, Where, Any, Any], PagedCache]
 
 
 def check_room(where: Where) -> None:
@@ -228,19 +230,35 @@ def write(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     store: PoolStore | None = None,
+    append: Append | None = None,
 ) -> tuple[PagedCache, Tail]:
     """Encodes and stores the next T tokens of B sequences, the first where.counts[b] being real.
 
     As `cache.contiguous.write`: equal bytes in every page, whatever the chunks. Pages must be the
     sequences' own from their first new token on, which `Pager.plan` and `copy` see to. Tokens past
     a sequence's pages (a compiled loop that goes on after its step) are not stored but counted in
-    `overflow`. `store` encodes and writes (default: XLA, through the codec's own `encode`).
+    `overflow`. `store` encodes and writes (default: XLA, through the codec's own `encode`);
+    `append` writes one token whole, exact ones and counts included.
 
     Raises:
       TurboqError: outside jit, tokens that do not fit.
     """
     check_room(where)
+    if append is not None:
+        return _append(layer, cache, where, k, v, append)
     return _write(layer, cache, where, k, v, store)
+
+
+@functools.partial(jax.jit, static_argnames=("append",))
+def _append(layer: KVLayer, cache: PagedCache, where: Where, k, v, append: Append):
+    check_heads(layer, k.shape[2])
+    new = append(layer, cache, where, k, v)
+    lengths = jnp.minimum(where.starts + where.counts, where.room)
+    if not layer.ring:
+        return new, Tail(k=k[:, :0], v=v[:, :0], positions=where.starts[:, None][:, :0])
+    ring_k, ring_v = caches.ring_of(layer, _exact_of(new, where.rows))
+    positions = caches.ring_positions(lengths, layer.ring)
+    return new, Tail(k=ring_k, v=ring_v, positions=positions)
 
 
 @functools.partial(jax.jit, static_argnames=("store",))
