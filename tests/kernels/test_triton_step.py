@@ -12,7 +12,7 @@ from tolerances import TOL
 
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
 from turboq.cache.pool import Pool
-from turboq.codecs import IntAffine, PerHead, TurboQuantMSE
+from turboq.codecs import IntAffine, PerHead, Transform, TurboQuantMSE
 from turboq_kernels.attention import api, maps
 from turboq_kernels.decode import triton_kernel, triton_parts, triton_step
 from turboq_kernels.spans import Rules
@@ -23,19 +23,33 @@ FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes"
 
 
 def make_layer(rng):
-    """Head 1 stored otherwise than heads 0 and 2: a mean, scales with offsets, and neither."""
+    """Head 1 stored otherwise than heads 0 and 2: a mean, coded gains, scales with offsets."""
 
     def group(heads, k, v):
-        arrays = cases.learned(rng, len(heads), 3)
+        count = len(heads)
+        learned = cases.learned(rng, count, 3)
         # All that the kernel rounds are levels.
-        levels = arrays["codebook"].astype(jnp.bfloat16).astype(jnp.float32)
-        own = [
-            arrays | {"codebook": levels} if codec.name == "per_head" else {} for codec in (k, v)
-        ]
-        return HeadGroup(heads=heads, k=k, v=v, k_arrays=own[0], v_arrays=own[1])
+        levels = learned["codebook"].astype(jnp.bfloat16).astype(jnp.float32)
+        turn, _ = np.linalg.qr(rng.standard_normal((count, cases.DIM, cases.DIM)))
+        coded = {
+            "mean": rng.standard_normal((count, cases.DIM)),
+            "analysis": turn, "synthesis": turn.swapaxes(1, 2),
+            "gains": np.sort(rng.uniform(0.3, 2.0, (count, 8)), axis=-1),
+            "codebook0": levels[:, 2:6],
+        }  # fmt: skip
+        arrays = {
+            "per_head": learned | {"codebook": levels},
+            "transform": {name: jnp.asarray(x, jnp.float32) for name, x in coded.items()},
+            "int_affine": {},
+        }
+        k_arrays, v_arrays = arrays[k.name], arrays[v.name]
+        return HeadGroup(heads=heads, k=k, v=v, k_arrays=k_arrays, v_arrays=v_arrays)
 
     learned, affine = PerHead(dim=cases.DIM, bits=3), IntAffine(dim=cases.DIM, bits=4)
-    groups = (group((0, 2), learned, affine), group((1,), affine, learned))
+    coded = Transform(
+        dim=cases.DIM, segments=((cases.DIM, 2),), codebook="fitted", gain="code", gain_bits=3
+    )
+    groups = (group((0, 2), learned, coded), group((1,), affine, learned))
     return KVLayer(groups=groups, policy=TokenPolicy(sinks=3, recent=5))
 
 

@@ -254,11 +254,16 @@ def _append(layer: KVLayer, cache: PagedCache, where: Where, k, v, append: Appen
     check_heads(layer, k.shape[2])
     new = append(layer, cache, where, k, v)
     lengths = jnp.minimum(where.starts + where.counts, where.room)
+    return new, _newest(layer, new, where.rows, lengths, k, v)
+
+
+def _newest(layer: KVLayer, cache: PagedCache, rows, lengths: Int[Array, "B"], k, v) -> Tail:
+    """The tail of one token that is written: the ring holds all that its query may see."""
     if not layer.ring:
-        return new, Tail(k=k[:, :0], v=v[:, :0], positions=where.starts[:, None][:, :0])
-    ring_k, ring_v = caches.ring_of(layer, _exact_of(new, where.rows))
+        return Tail(k=k[:, :0], v=v[:, :0], positions=lengths[:, None][:, :0])
+    ring_k, ring_v = caches.ring_of(layer, _exact_of(cache, rows))
     positions = caches.ring_positions(lengths, layer.ring)
-    return new, Tail(k=ring_k, v=ring_v, positions=positions)
+    return Tail(k=ring_k, v=ring_v, positions=positions)
 
 
 @functools.partial(jax.jit, static_argnames=("store",))
@@ -270,22 +275,36 @@ def _write(layer: KVLayer, cache: PagedCache, where: Where, k, v, store: PoolSto
     fitting, lost = overflow.split(starts, where.counts, where.room)
     valid = steps < fitting[:, None]
     into_pages = functools.partial(store or _store, cache.page, where.tables[cache.pool])
-    old = _exact_of(cache, where.rows)
+    # One token goes to its row at once; of several the rows are taken out and put back.
+    one = k.shape[1] == 1 and layer.block == 1
+    rows = where.rows if one else None
+    old = cache.groups if one else _exact_of(cache, where.rows)
     new = tuple(
-        caches.write_group(layer, g, buffers, k, v, starts, positions, valid, fitting, into_pages)
+        caches.write_group(
+            layer, g, buffers, k, v, starts, positions, valid, fitting, into_pages, rows
+        )
         for g, buffers in zip(layer.groups, old, strict=True)
     )
-    tail = caches.tail_of(layer, (old, starts), (new, starts + fitting), k, v, positions, valid)
-    groups = tuple(
-        GroupBuffers(
-            k=n.k,
-            v=n.v,
-            k_sinks=o.k_sinks.at[where.rows].set(n.k_sinks),
-            v_sinks=o.v_sinks.at[where.rows].set(n.v_sinks),
-            k_recent=o.k_recent.at[where.rows].set(n.k_recent),
-            v_recent=o.v_recent.at[where.rows].set(n.v_recent),
+    if one:
+        held = dataclasses.replace(cache, groups=new)
+        tail = _newest(layer, held, where.rows, starts + fitting, k, v)
+    else:
+        both = (old, starts), (new, starts + fitting)
+        tail = caches.tail_of(layer, *both, k, v, positions, valid)
+    groups = (
+        new
+        if one
+        else tuple(
+            GroupBuffers(
+                k=n.k,
+                v=n.v,
+                k_sinks=o.k_sinks.at[where.rows].set(n.k_sinks),
+                v_sinks=o.v_sinks.at[where.rows].set(n.v_sinks),
+                k_recent=o.k_recent.at[where.rows].set(n.k_recent),
+                v_recent=o.v_recent.at[where.rows].set(n.v_recent),
+            )
+            for n, o in zip(new, cache.groups, strict=True)
         )
-        for n, o in zip(new, cache.groups, strict=True)
     )
     # A row begins anew with its sequence.
     before = jnp.where(starts > 0, cache.overflow[where.rows], 0)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboq.cache.contiguous import LayerCache, Tail
+from turboq.cache.exact_attention import HIGHEST
 from turboq.cache.layer import HeadGroup, KVLayer, in_head_order
 from turboq.cache.paged import PagedView
 from turboq.cache.simulate import take_heads
 from turboq_kernels import decode as kernels
 from turboq_kernels import merge, sides, spans, views
-from turboq_kernels.attention import step
+from turboq_kernels.attention import maps, step
 from turboq_kernels.decode import codec as codec_decode
 from turboq_kernels.decode.types import Partial
 from turboq_kernels.prefill import kernels as prefill
@@ -77,7 +79,7 @@ def cache_attention(
             q, layer, cache, group, buffers, tail,
             q_positions=q_positions, options=options, sink_logits=sink_logits, own=own,
         )  # fmt: skip
-        out = sides.of_heads(group.v.unfold_output)(group.v_arrays, parts.stored, parts.mass)
+        out = _unfolded(group, parts, options)
         out = out if parts.exact is None else out + parts.exact
         outs.append(from_rows(out, q.shape[1]))
     return join_groups(layer, outs)
@@ -188,7 +190,7 @@ def _stored(
             view.pages, starts, ends, page=view.page, layer=layer, first=first,
             block_tokens=options.block_tokens, **read,
         )  # fmt: skip
-    folded, bias = sides.fold(group.k, group.k_arrays, rows)
+    folded, bias = _folded(group, rows, options)
     k_side = sides.side(group.k, group.k_arrays, view.k, view.heads, count)
     v_side = sides.side(group.v, group.v_arrays, view.v, view.heads, count)
 
@@ -202,6 +204,29 @@ def _stored(
     if gain is None:
         return partial
     return dataclasses.replace(partial, acc=partial.acc * gain[None, :, None])
+
+
+def _folded(group: HeadGroup, rows, options: Options) -> tuple[Array, Array | None]:
+    """`sides.fold`; for kernels one product, where its matrix is a constant."""
+    if group.k_arrays or not _by_kernel(options):
+        return sides.fold(group.k, group.k_arrays, rows)
+    matrix, _ = maps.of_queries(group.k, {}, len(group.heads))
+    return jnp.einsum("bnmd,dc->bnmc", rows, matrix[0], precision=HIGHEST), None
+
+
+def _unfolded(group: HeadGroup, parts: Parts, options: Options) -> Float[Array, "B N M E"]:
+    """`Codec.unfold_output`, likewise."""
+    if not group.v_arrays and group.v.reading is not None and _by_kernel(options):
+        matrix, mean = maps.of_outputs(group.v, {}, len(group.heads))
+        if mean is None:
+            return jnp.einsum("bnmc,ce->bnme", parts.stored, matrix[0], precision=HIGHEST)
+    return sides.of_heads(group.v.unfold_output)(group.v_arrays, parts.stored, parts.mass)
+
+
+def _by_kernel(options: Options) -> bool:
+    if options.implementation is None:
+        return jax.default_backend() in ("tpu", "gpu")
+    return options.implementation != "xla"
 
 
 def unsupported(layer: KVLayer, group: HeadGroup) -> str | None:

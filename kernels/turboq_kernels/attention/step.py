@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -60,6 +61,7 @@ def attend(
         q.shape[:3], k, v, view.pages, scale=options.scale, softcap=options.softcap,
         splits=options.splits, interpret=options.interpret, tuned=tuned, rows=rows,
     )  # fmt: skip
+    plan = dataclasses.replace(plan, clamped=True)
     into = maps.of_queries(group.k, group.k_arrays, heads)
     out = maps.of_outputs(group.v, group.v_arrays, heads)
     seen = triton_step.Seen(*where[:2], None if isinstance(where[2], int) else where[2])
@@ -79,7 +81,9 @@ def attend(
 def _sides(group: HeadGroup, view: GroupView):
     """Stored K and V; a codec without arrays has its tables once for all heads."""
     return tuple(
-        sides.side(codec, arrays, stored, view.heads, len(group.heads) if arrays else 1)
+        sides.side(
+            codec, arrays, stored, view.heads, len(group.heads) if arrays else 1, coded=True
+        )
         for codec, arrays, stored in (
             (group.k, group.k_arrays, view.k), (group.v, group.v_arrays, view.v),
         )

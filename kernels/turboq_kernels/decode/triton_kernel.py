@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from turboq_kernels.decode import triton_parts
 from turboq_kernels.decode import triton_unpack as unpacking
-from turboq_kernels.decode.types import Pages, Partial, Side
+from turboq_kernels.decode.types import Coded, Pages, Partial, Side
 from turboq_kernels.target import target
 
 LOG2E = 1.4426950408889634
@@ -83,6 +83,7 @@ def attend(
         parts = triton_parts.split(low, high, splits or 1)
     else:
         parts = triton_parts.spread(low, high, count)
+    pages = dataclasses.replace(pages, table=jnp.maximum(pages.table, 0))  # -1: seen by nobody
     found = launch(
         q, k, v, pages, starts, ends, [low, high] if plan.whole else list(parts[:3]), bias=bias,
         plan=plan, count=count, tuned=tuned, name=name,
@@ -180,6 +181,7 @@ class Plan:
     softcap: float | None
     interpret: bool
     asm: bool  # NVIDIA's instructions, or plain operations
+    clamped: bool = False  # entries of the page table may be negative
 
     @property
     def columns(self) -> int:
@@ -295,7 +297,7 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         at = s * plan.tile_rows + jnp.arange(plan.tile_rows, dtype=jnp.int32)
         p, row = at // plan.rows, at % plan.rows
         page = inputs["table"][b, jnp.minimum(p, inputs["table"].shape[1] - 1)]
-        page = jnp.maximum(page, 0)  # -1: a page that nobody sees
+        page = jnp.maximum(page, 0) if plan.clamped else page  # -1: a page that nobody sees
         page = page * plan.strides[0] + n * plan.strides[1]
         return p, row, page, plan.rows * bits[None, :] + row[:, None]
 
@@ -303,7 +305,7 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         """Scale and offset of a step's tokens in one part, as they are stored."""
         pages = jnp.broadcast_to(page[:, None], inner.shape)
         refs = inputs[side]["scales"][i], inputs[side]["offsets"][i]
-        return [ref if ref is None else ref[pages, inner] for ref in refs]
+        return [ref if ref is None else _numbers(ref, pages, inner, n, plan) for ref in refs]
 
     def all_vectors(s):
         _, _, page, inner = located(s)
@@ -385,6 +387,18 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     span = pl.ds(at, m)
     top_ref[place, n, span] = top * LN2
     total_ref[place, n, span] = total
+
+
+def _numbers(ref, pages, inner, n, plan: Plan) -> Array:
+    """Numbers of tokens `inner` of head-pages, as they are stored or what their codes say."""
+    if not isinstance(ref, Coded):
+        return ref[pages, inner]
+    row, bit = inner % plan.rows, (inner // plan.rows).astype(jnp.uint32)
+    none, code = jnp.zeros_like(row), jnp.zeros_like(row)
+    for p in range(ref.words.shape[1]):
+        word = ref.words[pages, none + p, row, none]
+        code += ((word >> bit) & jnp.uint32(1)).astype(jnp.int32) << p
+    return ref.table[none + n, code]
 
 
 def bounds(

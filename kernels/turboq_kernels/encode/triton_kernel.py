@@ -55,7 +55,6 @@ class Row:
 
     program: tuple[Any, Any, Any]
     at: tuple[Any, Any]  # head-page and row
-    slots: Array  # [N] of the page, likewise
     first: Array  # the bits below are those of older tokens
     mask: Array  # bit n: column n is real
     real: Array  # [N], likewise
@@ -94,7 +93,6 @@ def row_of(table, program, place, token, held, plan: Plan) -> Row:
     return Row(
         program=program,
         at=(table[b, page] * plan.strides[0] + n * plan.strides[1], row),
-        slots=plan.rows * (first + columns) + row,
         first=first.astype(jnp.uint32),
         mask=jnp.uint32(0xFFFFFFFF) >> (WORD_BITS - held).astype(jnp.uint32),
         real=columns < held,
@@ -138,8 +136,14 @@ def write_row(inputs, words, numbers, where: Row, plan: Plan) -> None:
         _put(words[-1], steps.words_of(signs, 0), 0, 0, plan.coded, where, plan)
     in_place = plan.in_place or (False,) * len(found)
     for ref, number, here in zip(numbers, found, in_place, strict=False):
-        place = (where.at[0], where.slots) if here else (b, n, where.tokens)
+        place = (where.at[0], _slots(where, plan)) if here else (b, n, where.tokens)
         store(ref, place, number.astype(ref.dtype), where.real, interpret=plan.interpret)
+
+
+def _slots(where: Row, plan: Plan) -> Array:
+    """Of every column, in the page."""
+    columns = jnp.arange(plan.columns, dtype=jnp.int32)
+    return plan.rows * (where.first.astype(jnp.int32) + columns) + where.at[1]
 
 
 def _turned(inputs, where: Row, plan: Plan) -> Float[Array, "N C"]:
