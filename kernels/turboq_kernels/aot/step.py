@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from turboq.cache import paged
+from turboq.cache import model_cache, paged
 from turboq.cache.layer import KVLayer, TokenPolicy, uniform_layer
-from turboq.codecs import PerHead, TurboQuantMSE
+from turboq.codecs import PerHead, Transform, TurboQuantMSE
+from turboq_kernels import columns
 from turboq_kernels.aot import launches
 from turboq_kernels.aot.compilers import Program
 from turboq_kernels.attention import cache_attention
@@ -23,11 +24,13 @@ from turboq_kernels.encode import encode
 BATCH, HEADS, PAGES, PAGE = 8, 8, 128, 256
 POLICY = TokenPolicy(sinks=4, recent=64)
 CODECS = {"turboquant_mse": TurboQuantMSE, "per_head": PerHead}
+COLUMNS = "window"  # codes of a learned plan, in the one pool of a model
+LEVELS = (*CODECS, COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """What is compiled: `levels` names the codec of K and V."""
+    """What is compiled: `levels` names the codec of K and V, or window codes."""
 
     target: str
     levels: str
@@ -38,30 +41,55 @@ class Configuration:
     cache: str = "paged"
 
     def __post_init__(self):
-        if self.levels not in CODECS:
-            raise ValueError(f"{self.levels=} must be one of {tuple(CODECS)}")
+        if self.levels not in LEVELS:
+            raise ValueError(f"{self.levels=} must be one of {LEVELS}")
 
 
 def configurations(target: str) -> tuple[Configuration, ...]:
     """Those of one chip."""
-    return tuple(Configuration(target=target, levels=levels) for levels in CODECS)
+    pages = tuple(Configuration(target=target, levels=levels) for levels in CODECS)
+    return (*pages, Configuration(target=target, levels=COLUMNS, cache="one pool"))
 
 
 def program(c: Configuration, implementation: str) -> Program:
     """The step, whose pool is donated."""
-    layer, cache, where = arguments(c)
     k = v = jax.ShapeDtypeStruct((BATCH, 1, HEADS, c.dim), jnp.bfloat16)
     q = jax.ShapeDtypeStruct((BATCH, 1, HEADS * c.group, c.dim), jnp.bfloat16)
+    options: dict[str, Any] = {"scale": c.dim**-0.5, "implementation": implementation}
 
-    def run(cache, layer, where, q, k, v):
+    def pages(cache, layer, where, q, k, v):
         cache, tail = encode(layer, cache, k, v, where=where, implementation=implementation)
-        out = cache_attention(
-            q, layer, paged.view(cache, where), tail, q_positions=where.starts[:, None],
-            scale=c.dim**-0.5, implementation=implementation,
-        )  # fmt: skip
-        return cache, out
+        view, at = paged.view(cache, where), where.starts[:, None]
+        return cache, cache_attention(q, layer, view, tail, q_positions=at, **options)
 
-    return Program(run, (cache, layer, where, q, k, v), donated=(0,))
+    def one_pool(held, matrices, q, k, v):
+        state, words, tail = model_cache.write(*held, k, v)
+        at = state.lengths[:, None] - 1
+        out = columns.attend(q, state, words, tail, matrices, q_positions=at, **options)
+        return (state, words), out
+
+    if c.levels == COLUMNS:
+        return Program(one_pool, (*_column_arguments(c), q, k, v), donated=(0,))
+    layer, cache, where = arguments(c)
+    return Program(pages, (cache, layer, where, q, k, v), donated=(0,))
+
+
+def _column_arguments(c: Configuration) -> tuple[Any, Any]:
+    """Shapes of a layer's state and the pool, and of the matrices of its plan."""
+    segments = ((c.dim, c.bits),)
+    codec = Transform(dim=c.dim, segments=segments, quantizer="window", states=16, gain="code")
+    arrays = {name: jnp.zeros((HEADS, *shape)) for name, shape in codec.array_shapes.items()}
+    layer = uniform_layer(
+        kv_heads=HEADS, k=codec, v=codec, policy=POLICY, k_arrays=arrays, v_arrays=arrays
+    )
+    form = model_cache.forms([layer])
+    assert form is not None
+
+    def made():
+        (state,), (words,) = model_cache.init(form, batch=BATCH, capacity=PAGES * PAGE)
+        return (state, words), columns.prepare(state, words)
+
+    return jax.eval_shape(made)
 
 
 def arguments(c: Configuration) -> tuple[KVLayer, paged.PagedCache, paged.Where]:
@@ -91,10 +119,11 @@ def row(c: Configuration, executable: Any) -> dict[str, Any]:
     found, analysis = launches.read(executable.as_text()), executable.memory_analysis()
     if analysis is None:
         raise RuntimeError("the compiler reports no memory analysis")
-    _, cache, _ = arguments(c)
+    given = program(c, "xla").arguments[0]
+    stored = given[1] if c.levels == COLUMNS else [(g.k, g.v) for g in given.groups]
+    kept = (given[0].exact, given[1]) if c.levels == COLUMNS else given
     stored, kept = (
-        [x.size * x.dtype.itemsize for g in cache.groups for x in jax.tree.leaves(of(g))]
-        for of in (lambda g: (g.k, g.v), lambda g: g)
+        [x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)] for tree in (stored, kept)
     )
     return {"op": "step"} | dataclasses.asdict(c) | {
         "launches": found.count,

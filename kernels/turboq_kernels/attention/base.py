@@ -146,31 +146,49 @@ def group_parts(
     )  # fmt: skip
     parts = [_stored(rows, layer, group, view, seen.starts, seen.ends, options, cache.first)]
 
-    def exact(k, v, positions, lower, options):
-        k = layer.keys(k, v)
-        name = options.implementation if _many(rows) else "xla"
-        parts.append(
-            prefill.own(
-                rows, k, v, positions, lower, at, scale=options.scale, softcap=options.softcap,
-                implementation=name, interpret=options.interpret and name not in (None, "xla"),
-            )
-        )  # fmt: skip
-
+    exact = []  # k, v, positions, the least position that each row sees, by which implementation
     if policy.sinks:
-        # A few tokens: not worth a kernel.
-        xla = dataclasses.replace(options, implementation="xla")
-        exact(view.k_sinks, view.v_sinks, _held_sinks(layer, cache), seen.low, xla)
+        held = _held_sinks(layer, cache)
+        exact.append((view.k_sinks, view.v_sinks, held, seen.low, "xla"))  # few: worth no kernel
     if tail.positions.shape[1]:
-        # Kernels multiply what was rounded to bfloat16 in one piece, float32 in two.
-        dtype = policy.exact_dtype if _many(rows) else "float32"
-        k, v = (take_heads(x, group.heads).swapaxes(1, 2).astype(dtype) for x in (tail.k, tail.v))
+        k, v = (take_heads(x, group.heads).swapaxes(1, 2) for x in (tail.k, tail.v))
         # The first tokens are among the sinks, unless they are being written now.
         least = jnp.minimum(cache.lengths, policy.sinks) if own else jnp.int32(policy.sinks)
-        exact(k, v, tail.positions, seen.lower(least.reshape(-1, 1)), options)
+        lower = seen.lower(least.reshape(-1, 1))
+        exact.append((k, v, tail.positions, lower, options.implementation))
+    parts += _exact(rows, layer, exact, at, options)
     if sink_logits is not None:
         per_row = _of_rows(sink_logits, group, per_kv, q.shape[1])
         parts.append(merge.sink(per_row, q.shape[0], group.v.dim))
     return _normalise(parts)
+
+
+def _exact(
+    rows, layer: KVLayer, exact: list[tuple[Any, ...]], at: Int[Array, "B M"], options: Options
+) -> list[Partial]:  # fmt: skip
+    """The softmaxes over exact tokens: of a few rows one over all of them."""
+    read = {"scale": options.scale, "softcap": options.softcap}
+    if not exact:
+        return []
+    if not _many(rows):
+        k, v = (jnp.concatenate([x[i].astype(jnp.float32) for x in exact], axis=2) for i in (0, 1))
+        seen = [
+            (positions >= 0)[:, None] & (positions[:, None] >= lower[..., None])
+            & (positions[:, None] <= at[..., None])
+            for _, _, positions, lower, _ in exact
+        ]  # fmt: skip
+        return [merge.exact(rows, layer.keys(k, v), v, jnp.concatenate(seen, axis=2), **read)]
+    parts = []
+    for k, v, positions, lower, name in exact:
+        # Kernels multiply what was rounded to bfloat16 in one piece, float32 in two.
+        k, v = (x.astype(layer.policy.exact_dtype) for x in (k, v))
+        parts.append(
+            prefill.own(
+                rows, layer.keys(k, v), v, positions, lower, at, implementation=name,
+                interpret=options.interpret and name not in (None, "xla"), **read,
+            )
+        )  # fmt: skip
+    return parts
 
 
 def _stored(
@@ -208,19 +226,22 @@ def _stored(
 
 def _folded(group: HeadGroup, rows, options: Options) -> tuple[Array, Array | None]:
     """`sides.fold`; for kernels one product, where its matrix is a constant."""
-    if group.k_arrays or not _by_kernel(options):
+    if not (_by_kernel(options) and maps.turns(group.k, group.k_arrays)):
         return sides.fold(group.k, group.k_arrays, rows)
-    matrix, _ = maps.of_queries(group.k, {}, len(group.heads))
-    return jnp.einsum("bnmd,dc->bnmc", rows, matrix[0], precision=HIGHEST), None
+    matrix, mean = maps.of_queries(group.k, group.k_arrays, len(group.heads))
+    folded = jnp.einsum("bnmd,dc->bnmc", rows, matrix[0], precision=HIGHEST)
+    if mean is None:
+        return folded, None
+    return folded, jnp.einsum("bnmd,nd->bnm", rows, mean, precision=HIGHEST)
 
 
 def _unfolded(group: HeadGroup, parts: Parts, options: Options) -> Float[Array, "B N M E"]:
     """`Codec.unfold_output`, likewise."""
-    if not group.v_arrays and group.v.reading is not None and _by_kernel(options):
-        matrix, mean = maps.of_outputs(group.v, {}, len(group.heads))
-        if mean is None:
-            return jnp.einsum("bnmc,ce->bnme", parts.stored, matrix[0], precision=HIGHEST)
-    return sides.of_heads(group.v.unfold_output)(group.v_arrays, parts.stored, parts.mass)
+    if not (_by_kernel(options) and maps.turns(group.v, group.v_arrays)):
+        return sides.of_heads(group.v.unfold_output)(group.v_arrays, parts.stored, parts.mass)
+    matrix, mean = maps.of_outputs(group.v, group.v_arrays, len(group.heads))
+    out = jnp.einsum("bnmc,ce->bnme", parts.stored, matrix[0], precision=HIGHEST)
+    return out if mean is None else out + parts.mass[..., None] * mean[None, :, None]
 
 
 def _by_kernel(options: Options) -> bool:

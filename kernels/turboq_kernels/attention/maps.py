@@ -3,20 +3,26 @@
     folded = q A,  bias = q . a           `Codec.reading_query`
     out = acc U + mass u                  `Codec.unfold_output`
 
-Static gains are in A and U. A codec without arrays has one matrix for all heads, a constant that
-is made while a program is traced; others give one a head, made in the program.
+Static gains are in A and U. A codec whose transform is no array of its own has one matrix for all
+heads, a constant that is made while a program is traced; others give one a head, made in the
+program.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from turboq.codecs.base import Arrays, Codec
+from turboq.codecs.transformed import TransformedCodec
 from turboq_kernels import sides
+
+# The methods that take vectors into the space of codes and out of it.
+_LINEAR = ("fold_query", "unfold_output", "reading_query", "forward", "backward")
 
 
 class Map(NamedTuple):
@@ -28,6 +34,9 @@ class Map(NamedTuple):
 
 def of_queries(codec: Codec, arrays: Arrays, heads: int) -> Map:
     """A [D, C] and a [D]."""
+    if turns(codec, arrays):
+        matrix = _constant(lambda: codec.forward({}, jnp.eye(codec.dim)))
+        return Map(matrix[None], arrays.get("mean"))
 
     def made() -> Map:
         count = heads if arrays else 1
@@ -35,13 +44,16 @@ def of_queries(codec: Codec, arrays: Arrays, heads: int) -> Map:
         matrix, offset = sides.fold(codec, arrays, eye)
         return Map(matrix[0], None if offset is None else offset[0])
 
-    return _constant(made, arrays)
+    return made() if arrays else _constant(made)
 
 
 def of_outputs(codec: Codec, arrays: Arrays, heads: int) -> Map:
     """U [C, E] and u [E]."""
     assert codec.reading is not None
     coded = codec.reading.width
+    if turns(codec, arrays):
+        matrix = _constant(lambda: codec.backward({}, jnp.eye(coded)))
+        return Map(matrix[None], arrays.get("mean"))
 
     def made() -> Map:
         count, unfold = heads if arrays else 1, sides.of_heads(codec.unfold_output)
@@ -53,11 +65,21 @@ def of_outputs(codec: Codec, arrays: Arrays, heads: int) -> Map:
         mean = unfold(arrays, none, jnp.ones((1, count, 1), jnp.float32))[0, :, 0]
         return Map(matrix, None if not arrays and not mean.any() else mean)
 
-    return _constant(made, arrays)
+    return made() if arrays else _constant(made)
 
 
-def _constant(made, arrays: Arrays) -> Map:
-    if arrays:
-        return made()
+def turns(codec: Codec, arrays: Arrays) -> TypeGuard[TransformedCodec]:
+    """Whether a codec only removes a mean of a head and turns, all heads alike: one matrix."""
+    reading = codec.reading
+    return (
+        isinstance(codec, TransformedCodec)
+        and all(getattr(type(codec), n) is getattr(TransformedCodec, n) for n in _LINEAR)
+        and "transform" not in arrays
+        and reading is not None
+        and (not arrays or all(part.levels == "table" for part in reading.parts))
+    )
+
+
+def _constant[T](made: Callable[[], T]) -> T:
     with jax.ensure_compile_time_eval():
         return made()

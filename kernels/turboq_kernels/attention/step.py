@@ -36,6 +36,8 @@ def supported(group: HeadGroup, view: GroupView, rows: tuple[int, ...], options:
     if name != _IMPLEMENTATION:
         return False
     step = importlib.import_module("turboq_kernels.decode.triton_step")
+    if rows[0] > step.MAX_BATCH:
+        return False
     widths = (k.reading.width, v.reading.width, group.k.dim, group.v.dim)
     return step.rows_held(rows[2]) * max(map(pl.next_power_of_2, widths)) <= step.MAX_TILE
 

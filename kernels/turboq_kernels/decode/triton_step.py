@@ -30,6 +30,7 @@ from turboq_kernels.triton_memory import load, store, three
 _SIZES = 64  # lengths of a part that are tried, parts that are placed at a time
 _BLOCK = 32  # coordinates per step of a product
 _TOKENS = 32  # exact tokens at a time
+MAX_BATCH = 127  # sequences that one program cuts into parts
 MAX_TILE = 16 * 512  # query rows times coordinates that a program holds
 
 

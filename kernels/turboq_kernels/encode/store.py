@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from typing import Any
@@ -58,7 +59,11 @@ def pool(name: str, interpret: bool) -> paged_cache.PoolStore:
         x, positions, valid,
     ) -> Stored:  # fmt: skip
         pages = pool_pages(table, x.shape[1])
-        words, rows = _run(name, interpret, codec, arrays, stored, x, pages, positions, valid)
+        with contextlib.nullcontext() if arrays else jax.ensure_compile_time_eval():
+            tables = tables_of(codec, arrays, x.shape[1])
+        words, rows = _run(
+            name, interpret, codec, arrays, stored, x, pages, positions, valid, tables
+        )
         return words | paged_cache.put(page, table, codec, rows, stored, positions, valid)
 
     return store
@@ -82,7 +87,7 @@ def _module(name: str) -> Any:
 
 def _run(
     name: str, interpret: bool, codec: Codec, arrays: Arrays, stored: Stored,
-    x: Float[Array, "B N T D"], pages: Pages, positions, valid,
+    x: Float[Array, "B N T D"], pages: Pages, positions, valid, tables: WriteTables | None = None,
 ) -> tuple[Stored, Stored]:  # fmt: skip
     """New words of every packed field that the kernel writes, and the entries of all others."""
     writing, heads = writing_of(codec), x.shape[1]
@@ -95,7 +100,7 @@ def _run(
             f"implementation={name!r} cannot encode this case: {reason}; use 'xla' or None"
         )
     words, rows = _module(MODULES[name]).write(
-        x, writing, tables_of(codec, arrays, heads),
+        x, writing, tables or tables_of(codec, arrays, heads),
         tuple(words.reshape(-1, *words.shape[-3:]) for words in old.values()),
         pages, positions[:, 0], jnp.sum(valid, axis=1, dtype=jnp.int32), interpret=interpret,
     )  # fmt: skip
