@@ -230,9 +230,7 @@ def _folded(group: HeadGroup, rows, options: Options) -> tuple[Array, Array | No
         return sides.fold(group.k, group.k_arrays, rows)
     matrix, mean = maps.of_queries(group.k, group.k_arrays, len(group.heads))
     folded = jnp.einsum("bnmd,dc->bnmc", rows, matrix[0], precision=HIGHEST)
-    if mean is None:
-        return folded, None
-    return folded, jnp.einsum("bnmd,nd->bnm", rows, mean, precision=HIGHEST)
+    return folded, None if mean is None else jnp.sum(rows * mean[None, :, None], axis=-1)
 
 
 def _unfolded(group: HeadGroup, parts: Parts, options: Options) -> Float[Array, "B N M E"]:

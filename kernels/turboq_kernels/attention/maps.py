@@ -11,17 +11,20 @@ program.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from turboq.codecs.base import Arrays, Codec
+from turboq.codecs.scalar import ScalarCodec
 from turboq.codecs.transformed import TransformedCodec
 from turboq_kernels import sides
 
-# The methods that take vectors into the space of codes and out of it.
+# Codecs that turn as their settings say (unless an array "transform" does), if these methods, which
+# take vectors into the space of codes and out of it, are their own.
+_KINDS = (ScalarCodec, TransformedCodec)
 _LINEAR = ("fold_query", "unfold_output", "reading_query", "forward", "backward")
 
 
@@ -34,8 +37,8 @@ class Map(NamedTuple):
 
 def of_queries(codec: Codec, arrays: Arrays, heads: int) -> Map:
     """A [D, C] and a [D]."""
-    if turns(codec, arrays):
-        matrix = _constant(lambda: codec.forward({}, jnp.eye(codec.dim)))
+    if arrays and turns(codec, arrays):
+        matrix = _constant(lambda: codec.fold_query({}, jnp.eye(codec.dim))["q"])
         return Map(matrix[None], arrays.get("mean"))
 
     def made() -> Map:
@@ -51,8 +54,9 @@ def of_outputs(codec: Codec, arrays: Arrays, heads: int) -> Map:
     """U [C, E] and u [E]."""
     assert codec.reading is not None
     coded = codec.reading.width
-    if turns(codec, arrays):
-        matrix = _constant(lambda: codec.backward({}, jnp.eye(coded)))
+    if arrays and turns(codec, arrays):
+        none = jnp.zeros((coded,), jnp.float32)
+        matrix = _constant(lambda: codec.unfold_output({}, jnp.eye(coded), none))
         return Map(matrix[None], arrays.get("mean"))
 
     def made() -> Map:
@@ -68,15 +72,15 @@ def of_outputs(codec: Codec, arrays: Arrays, heads: int) -> Map:
     return made() if arrays else _constant(made)
 
 
-def turns(codec: Codec, arrays: Arrays) -> TypeGuard[TransformedCodec]:
-    """Whether a codec only removes a mean of a head and turns, all heads alike: one matrix."""
-    reading = codec.reading
-    return (
-        isinstance(codec, TransformedCodec)
-        and all(getattr(type(codec), n) is getattr(TransformedCodec, n) for n in _LINEAR)
+def turns(codec: Codec, arrays: Arrays) -> bool:
+    """Whether all heads are turned alike, by one matrix, after a mean of their own is removed."""
+    base = next((kind for kind in _KINDS if isinstance(codec, kind)), None)
+    return not arrays or (
+        base is not None
+        and codec.reading is not None
+        and all(part.levels == "table" for part in codec.reading.parts)
+        and all(getattr(type(codec), n, None) is getattr(base, n, None) for n in _LINEAR)
         and "transform" not in arrays
-        and reading is not None
-        and (not arrays or all(part.levels == "table" for part in reading.parts))
     )
 
 
