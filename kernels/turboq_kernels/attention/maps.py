@@ -38,7 +38,7 @@ class Map(NamedTuple):
 def of_queries(codec: Codec, arrays: Arrays, heads: int) -> Map:
     """A [D, C] and a [D]."""
     if arrays and turns(codec, arrays):
-        matrix = _constant(lambda: codec.fold_query({}, jnp.eye(codec.dim))["q"])
+        matrix = _constant(lambda: codec.fold_query(_zeros(codec), jnp.eye(codec.dim))["q"])
         return Map(matrix[None], arrays.get("mean"))
 
     def made() -> Map:
@@ -55,8 +55,9 @@ def of_outputs(codec: Codec, arrays: Arrays, heads: int) -> Map:
     assert codec.reading is not None
     coded = codec.reading.width
     if arrays and turns(codec, arrays):
-        none = jnp.zeros((coded,), jnp.float32)
-        matrix = _constant(lambda: codec.unfold_output({}, jnp.eye(coded), none))
+        matrix = _constant(
+            lambda: codec.unfold_output(_zeros(codec), jnp.eye(coded), jnp.zeros((coded,)))
+        )
         return Map(matrix[None], arrays.get("mean"))
 
     def made() -> Map:
@@ -82,6 +83,11 @@ def turns(codec: Codec, arrays: Arrays) -> bool:
         and all(getattr(type(codec), n, None) is getattr(base, n, None) for n in _LINEAR)
         and "transform" not in arrays
     )
+
+
+def _zeros(codec: Codec) -> Arrays:
+    """No mean; what else is fitted does not matter to a codec that `turns`."""
+    return {name: jnp.zeros(shape) for name, shape in codec.array_shapes.items()}
 
 
 def _constant[T](made: Callable[[], T]) -> T:
