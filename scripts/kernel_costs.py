@@ -26,6 +26,8 @@ MODULES = {
     ("cuda", "prefill"): "cuda_prefill",
     ("cuda", "encode"): "cuda_encode",
     ("cuda", "columns"): "cuda_columns",
+    ("tpu", "step"): "tpu_step",
+    ("cuda", "step"): "cuda_step",
 }
 # What makes two rows the same measurement.
 KEYS = ("target", "op", "bits", "levels", "dim", "group", "tokens", "cache", "joined")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.numbers import packing
-from turboq_kernels.decode.types import Side
+from turboq_kernels.decode.types import Coded, Side
 
 
 def of_heads(method):
@@ -41,10 +41,19 @@ def flat(stored: Stored, codec: Codec, page: int) -> Stored:
     return out
 
 
-def side(codec: Codec, arrays: Arrays, stored: Stored, heads: Int[Array, "R"], count: int) -> Side:
+def side(
+    codec: Codec,
+    arrays: Arrays,
+    stored: Stored,
+    heads: Int[Array, "R"],
+    count: int,
+    *,
+    coded: bool = False,
+) -> Side:
     """The stored side of a group of `count` heads from head-pages; arrays [count, ...].
 
-    `heads` [R] is the head of every head-page, used only where a codec codes its scales.
+    Scales that a codec codes are left to the kernel if `coded`, else decoded here, all of the pool;
+    `heads` [R], the head of every head-page, is for that.
 
     Raises:
       ValueError: the codec has no reading.
@@ -60,6 +69,9 @@ def side(codec: Codec, arrays: Arrays, stored: Stored, heads: Int[Array, "R"], c
         entries = stored[name]
         if not fields[name].packed:
             return entries[..., 0]
+        if coded:
+            every = jnp.arange(1 << fields[name].bits, dtype=jnp.uint8)
+            return Coded(entries, jax.vmap(lambda a: codec.row_values(a, name, every))(arrays))
         codes = packing.unpack(entries[:, None])[..., 0]  # [R, page]
         of_page = jax.tree.map(lambda x: x[heads], arrays)
         return jax.vmap(lambda a, e: codec.row_values(a, name, e))(of_page, codes)

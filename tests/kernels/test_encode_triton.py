@@ -12,12 +12,14 @@ import pytest
 from tolerances import TOL
 
 from turboq.cache import contiguous as caches
+from turboq.cache import paged
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
 from turboq.cache.pool import Pool
 from turboq.codecs import TurboQuantMSE, TurboQuantProd
 from turboq.codecs.transform import Transform
-from turboq_kernels.encode import encode, triton
+from turboq_kernels.encode import encode, store, triton
 from turboq_kernels.encode import triton_steps as steps
+from turboq_kernels.triton_memory import three
 
 # The interpreted kernel is one large program: without optimization it compiles much faster.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -161,15 +163,77 @@ def layer_of_many(*, simple: bool):
     return KVLayer(groups=groups, policy=policy)
 
 
+ROWS, ROOM = 5, 128  # of the pool, slots of a sequence
+
+
+def full(rng, layer, where):
+    """A pool in which nothing is zero but bits behind sequences: what is not written must stay."""
+    before = jnp.zeros((9, 2), jnp.uint32) - 1  # of every page and word row
+    pages = where.table.reshape(-1)
+    before = before.at[pages].set(paged._before(where.starts, 2, 2).reshape(-1, 2))
+
+    def filled(x):
+        if x.dtype == jnp.uint32:
+            folded = x.shape[-2:]  # two word rows
+            mask = jnp.repeat(before, np.prod(folded) // 2, axis=1).reshape(9, 1, 1, *folded)
+            return jnp.asarray(rng.integers(0, 2**32, x.shape), jnp.uint32) & mask
+        return jnp.asarray(rng.uniform(1.0, 2.0, x.shape), x.dtype)
+
+    cache = paged.init(layer, pages=9, rows=ROWS, page=64)
+    groups = jax.tree.map(filled, cache.groups)
+    return dataclasses.replace(cache, groups=groups, overflow=jnp.arange(3, 3 + ROWS))
+
+
+def located(starts, counts):
+    """Sequences in rows and pages out of order."""
+    order = jnp.asarray([[8, 1], [0, 7], [2, 6], [5, 3]], jnp.int32)
+    each = (jnp.asarray(x, jnp.int32) for x in ([4, 0, 3, 1], starts, counts, [ROOM] * 4))
+    rows, starts, counts, room = each
+    return paged.Where(tables=(order,), rows=rows, starts=starts, counts=counts, room=room)
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_a_step_is_written_as_xla_writes_it(many, rng):
+    """The first token, one past the sinks, on the second page, behind all room; one that waits."""
+    layer = layer_of_many(simple=False)
+    if not many:
+        k, v = TurboQuantMSE(dim=128, bits=3), TurboQuantMSE(dim=32, bits=2)
+        policy = TokenPolicy(recent=2, exact_dtype="float16")  # two launches: warps differ
+        layer = uniform_layer(kv_heads=3, k=k, v=v, policy=policy)
+    dims = (layer.groups[0].k.dim, layer.groups[0].v.dim)
+    k, v = (jnp.asarray(rng.standard_normal((4, 1, 3, d)), jnp.bfloat16) for d in dims)
+    assert store.appending("triton", layer, 1, True) is not None
+
+    def both(cache, where):
+        return (
+            encode(layer, cache, k, v, where=where, implementation="triton", interpret=True),
+            encode(layer, cache, k, v, where=where, implementation="xla"),
+        )
+
+    run = jax.jit(both, compiler_options=FAST)
+    where = located([0, 3, 126, ROOM], [1, 1, 1, 1])
+    got, want = run(full(rng, layer, where), where)
+    same(got, want)
+    # A sequence begins anew, another one lost a token; row 2 is nobody's.
+    assert got[0].overflow.tolist() == [3, 5, 5, 6, 0]
+    where = located([1, 70, ROOM, 2], [1, 0, 1, 1])
+    same(*run(full(rng, layer, where), where))
+
+
+def test_several_tokens_and_blocks_go_the_other_way():
+    codec = TurboQuantMSE(dim=64, bits=3)
+    layer = uniform_layer(kv_heads=1, k=codec, v=codec, policy=TokenPolicy())
+    assert store.appending("triton", layer, 2, True) is None
+    assert store.appending("mosaic_tpu", layer, 1, True) is None
+
+
 def test_three_parts_hold_all_bits():
     x = np.random.default_rng(0).standard_normal(2000).astype(np.float32)
     x[:3] = 0.0, np.finfo(np.float32).max, -np.finfo(np.float32).max
-    parts = [np.asarray(p, np.float64) for p in steps.three(jnp.asarray(x))]
+    parts = [np.asarray(p, np.float64) for p in three(jnp.asarray(x))]
     np.testing.assert_array_equal(sum(parts), x.astype(np.float64))
     for bad in (np.nan, np.inf):
-        assert not np.isfinite(
-            sum(np.asarray(p, np.float64) for p in steps.three(jnp.float32(bad)))
-        )
+        assert not np.isfinite(sum(np.asarray(p, np.float64) for p in three(jnp.float32(bad))))
 
 
 def test_product_is_exact_to_float32():

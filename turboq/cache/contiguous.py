@@ -297,8 +297,13 @@ def write_group(
     valid: Bool[Array, "B T"],
     counts: Int[Array, "B"],
     store: Store,
+    rows: Int[Array, "B"] | None = None,
 ) -> GroupBuffers:
-    """Writes tokens to one group: `store` puts encoded ones where this cache keeps them."""
+    """Writes tokens to one group: `store` puts encoded ones where this cache keeps them.
+
+    `rows` of the exact buffers are those of these sequences (None: all rows, in order), for one
+    token.
+    """
     sinks, ring = layer.policy.sinks, layer.ring
     units = joint.to_units(layer, k, v, positions)
     k, v, k_coded, v_coded = (  # [B, N, T, D]
@@ -323,13 +328,19 @@ def write_group(
             x = to_stored(layer, arrays, x, positions)
         return store(codec, arrays, stored, x, positions, valid)
 
+    def exact(buffer: Array, x: Array, slots: Array) -> Array:
+        if rows is None or buffer.shape[2] == 0:
+            return _scatter(buffer, x, slots)
+        new = x[:, :, 0].astype(buffer.dtype)
+        return buffer.at[rows, :, slots[:, 0]].set(new, mode="drop")
+
     return GroupBuffers(
         k=side(group.k, group.k_arrays, buffers.k, buffers.k_recent, k_coded, k_store),
         v=side(group.v, group.v_arrays, buffers.v, buffers.v_recent, v_coded, store),
-        k_sinks=_scatter(buffers.k_sinks, k, sink),
-        v_sinks=_scatter(buffers.v_sinks, v, sink),
-        k_recent=_scatter(buffers.k_recent, k, slot),
-        v_recent=_scatter(buffers.v_recent, v, slot),
+        k_sinks=exact(buffers.k_sinks, k, sink),
+        v_sinks=exact(buffers.v_sinks, v, sink),
+        k_recent=exact(buffers.k_recent, k, slot),
+        v_recent=exact(buffers.v_recent, v, slot),
     )
 
 

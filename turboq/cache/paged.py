@@ -200,6 +200,8 @@ def _padded(copies: np.ndarray) -> tuple[Array, Array]:
 
 # Encodes x [B, N, T, D] into the pages table [B, P] of a pool, from slots positions[:, 0] on.
 PoolStore = Callable[[int, Any, Codec, Arrays, Stored, Any, Any, Any], Stored]
+# Writes one token [B, 1, K, D] of every sequence, and all that a pool keeps of it.
+Append = Callable[[KVLayer, PagedCache, Where, Any, Any], PagedCache]
 
 
 def check_room(where: Where) -> None:
@@ -228,19 +230,40 @@ def write(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     store: PoolStore | None = None,
+    append: Append | None = None,
 ) -> tuple[PagedCache, Tail]:
     """Encodes and stores the next T tokens of B sequences, the first where.counts[b] being real.
 
     As `cache.contiguous.write`: equal bytes in every page, whatever the chunks. Pages must be the
     sequences' own from their first new token on, which `Pager.plan` and `copy` see to. Tokens past
     a sequence's pages (a compiled loop that goes on after its step) are not stored but counted in
-    `overflow`. `store` encodes and writes (default: XLA, through the codec's own `encode`).
+    `overflow`. `store` encodes and writes (default: XLA, through the codec's own `encode`);
+    `append` writes one token whole, exact ones and counts included.
 
     Raises:
       TurboqError: outside jit, tokens that do not fit.
     """
     check_room(where)
+    if append is not None:
+        return _append(layer, cache, where, k, v, append)
     return _write(layer, cache, where, k, v, store)
+
+
+@functools.partial(jax.jit, static_argnames=("append",))
+def _append(layer: KVLayer, cache: PagedCache, where: Where, k, v, append: Append):
+    check_heads(layer, k.shape[2])
+    new = append(layer, cache, where, k, v)
+    lengths = jnp.minimum(where.starts + where.counts, where.room)
+    return new, _newest(layer, new, where.rows, lengths, k, v)
+
+
+def _newest(layer: KVLayer, cache: PagedCache, rows, lengths: Int[Array, "B"], k, v) -> Tail:
+    """The tail of one token that is written: the ring holds all that its query may see."""
+    if not layer.ring:
+        return Tail(k=k[:, :0], v=v[:, :0], positions=lengths[:, None][:, :0])
+    ring_k, ring_v = caches.ring_of(layer, _exact_of(cache, rows))
+    positions = caches.ring_positions(lengths, layer.ring)
+    return Tail(k=ring_k, v=ring_v, positions=positions)
 
 
 @functools.partial(jax.jit, static_argnames=("store",))
@@ -252,22 +275,36 @@ def _write(layer: KVLayer, cache: PagedCache, where: Where, k, v, store: PoolSto
     fitting, lost = overflow.split(starts, where.counts, where.room)
     valid = steps < fitting[:, None]
     into_pages = functools.partial(store or _store, cache.page, where.tables[cache.pool])
-    old = _exact_of(cache, where.rows)
+    # One token goes to its row at once; of several the rows are taken out and put back.
+    one = k.shape[1] == 1 and layer.block == 1
+    rows = where.rows if one else None
+    old = cache.groups if one else _exact_of(cache, where.rows)
     new = tuple(
-        caches.write_group(layer, g, buffers, k, v, starts, positions, valid, fitting, into_pages)
+        caches.write_group(
+            layer, g, buffers, k, v, starts, positions, valid, fitting, into_pages, rows
+        )
         for g, buffers in zip(layer.groups, old, strict=True)
     )
-    tail = caches.tail_of(layer, (old, starts), (new, starts + fitting), k, v, positions, valid)
-    groups = tuple(
-        GroupBuffers(
-            k=n.k,
-            v=n.v,
-            k_sinks=o.k_sinks.at[where.rows].set(n.k_sinks),
-            v_sinks=o.v_sinks.at[where.rows].set(n.v_sinks),
-            k_recent=o.k_recent.at[where.rows].set(n.k_recent),
-            v_recent=o.v_recent.at[where.rows].set(n.v_recent),
+    if one:
+        held = dataclasses.replace(cache, groups=new)
+        tail = _newest(layer, held, where.rows, starts + fitting, k, v)
+    else:
+        both = (old, starts), (new, starts + fitting)
+        tail = caches.tail_of(layer, *both, k, v, positions, valid)
+    groups = (
+        new
+        if one
+        else tuple(
+            GroupBuffers(
+                k=n.k,
+                v=n.v,
+                k_sinks=o.k_sinks.at[where.rows].set(n.k_sinks),
+                v_sinks=o.v_sinks.at[where.rows].set(n.v_sinks),
+                k_recent=o.k_recent.at[where.rows].set(n.k_recent),
+                v_recent=o.v_recent.at[where.rows].set(n.v_recent),
+            )
+            for n, o in zip(new, cache.groups, strict=True)
         )
-        for n, o in zip(new, cache.groups, strict=True)
     )
     # A row begins anew with its sequence.
     before = jnp.where(starts > 0, cache.overflow[where.rows], 0)

@@ -9,15 +9,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboq.cache.contiguous import LayerCache, Tail
+from turboq.cache.exact_attention import HIGHEST
 from turboq.cache.layer import HeadGroup, KVLayer, in_head_order
 from turboq.cache.paged import PagedView
 from turboq.cache.simulate import take_heads
 from turboq_kernels import decode as kernels
-from turboq_kernels import merge, sides, views
+from turboq_kernels import merge, sides, spans, views
+from turboq_kernels.attention import maps, step
 from turboq_kernels.decode import codec as codec_decode
 from turboq_kernels.decode.types import Partial
 from turboq_kernels.prefill import kernels as prefill
@@ -65,14 +68,58 @@ def cache_attention(
     """See `turboq_kernels.attention.cache_attention` and `turboq_kernels.prefill`."""
     outs = []
     for group, buffers in zip(layer.groups, cache.groups, strict=True):
+        found = None if own else _by_steps(
+            q, layer, cache, group, buffers, tail, q_positions, options, sink_logits
+        )  # fmt: skip
+        if found is not None:
+            shape = (*q.shape[:2], len(group.heads), -1, found.shape[-1])
+            outs.append(found.reshape(shape))
+            continue
         parts = group_parts(
             q, layer, cache, group, buffers, tail,
             q_positions=q_positions, options=options, sink_logits=sink_logits, own=own,
         )  # fmt: skip
-        out = sides.of_heads(group.v.unfold_output)(group.v_arrays, parts.stored, parts.mass)
+        out = _unfolded(group, parts, options)
         out = out if parts.exact is None else out + parts.exact
         outs.append(from_rows(out, q.shape[1]))
     return join_groups(layer, outs)
+
+
+def _by_steps(
+    q, layer: KVLayer, cache, group: HeadGroup, buffers, tail: Tail, q_positions,
+    options: Options, sink_logits,
+) -> Float[Array, "B T H E"] | None:  # fmt: skip
+    """By `turboq_kernels.attention.step`; None if that is not for these rows."""
+    per_kv = q.shape[2] // layer.kv_heads
+    rows = to_rows(q, group.heads, layer.kv_heads)
+    if _many(rows) or unsupported(layer, group) is not None:
+        return None
+    view = views.of_group(cache, group, buffers)
+    if not step.supported(group, view, rows.shape, options):
+        return None
+    exact = []
+    if layer.policy.sinks:
+        exact.append((view.k_sinks, view.v_sinks, None, True))
+    if tail.positions.shape[1]:
+        k, v = (take_heads(x, group.heads) for x in (tail.k, tail.v))
+        exact.append((k, v, tail.positions, False))
+    sink = None if sink_logits is None else _of_rows(sink_logits, group, per_kv, q.shape[1])
+    return step.attend(
+        rows, group, view, (q_positions, cache.lengths, cache.first), exact, sink,
+        rules=spans.rules(layer, options.window), options=options,
+    )  # fmt: skip
+
+
+def _held_sinks(layer: KVLayer, cache) -> Int[Array, "B S"]:
+    """Positions of sinks, -1 of those not there yet."""
+    slots = jnp.arange(layer.policy.sinks, dtype=jnp.int32)[None, :]
+    return jnp.where(slots < cache.lengths[:, None], slots, -1)
+
+
+def _of_rows(sink_logits, group: HeadGroup, per_kv: int, tokens: int) -> Float[Array, "N M"]:
+    """A group's logit sinks by query row."""
+    per_head = take_heads(sink_logits[None, None, :, None], _query_heads(group.heads, per_kv))
+    return jnp.tile(per_head.reshape(-1, per_kv), (1, tokens))
 
 
 def group_parts(
@@ -91,47 +138,57 @@ def group_parts(
     """The attention of one head group, its query rows token by token: row t * G + g."""
     policy, per_kv = layer.policy, q.shape[2] // layer.kv_heads
     view = views.of_group(cache, group, buffers)
-    rows = to_rows(q, group.heads, layer.kv_heads)
+    rows = to_rows(q, group.heads, layer.kv_heads).astype(jnp.float32)
     at = jnp.repeat(q_positions, per_kv, axis=1)  # [B, M]
-    packed_until = layer.stored_until(at + 1) if layer.ring else at + 1
-    lengths = cache.lengths if layer.block == 1 else layer.stored_until(cache.lengths)
-    if own:  # the tail holds the queries' own tokens: what is not stored yet is exact
-        packed_until = jnp.minimum(packed_until, lengths[:, None])
-    low = jnp.zeros_like(at) if options.window is None else at - options.window + 1
-    first = jnp.reshape(cache.first, (-1, 1))  # position of slot 0
-    starts = jnp.maximum(low, policy.sinks) - first
-    ends = jnp.minimum(packed_until, lengths[:, None]) - first
-    parts = [_stored(rows, layer, group, view, starts, ends, options, cache.first)]
+    seen = spans.spans(
+        spans.rules(layer, options.window), at, cache.lengths[:, None],
+        jnp.reshape(cache.first, (-1, 1)), own=own,
+    )  # fmt: skip
+    parts = [_stored(rows, layer, group, view, seen.starts, seen.ends, options, cache.first)]
 
-    def exact(k, v, positions, lower, options):
-        k = layer.keys(k, v)
-        name = options.implementation if _many(rows) else "xla"
-        parts.append(
-            prefill.own(
-                rows, k, v, positions, lower, at, scale=options.scale, softcap=options.softcap,
-                implementation=name, interpret=options.interpret and name not in (None, "xla"),
-            )
-        )  # fmt: skip
-
+    exact = []  # k, v, positions, the least position that each row sees, by which implementation
     if policy.sinks:
-        slots = jnp.arange(policy.sinks, dtype=jnp.int32)[None, :]
-        held = jnp.where(slots < cache.lengths[:, None], slots, -1)
-        # A few tokens: not worth a kernel.
-        xla = dataclasses.replace(options, implementation="xla")
-        exact(view.k_sinks, view.v_sinks, held, low, xla)
+        held = _held_sinks(layer, cache)
+        exact.append((view.k_sinks, view.v_sinks, held, seen.low, "xla"))  # few: worth no kernel
     if tail.positions.shape[1]:
-        # Kernels multiply what was rounded to bfloat16 in one piece, float32 in two.
-        dtype = policy.exact_dtype if _many(rows) else "float32"
-        k, v = (take_heads(x, group.heads).swapaxes(1, 2).astype(dtype) for x in (tail.k, tail.v))
+        k, v = (take_heads(x, group.heads).swapaxes(1, 2) for x in (tail.k, tail.v))
         # The first tokens are among the sinks, unless they are being written now.
         least = jnp.minimum(cache.lengths, policy.sinks) if own else jnp.int32(policy.sinks)
-        lower = jnp.maximum(jnp.maximum(low, packed_until), least.reshape(-1, 1))
-        exact(k, v, tail.positions, lower, options)
+        lower = seen.lower(least.reshape(-1, 1))
+        exact.append((k, v, tail.positions, lower, options.implementation))
+    parts += _exact(rows, layer, exact, at, options)
     if sink_logits is not None:
-        per_head = take_heads(sink_logits[None, None, :, None], _query_heads(group.heads, per_kv))
-        per_row = jnp.tile(per_head.reshape(-1, per_kv), (1, q.shape[1]))  # [N, M]
+        per_row = _of_rows(sink_logits, group, per_kv, q.shape[1])
         parts.append(merge.sink(per_row, q.shape[0], group.v.dim))
     return _normalise(parts)
+
+
+def _exact(
+    rows, layer: KVLayer, exact: list[tuple[Any, ...]], at: Int[Array, "B M"], options: Options
+) -> list[Partial]:  # fmt: skip
+    """The softmaxes over exact tokens: of a few rows one over all of them."""
+    read = {"scale": options.scale, "softcap": options.softcap}
+    if not exact:
+        return []
+    if not _many(rows):
+        k, v = (jnp.concatenate([x[i].astype(jnp.float32) for x in exact], axis=2) for i in (0, 1))
+        seen = [
+            (positions >= 0)[:, None] & (positions[:, None] >= lower[..., None])
+            & (positions[:, None] <= at[..., None])
+            for _, _, positions, lower, _ in exact
+        ]  # fmt: skip
+        return [merge.exact(rows, layer.keys(k, v), v, jnp.concatenate(seen, axis=2), **read)]
+    parts = []
+    for k, v, positions, lower, name in exact:
+        # Kernels multiply what was rounded to bfloat16 in one piece, float32 in two.
+        k, v = (x.astype(layer.policy.exact_dtype) for x in (k, v))
+        parts.append(
+            prefill.own(
+                rows, layer.keys(k, v), v, positions, lower, at, implementation=name,
+                interpret=options.interpret and name not in (None, "xla"), **read,
+            )
+        )  # fmt: skip
+    return parts
 
 
 def _stored(
@@ -151,7 +208,7 @@ def _stored(
             view.pages, starts, ends, page=view.page, layer=layer, first=first,
             block_tokens=options.block_tokens, **read,
         )  # fmt: skip
-    folded, bias = sides.fold(group.k, group.k_arrays, rows)
+    folded, bias = _folded(group, rows, options)
     k_side = sides.side(group.k, group.k_arrays, view.k, view.heads, count)
     v_side = sides.side(group.v, group.v_arrays, view.v, view.heads, count)
 
@@ -165,6 +222,30 @@ def _stored(
     if gain is None:
         return partial
     return dataclasses.replace(partial, acc=partial.acc * gain[None, :, None])
+
+
+def _folded(group: HeadGroup, rows, options: Options) -> tuple[Array, Array | None]:
+    """`sides.fold`; for kernels one product, where its matrix is a constant."""
+    if not (_by_kernel(options) and maps.turns(group.k, group.k_arrays)):
+        return sides.fold(group.k, group.k_arrays, rows)
+    matrix, mean = maps.of_queries(group.k, group.k_arrays, len(group.heads))
+    folded = jnp.einsum("bnmd,dc->bnmc", rows, matrix[0], precision=HIGHEST)
+    return folded, None if mean is None else jnp.sum(rows * mean[None, :, None], axis=-1)
+
+
+def _unfolded(group: HeadGroup, parts: Parts, options: Options) -> Float[Array, "B N M E"]:
+    """`Codec.unfold_output`, likewise."""
+    if not (_by_kernel(options) and maps.turns(group.v, group.v_arrays)):
+        return sides.of_heads(group.v.unfold_output)(group.v_arrays, parts.stored, parts.mass)
+    matrix, mean = maps.of_outputs(group.v, group.v_arrays, len(group.heads))
+    out = jnp.einsum("bnmc,ce->bnme", parts.stored, matrix[0], precision=HIGHEST)
+    return out if mean is None else out + parts.mass[..., None] * mean[None, :, None]
+
+
+def _by_kernel(options: Options) -> bool:
+    if options.implementation is None:
+        return jax.default_backend() in ("tpu", "gpu")
+    return options.implementation != "xla"
 
 
 def unsupported(layer: KVLayer, group: HeadGroup) -> str | None:
@@ -208,7 +289,7 @@ def to_rows(
     """Queries of the given KV heads, row t * G + g of head n being query head heads[n] * G + g."""
     batch, t, all_heads, dim = q.shape
     per_kv = all_heads // kv_heads
-    q = take_heads(q, _query_heads(heads, per_kv)).astype(jnp.float32)
+    q = take_heads(q, _query_heads(heads, per_kv))
     q = q.reshape(batch, t, len(heads), per_kv, dim).transpose(0, 2, 1, 3, 4)
     return q.reshape(batch, len(heads), t * per_kv, dim)
 

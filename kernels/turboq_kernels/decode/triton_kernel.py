@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from turboq_kernels.decode import triton_parts
 from turboq_kernels.decode import triton_unpack as unpacking
-from turboq_kernels.decode.types import Pages, Partial, Side
+from turboq_kernels.decode.types import Coded, Pages, Partial, Side
 from turboq_kernels.target import target
 
 LOG2E = 1.4426950408889634
@@ -74,6 +74,31 @@ def attend(
     sequence gives does not depend on the others of its batch. `name` is the kernel's.
     """
     batch, heads, m, _ = q.shape
+    plan, count = planned(
+        (batch, heads, m), k, v, pages, scale=scale, softcap=softcap, splits=splits,
+        interpret=interpret, tuned=tuned, rows=rows,
+    )  # fmt: skip
+    low, high = bounds(starts, ends, plan)
+    if plan.whole or splits is not None:
+        parts = triton_parts.split(low, high, splits or 1)
+    else:
+        parts = triton_parts.spread(low, high, count)
+    pages = dataclasses.replace(pages, table=jnp.maximum(pages.table, 0))  # -1: seen by nobody
+    found = launch(
+        q, k, v, pages, starts, ends, [low, high] if plan.whole else list(parts[:3]), bias=bias,
+        plan=plan, count=count, tuned=tuned, name=name,
+    )  # fmt: skip
+    if not plan.whole:
+        found = triton_parts.merge(found, parts.start, batch=batch, interpret=interpret)
+    return jax.tree.map(lambda x: x[:, :, :m], found)
+
+
+def planned(
+    sizes: tuple[int, int, int], k: Side, v: Side, pages: Pages, *, scale: float,
+    softcap: float | None, splits: int | None, interpret: bool, tuned: Tuning, rows: int,
+) -> tuple[Plan, int]:  # fmt: skip
+    """What is static about a call of (batch, heads, query rows), and how many parts there are."""
+    batch, heads, m = sizes
     tiles = -(-m // rows)
     steps = -(-pages.table.shape[1] * k.page // (tuned.tile_rows * 32))
     gpu = target()
@@ -81,21 +106,28 @@ def attend(
     if splits is None:
         slots = gpu.processors * tuned.residency
         count = triton_parts.count(batch * tiles, heads, steps, slots)
-    whole = count == batch * tiles
     plan = Plan(
         k=_runs(k), v=_runs(v), rows=k.rows,
         strides=(pages.stride_page, pages.stride_head), m=rows, tiles=tiles,
-        tile_rows=tuned.tile_rows, whole=whole, steps=steps, scale=scale, softcap=softcap,
-        interpret=interpret, asm=gpu.ptx and not interpret,
+        tile_rows=tuned.tile_rows, whole=count == batch * tiles, steps=steps, scale=scale,
+        softcap=softcap, interpret=interpret, asm=gpu.ptx and not interpret,
     )  # fmt: skip
-    low, high = bounds(starts, ends, plan)
-    if whole or splits is not None:
-        parts = triton_parts.split(low, high, splits or 1)
-    else:
-        parts = triton_parts.spread(low, high, count)
+    return plan, count
+
+
+def launch(
+    q: Float[Array, "B N _ C"], k: Side, v: Side, pages: Pages, starts: Int[Array, "_ m"],
+    ends: Int[Array, "_ m"], parts: list[Int[Array, "_"]], *, bias: Float[Array, "B N _"] | None,
+    plan: Plan, count: int, tuned: Tuning, name: str,
+) -> Partial:  # fmt: skip
+    """The softmax of every part: [P, N, rows], or [B, N, tiles * rows] of a whole plan.
+
+    `parts`: `triton_parts.Parts` up to `last`, of a whole plan the bounds of every item.
+    """
+    batch, heads = q.shape[:2]
     inputs = {
-        "table": jnp.maximum(pages.table, 0),  # -1: a page that nobody sees
-        "bounds": [low, high] if whole else list(parts[:3]),
+        "table": pages.table,
+        "bounds": parts,
         "starts": starts,
         "ends": ends,
         "bias": bias,
@@ -105,10 +137,10 @@ def attend(
         "v": _operands(v),
     }
     leaves, tree = jax.tree.flatten(inputs)
-    lead = (batch, heads, tiles * rows) if whole else (count, heads, rows)
-    out = pl.pallas_call(
+    lead = (batch, heads, plan.tiles * plan.m) if plan.whole else (count, heads, plan.m)
+    acc, top, total = pl.pallas_call(
         functools.partial(_kernel, plan=plan, tree=tree),
-        grid=(tiles, heads, batch) if whole else (count, heads),
+        grid=(plan.tiles, heads, batch) if plan.whole else (count, heads),
         out_shape=[
             jax.ShapeDtypeStruct((*lead, v.reading.width), jnp.float32),
             *[jax.ShapeDtypeStruct(lead, jnp.float32)] * 2,
@@ -116,13 +148,10 @@ def attend(
         compiler_params=plgpu.CompilerParams(
             num_warps=tuned.num_warps, num_stages=tuned.num_stages
         ),
-        interpret=interpret,
+        interpret=plan.interpret,
         name=name,
     )(*leaves)
-    found = Partial(acc=out[0], top=out[1], total=out[2])
-    if not whole:
-        found = triton_parts.merge(found, parts.start, batch=batch, interpret=interpret)
-    return jax.tree.map(lambda x: x[:, :, :m], found)
+    return Partial(acc=acc, top=top, total=total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +181,7 @@ class Plan:
     softcap: float | None
     interpret: bool
     asm: bool  # NVIDIA's instructions, or plain operations
+    clamped: bool = False  # entries of the page table may be negative
 
     @property
     def columns(self) -> int:
@@ -267,6 +297,7 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         at = s * plan.tile_rows + jnp.arange(plan.tile_rows, dtype=jnp.int32)
         p, row = at // plan.rows, at % plan.rows
         page = inputs["table"][b, jnp.minimum(p, inputs["table"].shape[1] - 1)]
+        page = jnp.maximum(page, 0) if plan.clamped else page  # -1: a page that nobody sees
         page = page * plan.strides[0] + n * plan.strides[1]
         return p, row, page, plan.rows * bits[None, :] + row[:, None]
 
@@ -274,7 +305,7 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         """Scale and offset of a step's tokens in one part, as they are stored."""
         pages = jnp.broadcast_to(page[:, None], inner.shape)
         refs = inputs[side]["scales"][i], inputs[side]["offsets"][i]
-        return [ref if ref is None else ref[pages, inner] for ref in refs]
+        return [ref if ref is None else _numbers(ref, pages, inner, n, plan) for ref in refs]
 
     def all_vectors(s):
         _, _, page, inner = located(s)
@@ -356,6 +387,18 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     span = pl.ds(at, m)
     top_ref[place, n, span] = top * LN2
     total_ref[place, n, span] = total
+
+
+def _numbers(ref, pages, inner, n, plan: Plan) -> Array:
+    """Numbers of tokens `inner` of head-pages, as they are stored or what their codes say."""
+    if not isinstance(ref, Coded):
+        return ref[pages, inner]
+    row, bit = inner % plan.rows, (inner // plan.rows).astype(jnp.uint32)
+    none, code = jnp.zeros_like(row), jnp.zeros_like(row)
+    for p in range(ref.words.shape[1]):
+        word = ref.words[pages, none + p, row, none]
+        code += ((word >> bit) & jnp.uint32(1)).astype(jnp.int32) << p
+    return ref.table[none + n, code]
 
 
 def bounds(

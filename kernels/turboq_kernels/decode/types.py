@@ -12,7 +12,7 @@ so the contiguous cache [B, N, P, ...] and a pool [pages, N, ...] are read by th
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,20 @@ from turboq.codecs.reading import Reading
 from turboq.numbers.packing import WORD_BITS
 
 
+class Coded(NamedTuple):
+    """Scales kept as codes: words uint32 [R, bits, rows, 1], table float32 [N, 2**bits]."""
+
+    words: Any
+    table: Any
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Side:
     """Stored K, or stored V, of the N heads of one group: one entry per part of `reading`.
 
     words    uint32 [R, bits, rows, width]
-    scales   float16, bfloat16 or float32 [R, page], or None (scale 1)
+    scales   float16, bfloat16 or float32 [R, page], or None (scale 1); for a GPU also `Coded`
     offsets  likewise, or None (offset 0)
     tables   float32 [N, 2**bits] ascending for levels "table", else None
 

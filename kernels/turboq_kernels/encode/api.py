@@ -34,7 +34,8 @@ def encode(
     Slots that are already written keep their bits. One by one and in chunks gives equal bytes. Of a
     contiguous cache's tokens the first counts[b] are real (default: all); a pool is told by `where`
     (`turboq.cache.paged.locate`). A kernel writes words in place if the cache is donated to the
-    jitted function around this, and leaves scales, exact sinks and recent windows to XLA.
+    jitted function around this, and leaves scales, exact sinks and recent windows to XLA, but that
+    one token of every sequence of a pool is written whole by one launch on a GPU.
 
     Args:
       implementation: a name of `IMPLEMENTATIONS` never falls back; None takes the present
@@ -54,8 +55,12 @@ def encode(
     if where is None or counts is not None:
         raise ValueError("a pool takes where (turboq.cache.paged.locate), which holds the counts")
     name = choose(layer, cache.page, implementation, interpret)
-    by = None if name == "xla" else store.pool(name, interpret)
-    return paged_cache.write(layer, cache, where, k, v, by)
+    if name == "xla":
+        return paged_cache.write(layer, cache, where, k, v)
+    by = store.appending(name, layer, k.shape[1], interpret)
+    if by is not None:
+        return paged_cache.write(layer, cache, where, k, v, append=by)
+    return paged_cache.write(layer, cache, where, k, v, store.pool(name, interpret))
 
 
 def choose(layer: KVLayer, page: int, implementation: str | None, interpret: bool = False) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from turboq.cache import contiguous as caches
 from turboq.cache import paged as paged_cache
+from turboq.cache.layer import KVLayer
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.codecs.writing import WriteTables, Writing
 from turboq.numbers import packing
@@ -22,12 +25,14 @@ MODULES = {
     "triton": "turboq_kernels.encode.triton",
 }
 
+APPENDS = {"triton": "turboq_kernels.encode.triton_append"}
+
 
 def unsupported(name: str, codec: Codec, page: int) -> str | None:
     """Why a kernel cannot encode with a codec into pages of `page` tokens, or None."""
     if codec.writing is None:
         return f"codec {codec.name!r} as configured has no writing for kernels"
-    return importlib.import_module(MODULES[name]).unsupported(codec.writing, codec.dim, page)
+    return _module(MODULES[name]).unsupported(codec.writing, codec.dim, page)
 
 
 # Cached, so that one setting is one function: `cache.contiguous.write` compiles once for each.
@@ -37,7 +42,7 @@ def contiguous(name: str, interpret: bool) -> caches.Store:
 
     def store(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
         batch, heads = x.shape[:2]
-        count = stored[word_fields(_writing(codec))[0]].shape[2]
+        count = stored[word_fields(writing_of(codec))[0]].shape[2]
         pages = contiguous_pages(batch, heads, count)
         words, rows = _run(name, interpret, codec, arrays, stored, x, pages, positions, valid)
         return words | caches.put(codec, rows, stored, positions, valid)
@@ -54,18 +59,38 @@ def pool(name: str, interpret: bool) -> paged_cache.PoolStore:
         x, positions, valid,
     ) -> Stored:  # fmt: skip
         pages = pool_pages(table, x.shape[1])
-        words, rows = _run(name, interpret, codec, arrays, stored, x, pages, positions, valid)
+        with contextlib.nullcontext() if arrays else jax.ensure_compile_time_eval():
+            tables = tables_of(codec, arrays, x.shape[1])
+        words, rows = _run(
+            name, interpret, codec, arrays, stored, x, pages, positions, valid, tables
+        )
         return words | paged_cache.put(page, table, codec, rows, stored, positions, valid)
 
     return store
 
 
+def appending(name: str, layer: KVLayer, tokens: int, interpret: bool) -> paged_cache.Append | None:
+    """What writes a step of one token into a pool whole, or None where there is nothing."""
+    if name not in APPENDS or _module(APPENDS[name]).unsupported(layer, tokens) is not None:
+        return None
+    return _appending(name, interpret)
+
+
+@functools.cache
+def _appending(name: str, interpret: bool) -> paged_cache.Append:
+    return functools.partial(_module(APPENDS[name]).append, interpret=interpret)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
 def _run(
     name: str, interpret: bool, codec: Codec, arrays: Arrays, stored: Stored,
-    x: Float[Array, "B N T D"], pages: Pages, positions, valid,
+    x: Float[Array, "B N T D"], pages: Pages, positions, valid, tables: WriteTables | None = None,
 ) -> tuple[Stored, Stored]:  # fmt: skip
     """New words of every packed field that the kernel writes, and the entries of all others."""
-    writing, heads = _writing(codec), x.shape[1]
+    writing, heads = writing_of(codec), x.shape[1]
     names = word_fields(writing)
     fields = {f.name: f for f in codec.fields}
     old = {n: packing.kept(stored[n], fields[n].width) for n in names}
@@ -74,8 +99,8 @@ def _run(
         raise ValueError(
             f"implementation={name!r} cannot encode this case: {reason}; use 'xla' or None"
         )
-    words, rows = importlib.import_module(MODULES[name]).write(
-        x, writing, tables_of(codec, arrays, heads),
+    words, rows = _module(MODULES[name]).write(
+        x, writing, tables or tables_of(codec, arrays, heads),
         tuple(words.reshape(-1, *words.shape[-3:]) for words in old.values()),
         pages, positions[:, 0], jnp.sum(valid, axis=1, dtype=jnp.int32), interpret=interpret,
     )  # fmt: skip
@@ -96,7 +121,12 @@ def tables_of(codec: Codec, arrays: Arrays, heads: int) -> WriteTables:
     )
 
 
-def _writing(codec: Codec) -> Writing:
+def writing_of(codec: Codec) -> Writing:
+    """How a kernel writes a codec's codes.
+
+    Raises:
+      ValueError: it has no such form.
+    """
     if codec.writing is None:
         raise ValueError(f"codec {codec.name!r} as configured has no writing for kernels")
     return codec.writing

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,33 +90,18 @@ def write(
     Raises:
       ValueError: fewer columns than tokens that a word row may get.
     """
-    batch, heads, tokens, dim = x.shape
-    rows, coded = words[0].shape[2], tables.matrix.shape[-2]
-    channels, tokens_per_row = _padded(coded), min(-(-tokens // rows), WORD_BITS)
-    tuned = tuned or tuning(channels, tokens_per_row)
-    if tuned.columns < tokens_per_row:
-        raise ValueError(f"{tuned.columns=} are fewer than {tokens_per_row=}")
-    plan = Plan(
-        writing=writing, strides=(pages.stride_page, pages.stride_head), rows=rows, dim=dim,
-        coded=coded, channels=channels, columns=tuned.columns, single=tokens <= rows,
-        block=min(tuned.block, _padded(dim)), interpret=interpret,
-    )  # fmt: skip
+    batch, heads, tokens, _ = x.shape
+    rows = words[0].shape[2]
+    plan, tuned = planned(x, writing, tables, words, pages, interpret, tuned)
     touched = min(-(-(tokens - 1) // (rows * WORD_BITS)) + 1, pages.table.shape[1])
     programs = tokens if plan.single else touched * rows
     inputs = {
-        "x": x,
-        "table": pages.table,
-        "starts": starts,
-        "counts": counts,
-        "matrix": tables.matrix,
-        "mean": tables.mean,
-        "levels": list(tables.levels),
-        "gains": tables.gains,
-        "sketch": tables.sketch,
-    }
+        "table": pages.table, "starts": starts, "counts": counts, **operands(x, tables)
+    }  # fmt: skip
     leaves, tree = jax.tree.flatten(inputs)
-    residuals = [(batch, heads, programs * plan.columns, coded)] * (tables.sketch is not None)
-    shapes = [*[(batch, heads, tokens)] * len(writing.rows), *residuals]
+    shapes = [(batch, heads, tokens)] * len(writing.rows)
+    if tables.sketch is not None:  # room for residuals
+        shapes.append((batch, heads, programs * plan.columns, plan.coded))
     out = pl.pallas_call(
         functools.partial(kernel, plan=plan, tree=tree),
         grid=(programs, heads, batch),
@@ -131,6 +117,42 @@ def write(
         name="turboq_encode",
     )(*leaves, *words)
     return tuple(out[: len(words)]), tuple(out[len(words) :][: len(writing.rows)])
+
+
+def planned(
+    x: Float[Array, "B N T D"],
+    writing: Writing,
+    tables: WriteTables,
+    words: tuple[UInt32[Array, "R _ r _"], ...],
+    pages: Pages,
+    interpret: bool,
+    tuned: Tuning | None = None,
+) -> tuple[Plan, Tuning]:
+    """What is static about a call.
+
+    Raises:
+      ValueError: fewer columns than tokens that a word row may get.
+    """
+    tokens, dim = x.shape[2:]
+    rows, coded = words[0].shape[2], tables.matrix.shape[-2]
+    channels, tokens_per_row = _padded(coded), min(-(-tokens // rows), WORD_BITS)
+    tuned = tuned or tuning(channels, tokens_per_row)
+    if tuned.columns < tokens_per_row:
+        raise ValueError(f"{tuned.columns=} are fewer than {tokens_per_row=}")
+    plan = Plan(
+        writing=writing, strides=(pages.stride_page, pages.stride_head), rows=rows, dim=dim,
+        coded=coded, channels=channels, columns=tuned.columns, single=tokens <= rows,
+        block=min(tuned.block, _padded(dim)), interpret=interpret,
+    )  # fmt: skip
+    return plan, tuned
+
+
+def operands(x: Float[Array, "B N T D"], tables: WriteTables) -> dict[str, Any]:
+    """What a program reads beside page table and counts."""
+    return {
+        "x": x, "matrix": tables.matrix, "mean": tables.mean, "levels": list(tables.levels),
+        "gains": tables.gains, "sketch": tables.sketch,
+    }  # fmt: skip
 
 
 def _padded(width: int) -> int:

@@ -26,6 +26,7 @@ from turboq.numbers import scale as scales
 from turboq.numbers.packing import WORD_BITS
 from turboq_kernels.encode import triton_steps as steps
 from turboq_kernels.encode.types import word_fields
+from turboq_kernels.triton_memory import load, store
 
 MIN_SIDE = 16  # the smallest side of a product
 
@@ -44,10 +45,12 @@ class Plan:
     single: bool  # one program per token, or per word row
     block: int  # coordinates per step of a product
     interpret: bool
+    # Of every number: whether it goes where it is kept, [head-page, slot], or to [B, N, T].
+    in_place: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
+class Row:
     """A program's tokens: column n is token tokens[n] and goes to bit first + n of its word row."""
 
     program: tuple[Any, Any, Any]
@@ -64,7 +67,7 @@ def kernel(*refs, plan: Plan, tree) -> None:
     fields = len(word_fields(plan.writing))
     outs = refs[tree.num_leaves + fields :]  # the old words are read where the new ones go
     words, numbers = outs[:fields], outs[fields:]
-    i, n, b = program = (pl.program_id(0), pl.program_id(1), pl.program_id(2))
+    i, _, b = program = (pl.program_id(0), pl.program_id(1), pl.program_id(2))
     start, count = inputs["starts"][b], inputs["counts"][b]
     rows, size = plan.rows, plan.rows * WORD_BITS
     if plan.single:
@@ -79,19 +82,26 @@ def kernel(*refs, plan: Plan, tree) -> None:
     @pl.when((first < WORD_BITS) & (token < count))
     def _():
         held = jnp.minimum((count - token + rows - 1) // rows, WORD_BITS - first)
-        columns = jnp.arange(plan.columns, dtype=jnp.int32)
-        where = _Row(
-            program=program,
-            at=(inputs["table"][b, page] * plan.strides[0] + n * plan.strides[1], row),
-            first=first.astype(jnp.uint32),
-            mask=jnp.uint32(0xFFFFFFFF) >> (WORD_BITS - held).astype(jnp.uint32),
-            real=columns < held,
-            tokens=jnp.where(columns < held, token + rows * columns, 0),
-        )
-        _write(inputs, words, numbers, where, plan)
+        where = row_of(inputs["table"], program, (page, row, first), token, held, plan)
+        write_row(inputs, words, numbers, where, plan)
 
 
-def _write(inputs, words, numbers, where: _Row, plan: Plan) -> None:
+def row_of(table, program, place, token, held, plan: Plan) -> Row:
+    """`held` tokens from `token` on, in a page and word row from bit `first` on."""
+    (_, n, b), (page, row, first) = program, place
+    columns = jnp.arange(plan.columns, dtype=jnp.int32)
+    return Row(
+        program=program,
+        at=(table[b, page] * plan.strides[0] + n * plan.strides[1], row),
+        first=first.astype(jnp.uint32),
+        mask=jnp.uint32(0xFFFFFFFF) >> (WORD_BITS - held).astype(jnp.uint32),
+        real=columns < held,
+        tokens=jnp.where(columns < held, token + plan.rows * columns, 0),
+    )
+
+
+def write_row(inputs, words, numbers, where: Row, plan: Plan) -> None:
+    """Codes of a row's tokens into its words; their numbers."""
     writing, (_, n, b) = plan.writing, where.program
     y = _turned(inputs, where, plan)
     u, gain, found = y, jnp.ones((plan.columns,), jnp.float32), []
@@ -103,10 +113,10 @@ def _write(inputs, words, numbers, where: _Row, plan: Plan) -> None:
     elif writing.gain == "code":
         rms = jnp.sqrt(jnp.sum(jnp.square(y), axis=-1) / plan.coded)
         gains = inputs["gains"]
-        index, gain = steps.choose_gain(rms, lambda k: gains[n, k], gains.shape[1])
+        index, gain = steps.choose_gain(rms, lambda k: gains[_of(gains, n), k], gains.shape[1])
         u = y / gain[:, None]
         found.append(index.astype(jnp.float32))
-    tables = [lambda k, ref=ref: ref[n, k] for ref in inputs["levels"]]
+    tables = [lambda k, ref=ref: ref[_of(ref, n), k] for ref in inputs["levels"]]
     codes, values = steps.choose_levels(u, writing, tables)
     for plane in range(max((part.bits for part in writing.parts), default=0)):
         new = steps.words_of(codes, plane)
@@ -124,22 +134,33 @@ def _write(inputs, words, numbers, where: _Row, plan: Plan) -> None:
         found.append(gamma.astype(jnp.float32))
         signs = _signs(inputs["sketch"], numbers[-1], residual, where, plan)
         _put(words[-1], steps.words_of(signs, 0), 0, 0, plan.coded, where, plan)
-    for ref, number in zip(numbers, found, strict=False):
-        _store(ref, (b, n, where.tokens), number, where.real, plan)
+    in_place = plan.in_place or (False,) * len(found)
+    for ref, number, here in zip(numbers, found, in_place, strict=False):
+        place = (where.at[0], _slots(where, plan)) if here else (b, n, where.tokens)
+        store(ref, place, number.astype(ref.dtype), where.real, interpret=plan.interpret)
 
 
-def _turned(inputs, where: _Row, plan: Plan) -> Float[Array, "N C"]:
+def _slots(where: Row, plan: Plan) -> Array:
+    """Of every column, in the page."""
+    columns = jnp.arange(plan.columns, dtype=jnp.int32)
+    return plan.rows * (where.first.astype(jnp.int32) + columns) + where.at[1]
+
+
+def _turned(inputs, where: Row, plan: Plan) -> Float[Array, "N C"]:
     """(x - mean) A.T."""
     _, n, b = where.program
 
     def coordinates(k):
         at = k * plan.block + jnp.arange(plan.block, dtype=jnp.int32)
         inside = at < plan.dim
-        x = _load(
+        x = load(
             inputs["x"], (b, n, where.tokens[:, None], at[None, :]),
             where.real[:, None] & inside[None, :],
         )  # fmt: skip
-        return x.astype(jnp.float32) - _load(inputs["mean"], (n, at), inside)[None, :]
+        x = x.astype(jnp.float32)
+        if inputs["mean"] is None:
+            return x
+        return x - load(inputs["mean"], (_of(inputs["mean"], n), at), inside)[None, :]
 
     return steps.product(
         lambda k: _matrix(inputs["matrix"], n, k, plan), coordinates,
@@ -147,18 +168,20 @@ def _turned(inputs, where: _Row, plan: Plan) -> Float[Array, "N C"]:
     )  # fmt: skip
 
 
-def _signs(ref, residuals, residual, where: _Row, plan: Plan):
+def _signs(ref, residuals, residual, where: Row, plan: Plan):
     """S r >= 0, int32 [N, C]; `residuals` is room for r."""
     i, n, b = where.program
     own = (i * plan.columns + jnp.arange(plan.columns, dtype=jnp.int32))[:, None]
     channels = jnp.arange(plan.channels, dtype=jnp.int32)[None, :]
-    _store(residuals, (b, n, own, channels), residual, channels < plan.coded, plan)
+    store(
+        residuals, (b, n, own, channels), residual, channels < plan.coded, interpret=plan.interpret
+    )
     if not plan.interpret:
         plgpu.debug_barrier()  # of this program
 
     def block(k):
         at = (k * plan.block + jnp.arange(plan.block, dtype=jnp.int32))[None, :]
-        return _load(residuals, (b, n, own, at), at < plan.coded)
+        return load(residuals, (b, n, own, at), at < plan.coded)
 
     turned = steps.product(
         lambda k: _matrix(ref, n, k, plan), block,
@@ -173,36 +196,26 @@ def _matrix(ref, n, k, plan: Plan) -> Float[Array, "C block"]:
     at = (k * plan.block + jnp.arange(plan.block, dtype=jnp.int32))[None, :]
     whole = plan.channels == plan.coded and ref.shape[2] % plan.block == 0
     mask = None if whole else (channels < plan.coded) & (at < ref.shape[2])
-    return _load(ref, (n, channels, at), mask)
+    return load(ref, (_of(ref, n), channels, at), mask)
 
 
-def _put(ref, new, plane: int, begin: int, width: int, where: _Row, plan: Plan) -> None:
+def _of(ref, n):
+    """Head n of a table, or the one that all heads share."""
+    return n if ref.shape[0] > 1 else 0
+
+
+def _put(ref, new, plane: int, begin: int, width: int, where: Row, plan: Plan) -> None:
     """Words of channels begin.. as one plane of the word row; older tokens keep their bits."""
     channels = jnp.arange(plan.channels, dtype=jnp.int32) - begin
     inside = (channels >= 0) & (channels < width)
     head_page, row = where.at
     at = (head_page, plane, row, channels)
-    old = _load(ref, at, inside & (where.first > jnp.uint32(0)))
+    old = load(ref, at, inside & (where.first > jnp.uint32(0)))
     older = (jnp.uint32(1) << where.first) - jnp.uint32(1)
-    _store(ref, at, (old & older) | ((new & where.mask) << where.first), inside, plan)
-
-
-def _load(ref, at: tuple, mask) -> Array:
-    """ref[at], zero where masked."""
-    if mask is None:
-        return plgpu.load(ref.at[_alike(at)])
-    *index, mask = _alike((*at, mask))
-    return plgpu.load(ref.at[tuple(index)], mask=mask, other=jnp.zeros((), ref.dtype))
-
-
-def _store(ref, at: tuple, value, mask, plan: Plan) -> None:
-    *index, mask = _alike((*at, mask))
-    if plan.interpret:  # which stores at masked places too, what lay there: let it be nowhere
-        index[-1] = jnp.where(mask, index[-1], ref.shape[-1])
-    plgpu.store(ref.at[tuple(index)], value, mask=mask)
-
-
-def _alike(values: tuple) -> tuple[Any, ...]:
-    """The arrays among them broadcast to one shape."""
-    shape = jnp.broadcast_shapes(*(jnp.shape(v) for v in values))
-    return tuple(v if jnp.ndim(v) == 0 else jnp.broadcast_to(v, shape) for v in values)
+    store(
+        ref,
+        at,
+        (old & older) | ((new & where.mask) << where.first),
+        inside,
+        interpret=plan.interpret,
+    )

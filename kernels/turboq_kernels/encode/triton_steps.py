@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.codecs.writing import Writing
+from turboq_kernels.triton_memory import three
 
 _UNROLLED = 16  # levels up to which steps are unrolled
 
@@ -41,17 +42,6 @@ def product(
     zero = jnp.zeros(shape, jnp.float32)
     main, small = jax.lax.fori_loop(0, blocks, step, (zero, zero))
     return (main + small).T
-
-
-def three(x: Float[Array, "*s"]) -> list[Array]:
-    """x as the exact sum of three bfloat16 numbers; of NaN or Inf some part is NaN or Inf."""
-    parts = []
-    for _ in range(2):
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
-        head = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        parts.append(head.astype(jnp.bfloat16))
-        x = x - head
-    return [*parts, x.astype(jnp.bfloat16)]
 
 
 def _dot(a: Array, x: Array) -> Float[Array, "C N"]:

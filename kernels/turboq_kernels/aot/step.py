@@ -1,0 +1,136 @@
+"""Whole decode steps of one layer, for the compilers: what a model does with a layer's cache.
+
+Eight sequences of up to 32,768 tokens get one more: it is encoded and stored, and its queries read
+the packed tokens, four sinks and 64 recent ones. 8 KV heads of 4 query heads, 128 channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from turboq.cache import model_cache, paged
+from turboq.cache.layer import KVLayer, TokenPolicy, uniform_layer
+from turboq.codecs import PerHead, Transform, TurboQuantMSE
+from turboq_kernels import columns
+from turboq_kernels.aot import launches
+from turboq_kernels.aot.compilers import Program
+from turboq_kernels.attention import cache_attention
+from turboq_kernels.encode import encode
+
+BATCH, HEADS, PAGES, PAGE = 8, 8, 128, 256
+POLICY = TokenPolicy(sinks=4, recent=64)
+CODECS = {"turboquant_mse": TurboQuantMSE, "per_head": PerHead}
+COLUMNS = "window"  # codes of a learned plan, in the one pool of a model
+LEVELS = (*CODECS, COLUMNS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """What is compiled: `levels` names the codec of K and V, or window codes."""
+
+    target: str
+    levels: str
+    bits: int = 3
+    dim: int = 128
+    group: int = 4
+    tokens: int = 1
+    cache: str = "paged"
+
+    def __post_init__(self):
+        if self.levels not in LEVELS:
+            raise ValueError(f"{self.levels=} must be one of {LEVELS}")
+
+
+def configurations(target: str) -> tuple[Configuration, ...]:
+    """Those of one chip."""
+    pages = tuple(Configuration(target=target, levels=levels) for levels in CODECS)
+    return (*pages, Configuration(target=target, levels=COLUMNS, cache="one pool"))
+
+
+def program(c: Configuration, implementation: str) -> Program:
+    """The step, whose pool is donated."""
+    k = v = jax.ShapeDtypeStruct((BATCH, 1, HEADS, c.dim), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((BATCH, 1, HEADS * c.group, c.dim), jnp.bfloat16)
+    options: dict[str, Any] = {"scale": c.dim**-0.5, "implementation": implementation}
+
+    def pages(cache, layer, where, q, k, v):
+        cache, tail = encode(layer, cache, k, v, where=where, implementation=implementation)
+        view, at = paged.view(cache, where), where.starts[:, None]
+        return cache, cache_attention(q, layer, view, tail, q_positions=at, **options)
+
+    def one_pool(held, matrices, q, k, v):
+        state, words, tail = model_cache.write(*held, k, v)
+        at = state.lengths[:, None] - 1
+        out = columns.attend(q, state, words, tail, matrices, q_positions=at, **options)
+        return (state, words), out
+
+    if c.levels == COLUMNS:
+        return Program(one_pool, (*_column_arguments(c), q, k, v), donated=(0,))
+    layer, cache, where = arguments(c)
+    return Program(pages, (cache, layer, where, q, k, v), donated=(0,))
+
+
+def _column_arguments(c: Configuration) -> tuple[Any, Any]:
+    """Shapes of a layer's state and the pool, and of the matrices of its plan."""
+    segments = ((c.dim, c.bits),)
+    codec = Transform(dim=c.dim, segments=segments, quantizer="window", states=16, gain="code")
+    arrays = {name: jnp.zeros((HEADS, *shape)) for name, shape in codec.array_shapes.items()}
+    layer = uniform_layer(
+        kv_heads=HEADS, k=codec, v=codec, policy=POLICY, k_arrays=arrays, v_arrays=arrays
+    )
+    form = model_cache.forms([layer])
+    assert form is not None
+
+    def made():
+        (state,), (words,) = model_cache.init(form, batch=BATCH, capacity=PAGES * PAGE)
+        return (state, words), columns.prepare(state, words)
+
+    return jax.eval_shape(made)
+
+
+def arguments(c: Configuration) -> tuple[KVLayer, paged.PagedCache, paged.Where]:
+    """Shapes of a layer, of its pool and of a step."""
+    codec = CODECS[c.levels](dim=c.dim, bits=c.bits)
+
+    def struct(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    arrays = {name: struct(HEADS, *shape) for name, shape in codec.array_shapes.items()}
+    layer = uniform_layer(
+        kv_heads=HEADS, k=codec, v=codec, policy=POLICY, k_arrays=arrays, v_arrays=arrays
+    )
+    pages, rows = BATCH * PAGES, BATCH
+    cache = jax.eval_shape(lambda: paged.init(layer, pages=pages, rows=rows, page=PAGE))
+    table, each = struct(BATCH, PAGES, dtype=jnp.int32), struct(BATCH, dtype=jnp.int32)
+    where = paged.Where(tables=(table,), rows=each, starts=each, counts=each, room=each)
+    return layer, cache, where
+
+
+def row(c: Configuration, executable: Any) -> dict[str, Any]:
+    """One row of `experiments/results/kernel_costs.json`.
+
+    `temporary_bytes` below those of the smallest buffer of stored tokens (`buffer_bytes`) means
+    that none is copied or unpacked.
+    """
+    found, analysis = launches.read(executable.as_text()), executable.memory_analysis()
+    if analysis is None:
+        raise RuntimeError("the compiler reports no memory analysis")
+    given = program(c, "xla").arguments[0]
+    stored = given[1] if c.levels == COLUMNS else [(g.k, g.v) for g in given.groups]
+    kept = (given[0].exact, given[1]) if c.levels == COLUMNS else given
+    stored, kept = (
+        [x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)] for tree in (stored, kept)
+    )
+    return {"op": "step"} | dataclasses.asdict(c) | {
+        "launches": found.count,
+        "names": found.names,
+        "ahead": found.ahead,
+        "copied_bytes": found.copied_bytes,
+        "temporary_bytes": analysis.temp_size_in_bytes,
+        "buffer_bytes": min(stored),
+        "in_place": analysis.alias_size_in_bytes >= sum(kept),
+    }  # fmt: skip
