@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from turboq.numbers.packing import PAGE
 from turboq_kernels.aot import compilers, cuda
 from turboq_kernels.aot import tpu_columns as shared
 from turboq_kernels.aot.compilers import Program
@@ -43,9 +44,10 @@ def program(c: Configuration) -> Program:
 
 def row(configuration: Configuration) -> dict[str, Any]:
     """One row of `experiments/results/kernel_costs.json`."""
-    cost, c = cuda.compiled_costs(program(configuration))[KERNEL], configuration
-    warps = triton.WARPS if c.joined == 1 else triton.JOINED_WARPS
-    elements = c.joined * triton.TILE * 32 * 2 * c.dim // (32 * warps)
+    c = configuration
+    cost = cuda.compiled_costs(program(c), c.target)[KERNEL]
+    tuned = triton.APART if c.joined == 1 else triton.JOINED
+    elements = c.joined * PAGE * 2 * c.dim // (32 * tuned.num_warps)
     return {"op": "columns"} | dataclasses.asdict(c) | {
         "instructions_per_element": round(cost.loop_instructions / elements, 3),
         **cost.columns(),
