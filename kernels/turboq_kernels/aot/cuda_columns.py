@@ -24,13 +24,7 @@ from turboq_kernels.aot.tpu_columns import Configuration
 from turboq_kernels.columns import triton
 
 KERNEL = "turboq_columns"
-CONFIGURATIONS = (
-    *(Configuration(target=TARGET, bits=bits) for bits in (2, 3)),
-    Configuration(target=TARGET, bits=3, cache="after"),
-    Configuration(target=TARGET, bits=3, dim=64),
-    Configuration(target=TARGET, bits=3, group=8),
-    Configuration(target=TARGET, bits=2, joined=2),
-)
+CONFIGURATIONS = (Configuration(target=TARGET, bits=3),)
 
 
 def program(c: Configuration) -> Program:

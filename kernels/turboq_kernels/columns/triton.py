@@ -8,13 +8,14 @@ group has. Lanes that are none of the unit's have no weight.
     softmax over a page, online     acc [run, M] += run^T (p gain)
 
 Bit 8 b + i of a word is masked where byte b lies in its half word: the subnormal float16 number
-2^(i - 24), exact in the matrix unit (Fasi, Higham, Mikaitis, Pranesh, PeerJ CS 7:e330, 2021). What
-a token has too little is multiplied into its logits and weights. Queries and weights are two
-float16 numbers each, side by side, 22 bits of the largest.
+2^(i - 24), exact in the matrix unit (Fasi, Higham, Mikaitis, Pranesh, PeerJ CS 7:e330, 2021); plain
+operations, without NVIDIA's, convert it to 2^i. What a token has too little is multiplied into its
+logits and weights. Queries and weights are two float16 numbers each, side by side, 22 bits of the
+largest.
 
 Tokens and lanes are so ordered that the thread that holds a word is one whose fragment of the
-matrix unit's left operand the word's bits are: they go there without shared memory. Of joined heads
-every unit has its gain and both sides read all runs. Lanes of queries and sums are a group's own
+matrix unit's left operand the word's bits are: only words pass shared memory. Of joined heads every
+unit has its gain and both sides read all runs. Lanes of queries and sums are a group's own
 (`local`): its runs, one after another.
 """
 
@@ -44,7 +45,7 @@ LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 STAGES = 2
 MAX_ROWS = 16  # of a group
 _LARGEST = 2.0**14  # of queries and weights as float16
-_BIT = 2.0**-24  # what bit 0 of a half word is as float16
+_SMALLEST = 24  # 2^-24: what bit 0 of a half word is as float16
 # Two elements at a time: a selector of two bytes (the same in every step), those bytes, the masks.
 BYTES_ASM = (
     "{ .reg .b32 a; prmt.b32 a, $3, 0, 0x4420; or.b32 a, a, 0x400; "
@@ -97,6 +98,11 @@ class Plan:
     scale: float
     softcap: float | None
     asm: bool  # NVIDIA's instructions, or plain operations
+
+    @property
+    def shift(self) -> int:
+        """Bit 0 of a byte is 2^-shift: plain operations convert it, compilers flush subnormals."""
+        return _SMALLEST if self.asm else 0
 
 
 def attend(
@@ -253,12 +259,13 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     ends = jnp.where(real, x["ends"][b, rows], 0)
     gain = plan.scale * (LOG2E if plan.softcap is None else 1.0)
     unit = x["unit"][b, rows] * gain
+    small = _LARGEST * 2.0**-plan.shift
     which = x["bytes"][jnp.arange(4, dtype=jnp.int32)]
     masks = x["masks"][jnp.arange(8, dtype=jnp.int32)]
     # Tokens are 4 x 4 x 2 x 8: bit 2 and 1 of i, byte b, bit 0 of i, word row.
     at = jnp.arange(PAGE, dtype=jnp.int32)
     i = 2 * (at // 64) + at // 8 % 2
-    field, bit = 8 * (at // 16 % 4) + i, (127 + 24 - i) << 23
+    field, bit = 8 * (at // 16 % 4) + i, (127 + plan.shift - i) << 23
     inner, worth = ROWS * field + at % ROWS, jax.lax.bitcast_convert_type(bit, jnp.float32)
 
     def unit_at(place):
@@ -353,7 +360,7 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         new_accs, new_masses = [], []
         for place, runs in enumerate(plan.places[1]):
             most = x["most"][unit_at(place)]
-            weighted = _two(p * (worth * factors[place] * (_BIT * _LARGEST / most))[:, None])
+            weighted = _two(p * (worth * factors[place] * (small / most))[:, None])
             new_accs.append([
                 accs[place][i] * twice[None, :] + _dot(levels(page, place, i), weighted)
                 for i in range(runs)
@@ -368,7 +375,7 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     )  # fmt: skip
     accs, masses, total, top = jax.lax.fori_loop(first, last, step, carry)
     for place, (mass, runs) in enumerate(zip(masses, places(1), strict=True)):
-        scale = x["most"][unit_at(place)] / (_BIT * _LARGEST)
+        scale = x["most"][unit_at(place)] / small
         less = 0.5 * jnp.sum(mass, axis=0)
         for acc, at in zip(accs[place], runs, strict=True):
             acc_ref[part, n, row[None, :], at[:, None]] = _one(acc) * scale - less[None, :]
@@ -377,12 +384,12 @@ def _kernel(*refs, plan: Plan, tree) -> None:
 
 
 def _bits(words: Array, which: Array, masks: Array, shape: tuple[int, ...], plan: Plan) -> Array:
-    """float16: byte `which` of words, masked, all broadcast to `shape`."""
+    """float16 2^-shift times: byte `which` of words, masked, all broadcast to `shape`."""
     words, which, masks = (jnp.broadcast_to(y, shape) for y in (words, which, masks))
     if not plan.asm:
         shifts = 8 * which.astype(jnp.uint32)
         out = (words >> shifts).astype(jnp.uint16) & masks.astype(jnp.uint16)
-        return jax.lax.bitcast_convert_type(out, jnp.float16)
+        return out.astype(jnp.float16)
     (out,) = plgpu.elementwise_inline_asm(
         BYTES_ASM, args=[jax.lax.bitcast_convert_type(words, jnp.int32), which, masks],
         constraints="=r,r,r,r,r", pack=2,
