@@ -24,7 +24,10 @@ from turboq_kernels.aot.tpu_columns import Configuration
 from turboq_kernels.columns import triton
 
 KERNEL = "turboq_columns"
-CONFIGURATIONS = (Configuration(target=TARGET, bits=3),)
+CONFIGURATIONS = (
+    Configuration(target=TARGET, bits=3),
+    Configuration(target=TARGET, bits=2, joined=2),
+)
 
 
 def program(c: Configuration) -> Program:
