@@ -1,9 +1,11 @@
 """Other NVIDIA targets than sm_90: what programs are traced for, and what is refused by name."""
 
+import struct
+
 import jax
 import pytest
 
-from turboq_kernels.aot import cards, compilers, cuda
+from turboq_kernels.aot import cards, compilers, cubin, cuda
 from turboq_kernels.target import target
 
 REFUSED = {(sm, levels) for sm in ("sm_80", "sm_89") for levels in ("int8", "e4m3")}
@@ -34,3 +36,12 @@ def test_a_card_of_no_number():
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA X", num_cores=None, platform="gpu")
     with compilers.abstractly(device):
         assert target().capability is None
+
+
+@pytest.mark.parametrize("apart", [0, 8])
+def test_a_loop_is_found_in_old_and_new_code(apart):
+    """40 instructions, of which the last but one jumps back by 30: 128 bits, distance / 4 at 34."""
+    words = -4 * 30
+    branch = 0x947 | (words & (1 << apart) - 1) << 16 | (words >> apart & (1 << 48) - 1) << 34
+    code = bytes(38 * 16) + struct.pack("<QQ", branch & (1 << 64) - 1, branch >> 64) + bytes(16)
+    assert cubin.largest_loop(code) == (9, 39)

@@ -25,7 +25,9 @@ from turboq_kernels.columns import triton
 
 KERNEL = "turboq_columns"
 CONFIGURATIONS = (
-    Configuration(target=TARGET, bits=3),
+    *(Configuration(target=TARGET, bits=bits) for bits in (2, 3)),
+    Configuration(target=TARGET, bits=3, cache="after"),
+    Configuration(target=TARGET, bits=3, group=8),
     Configuration(target=TARGET, bits=2, joined=2),
 )
 
