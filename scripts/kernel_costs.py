@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes experiments/results/kernel_costs.json: what the compilers say the kernels cost."""
+"""Writes what the compilers say the kernels cost: kernel_costs.json, gpu_targets.json."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from turboq.files import atomic_write  # noqa: E402
 
-RESULTS = ROOT / "experiments" / "results" / "kernel_costs.json"
-PLATFORMS = ("tpu", "cuda")
+RESULTS = ROOT / "experiments" / "results"
+FILES = {"tpu": "kernel_costs.json", "cuda": "kernel_costs.json", "targets": "gpu_targets.json"}
 # Modules of turboq_kernels.aot by platform and operation.
 MODULES = {
     ("tpu", "decode"): "tpu",
@@ -28,13 +28,15 @@ MODULES = {
     ("cuda", "columns"): "cuda_columns",
     ("tpu", "step"): "tpu_step",
     ("cuda", "step"): "cuda_step",
+    ("targets", None): "cuda_targets",  # every operation
 }
 # What makes two rows the same measurement.
 KEYS = ("target", "op", "bits", "levels", "dim", "group", "tokens", "cache", "joined")
 
 HELP = """\
 Compiles the kernels for chips that are not here and writes their static costs: VLIW bundles of the
-main loop per 256 tokens on TPU, instructions per element, registers and spills on sm_90. Conditions
+main loop per 256 tokens on TPU, instructions per element, registers and spills on sm_90; with
+--platform=targets one case of every operation for sm_80, sm_89, sm_100 and sm_120. Conditions
 choose rows, e.g. op=encode bits=3; those other than op must be met by some row of every operation.
 Rows of a platform or of conditions that were not asked for stay as they are in the file.
 
@@ -62,27 +64,32 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--platform", choices=PLATFORMS, action="append", help="default: all")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument(
+        "--platform", choices=tuple(FILES), action="append", help="default: tpu and cuda"
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="default: in experiments/results")
     parser.add_argument("only", nargs="*", metavar="KEY=VALUE", help="e.g. bits=3 target=v5e")
     given = parser.parse_args(arguments)
     wanted = dict(condition.split("=") for condition in given.only)
     op = wanted.pop("op", None)
     only = [f"{k}={v}" for k, v in wanted.items()]
+    platforms = given.platform or ("tpu", "cuda")
     modules = [
-        importlib.import_module(f"turboq_kernels.aot.{name}")
+        (importlib.import_module(f"turboq_kernels.aot.{name}"), platform)
         for (platform, its_op), name in MODULES.items()
-        if platform in (given.platform or PLATFORMS) and op in (None, its_op)
+        if platform in platforms and (its_op is None or op in (None, its_op))
     ]
-    missing = sorted({reason for m in modules if (reason := m.missing()) is not None})
+    missing = sorted({reason for m, _ in modules if (reason := m.missing()) is not None})
     if missing:
         print("\n".join(missing), file=sys.stderr)
         return 1
-    for module in modules:
-        for row in module.rows(only):
+    for module, platform in modules:
+        out = given.out or RESULTS / FILES[platform]
+        every = [f"op={op}"] if platform == "targets" and op is not None else []
+        for row in module.rows(only + every):
             # After every row: a run of many compilations may be cut off.
-            old = json.loads(given.out.read_text()) if given.out.exists() else []
-            atomic_write(given.out, written(merged(old, [row])))
+            old = json.loads(out.read_text()) if out.exists() else []
+            atomic_write(out, written(merged(old, [row])))
             print(json.dumps(row), flush=True)
     return 0
 

@@ -14,6 +14,10 @@ TOL: dict[str, float] = {
     "columns": 5e-4,
     # The same over the 256 bits of six units: twice the sum of as many roundings.
     "columns_joined": 1e-3,
+    # Queries as pairs of float16, 2**-22 of |q| |column| ~ 10, over 72 bits of +-1/2, scale 0.3:
+    # 3e-6 on a logit; weights 2**-22 of the largest; float32 sums of 530 terms in parts of 256, ~8
+    # eps each: 5e-6 relative, times |v| ~ 2.
+    "columns_triton": 1e-5,
     # Tiny decoders of 2-3 layers against transformers in float32: residual stream of order 1..5,
     # ~10 rounded sums of 28..48 products per layer, each ~4 eps of its size: 30 * 4 * 6e-8 = 7e-6.
     "model_golden": 1e-5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 
@@ -25,12 +26,15 @@ def target() -> Target:
     """Of the abstract device of the current mesh if there is one, else of the default backend's.
 
     AMD's compiler knows none of NVIDIA's instructions: its devices are named gfx... ahead of time,
-    and their runtime says ROCm.
+    and their runtime says ROCm. NVIDIA's may say their sm_ number in their name then.
     """
     told = jax.sharding.get_abstract_mesh().abstract_device
     if told is not None:
         amd = told.device_kind.lower().startswith(("gfx", "amd"))
-        return Target(ptx=not amd, processors=told.num_cores or H100_PROCESSORS)
+        count = told.num_cores or H100_PROCESSORS
+        named = re.search(r"\bsm_(\d+)(\d)\b", told.device_kind)
+        sm = (int(named[1]), int(named[2])) if named else None
+        return Target(ptx=not amd, processors=count, capability=sm)
     device = jax.devices()[0]
     amd = "rocm" in device.client.platform_version.lower()
     gpu = device.platform == "gpu"

@@ -261,15 +261,25 @@ def _attributes(info: bytes, wanted: int) -> dict[int, int]:
 
 
 def largest_loop(code: bytes) -> tuple[int, int]:
-    """Instructions from the target of the farthest backward branch to behind it: [start, end)."""
+    """Instructions from the target of the farthest backward branch to behind it: [start, end).
+
+    From sm_90 on the lowest 8 bits of a distance lie apart from the others; read so, an older
+    target's branches leave the code.
+    """
+    found = _largest_loop(code, 8)
+    return found if found[0] >= 0 else _largest_loop(code, 0)
+
+
+def _largest_loop(code: bytes, apart: int) -> tuple[int, int]:
     longest = (0, 0)
     for at in range(0, len(code), _INSTRUCTION):
         low, high = struct.unpack_from("<QQ", code, at)
         if low & 0xFFF != _BRA:
             continue
         # Distance in units of 4 bytes from the next instruction: bits 34..81, then 16..23.
-        words = ((high << 64 | low) >> 34 & (1 << 48) - 1) << 8 | low >> 16 & 0xFF
-        words -= 1 << 56 if words >> 55 else 0
+        words = (high << 64 | low) >> 34 & (1 << 48) - 1
+        words = words << apart | low >> 16 & (1 << apart) - 1
+        words -= 1 << 48 + apart if words >> 47 + apart else 0
         length, end = -4 * words // _INSTRUCTION, at // _INSTRUCTION + 1
         # A branch to itself pads the end of the code.
         if words < -4 and length > longest[1] - longest[0]:

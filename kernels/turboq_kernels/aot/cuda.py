@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.resources
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from jax.experimental import serialize_executable, topologies
 from jax.sharding import AbstractDevice, SingleDeviceSharding
 
 from turboq.codecs.reading import Part, Reading
-from turboq_kernels.aot import compilers, cubin
+from turboq_kernels.aot import cards, compilers, cubin
 from turboq_kernels.aot.compilers import Program
 from turboq_kernels.decode import api, types
 
@@ -75,18 +74,18 @@ def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     return compilers.rows("turboq_kernels.aot.cuda", "cuda", found)
 
 
-def row(configuration: Configuration) -> dict[str, Any]:
+def row(configuration: Configuration, target: str = TARGET) -> dict[str, Any]:
     """One row of `experiments/results/kernel_costs.json`."""
     from turboq_kernels.decode import triton
 
     c = configuration
     rows = max(8, c.group)  # padded: the same kernel for all groups up to 8
-    cost = _cost(dataclasses.replace(c, group=rows))
+    cost = _cost(dataclasses.replace(c, group=rows), target)
     _, k, v, *_ = shapes(c, rows=rows)
     tuned = triton.tuning(k, v, rows)
     elements = tuned.tile_rows * 32 * 2 * c.dim // (32 * tuned.num_warps)
     return {
-        "target": TARGET,
+        "target": target,
         "op": "decode",
         **dataclasses.asdict(c),
         "instructions_per_element": round(cost.loop_instructions / elements, 3),
@@ -104,8 +103,8 @@ def program(c: Configuration) -> Program:
 
 
 @functools.cache
-def _cost(c: Configuration) -> cubin.Cost:
-    return compiled_costs(program(c))[KERNEL]
+def _cost(c: Configuration, target: str) -> cubin.Cost:
+    return compiled_costs(program(c), target)[KERNEL]
 
 
 def shapes(c: Configuration, *, rows: int, batch: int = 2, heads: int = 8, count: int = 16):
@@ -134,23 +133,23 @@ def shapes(c: Configuration, *, rows: int, batch: int = 2, heads: int = 8, count
     return struct(batch, heads, rows, c.dim), side, side, pages, seen, seen
 
 
-def compiled_costs(program: Program) -> dict[str, cubin.Cost]:
-    """Costs of all GPU functions of a program compiled for an H100."""
-    payload, *_ = serialize_executable.serialize(compile_for(program))
+def compiled_costs(program: Program, target: str = TARGET) -> dict[str, cubin.Cost]:
+    """Costs of all GPU functions of a program compiled for a card of `cards`."""
+    payload, *_ = serialize_executable.serialize(compile_for(program, target))
     return cubin.costs(payload)
 
 
-def compile_for(program: Program):
-    """The executable for an H100 (which cannot run here)."""
-    config = importlib.resources.files("turboq_kernels.aot") / "h100.txtpb"
+def compile_for(program: Program, target: str = TARGET):
+    """The executable for a card of `cards` (which cannot run here)."""
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology="1x1x1", target_config=config.read_text()
-    )
+        platform="cuda", topology_name=target, topology="1x1x1",
+        target_config=cards.config(target),
+    )  # fmt: skip
     place = SingleDeviceSharding(topology.devices[0])
     args = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), program.arguments
     )
-    with compilers.abstractly(DEVICE):
+    with compilers.abstractly(cards.device(target)):
         return program.jitted.lower(*args).compile()
 
 

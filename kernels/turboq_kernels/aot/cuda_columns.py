@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from turboq.numbers.packing import PAGE
 from turboq_kernels.aot import compilers, cuda
 from turboq_kernels.aot import tpu_columns as shared
 from turboq_kernels.aot.compilers import Program
@@ -26,7 +27,6 @@ KERNEL = "turboq_columns"
 CONFIGURATIONS = (
     *(Configuration(target=TARGET, bits=bits) for bits in (2, 3)),
     Configuration(target=TARGET, bits=3, cache="after"),
-    Configuration(target=TARGET, bits=3, dim=64),
     Configuration(target=TARGET, bits=3, group=8),
     Configuration(target=TARGET, bits=2, joined=2),
 )
@@ -43,9 +43,10 @@ def program(c: Configuration) -> Program:
 
 def row(configuration: Configuration) -> dict[str, Any]:
     """One row of `experiments/results/kernel_costs.json`."""
-    cost, c = cuda.compiled_costs(program(configuration))[KERNEL], configuration
-    warps = triton.WARPS if c.joined == 1 else triton.JOINED_WARPS
-    elements = c.joined * triton.TILE * 32 * 2 * c.dim // (32 * warps)
+    c = configuration
+    cost = cuda.compiled_costs(program(c), c.target)[KERNEL]
+    tuned = triton.APART if c.joined == 1 else triton.JOINED
+    elements = c.joined * PAGE * 2 * c.dim // (32 * tuned.num_warps)
     return {"op": "columns"} | dataclasses.asdict(c) | {
         "instructions_per_element": round(cost.loop_instructions / elements, 3),
         **cost.columns(),

@@ -67,17 +67,18 @@ def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     return compilers.rows("turboq_kernels.aot.cuda_encode", "cuda", found)
 
 
-def row(configuration: Configuration) -> dict[str, Any]:
+def row(configuration: Configuration, target: str = TARGET) -> dict[str, Any]:
     """One row of `experiments/results/kernel_costs.json`."""
     from turboq_kernels.encode import triton
 
-    c, cost = configuration, cuda.compiled_costs(program(configuration))[KERNEL]
+    c = configuration
+    cost = cuda.compiled_costs(program(c), target)[KERNEL]
     tuned = triton.tuning(c.dim, -(-c.tokens // ROWS))
     products = 1 if c.levels == "table" else 2
     again = products * (c.dim // min(tuned.block, c.dim) - 1)
     executed = cost.instructions + again * cost.loop_instructions
     encoded = min(c.tokens, WORD_BITS) * c.dim
-    return {"target": TARGET, "op": "encode"} | dataclasses.asdict(c) | {
+    return {"target": target, "op": "encode"} | dataclasses.asdict(c) | {
         "instructions_per_element": round(executed * 32 * tuned.num_warps / encoded, 1),
         **cost.columns(),
     }  # fmt: skip

@@ -56,7 +56,7 @@ def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     return compilers.rows("turboq_kernels.aot.cuda_prefill", "cuda", found)
 
 
-def row(configuration: Configuration) -> dict[str, Any]:
+def row(configuration: Configuration, target: str = TARGET) -> dict[str, Any]:
     """One row of `experiments/results/kernel_costs.json`."""
     from turboq_kernels.prefill import triton
 
@@ -67,9 +67,10 @@ def row(configuration: Configuration) -> dict[str, Any]:
     else:
         tuned, tile = triton.tuning(cuda.shapes(c, rows=1)[1])
         read = tuned.tile_rows * 32
-    cost = cuda.compiled_costs(program(c))[OWN_KERNEL if c.levels in EXACT else KERNEL]
+    name = OWN_KERNEL if c.levels in EXACT else KERNEL
+    cost = cuda.compiled_costs(program(c), target)[name]
     elements = read * 2 * c.dim / (32 * tuned.num_warps)
-    return {"target": TARGET, "op": "prefill"} | dataclasses.asdict(c) | {
+    return {"target": target, "op": "prefill"} | dataclasses.asdict(c) | {
         "rows": tile,
         "instructions_per_element": round(cost.loop_instructions / elements, 3),
         **cost.columns(),

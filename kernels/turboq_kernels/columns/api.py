@@ -6,6 +6,8 @@ out = attend(q, state, words, tail, matrices, q_positions=at, scale=scale)
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
@@ -66,10 +68,12 @@ def attend(
     sink_logits: Float[Array, "H"] | None = None,
     implementation: str | None = None,
     interpret: bool = False,
+    splits: int | None = None,
 ) -> Float[Array, "B T H E"]:
     """`turboq.cache.model_cache.attend`, by the implementation named; None takes the fastest.
 
-    `matrices` are those of `prepare`; without them they are made in every call.
+    `matrices` are those of `prepare`; without them they are made in every call. `splits`: parts of
+    every sequence on a GPU, None as many as fill it; on a TPU a sequence is never cut.
 
     Raises:
       ValueError: unknown, or named and not able to; the message says why.
@@ -88,6 +92,8 @@ def attend(
         name, reason = implementation, unsupported(q, state, words, implementation)
         if reason is not None:
             raise ValueError(f"{implementation=} cannot run this case: {reason}; use 'xla' or None")
+    if splits is not None and splits < 1:
+        raise ValueError(f"{splits=} must be at least 1, or None")
     options = {"scale": scale, "softcap": softcap}
     if name == "xla":
         return model_cache.attend(
@@ -104,16 +110,22 @@ def attend(
     first, seen_from = jnp.reshape(state.first, (-1, 1)), rows
     if layer.rope is not None and state.dropped is not None:  # slots count from there
         seen_from = queries.to_rows(unrotate(layer.rope, q, first[..., None]), heads)
+    k_matrix, v_matrix = (None, None)
+    if name == "triton":
+        k_matrix, v_matrix = triton.local(made, words.shape[-1])
     folded = queries.fold(
-        seen_from, made, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block
-    )
-    run = triton.attend if name == "triton" else mosaic_tpu.attend
+        seen_from, made, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block,
+        matrix=k_matrix,
+    )  # fmt: skip
+    run = mosaic_tpu.attend
+    if name == "triton":
+        run = functools.partial(triton.attend, splits=splits)
     sums = run(
         folded, words, made, jnp.maximum(low, layer.policy.sinks) - first,
         jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]) - first,
         interpret=interpret, **options,
     )  # fmt: skip
-    acc = queries.values(sums, made)
+    acc = queries.values(sums, made, v_matrix)
     parts = [Partial(acc=acc, top=sums.top, total=sums.total)]
     parts += _exact(rows, state, tail, at, low, heads, options)
     whole = merge.merge(merge.stack(parts))

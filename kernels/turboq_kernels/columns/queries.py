@@ -55,9 +55,18 @@ def own_lanes(layer: LinearLayer, side: LinearSide, rows: int) -> Bool[Array, "M
 
 
 def fold(
-    rows: Float[Array, "B M D"], layer: LinearLayer, *, slots: int, rope: Rope | None, block: int
+    rows: Float[Array, "B M D"],
+    layer: LinearLayer,
+    *,
+    slots: int,
+    rope: Rope | None,
+    block: int,
+    matrix: Float[Array, "J G D U"] | None = None,
 ) -> Folded:
-    """Rows of queries at their own positions, for keys of so many slots."""
+    """Rows of queries at their own positions, for keys of so many slots.
+
+    `matrix`: over each group's own lanes (`triton.local`), which are then those of the result.
+    """
     side, m = layer.k, rows.shape[1]
     each, heads = side.matrix.shape[0], side.mean.shape[0]
     head = jnp.repeat(jnp.arange(heads, dtype=jnp.int32), m // heads)
@@ -77,18 +86,28 @@ def fold(
             still = jnp.einsum("bqmd,md->bmq", turned, rest, precision=HIGHEST)
             bias = bias + jnp.repeat(still, block, axis=-1)[..., :slots]
     by_head = turned.reshape(*turned.shape[:2], layer.groups, each, m // heads, -1)
-    left = jnp.einsum("bqjgrd,gdw->bqjgrw", by_head, side.matrix, precision=HIGHEST)
-    left = jnp.where(own, left.reshape(*turned.shape[:3], -1), 0.0)
+    equation = "bqjgrd,gdw->bqjgrw" if matrix is None else "bqjgrd,jgdw->bqjgrw"
+    of = side.matrix if matrix is None else matrix
+    left = jnp.einsum(equation, by_head, of, precision=HIGHEST)
+    left = left.reshape(*turned.shape[:3], -1)
+    if matrix is None:
+        left = jnp.where(own, left, 0.0)
     return Folded(left=left, largest=largest, bias=bias)
 
 
-def values(sums: Sums, layer: LinearLayer) -> Float[Array, "B M E"]:
-    """What sums over bits are worth: sums of p x_hat, not yet normalised."""
+def values(
+    sums: Sums, layer: LinearLayer, matrix: Float[Array, "J G E Y"] | None = None
+) -> Float[Array, "B M E"]:
+    """What sums over bits are worth: sums of p x_hat, not yet normalised. `matrix` as of `fold`."""
     batch, m, _ = sums.acc.shape
     each, heads = layer.v.matrix.shape[0], layer.v.mean.shape[0]
-    bits = jnp.where(own_lanes(layer, layer.v, m), sums.acc, 0.0)
+    bits = sums.acc
+    if matrix is None:
+        bits = jnp.where(own_lanes(layer, layer.v, m), bits, 0.0)
     bits = bits.reshape(batch, layer.groups, each, m // heads, -1)
-    acc = jnp.einsum("bjgrw,gew->bjgre", bits, layer.v.matrix, precision=HIGHEST)
+    equation = "bjgrw,gew->bjgre" if matrix is None else "bjgrw,jgew->bjgre"
+    of = layer.v.matrix if matrix is None else matrix
+    acc = jnp.einsum(equation, bits, of, precision=HIGHEST)
     mean = jnp.repeat(layer.v.mean, m // heads, axis=0)
     return acc.reshape(batch, m, -1) + sums.total[..., None] * mean[None]
 

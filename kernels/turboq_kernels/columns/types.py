@@ -14,9 +14,9 @@ class Sums:
     """One softmax over the stored tokens of a layer, not yet normalised, for every query row.
 
     With p = exp(logit - top) and g the gain of a lane's unit at each token: `acc` [B, M, W] is the
-    sum of p g (bit - 1/2), `total` [B, M] that of p; `top` [B, M] the largest logit. Lanes that are
-    none of the row's group hold anything. A row that saw nothing has all sums 0, its top is
-    arbitrary.
+    sum of p g (bit - 1/2), `total` [B, M] that of p; `top` [B, M] the largest logit. W are the
+    side's lanes, or those of the row's group alone; lanes that are no code of it hold anything. A
+    row that saw nothing has all sums 0, its top is arbitrary.
     """
 
     acc: Any
