@@ -8,7 +8,7 @@ import kernel_oracle
 import numpy as np
 from tolerances import TOL
 
-from turboq.cache import joint, model_cache
+from turboq.cache import composed, joint, model_cache
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
 from turboq.cache.simulate import simulate
 from turboq.codecs.observed import Observed
@@ -47,13 +47,13 @@ def make_layers(rng, policy, rope=None, block=1, gain="code", joined=None):
         return HeadGroup(heads=heads, k=k, v=v, k_arrays=k_arrays, v_arrays=v_arrays)
 
     def layer(*groups):
-        together = {}
-        if joined is not None:
-            shape = joint.shapes(HEADS, joined, DIM, DIM)
-            turn = np.eye(shape["mean"][1]) + 0.05 * rng.normal(size=shape["synthesis"])
-            own = {"mean": rng.normal(size=shape["mean"]), "synthesis": turn}
-            together = {"joint_heads": joined, "joint": joint.arrays_of(own)}
-        return KVLayer(groups=groups, policy=policy, rope=rope, rope_block=block, **together)
+        alone = KVLayer(groups=groups, policy=policy, rope=rope, rope_block=block)
+        if joined is None:
+            return alone
+        shape = joint.shapes(HEADS, joined, DIM, DIM)
+        turn = np.eye(shape["mean"][1]) + 0.05 * rng.normal(size=shape["synthesis"])
+        own = {"mean": rng.normal(size=shape["mean"]), "synthesis": turn}
+        return composed.join(alone, joined, own)
 
     a, b, c, d = SEGMENTS
     first = layer(group((0, 2), a, b), group((1,), c, d))

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from turboq.cache import joint
+from turboq.cache import composed
 from turboq.cache.layer import KVLayer
 from turboq.cache.windows import pages_held
 from turboq.codecs.base import Codec
@@ -162,22 +162,17 @@ def _stored(codec: Codec, lead: tuple[int, int], tokens: int) -> dict[str, Buffe
 
 
 def array_bytes(layers: Iterable[KVLayer]) -> int:
-    """Fitted float32 arrays (means, scales, codebooks), and of joined heads both turns."""
-    layers = list(layers)
-    joined = sum(
-        4 * math.prod(shape) * (2 if name == "synthesis" else 1)
-        for layer in layers
-        if layer.joint_heads is not None
-        for g in layer.groups[:1]
-        for name, shape in joint.shapes(layer.kv_heads, layer.joint_heads, g.k.dim, g.v.dim).items()
-    )
-    return joined + sum(
-        4 * len(group.heads) * math.prod(shape)
+    """Fitted arrays (means, scales, codebooks), and what joined heads hold, 4 bytes a number."""
+    layers = [composed.held(layer) for layer in layers]
+    joined = sum(math.prod(n) for layer in layers for n in composed.shapes(layer).values())
+    own = sum(
+        len(group.heads) * math.prod(shape)
         for layer in layers
         for group in layer.groups
         for codec in (group.k, group.v)
         for shape in codec.array_shapes.values()
     )
+    return 4 * (joined + own)
 
 
 def distinct_tables(codecs: Iterable[Codec]) -> list[tuple[str, np.ndarray]]:
@@ -203,7 +198,8 @@ def distinct_codecs(layers: Iterable[KVLayer]) -> list[Codec]:
 
 def table_bytes(layers: Iterable[KVLayer]) -> int:
     """Static tables (rotations, codebooks) of all layers in float32, each once."""
-    return sum(values.nbytes for _, values in distinct_tables(distinct_codecs(layers)))
+    codecs = distinct_codecs(composed.held(layer) for layer in layers)
+    return sum(values.nbytes for _, values in distinct_tables(codecs))
 
 
 def residency(layers: Sequence[KVLayer], *, context: int, batch: int = 1) -> Residency:

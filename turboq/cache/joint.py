@@ -10,7 +10,8 @@ too: together they need far fewer bits for the same loss. Codecs, pages and plan
 only here is known that "K of head 0" is the largest part of them all. Exact tokens are kept as they
 come.
 
-S is made by `turboq.codecs.fit_joint`.
+S is made by `turboq.codecs.fit_joint`. Where units are coded by transforms, only the coordinates
+that these code are ever made (`turboq.cache.composed`).
 
 Source: transform coding of a vector source (Goyal 2001); that values of a layer follow from its
 keys was used by prediction in Shutova et al. 2025 (AQUA-KV, arXiv 2501.19392).
@@ -19,6 +20,7 @@ keys was used by prediction in Shutova et al. 2025 (AQUA-KV, arXiv 2501.19392).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -40,21 +42,42 @@ def shapes(kv_heads: int, heads: int, k_dim: int, v_dim: int) -> dict[str, tuple
     return {"mean": (groups, dim), "synthesis": (groups, dim, dim)}
 
 
-def arrays_of(fitted: dict[str, Any]) -> dict[str, Any]:
-    """The arrays that a `KVLayer` needs: the fitted ones and the inverse of S, float32.
+def arrays_of(fitted: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a `KVLayer` whose codecs take units whole: the fitted ones and S^-1, float32.
 
     Raises:
       ValueError: S has no inverse.
     """
-    synthesis = np.asarray(fitted["synthesis"], np.float64)
+    mean, synthesis = (np.asarray(fitted[name], np.float64) for name in ARRAYS)
+    coded = np.broadcast_to(np.arange(mean.shape[1]), mean.shape)
+    return as_arrays(mean, mean, inverse(synthesis), synthesis, coded)
+
+
+def as_arrays(
+    mean: np.ndarray, center: np.ndarray, analysis: np.ndarray, synthesis: np.ndarray,
+    coded: np.ndarray,
+) -> dict[str, Any]:  # fmt: skip
+    """`KVLayer.joint`: x -> analysis (x - center) [J, W, C], synthesis [J, C, W], and of each of
+    the W its coordinate of the units, C for none; `mean` [J, C] as fitted, of which keys turn.
+    """
+    found = {"mean": mean, "center": center, "analysis": analysis, "synthesis": synthesis}
+    made = {name: jnp.asarray(x, jnp.float32) for name, x in found.items()}
+    return made | {"coded": jnp.asarray(coded, jnp.int32)}
+
+
+def inverse(synthesis: Float[np.ndarray, "J C C"]) -> Float[np.ndarray, "J C C"]:
+    """S^-1 of every group.
+
+    Raises:
+      ValueError: there is none.
+    """
     try:
         analysis = np.linalg.inv(synthesis)
     except np.linalg.LinAlgError:
         raise ValueError("synthesis is singular: it must be invertible") from None
     if not np.all(np.isfinite(analysis)):
         raise ValueError("synthesis has no finite inverse")
-    found = {"mean": fitted["mean"], "analysis": analysis, "synthesis": synthesis}
-    return {name: jnp.asarray(x, jnp.float32) for name, x in found.items()}
+    return analysis
 
 
 def refuse(layer: KVLayer, cache: str) -> None:
@@ -82,13 +105,16 @@ def to_units(
     v: Float[Array, "B T K E"],
     positions: Int[Array, "#B T"],
 ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]]:
-    """Units of keys as they come and values; without a joint transform both unchanged."""
+    """Units of keys as they come and values; without a joint transform both unchanged.
+
+    Coordinates that the layer's arrays do not have are 0.
+    """
     if layer.joint_heads is None:
         return k, v
     k = key_form.to_stored(layer, _key_mean(layer, k), k.swapaxes(1, 2), positions).swapaxes(1, 2)
-    x = _joined(k, v, layer.joint_heads) - layer.joint["mean"][None, None]
-    y = jnp.einsum("btjc,jdc->btjd", x, layer.joint["analysis"], precision=HIGHEST)
-    return _split(y, k.shape[2:], v.shape[2:])
+    x = _joined(k, v, layer.joint_heads) - layer.joint["center"][None, None]
+    u = jnp.einsum("btjc,jwc->btjw", x, layer.joint["analysis"], precision=HIGHEST)
+    return _split(_take(u, _places(layer)), k.shape[2:], v.shape[2:])
 
 
 def from_units(
@@ -97,12 +123,12 @@ def from_units(
     v: Float[Array, "B T K E"],
     positions: Int[Array, "#B T"],
 ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]]:
-    """The inverse of `to_units`."""
+    """Keys and values of units as they are read: the inverse of `to_units` where all are coded."""
     if layer.joint_heads is None:
         return k, v
-    y = _joined(k, v, layer.joint_heads)
-    x = jnp.einsum("btjd,jcd->btjc", y, layer.joint["synthesis"], precision=HIGHEST)
-    keys, values = _split(x + layer.joint["mean"][None, None], k.shape[2:], v.shape[2:])
+    u = _take(_joined(k, v, layer.joint_heads), layer.joint["coded"])
+    x = jnp.einsum("btjw,jcw->btjc", u, layer.joint["synthesis"], precision=HIGHEST)
+    keys, values = _split(x + layer.joint["center"][None, None], k.shape[2:], v.shape[2:])
     mean = _key_mean(layer, k)
     return key_form.from_stored(layer, mean, keys.swapaxes(1, 2), positions).swapaxes(1, 2), values
 
@@ -112,6 +138,22 @@ def _key_mean(layer: KVLayer, k: Float[Array, "B T K D"]) -> dict[str, Float[Arr
     heads, dim = k.shape[2:]
     mean = layer.joint["mean"]
     return {"mean": mean[:, : heads // len(mean) * dim].reshape(heads, dim)}
+
+
+def _places(layer: KVLayer) -> Int[Array, "J C"]:
+    """Where `analysis` has each coordinate of the units; W where nothing is coded."""
+    coded, dim = layer.joint["coded"], layer.joint["mean"].shape[1]
+    groups, width = coded.shape
+    group = jnp.arange(groups, dtype=jnp.int32)[:, None]
+    numbers = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], coded.shape)
+    return jnp.full((groups, dim), width, jnp.int32).at[group, coded].set(numbers, mode="drop")
+
+
+def _take(x: Float[Array, "B T J n"], index: Int[Array, "J m"]) -> Float[Array, "B T J m"]:
+    """x at every group's own index; 0 behind the end."""
+    return jax.vmap(
+        lambda own, at: own.at[..., at].get(mode="fill", fill_value=0), in_axes=(2, 0), out_axes=2
+    )(x, index)
 
 
 def _joined(k: Array, v: Array, heads: int) -> Float[Array, "B T J C"]:

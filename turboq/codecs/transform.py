@@ -218,7 +218,7 @@ class Transform(Codec):
 
     def write_tables(self, arrays: Arrays) -> WriteTables:
         return WriteTables(
-            matrix=self.analysis_of(arrays), mean=arrays["mean"],
+            matrix=self.analysis_of(arrays), mean=self.mean_of(arrays),
             levels=self.level_tables(arrays), gains=arrays.get("gains"),
         )  # fmt: skip
 
@@ -238,7 +238,7 @@ class Transform(Codec):
             scale=None if self.gain == "none" else "gain",
             offset=None,
         )
-        return BitForm(mean=arrays["mean"], parts=(part,))
+        return BitForm(mean=self.mean_of(arrays), parts=(part,))
 
     def row_values(
         self, arrays: Arrays, name: str, entries: Shaped[Array, "*n"]
@@ -270,6 +270,10 @@ class Transform(Codec):
         gain = gains.at[code.astype(jnp.int32)].get(mode="promise_in_bounds")
         return self._codes(arrays, y / gain[..., None]) | {"gain": code[..., None]}
 
+    def mean_of(self, arrays: Arrays) -> Float[Array, "D"]:
+        """The mean of one head."""
+        return arrays["mean"]
+
     def analysis_of(self, arrays: Arrays) -> Float[Array, "C D"]:
         """A of one head."""
         return arrays["analysis"]
@@ -280,7 +284,7 @@ class Transform(Codec):
 
     def analyse(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Float[Array, "*n C"]:
         """y = A (x - mean), float32."""
-        x = x.astype(jnp.float32) - lead(arrays["mean"], x.ndim)
+        x = x.astype(jnp.float32) - lead(self.mean_of(arrays), x.ndim)
         y = dot(x.reshape(-1, self.dim), self.analysis_of(arrays).T)
         return y.reshape(*x.shape[:-1], self.coded)
 
@@ -339,11 +343,11 @@ class Transform(Codec):
         x = x.reshape(*values.shape[:-1], self.dim)
         gain = self.gain_of(arrays, stored)
         x = x if gain is None else x * gain[..., None]
-        return x + lead(arrays["mean"], x.ndim)
+        return x + lead(self.mean_of(arrays), x.ndim)
 
     def fold_query(self, arrays: Arrays, q: Float[Array, "T D"]) -> dict[str, Array]:
         q = q.astype(jnp.float32)
-        offset = dot(q, arrays["mean"][:, None])[:, 0]
+        offset = dot(q, self.mean_of(arrays)[:, None])[:, 0]
         return {"q": dot(q, self.synthesis_of(arrays)), "offset": offset}
 
     def logits(
@@ -364,7 +368,7 @@ class Transform(Codec):
     def unfold_output(
         self, arrays: Arrays, acc: Float[Array, "T C"], mass: Float[Array, "T"]
     ) -> Float[Array, "T D"]:
-        return dot(acc, self.synthesis_of(arrays).T) + mass[:, None] * arrays["mean"][None, :]
+        return dot(acc, self.synthesis_of(arrays).T) + mass[:, None] * self.mean_of(arrays)[None, :]
 
 
 def check_segments(segments: Any, dim: int) -> None:

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from turboq.cache import composed
 from turboq.cache.layer import HeadGroup, KVLayer
 from turboq.codecs.base import Arrays, Codec, Field, Stored
+from turboq.codecs.coordinates import Coordinates
 from turboq.codecs.scalar import dot, lead
 from turboq.codecs.transform import Transform
 from turboq.numbers import scale as scales
@@ -39,6 +41,7 @@ class PaddedTransform(Codec):
     Not registered: its fields are as wide as the widest may be. Arrays of one head: mean
     [D], analysis and synthesis [D, D] (zero where nothing is coded), points [D, levels] or the rows
     and weights of a window code, coded [] (how many coordinates are), gains [n] with gain "code".
+    Of `Coordinates` mean is 0, analysis and synthesis are 1, and none of them an array.
     """
 
     name: ClassVar[str] = "padded_transform"
@@ -66,7 +69,7 @@ class PaddedTransform(Codec):
 
     def encode(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Stored:
         lead_axes, x = x.shape[:-1], x.astype(jnp.float32)
-        y = dot((x - lead(arrays["mean"], x.ndim)).reshape(-1, self.dim), arrays["analysis"].T)
+        y = self._analyse(arrays, x).reshape(-1, self.dim)
         if self.quantizer == "window" and self.gain == "code":
             codes, gain = window_gain.encode(_window(arrays), y, arrays["gains"], arrays["weights"])
             stored = {"codes": codes, "gain": gain[:, None]}
@@ -74,6 +77,13 @@ class PaddedTransform(Codec):
             u, stored = self._gain(arrays, y)
             stored |= self._codes(arrays, u)
         return {name: entries.reshape(*lead_axes, -1) for name, entries in stored.items()}
+
+    def _analyse(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        if "analysis" not in arrays:
+            there = jnp.arange(self.dim, dtype=jnp.float32) < arrays["coded"]
+            return jnp.where(jnp.broadcast_to(there, x.shape), x, 0.0)
+        y = dot((x - lead(arrays["mean"], x.ndim)).reshape(-1, self.dim), arrays["analysis"].T)
+        return y.reshape(x.shape)
 
     def _codes(self, arrays: Arrays, u: Float[Array, "N D"]) -> Stored:
         if self.quantizer == "window":
@@ -130,10 +140,14 @@ class PaddedTransform(Codec):
 
     def decode(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n D"]:
         values = self.values(arrays, stored)
+        if "synthesis" not in arrays:
+            return values
         x = dot(values.reshape(-1, self.dim), arrays["synthesis"].T).reshape(values.shape)
         return x + lead(arrays["mean"], x.ndim)
 
     def fold_query(self, arrays: Arrays, q: Float[Array, "T D"]) -> dict[str, Array]:
+        if "synthesis" not in arrays:
+            return {"q": q, "offset": jnp.zeros_like(q[:, 0])}
         offset = dot(q, arrays["mean"][:, None])[:, 0]
         return {"q": dot(q, arrays["synthesis"]), "offset": offset}
 
@@ -150,6 +164,8 @@ class PaddedTransform(Codec):
     def unfold_output(
         self, arrays: Arrays, acc: Float[Array, "T C"], mass: Float[Array, "T"]
     ) -> Float[Array, "T D"]:
+        if "synthesis" not in arrays:
+            return acc
         return dot(acc, arrays["synthesis"].T) + mass[:, None] * arrays["mean"][None, :]
 
 
@@ -211,7 +227,8 @@ def shared_layer(layer: KVLayer, levels: Levels | None = None) -> KVLayer:
     for side, at_least in zip(("k", "v"), levels or (0, 0), strict=True):
         codecs = [getattr(g, side) for g in layer.groups]
         rows = [getattr(g, f"{side}_arrays") for g in layer.groups]
-        codec, arrays = pad_side(codecs, rows, levels=at_least)
+        counts = [len(g.heads) for g in layer.groups]
+        codec, arrays = pad_side(codecs, rows, counts, levels=at_least)
         sides.append((codec, {name: a[np.argsort(heads)] for name, a in arrays.items()}))
     (k, k_arrays), (v, v_arrays) = sides
     group = HeadGroup(heads=tuple(sorted(heads)), k=k, v=v, k_arrays=k_arrays, v_arrays=v_arrays)
@@ -219,12 +236,15 @@ def shared_layer(layer: KVLayer, levels: Levels | None = None) -> KVLayer:
 
 
 def shared_layers(layers: Sequence[KVLayer]) -> list[KVLayer] | None:
-    """`shared_layer` of all layers, with as many levels in each; None: some are of another kind."""
+    """`shared_layer` of all layers, with as many levels and joined coordinates in each.
+
+    None: some are of another kind.
+    """
     both = [_sides(layer) for layer in layers]
     if not all(one_kind(side) for sides in both for side in sides):
         return None
     k, v = (max(_levels(sides[i]) for sides in both) for i in range(2))
-    return [shared_layer(layer, (k, v)) for layer in layers]
+    return composed.as_wide([shared_layer(layer, (k, v)) for layer in layers])
 
 
 def _sides(layer: KVLayer) -> tuple[list[Codec], list[Codec]]:
@@ -246,13 +266,14 @@ def one_kind(codecs: Sequence[Codec]) -> bool:
     if not all(isinstance(c, Transform) for c in codecs):
         return False
     fields = ("dim", "quantizer", "states", "free_start", "gain", "gain_bits")
-    return len({tuple(getattr(c, f) for f in fields) for c in codecs}) == 1
+    kinds = {(isinstance(c, Coordinates), *(getattr(c, f) for f in fields)) for c in codecs}
+    return len(kinds) == 1
 
 
 def pad_side(
-    codecs: Sequence[Transform], groups: Sequence[Arrays], *, levels: int = 0
+    codecs: Sequence[Transform], groups: Sequence[Arrays], heads: Sequence[int], *, levels: int = 0
 ) -> tuple[PaddedTransform, Arrays]:
-    """One codec and arrays [K, ...] for codecs of one kind and arrays [n, ...] of their heads."""
+    """One codec and arrays [K, ...] for codecs of one kind and arrays [n, ...] of their n heads."""
     quantizer = codecs[0].quantizer
     padded = PaddedTransform(
         dim=codecs[0].dim,
@@ -262,24 +283,25 @@ def pad_side(
         free_start=codecs[0].free_start,
         gain=codecs[0].gain,
     )
-    arrays = [_pad(padded, codec, group) for codec, group in zip(codecs, groups, strict=True)]
+    each = zip(codecs, groups, heads, strict=True)
+    arrays = [_pad(padded, codec, group, n) for codec, group, n in each]
     return padded, {name: jnp.concatenate([a[name] for a in arrays]) for name in arrays[0]}
 
 
-def _pad(padded: PaddedTransform, codec: Transform, arrays: Arrays) -> Arrays:
+def _pad(padded: PaddedTransform, codec: Transform, arrays: Arrays, heads: int) -> Arrays:
     """Arrays [n, ...] of a group's heads in the padded form."""
     rest = codec.dim - codec.coded
-    heads = arrays["mean"].shape[0]
 
     def each(matrix: Callable[[Arrays], Array]) -> np.ndarray:
         return np.asarray(jax.vmap(matrix)(arrays))
 
-    out = {
-        "mean": arrays["mean"],
-        "analysis": jnp.asarray(np.pad(each(codec.analysis_of), ((0, 0), (0, rest), (0, 0)))),
-        "synthesis": jnp.asarray(np.pad(each(codec.synthesis_of), ((0, 0), (0, 0), (0, rest)))),
-        "coded": jnp.full(heads, codec.coded, jnp.float32),
-    }
+    out: Arrays = {"coded": jnp.full(heads, codec.coded, jnp.float32)}
+    if not isinstance(codec, Coordinates):
+        out |= {
+            "mean": arrays["mean"],
+            "analysis": jnp.asarray(np.pad(each(codec.analysis_of), ((0, 0), (0, rest), (0, 0)))),
+            "synthesis": jnp.asarray(np.pad(each(codec.synthesis_of), ((0, 0), (0, 0), (0, rest)))),
+        }
     out |= {"gains": arrays["gains"]} if codec.gain == "code" else {}
     if codec.quantizer == "window":
         code = dataclasses.asdict(window.rows(codec.states, codec.segments, codec.dim))

@@ -27,6 +27,7 @@ from turboq.numbers.packing import PAGE, pack_host
 from turboq.plan import ModelGeometry, Plan
 from turboq.plan.constraints import Constraints
 from turboq.plan.geometry import ROPE_FORMS, rope_block
+from turboq.plan.types import array_name
 
 GOLDEN, GOLDEN_JOINED = "page.npz", "joined.npz"
 JOINED_TOKENS, JOINED_STRIDE = 8, 37  # positions 0, 37, ...
@@ -85,7 +86,9 @@ def joined(plan: Plan, arrays: Tensors, seed: int = 0) -> dict[str, np.ndarray]:
         random.normal(size=(1, JOINED_TOKENS, of.kv_heads, dim)).astype(np.float32)
         for dim in (of.k_dim, of.v_dim)
     ]
-    whole = plan.kv_layer(layer.index, arrays)
+    fitted = {name: arrays[array_name(layer.index, "joint", name)] for name in joint.ARRAYS}
+    # Units as a reader decodes them, not the coordinates that the cache holds.
+    whole = dataclasses.replace(plan.kv_layer(layer.index, arrays), joint=joint.arrays_of(fitted))
     at = JOINED_STRIDE * jnp.arange(JOINED_TOKENS, dtype=jnp.int32)[None]
     k, v = (jnp.asarray(x) for x in units)
     both = joint.from_units(dataclasses.replace(whole, rope=None), k, v, at)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from turboq.cache import accounting, joint
+from turboq.cache import accounting, composed, joint
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
 from turboq.codecs.base import Codec
 from turboq.plan.errors import PlanConflict, PlanError, member, shown
@@ -267,7 +267,7 @@ class Plan:
                     array_name(index, "joint", missing[0]),
                     "fitted array is missing: calibrate, or load the plan's arrays",
                 )
-            layer = dataclasses.replace(layer, joint_heads=plan.joint, joint=joint.arrays_of(own))
+            layer = composed.join(layer, plan.joint, own)
         if plan.k.rope == "after":
             return layer
         return dataclasses.replace(layer, rope=of.rope, rope_block=rope_block(plan.k.rope))

@@ -116,7 +116,7 @@ class Option:
             return None
         codecs = [codec for codec in self.codecs if isinstance(codec, Transform)]
         rows = [{n: jnp.asarray(x)[None] for n, x in row.items()} for row in self.arrays]
-        return pad_side(codecs, rows)
+        return pad_side(codecs, rows, [1] * len(rows))
 
     @property
     def bits(self) -> tuple[int, ...]:

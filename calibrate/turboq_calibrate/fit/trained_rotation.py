@@ -218,7 +218,7 @@ def _surrogate(codec: Transform) -> Transform:
 
 def _padded(codecs: list[Transform], heads: Heads) -> tuple[PaddedTransform, dict[str, Array]]:
     arrays = [{n: jnp.asarray(v)[None] for n, v in a.items()} for _, a in heads]
-    return pad_side(codecs, arrays)
+    return pad_side(codecs, arrays, [1] * len(arrays))
 
 
 def loss(

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jaxtyping import Float64, Int
 
-from turboq.cache import model_cache
+from turboq.cache import composed, model_cache
 from turboq.cache.layer import KVLayer
 from turboq.codecs.transform_padded import shared_layer
 from turboq.errors import TurboqError
@@ -265,7 +265,9 @@ def _job(
 def _running(layers: dict[str, Layers], attention: str) -> dict[str, list[Any]]:
     """What the plug takes: one program for all learned segments."""
     if attention == "simulated":
-        return {name: [x and shared_layer(x) for x in found] for name, found in layers.items()}
+        shared = {name: [x and shared_layer(x) for x in found] for name, found in layers.items()}
+        wide = iter(composed.as_wide([x for found in shared.values() for x in found if x]))
+        return {name: [x and next(wide) for x in found] for name, found in shared.items()}
     if attention == "packed":
         return {name: model_cache.fresh(found) or found for name, found in layers.items()}
     return dict(layers)

@@ -176,7 +176,7 @@ def _side(
         matrix=matrix.at[:, lane].set(jnp.moveaxis(each, 1, 0), mode="drop")[None],
         unit=unit,
         tile_unit=_tile_unit(unit, len(lane)),
-        mean=arrays["mean"],
+        mean=arrays.get("mean", jnp.zeros((len(lane), codec.dim), jnp.float32)),
         gains=gains,
         start=jnp.min(jnp.where(codes, lane, jnp.iinfo(jnp.int32).max), axis=1),
         count=jnp.sum(codes, axis=1, dtype=jnp.int32),
@@ -195,7 +195,7 @@ def _joined(form: LayerForm, k: LinearSide, v: LinearSide) -> tuple[list[LinearS
     """
     heads, each = len(form.group.heads), form.layer.joint_heads
     assert each is not None
-    mean, turn = form.layer.joint["mean"], form.layer.joint["synthesis"]
+    mean, center, turn = form.layer.joint["mean"], form.layer.joint["center"], _whole(form)
     groups, own = len(mean), np.arange(heads) // each
     d, e = k.matrix.shape[1], v.matrix.shape[1]
     # S by unit: [U, C, D] and [U, C, E] of the group that has it.
@@ -210,7 +210,7 @@ def _joined(form: LayerForm, k: LinearSide, v: LinearSide) -> tuple[list[LinearS
         return jnp.einsum("ucd,udw->cw", turns, lanes, precision=HIGHEST)
 
     whole = columns(of_k, k) + columns(of_v, v)
-    means = mean + jnp.stack([
+    means = center + jnp.stack([
         jnp.einsum("ucd,ud->c", of_k[own == j], k.mean[own == j], precision=HIGHEST)
         + jnp.einsum("ucd,ud->c", of_v[own == j], v.mean[own == j], precision=HIGHEST)
         for j in range(groups)
@@ -231,6 +231,16 @@ def _joined(form: LayerForm, k: LinearSide, v: LinearSide) -> tuple[list[LinearS
     return sides, means[:, :cut].reshape(heads, d) - turning
 
 
+def _whole(form: LayerForm) -> Float[Array, "J C C"]:
+    """S of all coordinates of the units; zeros where nothing is coded."""
+    turn, coded = form.layer.joint["synthesis"], form.layer.joint["coded"]
+
+    def group(turn, coded):
+        return jnp.zeros((len(turn), len(turn)), jnp.float32).at[:, coded].set(turn, mode="drop")
+
+    return jax.vmap(group)(turn, coded)
+
+
 def _columns(arrays: Arrays, entry: Array, plane: Array) -> Float[Array, "D T"]:
     """What a bit of each column adds to x_hat, of one head."""
     step, own = arrays["step"], window.band(arrays["taps"])
@@ -240,6 +250,8 @@ def _columns(arrays: Arrays, entry: Array, plane: Array) -> Float[Array, "D T"]:
         0.0,
     )
     values = jnp.where(plane[None] == 0, 2.0 * own[:, entry], line)
+    if "synthesis" not in arrays:  # coordinates of joined heads
+        return values
     return jnp.matmul(arrays["synthesis"], values, precision=HIGHEST)
 
 

@@ -2,15 +2,17 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import kernel_oracle
 import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq.cache import accounting, contiguous, joint, model_cache, paged
+from turboq.cache import accounting, composed, contiguous, joint, model_cache, paged
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
 from turboq.cache.simulate import simulate
+from turboq.codecs.exact import Exact
 from turboq.codecs.observed import Observed
 from turboq.codecs.transform import Transform
 from turboq.errors import TurboqError
@@ -29,8 +31,8 @@ def fitted(rng, heads):
     return {"mean": mean.astype(np.float32), "synthesis": synthesis.astype(np.float32)}
 
 
-def make_layer(rng, heads, policy=None, rope=ROPE, block=1):
-    """Units in bits of their own, in groups of heads out of order."""
+def make_apart(rng, heads, policy=None, rope=ROPE, block=1):
+    """Units in bits of their own, in groups of heads out of order; all matrices apart."""
 
     def side(dim, segments, count):
         codec = Transform(dim=dim, segments=segments, quantizer="window", states=16, gain="code")
@@ -39,13 +41,19 @@ def make_layer(rng, heads, policy=None, rope=ROPE, block=1):
         return codec, {name: jnp.asarray(a) for name, a in arrays.items()}
 
     groups = []
-    for own, k, v in (((0, 3), ((24, 3),), ((8, 2),)), ((1, 2), ((8, 4), (8, 1)), ((16, 3),))):
+    for own, k, v in (((0, 3), ((24, 3),), ((8, 2),)), ((1, 2), ((8, 4), (8, 1)), ((8, 3),))):
         (k, k_arrays), (v, v_arrays) = side(K_DIM, k, len(own)), side(V_DIM, v, len(own))
         groups.append(HeadGroup(heads=own, k=k, v=v, k_arrays=k_arrays, v_arrays=v_arrays))
     return KVLayer(
         groups=tuple(groups), policy=policy or TokenPolicy(), rope=rope, rope_block=block,
         joint_heads=heads, joint=joint.arrays_of(fitted(rng, heads)),
     )  # fmt: skip
+
+
+def make_layer(*args, **named):
+    """`make_apart` as a plan's layer is held."""
+    apart = make_apart(*args, **named)
+    return composed.join(apart, apart.joint_heads, apart.joint)
 
 
 def inputs(rng, t, batch=2):
@@ -62,6 +70,25 @@ def turned(rope, x, positions):
     cos, sin = np.cos(at)[None, :, None], np.sin(at)[None, :, None]
     a, b, rest = np.split(x, [half, rope.dim], axis=-1)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def each_unit(apart):
+    """(0 of keys or 1 of values, head, codec, its arrays in float64) of every unit."""
+    for group in apart.groups:
+        for side, codec, arrays in ((0, group.k, group.k_arrays), (1, group.v, group.v_arrays)):
+            for i, h in enumerate(group.heads):
+                own = {name: np.asarray(a[i], np.float64) for name, a in arrays.items()}
+                yield side, h, codec, own
+
+
+def of_coordinates(apart, coordinates):
+    """Units of the coordinates that codecs store, in float64: nu + S' c, unit by unit."""
+    units = [np.zeros(x.shape) for x in coordinates]
+    for side, h, codec, own in each_unit(apart):
+        c = np.asarray(coordinates[side], np.float64)[:, :, h]
+        assert not np.any(c[..., codec.coded :])
+        units[side][:, :, h] = own["mean"] + c[..., : codec.coded] @ own["synthesis"].T
+    return units
 
 
 def of_units(layer, units):
@@ -87,7 +114,7 @@ def of_units(layer, units):
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_units_stand_for_keys_and_values(rng, heads, rope, block):
     """mean + S y is what went in; the first D of y are the first head's keys'."""
-    layer = make_layer(rng, heads, rope=rope, block=block)
+    layer = make_apart(rng, heads, rope=rope, block=block)
     _, k, v = inputs(rng, 40)
     at = jnp.arange(40, dtype=jnp.int32)[None]
     units = joint.to_units(layer, k, v, at)
@@ -117,7 +144,8 @@ def test_units_stand_for_keys_and_values(rng, heads, rope, block):
 )
 def test_attention_through_the_pool_in_float64(rng, heads, rope, block, policy):
     """A chunk, single tokens, a chunk: what is read are the units' codes, turned back in NumPy."""
-    layer = make_layer(rng, heads, policy, rope, block)
+    apart = make_apart(rng, heads, policy, rope, block)
+    layer = composed.join(apart, heads, apart.joint)
     form = model_cache.forms([layer, layer])
     states, (words,) = model_cache.init(form, batch=2, capacity=40)
     q, k, v = inputs(rng, 30)
@@ -132,8 +160,8 @@ def test_attention_through_the_pool_in_float64(rng, heads, rope, block, policy):
         at += size
     padded = state.form.layer
     positions = jnp.arange(30, dtype=jnp.int32)[None]
-    units = simulate(joint.units(padded), *joint.to_units(padded, k, v, positions))
-    stored = of_units(layer, units)
+    coded = simulate(joint.units(padded), *joint.to_units(padded, k, v, positions))
+    stored = of_units(apart, of_coordinates(apart, coded))
     want = kernel_oracle.policy_attention(layer, q, k, v, scale=SCALE, stored_values=stored)
     got = np.concatenate(outs, axis=1)
     np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
@@ -142,12 +170,67 @@ def test_attention_through_the_pool_in_float64(rng, heads, rope, block, policy):
         np.testing.assert_allclose(a, b, atol=TOL["packed_attention"])
 
 
-def test_both_turns_count(rng):
-    layer = make_layer(rng, 2)
-    alone = dataclasses.replace(layer, joint_heads=None, joint={})
-    more = accounting.array_bytes([layer]) - accounting.array_bytes([alone])
-    assert more == sum(x.nbytes for x in layer.joint.values())
-    assert layer.bits_per_token == alone.bits_per_token
+@pytest.mark.parametrize(("heads", "rope", "block"), [(2, ROPE, 16), (4, ROPE, 1), (1, None, 1)])
+def test_coordinates_are_those_that_the_units_have(rng, heads, rope, block):
+    """A (y - nu) in float64 of the units y of matrices apart; codes as well, but for near ties."""
+    apart = make_apart(rng, heads, rope=rope, block=block)
+    layer = composed.join(apart, heads, apart.joint)
+    _, k, v = inputs(rng, 40)
+    at = jnp.arange(40, dtype=jnp.int32)[None]
+    units, found = (joint.to_units(x, k, v, at) for x in (apart, layer))
+    for side, h, codec, own in each_unit(apart):
+        y, u = (np.asarray(x[side], np.float64)[:, :, h] for x in (units, found))
+        want = (y - own["mean"]) @ own["analysis"].T
+        # float32 sums of up to 160 products of order 1, turned by bases of a condition below 10.
+        np.testing.assert_allclose(u[..., : codec.coded], want, atol=TOL["packed_attention"])
+        assert not np.any(u[..., codec.coded :])
+    for one, other in zip(simulate(apart, k, v), simulate(layer, k, v), strict=True):
+        off = np.abs(np.asarray(one) - np.asarray(other)).max(axis=(2, 3))
+        assert np.sum(off > TOL["packed_attention"]) <= 2
+
+
+@pytest.mark.parametrize(("heads", "width"), [(1, 32), (2, 56)])
+def test_what_is_held_counts(rng, heads, width):
+    """Two turns of the coordinates that are coded, as they are in memory, or without arrays."""
+    apart = make_apart(rng, heads)
+    layer = composed.join(apart, heads, apart.joint)
+    assert layer.joint["analysis"].shape == (HEADS // heads, width, heads * (K_DIM + V_DIM))
+    held = (layer.joint, [(g.k_arrays, g.v_arrays) for g in layer.groups])
+    real = sum(x.nbytes for x in jax.tree.leaves(held))
+    bare = tuple(dataclasses.replace(g, k_arrays={}, v_arrays={}) for g in apart.groups)
+    for one in (layer, dataclasses.replace(apart, groups=bare, joint={})):
+        assert accounting.array_bytes([one]) == real
+        assert one.bits_per_token == apart.bits_per_token
+
+
+def test_units_of_other_codecs_stay_apart(rng):
+    """One unit that is no transform: codecs keep their bases, S all coordinates."""
+    apart = make_apart(rng, 2)
+    other = dataclasses.replace(apart.groups[0], k=Exact(dim=K_DIM), k_arrays={})
+    mixed = dataclasses.replace(apart, groups=(other, apart.groups[1]))
+    layer = composed.join(mixed, 2, apart.joint)
+    assert layer.groups == mixed.groups
+    assert layer.joint["analysis"].shape == (2, 80, 80)
+    real = jax.tree.leaves((layer.joint, [(g.k_arrays, g.v_arrays) for g in layer.groups]))
+    assert accounting.array_bytes([layer]) == sum(x.nbytes for x in real)
+
+
+def test_layers_of_other_widths_are_as_wide_in_the_pool(rng):
+    """Zeros for what one layer codes less than another; what is read stays."""
+    apart = make_apart(rng, 2)
+    (first, second), (_, k, v) = apart.groups, inputs(rng, 20)
+    layers = []
+    for one in (first, second):  # four heads like those of one group
+        every = {"k_arrays": one.k_arrays, "v_arrays": one.v_arrays}
+        twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), every)
+        alike = dataclasses.replace(one, heads=(0, 1, 2, 3), **twice)
+        layers.append(composed.join(dataclasses.replace(apart, groups=(alike,)), 2, apart.joint))
+    forms = model_cache.forms(layers)
+    assert [x.joint["analysis"].shape[1] for x in layers] == [64, 48]
+    for layer, form in zip(layers, forms.layers, strict=True):
+        assert form.layer.joint["analysis"].shape == (2, 64, 80)
+        for due, got in zip(simulate(layer, k, v), simulate(form.layer, k, v), strict=True):
+            np.testing.assert_allclose(got, due, atol=TOL["packed_attention"])
 
 
 def test_who_reads_each_head_by_itself_says_so(rng):

@@ -192,7 +192,7 @@ def test_padded_simulation_is_the_codec(rng):
     codecs = [RopeBlock(dim=DIM, segments=SEGMENTS), RopeBlock(dim=DIM, segments=((24, 3),))]
     arrays = [fit(c, x, metric) for c in codecs]
     groups = [{n: jnp.asarray(v)[None] for n, v in a.items()} for a in arrays]
-    padded, merged = pad_side(codecs, groups)
+    padded, merged = pad_side(codecs, groups, [1] * len(groups))
 
     @functools.partial(jax.jit, static_argnums=0)
     def roundtrip(codec, arrays, x):

@@ -1,12 +1,16 @@
 """Plans that join heads, handed over: by the reader and what it writes to test a port with."""
 
 import io
+import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import plan_cases
 import pytest
 from tolerances import TOL
 
+from turboq.cache import joint
+from turboq.cache.simulate import simulate
 from turboq.errors import TurboqError
 from turboq.export import ENGINES, Options, export, reader_example
 from turboq.plan import load, save
@@ -60,6 +64,33 @@ def test_groups_part_by_themselves(planned, tmp_path):
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one[:, :2], other[:, :2])
         assert np.all(np.any(one[:, 2:] != other[:, 2:], axis=(0, 2)))
+
+
+@pytest.mark.parametrize("form", ["before", "block:16"])
+def test_the_cache_reads_what_the_files_say(form, rng, tmp_path):
+    """Its codes, decoded in NumPy by the file's own matrices, are what its composed ones give."""
+    plan, arrays = plan_cases.joined(form)
+    save(plan, arrays, tmp_path)
+    read, tensors = reader_example.read_plan(tmp_path)
+    layer, at = plan.kv_layer(2, arrays), np.arange(40, dtype=np.int32)
+    k, v = (jnp.asarray(rng.normal(size=(1, 40, 4, n)), jnp.float32) for n in (24, 8))
+    coded = joint.to_units(layer, k, v, jnp.asarray(at)[None])
+    units = np.zeros(k.shape[1:]), np.zeros(v.shape[1:])
+    for group, side in itertools.product(layer.groups, (0, 1)):
+        codec, own = ((group.k, group.k_arrays), (group.v, group.v_arrays))[side]
+        for i, h in enumerate(group.heads):
+            stored = codec.encode({n: a[i] for n, a in own.items()}, coded[side][0, :, h])
+            codes, gain = (np.asarray(stored[n]) for n in ("codes0", "gain"))
+            of = reader_example.arrays_of(read, tensors, 2, "kv"[side], h)
+            values = of["gains"][gain] * of["codebook0"][codes]
+            units[side][:, h] = of["mean"] + values @ of["synthesis"].T
+    keys, values = reader_example.part(read, tensors, 2, *units)
+    for h in range(4):
+        mean = reader_example.joint_mean(read, tensors, 2, h, 24)
+        keys[:, h] = reader_example.turn(read, 2, mean, keys[:, h], at)
+    for got, want in zip(simulate(layer, k, v), (keys, values), strict=True):
+        # float32 sums of 32 products of order 1, and a rotation.
+        np.testing.assert_allclose(got[0], want, atol=TOL["rope_rotate"])
 
 
 @pytest.mark.parametrize("name", ENGINES)
