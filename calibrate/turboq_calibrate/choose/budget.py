@@ -15,6 +15,7 @@ that it needs), exact sinks and recent tokens, fitted arrays, static tables.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
@@ -25,6 +26,7 @@ from jaxtyping import Int
 from turboq.cache import accounting
 from turboq.cache.layer import EXACT_DTYPES, TokenPolicy
 from turboq.cache.windows import pages_held
+from turboq.codecs import Codec, Transform
 from turboq.errors import TurboqError
 from turboq.numbers.packing import PAGE
 from turboq_calibrate.choose.solver.problem import Problem
@@ -120,16 +122,17 @@ class Budget:
             raise ValueError(f"budget {self.text!r} is not per token")
         return int(self.nbytes * 8)
 
-    def bits_near(self, channels: Mapping[int | None, int]) -> int:
-        """The same, also at a context, where exact tokens and arrays are not taken off.
+    def bits_near(self, channels: Mapping[int | None, int], arrays: int = 0) -> int:
+        """The same, also at a context, where exact tokens are not taken off.
 
-        `channels` of the layers of every window. At a context it is bits of a token that all keep.
+        `channels` of the layers of every window; `arrays`: bytes that fitted arrays take at most.
+        At a context it is bits of a token that all keep.
         """
         total = sum(channels.values())
         if self.context is None:
             return self.bits(total)
         numbers = sum(_tokens(self, window) * n for window, n in channels.items())
-        return int((self.nbytes or 0) * 8 * total / numbers)
+        return int(max((self.nbytes or 0) - arrays, 0) * 8 * total / numbers)
 
 
 def middle(low: Budget, high: Budget) -> Budget:
@@ -155,11 +158,13 @@ def _nbytes(number: str, unit: str) -> Fraction:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes at a context: `sizes` [U, C] of every candidate (its pages and fitted arrays), `fixed`
-    (sinks and recent tokens, whatever is chosen); tables depend on the whole choice."""
+    """Bytes at a context: `codes` [U, C] of every candidate's pages, `sizes` with the least that
+    its fitted arrays take, and `fixed` (sinks and recent tokens, whatever is chosen)."""
 
+    codes: Int[np.ndarray, "U C"]
     sizes: Int[np.ndarray, "U C"]
     fixed: int
+    policy: TokenPolicy
 
     @classmethod
     def of(cls, problem: Problem, budget: Budget, policy: TokenPolicy) -> Memory:
@@ -171,22 +176,39 @@ class Memory:
                 if codec.block != 1:
                     raise TurboqError(f"codec {codec.name} stores blocks: name a budget per token")
         tokens = np.array([_tokens(budget, window) for window in problem.windows], np.int64)
-        arrays = [
-            [4 * sum(map(_count, codec.array_shapes.values())) for codec in row]
-            for row in problem.codecs
-        ]
         exact = {name: 4 if name == "float32" else 2 for name in EXACT_DTYPES}[policy.exact_dtype]
         kept = budget.batch * (policy.sinks + policy.recent) * exact * problem.channels
         # Capacity is whole pages of 256 tokens, so bits of a token times it are whole bytes.
-        return cls(problem.sizes * (tokens // 8)[:, None] + np.array(arrays, np.int64), kept)
+        codes = problem.sizes * (tokens // 8)[:, None]
+        return cls(codes, codes + _arrays(problem), kept, policy)
 
-    @staticmethod
-    def tables(problem: Problem, chosen: Int[np.ndarray, "U"]) -> int:
-        """Bytes of the static tables of a choice, each once."""
-        which: list[int] = chosen.tolist()
-        used = dict.fromkeys(row[c] for row, c in zip(problem.codecs, which, strict=True))
-        return sum(values.nbytes for _, values in accounting.distinct_tables(used))
+    def used(self, problem: Problem, chosen: Int[np.ndarray, "U"]) -> int:
+        """Bytes of a choice: also arrays and static tables, which depend on the whole of it."""
+        layers = problem.layers(chosen, self.policy)
+        codes = int(self.codes[np.arange(len(chosen)), chosen].sum())
+        arrays = accounting.array_bytes(layers) + accounting.table_bytes(layers)
+        return codes + self.fixed + arrays
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+def _arrays(problem: Problem) -> Int[np.ndarray, "U C"]:
+    """Bytes of fitted arrays that a candidate has at least: its own, or where heads are joined its
+    coordinates' part of both turns (`turboq.cache.composed`)."""
+    joined = np.zeros(len(problem.units), np.int64)
+    if problem.joint_heads is not None:
+        dims: dict[int, dict[str, int]] = {}
+        for unit, dim in zip(problem.units, problem.dims.tolist(), strict=True):
+            dims.setdefault(unit.layer, {})[unit.side] = dim
+        joined[:] = [problem.joint_heads * sum(dims[u.layer].values()) for u in problem.units]
+
+    def of(codec: Codec, together: int) -> int:
+        if not together:
+            return sum(math.prod(shape) for shape in codec.array_shapes.values())
+        return 2 * together * codec.coded if isinstance(codec, Transform) else 0
+
+    return np.array(
+        [
+            [4 * of(codec, together) for codec in row]
+            for row, together in zip(problem.codecs, joined.tolist(), strict=True)
+        ],
+        np.int64,
+    )

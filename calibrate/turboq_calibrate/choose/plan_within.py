@@ -177,10 +177,6 @@ def menu(
       TurboqError: statistics of another model, or without what a candidate needs.
     """
     check_statistics(statistics, geometry)
-    channels: Counter[int | None] = Counter()
-    for x in geometry.cache_layers:
-        channels[geometry.kept_window(x.index)] += x.kv_heads * (x.k_dim + x.v_dim)
-    bits = wanted.budget.bits_near(channels) / channels.total()
     constraints = _own_rules(wanted)
     policy, k_rope, notes, makers = wanted.policy, wanted.k_rope, (), None
     if wanted.engine is not None:
@@ -191,6 +187,7 @@ def menu(
         k_rope = "after"  # no rotary embedding: before and after are the same
 
     heads = _joined(statistics, geometry, wanted, k_rope)
+    bits = _bits_near(geometry, wanted.budget, heads)
     joint: dict[int, Arrays] = {}
 
     @functools.lru_cache(maxsize=1)
@@ -232,6 +229,17 @@ def menu(
     )  # fmt: skip
 
 
+def _bits_near(geometry: ModelGeometry, budget: Budget, joined: int | None) -> float:
+    """Bits per channel that are about what the budget allows; two whole turns a vector go off."""
+    channels: Counter[int | None] = Counter()
+    turns = 0
+    for x in geometry.cache_layers:
+        channels[geometry.kept_window(x.index)] += x.kv_heads * (x.k_dim + x.v_dim)
+        apart = x.kv_heads * (x.k_dim**2 + x.v_dim**2)
+        turns += 2 * (x.kv_heads * joined * (x.k_dim + x.v_dim) ** 2 if joined else apart)
+    return budget.bits_near(channels, 4 * turns) / channels.total()
+
+
 def _joined(
     statistics: Statistics, geometry: ModelGeometry, wanted: Wanted, k_rope: RopeForm
 ) -> int | None:
@@ -260,6 +268,25 @@ def _joined(
     tokens = seen.x.shape[1]
     most = [heads_joined(x.kv_heads, x.k_dim, x.v_dim, tokens) for x in layers]
     return math.gcd(*most) if all(most) else None
+
+
+def _ready(statistics: Statistics, geometry: ModelGeometry, wanted: Wanted, progress: bool) -> Menu:
+    """The menu; at a context, where turns of joined heads may weigh more than what they save, that
+    of heads joined or apart whose choice is predicted to lose less."""
+    found = menu(statistics, geometry, wanted, progress=progress)
+    free = wanted.budget.context is not None and wanted.joint is None
+    if not free or found.table.joint_heads is None:
+        return found
+
+    def loss(one: Menu) -> float:
+        try:
+            problem, best = solve(one, wanted)
+        except NoPlan:
+            return math.inf
+        return problem.cost(best.chosen)
+
+    apart = menu(statistics, geometry, dataclasses.replace(wanted, joint=0), progress=progress)
+    return min(found, apart, key=loss)
 
 
 def solve(menu: Menu, wanted: Wanted) -> tuple[Problem, Allocation]:
@@ -324,7 +351,7 @@ def plan_within(
     """
     if wanted.policies and model is None:
         raise ValueError("policies are compared by what the check measures: name a model")
-    ready = menu(statistics, geometry, wanted, progress=progress) if prepared is None else prepared
+    ready = prepared or _ready(statistics, geometry, wanted, progress)
     every: dict[str, _Tried] = {}
     for policy in wanted.policies or (ready.policy,):
         of = f"{policy.sinks}:{policy.recent} " if wanted.policies else ""

@@ -55,7 +55,8 @@ def within(
 def _at_context(
     problem: Problem, budget: Budget, constraints, policy: TokenPolicy, gap: float, seconds: float
 ) -> Allocation:
-    """Solves without the tables, which depend on the choice, then with less as long as they exceed.
+    """Solves without what depends on the whole choice (tables, what joined heads share), then with
+    less as long as that exceeds.
 
     The first bound holds throughout, because it allows more. A refusal names the smallest choice.
     """
@@ -68,7 +69,7 @@ def _at_context(
         )
 
     def used(found: Allocation) -> int:
-        return found.used + memory.fixed + memory.tables(problem, found.chosen)
+        return memory.used(problem, found.chosen)
 
     limit, bound = total - memory.fixed, None
     while True:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
 from turboq.codecs import Codec
 from turboq.errors import TurboqError
 from turboq_calibrate.candidates.table import Table, Unit
@@ -31,6 +33,7 @@ class Problem:
     costs [U, C]: predicted loss (KL in nats, say) of the candidate; +inf where it must not be used.
     sizes [U, C]: stored bits of one token, exact.
     windows [U]: how many tokens the unit's cache keeps, None: all (default: all of them).
+    joint_heads: heads whose keys and values are stored together (`turboq.cache.joint`).
 
     Raises:
       TurboqError: shapes disagree, a cost is NaN or -inf, a size is negative, a unit appears twice
@@ -43,6 +46,7 @@ class Problem:
     costs: np.ndarray  # checked below: shapes are a user's to get wrong
     sizes: np.ndarray
     windows: tuple[int | None, ...] = ()
+    joint_heads: int | None = None
 
     def __post_init__(self):
         shape = (len(self.units), len(self.labels))
@@ -91,6 +95,7 @@ class Problem:
             costs=costs,
             sizes=table.sizes,
             windows=tuple(table.windows.get(u.layer) for u in table.units),
+            joint_heads=table.joint_heads,
         )
 
     @functools.cached_property
@@ -106,6 +111,21 @@ class Problem:
     def bits(self, chosen: Int[np.ndarray, "U"]) -> int:
         """Stored bits of one token under a choice."""
         return int(self.sizes[np.arange(len(self.units)), chosen].sum())
+
+    def layers(self, chosen: Int[np.ndarray, "U"], policy: TokenPolicy) -> list[KVLayer]:
+        """The layers of a choice, without fitted arrays."""
+        made: dict[int, dict[str, list[Codec]]] = {}
+        for unit, row, c in zip(self.units, self.codecs, chosen.tolist(), strict=True):
+            made.setdefault(unit.layer, {"k": [], "v": []})[unit.side].append(row[c])
+
+        def group(head: int, k: Codec, v: Codec) -> HeadGroup:
+            return HeadGroup(heads=(head,), k=k, v=v, k_arrays={}, v_arrays={})
+
+        def layer(k: list[Codec], v: list[Codec]) -> KVLayer:
+            groups = tuple(map(group, itertools.count(), k, v))
+            return KVLayer(groups=groups, policy=policy, joint_heads=self.joint_heads)
+
+        return [layer(**sides) for _, sides in sorted(made.items())]
 
     def cost(self, chosen: Int[np.ndarray, "U"]) -> float:
         """Predicted loss of a choice."""
