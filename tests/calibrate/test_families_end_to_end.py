@@ -78,8 +78,9 @@ def test_a_learned_plan_of_every_family(name, tmp_path):
     np.testing.assert_allclose(got.logits[0], stored[:-1], rtol=0, atol=TOL["decode_packed"])
     kl = kl_by_hand(exact, stored)[plan_scored(plan, tokens.shape[1]).first : -1].mean()
     np.testing.assert_allclose(few["kl_mean"], kl, rtol=TOL["kl_model_rel"])
-    # Four bits are a factor of 256 in squared errors, which KL follows, but for few tokens.
-    assert 0 <= many["kl_mean"] < few["kl_mean"] / 10
+    # Four bits are a factor of 256 in squared errors, which KL follows, but for few tokens. The
+    # median: the least error may turn a token to other experts, which few tokens are.
+    assert 0 <= many["kl_median"] < few["kl_median"] / 10
     check_bytes(model, plan, few)
     check_memory(name, model, plan, got.cache_bytes)
     check_files(plan, arrays, tmp_path)
