@@ -1,7 +1,7 @@
 """NVIDIA cards that programs are compiled for ahead of time: what XLA must know of them.
 
-Public figures of one card of every target, by a name that JAX knows. `h100.txtpb` is that of sm_90 and the pattern of the
-others, whose numbers take the place of its own.
+Public figures of one card of every target, by a name that JAX knows. `h100.txtpb` is that of sm_90
+and the pattern of the others, whose numbers take the place of its own.
 """
 
 from __future__ import annotations
