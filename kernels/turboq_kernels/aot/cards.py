@@ -1,7 +1,7 @@
 """NVIDIA cards that programs are compiled for ahead of time: what XLA must know of them.
 
-Public figures of one card of every target. `h100.txtpb` is that of sm_90 and the pattern of the
-others, whose numbers take the place of its own.
+Public figures of one card of every target, by a name that JAX knows. `h100.txtpb` is that of sm_90
+and the pattern of the others, whose numbers take the place of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CARDS = {
         cache=40 * KIB**2, memory=80 * GB, bandwidth=2039 * GB, accelerated=False,
     ),
     "sm_89": Card(
-        name="NVIDIA L40S", processors=142, shared=(99 * KIB, 100 * KIB), threads=1536,
+        name="NVIDIA L40", processors=142, shared=(99 * KIB, 100 * KIB), threads=1536,
         cache=96 * KIB**2, memory=48 * GB, bandwidth=864 * GB, accelerated=False,
     ),
     "sm_90": Card(
@@ -47,8 +47,8 @@ CARDS = {
         cache=126 * KIB**2, memory=180 * GB, bandwidth=8000 * GB,
     ),
     "sm_120": Card(
-        name="NVIDIA GeForce RTX 5090", processors=170, shared=(99 * KIB, 100 * KIB), threads=1536,
-        cache=96 * KIB**2, memory=32 * GB, bandwidth=1792 * GB,
+        name="NVIDIA RTX PRO 6000", processors=188, shared=(99 * KIB, 100 * KIB), threads=1536,
+        cache=128 * KIB**2, memory=96 * GB, bandwidth=1792 * GB,
     ),
 }  # fmt: skip
 
