@@ -81,13 +81,18 @@ def test_one_program_for_layers_of_other_bits(rng):
     assert len(traced) == 1
 
 
+def page_bits(words):
+    """Bits of the 256 tokens of the first page, [256, lanes]."""
+    token = np.arange(256)
+    shift = (8 * (token // 8 % 4) + token // 32)[:, None].astype(np.uint32)
+    return np.asarray(words)[0, 0][token % 8] >> shift & 1
+
+
 def test_the_matrix_is_what_the_codec_decodes(rng):
     """Every bit by itself: x_hat = mean + gain (matrix (bits - 1/2)), against `Codec.decode`."""
     layers = make_layers(rng, TokenPolicy())
     held, words = filled(rng, layers, 256, 256, batch=1)
-    token = np.arange(256)
-    lanes = np.asarray(words)[0, 0]
-    bits = lanes[token % 8] >> (8 * (token // 8 % 4) + token // 32)[:, None].astype(np.uint32) & 1
+    bits = page_bits(words)
     for state, _, k, v in held:
         form = linear.linear_layer(state.form, pool_lanes=words.shape[-1])
         k_hat, v_hat = simulate(state.form.layer, k, v)
@@ -107,6 +112,29 @@ def test_the_matrix_is_what_the_codec_decodes(rng):
                     mine @ np.asarray(side.matrix)[0].T
                 )
                 np.testing.assert_allclose(got, due[0, :, h], atol=TOL["rope_rotate"])
+
+
+def test_the_matrix_of_joined_heads(rng):
+    """x_hat of each head over the bits of all units: mean + rest + matrix (gain (bits - 1/2))."""
+    layers = make_layers(rng, TokenPolicy(), joined=HEADS)
+    held, words = filled(rng, layers, 256, 256, batch=1)
+    for state, _, k, v in held:
+        form = linear.linear_layer(state.form, pool_lanes=words.shape[-1])
+        first, lane, width = int(form.first[0]), int(form.gain_lane), form.k.matrix.shape[-1]
+        own = np.pad(page_bits(words), ((0, 0), (0, width)))[:, first : first + width].astype(int)
+        weights, unit = np.asarray(form.gain_weights), np.asarray(form.k.unit)
+        codes = own[:, lane : lane + weights.shape[1]] @ weights.T
+        gain = np.asarray(form.k.gains, np.float64)[unit, codes[:, unit]]
+        x = np.where(unit == linear.NONE, 0, gain * (own - 0.5))
+        # Keys turn about the mean that was fitted, not about what units add to it.
+        fitted = np.asarray(state.form.layer.joint["mean"])[0, : HEADS * DIM]
+        np.testing.assert_array_equal(np.ravel(form.k.mean), fitted)
+        assert np.abs(form.rest).max() > 0.1
+        due = simulate(state.form.layer, k, v)
+        for side, rest, want in ((form.k, form.rest, due[0]), (form.v, 0.0, due[1])):
+            mean = np.asarray(side.mean + rest, np.float64)
+            got = mean[None] + np.einsum("tw,hdw->thd", x, np.asarray(side.matrix))
+            np.testing.assert_allclose(got, want[0], atol=TOL["packed_attention"])
 
 
 def test_mean_logits_are_those_of_turned_means(rng):
