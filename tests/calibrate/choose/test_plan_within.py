@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -18,8 +19,9 @@ from turboq.plan import load
 from turboq.plan.violations import violations, violations_of
 from turboq_calibrate.candidates.makers import default_makers, engine_menu, makers_of
 from turboq_calibrate.choose import check
+from turboq_calibrate.choose import plan_within as within
 from turboq_calibrate.choose.budget import Budget
-from turboq_calibrate.choose.plan_within import Wanted, menu
+from turboq_calibrate.choose.plan_within import Wanted, menu, plan_within
 from turboq_calibrate.choose.solver.problem import Infeasible, Problem
 from turboq_calibrate.choose.solver.solve import allocate
 from turboq_calibrate.cli import main as cli
@@ -325,6 +327,24 @@ def test_memory_at_a_context_and_named_candidates(run, tmp_path):
     for layer in found.layers:
         for side in ("k", "v"):
             assert len(set(found.codecs(layer.index, side))) == 1
+
+
+@pytest.mark.parametrize("memory", ["60KiB", "150KiB"])
+def test_turns_of_joined_heads_count_at_a_context(memory, run, layout, monkeypatch):
+    """What a plan takes is what its budget allows; joined heads only where they lose less."""
+    statistics = load_statistics(run)
+    monkeypatch.setattr(within, "heads_joined", lambda *_: 1)  # of so few tokens it is none
+    asked = Wanted(budget=Budget.parse(f"700@{memory}"), candidates=("window",), guard=False)
+
+    def of(joint):
+        wanted = dataclasses.replace(asked, joint=joint)
+        found = plan_within(statistics, layout, wanted, progress=False)
+        assert {x.joint for x in found.plan.layers} <= {joint or None} or joint is None
+        assert found.plan.residency(700).total == found.allocation.used <= found.allocation.limit
+        return found.allocation.cost
+
+    each = {joint: of(joint) for joint in (None, 0, 1)}
+    assert each[None] == min(each.values())
 
 
 def test_rounds_refine_by_what_is_measured(run, tmp_path):
