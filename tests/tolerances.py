@@ -18,9 +18,10 @@ TOL: dict[str, float] = {
     # 3e-6 on a logit; weights 2**-22 of the largest; float32 sums of 530 terms in parts of 256, ~8
     # eps each: 5e-6 relative, times |v| ~ 2.
     "columns_triton": 1e-5,
-    # Tiny decoders of 2-3 layers against transformers in float32: residual stream of order 1..5,
-    # ~10 rounded sums of 28..48 products per layer, each ~4 eps of its size: 30 * 4 * 6e-8 = 7e-6.
-    "model_golden": 1e-5,
+    # Tiny decoders of 2-5 layers against transformers in float32: residual stream of order 1..5,
+    # ~10 rounded sums of 28..48 products per layer, each ~4 eps of its size: 50 * 4 * 6e-8 = 1.2e-5
+    # (the largest seen: 1.04e-5 of qwen3_next on a CPU that adds 16 numbers at a time).
+    "model_golden": 1.2e-5,
     # Rotary frequencies computed in float64 and rounded once to float32: half an ulp, 6e-8.
     "rope_frequency": 6e-8,
     # Rotation at positions <= 300 against float64: the float32 product position * frequency errs by
@@ -140,7 +141,7 @@ TOL: dict[str, float] = {
     # The limit on what a codebook from a histogram may lose against the full sample.
     "histogram_fit": 5e-3,
     # KL of a tiny model from two compilations of the same sums: logits of order 10 err by the
-    # "model_golden" bound e = 1e-5, so the KL by e sqrt(2 KL) (5e-5 relative at KL = 0.1) and e^2.
+    # "model_golden" bound e = 1.2e-5, so the KL by e sqrt(2 KL) (5e-5 relative at KL = 0.1) and e^2.
     "kl_model_rel": 2e-4,
     "kl_model_abs": 1e-9,
     # Mean NLL from the same logits: 2 e, and as much relative in the perplexity.

@@ -19,6 +19,7 @@ from turboq_calibrate.models import forward, load_model
 from turboq_calibrate.models.geometry import model_geometry
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
+ARRAYS = GOLDEN / "export" / "transformers_arrays.npz"
 BATCH, LENGTH, STEPS, PADDING = 2, 20, 6, 3
 
 
@@ -81,7 +82,18 @@ def prompts(model) -> np.ndarray:
 
 
 def planned(name: str):
-    """(model, plan, arrays) of a case."""
+    """(model, plan, arrays) of a case, the arrays as they were when the oracle ran.
+
+    A fit made anew has other signs, or other bases of equal variance, on another CPU.
+    """
+    model, plan, _ = fitted(name)
+    with np.load(ARRAYS) as file:
+        mine = [key for key in file.files if key.startswith(f"{name}/")]
+        return model, plan, {key.partition("/")[2]: file[key] for key in mine}
+
+
+def fitted(name: str):
+    """(model, plan, arrays) of a case, fitted here."""
     choose, form, policy = CASES[name]
     model = load_model(str(GOLDEN / name))
     geometry = model_geometry(model)

@@ -10,6 +10,7 @@ from columns_cases import GROUP, HEADS, SCALE, filled, inputs, make_layers
 from jax.sharding import AbstractDevice, AbstractMesh
 from tolerances import TOL
 
+from turboq.cache.columns import BIT_OF
 from turboq.cache.layer import TokenPolicy
 from turboq_kernels.columns import linear, queries, triton
 
@@ -44,7 +45,7 @@ def due(case):
     rows, _, words, made, *_ = case
     token = np.arange(words.shape[1] * 256)
     bits = np.asarray(words)[:, token // 256, token % 8]
-    bits = bits >> (token // 8 % 32)[None, :, None].astype(np.uint32) & 1
+    bits = bits >> BIT_OF[token // 8 % 32][None, :, None].astype(np.uint32) & 1
     out = np.zeros(rows.shape)
     for n in range(rows.shape[1]):
         head, levels = n // GROUP, []

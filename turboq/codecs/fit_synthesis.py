@@ -117,7 +117,7 @@ def _step(codec: Transform, arrays: Arrays, tokens: _Tokens, of: Bool[np.ndarray
 
 def _values(codec: Transform, arrays: Arrays, x: Float[np.ndarray, "N D"]) -> np.ndarray:
     """What the codes of x stand for, times the gain: [N, C], float64."""
-    padded, data = pad_side([codec], [{n: jnp.asarray(a)[None] for n, a in arrays.items()}])
+    padded, data = pad_side([codec], [{n: jnp.asarray(a)[None] for n, a in arrays.items()}], [1])
     found = _coded(padded, {n: a[0] for n, a in data.items()}, jnp.asarray(x))
     return np.asarray(found, np.float64)[:, : codec.coded]
 

@@ -264,9 +264,9 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     masks = x["masks"][jnp.arange(8, dtype=jnp.int32)]
     # Tokens are 4 x 4 x 2 x 8: bit 2 and 1 of i, byte b, bit 0 of i, word row.
     at = jnp.arange(PAGE, dtype=jnp.int32)
-    i = 2 * (at // 64) + at // 8 % 2
-    field, bit = 8 * (at // 16 % 4) + i, (127 + plan.shift - i) << 23
-    inner, worth = ROWS * field + at % ROWS, jax.lax.bitcast_convert_type(bit, jnp.float32)
+    i, byte = 2 * (at // 64) + at // 8 % 2, at // 16 % 4
+    field, inner = 8 * byte + i, 32 * i + ROWS * byte + at % ROWS  # `turboq.cache.columns`
+    worth = jax.lax.bitcast_convert_type((127 + plan.shift - i) << 23, jnp.float32)
 
     def unit_at(place):
         """The unit at a place of this group: of joined heads those of K, then those of V."""

@@ -89,10 +89,13 @@ def overlays(work: Path, geometry, statistics) -> None:
 def python_caches(work: Path, geometry) -> None:
     """Plans of tiny models for transformers, and a mixed one for MLX."""
     shutil.rmtree(work / "hf", ignore_errors=True)
+    kept = {}
     for name in transformers_cases.CASES:
-        model, plan, arrays = transformers_cases.planned(name)
+        model, plan, arrays = transformers_cases.fitted(name)
+        kept |= {f"{name}/{array}": values for array, values in arrays.items()}
         export(plan, arrays, ENGINES["transformers"], work / "hf" / name)
         np.save(work / "hf" / f"{name}.npy", transformers_cases.prompts(model))
+    np.savez_compressed(transformers_cases.ARRAYS, **kept)
     mixed = rule_plan(
         geometry,
         by_layer({0: Ggml(dim=32, type="q8_0"), 1: Ggml(dim=32, type="q4_0")}),

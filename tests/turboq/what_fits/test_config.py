@@ -218,7 +218,7 @@ LLAMA = {
             "num_kv_shared_layers=2 leaves none",
         ),
         ({"kv_compression_ratio": 4}, "kv_compression_ratio=4 is not understood"),
-        ({"is_encoder_decoder": True}, "is_encoder_decoder=True is not understood"),
+        ({"is_encoder_decoder": True}, "model_type 'llama' is an encoder with a decoder"),
         ({"index_head_dim": 128}, "index_head_dim=128 is not understood"),
         ({"multi_query": True}, "multi_query=True is not understood: name --geometry=LAYERSx"),
         ({"per_layer_config": {"0": {"skip_attention": True}}}, "not understood for layer 0"),
