@@ -141,7 +141,7 @@ TOL: dict[str, float] = {
     # The limit on what a codebook from a histogram may lose against the full sample.
     "histogram_fit": 5e-3,
     # KL of a tiny model from two compilations of the same sums: logits of order 10 err by the
-    # "model_golden" bound e = 1.2e-5, so the KL by e sqrt(2 KL) (5e-5 relative at KL = 0.1) and e^2.
+    # "model_golden" bound e, so the KL by e sqrt(2 KL) (5e-5 relative at KL = 0.1) and e^2.
     "kl_model_rel": 2e-4,
     "kl_model_abs": 1e-9,
     # Mean NLL from the same logits: 2 e, and as much relative in the perplexity.
