@@ -59,11 +59,13 @@ def program(c: Configuration, implementation: str) -> Program:
 
     def pages(cache, layer, where, q, k, v):
         cache, tail = encode(layer, cache, k, v, where=where, implementation=implementation)
+        assert isinstance(cache, paged.PagedCache)
         view, at = paged.view(cache, where), where.starts[:, None]
         return cache, cache_attention(q, layer, view, tail, q_positions=at, **options)
 
     def one_pool(held, matrices, q, k, v):
-        state, words, tail = model_cache.write(*held, k, v)
+        state, words = held
+        state, words, tail = model_cache.write(state, words, k, v)
         at = state.lengths[:, None] - 1
         out = columns.attend(q, state, words, tail, matrices, q_positions=at, **options)
         return (state, words), out
@@ -99,7 +101,9 @@ def arguments(c: Configuration) -> tuple[KVLayer, paged.PagedCache, paged.Where]
     def struct(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    arrays = {name: struct(HEADS, *shape) for name, shape in codec.array_shapes.items()}
+    arrays: dict[str, Any] = {
+        name: struct(HEADS, *shape) for name, shape in codec.array_shapes.items()
+    }
     layer = uniform_layer(
         kv_heads=HEADS, k=codec, v=codec, policy=POLICY, k_arrays=arrays, v_arrays=arrays
     )

@@ -57,10 +57,11 @@ def attend(
     from turboq_kernels.decode import triton, triton_kernel, triton_step
 
     (k, v), heads = _sides(group, view), len(group.heads)
-    rows = max(8, pl.next_power_of_2(q.shape[2]))
+    batch, _, m, _ = q.shape
+    rows = max(8, pl.next_power_of_2(m))
     tuned = triton.tuning(k, v, rows)
     plan, count = triton_kernel.planned(
-        q.shape[:3], k, v, view.pages, scale=options.scale, softcap=options.softcap,
+        (batch, heads, m), k, v, view.pages, scale=options.scale, softcap=options.softcap,
         splits=options.splits, interpret=options.interpret, tuned=tuned, rows=rows,
     )  # fmt: skip
     plan = dataclasses.replace(plan, clamped=True)

@@ -99,7 +99,7 @@ def write(
         "table": pages.table, "starts": starts, "counts": counts, **operands(x, tables)
     }  # fmt: skip
     leaves, tree = jax.tree.flatten(inputs)
-    shapes = [(batch, heads, tokens)] * len(writing.rows)
+    shapes: list[tuple[int, ...]] = [(batch, heads, tokens)] * len(writing.rows)
     if tables.sketch is not None:  # room for residuals
         shapes.append((batch, heads, programs * plan.columns, plan.coded))
     out = pl.pallas_call(

@@ -97,10 +97,11 @@ def _group(
         found, fresh, count = _launch({n: sides[n] for n in names}, shared, kept, counted)
         lost = count if counted is not None else lost
         out |= {name: (found[name], fresh[name]) for name in names}
-    stored = {
-        name: _stored(codec, getattr(buffers, name), *out[name], cache.page, table, where)
-        for name, codec in (("k", group.k), ("v", group.v))
-    }
+    stored: dict[str, Stored] = {}
+    for name, codec in (("k", group.k), ("v", group.v)):
+        kept, fresh = out[name]
+        old = getattr(buffers, name)
+        stored[name] = _stored(codec, old, kept, fresh, cache.page, table, where)
     exact = {
         f"{name}_{kind}": getattr(buffers, f"{name}_{kind}") if out[name][0][kind] is None
         else out[name][0][kind]
@@ -185,7 +186,7 @@ def _kernel(*refs, plans: dict[str, tuple[Plan, int]], trees) -> None:
             before = jnp.where(start > 0, held["lost"][row], 0)
             held["lost"][row] = before + shared["counts"][b] - fits
 
-    for i, (name, (plan, _)) in enumerate(plans.items()):
+    for i, (name, (plan, _programs)) in enumerate(plans.items()):
 
         @pl.when((which == i) & (fits > 0))
         def _(name=name, plan=plan):

@@ -67,7 +67,7 @@ def kernel(*refs, plan: Plan, tree) -> None:
     fields = len(word_fields(plan.writing))
     outs = refs[tree.num_leaves + fields :]  # the old words are read where the new ones go
     words, numbers = outs[:fields], outs[fields:]
-    i, _, b = program = (pl.program_id(0), pl.program_id(1), pl.program_id(2))
+    i, _head, b = program = (pl.program_id(0), pl.program_id(1), pl.program_id(2))
     start, count = inputs["starts"][b], inputs["counts"][b]
     rows, size = plan.rows, plan.rows * WORD_BITS
     if plan.single:
