@@ -5,8 +5,8 @@
 The rows of long_context.py on every task of `turboq tasks`, the same examples for all: change of
 the log-probability of the right answer against the exact cache with its paired interval, McNemar's
 test, and how often greedy decoding writes the same. First 4 tokens exact; bytes are counted at the
-length. Tasks that the model cannot do with an exact cache say so and count for nothing: of 135M
-parameters expect that of some. Every score is kept, so a killed run continues.
+length. Tasks that the model cannot do with an exact cache say so, and no plan is measured on them:
+of 135M parameters expect that of some. Every score is kept, so a killed run continues.
 
 Writes tasks.json, report.html and the target: learned at 2.25 bits loses no more than
 `turboquant_mse` at 4.25 in any task that counts, with the interval of their difference, paired over

@@ -71,8 +71,11 @@ def task_results():
             "logp_change_ci": [-2 * loss, 0.0], "rank": 3.0, "rank_exact": 2.0, "agrees": 0.75,
             "by_depth": [{"depth": 0.5, "logp_change": -loss, "agrees": 0.75}],
         } | shares
-        for plan, bits, loss in (("a & b", 2.25, 1.0), ("c", 4.25, 0.1))
-        for task in ("needle", "<lots>")
+        for plan, bits, loss, task in (
+            ("exact", 32.0, 0.0, "<lots>"),
+            ("a & b", 2.25, 1.0, "needle"),
+            ("c", 4.25, 0.1, "needle"),
+        )
     ]  # fmt: skip
     return {
         "schema": 1, "model": "tiny", "model_fingerprint": "ab" * 32, "seed": 0, "depths": [0.5],

@@ -40,7 +40,7 @@ class AtDepth:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskRow:
-    """One plan on one task at one length: `run._storage`, `statistics.summary`."""
+    """One plan on one task at one length (at chance: the exact cache): `statistics.summary`."""
 
     plan: str
     bits_per_channel: float
@@ -129,8 +129,9 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "length": str(row["length"]),
             "exact": f"{100 * row['chosen_exact']:.0f} %{chance}",
             "written": f"{100 * row['matches_exact']:.0f} %",
-            row["plan"]: f"{row['logp_change']:+.2f} {100 * row['agrees']:.0f} %",
         }
+        if not row["at_chance"]:
+            line[row["plan"]] = f"{row['logp_change']:+.2f} {100 * row['agrees']:.0f} %"
     order = {task: i for i, (task, _) in enumerate(lines)}
     return [lines[key] for key in sorted(lines, key=lambda x: (x[1], order[x[0]]))]
 
@@ -141,8 +142,8 @@ def too_few(row: dict[str, Any]) -> bool:
 
 
 def details(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """One dict per task, length and plan: the change with its interval, the rank, what is written,
-    and the change at every depth."""
+    """One dict per plan, length and task that counts: the change with its interval, the rank, what
+    is written, and the change at every depth."""
 
     def both(row: dict[str, Any], name: str, shown: Callable[[float], str]) -> str:
         mine, theirs = row.get(name), row.get(f"{name}_exact")
@@ -161,6 +162,7 @@ def details(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "McNemar p": f"{row['matches_p']:.2g}",
         } | {f"at {x['depth']:g}": f"{x['logp_change']:+.2f}" for x in row["by_depth"]}
 
+    rows = [row for row in rows if not row["at_chance"]]
     order = {task: i for i, task in enumerate(dict.fromkeys(row["task"] for row in rows))}
     return [one(row) for row in sorted(rows, key=lambda x: (x["length"], order[x["task"]]))]
 
@@ -179,7 +181,7 @@ def notes_of(table: dict[str, Any]) -> list[str]:
         "greedy decoding writes it. Plans: change of its log-probability in nats, and how often "
         "greedy decoding writes what it writes with the exact cache"
     ]
-    lines += unequal(rows)
+    lines += unequal([row for row in rows if not row["at_chance"]])
     few = {r["task"]: f"{r['task']} ({r['examples_needed']} needed)" for r in rows if too_few(r)}
     if few:
         said = ", ".join(few.values())
@@ -196,4 +198,6 @@ def format_results(table: dict[str, Any]) -> str:
     """The printed tables: a line per task and length with a column per plan, then `details`."""
     heading, *notes = notes_of(table)
     rows = table["rows"]
-    return "\n".join([heading, *aligned(cells(rows)), *notes, DETAILS, *aligned(details(rows))])
+    lines = [heading, *aligned(cells(rows)), *notes]
+    more = details(rows)
+    return "\n".join([*lines, DETAILS, *aligned(more)] if more else lines)

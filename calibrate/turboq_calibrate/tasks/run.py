@@ -29,7 +29,10 @@ from turboq_calibrate.tasks.contract import Task
 from turboq_calibrate.tasks.examples import ROOM, Example, examples
 from turboq_calibrate.tasks.results import SCHEMA, StoredScore, read_score
 from turboq_calibrate.tasks.score import Score, score
-from turboq_calibrate.tasks.statistics import summary
+from turboq_calibrate.tasks.statistics import at_chance, summary
+
+Cells = dict[tuple[str, int], list[Example]]  # by task and length
+Scores = dict[tuple[str, int], list[Score]]
 
 ALL = "all that count"
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -48,8 +51,9 @@ def measure_tasks(
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """`tasks.json`: of every plan, task and length a row (`statistics.summary`), and of every plan
-    and length one over all tasks that count, those above chance with an exact cache.
+    """`tasks.json`: of every plan, length and task that counts a row (`statistics.summary`), and of
+    every plan and length one over all of them. A task at which the exact cache does no better than
+    chance counts for nothing: its one row is the exact cache's, and no plan is measured on it.
 
     Args:
       plans: (name, plan, fitted arrays), in the order of the table.
@@ -86,24 +90,31 @@ def measure_tasks(
         for length, task in itertools.product(lengths, tasks)
     }
     where = None if folder is None else make_folder(folder)
-    total = sum(e.length for some in every.values() for e in some) * (1 + len(plans))
-    exact: dict[tuple[str, int], list[Score]] = {}
     rows: list[dict[str, Any]] = []
-    with Progress(total, label="tasks", enabled=progress) as bar:
-        for name, plan, arrays in [("exact", _exact(model), {}), *plans]:
+    with Progress(_tokens(every) * (1 + len(plans)), label="tasks", enabled=progress) as bar:
+
+        def scores(plan: Plan, arrays: Any, cells: Cells, exact: Scores | None = None) -> Scores:
             layers = plan.kv_layers(arrays)
             key = [document(plan)["hash"], arrays_sha256(arrays)]
-            found: dict[tuple[str, int], list[Score]] = {}
-            for cell, some in every.items():
+            found = {}
+            for cell, some in cells.items():
                 due = [x.greedy for x in exact[cell]] if exact else [None] * len(some)
                 found[cell] = [
                     _kept(model, layers, example, greedy, where, key, bar)
                     for example, greedy in zip(some, due, strict=True)
                 ]
-            if not exact:
-                exact = found
-            else:
-                rows += _rows(name, layers, every, found, exact, seed)
+            return found
+
+        plain = _exact(model)
+        exact = scores(plain, {}, every)
+        lots = {cell: some for cell, some in every.items() if at_chance(exact[cell])}
+        counts = {cell: some for cell, some in every.items() if cell not in lots}
+        rows += _rows("exact", plain.kv_layers({}), lots, exact, exact, seed)
+        bar.total -= _tokens(lots) * len(plans)
+        for name, plan, arrays in plans:
+            found = scores(plan, arrays, counts, exact)
+            rows += _rows(name, plan.kv_layers(arrays), counts, found, exact, seed)
+            rows += _all(name, plan.kv_layers(arrays), found, exact, seed)
     return {
         "schema": SCHEMA,
         "model": model.spec.name,
@@ -157,16 +168,11 @@ def _kept(
 
 
 def _rows(
-    name: str,
-    layers: Sequence[KVLayer],
-    every: dict[tuple[str, int], list[Example]],
-    found: dict[tuple[str, int], list[Score]],
-    exact: dict[tuple[str, int], list[Score]],
-    seed: int,
+    name: str, layers: Sequence[KVLayer], cells: Cells, found: Scores, exact: Scores, seed: int
 ) -> list[dict[str, Any]]:
-    rows, counted = [], {}
-    for (task, length), some in every.items():
-        cell = task, length
+    rows = []
+    for cell, some in cells.items():
+        task, length = cell
         row = _storage(name, layers, length) | {"task": task, "length": length}
         row |= summary(found[cell], exact[cell], seed=seed)
         row["by_depth"] = [
@@ -180,14 +186,25 @@ def _rows(
             if (at := [i for i, e in enumerate(some) if e.depth == depth])
         ]
         rows.append(row)
-        if not row["at_chance"]:
-            mine, theirs = counted.setdefault(length, ([], []))
-            mine += found[cell]
-            theirs += exact[cell]
-    for length, (mine, theirs) in counted.items():
+    return rows
+
+
+def _all(
+    name: str, layers: Sequence[KVLayer], found: Scores, exact: Scores, seed: int
+) -> list[dict[str, Any]]:
+    """A row per length over all tasks that count."""
+    rows = []
+    for length in dict.fromkeys(length for _, length in found):
+        mine, theirs = (
+            [x for c in found if c[1] == length for x in of[c]] for of in (found, exact)
+        )
         row = _storage(name, layers, length) | {"task": ALL, "length": length}
         rows.append(row | summary(mine, theirs, seed=seed) | {"at_chance": False, "by_depth": []})
     return rows
+
+
+def _tokens(cells: Cells) -> int:
+    return sum(example.length for some in cells.values() for example in some)
 
 
 def _storage(name: str, layers: Sequence[KVLayer], length: int) -> dict[str, Any]:

@@ -37,21 +37,25 @@ def above_chance(chosen: Sequence[bool], answers: int) -> bool:
     return bool(test.pvalue < LEVEL)
 
 
+def at_chance(exact: Sequence[Score]) -> bool:
+    """The exact cache does not choose the right answer more often than by drawing lots."""
+    return not above_chance([x.chosen for x in exact], len(exact[0].logp))
+
+
 def summary(plan: Sequence[Score], exact: Sequence[Score], *, seed: int = 0) -> dict[str, Any]:
     """One row of the results; shares are of the same examples under both caches.
 
-    at_chance: the exact cache does not choose the right answer more often than chance: nothing
-      can be lost. examples_needed: fewer can never say so. logp: mean log-probability of the right
-      answer, nats (logp_examples: of each); logp_change: plan less exact, with its paired bootstrap
-      interval over examples. rank: geometric mean; rank_median. chosen,
-      matches: shares with the right answer likeliest, and written by greedy decoding; *_p: exact
-      McNemar tests. agrees: greedy decoding writes what it does with the exact cache.
+    at_chance: nothing can be lost. examples_needed: fewer can never say so. logp: mean
+      log-probability of the right answer, nats (logp_examples: of each); logp_change: plan less
+      exact, with its paired bootstrap interval over examples. rank: geometric mean; rank_median.
+      chosen, matches: shares with the right answer likeliest, and written by greedy decoding; *_p:
+      exact McNemar tests. agrees: greedy decoding writes what it does with the exact cache.
     """
     change = np.array([a.logp[0] - b.logp[0] for a, b in zip(plan, exact, strict=True)])
     ci = bootstrap_ci(change, seed=seed)
     row: dict[str, Any] = {
         "examples": len(plan),
-        "at_chance": not above_chance([x.chosen for x in exact], len(exact[0].logp)),
+        "at_chance": at_chance(exact),
         "examples_needed": needed(len(exact[0].logp)),
         "logp_examples": [x.logp[0] for x in plan],
         "logp": float(np.mean([x.logp[0] for x in plan])),

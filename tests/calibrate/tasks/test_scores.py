@@ -193,6 +193,15 @@ def test_run_keeps_scores_and_counts_no_task_at_chance(model, tmp_path, monkeypa
             progress=False, folder=tmp_path / "kept", **options,
         )  # fmt: skip
 
+    lots = table()
+    assert calls == [0, 1, 2, 3]  # no plan is measured where nothing can be lost
+    assert [(row["plan"], row["task"], row["at_chance"]) for row in lots["rows"]] == [
+        ("exact", "flag", True)
+    ]
+    lines = results.format_results(lots).splitlines()
+    assert lines[4:] == ["at chance with the exact cache, so counted for nothing: flag"]
+    assert lines[3].split()[:2] == ["flag", "48"]
+    monkeypatch.setattr("turboq_calibrate.tasks.statistics.LEVEL", 2.0)  # everything is above
     with pytest.raises(KeyboardInterrupt):
         table()
     found = table()
@@ -201,24 +210,17 @@ def test_run_keeps_scores_and_counts_no_task_at_chance(model, tmp_path, monkeypa
     assert len(calls) == 9
     table([("other name", *plans[0][1:])])  # scores do not know names
     assert len(calls) == 9
-    assert [(row["plan"], row["task"]) for row in found["rows"]] == [("2", "flag")]
-    assert all(row["at_chance"] for row in found["rows"])
+    assert [(row["plan"], row["task"]) for row in found["rows"]] == [("2", "flag"), ("2", run.ALL)]
+    assert found["rows"][1]["logp_change"] == found["rows"][0]["logp_change"]
     assert [x["depth"] for x in found["rows"][0]["by_depth"]] == [0, 1]
     mean = np.mean([x["logp_change"] for x in found["rows"][0]["by_depth"]])
     assert mean == pytest.approx(found["rows"][0]["logp_change"])
     lines = results.format_results(found).splitlines()
-    assert lines[4] == "at chance with the exact cache, so counted for nothing: flag"
-    assert lines[3].split()[:4] == ["flag", "48", lines[3].split()[2], "%"]
     assert lines[5] == results.DETAILS
     assert "at 0" in lines[6]
     assert "at 1" in lines[6]
-    assert len(lines) == 9
     results.write_results(found, tmp_path)
     assert results.read_results(tmp_path) == json.loads(json.dumps(found))
-    monkeypatch.setattr("turboq_calibrate.tasks.statistics.LEVEL", 2.0)  # everything is above
-    every = table()["rows"]
-    assert [row["task"] for row in every] == ["flag", run.ALL]
-    assert every[1]["logp_change"] == every[0]["logp_change"]
     for damage in ("{}", '{"logp": [1.0], "rank": 1, "agrees": true, "greedy": []}', "["):
         file = sorted((tmp_path / "kept").iterdir())[0]
         file.write_text(damage)
