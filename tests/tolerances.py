@@ -293,6 +293,9 @@ TOL: dict[str, float] = {
     "transform_float64": 2e-5,
     # Products of 24 x 24 float64 matrices of condition 1e4, beside the 1e-9 that `fit_basis` adds.
     "transform_joint": 1e-6,
+    # Both turns of joined heads off by 2^-11 of each entry: sums of |S y| of 160 coordinates of
+    # order 1 with entries of order 0.05 and one of order 1, about 10; twice.
+    "joint_float16": 2 * 10 * 2.0**-11,
     # Generation on an interpreted kernel that rounds float32 levels to bfloat16 (2^-9 relative), in
     # each of 2 layers, on logits up to 4: 2 * 4 * 2^-9. No code flips.
     "kernel_logits": 1.6e-2,

@@ -77,7 +77,7 @@ JOINED = {"llama": 2}  # heads
 
 def prompts(model) -> np.ndarray:
     """[B, T] random tokens."""
-    rng = np.random.default_rng(20261129)
+    rng = np.random.default_rng(20261130)
     return rng.integers(2, model.spec.vocab, (BATCH, LENGTH)).astype(np.int32)
 
 

@@ -162,9 +162,9 @@ def _stored(codec: Codec, lead: tuple[int, int], tokens: int) -> dict[str, Buffe
 
 
 def array_bytes(layers: Iterable[KVLayer]) -> int:
-    """Fitted arrays (means, scales, codebooks), and what joined heads hold, 4 bytes a number."""
+    """Fitted arrays (means, scales, codebooks), float32, and what joined heads hold."""
     layers = [composed.held(layer) for layer in layers]
-    joined = sum(math.prod(n) for layer in layers for n in composed.shapes(layer).values())
+    joined = sum(composed.nbytes(layer) for layer in layers)
     own = sum(
         len(group.heads) * math.prod(shape)
         for layer in layers
@@ -172,7 +172,7 @@ def array_bytes(layers: Iterable[KVLayer]) -> int:
         for codec in (group.k, group.v)
         for shape in codec.array_shapes.values()
     )
-    return 4 * (joined + own)
+    return joined + 4 * own
 
 
 def distinct_tables(codecs: Iterable[Codec]) -> list[tuple[str, np.ndarray]]:

@@ -9,8 +9,8 @@ their units on a diagonal each,
 
 so a layer holds 2 W C numbers of a group in the place of 2 C^2 and those of its units, and its
 codecs code coordinates as they come (`turboq.codecs.coordinates`). Made in float64 where a plan's
-arrays become a `KVLayer`; files have them apart. Keys that turn with their position still do so
-about `mean` (`turboq.cache.joint`).
+arrays become a `KVLayer`, and held as float16 (`joint.as_arrays`); files have them apart. Keys that
+turn with their position still do so about `mean` (`turboq.cache.joint`).
 
 Layers with another codec than transforms keep all matrices apart.
 """
@@ -64,10 +64,10 @@ def held(layer: KVLayer) -> KVLayer:
     return dataclasses.replace(layer, groups=tuple(group(g) for g in layer.groups))
 
 
-def shapes(layer: KVLayer) -> dict[str, tuple[int, ...]]:
-    """Arrays of `KVLayer.joint` as they are held; {} of heads apart."""
+def nbytes(layer: KVLayer) -> int:
+    """Bytes of the arrays of `KVLayer.joint`, arrays there or not; 0 of heads apart."""
     if layer.joint_heads is None:
-        return {}
+        return 0
     layer, heads = held(layer), layer.joint_heads
     one = layer.groups[0]
     groups, dim = joint.shapes(layer.kv_heads, heads, one.k.dim, one.v.dim)["mean"]
@@ -76,10 +76,8 @@ def shapes(layer: KVLayer) -> dict[str, tuple[int, ...]]:
         for h in group.heads:
             widths[h // heads] += _width(group.k) + _width(group.v)
     width = int(widths.max())
-    return {
-        "mean": (groups, dim), "center": (groups, dim), "analysis": (groups, width, dim),
-        "synthesis": (groups, dim, width), "coded": (groups, width),
-    }  # fmt: skip
+    matrices = len(joint.MATRICES) * width * dim
+    return groups * (2 * matrices + 4 * (2 * dim + 3 * width))  # mean, center; scales, coded
 
 
 def as_wide(layers: Sequence[KVLayer]) -> list[KVLayer]:
@@ -103,6 +101,10 @@ def _widened(layer: KVLayer, width: int) -> KVLayer:
     new = old | {
         "analysis": np.pad(old["analysis"], ((0, 0), (0, more), (0, 0))),
         "synthesis": np.pad(old["synthesis"], ((0, 0), (0, 0), (0, more))),
+        **{
+            name: np.pad(old[name], ((0, 0), (0, more)), constant_values=1.0)
+            for name in ("analysis_scale", "synthesis_scale")
+        },
         "coded": np.pad(old["coded"], ((0, 0), (0, more)), constant_values=old["mean"].shape[1]),
     }
     return dataclasses.replace(layer, joint={name: jnp.asarray(x) for name, x in new.items()})

@@ -33,6 +33,7 @@ from turboq.cache.layer import KVLayer
 from turboq.errors import TurboqError
 
 ARRAYS = ("mean", "synthesis")  # fitted ones
+MATRICES = ("analysis", "synthesis")  # held as float16
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -43,7 +44,7 @@ def shapes(kv_heads: int, heads: int, k_dim: int, v_dim: int) -> dict[str, tuple
 
 
 def arrays_of(fitted: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a `KVLayer` whose codecs take units whole: the fitted ones and S^-1, float32.
+    """The arrays of a `KVLayer` whose codecs take units whole: of the fitted ones and S^-1.
 
     Raises:
       ValueError: S has no inverse.
@@ -57,12 +58,28 @@ def as_arrays(
     mean: np.ndarray, center: np.ndarray, analysis: np.ndarray, synthesis: np.ndarray,
     coded: np.ndarray,
 ) -> dict[str, Any]:  # fmt: skip
-    """`KVLayer.joint`: x -> analysis (x - center) [J, W, C], synthesis [J, C, W], and of each of
-    the W its coordinate of the units, C for none; `mean` [J, C] as fitted, of which keys turn.
+    """`KVLayer.joint`: y = analysis (x - center) of W coordinates, x_hat = center + synthesis y,
+    and of each of the W its coordinate of the units, C for none; `mean` [J, C] as fitted, of which
+    keys turn.
+
+    The matrices [J, W, C] and [J, C, W] are float16 times a power of two of each coordinate,
+    `analysis_scale` and `synthesis_scale` [J, W], by which its largest entry is in [1/2, 1]: every
+    entry is off by 2^-11 of itself or by 2^-24 of the largest one. Products are float32.
     """
-    found = {"mean": mean, "center": center, "analysis": analysis, "synthesis": synthesis}
-    made = {name: jnp.asarray(x, jnp.float32) for name, x in found.items()}
+    made: dict[str, Any] = {"mean": jnp.asarray(mean, jnp.float32)}
+    made["center"] = jnp.asarray(center, jnp.float32)
+    for name, matrix, axis in (("analysis", analysis, 2), ("synthesis", synthesis, 1)):
+        largest = np.abs(matrix).max(axis=axis, keepdims=True)
+        scale = np.exp2(np.ceil(np.log2(np.where(largest > 0, largest, 1.0))))
+        made[name] = jnp.asarray((matrix / scale).astype(np.float16))
+        made[f"{name}_scale"] = jnp.asarray(scale.squeeze(axis), jnp.float32)
     return made | {"coded": jnp.asarray(coded, jnp.int32)}
+
+
+def synthesis_of(layer: KVLayer) -> Float[Array, "J C W"]:
+    """The matrix back, float32."""
+    scale = layer.joint["synthesis_scale"][:, None]
+    return layer.joint["synthesis"].astype(jnp.float32) * scale
 
 
 def inverse(synthesis: Float[np.ndarray, "J C C"]) -> Float[np.ndarray, "J C C"]:
@@ -113,7 +130,9 @@ def to_units(
         return k, v
     k = key_form.to_stored(layer, _key_mean(layer, k), k.swapaxes(1, 2), positions).swapaxes(1, 2)
     x = _joined(k, v, layer.joint_heads) - layer.joint["center"][None, None]
-    u = jnp.einsum("btjc,jwc->btjw", x, layer.joint["analysis"], precision=HIGHEST)
+    analysis = layer.joint["analysis"].astype(jnp.float32)
+    u = jnp.einsum("btjc,jwc->btjw", x, analysis, precision=HIGHEST)
+    u *= layer.joint["analysis_scale"][None, None]
     return _split(_take(u, _places(layer)), k.shape[2:], v.shape[2:])
 
 
@@ -127,7 +146,9 @@ def from_units(
     if layer.joint_heads is None:
         return k, v
     u = _take(_joined(k, v, layer.joint_heads), layer.joint["coded"])
-    x = jnp.einsum("btjw,jcw->btjc", u, layer.joint["synthesis"], precision=HIGHEST)
+    u *= layer.joint["synthesis_scale"][None, None]
+    synthesis = layer.joint["synthesis"].astype(jnp.float32)
+    x = jnp.einsum("btjw,jcw->btjc", u, synthesis, precision=HIGHEST)
     keys, values = _split(x + layer.joint["center"][None, None], k.shape[2:], v.shape[2:])
     mean = _key_mean(layer, k)
     return key_form.from_stored(layer, mean, keys.swapaxes(1, 2), positions).swapaxes(1, 2), values

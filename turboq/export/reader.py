@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
 import io
 
@@ -83,21 +82,25 @@ def joined(plan: Plan, arrays: Tensors, seed: int = 0) -> dict[str, np.ndarray]:
     of = plan.model.layers[layer.index]
     random = np.random.default_rng(seed)
     units = [
-        random.normal(size=(1, JOINED_TOKENS, of.kv_heads, dim)).astype(np.float32)
+        random.normal(size=(JOINED_TOKENS, of.kv_heads, dim)).astype(np.float32)
         for dim in (of.k_dim, of.v_dim)
     ]
-    fitted = {name: arrays[array_name(layer.index, "joint", name)] for name in joint.ARRAYS}
-    # Units as a reader decodes them, not the coordinates that the cache holds.
-    whole = dataclasses.replace(plan.kv_layer(layer.index, arrays), joint=joint.arrays_of(fitted))
-    at = JOINED_STRIDE * jnp.arange(JOINED_TOKENS, dtype=jnp.int32)[None]
-    k, v = (jnp.asarray(x) for x in units)
-    both = joint.from_units(dataclasses.replace(whole, rope=None), k, v, at)
-    rotated, _ = joint.from_units(whole, k, v, at)
-    names = ("positions", "k_units", "v_units", "k", "v", "rotated")
-    found = (at, *units, *both, rotated)
-    return {"layer": np.asarray(layer.index)} | {
-        n: np.asarray(x)[0] for n, x in zip(names, found, strict=True)
-    }
+    mean, synthesis = (
+        np.asarray(arrays[array_name(layer.index, "joint", name)], np.float64)
+        for name in joint.ARRAYS
+    )
+    y = np.concatenate([x.reshape(JOINED_TOKENS, len(mean), -1) for x in units], axis=2)
+    x = (mean + np.einsum("tjd,jcd->tjc", y, synthesis)).astype(np.float32)
+    both = np.split(x, [of.k_dim * of.kv_heads // len(mean)], axis=2)
+    k, v = (part.reshape(unit.shape) for part, unit in zip(both, units, strict=True))
+    at = JOINED_STRIDE * np.arange(JOINED_TOKENS, dtype=np.int32)
+    turning = {"mean": jnp.asarray(mean[:, : both[0].shape[2]].reshape(k.shape[1:]), jnp.float32)}
+    held, keys = plan.kv_layer(layer.index, arrays), jnp.asarray(k.swapaxes(0, 1))[None]
+    rotated = np.asarray(from_stored(held, turning, keys, jnp.asarray(at)[None])[0]).swapaxes(0, 1)
+    return {
+        "layer": np.asarray(layer.index), "positions": at, "k_units": units[0],
+        "v_units": units[1], "k": k, "v": v, "rotated": rotated,
+    }  # fmt: skip
 
 
 class Reader(Exporter):

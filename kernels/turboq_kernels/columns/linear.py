@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from turboq.cache import joint
 from turboq.cache.columns import NONE, Columns
 from turboq.cache.model_cache import LayerForm
 from turboq.codecs.base import Arrays
@@ -233,7 +234,7 @@ def _joined(form: LayerForm, k: LinearSide, v: LinearSide) -> tuple[list[LinearS
 
 def _whole(form: LayerForm) -> Float[Array, "J C C"]:
     """S of all coordinates of the units; zeros where nothing is coded."""
-    turn, coded = form.layer.joint["synthesis"], form.layer.joint["coded"]
+    turn, coded = joint.synthesis_of(form.layer), form.layer.joint["coded"]
 
     def group(turn, coded):
         return jnp.zeros((len(turn), len(turn)), jnp.float32).at[:, coded].set(turn, mode="drop")

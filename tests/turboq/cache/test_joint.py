@@ -52,8 +52,21 @@ def make_apart(rng, heads, policy=None, rope=ROPE, block=1):
 
 def make_layer(*args, **named):
     """`make_apart` as a plan's layer is held."""
-    apart = make_apart(*args, **named)
-    return composed.join(apart, apart.joint_heads, apart.joint)
+    return together(make_apart(*args, **named))
+
+
+def together(apart):
+    fitted = {"mean": apart.joint["mean"], "synthesis": joint.synthesis_of(apart)}
+    return composed.join(apart, apart.joint_heads, fitted)
+
+
+def matrices(layer):
+    """A [J, W, C] and S [J, C, W] as they are held, in float64."""
+    a, a_scale, s, s_scale = (
+        np.asarray(layer.joint[name], np.float64)
+        for name in ("analysis", "analysis_scale", "synthesis", "synthesis_scale")
+    )
+    return a * a_scale[:, :, None], s * s_scale[:, None]
 
 
 def inputs(rng, t, batch=2):
@@ -81,33 +94,45 @@ def each_unit(apart):
                 yield side, h, codec, own
 
 
-def of_coordinates(apart, coordinates):
-    """Units of the coordinates that codecs store, in float64: nu + S' c, unit by unit."""
-    units = [np.zeros(x.shape) for x in coordinates]
-    for side, h, codec, own in each_unit(apart):
-        c = np.asarray(coordinates[side], np.float64)[:, :, h]
-        assert not np.any(c[..., codec.coded :])
-        units[side][:, :, h] = own["mean"] + c[..., : codec.coded] @ own["synthesis"].T
-    return units
+def flat(layer, k, v):
+    """[B, T, J, C] of keys and values, or of units in their places, float64."""
+    groups = (*k.shape[:2], HEADS // layer.joint_heads, -1)
+    return np.concatenate([np.asarray(x, np.float64).reshape(groups) for x in (k, v)], axis=-1)
 
 
 def of_units(layer, units):
-    """Keys and values of units, in float64: mean + S y, group by group."""
-    k, v = (np.asarray(x, np.float64) for x in units)
-    mean, synthesis = (np.asarray(layer.joint[n], np.float64) for n in ("mean", "synthesis"))
-    k, v, heads = k.copy(), v.copy(), layer.joint_heads
-    for j in range(HEADS // heads):
-        own = slice(j * heads, (j + 1) * heads)
-        y = np.concatenate([k[:, :, own].reshape(*k.shape[:2], -1),
-                            v[:, :, own].reshape(*v.shape[:2], -1)], axis=-1)  # fmt: skip
-        x = y @ synthesis[j].T + mean[j]
-        k[:, :, own] = x[..., : heads * K_DIM].reshape(*k.shape[:2], heads, K_DIM)
-        v[:, :, own] = x[..., heads * K_DIM :].reshape(*v.shape[:2], heads, V_DIM)
+    """Keys and values of units, in float64: center + S y, group by group."""
+    y, (_, synthesis) = flat(layer, *units), matrices(layer)
+    coded, mean, center = (np.asarray(layer.joint[n]) for n in ("coded", "mean", "center"))
+    y = np.concatenate([y, np.zeros((*y.shape[:3], 1))], axis=-1)  # what is not coded
+    x = np.stack(
+        [y[:, :, j, coded[j]] @ synthesis[j].T + center[j] for j in range(len(mean))], axis=2
+    )
+    cut = layer.joint_heads * K_DIM
+    k, v = x[..., :cut].reshape(*y.shape[:2], HEADS, -1), x[..., cut:]
     at = np.arange(k.shape[1])
-    mu = mean[:, : heads * K_DIM].reshape(HEADS, K_DIM)
+    mu = mean[:, :cut].reshape(HEADS, K_DIM)
     # What varies turns with the start of its block, the mean with its own position.
     varying = turned(layer.rope, k - mu, at - at % layer.rope_block)
-    return varying + turned(layer.rope, np.broadcast_to(mu, k.shape), at), v
+    mu = turned(layer.rope, np.broadcast_to(mu, k.shape), at)
+    return varying + mu, v.reshape(*y.shape[:2], HEADS, V_DIM)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_matrices_are_float16_times_a_power_of_two(rng, heads):
+    """Entries within 2^-11 of themselves or 2^-24 of their coordinate's largest, of any size."""
+    fit = fitted(rng, heads)
+    size = 10.0 ** rng.integers(-9, 9, size=fit["synthesis"].shape[::2])  # of coordinates
+    fit["synthesis"] = (fit["synthesis"] * size[:, None]).astype(np.float32)
+    found = joint.arrays_of(fit)
+    layer = dataclasses.replace(make_apart(rng, heads), joint=found)
+    due = np.linalg.inv(fit["synthesis"].astype(np.float64)), fit["synthesis"].astype(np.float64)
+    for name, got, want, axis in zip(joint.MATRICES, matrices(layer), due, (2, 1), strict=True):
+        assert found[name].dtype == jnp.float16
+        assert np.all(np.log2(found[f"{name}_scale"]) % 1 == 0)
+        largest = np.abs(want).max(axis=axis, keepdims=True)
+        # An inverse in float64 is itself off by 2^-52 of its condition, below 1e3 here.
+        assert np.all(np.abs(got - want) <= 2.0**-11 * np.abs(want) + 2.0**-24 * largest)
 
 
 @pytest.mark.parametrize(("rope", "block"), [(ROPE, 1), (ROPE, 16), (None, 1)])
@@ -118,15 +143,15 @@ def test_units_stand_for_keys_and_values(rng, heads, rope, block):
     _, k, v = inputs(rng, 40)
     at = jnp.arange(40, dtype=jnp.int32)[None]
     units = joint.to_units(layer, k, v, at)
-    # S is 1 and some noise: its inverse multiplies float32 errors by less than ten.
-    for back in (of_units(layer, units), joint.from_units(layer, *units, at)):
-        for got, want in zip(back, (k, v), strict=True):
-            np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
+    back = joint.from_units(layer, *units, at)
+    for got, want, given in zip(back, of_units(layer, units), (k, v), strict=True):
+        np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
+        np.testing.assert_allclose(got, given, atol=TOL["joint_float16"])
     # One unit's one coordinate is one column of S.
     one = jnp.zeros_like(units[0]).at[:, :, 0, 0].set(1.0)
     plain = dataclasses.replace(layer, rope=None)
     k_one, v_one = joint.from_units(plain, one, jnp.zeros_like(units[1]), at)
-    column = np.asarray(layer.joint["synthesis"])[0, :, 0] + np.asarray(layer.joint["mean"])[0]
+    column = matrices(layer)[1][0, :, 0] + np.asarray(layer.joint["mean"])[0]
     np.testing.assert_allclose(
         np.concatenate([k_one[0, 0, :heads].ravel(), v_one[0, 0, :heads].ravel()]), column,
         atol=TOL["packed_attention"],
@@ -145,7 +170,7 @@ def test_units_stand_for_keys_and_values(rng, heads, rope, block):
 def test_attention_through_the_pool_in_float64(rng, heads, rope, block, policy):
     """A chunk, single tokens, a chunk: what is read are the units' codes, turned back in NumPy."""
     apart = make_apart(rng, heads, policy, rope, block)
-    layer = composed.join(apart, heads, apart.joint)
+    layer = together(apart)
     form = model_cache.forms([layer, layer])
     states, (words,) = model_cache.init(form, batch=2, capacity=40)
     q, k, v = inputs(rng, 30)
@@ -161,7 +186,7 @@ def test_attention_through_the_pool_in_float64(rng, heads, rope, block, policy):
     padded = state.form.layer
     positions = jnp.arange(30, dtype=jnp.int32)[None]
     coded = simulate(joint.units(padded), *joint.to_units(padded, k, v, positions))
-    stored = of_units(apart, of_coordinates(apart, coded))
+    stored = of_units(layer, coded)
     want = kernel_oracle.policy_attention(layer, q, k, v, scale=SCALE, stored_values=stored)
     got = np.concatenate(outs, axis=1)
     np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
@@ -172,28 +197,45 @@ def test_attention_through_the_pool_in_float64(rng, heads, rope, block, policy):
 
 @pytest.mark.parametrize(("heads", "rope", "block"), [(2, ROPE, 16), (4, ROPE, 1), (1, None, 1)])
 def test_coordinates_are_those_that_the_units_have(rng, heads, rope, block):
-    """A (y - nu) in float64 of the units y of matrices apart; codes as well, but for near ties."""
+    """A and S' of all units, on a diagonal, times those of the group; products in float64."""
     apart = make_apart(rng, heads, rope=rope, block=block)
-    layer = composed.join(apart, heads, apart.joint)
+    layer = together(apart)
     _, k, v = inputs(rng, 40)
     at = jnp.arange(40, dtype=jnp.int32)[None]
-    units, found = (joint.to_units(x, k, v, at) for x in (apart, layer))
+    cut = heads * K_DIM
+    (a, s), (_, turn) = matrices(layer), matrices(apart)
+    y, x = flat(layer, *joint.to_units(layer, k, v, at)), flat(layer, k, v)
+    center, coded = (np.asarray(layer.joint[n]) for n in ("center", "coded"))
     for side, h, codec, own in each_unit(apart):
-        y, u = (np.asarray(x[side], np.float64)[:, :, h] for x in (units, found))
-        want = (y - own["mean"]) @ own["analysis"].T
-        # float32 sums of up to 160 products of order 1, turned by bases of a condition below 10.
-        np.testing.assert_allclose(u[..., : codec.coded], want, atol=TOL["packed_attention"])
-        assert not np.any(u[..., codec.coded :])
-    for one, other in zip(simulate(apart, k, v), simulate(layer, k, v), strict=True):
-        off = np.abs(np.asarray(one) - np.asarray(other)).max(axis=(2, 3))
-        assert np.sum(off > TOL["packed_attention"]) <= 2
+        j, first = h // heads, h % heads * codec.dim + side * cut
+        rows, of = slice(first, first + codec.dim), np.linalg.inv(turn[j])
+        mine = np.flatnonzero((coded[j] >= first) & (coded[j] < first + codec.dim))
+        assert coded[j, mine].tolist() == list(range(first, first + codec.coded))
+        due = (
+            (own["analysis"] @ of[rows], a[j, mine]),
+            (turn[j][:, rows] @ own["synthesis"], s[j][:, mine]),
+        )
+        for (want, got), axis in zip(due, (1, 0), strict=True):
+            largest = np.abs(want).max(axis=axis, keepdims=True)
+            assert np.all(np.abs(got - want) <= 2.0**-11 * np.abs(want) + 2.0**-24 * largest)
+        assert not np.any(y[:, :, j, first + codec.coded : first + codec.dim])
+        if rope is None:
+            want = (x[:, :, j] - center[j]) @ a[j, mine].T
+            # float32 sums of up to 160 products of order 1.
+            got = y[:, :, j, first : first + codec.coded]
+            np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
+    means = np.asarray(apart.joint["mean"], np.float64)
+    for side, h, codec, own in each_unit(apart):
+        first = h % heads * codec.dim + side * cut
+        means[h // heads] += turn[h // heads][:, first : first + codec.dim] @ own["mean"]
+    np.testing.assert_allclose(center, means, atol=TOL["packed_attention"])
 
 
 @pytest.mark.parametrize(("heads", "width"), [(1, 32), (2, 56)])
 def test_what_is_held_counts(rng, heads, width):
     """Two turns of the coordinates that are coded, as they are in memory, or without arrays."""
     apart = make_apart(rng, heads)
-    layer = composed.join(apart, heads, apart.joint)
+    layer = together(apart)
     assert layer.joint["analysis"].shape == (HEADS // heads, width, heads * (K_DIM + V_DIM))
     held = (layer.joint, [(g.k_arrays, g.v_arrays) for g in layer.groups])
     real = sum(x.nbytes for x in jax.tree.leaves(held))
@@ -208,7 +250,7 @@ def test_units_of_other_codecs_stay_apart(rng):
     apart = make_apart(rng, 2)
     other = dataclasses.replace(apart.groups[0], k=Exact(dim=K_DIM), k_arrays={})
     mixed = dataclasses.replace(apart, groups=(other, apart.groups[1]))
-    layer = composed.join(mixed, 2, apart.joint)
+    layer = together(mixed)
     assert layer.groups == mixed.groups
     assert layer.joint["analysis"].shape == (2, 80, 80)
     real = jax.tree.leaves((layer.joint, [(g.k_arrays, g.v_arrays) for g in layer.groups]))
@@ -224,7 +266,7 @@ def test_layers_of_other_widths_are_as_wide_in_the_pool(rng):
         every = {"k_arrays": one.k_arrays, "v_arrays": one.v_arrays}
         twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), every)
         alike = dataclasses.replace(one, heads=(0, 1, 2, 3), **twice)
-        layers.append(composed.join(dataclasses.replace(apart, groups=(alike,)), 2, apart.joint))
+        layers.append(together(dataclasses.replace(apart, groups=(alike,))))
     forms = model_cache.forms(layers)
     assert [x.joint["analysis"].shape[1] for x in layers] == [64, 48]
     for layer, form in zip(layers, forms.layers, strict=True):

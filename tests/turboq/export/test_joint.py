@@ -68,7 +68,8 @@ def test_groups_part_by_themselves(planned, tmp_path):
 
 @pytest.mark.parametrize("form", ["before", "block:16"])
 def test_the_cache_reads_what_the_files_say(form, rng, tmp_path):
-    """Its codes, decoded in NumPy by the file's own matrices, are what its composed ones give."""
+    """Its codes, decoded in NumPy by the file's own matrices, are what its composed ones give, but
+    for the float16 that those are held in."""
     plan, arrays = plan_cases.joined(form)
     save(plan, arrays, tmp_path)
     read, tensors = reader_example.read_plan(tmp_path)
@@ -89,8 +90,8 @@ def test_the_cache_reads_what_the_files_say(form, rng, tmp_path):
         mean = reader_example.joint_mean(read, tensors, 2, h, 24)
         keys[:, h] = reader_example.turn(read, 2, mean, keys[:, h], at)
     for got, want in zip(simulate(layer, k, v), (keys, values), strict=True):
-        # float32 sums of 32 products of order 1, and a rotation.
-        np.testing.assert_allclose(got[0], want, atol=TOL["rope_rotate"])
+        # Of values up to 14, sums of 64 products.
+        np.testing.assert_allclose(got[0], want, atol=TOL["joint_float16"])
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -10,6 +10,7 @@ import numpy as np
 import plan_cases
 import pytest
 
+from turboq.cache import joint
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, KiviKey, PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
@@ -529,7 +530,10 @@ def test_joined_heads_reach_the_layers():
     turn = np.asarray(arrays["layers.2.joint.synthesis"], np.float64)
     for j in range(2):
         column = turn[j][:, 24:48] @ np.asarray(arrays[f"layers.2.k.heads.{2 * j + 1}.synthesis"])
-        np.testing.assert_allclose(layers[1].joint["synthesis"][j, :, 8:16], column, atol=1e-5)
+        held = np.asarray(joint.synthesis_of(layers[1]))[j, :, 8:16]
+        np.testing.assert_allclose(
+            held, column, rtol=2.0**-11, atol=2.0**-24 * np.abs(column).max()
+        )
     found = document(plan)["layers"]
     assert [layer["joint"] for layer in found] == [3, 2]
     assert "joint" not in document(plan_cases.rich()[0])["layers"][0]
