@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from program import main
+from program import items, main, windows_of
 
 from turboq.files import atomic_write
 from turboq_calibrate.choose.budget import Budget
@@ -35,7 +35,7 @@ from turboq_calibrate.observe.texts import CALIBRATION
 
 MODEL = flags.DEFINE_string("model", "embedded", "Model to quantize.")
 TEXT = flags.DEFINE_multi_string("text", [], "More texts to measure on.")
-BUDGETS = flags.DEFINE_list("budgets", ["3.25"], "Bits per channel.")
+BUDGETS = flags.DEFINE_multi_string("budgets", ["3.25"], "Bits per channel.")
 WINDOWS = flags.DEFINE_integer("windows", 1, "Windows measured per text.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of those windows.", lower_bound=2)
 OUT = flags.DEFINE_string("out", "runs/calibration_text", "Folder for the result.")
@@ -71,7 +71,7 @@ def plans(model: Model, row: Row, out: Path) -> list[NamedPlan]:
     )
     print(f"{name(row)}: calibrating", flush=True)
     statistics, geometry, found = observe(model, windows, folder), model_geometry(model), []
-    for bits in BUDGETS.value:
+    for bits in items(BUDGETS):
         wanted = Wanted(budget=Budget.parse(f"{bits}bpc"))
         one = plan_within(statistics, geometry, wanted)
         found.append((f"{bits} {name(row)}", one.plan, one.arrays))
@@ -83,7 +83,7 @@ def contrasts(rows: list[dict]) -> list[dict]:
     kl = {(row["name"], row["text"]): np.log(row["kl_windows"]) for row in rows}
     measured = list(dict.fromkeys(row["text"] for row in rows))
     found = []
-    for bits in BUDGETS.value:
+    for bits in items(BUDGETS):
         for row in map(name, ROWS[1:]):
             pairs = {t: kl[f"{bits} {row}", t] - kl[f"{bits} {name(DEFAULT)}", t] for t in measured}
             unseen = [pairs[t] for t in measured if t not in ALWAYS]
@@ -102,11 +102,7 @@ def contrasts(rows: list[dict]) -> list[dict]:
 def run(out: Path) -> None:
     model = load_model(MODEL.value)
     rows = [plan for row in ROWS for plan in plans(model, row, out)]
-    sources = (
-        texts.mixed_windows([s], model.tokenizer, length=LENGTH.value, count=WINDOWS.value)
-        for s in (*ALWAYS, *TEXT.value)
-    )
-    measured = {windows.source: windows.tokens for windows in sources}
+    measured = windows_of(model, (*ALWAYS, *TEXT.value), LENGTH.value, WINDOWS.value)
     found = evaluate_texts(model, rows, measured, folder=out / "parts")
     fields = ("name", "text", "bits_per_channel", "kl_mean", "kl_ci", "kl_windows")
     result = {

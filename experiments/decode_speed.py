@@ -150,7 +150,7 @@ def _checks(run: Run) -> None:
 
 def _floors(run: Run) -> None:
     """The card's copy rate, and what a call costs that reads one page."""
-    size = 2**20 if TINY.value else 2**30
+    size = 2**16 if TINY.value else 2**30
     run.report["copy_gb_per_s"] = round(timing.copy_rate(size) / 1e9, 1)
     dims = {"heads": 1, "group": 2, "dim": 16} if TINY.value else {}
     shape = methods.Shape(batch=1, tokens=methods.PAGE, **dims)
@@ -164,7 +164,7 @@ def _timed(job: methods.Job, compiled=None) -> timing.Timing:
     arrays = jax.jit(job.make)()
     compiled = compiled or _compiled(job)
     query = jax.random.normal(jax.random.key(0), job.query.shape, job.query.dtype)
-    repeats = 3 if TINY.value else timing.REPEATS
+    repeats = 2 if TINY.value else timing.REPEATS
     return timing.measure(lambda: compiled(query, arrays), job.calls, repeats)
 
 

@@ -25,15 +25,14 @@ Finished steps are not repeated when it is run again after an interruption.
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
+from program import items, main, windows_of
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec, PerHead, TurboQuantMSE
-from turboq.errors import TurboqError
 from turboq.files import make_folder
 from turboq.plan import save
 from turboq_calibrate.choose.budget import Budget
@@ -46,7 +45,7 @@ from turboq_calibrate.models import Model, load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.statistics_files import Statistics
-from turboq_calibrate.observe.texts import calibration_windows, mixed_windows
+from turboq_calibrate.observe.texts import calibration_windows
 from turboq_calibrate.run.peak_memory import peak_rss
 from turboq_calibrate.run.progress import phases
 from turboq_calibrate.run.shown import USUAL, showing
@@ -60,7 +59,9 @@ LENGTH = flags.DEFINE_integer("window_length", 512, "Tokens of those windows.", 
 CALIBRATION_WINDOWS = flags.DEFINE_integer(
     "calibration_windows", 12, "Windows of 512 tokens to calibrate on.", lower_bound=2
 )
-BUDGETS = flags.DEFINE_list("budgets", ["2.25", "3.25"], "Bits per channel of learned plans.")
+BUDGETS = flags.DEFINE_multi_string(
+    "budgets", ["2.25", "3.25"], "Bits per channel of learned plans."
+)
 
 POLICY = TokenPolicy(sinks=4)
 
@@ -79,7 +80,7 @@ def plans(model: Model, statistics: Statistics, out: Path) -> list[NamedPlan]:
     for name, codec in codecs(geometry.cache_layers[0].k_dim).items():
         made = make_plan(geometry, k=codec, v=codec, policy=POLICY, statistics=statistics)
         found.append((name, *made))
-    for bits in BUDGETS.value:
+    for bits in items(BUDGETS):
         wanted = Wanted(budget=Budget.parse(f"{bits}bpc"), policy=POLICY)
         ready = menu(statistics, geometry, wanted)
         one = plan_within(statistics, geometry, wanted, prepared=ready)
@@ -99,13 +100,13 @@ def folder_of(out: Path, name: str) -> Path:
 def demo(out: Path) -> None:
     """Runs all steps into `out` and prints the table and where everything is."""
     make_folder(out)
-    labels = ("self:", "observe", *("fit", "costs") * len(BUDGETS.value), "evaluate")
+    labels = ("self:", "observe", *("fit", "costs") * len(items(BUDGETS)), "evaluate")
     with showing(USUAL), phases(*labels):
         measured = steps(out)
     report = write_report(out)
 
     print(quality_table.format_table(measured))
-    print(f"\nplan    {out}/plan.json, {out}/plan.safetensors (learned {BUDGETS.value[-1]})")
+    print(f"\nplan    {out}/plan.json, {out}/plan.safetensors (learned {items(BUDGETS)[-1]})")
     print(f"table   {out}/{quality_table.QUALITY}, {out}/{quality_table.TABLE}")
     print(f"report  {report}")
 
@@ -116,34 +117,20 @@ def steps(out: Path) -> quality_table.Quality:
     windows = calibration_windows(model, count=CALIBRATION_WINDOWS.value, folder=out)
     statistics = observe(model, windows, out)
     rows = plans(model, statistics, out)
-    texts = [
-        mixed_windows([text], model.tokenizer, length=LENGTH.value, count=WINDOWS.value)
-        for text in TEXT.value
-    ]
-    measured = evaluate_texts(
-        model, rows, {one.source: one.tokens for one in texts}, folder=out / "parts"
-    )
+    texts = windows_of(model, TEXT.value, LENGTH.value, WINDOWS.value)
+    measured = evaluate_texts(model, rows, texts, folder=out / "parts")
     measured.run["plans"] = {name: str(folder_of(out, name)) for name, *_ in rows}
     quality_table.write_quality(measured, out)
     return measured
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+def run(out: Path) -> None:
     started = time.monotonic()
-    logging.set_verbosity(logging.WARNING)  # Orbax speaks of every checkpoint
-    try:
-        demo(Path(OUT.value))
-    except (TurboqError, OSError) as error:
-        sys.exit(f"demo: error: {error}")
-    except KeyboardInterrupt:
-        print("demo: interrupted: the same command continues", file=sys.stderr)
-        sys.exit(130)
+    demo(out)
     print(f"time    {time.monotonic() - started:.0f} s, peak memory {peak_rss() / 2**20:,.0f} MiB")
     print("\nOn your own model (a Hugging Face folder or a .gguf file):")
     print("  turboq plan --model=FOLDER --budget=3.25bpc --out=runs/mine")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main(run, OUT)

@@ -6,6 +6,7 @@ First 4 tokens exact everywhere; KIVI stores blocks of tokens and keeps up to 31
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from nova import nova_like
@@ -56,11 +57,15 @@ def makers(
     def fixed(name: str, k: c.Codec, v: c.Codec) -> NamedPlan:
         return name, *make_plan(geometry, k=k, v=v, policy=POLICY, statistics=statistics)
 
-    def both(name: str, codec: c.Codec) -> Make:
-        return lambda: fixed(name, codec, codec)
+    def both(name: str, codec: Callable[..., c.Codec], **settings: Any) -> Make:
+        def make() -> NamedPlan:
+            own = codec(dim=dim, **settings)
+            return fixed(name, own, own)
+
+        return make
 
     def mse(bits: int) -> Make:
-        return both(f"turboquant_mse {bits}b", c.TurboQuantMSE(dim=dim, bits=bits))
+        return both(f"turboquant_mse {bits}b", c.TurboQuantMSE, bits=bits)
 
     def oscar() -> NamedPlan:
         k, v = (c.Oscar(dim=dim, bits=2, clip_percent=CLIP_PERCENT[side]) for side in "kv")
@@ -74,7 +79,7 @@ def makers(
         return fixed("kivi 2b (up to 31 recent tokens exact)", k, v)
 
     def blocks(kind: str) -> Make:
-        return both(f"{kind} rotated", c.Ggml(dim=dim, type=kind, rotation="walsh"))
+        return both(f"{kind} rotated", c.Ggml, type=kind, rotation="walsh")
 
     return {
         "learned 2.25": lambda: learned(2.25),
@@ -82,7 +87,7 @@ def makers(
         "learned 3.25": lambda: learned(3.25),
         "turboquant_mse 3b": mse(3),
         "learned 1.75": lambda: learned(1.75),
-        "per_head 3b": both("per_head 3b", c.PerHead(dim=dim, bits=3)),
+        "per_head 3b": both("per_head 3b", c.PerHead, bits=3),
         "q4_0 rotated": blocks("q4_0"),
         "kivi 2b": kivi,
         "q8_0 rotated": blocks("q8_0"),
@@ -101,13 +106,24 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, str]:
     return difference.mean(), f"difference {difference.mean():+.4f} ({interval})"
 
 
-def chosen(made: Mapping[str, object], names: Sequence[str]) -> list[str]:
-    """The names, or all in the order in which they are measured.
+def targets(
+    found: Mapping[tuple[str, str], tuple[float, Sequence[float]]],
+    form: str,
+    more_is_better: bool = False,
+) -> list[str]:
+    """Where the target's two rows were measured: their figures, and whether it is met.
 
-    Raises:
-      TurboqError: a name that is no row.
+    Args:
+      found: figure, and that of every window or example, by (text or task, row).
+      form: how a figure is written.
     """
-    for name in names:
-        if name not in made:
-            raise TurboqError(f"--rows: {name!r} is none of {', '.join(made)}")
-    return list(names) or list(made)
+    lines = []
+    for where in dict.fromkeys(where for where, _ in found):
+        pair = {name: found[where, name] for name in TARGET if (where, name) in found}
+        if len(pair) < len(TARGET):
+            continue
+        each = ", ".join(f"{name} {figure:{form}}" for name, (figure, _) in pair.items())
+        more, said = paired(*(own for _, own in pair.values()))
+        met = more >= 0 if more_is_better else more <= 0
+        lines.append(f"{where}: {each}, {said}: {'met' if met else 'MISSED'}")
+    return lines

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from program import main, statistics_of
+from program import items, main, statistics_of, windows_of
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec, Transform
@@ -44,15 +44,14 @@ from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe.blocks import in_blocks
 from turboq_calibrate.observe.statistics_files import Statistics
-from turboq_calibrate.observe.texts import mixed_windows
 
 MODEL = flags.DEFINE_string("model", "embedded", "Model to quantize.")
 STATISTICS = flags.DEFINE_string("statistics", "", "Folder of `turboq calibrate`; none: made.")
 TEXT = flags.DEFINE_multi_string("text", [], "More texts to measure on.")
 LONG = flags.DEFINE_multi_string("long", [], "Texts to measure in long windows too.")
-LENGTHS = flags.DEFINE_list("lengths", ["4096", "8192"], "Tokens of long windows.")
+LENGTHS = flags.DEFINE_multi_string("lengths", ["4096", "8192"], "Tokens of long windows.")
 WINDOWS = flags.DEFINE_integer("windows", 1, "Windows of 1024 tokens per text.", lower_bound=1)
-BITS = flags.DEFINE_list("bits", ["1", "1.5", "2", "3"], "Bits of a channel of K.")
+BITS = flags.DEFINE_multi_string("bits", ["1", "1.5", "2", "3"], "Bits of a channel of K.")
 OUT = flags.DEFINE_string("out", "runs/key_forms", "Folder for the result.")
 
 POLICY, OPTIONS = TokenPolicy(sinks=4), TransformOptions()
@@ -98,7 +97,7 @@ def plans(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPlan
             keys = {i: seen_so(statistics, i, form, mean) for i in owners}
             fits = {i: fit_heads(seen, OPTIONS) for i, seen in keys.items()}
             rates = {i: head_rates(own, OPTIONS) for i, own in fits.items()}
-            for bits in map(float, BITS.value):
+            for bits in map(float, items(BITS)):
 
                 def choose(layer: int, side: str, head: int, bits=bits, rates=rates) -> Codec:
                     if side == "v":
@@ -129,8 +128,7 @@ def run(out: Path) -> None:
     rows = list(plans(model_geometry(model), statistics))
 
     def measure(rows: list[NamedPlan], sources: list[str], length: int, count: int, to: Path):
-        found = (mixed_windows([s], model.tokenizer, length=length, count=count) for s in sources)
-        windows = {w.source: w.tokens for w in found}
+        windows = windows_of(model, sources, length, count)
         result = evaluate_texts(model, rows, windows, folder=out / "parts")
         result.table["x-calibration"] = statistics.manifest.inputs["text"]
         path = quality_table.write_quality(result, to)
@@ -139,7 +137,7 @@ def run(out: Path) -> None:
 
     measure(rows, ["topics:heldout", *TEXT.value], 1024, WINDOWS.value, out)
     few = [row for row in rows if row[0] in {f"K 2b {form}" for form in FEW_FORMS}]
-    for length in map(int, LENGTHS.value if LONG.value else ()):
+    for length in map(int, items(LENGTHS) if LONG.value else ()):
         measure(few, list(LONG.value), length, 1, out / str(length))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from program import main, statistics_of
+from program import main, statistics_of, windows_of
 
 from turboq.codecs.fit_transform import fit_heads
 from turboq.files import atomic_write
@@ -35,7 +35,6 @@ from turboq_calibrate.measure.evaluate import NamedPlan, evaluate_texts
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe.statistics_files import Statistics
-from turboq_calibrate.observe.texts import mixed_windows
 
 MODEL = flags.DEFINE_string("model", "embedded", "The model to measure.")
 STATISTICS = flags.DEFINE_string("statistics", "", "Folder of `turboq calibrate`; none: made.")
@@ -55,13 +54,7 @@ def run(out: Path) -> None:
     model = load_model(MODEL.value)
     statistics = statistics_of(model, STATISTICS.value, out)
     plans, summary = learned_and_trained(model_geometry(model), statistics, out)
-    texts = {
-        windows.source: windows.tokens
-        for windows in (
-            mixed_windows([s], model.tokenizer, length=LENGTH.value, count=WINDOWS.value)
-            for s in TEXT.value
-        )
-    }
+    texts = windows_of(model, TEXT.value, LENGTH.value, WINDOWS.value)
     found = evaluate_texts(model, plans, texts, folder=out / "parts")
     result = summary | {
         "model": model.spec.name,

@@ -22,10 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 from nova import nova_like
-from program import main, statistics_of
+from program import items, main, statistics_of, windows_of
 
 from turboq import codecs as c
 from turboq.cache.layer import TokenPolicy
@@ -37,10 +36,9 @@ from turboq_calibrate.choose.plan_within import Wanted, menu, plan_within
 from turboq_calibrate.fit.plan import make_plan
 from turboq_calibrate.measure import quality_table
 from turboq_calibrate.measure.evaluate import NamedPlan, evaluate_texts
-from turboq_calibrate.models import Model, load_model
+from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe.statistics_files import Statistics
-from turboq_calibrate.observe.texts import mixed_windows
 
 MODEL = flags.DEFINE_string("model", "embedded", "Model to quantize.")
 STATISTICS = flags.DEFINE_string("statistics", "", "Folder of `turboq calibrate`; none: made.")
@@ -49,14 +47,14 @@ LONG = flags.DEFINE_multi_string("long", [], "Texts to measure in long windows t
 LONG_LENGTH = flags.DEFINE_integer("long_length", 4096, "Tokens of long windows.", lower_bound=2)
 WINDOWS = flags.DEFINE_integer("windows", 2, "Windows of 1024 tokens per text.", lower_bound=1)
 CANDIDATES = flags.DEFINE_multi_string("candidates", [], "Of learned plans (`turboq plan`).")
-BUDGETS = flags.DEFINE_list(
+BUDGETS = flags.DEFINE_multi_string(
     "budgets", ["1.25", "1.5", "1.75", "2.25", "2.75", "3.25"], "Bits of learned plans."
 )
 ONLY = flags.DEFINE_string("only", "", "Only rows whose name contains this.")
 FIELD = flags.DEFINE_boolean("field", False, "Also 2-bit, per-head, INT, OSCAR-, NOVA-like, KIVI.")
 SHARING = flags.DEFINE_boolean("sharing", False, "Also learned plans per layer and uniform.")
-SHRINK = flags.DEFINE_list("shrink", [], "Learned plans so (0 to 1) instead of as guarded.")
-K_ROPE = flags.DEFINE_list("k_rope", ["before"], "Forms of keys (`turboq plan --k_rope`).")
+SHRINK = flags.DEFINE_multi_string("shrink", [], "Learned plans so (0 to 1), not as guarded.")
+K_ROPE = flags.DEFINE_multi_string("k_rope", ["before"], "Forms of keys, as of `turboq plan`.")
 OUT = flags.DEFINE_string("out", "runs/learned_vs_turboquant", "Folder for the result.")
 
 POLICY = TokenPolicy(sinks=4)
@@ -110,21 +108,21 @@ def baselines(geometry: ModelGeometry, statistics: Statistics) -> Iterator[Named
 
 def learned(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPlan]:
     """The command's plans at every budget, and by granularity at some."""
-    for bits in map(float, BUDGETS.value):
+    for bits in map(float, items(BUDGETS)):
         name = f"learned {bits:g}"
         wanted = Wanted(
             budget=Budget.parse(f"{bits}bpc"), policy=POLICY, candidates=tuple(CANDIDATES.value)
         )
-        for form in K_ROPE.value if bits in SHARED else ():
+        for form in items(K_ROPE) if bits in SHARED else ():
             for heads, says in ((None, ""), (0, APART)):
                 own = f"{name}, keys {form}{says}"
                 if form != "before" and ONLY.value in own:
                     turned = dataclasses.replace(wanted, k_rope=form, joint=heads)
                     found = plan_within(statistics, geometry, turned, progress=False)
                     yield own, found.plan, found.arrays
-        if "before" not in K_ROPE.value:
+        if "before" not in items(K_ROPE):
             continue
-        for shrink in map(float, SHRINK.value):
+        for shrink in map(float, items(SHRINK)):
             own = dataclasses.replace(wanted.options, shrink=shrink)
             unguarded = dataclasses.replace(wanted, options=own, guard=False)
             found = plan_within(statistics, geometry, unguarded, progress=False)
@@ -150,12 +148,6 @@ def learned(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPl
             own = ready.under(one)
             found = plan_within(statistics, geometry, one, prepared=own, progress=False)
             yield name, found.plan, found.arrays
-
-
-def windows_of(model: Model, sources: list[str], length: int, count: int) -> dict[str, np.ndarray]:
-    """Windows of every text, by its name."""
-    found = (mixed_windows([s], model.tokenizer, length=length, count=count) for s in sources)
-    return {windows.source: windows.tokens for windows in found}
 
 
 def run(out: Path) -> None:

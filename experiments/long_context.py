@@ -19,8 +19,8 @@ import itertools
 from pathlib import Path
 
 from absl import flags
-from field_rows import TARGET, chosen, makers, paired
-from program import main
+from field_rows import makers, targets
+from program import main, named, windows_at
 
 from turboq_calibrate.cli import common
 from turboq_calibrate.measure import quality_table
@@ -29,15 +29,14 @@ from turboq_calibrate.measure.html_page import write_report
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe.statistics_files import load_statistics
-from turboq_calibrate.observe.texts import mixed_windows
 
 MODEL = flags.DEFINE_string("model", "embedded", "Model to quantize.")
 STATISTICS = flags.DEFINE_string("statistics", None, "Folder of `turboq calibrate`.", required=True)
 TEXT = flags.DEFINE_multi_string("text", ["topics:heldout"], "Texts to measure on.")
-flags.DEFINE_list("lengths", ["1024", "8192"], "Tokens of windows.")
+flags.DEFINE_multi_string("lengths", ["1024", "8192"], "Tokens of windows.")
 WINDOWS = flags.DEFINE_integer("windows", 2, "Windows per text and length.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 16, "Last positions also step by step.", lower_bound=0)
-ROWS = flags.DEFINE_list("rows", [], "Only these rows; all by default.")
+ROWS = flags.DEFINE_multi_string("rows", [], "Only these rows; all by default.")
 PLAN = flags.DEFINE_multi_string("plan", [], "NAME=FOLDER: a learned row, already written.")
 OUT = flags.DEFINE_string("out", "runs/long_context", "Folder for the result.")
 
@@ -48,36 +47,21 @@ def run(out: Path) -> None:
     model = load_model(MODEL.value)
     lengths = common.lengths_of(flags.FLAGS, model.spec)
     made = makers(model_geometry(model), load_statistics(STATISTICS.value), PLAN.value)
-    texts = {}
-    for source, length in itertools.product(TEXT.value, lengths):
-        windows = mixed_windows([source], model.tokenizer, length=length, count=WINDOWS.value)
-        texts[f"{windows.source} at {length}"] = windows.tokens
+    rows = named(ROWS, made) or made
+    texts = windows_at(model, TEXT.value, lengths, WINDOWS.value)
     plans: list[NamedPlan] = []
-    for names in itertools.batched(chosen(made, ROWS.value), GROUP):
+    for names in itertools.batched(rows, GROUP):
         plans += [made[name]() for name in names]
         found = evaluate_texts(
             model, plans, texts, steps=STEPS.value, plan_batch=GROUP, folder=out / "windows"
         )
-        found.table["x-targets"] = targets(found)
+        losses = {(r["text"], r["name"]): (r["kl_mean"], r["kl_windows"]) for r in found.rows}
+        found.table["x-targets"] = targets(losses, ".4f")
         path = quality_table.write_quality(found, out)
         print(quality_table.format_table(found))
         for line in found.table["x-targets"]:
             print(line)
         print(f"\ntable   {path}\nreport  {write_report(out)}", flush=True)
-
-
-def targets(found: quality_table.Quality) -> list[str]:
-    """The target at every length, and whether it is met."""
-    rows = {(row["text"], row["name"]): row for row in found.rows}
-    lines = []
-    for text in found.texts:
-        pair = [row for name in TARGET if (row := rows.get((text, name)))]
-        if len(pair) < len(TARGET):
-            continue
-        each = ", ".join(f"{row['name']} {row['kl_mean']:.4f}" for row in pair)
-        more, said = paired(*(row["kl_windows"] for row in pair))
-        lines.append(f"{text}: {each}, {said}: {'met' if more <= 0 else 'MISSED'}")
-    return lines
 
 
 if __name__ == "__main__":

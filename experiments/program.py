@@ -1,18 +1,19 @@
-"""What the programs here share: the main of a script, and the statistics that it fits plans to."""
+"""What the programs here share: the main of a script, its lists, its windows and statistics."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags, logging
 
 from turboq.errors import TurboqError
 from turboq_calibrate.models import Model
 from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
-from turboq_calibrate.observe.texts import calibration_windows
+from turboq_calibrate.observe.texts import calibration_windows, mixed_windows
 
 
 def main(run: Callable[[Path], None], out: flags.FlagHolder[str]) -> None:
@@ -32,6 +33,50 @@ def main(run: Callable[[Path], None], out: flags.FlagHolder[str]) -> None:
             sys.exit(130)
 
     app.run(body)
+
+
+def items(flag: flags.FlagHolder[list[str]]) -> list[str]:
+    """The items of a list: commas between (names of rows have spaces), the flag repeated or not.
+
+    Raises:
+      TurboqError: an empty item.
+    """
+    found = [item.strip() for entry in flag.value if entry for item in entry.split(",")]
+    if "" in found:
+        raise TurboqError(f"--{flag.name}: {','.join(flag.value)!r} has an empty item")
+    return found
+
+
+def named(flag: flags.FlagHolder[list[str]], known: Collection[str]) -> list[str]:
+    """The items of a list of names.
+
+    Raises:
+      TurboqError: one that is not known.
+    """
+    for name in (found := items(flag)):
+        if name not in known:
+            raise TurboqError(f"--{flag.name}: {name!r} is none of {', '.join(known)}")
+    return found
+
+
+def windows_of(
+    model: Model, sources: Iterable[str], length: int, count: int
+) -> dict[str, np.ndarray]:
+    """Windows of every text, by its name."""
+    found = (mixed_windows([s], model.tokenizer, length=length, count=count) for s in sources)
+    return {windows.source: windows.tokens for windows in found}
+
+
+def windows_at(
+    model: Model, sources: Iterable[str], lengths: Iterable[int], count: int
+) -> dict[str, np.ndarray]:
+    """Windows of every text at every length, by "TEXT at LENGTH"."""
+    return {
+        f"{text} at {length}": tokens
+        for source in sources
+        for length in lengths
+        for text, tokens in windows_of(model, [source], length, count).items()
+    }
 
 
 def statistics_of(model: Model, folder: str, out: Path) -> Statistics:

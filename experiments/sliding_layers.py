@@ -19,18 +19,17 @@ after an interruption.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from field_rows import chosen
-from program import main, statistics_of
+from program import items, main, named, statistics_of, windows_at
 
 from turboq.cache import accounting
 from turboq.cache.layer import TokenPolicy
-from turboq.codecs import Exact, PerHead, TurboQuantMSE
+from turboq.codecs import Codec, Exact, PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
 from turboq.plan import LayerPlan, ModelGeometry, Plan, SidePlan
 from turboq_calibrate.choose.budget import Budget
@@ -43,53 +42,74 @@ from turboq_calibrate.measure.html_page import write_report
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe.statistics_files import Statistics
-from turboq_calibrate.observe.texts import mixed_windows
 
 MODEL = flags.DEFINE_string("model", "gemma3-270m", "A model with sliding and full layers.")
 STATISTICS = flags.DEFINE_string("statistics", "", "Folder of `turboq calibrate`; none: made.")
 TEXT = flags.DEFINE_multi_string("text", ["topics:heldout"], "Texts to measure on.")
-flags.DEFINE_list("lengths", ["1024", "4096", "16384"], "Tokens of windows.")
+flags.DEFINE_multi_string("lengths", ["1024", "4096", "16384"], "Tokens of windows.")
 WINDOWS = flags.DEFINE_integer("windows", 1, "Windows per text and length.", lower_bound=1)
-BUDGETS = flags.DEFINE_list("budgets", ["2.25", "3.25"], "Bits per channel of learned plans.")
-APART = flags.DEFINE_list("apart", ["learned 2.25", "turboquant_mse 3b"], "Rows by kind of layer.")
-ROWS = flags.DEFINE_list("rows", [], "Only these rows; all by default.")
+BUDGETS = flags.DEFINE_multi_string(
+    "budgets", ["2.25", "3.25"], "Bits per channel of learned plans."
+)
+APART = flags.DEFINE_multi_string(
+    "apart", ["learned 2.25", "turboquant_mse 3b"], "Rows by kind of layer."
+)
+ROWS = flags.DEFINE_multi_string("rows", [], "Only these rows; all by default.")
 CONTEXT = flags.DEFINE_integer("context", 32768, "Where bytes are counted for the last row.")
 OUT = flags.DEFINE_string("out", "runs/sliding_layers", "Folder for the result.")
 
 POLICY = TokenPolicy(sinks=4)
+Make = Callable[[Statistics], NamedPlan]
 KINDS = {"sliding layers": False, "full layers": True}  # and whether they see all tokens
 
 
-def plans(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPlan]:
-    """All layers alike, in the order of the table."""
-    dim = geometry.cache_layers[0].k_dim
-    codecs = {f"turboquant_mse {bits}b": TurboQuantMSE(dim=dim, bits=bits) for bits in (2, 3, 4)}
-    codecs |= {"per_head 3b": PerHead(dim=dim, bits=3)}
-    for name, codec in codecs.items():
-        yield name, *make_plan(geometry, k=codec, v=codec, policy=POLICY, statistics=statistics)
-    held = None
-    for bits in BUDGETS.value:
-        wanted = Wanted(budget=Budget.parse(f"{bits}bpc"), policy=POLICY)
-        found = plan_within(statistics, geometry, wanted, progress=False)
-        yield f"learned {bits}", found.plan, found.arrays
-        held = held or found.plan.residency(CONTEXT.value).total
-    wanted = Wanted(budget=Budget.parse(f"{CONTEXT.value}@{held}B"), policy=POLICY)
-    found = plan_within(statistics, geometry, wanted, progress=False)
-    yield f"learned {BUDGETS.value[0]} at {CONTEXT.value}", found.plan, found.arrays
+def makers(geometry: ModelGeometry) -> dict[str, Make]:
+    """All layers alike: how each row is made, in the order of the table; a plan is chosen once."""
+    dim, budgets = geometry.cache_layers[0].k_dim, items(BUDGETS)
+
+    def fixed(name: str, codec: Callable[..., Codec], bits: int) -> Make:
+        def make(seen: Statistics) -> NamedPlan:
+            own = codec(dim=dim, bits=bits)
+            return name, *make_plan(geometry, k=own, v=own, policy=POLICY, statistics=seen)
+
+        return make
+
+    @functools.cache
+    def within(budget: str, name: str, seen: Statistics) -> NamedPlan:
+        wanted = Wanted(budget=Budget.parse(budget), policy=POLICY)
+        found = plan_within(seen, geometry, wanted, progress=False)
+        return name, found.plan, found.arrays
+
+    def learned(bits: str) -> Make:
+        return functools.partial(within, f"{bits}bpc", f"learned {bits}")
+
+    def at_context(seen: Statistics) -> NamedPlan:
+        _, plan, _ = learned(budgets[0])(seen)
+        held = plan.residency(CONTEXT.value).total
+        return within(f"{CONTEXT.value}@{held}B", last, seen)
+
+    last = f"learned {budgets[0]} at {CONTEXT.value}"
+    codecs = {f"turboquant_mse {bits}b": (TurboQuantMSE, bits) for bits in (2, 3, 4)}
+    codecs |= {"per_head 3b": (PerHead, 3)}
+    return {
+        **{name: fixed(name, codec, bits) for name, (codec, bits) in codecs.items()},
+        **{f"learned {bits}": learned(bits) for bits in budgets},
+        last: at_context,
+    }
 
 
-def only(row: NamedPlan, full: bool, says: str) -> NamedPlan:
+def only(row: NamedPlan, kind: str, name: str) -> NamedPlan:
     """The plan with one kind of layer quantized, the others in bfloat16."""
-    name, plan, arrays = row
+    _, plan, arrays = row
     layers: list[LayerPlan] = []
     for layer, own in zip(plan.layers, plan.model.cache_layers, strict=True):
-        if _full(plan.model, own.index) is not full:
+        if _full(plan.model, own.index) is not KINDS[kind]:
             k, v = (SidePlan(codec=Exact(dim=dim)) for dim in (own.k_dim, own.v_dim))
             layer = LayerPlan(index=layer.index, path=layer.path, k=k, v=v)
             arrays = {n: a for n, a in arrays.items() if not n.startswith(f"layers.{own.index}.")}
         layers.append(layer)
     kept = dataclasses.replace(plan, layers=tuple(layers), arrays=None, quality=None)
-    return f"{name}, {says}", kept, arrays
+    return name, kept, arrays
 
 
 def _full(geometry: ModelGeometry, index: int) -> bool:
@@ -113,20 +133,17 @@ def run(out: Path) -> None:
     if len({_full(geometry, layer.index) for layer in geometry.cache_layers}) < 2:
         raise TurboqError(f"--model={MODEL.value} has no sliding layers beside full ones")
     lengths = common.lengths_of(flags.FLAGS, model.spec)
+    made = makers(geometry)
+    whole = [name for name in made if name in named(APART, made)]
+    apart = {f"{name}, {says} only": (name, says) for name in whole for says in KINDS}
+    wanted = named(ROWS, [*made, *apart]) or [*made, *apart]
     statistics = statistics_of(model, STATISTICS.value, out / "observed")
-    rows = list(plans(geometry, statistics))
-    known = {row[0] for row in rows}
-    for name in APART.value:
-        if name not in known:
-            raise TurboqError(f"--apart: {name!r} is none of {', '.join(sorted(known))}")
-    kinds = [bits_by_kind(name, plan) for name, plan, _ in rows]
-    apart = itertools.product((row for row in rows if row[0] in APART.value), KINDS.items())
-    rows += [only(row, full, f"{says} only") for row, (says, full) in apart]
-    rows = [row for row in rows if row[0] in chosen({row[0]: row for row in rows}, ROWS.value)]
-    texts = {}
-    for source, length in itertools.product(TEXT.value, lengths):
-        windows = mixed_windows([source], model.tokenizer, length=length, count=WINDOWS.value)
-        texts[f"{windows.source} at {length}"] = windows.tokens
+    needed = {apart[name][0] if name in apart else name for name in wanted}
+    plans = {name: make(statistics) for name, make in made.items() if name in needed}
+    kinds = [bits_by_kind(name, plan) for name, plan, _ in plans.values()]
+    rows = [row for name, row in plans.items() if name in wanted]
+    rows += [only(plans[of], says, name) for name, (of, says) in apart.items() if name in wanted]
+    texts = windows_at(model, TEXT.value, lengths, WINDOWS.value)
     found = evaluate_texts(model, rows, texts, plan_batch=4, folder=out / "windows")
     found.table["x-kinds"] = kinds
     path = quality_table.write_quality(found, out)

@@ -16,11 +16,10 @@ its examples.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from absl import flags
-from field_rows import TARGET, chosen, makers, paired
-from program import main
+from field_rows import makers, targets
+from program import main, named
 
 from turboq_calibrate.cli import common
 from turboq_calibrate.measure.html_page import write_report
@@ -33,10 +32,10 @@ from turboq_calibrate.tasks.run import measure_tasks
 
 MODEL = flags.DEFINE_string("model", "embedded", "Model to quantize.")
 STATISTICS = flags.DEFINE_string("statistics", None, "Folder of `turboq calibrate`.", required=True)
-TASKS = flags.DEFINE_list("tasks", ["all"], "Tasks.")
-flags.DEFINE_list("lengths", ["1024"], "Tokens of prompt and answer.")
+flags.DEFINE_multi_string("tasks", ["all"], "Tasks.")
+flags.DEFINE_multi_string("lengths", ["1024"], "Tokens of prompt and answer.")
 SAMPLES = flags.DEFINE_integer("samples", 10, "Examples per task and length.", lower_bound=1)
-ROWS = flags.DEFINE_list("rows", [], "Only these rows; all by default.")
+ROWS = flags.DEFINE_multi_string("rows", [], "Only these rows; all by default.")
 PLAN = flags.DEFINE_multi_string("plan", [], "NAME=FOLDER: a learned row, already written.")
 OUT = flags.DEFINE_string("out", "runs/tasks", "Folder for the result.")
 
@@ -45,31 +44,22 @@ def run(out: Path) -> None:
     model = load_model(MODEL.value)
     lengths = common.lengths_of(flags.FLAGS, model.spec)
     made = makers(model_geometry(model), load_statistics(STATISTICS.value), PLAN.value)
-    plans = [made[name]() for name in chosen(made, ROWS.value)]
+    plans = [made[name]() for name in named(ROWS, made) or made]
+    tasks = tasks_of(common.listed(flags.FLAGS, "tasks"))
     table = measure_tasks(
-        model, plans, tasks_of(TASKS.value), lengths=lengths, count=SAMPLES.value,
-        folder=out / "scores",
-    )  # fmt: skip
-    table["x-targets"] = targets(table["rows"])
+        model, plans, tasks, lengths=lengths, count=SAMPLES.value, folder=out / "scores"
+    )
+    changes = {
+        (f"{r['task']} at {r['length']}", r["plan"]): (r["logp_change"], r["logp_examples"])
+        for r in table["rows"]
+        if not r["at_chance"]
+    }
+    table["x-targets"] = targets(changes, "+.3f", more_is_better=True)
     path = write_results(table, out)
     print(format_results(table))
     for line in table["x-targets"]:
         print(line)
     print(f"\nresults {path}\nreport  {write_report(out)}")
-
-
-def targets(rows: list[dict[str, Any]]) -> list[str]:
-    """The target in every task that counts."""
-    found = {(r["task"], r["length"], r["plan"]): r for r in rows if not r["at_chance"]}
-    lines = []
-    for task, length in dict.fromkeys(key[:2] for key in found):
-        pair = [row for name in TARGET if (row := found.get((task, length, name)))]
-        if len(pair) < len(TARGET):
-            continue
-        each = ", ".join(f"{r['plan']} {r['logp_change']:+.3f}" for r in pair)
-        more, said = paired(*(r["logp_examples"] for r in pair))
-        lines.append(f"{task} at {length}: {each}, {said}: {'met' if more >= 0 else 'MISSED'}")
-    return lines
 
 
 if __name__ == "__main__":

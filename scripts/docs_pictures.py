@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 from turboq.numbers.packing import ROWS, WORD_BITS
 from turboq.numbers.rope import unrotate
 from turboq.plan import load
+from turboq_calibrate.cli import common
 from turboq_calibrate.measure import pictures, plan_pictures, quality_table
 from turboq_calibrate.measure.pictures import INK, SMALL, STYLE, WIDTH, svg
 from turboq_calibrate.measure.storage_columns import head_bits
@@ -37,7 +38,7 @@ from turboq_calibrate.observe.texts import mixed_windows
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = flags.DEFINE_string("plan", "runs/demo", "A learned plan.")
-ONLY = flags.DEFINE_list("only", ["kl", "page", "bits", "keys"], "Which pictures.")
+flags.DEFINE_multi_string("only", ["kl", "page", "bits", "keys"], "Which pictures.")
 LAYER = flags.DEFINE_integer("layer", 8, "Layer of keys.svg.")
 HEAD = flags.DEFINE_integer("head", 0, "KV head of keys.svg.")
 TOKENS = flags.DEFINE_integer("tokens", 256, "Tokens of keys.svg.", lower_bound=2)
@@ -162,7 +163,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     (ROOT / "docs" / "pictures").mkdir(exist_ok=True)
-    for name in ONLY.value:
+    for name in common.listed(flags.FLAGS, "only"):
         write(name, DRAWN[name]())
 
 

@@ -1,4 +1,4 @@
-"""What `experiments/long_context.py` and `tasks.py` share; bad input to them is one line."""
+"""What programs of `experiments/` share; bad input to them is one line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 
 from turboq.errors import TurboqError
 from turboq_calibrate.models import load_model
@@ -19,10 +20,27 @@ MODEL = Path(__file__).parent / "golden" / "llama3"
 
 
 @pytest.fixture(scope="module")
-def field_rows():
+def modules():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXPERIMENTS))
-        return importlib.import_module("field_rows")
+        return {name: importlib.import_module(name) for name in ("field_rows", "program")}
+
+
+@pytest.fixture(scope="module")
+def field_rows(modules):
+    return modules["field_rows"]
+
+
+@pytest.fixture(scope="module")
+def program(modules):
+    return modules["program"]
+
+
+def rows_flag(*given):
+    values = flags.FlagValues()
+    flag = flags.DEFINE_multi_string("rows", [], "", flag_values=values)
+    values(["program", *(f"--rows={entry}" for entry in given)])
+    return flag
 
 
 def test_a_difference_is_paired(field_rows):
@@ -43,16 +61,51 @@ def test_a_plan_without_a_rows_name_is_refused(entry, field_rows):
         field_rows.makers(geometry, None, [entry])
 
 
+def test_the_target_is_met_by_loss_or_by_gain(field_rows):
+    found = {
+        (where, name): (float(np.mean(values)), values)
+        for where, pair in {"a": ([1.0, 3.0], [2.0, 4.0]), "b": ([2.0, 2.0], [1.0, 1.0])}.items()
+        for name, values in zip(field_rows.TARGET, pair, strict=True)
+    }
+    found["c", field_rows.TARGET[0]] = (1.0, [1.0])  # the other row was not measured there
+    ours, theirs = field_rows.TARGET
+    first, second = field_rows.targets(found, ".1f")
+    assert first.startswith(f"a: {ours} 2.0, {theirs} 3.0, difference -1.0000")
+    assert (first[-5:], second[-8:]) == (": met", ": MISSED")
+    first, second = field_rows.targets(found, ".1f", more_is_better=True)
+    assert (first[-8:], second[-5:]) == (": MISSED", ": met")
+
+
+def test_lists_are_repeated_flags_and_commas(program):
+    known = ("learned 2.25", "kivi 2b", "nova")
+    assert program.named(rows_flag("learned 2.25,kivi 2b", "nova"), known) == list(known)
+    assert program.items(rows_flag()) == program.items(rows_flag("")) == []
+    with pytest.raises(TurboqError, match="--rows: 'nova,,kivi 2b' has an empty item"):
+        program.items(rows_flag("nova,,kivi 2b"))
+    with pytest.raises(TurboqError, match=r"--rows: 'kivi' is none of learned 2\.25, kivi 2b"):
+        program.named(rows_flag("nova", "kivi"), known)
+
+
+def test_only_chosen_rows_are_made(field_rows):
+    """Of heads of 16 channels no GGML block can be made: those rows fail, the others do not."""
+    made = field_rows.makers(model_geometry(load_model(MODEL, resident=False)), None)
+    _, plan, _ = made["turboquant_mse 2b"]()
+    assert plan.layers[0].k.codec.bits == 2
+    with pytest.raises((TurboqError, ValueError), match="16"):
+        made["q4_0 rotated"]()
+
+
 @pytest.mark.parametrize(
-    ("program", "flag", "says"),
-    [("long_context", "abc", "'abc' must be a number"), ("tasks", "", "is empty")],
+    ("program", "model", "flag", "says"),
+    [
+        ("long_context", "llama3", "--lengths=abc", "--lengths: 'abc' must be a number"),
+        ("sliding_layers", "gemma3", "--apart=foo", "--apart: 'foo' is none of turboquant_mse 2b"),
+    ],
 )
-def test_lengths_that_are_none_are_one_line(program, flag, says):
-    line = [sys.executable, str(EXPERIMENTS / f"{program}.py"), f"--model={MODEL}"]
-    done = subprocess.run(
-        [*line, "--statistics=none", f"--lengths={flag}"], capture_output=True, text=True
-    )
+def test_bad_input_is_one_line_before_statistics_are_read(program, model, flag, says):
+    line = [sys.executable, str(EXPERIMENTS / f"{program}.py"), f"--model={MODEL.parent / model}"]
+    line += ["--statistics=none", "--lengths=8", flag]
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 1
     (error,) = done.stderr.splitlines()
-    assert error.startswith(f"{program}: error: --lengths")
-    assert says in error
+    assert error.startswith(f"{program}: error: {says}")

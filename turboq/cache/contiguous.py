@@ -355,6 +355,11 @@ def _after(dropped: Int[Array, "B"], store: Store) -> Store:
     return shifted
 
 
+# K and V of one form, and layers alike, are traced once; nothing is left of the inner function.
+_traced_once = functools.partial(jax.jit, inline=True)
+
+
+@functools.partial(_traced_once, static_argnames=("codec",))
 def store_encoded(
     codec: Codec,
     arrays: Arrays,
@@ -430,6 +435,7 @@ def _same[T](x: T) -> T:
     return x
 
 
+@_traced_once
 def _scatter(
     buffer: Array,  # [B, N, slots, C]
     rows: Array,  # [B, N, T, C]

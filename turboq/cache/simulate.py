@@ -35,6 +35,10 @@ def quantize_dequantize(
     return jax.vmap(one_head, in_axes=(0, 2), out_axes=2)(arrays, x)[:, :tokens]
 
 
+# K and V of one form, and layers alike, are traced once; nothing is left of the inner function.
+_coded = jax.jit(quantize_dequantize, static_argnames=("codec",), inline=True)
+
+
 @jax.jit
 def simulate(
     layer: KVLayer,
@@ -65,11 +69,11 @@ def simulate(
     def keys(group: HeadGroup) -> Array:
         x = take_heads(k, group.heads).swapaxes(1, 2)
         x = to_stored(layer, group.k_arrays, x, positions).swapaxes(1, 2)
-        x = quantize_dequantize(group.k, group.k_arrays, x).swapaxes(1, 2)
+        x = _coded(group.k, group.k_arrays, x).swapaxes(1, 2)
         return from_stored(layer, group.k_arrays, x, positions).swapaxes(1, 2)
 
     k_hat = jnp.concatenate([keys(g) for g in layer.groups], axis=2)
-    v_hat = [quantize_dequantize(g.v, g.v_arrays, take_heads(v, g.heads)) for g in layer.groups]
+    v_hat = [_coded(g.v, g.v_arrays, take_heads(v, g.heads)) for g in layer.groups]
     v_hat = jnp.concatenate(v_hat, axis=2)
     return in_head_order(layer, k_hat, 2), in_head_order(layer, v_hat, 2)
 

@@ -61,11 +61,6 @@ class Part:
         if self.width < 1:
             raise ValueError(f"{self.width=} must be at least 1")
 
-    @property
-    def table_size(self) -> int:
-        """Entries of the part's level table: 2**bits, or 1 (the static gain)."""
-        return 2**self.bits if self.levels == "table" else 1
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:

@@ -26,7 +26,6 @@ from turboq.numbers import trellis, trellis_fit, trellis_runs, window
 
 BLOCK = 8
 MOST_CHOICES = 2**25  # entries of one batch's table of choices, one byte each
-SCALAR_BITS = 8
 
 
 @functools.cache

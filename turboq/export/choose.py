@@ -116,11 +116,6 @@ def pick_sides(
     return at
 
 
-def possible(total: Cost) -> bool:
-    """Whether a candidate (of no axes) can be stored at all."""
-    return bool(total.short < IMPOSSIBLE)
-
-
 def planned_bits(entries: Iterable[Entry], side: Side | None = None) -> int:
     """Bits of one token in the plan."""
     return sum(e.codec.bits_per_vector for e in entries if side in (None, e.side))

@@ -191,8 +191,9 @@ def nearest(codebook: Float[Array, "levels"], u: Float[Array, "*n"]) -> UInt8[Ar
     # 3 bits, 14 against 5 at 4 bits, 3.0 against 2.3 at 6 bits (D=128, one AVX-512 core, jit).
     if levels <= 64:
         code = jnp.zeros(u.shape, jnp.uint8)
-        for i in range(levels - 1):
-            code += (u > t[i]).astype(jnp.uint8)
+        for i in range(levels - 1):  # of `lax`: of up to 63 rounds much less is traced
+            above = jax.lax.gt(u, jax.lax.broadcast(_entry(t, i), u.shape))
+            code = jax.lax.add(code, jax.lax.convert_element_type(above, jnp.uint8))
         return materialized(code)
     # Binary search: the code is built from its top bit, all thresholds being sorted.
     code = jnp.zeros(u.shape, jnp.int32)
@@ -205,11 +206,16 @@ def nearest(codebook: Float[Array, "levels"], u: Float[Array, "*n"]) -> UInt8[Ar
     return materialized(code.astype(jnp.uint8))
 
 
+def _entry(values: Float[Array, "n"], index: int) -> Float[Array, ""]:
+    return jax.lax.index_in_dim(values, index, keepdims=False)
+
+
 def materialized(code: UInt8[Array, "*n"]) -> UInt8[Array, "*n"]:
     """Keeps XLA from fusing the search into its readers, which would repeat it per bit plane."""
     return jax.lax.optimization_barrier(code)
 
 
+@functools.partial(jax.jit, inline=True)  # traced once for all readers of the same shapes
 def lookup(codebook: Float[Array, "levels"], codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
     """Centroid of each code: a tree of selects up to 16 levels, a gather above.
 
@@ -219,11 +225,11 @@ def lookup(codebook: Float[Array, "levels"], codes: UInt8[Array, "*n"]) -> Float
     levels = codebook.shape[0]
     if levels > _SELECT_LEVELS:
         return codebook.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
-    values = [jnp.broadcast_to(codebook[i], codes.shape) for i in range(levels)]
+    values = [jax.lax.broadcast(_entry(codebook, i), codes.shape) for i in range(levels)]
     bit = 0
     while len(values) > 1:
         odd = ((codes >> bit) & jnp.uint8(1)) == 1
-        pairs = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=False)]
+        pairs = [jax.lax.select(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=False)]
         values = pairs + values[2 * len(pairs) :]  # an odd count keeps its last one
         bit += 1
     return values[0]

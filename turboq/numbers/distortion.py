@@ -12,8 +12,6 @@ from scipy import special
 from turboq.errors import TurboqError
 from turboq.numbers.scale import RULES
 
-PANTER_DITE = np.sqrt(3) * np.pi / 2  # D_b / 4**-b tends to this 2.7207 from below (Gaussian)
-
 
 def rule_error(rule: str, d_b: float) -> float:
     """E|x - x_hat|^2 / |x|^2 of a scale rule at large D (exact for raw, an upper limit for the

@@ -219,12 +219,6 @@ class Constraints:
                 return False
         return self.allows(side, codec)
 
-    def allows_pair(self, k: Codec, v: Codec) -> bool:
-        """Whether one decision may have `k` and `v`; each by itself is asked with `allows_at`."""
-        if self.tied and format_of(k) != format_of(v):
-            return False
-        return not self.schemes or any(scheme(k, v) for scheme in self.schemes)
-
     def counts(self, *decided: Codec) -> bool:
         """Whether `max_formats` counts what one decision took: (k, v) if `joint`, else a codec."""
         if self.schemes:

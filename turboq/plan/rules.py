@@ -11,7 +11,6 @@ turns a rule into the `choose` of `head_plan`, with every codec at its layer's h
 from __future__ import annotations
 
 import bisect
-import dataclasses
 from collections.abc import Collection, Mapping
 
 from turboq.cache.layer import TokenPolicy
@@ -138,29 +137,6 @@ def _where(layers: frozenset[int], there: Rule, elsewhere: Rule) -> Choice:
 
 def _at(rule: Rule, layer: int, side: Side, head: int) -> Codec:
     return rule if isinstance(rule, Codec) else rule(layer, side, head)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenBytes:
-    """Bytes of one more token, all layers: as tables print them, and as they are stored.
-
-    `nominal` leaves out scales, minima and every other number that channels share: it is what
-    "INT8 is half of FP16" means, and what no cache achieves.
-    """
-
-    nominal: int | float
-    stored: int | float
-
-
-def token_bytes(plan: Plan) -> TokenBytes:
-    """Both counts of one more quantized token; `stored` is `plan.bytes_per_token`."""
-    codecs = [
-        codec
-        for layer in plan.layers
-        for side in ("k", "v")
-        for codec in plan.codecs(layer.index, side)
-    ]
-    return TokenBytes(nominal=sum(map(nominal_bits, codecs)) / 8, stored=plan.bytes_per_token)
 
 
 def nominal_bits(codec: Codec) -> int:

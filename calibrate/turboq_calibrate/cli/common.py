@@ -313,8 +313,6 @@ def lengths_of(values: flags.FlagValues, spec: ModelSpec) -> list[int]:
       TurboqError: none, or one is no whole number, below 2, given twice, or beyond the model's
         context.
     """
-    if not values.lengths:
-        raise TurboqError("--lengths is empty: give numbers of tokens, for example 1024,4096")
     found: list[int] = []
     for entry in listed(values, "lengths"):
         length = int(entry) if entry.isdecimal() else 0

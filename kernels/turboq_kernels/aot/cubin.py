@@ -72,15 +72,6 @@ def costs(executable: bytes) -> dict[str, Cost]:
     return out
 
 
-def elves(executable: bytes) -> list[bytes]:
-    """The ELF images in a serialized executable.
-
-    Raises:
-      ValueError: there is none.
-    """
-    return _elves(_unwrapped(executable))
-
-
 def _unwrapped(executable: bytes) -> bytes:
     data = executable
     for _ in range(4):

@@ -108,7 +108,6 @@ class Cost:
     """
 
     loop_bundles: int
-    total_bundles: int
     vmem_bytes: int
     busy: dict[str, float]
     nested_bundles: int = 0
@@ -265,7 +264,7 @@ def read_cost(dump: pathlib.Path, kernel: str = KERNEL) -> Cost:
         if ":" not in name
     }
     nested = sum(depths[i] > min(depths[i] for i in loop) for i in loop)
-    return Cost(len(loop), len(depths), _vmem(dump, kernel), busy, nested)
+    return Cost(len(loop), _vmem(dump, kernel), busy, nested)
 
 
 def _main_loop(depths: list[int], text: list[str]) -> list[int]:

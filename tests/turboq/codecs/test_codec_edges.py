@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +23,25 @@ from turboq.errors import TurboqError
 from turboq.numbers import codebook, scale
 
 
+@functools.cache
+def program(row, dim):
+    """A codec, its arrays, and what encodes and decodes in one program: time is compilation."""
+    codec = ROWS[row].make(dim)
+
+    @jax.jit
+    def run(arrays, x):  # what is decoded is rounded as it is stored
+        stored = jax.lax.optimization_barrier(codec.encode(arrays, x))
+        return stored, codec.decode(arrays, stored)
+
+    return codec, arrays_of(codec, np.random.default_rng(1)), run
+
+
 @pytest.mark.parametrize("dim", [80, 128])
 @pytest.mark.parametrize("row", ROWS)
 def test_edge_vectors(row, dim):
     """Zero and -0.0 decode to zero (to the mean); everything finite stays finite."""
-    codec = ROWS[row].make(dim)
-    arrays = {k: jnp.asarray(v[1]) for k, v in arrays_of(codec, np.random.default_rng(1)).items()}
+    codec, fitted, run = program(row, dim)
+    arrays = {k: jnp.asarray(v[1]) for k, v in fitted.items()}
     mean = np.asarray(arrays.get("mean", np.zeros(dim, np.float32)))
     x = np.zeros((max(6, codec.block), dim), np.float32)
     x[1] = -0.0
@@ -37,12 +52,6 @@ def test_edge_vectors(row, dim):
     x = x + mean
     if "mean" not in arrays:
         x[1] = -0.0  # adding the zero mean dropped the sign
-
-    @jax.jit  # one program instead of two; what is decoded is rounded as it is stored
-    def run(arrays, x):
-        stored = jax.lax.optimization_barrier(codec.encode(arrays, x))
-        return stored, codec.decode(arrays, stored)
-
     stored, decoded = run(arrays, jnp.asarray(x))
     decoded = np.asarray(decoded)
     check_finite_stored(stored)
@@ -89,17 +98,15 @@ SHOWS_OVERFLOW = [  # codecs that store no number but codes cannot
 @pytest.mark.parametrize("row", SHOWS_OVERFLOW)
 def test_overflow_and_nan_are_reported(row):
     """A scale beyond float16 is inf, NaN input is NaN, and the check names the field."""
-    codec = ROWS[row].make(64)
-    rng = np.random.default_rng(3)
-    arrays = {k: jnp.asarray(v[0]) for k, v in arrays_of(codec, rng).items()}
-    x = rng.normal(size=(max(4, codec.block), 64)).astype(np.float32)
+    codec, fitted, run = program(row, 128)
+    arrays = {k: jnp.asarray(v[0]) for k, v in fitted.items()}
+    x = np.random.default_rng(3).normal(size=(max(6, codec.block), 128)).astype(np.float32)
     x[2, 9] = np.nan
-    encode = jax.jit(codec.encode)
     with pytest.raises(TurboqError, match=r"layer 3: .*not finite.*wider scale_dtype"):
-        check_finite_stored(encode(arrays, jnp.asarray(x)), "layer 3")
+        check_finite_stored(run(arrays, jnp.asarray(x))[0], "layer 3")
     narrow = any(f.dtype == "float16" for f in codec.fields)
     x[2] = 1e8 * np.sign(x[0])
-    stored = encode(arrays, jnp.asarray(x))
+    stored, _ = run(arrays, jnp.asarray(x))
     if narrow:
         with pytest.raises(TurboqError, match="not finite"):
             check_finite_stored(stored)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from codec_rows import HEADS, ROWS, TOKENS, cell, compiling, run, variable
+from codec_rows import HEADS, ROWS, TOKENS, cell, compiling, variable
 from tolerances import TOL
 
 from turboq.codecs import (
@@ -187,28 +186,25 @@ def test_vmap_equals_a_loop_over_heads(row):
     c = cell(row, 64)
     n = 64
 
-    def read(arrays, q, stored):
-        codec: Codec = c["codec"]
-        return codec.decode(arrays, stored), codec.logits(
-            arrays, codec.fold_query(arrays, q), stored
-        )
+    codec: Codec = c["codec"]
 
-    alone, read_alone = functools.partial(run, c["codec"]), read
+    def alone(arrays, x, q, stored):
+        logits = codec.logits(arrays, codec.fold_query(arrays, q), stored)
+        return codec.encode(arrays, x), codec.decode(arrays, stored), logits
+
     if row not in EAGER:
-        alone, read_alone = jax.jit(alone), jax.jit(read)
+        alone = jax.jit(alone)
     for h in range(HEADS):
         arrays = {k: jnp.asarray(v[h]) for k, v in c["arrays"].items()}
         x, q = jnp.asarray(c["x"][h, :n]), jnp.asarray(c["q"][h])
-        rows = {f.name: n // c["codec"].block if f.per_block else n for f in c["codec"].fields}
+        rows = {f.name: n // codec.block if f.per_block else n for f in codec.fields}
         stored = {k: jnp.asarray(v[h, : rows[k]]) for k, v in c["stored"].items()}
-        weights = jnp.asarray(c["weights"][h, :, :n])
-        with compiling(c["codec"]):
-            found = alone(arrays, x, q, weights)
-        for name, values in found["stored"].items():
+        with compiling(codec):
+            found, decoded, logits = alone(arrays, x, q, stored)
+        for name, values in found.items():
             got = np.asarray(values, np.float64)
             same = np.isclose(got, stored[name], rtol=TOL["scale_step"], atol=0)
             assert np.mean(same) >= 1 - TOL["unclear_share"], name
-        decoded, logits = read_alone(arrays, q, stored)
         atol = TOL["decode_f32"] * np.abs(c["decoded"]).max()
         np.testing.assert_allclose(decoded, c["decoded"][h, :n], atol=atol, rtol=0)
         atol = TOL["product_f32"] * np.abs(c["logits"]).max()

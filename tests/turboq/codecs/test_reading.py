@@ -92,7 +92,6 @@ def test_part_offsets_and_bits():
     )
     reading = Reading(parts=parts)
     assert (reading.width, reading.starts, reading.bits_per_token) == (96, (0, 32), 256)
-    assert [p.table_size for p in parts] == [16, 1]
 
 
 @pytest.mark.parametrize(
