@@ -35,7 +35,7 @@ from turboq_calibrate.measure.evaluate import evaluate, plan_layers
 from turboq_calibrate.measure.generate import greedy
 from turboq_calibrate.measure.scored import plan_scored
 from turboq_calibrate.measure.teacher_forced import hidden_states
-from turboq_calibrate.models import delta_net, load_model, run_head
+from turboq_calibrate.models import load_model, recurrence, run_head
 from turboq_calibrate.models.geometry import model_geometry
 from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.recipe import ObserveRecipe
@@ -167,7 +167,8 @@ def check_memory(name, model, plan, cache_bytes):
             for x in owners
         )
         assert of_formats(told, "f16", "f16").cache("engine").kv_bytes(context) == due
-    states = [delta_net.empty(x.delta, 1) for x in model.spec.layers if x.delta is not None]
+    mixers = [x.recurrent for x in model.spec.layers]
+    states = [recurrence.empty(mixer, 1) for mixer in mixers if mixer is not None]
     # Matrices are of float32 as here, the convolution's inputs of 16 bits in engines.
     assert told.state_bytes == sum(x.matrix.nbytes + x.inputs.nbytes // 2 for x in states)
     assert told.unknown_states == 0

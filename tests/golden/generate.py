@@ -41,6 +41,7 @@ from families import (
     VISION4,
     WORD,
 )
+from hybrids import HYBRIDS, converted, write_hybrid
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -85,6 +86,7 @@ def build(family: str) -> transformers.PreTrainedModel:
                 centred = model_type.startswith(("gemma2", "gemma3", "qwen3_5", "qwen3_next"))
                 one = name.endswith("norm.weight") and not centred
                 one |= name.endswith("linear_attn.norm.weight")
+                one |= name.endswith("mamba.D")
                 one |= "gemma4" in model_type and name.endswith(
                     ("scale", "norm_1.weight", "norm_2.weight")
                 )
@@ -214,7 +216,8 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     latent = getattr(config, "kv_lora_rank", None)
-    writer.add_head_count_kv(1 if latent else config.num_key_value_heads)
+    if model_type != "granitemoehybrid":
+        writer.add_head_count_kv(1 if latent else config.num_key_value_heads)
     if model_type in ("starcoder2", "cohere2"):
         eps = "norm_epsilon" if model_type == "starcoder2" else "layer_norm_eps"
         writer.add_layer_norm_eps(getattr(config, eps))
@@ -234,7 +237,7 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     if head_dim != config.hidden_size // config.num_attention_heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if model_type == "granite":
+    if model_type.startswith("granite"):
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
@@ -255,16 +258,19 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
             writer.add_tensor(f"rope_factors_{name.removesuffix('_factor')}.weight", factors)
     if model_type in INTERLEAVED:
         writer.add_rope_dimension_count(head_dim)
-    if model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"):
+    if model_type in HYBRIDS:
+        write_hybrid(writer, config)
+    if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):
         count = getattr(config, "num_local_experts", None) or config.num_experts
         writer.add_expert_count(count)
         writer.add_expert_used_count(config.num_experts_per_tok)
     if model_type == "gpt_oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
-    if model_type in ("qwen2_moe", "qwen3_moe"):
+    if "qwen" in model_type and "moe_intermediate_size" in config.to_dict():
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if model_type == "qwen2_moe":
-        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    for field in ("shared_expert_intermediate_size", "shared_intermediate_size"):
+        if getattr(config, field, None):
+            writer.add_expert_shared_feed_forward_length(getattr(config, field))
     if model_type == "glm4_moe":
         write_grouped(writer, config)
     if latent:
@@ -285,10 +291,13 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     kind = gguf.GGMLQuantizationType[stored]
     grouped = latent or model_type == "glm4_moe"
     state = split_latent(config, model.state_dict()) if grouped else model.state_dict()
+    state = converted(config, state) if model_type in HYBRIDS else state
     for name, p in split_experts(model_type, state):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        target = name  # `hybrids.converted` knows some already
+        if not name.startswith("blk."):
+            target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         target += ".weight" if name.endswith("sinks") else ""
         value = p.float().numpy()
         if model_type in INTERLEAVED and ("q_proj" in name or "k_proj" in name):
@@ -296,7 +305,7 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
             value = interleave(value, getattr(config, key))
         if "gemma" in model_type and "norm" in name:
             value = value + 1  # as the converter does: the file holds whole factors
-        if value.ndim == 1 or name.endswith("bias"):
+        if value.ndim == 1 or name.endswith(("bias", "A_log", ".D", "mamba.norm.weight")):
             writer.add_tensor(target, value)
         else:
             packed = family.endswith("mxfp4") and "exps" in target

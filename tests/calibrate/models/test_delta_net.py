@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
-from turboq_calibrate.models import delta_net, load_model
+from turboq_calibrate.models import delta_net, load_model, recurrence
 from turboq_calibrate.models.params import layer_shapes
 from turboq_calibrate.models.spec import DeltaNet
 
@@ -22,7 +22,7 @@ def case():
     """A layer with its weights and inputs [2, 11, M]."""
     rng = np.random.default_rng(7)
     spec = load_model(GOLDEN / "qwen3_5", resident=False).spec.layers[0]
-    spec = dataclasses.replace(spec, delta=DELTA)
+    spec = dataclasses.replace(spec, recurrent=DELTA)
     params = {
         name: rng.standard_normal(shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 1.0)
         for name, shape in layer_shapes(spec).items()
@@ -32,7 +32,7 @@ def case():
 
 def by_token(spec, params, n):
     """The docstring's equations in float64, one sequence, one head and one token at a time."""
-    d, out = spec.delta, np.zeros_like(n)
+    d, out = spec.recurrent, np.zeros_like(n)
     each = d.value_heads // d.key_heads
     sigmoid = lambda y: 1 / (1 + np.exp(-y))  # noqa: E731
     for b, rows in enumerate(n):
@@ -71,7 +71,7 @@ def single(x):
 def test_layer_against_the_recurrence(case, chunk, monkeypatch):
     """Chunks of one token, with a short one at the end, and one that holds all."""
     spec, params, n = case
-    monkeypatch.setattr(delta_net, "CHUNK", chunk)
+    monkeypatch.setattr(recurrence, "CHUNK", chunk)
     got, _ = delta_net.mix(spec, single(params), single(n))
     want = by_token(spec, params, n)
     assert np.abs(want).max() > 1
@@ -116,7 +116,7 @@ def test_padding_leaves_no_trace(case):
 def test_gradient_against_differences(case, monkeypatch):
     """Along random directions, central differences of the float64 recurrence."""
     spec, params, n = case
-    monkeypatch.setattr(delta_net, "CHUNK", 4)
+    monkeypatch.setattr(recurrence, "CHUNK", 4)
     rng = np.random.default_rng(1)
     g = rng.standard_normal(n.shape)
     _, pull = jax.vjp(lambda x: delta_net.mix(spec, single(params), x)[0], single(n))
@@ -136,7 +136,7 @@ def test_decay_beyond_float32_is_zero_and_has_a_gradient():
     g = jnp.full(shape, -200.0)
 
     def run(g):
-        return delta_net.delta_rule(q, k, v, g, beta, jnp.ones((1, 1, 2, 1)))[0]
+        return recurrence.pass_through(q, k, v, g, jnp.ones((1, 1, 2, 1)), beta)[0]
 
     out, pull = jax.vjp(run, g)
     np.testing.assert_allclose(out, v, rtol=1e-6)  # every token sees itself alone

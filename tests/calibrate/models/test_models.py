@@ -93,7 +93,7 @@ def check_against_golden(path, expected, **options):
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=TOL["model_golden"])
     assert len(states) == len(model.spec.layers)
     for i, seen in enumerate(states):
-        if model.spec.layers[i].delta is not None:
+        if model.spec.layers[i].recurrent is not None:
             assert f"k{i}" not in expected
             continue
         for name, value in zip("qkv", seen, strict=True):
@@ -234,7 +234,7 @@ def test_golden_families_cover_what_they_claim():
         6, "head", True, False,
     )  # fmt: skip
     hybrids = [specs[name].layers for name in ("qwen3_5", "qwen3_5_vision", "qwen3_next")]
-    kinds = [[layer.delta is not None for layer in layers] for layers in hybrids]
+    kinds = [[layer.recurrent is not None for layer in layers] for layers in hybrids]
     assert kinds == [[True, False, True], [True, False], [True, False, True]]
     assert [bool(layer.experts) for layer in hybrids[2]] == [True, True, False]
     assert {layers[1].experts and layers[1].experts.shared for layers in hybrids} == {None, 10}

@@ -67,11 +67,11 @@ def test_published_models(name):
     spec = model_spec(settings, name)
     assert parameter_count(spec) == parameters
     assert spec.context == 262144
-    assert [layer.delta is None for layer in spec.layers] == [False, False, False, True] * (
+    assert [layer.recurrent is None for layer in spec.layers] == [False, False, False, True] * (
         len(spec.layers) // 4
     )
     delta, full = spec.layers[0], spec.layers[3]
-    assert delta.delta == DeltaNet(
+    assert delta.recurrent == DeltaNet(
         key_heads=16, value_heads=value_heads, key_dim=128, value_dim=128, kernel=4
     )
     assert (delta.kv_heads, delta.rope, delta.output_gate) == (0, None, False)
@@ -90,7 +90,7 @@ def config(model_type="qwen3_5_text", **fields):
 def test_layer_types_and_interval():
     def kinds(**fields):
         layers = model_spec(config(num_hidden_layers=5, **fields), "x").layers
-        return "".join("a" if layer.delta is None else "d" for layer in layers)
+        return "".join("a" if layer.recurrent is None else "d" for layer in layers)
 
     assert kinds() == "dddad"
     assert kinds(full_attention_interval=2) == "dadad"
