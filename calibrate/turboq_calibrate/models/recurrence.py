@@ -102,21 +102,23 @@ def pass_through(
         y = y.reshape(batch, -1, size, *y.shape[2:])
         return jnp.moveaxis(jnp.moveaxis(y, 3, 2), 1, 0)  # [N, B, H, C, ...]
 
-    # Run again on the way back, or what is inside every chunk would be kept for it.
-    matrix, out = jax.lax.scan(
-        jax.checkpoint(_chunk, prevent_cse=False),
-        matrix,
-        tuple(None if y is None else chunks(y) for y in (q, k, v, g, beta)),
-    )
+    tokens = tuple(None if y is None else chunks(y) for y in (q, k, v, g, beta))
+    matrix, out = jax.lax.scan(_chunk, matrix, tokens)
     out = jnp.moveaxis(out, 0, 1).swapaxes(2, 3)  # [B, N, C, H, Dv]
     return out.reshape(batch, -1, heads, v.shape[3])[:, :time], matrix
 
 
+# Run again on the way back, or what is inside every chunk would be kept for it.
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def _chunk(
-    matrix: Float[Array, "B H Dk Dv"], tokens: tuple[Array, ...]
+    matrix: Float[Array, "B H Dk Dv"], tokens: tuple[Array | None, ...]
 ) -> tuple[Float[Array, "B H Dk Dv"], Float[Array, "B H C Dv"]]:
     """One chunk; tokens are q, k, v [B, H, C, D], g [B, H, C] and the same of beta, or None."""
     q, k, v, g, beta = tokens
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert g is not None
     size = g.shape[-1]
     c = jnp.cumsum(g, axis=-1)
     upto = jnp.tril(jnp.ones((size, size), bool))
