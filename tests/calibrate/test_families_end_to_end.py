@@ -50,6 +50,7 @@ MECHANISMS = (
     "glm",  # partial rotation of neighbouring channels
     "gpt_oss",  # logit sinks, experts with biases, YaRN
     "qwen3_next",  # gated delta-nets without keys and values beside gated attention
+    "granite_hybrid_dense",  # Mamba-2 mixers without keys and values
     "deepseek_v3",  # one latent vector of all heads, experts in groups
     "cohere2",  # attention and MLP side by side
     "gemma4",  # caches that two layers read, heads by layer, inputs of layers

@@ -412,7 +412,7 @@ FAMILIES = {
     "granitemoe": (
         "granitemoe",
         MOE | GRANITE | {"num_local_experts": 4, "intermediate_size": 12, "attention_bias": True},
-        torch.bfloat16, None, None, None,
+        torch.bfloat16, None, "BF16", None,
     ),
     "granite_hybrid": (
         "granitemoehybrid",
@@ -549,6 +549,6 @@ CAPTURED = {
 # Whose GGUF copies transformers does not read.
 UNREAD = ("mixtral", "olmo2", "olmo3", "smollm3", "granite", "glm4", "gpt_oss", "cohere2")
 UNREAD += ("deepseek_v2", "deepseek_v3", "glm4_moe", "qwen2_moe")
-UNREAD += ("granitemoehybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+UNREAD += ("granitemoe", "granitemoehybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
-INTERLEAVED = ("llama", "mixtral", "smollm3", "granite", "granitemoehybrid")
+INTERLEAVED = ("llama", "mixtral", "smollm3", "granite", "granitemoe", "granitemoehybrid")

@@ -41,7 +41,7 @@ from families import (
     VISION4,
     WORD,
 )
-from hybrids import HYBRIDS, converted, write_hybrid
+from hybrids import CONVERTED, HYBRIDS, converted, write_hybrid
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -291,7 +291,7 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     kind = gguf.GGMLQuantizationType[stored]
     grouped = latent or model_type == "glm4_moe"
     state = split_latent(config, model.state_dict()) if grouped else model.state_dict()
-    state = converted(config, state) if model_type in HYBRIDS else state
+    state = converted(config, state) if model_type in CONVERTED else state
     for name, p in split_experts(model_type, state):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue

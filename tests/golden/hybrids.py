@@ -1,11 +1,13 @@
-"""What `generate.py` does for layers without a KV cache: their GGUF form."""
+"""What `generate.py` does for layers without a KV cache, and Granite's experts: their GGUF form."""
 
 from __future__ import annotations
 
 import torch
 
 DELTA_NETS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+GRANITES = ("granitemoe", "granitemoehybrid")
 HYBRIDS = (*DELTA_NETS, "granitemoehybrid")
+CONVERTED = (*HYBRIDS, "granitemoe")
 
 
 def write_hybrid(writer, config) -> None:
@@ -43,7 +45,7 @@ def converted(config, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
             p = -p.exp()
         if name.endswith("conv1d.weight"):
             p = p.squeeze(1)
-        if config.model_type == "granitemoehybrid":
+        if config.model_type in GRANITES:
             name = name.replace("dt_bias", "dt_proj.bias").replace("router.", "router.layer.")
             out |= _granite(config, name, p)
             continue

@@ -62,6 +62,20 @@ SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 _gemma = functools.partial(
     Architecture, post_norms=True, scaled_embedding=True, activation="gelu_tanh"
 )
+# Experts are none where the file counts none.
+_granite = functools.partial(
+    Architecture,
+    interleaved=True,
+    rope_switch=True,
+    renormalised=True,
+    shared_gate=False,
+    reads=frozenset(
+        {
+            *("logit_scale", "residual_scale", "embedding_scale", "attention.scale"),
+            "expert_count",
+        }
+    ),
+)
 # Norm weights of the delta-net itself are the checkpoint's: its code adds nothing to them.
 _qwen_hybrid = functools.partial(
     Architecture,
@@ -84,24 +98,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         fused=("q_gate",), tiled=True, renormalised=True, reads=frozenset({"expert_count"})
     ),
     "smollm3": Architecture(interleaved=True, no_rope_every=4),
-    "granite": Architecture(
-        interleaved=True,
-        rope_switch=True,
-        reads=frozenset({"logit_scale", "residual_scale", "embedding_scale", "attention.scale"}),
-    ),
-    "granitehybrid": Architecture(
-        interleaved=True,
-        rope_switch=True,
-        recurrent="mamba",
-        renormalised=True,
-        shared_gate=False,
-        reads=frozenset(
-            {
-                *("logit_scale", "residual_scale", "embedding_scale", "attention.scale"),
-                "expert_count",
-            }
-        ),
-    ),
+    "granite": _granite(),
+    "granitemoe": _granite(),
+    "granitehybrid": _granite(recurrent="mamba"),
     "phi3": Architecture(
         partial_rotary=True,
         longrope=True,

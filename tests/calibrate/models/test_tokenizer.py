@@ -51,6 +51,10 @@ SPLITS = {
         rf"(?i:{CONTRACTION})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ],
+    "qwen35": [
+        rf"(?i:{CONTRACTION})|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+        r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
     "gpt-4o": [
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
         rf"(?i:{CONTRACTION})?"
@@ -80,7 +84,7 @@ SAME = {
     "olmo": "gpt-2",
 }
 WHOLE = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken")  # a word that is a token stays
-NFC = ("qwen2", "deepseek-r1-qwen", "command-r", "olmo")
+NFC = ("qwen2", "qwen35", "deepseek-r1-qwen", "command-r", "olmo")
 
 
 def gguf_tokenizer(family):
@@ -173,7 +177,7 @@ def test_pre_tokenizers_against_bpe_by_hand(pre):
         check.hypothesis.inner_test(text)
     words = [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("12345abba")]
     numbers = {"gpt-2": ["1234", "5"], "smollm": [*"12345"], "qwen2": [*"12345"]}
-    numbers["tekken"] = [*"12345"]
+    numbers |= {name: [*"12345"] for name in ("tekken", "qwen35")}
     letters = ["abba"] if pre in WHOLE else [*"abba"]
     assert words == [*numbers.get(SAME.get(pre, pre), ["123", "45"]), *letters]
 
