@@ -169,6 +169,7 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
     "glm4_moe": "glm4moe",
     "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
     "granitemoehybrid": "granitehybrid",
     "gpt_oss": "gpt-oss",
     "olmo3": "olmo2",
@@ -374,7 +375,7 @@ FAMILIES = {
                   "hidden_size_per_layer_input": 12, "final_logit_softcapping": 2.0,
                   "layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 2,
                                   "full_attention"]},
-        torch.bfloat16, None, None, None,
+        torch.bfloat16, None, "BF16", None,
     ),
     "gemma4_moe": (
         "gemma4_text",
@@ -382,7 +383,7 @@ FAMILIES = {
                   "top_k_experts": 2, "moe_intermediate_size": 12,
                   "hidden_size_per_layer_input": 0,
                   "layer_types": ["sliding_attention", "full_attention"]},
-        torch.bfloat16, None, None, None,
+        torch.bfloat16, None, "BF16", None,
     ),
     "gemma4_vision": (
         "gemma4",
@@ -549,6 +550,13 @@ CAPTURED = {
 # Whose GGUF copies transformers does not read.
 UNREAD = ("mixtral", "olmo2", "olmo3", "smollm3", "granite", "glm4", "gpt_oss", "cohere2")
 UNREAD += ("deepseek_v2", "deepseek_v3", "glm4_moe", "qwen2_moe")
-UNREAD += ("granitemoe", "granitemoehybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+UNREAD += (
+    "gemma4_text",
+    "granitemoe",
+    "granitemoehybrid",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+)
 # Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
 INTERLEAVED = ("llama", "mixtral", "smollm3", "granite", "granitemoe", "granitemoehybrid")

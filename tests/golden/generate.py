@@ -9,6 +9,7 @@ and `smollm2_135m.npz` holds what transformers makes of the embedded default mod
 
 from __future__ import annotations
 
+import copy
 import datetime
 import importlib.metadata
 import importlib.util
@@ -41,6 +42,7 @@ from families import (
     VISION4,
     WORD,
 )
+from gemma4 import named, write_gemma4
 from hybrids import CONVERTED, HYBRIDS, converted, write_hybrid
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -202,7 +204,8 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
 def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     """A GGUF copy of `model`, names from the gguf package's own tables."""
     model_type, _, _, _, stored, pre = FAMILIES[family]
-    config = model.config
+    config = copy.deepcopy(model.config)
+    config.allow_global_per_layer_attribute_access = True  # of Gemma 4; others do not know it
     writer = gguf.GGUFWriter(path, ARCHITECTURES.get(model_type, model_type))
     writer.add_name(f"golden {family}")
     drafting = (getattr(config, "num_mtp_layers", 0) or 0) if model_type == "glm4_moe" else 0
@@ -260,10 +263,13 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_rope_dimension_count(head_dim)
     if model_type in HYBRIDS:
         write_hybrid(writer, config)
+    if model_type == "gemma4_text":
+        write_gemma4(writer, config)
     if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):
         count = getattr(config, "num_local_experts", None) or config.num_experts
         writer.add_expert_count(count)
-        writer.add_expert_used_count(config.num_experts_per_tok)
+        if model_type != "gemma4_text":
+            writer.add_expert_used_count(config.num_experts_per_tok)
     if model_type == "gpt_oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
     if "qwen" in model_type and "moe_intermediate_size" in config.to_dict():
@@ -292,6 +298,7 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     grouped = latent or model_type == "glm4_moe"
     state = split_latent(config, model.state_dict()) if grouped else model.state_dict()
     state = converted(config, state) if model_type in CONVERTED else state
+    state = named(state) if model_type == "gemma4_text" else state
     for name, p in split_experts(model_type, state):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -303,7 +310,7 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         if model_type in INTERLEAVED and ("q_proj" in name or "k_proj" in name):
             key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             value = interleave(value, getattr(config, key))
-        if "gemma" in model_type and "norm" in name:
+        if "gemma" in model_type and "norm" in name and model_type != "gemma4_text":
             value = value + 1  # as the converter does: the file holds whole factors
         if value.ndim == 1 or name.endswith(("bias", "A_log", ".D", "mamba.norm.weight")):
             writer.add_tensor(target, value)

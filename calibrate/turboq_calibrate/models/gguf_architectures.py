@@ -54,6 +54,7 @@ class Architecture:
     tiled: bool = False  # value heads of a delta-net: one of every key head, then the next of each
     output_gate: bool = False  # of attention
     shared_gate: bool = True  # of the expert that every token passes
+    by_layer: bool = False  # what Gemma 4 has otherwise layer by layer (`gguf_spec`)
     reads: frozenset[str] = frozenset()
 
 
@@ -157,6 +158,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         logit_softcap=30.0,
         wide_scale_layers=46,
         reads=frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
+    ),
+    "gemma4": _gemma(
+        sliding_theta=1e4,
+        by_layer=True,
+        renormalised=True,
+        reads=frozenset({"expert_count", "final_logit_softcapping"}),
     ),
     "gemma3": _gemma(
         full_every=6,

@@ -20,6 +20,7 @@ from turboq_calibrate.models import params as P
 from turboq_calibrate.models.by_head import by_kind
 from turboq_calibrate.models.gguf_architectures import ARCHITECTURES
 from turboq_calibrate.models.gguf_names import (
+    BEFORE,
     DIVISORS,
     EMBEDDING,
     FACTORS,
@@ -27,10 +28,13 @@ from turboq_calibrate.models.gguf_names import (
     NORM,
     NORM_BIAS,
     SHARED_ROUTER,
+    UNUSED_OF_BORROWERS,
     layer_name,
 )
 from turboq_calibrate.models.gguf_spec import Geometry
 from turboq_calibrate.models.spec import LayerSpec
+
+GATE_UP = "expert_gate_up"
 
 
 class GGUFFile:
@@ -104,21 +108,31 @@ class GGUFFile:
 
     def experts(self, index: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Float32 matrices of some experts of one layer, stacked."""
-        layer = self.spec.layers[index]
-        return {
+        read = {
             name: self._read(self._name(index, name), shape, numbers)
-            for name, shape in _stacked(layer).items()
+            for name, shape in self._stacked(index).items()
         }
+        if GATE_UP in read:
+            gate, up = np.split(read.pop(GATE_UP), 2, axis=1)
+            read |= {"expert_gate": gate, "expert_up": up}
+        return read
+
+    def _stacked(self, index: int) -> P.Shapes:
+        """Shapes of all experts' matrices, as one tensor holds them."""
+        layer = self.spec.layers[index]
+        shapes, count = P.expert_shapes(layer), layer.experts.count if layer.experts else 0
+        if self._name(index, GATE_UP) in self._tensors:
+            shapes = P.fused_shapes(shapes, (GATE_UP,))
+        return {name: (count, *shape) for name, shape in shapes.items()}
 
     def embed(self, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
         """Float32 weights before the layers, or some of them."""
         shapes = P.embed_shapes(self.spec)
-        return {name: self._read(EMBEDDING, shapes[name]) for name in names or shapes}
+        return {name: self._read(BEFORE[name], shapes[name]) for name in names or shapes}
 
     def embed_rows(self, ids: np.ndarray, name: str = "embedding") -> np.ndarray:
-        """Float32 embeddings of some tokens only, [len(ids), M]."""
-        assert name == "embedding"  # of no architecture here anything else
-        return self._read(EMBEDDING, (self.spec.vocab, self.spec.hidden), ids)
+        """Float32 rows of some tokens only, [len(ids), M]."""
+        return self._read(BEFORE[name], P.embed_shapes(self.spec)[name], ids)
 
     def head(self) -> dict[str, np.ndarray]:
         name = EMBEDDING if self.spec.tied_embeddings else HEAD
@@ -158,16 +172,14 @@ class GGUFFile:
     def _check_tensors(self) -> None:
         """Every tensor the decoder needs is there with its shape, and no tensor is left over."""
         spec = self.spec
-        expected = {
-            EMBEDDING: (spec.vocab, spec.hidden),
-            NORM: (spec.hidden,),
-        }
+        expected = {BEFORE[name]: shape for name, shape in P.embed_shapes(spec).items()}
+        expected[NORM] = (spec.hidden,)
         if spec.norm == "layer":
             expected[NORM_BIAS] = (spec.hidden,)
         if not spec.tied_embeddings:
             expected[HEAD] = (spec.vocab, spec.hidden)
         for i, layer in enumerate(spec.layers):
-            for name, shape in (self._stored_shapes(layer) | _stacked(layer)).items():
+            for name, shape in (self._stored_shapes(layer) | self._stacked(i)).items():
                 expected[self._name(i, name)] = shape
         for name, shape in expected.items():
             if name not in self._tensors:
@@ -176,9 +188,15 @@ class GGUFFile:
         divisors = FACTORS if self._row.longrope else (DIVISORS,)
         blocks = self.metadata[f"{spec.family}.block_count"]
         drafts = tuple(f"blk.{i}." for i in range(len(spec.layers), blocks))
+        unused = {
+            f"blk.{i}.{name}"
+            for i, layer in enumerate(spec.layers)
+            for name in UNUSED_OF_BORROWERS
+            if layer.borrows_cache_of is not None
+        }
         extra = sorted(
             name
-            for name in set(self._tensors) - set(expected) - set(divisors)
+            for name in set(self._tensors) - set(expected) - set(divisors) - unused
             if not name.startswith(drafts)
         )
         if extra:
@@ -186,12 +204,6 @@ class GGUFFile:
                 f"{self.path}: tensor {shortened(extra[0])} ({len(extra)} in all) has no place in "
                 f"a {spec.family} decoder: the model has a part that is not supported"
             )
-
-
-def _stacked(layer: LayerSpec) -> P.Shapes:
-    """Shapes of all experts' matrices, as one tensor holds them."""
-    count = layer.experts.count if layer.experts else 0
-    return {name: (count, *shape) for name, shape in P.expert_shapes(layer).items()}
 
 
 def unpermute(value: np.ndarray, heads: int) -> np.ndarray:

@@ -10,6 +10,15 @@ SHARED_ROUTER = "ffn_gate_inp_shexp.weight"
 # What each frequency is divided by; of longrope in short sequences and in long ones.
 DIVISORS = "rope_freqs.weight"
 FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
+# Of inputs of layers (`stream`).
+INPUTS = {
+    "layer_embedding": "per_layer_token_embd.weight",
+    "input_projection": "per_layer_model_proj.weight",
+    "input_norm": "per_layer_proj_norm.weight",
+}
+BEFORE = {"embedding": EMBEDDING, **INPUTS}
+# What layers that read another's cache may have for a cache of their own.
+UNUSED_OF_BORROWERS = ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
 # After the layer's own prefix.
 LAYER_TENSORS = {
     "attn_norm_bias": "attn_norm.bias",
@@ -54,6 +63,16 @@ LAYER_TENSORS = {
     "expert_gate": "ffn_gate_exps.weight",
     "expert_up": "ffn_up_exps.weight",
     "expert_down": "ffn_down_exps.weight",
+    "expert_gate_up": "ffn_gate_up_exps.weight",
+    "expert_norm": "pre_ffw_norm_2.weight",
+    "expert_post_norm": "post_ffw_norm_2.weight",
+    "expert_factor": "ffn_down_exps.scale",
+    "mlp_own_post_norm": "post_ffw_norm_1.weight",
+    "router_scale": "ffn_gate_inp.scale",
+    "input_gate": "inp_gate.weight",
+    "input_out": "proj.weight",
+    "input_post_norm": "post_norm.weight",
+    "output_scale": "layer_output_scale.weight",
     "gate_bias": "ffn_gate.bias",
     "up_bias": "ffn_up.bias",
     "down_bias": "ffn_down.bias",

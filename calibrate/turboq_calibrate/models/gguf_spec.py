@@ -14,6 +14,7 @@ from turboq.errors import TurboqError, quoted
 from turboq.numbers.rope import Rope, Scaling
 from turboq_calibrate.models.config import ONE_FORM, OTHER_FORM
 from turboq_calibrate.models.config_fields import positive
+from turboq_calibrate.models.config_gemma4 import shared_channels, sharing, with_inputs
 from turboq_calibrate.models.config_longrope import divided
 from turboq_calibrate.models.config_yarn import temperature, yarn_frequencies
 from turboq_calibrate.models.gguf_architectures import SIGMOID, SOFTMAX, Architecture
@@ -105,6 +106,7 @@ class Geometry:
             raise TurboqError(f"{self.path}: {count} layers but {len(self.tensors)} tensors")
         rms = self.row.norm == "rms"
         eps = self._positive(f"attention.layer_norm_{'rms_' if rms else ''}epsilon")
+        layers = self._by_layer(tuple(self._layer(i, hidden, eps) for i in range(count)))
         return ModelSpec(
             family=arch,
             name=self.path.stem,
@@ -114,7 +116,9 @@ class Geometry:
             norm_eps=eps,
             norm=self.row.norm,
             tied_embeddings=HEAD not in self.tensors,
-            layers=tuple(self._layer(i, hidden, eps) for i in range(count)),
+            layers=layers,
+            shared=shared_channels(layers),
+            own_input=layers[0].own_input,
             embed_scale=hidden**0.5
             if self.row.scaled_embedding
             else self._factor("embedding_scale"),
@@ -164,8 +168,9 @@ class Geometry:
                 return self._latent_spec(index, hidden, heads, eps)
             if hidden % heads and not self._get("attention.key_length", 0):
                 raise TurboqError(f"{self.path}: {hidden=} is not a multiple of {heads=}")
-            head_dim = self._integer("attention.key_length", hidden // heads)
-            v_head_dim = self._integer("attention.value_length", head_dim)
+            kind = "_swa" if row.by_layer and self._window(index) else ""
+            head_dim = self._integer(f"attention.key_length{kind}", hidden // heads)
+            v_head_dim = self._integer(f"attention.value_length{kind}", head_dim)
 
         def has(name: str) -> bool:
             return layer_name(self.row, index, name) in self.tensors
@@ -177,7 +182,9 @@ class Geometry:
             rope, magnitude = self._rope(head_dim, sliding=window is not None)
         return LayerSpec(
             hidden=hidden,
-            intermediate=0 if experts else self._integer("feed_forward_length", layer=index),
+            intermediate=0
+            if experts and not experts.beside
+            else self._integer("feed_forward_length", layer=index),
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -203,7 +210,24 @@ class Geometry:
             softmax_scale=self._softmax_scale(hidden, heads),
             window=window,
             softcap=self._cap("attn_logit_softcapping", row.softcap),
+            value_norm=row.by_layer,
+            output_scale=has("output_scale"),
         )
+
+    def _by_layer(self, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+        """Gemma 4's layers that share caches, make values of keys or read an input of their own."""
+        if not self.row.by_layer:
+            return layers
+        shared, size = (
+            self._integer(key) if self._get(key, 0) else 0
+            for key in ("attention.shared_kv_layers", "embedding_length_per_layer_input")
+        )
+        found = sharing(list(layers), shared, f"{self.path}: attention.shared_kv_layers")
+        for i, layer in enumerate(found):
+            without = layer_name(self.row, i, "v") not in self.tensors
+            if without and layer.borrows_cache_of is None:
+                found[i] = dataclasses.replace(layer, values_are_keys=True)
+        return with_inputs(found, size) if size else tuple(found)
 
     def _mixer(self, index: int) -> DeltaNet | Mamba | None:
         """What a layer has in place of attention."""
@@ -321,6 +345,8 @@ class Geometry:
 
     def _softmax_scale(self, hidden: int, heads: int) -> float | None:
         """Where it is not head_dim^-1/2."""
+        if self.row.by_layer:
+            return 1.0
         if self._integer("block_count") == self.row.wide_scale_layers:
             return (hidden / heads) ** -0.5
         return self._positive("attention.scale") if self._get("attention.scale", 0) else None
@@ -353,13 +379,15 @@ class Geometry:
             renormalised=self.row.renormalised or bool(self._get("expert_weights_norm", False)),
             shared=width,
             shared_gate=gate,
+            beside=self.row.by_layer,
             bias=layer_name(self.row, index, "router_bias") in self.tensors,
         )
 
     def _rope(self, head_dim: int, *, sliding: bool) -> tuple[Rope, float]:
         """The rotary embedding, and the factor on what it rotates."""
         theta = self._positive("rope.freq_base", 10000.0)
-        dim = self._integer("rope.dimension_count", head_dim)
+        kind = "_swa" if sliding and self.row.by_layer else ""
+        dim = self._integer(f"rope.dimension_count{kind}", head_dim)
         if dim > head_dim or dim % 2 or (dim < head_dim and not self.row.partial_rotary):
             some = (
                 "an even number of them" if self.row.partial_rotary else "all, and an even number"
@@ -423,6 +451,7 @@ class Geometry:
             own = key == "freq_base_swa" and self._own_sliding_rope
             own |= key == LOG_MULTIPLIER and self.row.latent
             own |= key == SECTIONS and self.row.recurrent == "delta"
+            own |= key == "dimension_count_swa" and self.row.by_layer
             if key not in ROPE and not own:
                 raise TurboqError(f"{self.path}: {prefix}{key}={quoted(value)} is not supported")
         if given.get("scaling.attn_factor", 1.0) != 1.0 and not self.row.longrope:

@@ -147,6 +147,7 @@ FUSED = {
     "qkv": ("q", "k", "v"),
     "gate_up": ("gate", "up"),
     "shared_gate_up": ("shared_gate", "shared_up"),
+    "expert_gate_up": ("expert_gate", "expert_up"),
     "q_gate": ("q", "attn_gate"),
     "delta_qkvz": ("delta_qkv", "delta_z"),
     "delta_ba": ("delta_b", "delta_a"),
