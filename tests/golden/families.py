@@ -169,6 +169,8 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
     "glm4_moe": "glm4moe",
     "gemma3_text": "gemma3",
+    "glm": "chatglm",
+    "ministral3": "mistral3",
     "gemma4_text": "gemma4",
     "granitemoehybrid": "granitehybrid",
     "gpt_oss": "gpt-oss",
@@ -235,7 +237,7 @@ FAMILIES = {
          "head_dim": 12, "rope_parameters": rope("yarn", 1e6, mscale=1.0, mscale_all_dim=1.0,
                                  factor=4.0, original_max_position_embeddings=8,
                                  llama_4_scaling_beta=0.3)},
-        torch.bfloat16, None, None, None,
+        torch.bfloat16, None, "BF16", None,
     ),
     "qwen2": (
         "qwen2",
@@ -446,7 +448,7 @@ FAMILIES = {
         "glm",
         GLM | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
                "attention_bias": False},
-        torch.bfloat16, None, None, None,
+        torch.bfloat16, None, "BF16", None,
     ),
     "glm4": ("glm4", GLM, torch.bfloat16, None, "BF16", None),
     "glm4_moe": (
@@ -550,13 +552,8 @@ CAPTURED = {
 # Whose GGUF copies transformers does not read.
 UNREAD = ("mixtral", "olmo2", "olmo3", "smollm3", "granite", "glm4", "gpt_oss", "cohere2")
 UNREAD += ("deepseek_v2", "deepseek_v3", "glm4_moe", "qwen2_moe")
-UNREAD += (
-    "gemma4_text",
-    "granitemoe",
-    "granitemoehybrid",
-    "qwen3_next",
-    "qwen3_5_text",
-    "qwen3_5_moe_text",
-)
+UNREAD += ("gemma4_text", "glm", "granitemoe", "granitemoehybrid", "ministral3")
+UNREAD += ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
 INTERLEAVED = ("llama", "mixtral", "smollm3", "granite", "granitemoe", "granitemoehybrid")
+INTERLEAVED += ("ministral3",)

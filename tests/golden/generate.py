@@ -253,6 +253,9 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rotation["factor"])
         writer.add_rope_scaling_orig_ctx_len(rotation["original_max_position_embeddings"])
+    if model_type == "ministral3":
+        writer.add_rope_scaling_yarn_log_mul(rotation["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rotation["llama_4_scaling_beta"])
     if model_type == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
         writer.add_rope_scaling_attn_factors(model.model.rotary_emb.attention_scaling)

@@ -55,6 +55,9 @@ class Architecture:
     output_gate: bool = False  # of attention
     shared_gate: bool = True  # of the expert that every token passes
     by_layer: bool = False  # what Gemma 4 has otherwise layer by layer (`gguf_spec`)
+    # Queries grow with their position (`config_rope.query_growth`), and YaRN multiplies what it
+    # rotates by what mscale and mscale_all_dim, 1 and the file's, say.
+    growing: bool = False
     reads: frozenset[str] = frozenset()
 
 
@@ -87,6 +90,9 @@ _qwen_hybrid = functools.partial(
 )
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(interleaved=True, renormalised=True, reads=frozenset({"expert_count"})),
+    "mistral3": Architecture(
+        interleaved=True, growing=True, reads=frozenset({"attention.temperature_scale"})
+    ),
     "qwen2": Architecture(),
     "qwen3": Architecture(),
     "qwen2moe": Architecture(reads=frozenset({"expert_count"})),
@@ -107,6 +113,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         longrope=True,
         fused=("qkv", "gate_up"),
     ),
+    "chatglm": Architecture(layout="interleaved", partial_rotary=True, fused=("gate_up",)),
     "glm4": Architecture(
         layout="interleaved", partial_rotary=True, fused=("gate_up",), post_norms=True
     ),

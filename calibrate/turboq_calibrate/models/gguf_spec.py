@@ -34,6 +34,7 @@ REFUSED = (
     "attention.clamp_kqv",
     "attention.max_alibi_bias",
     "attention.key_length_mla",
+    "attention.temperature_scale",
 )
 # What is understood of rotary embeddings; whatever else llama.cpp reads there changes the result.
 ROPE = (
@@ -210,9 +211,17 @@ class Geometry:
             softmax_scale=self._softmax_scale(hidden, heads),
             window=window,
             softcap=self._cap("attn_logit_softcapping", row.softcap),
+            query_growth=self._growth(),
             value_norm=row.by_layer,
             output_scale=has("output_scale"),
         )
+
+    def _growth(self) -> tuple[float, float] | None:
+        """How queries grow with their position."""
+        if not self._get("attention.temperature_scale", 0):
+            return None
+        original = self._integer("rope.scaling.original_context_length")
+        return self._positive("attention.temperature_scale"), float(original)
 
     def _by_layer(self, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
         """Gemma 4's layers that share caches, make values of keys or read an input of their own."""
@@ -406,9 +415,10 @@ class Geometry:
             original = self._integer(
                 "rope.scaling.original_context_length", self._integer("context_length")
             )
+            multiplier = self._positive(f"rope.{LOG_MULTIPLIER}", 1.0) if self.row.growing else 0
             return (
                 yarn_frequencies(rope, yarn, original, 32.0, 1.0, truncate=True),
-                magnitude * temperature(yarn),
+                magnitude * temperature(yarn) / temperature(yarn, multiplier),
             )
         if name is None:
             return dataclasses.replace(rope, scaling=scaling), magnitude
@@ -449,7 +459,7 @@ class Geometry:
         given = {k[len(prefix) :]: v for k, v in self.metadata.items() if k.startswith(prefix)}
         for key, value in given.items():
             own = key == "freq_base_swa" and self._own_sliding_rope
-            own |= key == LOG_MULTIPLIER and self.row.latent
+            own |= key == LOG_MULTIPLIER and (self.row.latent or self.row.growing)
             own |= key == SECTIONS and self.row.recurrent == "delta"
             own |= key == "dimension_count_swa" and self.row.by_layer
             if key not in ROPE and not own:

@@ -77,15 +77,8 @@ COPIES = (
     *("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"),
     *("olmo2", "smollm3", "granite", "phi3", "glm4", "starcoder2", "olmo3", "gpt_oss_mxfp4"),
     *("cohere2", "qwen2_moe_all", "glm4_moe"),
-    *(
-        "gemma4",
-        "gemma4_moe",
-        "granitemoe",
-        "granite_hybrid",
-        "qwen3_next_all",
-        "qwen3_5",
-        "qwen3_5_moe",
-    ),
+    *("gemma4", "gemma4_moe", "glm", "ministral3", "granitemoe", "granite_hybrid"),
+    *("qwen3_next_all", "qwen3_5", "qwen3_5_moe"),
 )
 
 
