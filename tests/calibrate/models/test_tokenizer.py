@@ -14,7 +14,7 @@ import regex
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaTokenizer, Qwen2Tokenizer
+from transformers import GemmaTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 from turboq.errors import TurboqError
 from turboq_calibrate.models import load_model, splits
@@ -385,6 +385,30 @@ def test_sentencepiece_against_merging_by_hand(prefix):
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
 
 
+def test_gemma_4_merges_as_its_file_says():
+    """The same merges, in the file's order; no space is added in front."""
+    tokens, scores, _ = pieces()
+    by_scores = from_gguf(sentencepiece_metadata(add_space_prefix=False), Path("x.gguf"))
+    merges = json.loads(by_scores.backend.to_str())["model"]["merges"]
+    fields = {"scores": None, "merges": [" ".join(m) for m in merges], "model": "gemma4"}
+    tokenizer = from_gguf(sentencepiece_metadata(**fields), Path("x.gguf"))
+    # Gemma's class without tokens of its own.
+    reference = GemmaTokenizer(
+        vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m) for m in merges],
+        bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>", mask_token=None,
+    )  # fmt: skip
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids == sentencepiece_by_hand(text, tokens, scores, prefix=False)
+        assert ids == reference(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+    assert (tokenizer.adds_bos, tokenizer.encode("<s>the")[0]) == (True, 1)
+    backwards = from_gguf(
+        sentencepiece_metadata(**fields | {"merges": fields["merges"][::-1]}), Path("x.gguf")
+    )
+    assert backwards.encode(PASSAGE) != tokenizer.encode(PASSAGE)
+
+
 def test_sentencepiece_equals_the_transformers_class():
     tokens, _, _ = pieces()
     ours = from_gguf(sentencepiece_metadata(), Path("x.gguf"))
@@ -405,7 +429,10 @@ def test_sentencepiece_equals_the_transformers_class():
     ("changes", "message"),
     [
         ({"model": None}, r"has no tokenizer \(tokenizer.ggml.model is missing\)"),
-        ({"model": "t5"}, r"tokenizer model 't5' is not supported \(supported: gpt2, llama\)"),
+        (
+            {"model": "t5"},
+            r"tokenizer model 't5' is not supported \(supported: gpt2, llama, gemma4\)",
+        ),
         ({"tokens": None}, r"has no usable tokenizer: tokenizer\.ggml\.tokens is missing"),
         ({"tokens": [1, 2]}, r"tokenizer\.ggml\.tokens must be a list of str"),
         ({"token_type": [1]}, r"1 tokenizer\.ggml\.token_type for 320 tokens"),
