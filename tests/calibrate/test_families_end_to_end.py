@@ -58,7 +58,7 @@ MECHANISMS = (
 ASKED = os.environ.get("TURBOQ_FAMILIES", "")
 FAMILIES = EVERY if ASKED == "all" else ASKED.split(",") if ASKED else MECHANISMS
 POLICY = TokenPolicy(sinks=1, recent=2, exact_dtype="float32")
-FEW, MANY, STEPS = 3, 7, 15
+FEW, MANY, STEPS = 3, 8, 15
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -79,8 +79,9 @@ def test_a_learned_plan_of_every_family(name, tmp_path):
     np.testing.assert_allclose(got.logits[0], stored[:-1], rtol=0, atol=TOL["decode_packed"])
     kl = kl_by_hand(exact, stored)[plan_scored(plan, tokens.shape[1]).first : -1].mean()
     np.testing.assert_allclose(few["kl_mean"], kl, rtol=TOL["kl_model_rel"])
-    # Four bits are a factor of 256 in squared errors, which KL follows, but for few tokens. The
-    # median: the least error may turn a token to other experts, which few tokens are.
+    # Five bits are a factor of 1,024 in squared errors, which KL follows, but for few tokens and
+    # where the budget of few gives most bits to what matters most. The median: the least error may
+    # turn a token to other experts, which few tokens are.
     assert 0 <= many["kl_median"] < few["kl_median"] / 10
     check_bytes(model, plan, few)
     check_memory(name, model, plan, got.cache_bytes)
