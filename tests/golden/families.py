@@ -146,16 +146,41 @@ VISION4 = {
 }
 WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.125,
+    "logits_scaling": 2.5,
+    "tie_word_embeddings": True,
+}
+GRANITE_HYBRID = GRANITE | {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "attention_bias": True,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 6,
+    "mamba_n_groups": 2,
+}
 ARCHITECTURES = {
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
     "glm4_moe": "glm4moe",
     "gemma3_text": "gemma3",
+    "glm": "chatglm",
+    "ministral3": "mistral3",
+    "gemma4_text": "gemma4",
+    "granitemoehybrid": "granitehybrid",
     "gpt_oss": "gpt-oss",
     "olmo3": "olmo2",
     "mixtral": "llama",
     "qwen2_moe": "qwen2moe",
+    "qwen3_5_moe_text": "qwen35moe",
+    "qwen3_5_text": "qwen35",
     "qwen3_moe": "qwen3moe",
+    "qwen3_next": "qwen3next",
 }  # model type -> GGUF's, where they differ
 # name -> (model type, settings, stored type, shard size, GGUF type, tokenizer kind)
 FAMILIES = {
@@ -212,7 +237,7 @@ FAMILIES = {
          "head_dim": 12, "rope_parameters": rope("yarn", 1e6, mscale=1.0, mscale_all_dim=1.0,
                                  factor=4.0, original_max_position_embeddings=8,
                                  llama_4_scaling_beta=0.3)},
-        torch.bfloat16, None, None, None,
+        torch.bfloat16, None, "BF16", None,
     ),
     "qwen2": (
         "qwen2",
@@ -287,7 +312,19 @@ FAMILIES = {
                         "mlp_only_layers": [2]},
         torch.bfloat16, None, None, None,
     ),
-    "qwen3_5": ("qwen3_5_text", HYBRID, torch.bfloat16, None, None, None),
+    "qwen3_next_all": (
+        "qwen3_next",
+        HYBRID | MOE | {"num_experts": 3, "shared_expert_intermediate_size": 10,
+                        "num_hidden_layers": 2, "layer_types": HYBRID["layer_types"][:2]},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "qwen3_5": ("qwen3_5_text", HYBRID, torch.bfloat16, None, "BF16", None),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        HYBRID | MOE | {"num_experts": 3, "shared_expert_intermediate_size": 10,
+                        "num_hidden_layers": 2, "layer_types": HYBRID["layer_types"][:2]},
+        torch.bfloat16, None, "BF16", None,
+    ),
     "qwen3_5_vision": (
         "qwen3_5_moe",
         HYBRID | MOE | {"num_experts": 3, "shared_expert_intermediate_size": 10,
@@ -340,7 +377,7 @@ FAMILIES = {
                   "hidden_size_per_layer_input": 12, "final_logit_softcapping": 2.0,
                   "layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 2,
                                   "full_attention"]},
-        torch.bfloat16, None, None, None,
+        torch.bfloat16, None, "BF16", None,
     ),
     "gemma4_moe": (
         "gemma4_text",
@@ -348,7 +385,7 @@ FAMILIES = {
                   "top_k_experts": 2, "moe_intermediate_size": 12,
                   "hidden_size_per_layer_input": 0,
                   "layer_types": ["sliding_attention", "full_attention"]},
-        torch.bfloat16, None, None, None,
+        torch.bfloat16, None, "BF16", None,
     ),
     "gemma4_vision": (
         "gemma4",
@@ -372,16 +409,27 @@ FAMILIES = {
     ),
     "granite": (
         "granite",
-        {"intermediate_size": 20, "attention_bias": True, "mlp_bias": True,
-         "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.125,
-         "logits_scaling": 2.5, "tie_word_embeddings": True},
+        GRANITE | {"intermediate_size": 20, "attention_bias": True, "mlp_bias": True},
         torch.bfloat16, None, "BF16", None,
     ),
     "granitemoe": (
         "granitemoe",
-        MOE | {"num_local_experts": 4, "intermediate_size": 12, "attention_bias": True,
-               "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
-               "attention_multiplier": 0.125, "logits_scaling": 2.5, "tie_word_embeddings": True},
+        MOE | GRANITE | {"num_local_experts": 4, "intermediate_size": 12, "attention_bias": True},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "granite_hybrid": (
+        "granitemoehybrid",
+        GRANITE_HYBRID | {"num_local_experts": 4, "num_experts_per_tok": 2,
+                          "intermediate_size": 12, "shared_intermediate_size": 10},
+        torch.bfloat16, None, "BF16", None,
+    ),
+    "granite_hybrid_dense": (
+        "granitemoehybrid",
+        GRANITE_HYBRID | {"num_local_experts": 0, "shared_intermediate_size": 20,
+                          "num_hidden_layers": 2, "position_embedding_type": "rope",
+                          "layer_types": GRANITE_HYBRID["layer_types"][:2],
+                          "mamba_conv_bias": False, "mamba_proj_bias": True,
+                          "time_step_limit": [0.4, 1.1]},
         torch.bfloat16, None, None, None,
     ),
     "phi3": (
@@ -400,7 +448,7 @@ FAMILIES = {
         "glm",
         GLM | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
                "attention_bias": False},
-        torch.bfloat16, None, None, None,
+        torch.bfloat16, None, "BF16", None,
     ),
     "glm4": ("glm4", GLM, torch.bfloat16, None, "BF16", None),
     "glm4_moe": (
@@ -440,7 +488,9 @@ COVERS = {
     "gpt_oss": "logit sinks, clipped SwiGLU, biased experts, YaRN, windows",
     "gpt_oss_mxfp4": "the same with experts in MXFP4 as published, YaRN to whole pairs",
     "qwen3_next": "gated delta-nets and attention, experts, a dense layer",
+    "qwen3_next_all": "the same with experts in every layer",
     "qwen3_5": "the same without experts, delta-net matrices apart",
+    "qwen3_5_moe": "the same with experts",
     "qwen3_5_vision": "stacked experts, a part of a model that also sees",
     "deepseek_v2": "latent attention, YaRN, experts of the best groups",
     "deepseek_v2_lite": "queries made at once, experts without groups",
@@ -456,6 +506,8 @@ COVERS = {
     "smollm3": "layers without a rotary embedding",
     "granite": "factors on embedding, residual, attention and logits, biases",
     "granitemoe": "experts in two tensors, the factors of granite",
+    "granite_hybrid": "Mamba-2 mixers and attention without rotation, experts and a shared one",
+    "granite_hybrid_dense": "the same with rotation, biases and bounded steps, without experts",
     "phi3": "fused matrices, longrope, partial rotation",
     "phi3_window": "fused matrices of grouped heads, a sliding window on every layer",
     "glm": "partial rotation of neighbours, fused matrices",
@@ -500,5 +552,8 @@ CAPTURED = {
 # Whose GGUF copies transformers does not read.
 UNREAD = ("mixtral", "olmo2", "olmo3", "smollm3", "granite", "glm4", "gpt_oss", "cohere2")
 UNREAD += ("deepseek_v2", "deepseek_v3", "glm4_moe", "qwen2_moe")
+UNREAD += ("gemma4_text", "glm", "granitemoe", "granitemoehybrid", "ministral3")
+UNREAD += ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # Whose Q and K rows llama.cpp's converter stores as pairs of neighbours.
-INTERLEAVED = ("llama", "mixtral", "smollm3", "granite")
+INTERLEAVED = ("llama", "mixtral", "smollm3", "granite", "granitemoe", "granitemoehybrid")
+INTERLEAVED += ("ministral3",)

@@ -9,6 +9,7 @@ and `smollm2_135m.npz` holds what transformers makes of the embedded default mod
 
 from __future__ import annotations
 
+import copy
 import datetime
 import importlib.metadata
 import importlib.util
@@ -41,6 +42,8 @@ from families import (
     VISION4,
     WORD,
 )
+from gemma4 import named, write_gemma4
+from hybrids import CONVERTED, HYBRIDS, converted, write_hybrid
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -85,6 +88,7 @@ def build(family: str) -> transformers.PreTrainedModel:
                 centred = model_type.startswith(("gemma2", "gemma3", "qwen3_5", "qwen3_next"))
                 one = name.endswith("norm.weight") and not centred
                 one |= name.endswith("linear_attn.norm.weight")
+                one |= name.endswith("mamba.D")
                 one |= "gemma4" in model_type and name.endswith(
                     ("scale", "norm_1.weight", "norm_2.weight")
                 )
@@ -200,7 +204,8 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
 def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     """A GGUF copy of `model`, names from the gguf package's own tables."""
     model_type, _, _, _, stored, pre = FAMILIES[family]
-    config = model.config
+    config = copy.deepcopy(model.config)
+    config.allow_global_per_layer_attribute_access = True  # of Gemma 4; others do not know it
     writer = gguf.GGUFWriter(path, ARCHITECTURES.get(model_type, model_type))
     writer.add_name(f"golden {family}")
     drafting = (getattr(config, "num_mtp_layers", 0) or 0) if model_type == "glm4_moe" else 0
@@ -214,7 +219,8 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     latent = getattr(config, "kv_lora_rank", None)
-    writer.add_head_count_kv(1 if latent else config.num_key_value_heads)
+    if model_type != "granitemoehybrid":
+        writer.add_head_count_kv(1 if latent else config.num_key_value_heads)
     if model_type in ("starcoder2", "cohere2"):
         eps = "norm_epsilon" if model_type == "starcoder2" else "layer_norm_eps"
         writer.add_layer_norm_eps(getattr(config, eps))
@@ -234,7 +240,7 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     if head_dim != config.hidden_size // config.num_attention_heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if model_type == "granite":
+    if model_type.startswith("granite"):
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
@@ -247,6 +253,9 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rotation["factor"])
         writer.add_rope_scaling_orig_ctx_len(rotation["original_max_position_embeddings"])
+    if model_type == "ministral3":
+        writer.add_rope_scaling_yarn_log_mul(rotation["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rotation["llama_4_scaling_beta"])
     if model_type == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
         writer.add_rope_scaling_attn_factors(model.model.rotary_emb.attention_scaling)
@@ -255,16 +264,22 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
             writer.add_tensor(f"rope_factors_{name.removesuffix('_factor')}.weight", factors)
     if model_type in INTERLEAVED:
         writer.add_rope_dimension_count(head_dim)
-    if model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"):
+    if model_type in HYBRIDS:
+        write_hybrid(writer, config)
+    if model_type == "gemma4_text":
+        write_gemma4(writer, config)
+    if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):
         count = getattr(config, "num_local_experts", None) or config.num_experts
         writer.add_expert_count(count)
-        writer.add_expert_used_count(config.num_experts_per_tok)
+        if model_type != "gemma4_text":
+            writer.add_expert_used_count(config.num_experts_per_tok)
     if model_type == "gpt_oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
-    if model_type in ("qwen2_moe", "qwen3_moe"):
+    if "qwen" in model_type and "moe_intermediate_size" in config.to_dict():
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if model_type == "qwen2_moe":
-        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    for field in ("shared_expert_intermediate_size", "shared_intermediate_size"):
+        if getattr(config, field, None):
+            writer.add_expert_shared_feed_forward_length(getattr(config, field))
     if model_type == "glm4_moe":
         write_grouped(writer, config)
     if latent:
@@ -285,18 +300,22 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
     kind = gguf.GGMLQuantizationType[stored]
     grouped = latent or model_type == "glm4_moe"
     state = split_latent(config, model.state_dict()) if grouped else model.state_dict()
+    state = converted(config, state) if model_type in CONVERTED else state
+    state = named(state) if model_type == "gemma4_text" else state
     for name, p in split_experts(model_type, state):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        target = name  # `hybrids.converted` knows some already
+        if not name.startswith("blk."):
+            target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         target += ".weight" if name.endswith("sinks") else ""
         value = p.float().numpy()
         if model_type in INTERLEAVED and ("q_proj" in name or "k_proj" in name):
             key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             value = interleave(value, getattr(config, key))
-        if "gemma" in model_type and "norm" in name:
+        if "gemma" in model_type and "norm" in name and model_type != "gemma4_text":
             value = value + 1  # as the converter does: the file holds whole factors
-        if value.ndim == 1 or name.endswith("bias"):
+        if value.ndim == 1 or name.endswith(("bias", "A_log", ".D", "mamba.norm.weight")):
             writer.add_tensor(target, value)
         else:
             packed = family.endswith("mxfp4") and "exps" in target

@@ -206,6 +206,7 @@ def _model(argument: str) -> str:
     from turboq.cache import accounting
     from turboq_calibrate.models.model import open_source
     from turboq_calibrate.models.params import parameter_count
+    from turboq_calibrate.models.spec import DeltaNet, Mamba
 
     try:
         spec = open_source(argument).spec
@@ -217,7 +218,7 @@ def _model(argument: str) -> str:
         {
             (s.heads, s.kv_heads, s.head_dim, s.window)
             for s in spec.layers
-            if not s.delta and not s.latent
+            if not s.recurrent and not s.latent
         },
         key=str,
     )
@@ -231,8 +232,9 @@ def _model(argument: str) -> str:
     described += "; ".join(
         f"{h} query heads, one latent vector of {v} + {k} rotated channels" for h, v, k in latents
     )
-    deltas = sum(layer.delta is not None for layer in spec.layers)
-    described += f"; {deltas} gated delta-nets" if deltas else ""
+    for kind, called in ((DeltaNet, "gated delta-nets"), (Mamba, "Mamba-2 mixers")):
+        count = sum(isinstance(layer.recurrent, kind) for layer in spec.layers)
+        described += f"; {count} {called}" if count else ""
     return "\n".join(
         [
             f"{argument}: model {spec.name} ({spec.family})",

@@ -18,7 +18,7 @@ from turboq.cache import contiguous as caches
 from turboq.cache import model_cache
 from turboq.cache.layer import KVLayer
 from turboq_calibrate.measure.attention_plugs import Cached, Pooled, cached_by, pool_by
-from turboq_calibrate.models import Model, delta_net, embed_tokens
+from turboq_calibrate.models import Model, embed_tokens, recurrence
 from turboq_calibrate.models.decoder import Params, exact_attend, run_head, run_layer
 from turboq_calibrate.models.spec import LayerSpec
 from turboq_kernels import columns
@@ -30,13 +30,13 @@ def shared(spec: LayerSpec) -> bool:
 
 
 class Recurrent:
-    """The states of gated delta-nets, by layer; none before the first token.
+    """The states of recurrent layers, by layer; none before the first token.
 
     And the caches that several layers read as they were before the tokens at hand, by owner.
     """
 
     def __init__(self):
-        self.recurrent: dict[int, delta_net.State] = {}
+        self.recurrent: dict[int, recurrence.State] = {}
         self.lent: dict[int, Any] = {}
 
     def found(self, i: int, spec: LayerSpec, state: Any) -> Any:
@@ -49,8 +49,8 @@ class Recurrent:
         self, i: int, spec: LayerSpec, params: Params, x: Array, positions: Array, *,
         keep: bool, counts: Array | None = None,
     ) -> Array:  # fmt: skip
-        assert spec.delta is not None
-        state = self.recurrent.get(i, delta_net.empty(spec.delta, len(x)))
+        assert spec.recurrent is not None
+        state = self.recurrent.get(i, recurrence.empty(spec.recurrent, len(x)))
         state = state._replace(counts=_copied(counts))
         x, state = run_layer(spec, params, x, positions, exact_attend, state, donate=not keep)
         if not keep:
@@ -192,7 +192,7 @@ def feed(
         i: n for n, i in enumerate(i for i, s in enumerate(model.spec.layers) if s.owns_cache)
     }
     for i, spec in enumerate(model.spec.layers):
-        if spec.delta is not None:
+        if spec.recurrent is not None:
             x = cache.mix(i, spec, model.layer(i), x, positions, keep=keep, counts=counts)
             continue
         own = number[spec.cache_at(i)]

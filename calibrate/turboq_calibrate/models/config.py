@@ -16,15 +16,13 @@ from turboq.hub_cache import snapshot_hint
 from turboq.json_object import read_object
 from turboq.what_fits import from_config
 from turboq_calibrate.models import cache_check, config_gemma4, hf_fp8
-from turboq_calibrate.models.config_delta import read_delta
 from turboq_calibrate.models.config_experts import read_experts
 from turboq_calibrate.models.config_fields import Reader
 from turboq_calibrate.models.config_latent import ROTATED, latent_fields, rotation_of
-from turboq_calibrate.models.config_nope import rotated_layers
 from turboq_calibrate.models.config_rope import Turn, query_growth, read_ropes
 from turboq_calibrate.models.families import FAMILIES, UNREAD_INSIDE, WRAPPERS, Family
 from turboq_calibrate.models.primitives import SWIGLU_ALPHA, SWIGLU_LIMIT
-from turboq_calibrate.models.spec import DeltaNet, LayerSpec, ModelSpec
+from turboq_calibrate.models.spec import DeltaNet, LayerSpec, Mamba, ModelSpec
 
 _QUANTIZED = "quantization_config"
 MAX_LAYERS = 10_000
@@ -160,7 +158,7 @@ def _layers(
             f"num_key_value_heads={kv_heads}"
         )
     (full, sliding), head_dim = ropes, _head_dim(read, row)
-    rotated = rotated_layers(read, count) if row.nope else [True] * count
+    rotated = row.rotated(read, count) if row.rotated else [True] * count
     latent = latent_fields(read, full) if row.latent else {}
     common = LayerSpec(
         hidden=hidden,
@@ -184,35 +182,34 @@ def _layers(
         softmax_scale=_softmax_scale(read, row),
         softcap=read.optional("attn_logit_softcapping"),
         logit_sinks=row.logit_sinks,
-        output_gate=row.delta,
+        output_gate=row.output_gate,
         **_biases(read, row),
     )
     common = dataclasses.replace(common, **latent)
-    deltas = read_delta(read, count) if row.delta else [None] * count
+    mixers = row.recurrent(read, count) if row.recurrent else [None] * count
     if row.sliding_rope_only:
         rotated = [window is not None for window in windows]
-    if row.delta:
-        rotated = [delta is None for delta in deltas]
+    rotated = [turns and mixer is None for turns, mixer in zip(rotated, mixers, strict=True)]
     experts = read_experts(read, row.experts, count)
-    dense = read.integer("intermediate_size") if None in experts else 0
+    dense = read.integer(row.width) if None in experts else 0
     layers = tuple(
         dataclasses.replace(
-            common if delta is None else _without_attention(common, delta),
+            common if mixer is None else _without_attention(common, mixer),
             intermediate=dense if mixture is None else 0,
             experts=mixture,
             window=window,
             rope=(full if window is None else sliding).rope if turns else None,
             rope_magnitude=(full if window is None else sliding).magnitude if turns else 1.0,
         )
-        for window, mixture, turns, delta in zip(windows, experts, rotated, deltas, strict=True)
+        for window, mixture, turns, mixer in zip(windows, experts, rotated, mixers, strict=True)
     )
     return config_gemma4.refined(read, layers) if row.by_layer else layers
 
 
-def _without_attention(spec: LayerSpec, delta: DeltaNet) -> LayerSpec:
+def _without_attention(spec: LayerSpec, mixer: DeltaNet | Mamba) -> LayerSpec:
     return dataclasses.replace(
         spec, heads=0, kv_heads=0, head_dim=0, v_head_dim=0, qk_norm=None, output_gate=False,
-        delta=delta,
+        qkv_bias=False, o_bias=False, recurrent=mixer,
     )  # fmt: skip
 
 

@@ -18,7 +18,9 @@ class Mixture:
 
     width: str = "moe_intermediate_size"
     renormalised: bool | None = None  # None: as `norm_topk_prob` says
-    shared: bool = False
+    shared: str | None = None  # the field that says how wide one is that every token passes
+    shared_gate: bool = True
+    optional: bool = False  # a count of 0: every layer has an MLP
     bias: bool = False  # of the router and of every expert
     some_layers: bool = False  # `decoder_sparse_step` and `mlp_only_layers` leave layers dense
 
@@ -46,6 +48,8 @@ def read_experts(
         if read.integer("moe_layer_freq", 1) != 1:
             raise TurboqError(f"{read.where}: moe_layer_freq other than 1 is not supported")
         return [None if i < first else _grouped(read, mixture) for i in range(layers)]
+    if mixture.optional and read.count(COUNTS[1], 0) == 0 and not read.config.get(COUNTS[0]):
+        return [None] * layers
     counts = {read.integer(key) for key in COUNTS if read.config.get(key) is not None}
     if len(counts) > 1:
         raise TurboqError(f"{read.where}: {' and '.join(COUNTS)} differ: leave one of them out")
@@ -63,7 +67,8 @@ def read_experts(
         chosen=chosen,
         intermediate=read.integer(mixture.width),
         renormalised=renormalised,
-        shared=read.integer("shared_expert_intermediate_size") if mixture.shared else 0,
+        shared=0 if mixture.shared is None else read.integer(mixture.shared),
+        shared_gate=mixture.shared_gate,
         bias=mixture.bias,
     )
     if not mixture.some_layers:

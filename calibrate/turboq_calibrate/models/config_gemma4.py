@@ -94,17 +94,32 @@ def _overrides(read: Reader, full: list[bool]) -> dict[str, int]:
 
 
 def _sharing(read: Reader, layers: list[LayerSpec]) -> list[LayerSpec]:
-    """The layers, of which the last `num_kv_shared_layers` borrow and some before them lend."""
+    """`sharing` of the last `num_kv_shared_layers`, whose MLPs may be twice as wide."""
     shared = read.count(SHARED, 0)
+    wide = 2 if read.boolean("use_double_wide_mlp", False) else 1
     first = len(layers) - shared
+    layers = [
+        dataclasses.replace(layer, intermediate=wide * layer.intermediate) if i >= first else layer
+        for i, layer in enumerate(layers)
+    ]
+    return sharing(layers, shared, f"{read.where}: {SHARED}")
+
+
+def sharing(layers: list[LayerSpec], shared: int, field: str) -> list[LayerSpec]:
+    """The layers, of which the last `shared` read the cache of the last before them that has the
+    same window; that one lends it.
+
+    Raises:
+      TurboqError: there is none; the message begins with `field`.
+    """
     if not shared:
         return layers
-    wide = 2 if read.boolean("use_double_wide_mlp", False) else 1
+    first = len(layers) - shared
     lender = {layer.window: i for i, layer in enumerate(layers[: max(first, 0)])}
     if not {layer.window for layer in layers} <= set(lender):
         raise TurboqError(
-            f"{read.where}: {SHARED}={shared} of {len(layers)} layers leaves full or sliding layers"
-            " none to share with"
+            f"{field}={shared} of {len(layers)} layers leaves full or sliding layers none to share "
+            "with"
         )
     places, at = {}, layers[0].hidden
     for window, i in lender.items():
@@ -116,9 +131,8 @@ def _sharing(read: Reader, layers: list[LayerSpec]) -> list[LayerSpec]:
             layer = dataclasses.replace(layer, shared_at=places[layer.window])
         if i >= first:
             layer = dataclasses.replace(
-                layer, shared_at=places[layer.window], borrows_cache_of=lender[layer.window],
-                intermediate=wide * layer.intermediate,
-            )  # fmt: skip
+                layer, shared_at=places[layer.window], borrows_cache_of=lender[layer.window]
+            )
         out.append(layer)
     return out
 
@@ -133,6 +147,11 @@ def _with_inputs(read: Reader, layers: list[LayerSpec]) -> tuple[LayerSpec, ...]
         raise TurboqError(
             f"{read.where}: vocab_size_per_layer_input={tokens} must be vocab_size={vocab}"
         )
+    return with_inputs(layers, size)
+
+
+def with_inputs(layers: list[LayerSpec], size: int) -> tuple[LayerSpec, ...]:
+    """The layers with `size` channels of input each."""
     at = layers[0].hidden + shared_channels(layers)
     return tuple(dataclasses.replace(x, own_input=size, own_input_at=at) for x in layers)
 

@@ -6,6 +6,7 @@ from turboq.errors import TurboqError, quoted
 from turboq_calibrate.models.config_fields import Reader
 
 LIST, INTERVAL = "no_rope_layers", "no_rope_layer_interval"
+SWITCH = "position_embedding_type"
 
 
 def rotated_layers(read: Reader, count: int) -> list[bool]:
@@ -24,3 +25,11 @@ def rotated_layers(read: Reader, count: int) -> list[bool]:
             f"{read.where}: {LIST}={quoted(said)} must hold 0 or 1 for each of the {count} layers"
         )
     return [bool(x) for x in said]
+
+
+def all_or_none(read: Reader, count: int) -> list[bool]:
+    """The same of models in which all do if `position_embedding_type` is "rope", else none."""
+    kind = read.config.get(SWITCH)
+    if kind not in (None, "nope", "rope"):
+        raise TurboqError(f"{read.where}: {SWITCH}={quoted(kind)} must be rope, nope or null")
+    return [kind == "rope"] * count

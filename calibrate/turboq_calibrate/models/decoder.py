@@ -21,7 +21,14 @@ from jaxtyping import Array, Float, Int
 from turboq.cache.exact_attention import attention, soft_cap
 from turboq.cache.layer import latent_keys
 from turboq.numbers import rope
-from turboq_calibrate.models import delta_net, experts, latent_attention, stream, streamed_experts
+from turboq_calibrate.models import (
+    delta_net,
+    experts,
+    latent_attention,
+    mamba,
+    stream,
+    streamed_experts,
+)
 from turboq_calibrate.models.primitives import (
     Params,
     add,
@@ -33,13 +40,14 @@ from turboq_calibrate.models.primitives import (
     residual,
     rms_norm,
 )
-from turboq_calibrate.models.spec import LayerSpec, ModelSpec
+from turboq_calibrate.models.spec import DeltaNet, LayerSpec, Mamba, ModelSpec
 from turboq_calibrate.models.streamed_experts import Streamed
 
 # attend(spec, q [B,T,H,Q], k [B,T,K,D], v [B,T,K,Dv], positions [B,T], state)
 #   -> (out [B,T,H,Dv], state)        (queries of latent attention meet `met(spec, k, v)`)
 # and of layers with logit sinks [H] those behind the state.
 Attend = Callable[..., tuple[Array, Any]]
+MIXERS = {DeltaNet: delta_net.mix, Mamba: mamba.mix}
 
 
 def project_qkv(
@@ -174,10 +182,11 @@ def attention_half(
 ) -> tuple[Float[Array, "B T Z"], Any]:
     """A layer up to its MLP; `state` is what `attend` carries (a cache, statistics, nothing).
 
-    A delta-net does without `attend`; its state is its own (`delta_net.State`, None: zero).
+    A recurrent layer does without `attend`; its state is its own (`recurrence.State`, None: zero).
     """
-    if spec.delta is not None:
-        y, state = delta_net.mix(spec, params, pre_normed(spec, params, x, "attn_norm"), state)
+    if spec.recurrent is not None:
+        mix = MIXERS[type(spec.recurrent)]
+        y, state = mix(spec, params, pre_normed(spec, params, x, "attn_norm"), state)
         return add(spec, params, x, y, "attn_post_norm"), state
     q, k, v = project_qkv(spec, params, x, positions)
     out, state = attend(spec, q, k, v, positions, state, *sinks_of(spec, params))
@@ -273,9 +282,9 @@ def run_parts(
 ) -> tuple[Float[Array, "B T Z"], Any]:
     """`run_layer` compiled around `attend`, which compiles itself: many attends share the rest.
 
-    A delta-net starts from zero and hands out nothing.
+    A recurrent layer starts from zero and hands out nothing.
     """
-    if spec.delta is not None:
+    if spec.recurrent is not None:
         return run_layer(spec, params, x, positions, exact_attend)[0], None
     q, k, v = run_project(spec, params, x, positions)
     out, state = attend(spec, q, k, v, positions, state, *sinks_of(spec, params))

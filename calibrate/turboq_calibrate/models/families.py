@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from turboq_calibrate.models import config_gemma4, config_nope, config_windows
+from turboq_calibrate.models import (
+    config_gemma4,
+    config_nope,
+    config_recurrent,
+    config_windows,
+)
 from turboq_calibrate.models.config_experts import Grouped, Mixture
 from turboq_calibrate.models.config_fields import Reader
 from turboq_calibrate.models.config_rope import Rotation
-from turboq_calibrate.models.spec import Norm
+from turboq_calibrate.models.spec import DeltaNet, Mamba, Norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,10 +35,11 @@ class Family:
     head_dim: int | None = None  # default; None: hidden / heads
     rotation: Rotation = dataclasses.field(default_factory=Rotation)
     activation: str = "hidden_act"  # the field that names it
+    width: str = "intermediate_size"  # the field that says how wide an MLP without experts is
     biases: frozenset[str] = frozenset()  # of attention_bias, mlp_bias, qkv_bias, use_bias
     qkv_bias: bool = False  # where it is not read, always
     o_bias: bool = True  # attention_bias is of the output projection too
-    nope: bool = False  # some layers have no rotary embedding
+    rotated: Callable[[Reader, int], list[bool]] | None = None  # layers; None: all
     qk_norm: Literal["head", "projection"] | None = None
     qk_norm_switch: str | None = None  # the field that says whether there is one
     query_growth: bool = False  # queries grow with their position (`config_rope.query_growth`)
@@ -49,7 +55,9 @@ class Family:
     experts: Mixture | Grouped | None = None
     by_layer: bool = False  # what `config_gemma4` reads
     latent: bool = False  # multi-head latent attention
-    delta: bool = False  # some layers are gated delta-nets, and attention has a gate of its output
+    # Layers that keep a state of fixed size instead of keys and values.
+    recurrent: Callable[[Reader, int], Sequence[DeltaNet | Mamba | None]] | None = None
+    output_gate: bool = False  # of attention
     logit_sinks: bool = False
     clipped: bool = False  # the activation of gpt-oss
     quantized: str | None = None  # quant_method of published checkpoints that is read
@@ -57,6 +65,7 @@ class Family:
 
 
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_SHARED = "shared_expert_intermediate_size"
 _EXPERTS = frozenset({"num_experts", "num_local_experts"})
 _GRANITE = frozenset(
     {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
@@ -97,7 +106,8 @@ _qwen_hybrid = functools.partial(
     rotation=Rotation(partial=0.25),
     qk_norm="head",
     norm_offset=1.0,
-    delta=True,
+    recurrent=config_recurrent.read_delta,
+    output_gate=True,
 )
 # Multi-head latent attention and grouped experts.
 _deepseek = functools.partial(
@@ -172,7 +182,7 @@ FAMILIES: dict[str, Family] = {
         },
         windows=config_windows.switched_unrotated,
         rotation=Rotation(theta=2e6),
-        nope=True,
+        rotated=config_nope.rotated_layers,
         biases=frozenset({"attention_bias", "mlp_bias"}),
         reads=frozenset({config_nope.LIST, config_nope.INTERVAL}),
     ),
@@ -190,6 +200,22 @@ FAMILIES: dict[str, Family] = {
         windows=config_windows.never,
         biases=frozenset({"attention_bias"}),
         experts=Mixture(width="intermediate_size", renormalised=True),
+        reads=_EXPERTS | _GRANITE,
+    ),
+    "granitemoehybrid": Family(
+        defaults={
+            "max_position_embeddings": 2048, "attention_multiplier": 1.0, "num_local_experts": 8,
+            "num_experts_per_tok": 2, "intermediate_size": 11008, "shared_intermediate_size": 1024,
+        },
+        windows=config_windows.none,
+        rotated=config_nope.all_or_none,
+        recurrent=config_recurrent.read_mamba,
+        biases=frozenset({"attention_bias"}),
+        width="shared_intermediate_size",
+        experts=Mixture(
+            width="intermediate_size", renormalised=True, shared="shared_intermediate_size",
+            shared_gate=False, optional=True,
+        ),
         reads=_EXPERTS | _GRANITE,
     ),
     "phi3": Family(
@@ -266,7 +292,7 @@ FAMILIES: dict[str, Family] = {
         windows=config_windows.switched_alternating,
         biases=frozenset({"qkv_bias"}),
         qkv_bias=True,
-        experts=Mixture(shared=True, some_layers=True),
+        experts=Mixture(shared=_SHARED, some_layers=True),
         reads=_EXPERTS,
     ),
     "qwen3_moe": Family(
@@ -286,7 +312,7 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 10, "num_experts": 512, "intermediate_size": 5632,
             "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
         },
-        experts=Mixture(shared=True, some_layers=True),
+        experts=Mixture(shared=_SHARED, some_layers=True),
         reads=_EXPERTS,
     ),
     "qwen3_5_text": _qwen_hybrid(
@@ -298,7 +324,7 @@ FAMILIES: dict[str, Family] = {
             "num_experts": 256, "moe_intermediate_size": 512,
             "shared_expert_intermediate_size": 512,
         },
-        experts=Mixture(shared=True, renormalised=True),
+        experts=Mixture(shared=_SHARED, renormalised=True),
         reads=_EXPERTS,
     ),
     "deepseek_v2": _deepseek(

@@ -47,33 +47,73 @@ class Architecture:
     grouped: bool = False  # experts as DeepSeek has them (`gguf_file._grouped`)
     gating: int | None = None  # expert_gating_func where the file names none
     latent: bool = False  # multi-head latent attention and grouped experts (`gguf_latent`)
+    # Layers without a KV cache: of every group of `interval` all but the last are delta-nets, where
+    # `attention.recurrent_layers` says nothing; layers without KV heads are Mamba-2 mixers.
+    recurrent: Literal["delta", "mamba"] | None = None
+    interval: int = 4
+    tiled: bool = False  # value heads of a delta-net: one of every key head, then the next of each
+    output_gate: bool = False  # of attention
+    shared_gate: bool = True  # of the expert that every token passes
+    by_layer: bool = False  # what Gemma 4 has otherwise layer by layer (`gguf_spec`)
+    # Queries grow with their position (`config_rope.query_growth`), and YaRN multiplies what it
+    # rotates by what mscale and mscale_all_dim, 1 and the file's, say.
+    growing: bool = False
     reads: frozenset[str] = frozenset()
 
 
-# Not read, while the same models are as Hugging Face folders.
-FROM_HUGGING_FACE = ("qwen3next", "qwen35", "qwen35moe")
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 
 _gemma = functools.partial(
     Architecture, post_norms=True, scaled_embedding=True, activation="gelu_tanh"
 )
+# Experts are none where the file counts none.
+_granite = functools.partial(
+    Architecture,
+    interleaved=True,
+    rope_switch=True,
+    renormalised=True,
+    shared_gate=False,
+    reads=frozenset(
+        {
+            *("logit_scale", "residual_scale", "embedding_scale", "attention.scale"),
+            "expert_count",
+        }
+    ),
+)
+# Norm weights of the delta-net itself are the checkpoint's: its code adds nothing to them.
+_qwen_hybrid = functools.partial(
+    Architecture,
+    partial_rotary=True,
+    mlp_norm="post_attention_norm.weight",
+    recurrent="delta",
+    output_gate=True,
+)
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(interleaved=True, renormalised=True, reads=frozenset({"expert_count"})),
+    "mistral3": Architecture(
+        interleaved=True, growing=True, reads=frozenset({"attention.temperature_scale"})
+    ),
     "qwen2": Architecture(),
     "qwen3": Architecture(),
     "qwen2moe": Architecture(reads=frozenset({"expert_count"})),
     "qwen3moe": Architecture(renormalised=True, reads=frozenset({"expert_count"})),
-    "smollm3": Architecture(interleaved=True, no_rope_every=4),
-    "granite": Architecture(
-        interleaved=True,
-        rope_switch=True,
-        reads=frozenset({"logit_scale", "residual_scale", "embedding_scale", "attention.scale"}),
+    "qwen3next": _qwen_hybrid(
+        fused=("q_gate", "delta_ba"), renormalised=True, reads=frozenset({"expert_count"})
     ),
+    "qwen35": _qwen_hybrid(fused=("q_gate",), tiled=True),
+    "qwen35moe": _qwen_hybrid(
+        fused=("q_gate",), tiled=True, renormalised=True, reads=frozenset({"expert_count"})
+    ),
+    "smollm3": Architecture(interleaved=True, no_rope_every=4),
+    "granite": _granite(),
+    "granitemoe": _granite(),
+    "granitehybrid": _granite(recurrent="mamba"),
     "phi3": Architecture(
         partial_rotary=True,
         longrope=True,
         fused=("qkv", "gate_up"),
     ),
+    "chatglm": Architecture(layout="interleaved", partial_rotary=True, fused=("gate_up",)),
     "glm4": Architecture(
         layout="interleaved", partial_rotary=True, fused=("gate_up",), post_norms=True
     ),
@@ -125,6 +165,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         logit_softcap=30.0,
         wide_scale_layers=46,
         reads=frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
+    ),
+    "gemma4": _gemma(
+        sliding_theta=1e4,
+        by_layer=True,
+        renormalised=True,
+        reads=frozenset({"expert_count", "final_logit_softcapping"}),
     ),
     "gemma3": _gemma(
         full_every=6,

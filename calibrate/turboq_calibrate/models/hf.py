@@ -18,9 +18,9 @@ from turboq.hub_cache import model_name
 from turboq.json_object import read_object
 from turboq_calibrate.models import hf_fp8, hf_gpt_oss, hf_names, hf_stacked_experts
 from turboq_calibrate.models import params as P
+from turboq_calibrate.models.by_head import by_kind
 from turboq_calibrate.models.config import keeps_weights, model_spec, read_config
 from turboq_calibrate.models.families import WRAPPERS
-from turboq_calibrate.models.hf_by_head import by_kind
 from turboq_calibrate.models.tokenizer import Tokenizer, from_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

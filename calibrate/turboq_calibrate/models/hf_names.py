@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from turboq_calibrate.models.spec import LayerSpec
+from turboq_calibrate.models.spec import LayerSpec, Mamba
 
 # After the prefix.
 EMBEDDING, NORM, NORM_BIAS = "embed_tokens.weight", "norm.weight", "norm.bias"
@@ -81,6 +81,19 @@ LAYER_TENSORS = {
     "input_post_norm": "post_per_layer_input_norm.weight",
     "output_scale": "layer_scalar",
 }
+# Of a Mamba-2 mixer.
+MAMBA = {
+    "mamba_in": "mamba.in_proj.weight",
+    "mamba_in_bias": "mamba.in_proj.bias",
+    "conv": "mamba.conv1d.weight",
+    "conv_bias": "mamba.conv1d.bias",
+    "log_decay": "mamba.A_log",
+    "decay_bias": "mamba.dt_bias",
+    "skip": "mamba.D",
+    "mamba_norm": "mamba.norm.weight",
+    "mamba_out": "mamba.out_proj.weight",
+    "mamba_out_bias": "mamba.out_proj.bias",
+}
 # Where the layer also normalises what it adds to the residual stream.
 POST_NORMS = {
     "attn_post_norm": "post_attention_layernorm.weight",
@@ -107,6 +120,7 @@ FUSED = {
     "phi3": ("qkv", "gate_up"),
     "glm": ("gate_up",),
     "glm4": ("gate_up",),
+    "granitemoehybrid": ("gate_up", "shared_gate_up"),
     "qwen3_next": ("q_gate", "delta_qkvz", "delta_ba"),
     "qwen3_5_text": ("q_gate",),
     "qwen3_5_moe_text": ("q_gate",),
@@ -133,6 +147,13 @@ EXPERT = {
 }
 GPT_OSS_ROUTING = {"router": "mlp.router.weight", "router_bias": "mlp.router.bias"}
 GRANITE_ROUTING = {"router": "block_sparse_moe.router.layer.weight"}
+# Its MLP is the shared expert, or stands alone.
+GRANITE_HYBRID = GRANITE_ROUTING | {
+    "gate_up": "shared_mlp.input_linear.weight",
+    "down": "shared_mlp.output_linear.weight",
+    "shared_gate_up": "shared_mlp.input_linear.weight",
+    "shared_down": "shared_mlp.output_linear.weight",
+}
 MIXTRAL_ROUTING = {"router": "block_sparse_moe.gate.weight"}
 GEMMA4_ROUTING = {
     "router": "router.proj.weight",
@@ -148,6 +169,7 @@ ROUTINGS = {
     "gpt_oss": GPT_OSS_ROUTING,
     "glm4_moe": DEEPSEEK_ROUTING,
     "granitemoe": GRANITE_ROUTING,
+    "granitemoehybrid": GRANITE_HYBRID,
 }
 MIXTRAL_EXPERT = {
     "expert_gate": "block_sparse_moe.experts.{}.w1.weight",
@@ -164,7 +186,8 @@ def layer_names(spec: LayerSpec, family: str) -> dict[str, str]:
         post = POST_NORMS if spec.pre_norms else POST_NORMS_ALONE
         post = GLM_POST_NORMS if family == "glm4" else post
     plain = {} if spec.gated else STARCODER2_MLP
-    return LAYER_TENSORS | post | routing | plain
+    mixer = MAMBA if isinstance(spec.recurrent, Mamba) else {}
+    return LAYER_TENSORS | mixer | post | routing | plain
 
 
 def expert_names(family: str, number: int) -> dict[str, str]:

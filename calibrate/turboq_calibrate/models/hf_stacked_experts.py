@@ -13,11 +13,12 @@ from turboq_calibrate.models.spec import LayerSpec
 GRANITE = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
 GEMMA4 = ("experts.gate_up_proj", "experts.down_proj")
 OTHERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+STACKED = {"granitemoe": GRANITE, "granitemoehybrid": GRANITE, "gemma4_text": GEMMA4}
 
 
 def names(family: str) -> tuple[str, str]:
     """What the two are called, after the layer's prefix."""
-    return {"granitemoe": GRANITE, "gemma4_text": GEMMA4}.get(family, OTHERS)
+    return STACKED.get(family, OTHERS)
 
 
 def stored(spec: LayerSpec, family: str) -> Shapes:

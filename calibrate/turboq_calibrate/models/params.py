@@ -11,7 +11,7 @@ from collections.abc import Collection
 import numpy as np
 
 from turboq.errors import TurboqError
-from turboq_calibrate.models.spec import DeltaNet, Latent, LayerSpec, ModelSpec
+from turboq_calibrate.models.spec import DeltaNet, Latent, LayerSpec, Mamba, ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -27,8 +27,10 @@ def layer_shapes(spec: LayerSpec) -> Shapes:
     )
     o = spec.heads * spec.v_head_dim
     shapes: Shapes = {"attn_norm": (m,)} if spec.pre_norms else {}
-    if spec.delta is not None:
-        shapes |= delta_shapes(m, spec.delta)
+    if isinstance(spec.recurrent, DeltaNet):
+        shapes |= delta_shapes(m, spec.recurrent)
+    elif isinstance(spec.recurrent, Mamba):
+        shapes |= mamba_shapes(m, spec.recurrent)
     elif spec.latent is not None:
         shapes |= latent_shapes(spec, spec.latent)
     else:
@@ -97,6 +99,23 @@ def delta_shapes(hidden: int, delta: DeltaNet) -> Shapes:
     }
 
 
+def mamba_shapes(hidden: int, mamba: Mamba) -> Shapes:
+    """Weights of one Mamba-2 mixer (`mamba`)."""
+    rows = mamba.inner + mamba.channels + mamba.heads
+    shapes: Shapes = {
+        "mamba_in": (rows, hidden),
+        "conv": (mamba.channels, 1, mamba.kernel),
+        "mamba_norm": (mamba.inner,),
+        "mamba_out": (hidden, mamba.inner),
+    }
+    shapes |= dict.fromkeys(("log_decay", "decay_bias", "skip"), (mamba.heads,))
+    if mamba.conv_bias:
+        shapes["conv_bias"] = (mamba.channels,)
+    if mamba.bias:
+        shapes |= {"mamba_in_bias": (rows,), "mamba_out_bias": (hidden,)}
+    return shapes
+
+
 def latent_shapes(spec: LayerSpec, latent: Latent) -> Shapes:
     """Weights of multi-head latent attention (`latent_attention`)."""
     m, rank, rotated = spec.hidden, spec.v_head_dim, spec.head_dim
@@ -127,6 +146,8 @@ def mlp_shapes(hidden: int, intermediate: int, prefix: str = "") -> Shapes:
 FUSED = {
     "qkv": ("q", "k", "v"),
     "gate_up": ("gate", "up"),
+    "shared_gate_up": ("shared_gate", "shared_up"),
+    "expert_gate_up": ("expert_gate", "expert_up"),
     "q_gate": ("q", "attn_gate"),
     "delta_qkvz": ("delta_qkv", "delta_z"),
     "delta_ba": ("delta_b", "delta_a"),

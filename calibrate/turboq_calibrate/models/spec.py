@@ -66,6 +66,40 @@ class DeltaNet:
         """Of the convolution: queries, keys, values."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
+    @property
+    def matrix(self) -> tuple[int, int, int]:
+        """Shape of the state: heads, rows, columns."""
+        return self.value_heads, self.key_dim, self.value_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mamba:
+    """A Mamba-2 mixer in place of attention: a state of fixed size, no KV cache."""
+
+    heads: int
+    head_dim: int
+    groups: int  # of heads that share what writes to the state and what reads it
+    state_dim: int
+    kernel: int  # tokens that the convolution sees
+    conv_bias: bool
+    bias: bool  # of both projections
+    step_limits: tuple[float, float]
+
+    @property
+    def inner(self) -> int:
+        """Channels of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: values, what writes, what reads."""
+        return self.inner + 2 * self.groups * self.state_dim
+
+    @property
+    def matrix(self) -> tuple[int, int, int]:
+        """Shape of the state: heads, rows, columns."""
+        return self.heads, self.state_dim, self.head_dim
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
@@ -100,7 +134,7 @@ class LayerSpec:
     experts: Experts | None = None
     output_gate: bool = False  # what attention gives is multiplied by sigmoid(gate(n))
     latent: Latent | None = None
-    delta: DeltaNet | None = None  # in place of attention, whose fields are 0 then
+    recurrent: DeltaNet | Mamba | None = None  # in place of attention, whose fields are 0 then
     values_are_keys: bool = False  # values are the keys of before their norm and rotation
     value_norm: bool = False  # of each head, without a weight
     borrows_cache_of: int | None = None  # index of the layer whose cache this layer reads

@@ -85,6 +85,15 @@ _DEEPSEEK_V3 = (
 _GPT2, _DIGITS = Splits(gpt2=True), Splits(gpt2=True, digits=True)
 _LLAMA3 = Splits(patterns=(_words(3),), whole=True, bos=True)
 _QWEN2 = Splits(patterns=(_words(1),), nfc=True)
+_QWEN35 = "|".join(  # marks are letters
+    (
+        _CONTRACTION,
+        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",
+        _number(1),
+        r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
+        _SPACES,
+    )
+)
 _CL100K = Splits(patterns=(_words(3),))
 _O200K = Splits(patterns=(_cased_words(3, f"{_CONTRACTION}?"),))
 SPLITS = {
@@ -93,6 +102,7 @@ SPLITS = {
     "llama-bpe": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    "qwen35": Splits(patterns=(_QWEN35,), nfc=True),
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "pixtral": _LLAMA3,

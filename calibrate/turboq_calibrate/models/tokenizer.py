@@ -21,6 +21,7 @@ from turboq_calibrate.models.splits import SPLITS, Splits
 
 # GGUF token types
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+KINDS = ("gpt2", "llama", "gemma4")  # of tokenizer.ggml.model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,9 +192,10 @@ def from_gguf(metadata: dict[str, Any], path: Path) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None:
         raise TurboqError(f"{path} has no tokenizer (tokenizer.ggml.model is missing)")
-    if kind not in ("gpt2", "llama"):
+    if kind not in KINDS:
         raise TurboqError(
-            f"{path}: tokenizer model {quoted(kind)} is not supported (supported: gpt2, llama)"
+            f"{path}: tokenizer model {quoted(kind)} is not supported (supported: "
+            f"{', '.join(KINDS)})"
         )
     tokens = _list(metadata, "tokens", str, path)
     types = [NORMAL] * len(tokens)
@@ -201,16 +203,19 @@ def from_gguf(metadata: dict[str, Any], path: Path) -> Tokenizer:
         types = _list(metadata, "token_type", int, path, len(tokens))
     if kind == "gpt2":
         backend = _byte_level_bpe(metadata, tokens, path)
+    elif kind == "gemma4":
+        unknown = _unknown(tokens, types)
+        backend = _of_characters(tokens, _merges(metadata, path), unknown, path, prefix=False)
     else:
         backend = _sentencepiece(metadata, tokens, types, path)
     added = [
         AddedToken(token, normalized=False, special=type_ != USER_DEFINED)
         for token, type_ in zip(tokens, types, strict=True)
-        if type_ in (CONTROL, USER_DEFINED) or (type_ == UNKNOWN and kind == "llama")
+        if type_ in (CONTROL, USER_DEFINED) or (type_ == UNKNOWN and kind != "gpt2")
     ]
     backend.add_tokens(added)
     bos, *eos = (_token_id(metadata, name, path) for name in ("bos", "eos", "eot", "eom"))
-    default = kind == "llama" or _splits(metadata, path).bos
+    default = kind != "gpt2" or _splits(metadata, path).bos
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token", default)
     if type(adds_bos) is not bool:
         raise TurboqError(
@@ -257,13 +262,16 @@ def _byte_level_bpe(
     metadata: dict[str, Any], tokens: list[str], path: Path
 ) -> tokenizers.Tokenizer:
     splits = _splits(metadata, path)
-    merges = [tuple(m.split(" ", 1)) for m in _list(metadata, "merges", str, path)]
-    backend = _bpe(tokens, merges, path, splits.whole)
+    backend = _bpe(tokens, _merges(metadata, path), path, splits.whole)
     backend.pre_tokenizer = splits.pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     if (normalizer := splits.normalizer()) is not None:
         backend.normalizer = normalizer
     return backend
+
+
+def _merges(metadata: dict[str, Any], path: Path) -> list[tuple[str, ...]]:
+    return [tuple(m.split(" ", 1)) for m in _list(metadata, "merges", str, path)]
 
 
 def _splits(metadata: dict[str, Any], path: Path) -> Splits:
@@ -300,9 +308,22 @@ def _sentencepiece(
         if token[:cut] in mergeable and token[cut:] in mergeable
     ]
     pairs = [(tokens[i][:cut], tokens[i][cut:]) for _, _, _, i, cut in sorted(merges)]
-    unknown = tokens[types.index(UNKNOWN)] if UNKNOWN in types else None
-    backend = _bpe(tokens, pairs, path, False, byte_fallback=True, fuse_unk=True, unk_token=unknown)
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    return _of_characters(tokens, pairs, _unknown(tokens, types), path, prefix=prefix)
+
+
+def _unknown(tokens: list[str], types: list[int]) -> str | None:
+    return tokens[types.index(UNKNOWN)] if UNKNOWN in types else None
+
+
+def _of_characters(
+    tokens: list[str], merges: list[Any], unknown: str | None, path: Path, *, prefix: bool
+) -> tokenizers.Tokenizer:
+    """BPE of characters, spaces written as a letter; what has no token is bytes. Gemma 4's merges
+    are those of its file."""
+    backend = _bpe(
+        tokens, merges, path, False, byte_fallback=True, fuse_unk=True, unk_token=unknown
+    )
     space = normalizers.Replace(" ", "▁")
     tail = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:

@@ -19,7 +19,7 @@ import numpy as np
 from turboq.errors import TurboqError
 from turboq_calibrate.models import decoder
 from turboq_calibrate.models.model import Model, embed_tokens
-from turboq_calibrate.models.spec import LayerSpec
+from turboq_calibrate.models.spec import LayerSpec, Mamba
 from turboq_calibrate.models.streamed_experts import Streamed, group_bytes
 from turboq_calibrate.observe import passes
 from turboq_calibrate.observe import statistics as st
@@ -193,8 +193,15 @@ def _geometry(model: Model) -> tuple[str, ...]:
         experts = ""
         if layer.experts is not None:
             experts = f", {layer.experts.chosen} of {layer.experts.count} experts"
-        if layer.delta is not None:
-            delta = layer.delta
+        if isinstance(layer.recurrent, Mamba):
+            mamba = layer.recurrent
+            lines.append(
+                f"  {times} x Mamba-2 mixer, {mamba.heads} heads of {mamba.head_dim}, state of "
+                f"{mamba.state_dim}, no KV cache{experts}"
+            )
+            continue
+        if layer.recurrent is not None:
+            delta = layer.recurrent
             lines.append(
                 f"  {times} x gated delta-net, {delta.key_heads} key heads of {delta.key_dim}, "
                 f"{delta.value_heads} value heads of {delta.value_dim}, no KV cache{experts}"

@@ -42,7 +42,7 @@ def forward(
 ) -> tuple[Float[Array, "B T M"], Finite]:
     """The layer's output; which heads of k, v, q, and whether it, are free of NaN and infinity."""
     y, finite = decoder.run_layer(spec, params, x, positions, _look)
-    finite = {} if spec.delta is not None else finite  # there it is the delta-net's state
+    finite = {} if spec.recurrent is not None else finite  # there it is the layer's state
     return y, finite | {"output": _finite_rows(y)}
 
 
@@ -146,7 +146,7 @@ _attention_half = functools.partial(
 def reverse_part(spec, params, x, positions, g, sampled, *, skip: int, whole: bool):
     """`reverse` through the whole layer, or up to its MLP."""
     part = decoder.layer if whole else decoder.attention_half
-    if spec.delta is not None:  # neither keys nor values
+    if spec.recurrent is not None:  # neither keys nor values
         _, pull = jax.vjp(lambda x: part(spec, params, x, positions, exact_attend)[0], x)
         (g_x,) = pull(g)
         rows = jnp.zeros((len(sampled), 0), jnp.float32)

@@ -31,7 +31,7 @@ from turboq.cache.exact_attention import HIGHEST, causal, soft_cap
 from turboq.errors import TurboqError, shortened
 from turboq.files import atomic_write, make_folder
 from turboq.plan import TextSource
-from turboq_calibrate.models import LayerSpec, Model, ModelSpec, Tokenizer, decoder, delta_net
+from turboq_calibrate.models import LayerSpec, Model, ModelSpec, Tokenizer, decoder, recurrence
 from turboq_calibrate.models.streamed_experts import whole
 from turboq_calibrate.run.progress import Progress
 
@@ -247,10 +247,10 @@ def append_and_attend(
 
 
 def _caches(spec: ModelSpec, batch: int, capacity: int) -> list[Any]:
-    """Keys and values of every layer, the state of a gated delta-net, nothing of a borrower."""
+    """Keys and values of every layer, the state of a recurrent layer, nothing of a borrower."""
     return [
-        delta_net.empty(one.delta, batch)
-        if one.delta is not None
+        recurrence.empty(one.recurrent, batch)
+        if one.recurrent is not None
         else ()
         if one.borrows_cache_of is not None
         else (

@@ -528,7 +528,17 @@ def test_neutral_values_of_refused_fields_pass():
 def test_supported_families_are_the_documented_ones():
     assert [*FAMILIES, *WRAPPERS] == [
         *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "olmo2", "olmo3"),
-        *("smollm3", "granite", "granitemoe", "phi3", "glm", "glm4", "glm4_moe", "starcoder2"),
+        *(
+            "smollm3",
+            "granite",
+            "granitemoe",
+            "granitemoehybrid",
+            "phi3",
+            "glm",
+            "glm4",
+            "glm4_moe",
+            "starcoder2",
+        ),
         "cohere2",
         *("mixtral", "qwen2_moe", "qwen3_moe"),
         *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),

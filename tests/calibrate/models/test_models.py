@@ -24,6 +24,7 @@ from turboq_calibrate.models import (
 )
 from turboq_calibrate.models.nnx import Decoder
 from turboq_calibrate.models.params import layer_shapes, parameter_count
+from turboq_calibrate.models.spec import Mamba
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 FAMILIES = (
@@ -58,6 +59,10 @@ FAMILIES = (
     "qwen3_5",
     "qwen3_5_vision",
     "qwen3_next",
+    "qwen3_next_all",
+    "qwen3_5_moe",
+    "granite_hybrid",
+    "granite_hybrid_dense",
     "mistral3",
     "ministral",
     "ministral3",
@@ -72,6 +77,8 @@ COPIES = (
     *("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"),
     *("olmo2", "smollm3", "granite", "phi3", "glm4", "starcoder2", "olmo3", "gpt_oss_mxfp4"),
     *("cohere2", "qwen2_moe_all", "glm4_moe"),
+    *("gemma4", "gemma4_moe", "glm", "ministral3", "granitemoe", "granite_hybrid"),
+    *("qwen3_next_all", "qwen3_5", "qwen3_5_moe"),
 )
 
 
@@ -93,7 +100,7 @@ def check_against_golden(path, expected, **options):
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=TOL["model_golden"])
     assert len(states) == len(model.spec.layers)
     for i, seen in enumerate(states):
-        if model.spec.layers[i].delta is not None:
+        if model.spec.layers[i].recurrent is not None:
             assert f"k{i}" not in expected
             continue
         for name, value in zip("qkv", seen, strict=True):
@@ -147,7 +154,8 @@ def test_golden_families_cover_what_they_claim():
         *("glm", "glm4", "starcoder2", "olmo3", "qwen3"),
         *["gpt_oss"] * 2,
         "cohere2",
-        *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
+        *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "qwen3_next", "qwen3_5_moe_text"),
+        *["granitemoehybrid"] * 2,
         *("mistral", "ministral", "ministral3", "granitemoe", "glm4_moe"),
         *["gemma4_text"] * 3,
     ]
@@ -234,7 +242,7 @@ def test_golden_families_cover_what_they_claim():
         6, "head", True, False,
     )  # fmt: skip
     hybrids = [specs[name].layers for name in ("qwen3_5", "qwen3_5_vision", "qwen3_next")]
-    kinds = [[layer.delta is not None for layer in layers] for layers in hybrids]
+    kinds = [[layer.recurrent is not None for layer in layers] for layers in hybrids]
     assert kinds == [[True, False, True], [True, False], [True, False, True]]
     assert [bool(layer.experts) for layer in hybrids[2]] == [True, True, False]
     assert {layers[1].experts and layers[1].experts.shared for layers in hybrids} == {None, 10}
@@ -242,6 +250,17 @@ def test_golden_families_cover_what_they_claim():
         assert (layers[1].output_gate, layers[1].rope.dim, layers[1].head_dim) == (True, 4, 16)
         assert (layers[0].owns_cache, layers[1].owns_cache) == (False, True)
         assert layers[0].norm_offset == 1.0
+    granites = [specs[name].layers for name in ("granite_hybrid", "granite_hybrid_dense")]
+    for layers, experts in zip(granites, (4, None), strict=True):
+        mamba, full = layers[0].recurrent, layers[1]
+        assert isinstance(mamba, Mamba)
+        assert (mamba.groups, mamba.conv_bias, mamba.bias) == (2, bool(experts), not experts)
+        assert (full.rope is None, full.qkv_bias, full.scale) == (bool(experts), True, 0.125)
+        assert (layers[0].qkv_bias, layers[0].residual_scale) == (False, 0.4)
+        assert (full.experts and full.experts.count) == experts
+    assert granites[0][1].experts.shared == 10
+    assert not granites[0][1].experts.shared_gate
+    assert granites[1][0].recurrent.step_limits == (0.4, 1.1)
     # Random norms and biases: a decoder that skips one of them cannot pass.
     norms = load_model(GOLDEN / "qwen3").layer(0)
     assert all(np.std(norms[name]) > 0.1 for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm"))

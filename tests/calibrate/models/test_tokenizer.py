@@ -14,7 +14,7 @@ import regex
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaTokenizer, Qwen2Tokenizer
+from transformers import GemmaTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 from turboq.errors import TurboqError
 from turboq_calibrate.models import load_model, splits
@@ -51,6 +51,10 @@ SPLITS = {
         rf"(?i:{CONTRACTION})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ],
+    "qwen35": [
+        rf"(?i:{CONTRACTION})|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+        r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
     "gpt-4o": [
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
         rf"(?i:{CONTRACTION})?"
@@ -80,7 +84,7 @@ SAME = {
     "olmo": "gpt-2",
 }
 WHOLE = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken")  # a word that is a token stays
-NFC = ("qwen2", "deepseek-r1-qwen", "command-r", "olmo")
+NFC = ("qwen2", "qwen35", "deepseek-r1-qwen", "command-r", "olmo")
 
 
 def gguf_tokenizer(family):
@@ -173,7 +177,7 @@ def test_pre_tokenizers_against_bpe_by_hand(pre):
         check.hypothesis.inner_test(text)
     words = [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("12345abba")]
     numbers = {"gpt-2": ["1234", "5"], "smollm": [*"12345"], "qwen2": [*"12345"]}
-    numbers["tekken"] = [*"12345"]
+    numbers |= {name: [*"12345"] for name in ("tekken", "qwen35")}
     letters = ["abba"] if pre in WHOLE else [*"abba"]
     assert words == [*numbers.get(SAME.get(pre, pre), ["123", "45"]), *letters]
 
@@ -381,6 +385,30 @@ def test_sentencepiece_against_merging_by_hand(prefix):
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
 
 
+def test_gemma_4_merges_as_its_file_says():
+    """The same merges, in the file's order; no space is added in front."""
+    tokens, scores, _ = pieces()
+    by_scores = from_gguf(sentencepiece_metadata(add_space_prefix=False), Path("x.gguf"))
+    merges = json.loads(by_scores.backend.to_str())["model"]["merges"]
+    fields = {"scores": None, "merges": [" ".join(m) for m in merges], "model": "gemma4"}
+    tokenizer = from_gguf(sentencepiece_metadata(**fields), Path("x.gguf"))
+    # Gemma's class without tokens of its own.
+    reference = GemmaTokenizer(
+        vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m) for m in merges],
+        bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>", mask_token=None,
+    )  # fmt: skip
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids == sentencepiece_by_hand(text, tokens, scores, prefix=False)
+        assert ids == reference(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+    assert (tokenizer.adds_bos, tokenizer.encode("<s>the")[0]) == (True, 1)
+    backwards = from_gguf(
+        sentencepiece_metadata(**fields | {"merges": fields["merges"][::-1]}), Path("x.gguf")
+    )
+    assert backwards.encode(PASSAGE) != tokenizer.encode(PASSAGE)
+
+
 def test_sentencepiece_equals_the_transformers_class():
     tokens, _, _ = pieces()
     ours = from_gguf(sentencepiece_metadata(), Path("x.gguf"))
@@ -401,7 +429,10 @@ def test_sentencepiece_equals_the_transformers_class():
     ("changes", "message"),
     [
         ({"model": None}, r"has no tokenizer \(tokenizer.ggml.model is missing\)"),
-        ({"model": "t5"}, r"tokenizer model 't5' is not supported \(supported: gpt2, llama\)"),
+        (
+            {"model": "t5"},
+            r"tokenizer model 't5' is not supported \(supported: gpt2, llama, gemma4\)",
+        ),
         ({"tokens": None}, r"has no usable tokenizer: tokenizer\.ggml\.tokens is missing"),
         ({"tokens": [1, 2]}, r"tokenizer\.ggml\.tokens must be a list of str"),
         ({"token_type": [1]}, r"1 tokenizer\.ggml\.token_type for 320 tokens"),

@@ -93,7 +93,7 @@ def oracle(model, tokens):
 
     offsets = [
         None
-        if spec.delta is not None
+        if spec.recurrent is not None
         else tuple(
             jnp.zeros((*tokens.shape, spec.kv_heads, dim))
             for dim in (spec.head_dim, spec.v_head_dim)
@@ -146,7 +146,7 @@ def test_everything_a_fit_may_use_equals_the_whole_model(name, tmp_path):
     kept, gradients = oracle(model, windows.tokens)
     assert found.texts == ("random",)
     for i, spec in enumerate(model.spec.layers):
-        if spec.delta is not None:  # neither keys nor values
+        if spec.recurrent is not None:  # neither keys nor values
             assert [side.heads for side in found.layers[i].sides.values()] == [0, 0, 0]
             continue
         q, k, v = (np.asarray(x, np.float64) for x in kept[i])

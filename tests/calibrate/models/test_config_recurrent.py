@@ -11,7 +11,7 @@ from turboq.numbers.rope import Rope
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.config import model_spec
 from turboq_calibrate.models.params import parameter_count
-from turboq_calibrate.models.spec import DeltaNet, Experts
+from turboq_calibrate.models.spec import DeltaNet, Experts, Mamba
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -67,11 +67,11 @@ def test_published_models(name):
     spec = model_spec(settings, name)
     assert parameter_count(spec) == parameters
     assert spec.context == 262144
-    assert [layer.delta is None for layer in spec.layers] == [False, False, False, True] * (
+    assert [layer.recurrent is None for layer in spec.layers] == [False, False, False, True] * (
         len(spec.layers) // 4
     )
     delta, full = spec.layers[0], spec.layers[3]
-    assert delta.delta == DeltaNet(
+    assert delta.recurrent == DeltaNet(
         key_heads=16, value_heads=value_heads, key_dim=128, value_dim=128, kernel=4
     )
     assert (delta.kv_heads, delta.rope, delta.output_gate) == (0, None, False)
@@ -90,7 +90,7 @@ def config(model_type="qwen3_5_text", **fields):
 def test_layer_types_and_interval():
     def kinds(**fields):
         layers = model_spec(config(num_hidden_layers=5, **fields), "x").layers
-        return "".join("a" if layer.delta is None else "d" for layer in layers)
+        return "".join("a" if layer.recurrent is None else "d" for layer in layers)
 
     assert kinds() == "dddad"
     assert kinds(full_attention_interval=2) == "dadad"
@@ -140,3 +140,86 @@ def test_drafting_layers_are_left_out_and_other_tensors_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(TurboqError, match=r"conv1d.weight has shape \[40, 1, 4\].*\[48, 1, 4\]"):
         load_model(tmp_path)
+
+
+MIXER, ATTENTION = "mamba", "attention"
+# As published: layers by their names before transformers 5.
+GRANITE = {
+    "model_type": "granitemoehybrid", "attention_bias": False, "attention_dropout": 0.0,
+    "attention_multiplier": 0.0078125, "embedding_multiplier": 12, "hidden_act": "silu",
+    "hidden_size": 1536, "init_method": "mup", "initializer_range": 0.1,
+    "intermediate_size": 512, "layer_types": [
+        ATTENTION if i in (5, 15, 25, 35) else MIXER for i in range(40)],
+    "logits_scaling": 6, "mamba_chunk_size": 256, "mamba_conv_bias": True, "mamba_d_conv": 4,
+    "mamba_d_head": 64, "mamba_d_state": 128, "mamba_expand": 2, "mamba_n_groups": 1,
+    "mamba_n_heads": 48, "mamba_proj_bias": False, "max_position_embeddings": 131072,
+    "normalization_function": "rmsnorm", "num_attention_heads": 12, "num_experts_per_tok": 6,
+    "num_hidden_layers": 40, "num_key_value_heads": 4, "num_local_experts": 64,
+    "output_router_logits": False, "position_embedding_type": "nope", "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000, "router_aux_loss_coef": 0.01,
+    "shared_intermediate_size": 1024, "tie_word_embeddings": True, "use_cache": True,
+    "vocab_size": 100352,
+}  # fmt: skip
+
+
+def test_granite_4_tiny():
+    spec = model_spec(GRANITE, "granite-4.0-h-tiny")
+    mixers = [layer.recurrent for layer in spec.layers]
+    assert [i for i, mixer in enumerate(mixers) if mixer is None] == [5, 15, 25, 35]
+    assert mixers[0] == Mamba(
+        heads=48, head_dim=64, groups=1, state_dim=128, kernel=4, conv_bias=True, bias=False,
+        step_limits=(0.0, float("inf")),
+    )  # fmt: skip
+    full = spec.layers[5]
+    assert (full.rope, full.kv_heads, full.head_dim, full.scale) == (None, 4, 128, 0.0078125)
+    assert full.experts == Experts(
+        count=64, chosen=6, intermediate=512, renormalised=True, shared=1024, shared_gate=False
+    )
+    assert (spec.embed_scale, full.residual_scale, spec.logit_scale) == (12, 0.22, 1 / 6)
+    # By hand: embedding and norms, 36 mixers, 4 of attention, 40 of experts.
+    mixer = 1536 * (2 * 3072 + 2 * 128 + 48) + 5 * (3072 + 2 * 128) + 3 * 48 + 3072 + 3072 * 1536
+    experts = 3 * 1536 * (64 * 512 + 1024) + 64 * 1536
+    attention = 2 * 1536 * 1536 + 2 * 512 * 1536
+    assert parameter_count(spec) == (
+        100352 * 1536 + 81 * 1536 + 36 * mixer + 4 * attention + 40 * experts
+    )
+
+
+def test_granite_4_micro_has_attention_alone():
+    fields = {"layer_types": [ATTENTION] * 40, "num_local_experts": 0, "mamba_n_heads": 7}
+    spec = model_spec(GRANITE | fields | {"position_embedding_type": "rope"}, "granite-4.0-micro")
+    assert {layer.recurrent for layer in spec.layers} == {None}
+    assert {layer.experts for layer in spec.layers} == {None}
+    assert spec.layers[0].intermediate == 1024
+    assert spec.layers[0].rope == Rope(theta=1e4, dim=128)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"mamba_n_heads": 50},
+            "mamba_expand . hidden_size=3072 must be a multiple of mamba_n_hea",
+        ),
+        ({"mamba_n_groups": 5}, "mamba_n_heads=48 must be a multiple of mamba_n_groups=5"),
+        ({"mamba_d_head": 32}, "mamba_d_head=32 must be 64"),
+        ({"mamba_d_state": 0}, "mamba_d_state=0 must be"),
+        ({"mamba_conv_bias": 1}, "mamba_conv_bias=1 must be true or false"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act='gelu_pytorch_tanh' must be silu"),
+        ({"layer_types": None}, "layer_types and layers_block_type are missing"),
+        ({"layer_types": [MIXER] * 40}, "no layer"),
+        ({"layer_types": [MIXER] * 39}, "for each of the 40 layers"),
+        ({"layer_types": ["conv"] * 40}, "must name one of full_attention, linear_attention"),
+        ({"layers_block_type": [ATTENTION] * 40}, "layer_types and layers_block_type differ"),
+        ({"time_step_limit": [1.0, 0.5]}, "time_step_limit=.1.0, 0.5. must be two numbers"),
+        ({"time_step_limit": [0.0, None]}, "must be two numbers"),
+        (
+            {"position_embedding_type": "alibi"},
+            "position_embedding_type='alibi' must be rope, nope",
+        ),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+    ],
+)
+def test_what_is_wrong_of_granite_4_is_refused(fields, message):
+    with pytest.raises(TurboqError, match=message):
+        model_spec(GRANITE | fields, "x")

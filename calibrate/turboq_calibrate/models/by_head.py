@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Shaped
 
-from turboq_calibrate.models.spec import LayerSpec
+from turboq_calibrate.models.spec import DeltaNet, LayerSpec
 
 
 def by_kind(spec: LayerSpec, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -15,11 +15,11 @@ def by_kind(spec: LayerSpec, stored: dict[str, np.ndarray]) -> dict[str, np.ndar
     rows: dict[str, tuple[int, Sequence[int]]] = {}
     if spec.output_gate:
         rows["q_gate"] = (spec.heads, (spec.head_dim, spec.v_head_dim))
-    if spec.delta is not None:
-        each = spec.delta.value_heads // spec.delta.key_heads
-        key, value = spec.delta.key_dim, each * spec.delta.value_dim
-        rows["delta_qkvz"] = (spec.delta.key_heads, (key, key, value, value))
-        rows["delta_ba"] = (spec.delta.key_heads, (each, each))
+    if isinstance(spec.recurrent, DeltaNet):
+        each = spec.recurrent.value_heads // spec.recurrent.key_heads
+        key, value = spec.recurrent.key_dim, each * spec.recurrent.value_dim
+        rows["delta_qkvz"] = (spec.recurrent.key_heads, (key, key, value, value))
+        rows["delta_ba"] = (spec.recurrent.key_heads, (each, each))
     return stored | {name: _sorted(stored[name], *rows[name]) for name in rows if name in stored}
 
 
