@@ -419,7 +419,12 @@ def put(
         else:
             taken[field.name] = local.reshape(*local.shape[:2], -1, local.shape[-1])
     local_positions = positions - (first * page)[:, None]
-    written = caches.put(codec, encoded, taken, local_positions, valid)
+    raw = [f.name for f in fields if tokens == 1 and not f.packed and not f.per_block]
+    others = {name: x for name, x in encoded.items() if name not in raw}
+    written = caches.put(codec, others, taken, local_positions, valid)
+    # One token's numbers by a choice, which fuses: a scatter would lay the pages out anew.
+    slot = jnp.arange(page, dtype=jnp.int32)[None, None, :, None] == here[:, None, None, None]
+    written |= {name: jnp.where(slot, encoded[name], taken[name]) for name in raw}
     touched = (end[:, None] > which * page) & (start[:, None] < (which + 1) * page)
     touched &= (end > start)[:, None]
     out = {}

@@ -7,6 +7,7 @@ the packed tokens, four sinks and 64 recent ones. 8 KV heads of 4 query heads, 1
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -23,7 +24,11 @@ from turboq_kernels.encode import encode
 
 BATCH, HEADS, PAGES, PAGE = 8, 8, 128, 256
 POLICY = TokenPolicy(sinks=4, recent=64)
-CODECS = {"turboquant_mse": TurboQuantMSE, "per_head": PerHead}
+CODECS = {
+    "turboquant_mse": TurboQuantMSE,
+    "bfloat16_scales": functools.partial(TurboQuantMSE, scale_dtype="bfloat16"),
+    "per_head": PerHead,
+}
 COLUMNS = "window"  # codes of a learned plan, in the one pool of a model
 LEVELS = (*CODECS, COLUMNS)
 

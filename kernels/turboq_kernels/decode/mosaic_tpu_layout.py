@@ -138,6 +138,16 @@ def scale_rows(buffer: jax.Array) -> jax.Array:
     return jnp.pad(flat, (0, -flat.shape[0] % LANES)).reshape(-1, LANES)
 
 
+def lies_by_heads(numbers: jax.Array) -> bool:
+    """Whether 16-bit numbers [pages, N, page, 1] of a pool lie as [N, page] in tiles of registers.
+
+    So XLA keeps them where no tile is padded; it would lay others out anew for a kernel.
+    """
+    _, heads, page, *_ = numbers.shape
+    whole = heads in (2, 4) or heads % 8 == 0
+    return numbers.dtype.itemsize == 2 and page % LANES == 0 and whole
+
+
 @dataclasses.dataclass(frozen=True)
 class ScaleLayout:
     """Where the entries of a page lie in the rows of `scale_rows`."""
