@@ -95,14 +95,14 @@ def _by_steps(
     if _many(rows) or unsupported(layer, group) is not None:
         return None
     view = views.of_group(cache, group, buffers)
-    if not step.supported(group, view, rows.shape, options):
-        return None
     exact = []
     if layer.policy.sinks:
         exact.append((view.k_sinks, view.v_sinks, None, True))
     if tail.positions.shape[1]:
         k, v = (take_heads(x, group.heads) for x in (tail.k, tail.v))
         exact.append((k, v, tail.positions, False))
+    if not step.supported(group, view, rows.shape, exact, options):
+        return None
     sink = None if sink_logits is None else _of_rows(sink_logits, group, per_kv, q.shape[1])
     return step.attend(
         rows, group, view, (q_positions, cache.lengths, cache.first), exact, sink,

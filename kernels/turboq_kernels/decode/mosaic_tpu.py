@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,16 +130,37 @@ def decode(
     starts, ends = (jnp.pad(x, ((0, 0), (0, extra))) for x in (starts, ends))
     bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, extra)))
     queries, rows = _queries(spec, q, k, bias, scale / softcap if softcap else scale * LOG2_E)
-    words = [
-        fold_words(w, layout) for w, layout in zip((*k.words, *v.words), spec.words, strict=True)
-    ]
-    outs = _call(
-        spec, interpret, table.reshape(-1), _plan(spec, starts, ends), queries, rows,
-        starts, ends, words, [scale_rows(x) for x in buffers],
-    )  # fmt: skip
-    partial = _finish(spec, v, outs)
+    wide = [jnp.broadcast_to(x[..., None], (*x.shape, LANES)) for x in (starts, ends)]
+    ready = Operands(table, _plan(spec, starts, ends), queries, rows, *wide)
+    partial = _finish(spec, v, launch(spec, ready, k, v, buffers, interpret))
     whole = merge.merge(partial) if spec.splits > 1 else jax.tree.map(lambda x: x[0], partial)
     return Partial(acc=whole.acc[:, :, :m], top=whole.top[:, :, :m], total=whole.total[:, :, :m])
+
+
+class Operands(NamedTuple):
+    """What the kernel takes beside stored tokens; row vectors are the same in all lanes."""
+
+    table: Any  # int32 [B, pages], of whole steps, times the stride of pages
+    plan: Any  # int32 [B * splits * 3], see `steps_of`
+    queries: Any  # of every part of K [B, N, *query_shape], int8 or bfloat16
+    rows: Any  # float32 [B, N, *rows_shape], see `_queries`
+    starts: Any  # int32 [B, M, 128], the slots that rows see
+    ends: Any
+
+
+def query_shape(spec: Spec, part: PartSpec) -> tuple[int, int]:
+    """Of the left operand of one head: rows, and lanes of all planes."""
+    return spec.left_rows(part), max(len(part.planes), 1) * part.layout.lanes
+
+
+def rows_shape(spec: Spec) -> tuple[int, int, int]:
+    """Of the row vectors of one head."""
+    return 3 * len(spec.k) + 1, spec.rows, LANES
+
+
+def sums_shape(spec: Spec, part: PartSpec) -> tuple[int, int]:
+    """Of the sums over a part of V of one head."""
+    return part.layout.fold * spec.rows, max(len(part.planes), 1) * part.layout.lanes
 
 
 def _chunks(capacity: int) -> int:
@@ -191,18 +213,27 @@ def _parts(side: Side, layouts, buffers: list, first: int, symmetric: bool) -> t
     return tuple(out)
 
 
-def _plan(spec: Spec, starts, ends) -> Int[Array, "plan"]:
-    """First step, number of steps (at least one) and first slot not to be seen, per (b, split)."""
+def steps_of(spec: Spec, low, high, split):
+    """First step of a split, number (at least one), first slot not to be seen; low <= slot < high.
+
+    Where nobody sees a token high is 0 and low anything from 0 on.
+    """
     tokens = spec.step.tokens
-    any_row = ends > starts
-    low = jnp.min(jnp.where(any_row, starts, jnp.iinfo(jnp.int32).max), axis=1) // tokens
-    high = -(-jnp.max(jnp.where(any_row, ends, 0), axis=1) // tokens)
+    low, high = low // tokens, (high + tokens - 1) // tokens
     low = jnp.minimum(low, high)
-    each = -(-(high - low) // spec.splits)
+    each = (high - low + spec.splits - 1) // spec.splits
+    first = jnp.minimum(low + split * each, high)
+    count = jnp.minimum(jnp.maximum(high - first, 0), each)
+    return first, jnp.maximum(count, 1), (first + count) * tokens
+
+
+def _plan(spec: Spec, starts, ends) -> Int[Array, "plan"]:
+    """`steps_of` for all (b, split)."""
+    any_row = ends > starts
+    low = jnp.min(jnp.where(any_row, starts, jnp.iinfo(jnp.int32).max), axis=1)
+    high = jnp.max(jnp.where(any_row, ends, 0), axis=1)
     split = jnp.arange(spec.splits, dtype=jnp.int32)[None, :]
-    first = jnp.minimum(low[:, None] + split * each[:, None], high[:, None])
-    count = jnp.clip(high[:, None] - first, 0, each[:, None])
-    plan = jnp.stack([first, jnp.maximum(count, 1), (first + count) * tokens], axis=-1)
+    plan = jnp.stack(steps_of(spec, low[:, None], high[:, None], split), axis=-1)
     return plan.astype(jnp.int32).reshape(-1)
 
 
@@ -256,10 +287,19 @@ def _in_blocks(fold: int, lanes: int, rows: int, both):
     return jnp.pad(whole, ((0, 0), (0, 0), (0, rows - whole.shape[2]), (0, 0)))
 
 
-def _call(spec: Spec, interpret, table, plan, queries, rows, starts, ends, words, scales):
-    batch, heads, m = queries[0].shape[0], spec.heads, spec.rows
-    wide = [jnp.broadcast_to(x[..., None], (*x.shape, LANES)) for x in (starts, ends)]
-    v_shapes = [(p.layout.fold * m, max(len(p.planes), 1) * p.layout.lanes) for p in spec.v]
+def launch(spec: Spec, ready: Operands, k: Side, v: Side, buffers, interpret) -> list[Array]:
+    """Sums [splits, B, N, *sums_shape] of every part of V, then [splits, B, N, _, M, 128].
+
+    The latter are, in every lane or to be summed over them: top in powers of two, total, and of
+    every part the sum of weights and that of offsets.
+    """
+    words = [
+        fold_words(w, layout) for w, layout in zip((*k.words, *v.words), spec.words, strict=True)
+    ]
+    scales = [scale_rows(x) for x in buffers]
+    queries, rows, wide = ready.queries, ready.rows, (ready.starts, ready.ends)
+    batch, heads, m = rows.shape[0], spec.heads, spec.rows
+    v_shapes = [sums_shape(spec, p) for p in spec.v]
     stats = 2 + 2 * len(spec.v)
 
     def block(shape):
@@ -315,7 +355,7 @@ def _call(spec: Spec, interpret, table, plan, queries, rows, starts, ends, words
         ),
         interpret=interpret,
         name="turboq_decode",
-    )(table, plan, *queries, rows, *wide, *words, *scales)
+    )(ready.table, ready.plan, *queries, rows, *wide, *words, *scales)
 
 
 def _finish(spec: Spec, v: Side, outs) -> Partial:

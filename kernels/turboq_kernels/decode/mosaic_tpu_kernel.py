@@ -123,8 +123,8 @@ def kernel(spec: Spec, *refs):
     def head_pages(item):
         """Where the head-pages of an item (n, at) lie."""
         n, at = item
-        entry = b * spec.pages + jnp.minimum(at * step.pages, spec.pages - step.pages)
-        return [table[entry + i] + n * spec.stride_head for i in range(step.pages)]
+        entry = jnp.minimum(at * step.pages, spec.pages - step.pages)
+        return [table[b, entry + i] + n * spec.stride_head for i in range(step.pages)]
 
     def transfers(stage, slot, item):
         at = head_pages(item)
@@ -424,7 +424,7 @@ def _weights(spec: Spec, n, p, old, new, gathered, weights, factors, stats):
             size = jnp.maximum(jnp.max(_tree(jnp.maximum, sizes), axis=1, keepdims=True), 1e-30)
             factor = jnp.broadcast_to(PIECE / size, (m, LANES))
             gain = jnp.broadcast_to(new * size * (1.0 / PIECE), (m, LANES))
-            weighted = [[_rounded(x * factor) for x in by_j] for by_j in weighted]
+            weighted = [[rounded(x * factor) for x in by_j] for by_j in weighted]
             # The sum of what the planes are weighted with: errors are then relative to the levels.
             flat = _flat(weighted)
             excess = (len(flat) * ROUND_BITS + 2**31) % 2**32 - 2**31
@@ -484,13 +484,13 @@ def _add(spec: Spec, n, totals, factors, sums):
             out[0, 0, n, :, lanes] = out[0, 0, n, :, lanes] * k + fresh[:, lanes] * g
 
 
-def _rounded(x):
+def rounded(x):
     """int32 round(x) + ROUND_BITS; the low 16 bits are those of the integer."""
     return jax.lax.bitcast_convert_type(x + ROUND, jnp.int32)
 
 
 def _bytes(group, rows: int):
-    """int8 [rows, 128] of `_rounded` integers: 256 * high + low, high first, then zeros."""
+    """int8 [rows, 128] of `rounded` integers: 256 * high + low, high first, then zeros."""
     both = [(x + 128) >> 8 for x in group] + group
     both += [jnp.zeros_like(group[0])] * (rows // group[0].shape[0] - len(both))
     return jnp.concatenate(both, axis=0).astype(jnp.int8)
