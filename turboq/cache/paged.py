@@ -373,14 +373,15 @@ def residency(cache_list: list[PagedCache], reports: Sequence[PoolReport]) -> Re
 
 def _exact_of(cache: PagedCache, rows: Int[Array, "B"]) -> tuple[GroupBuffers, ...]:
     """The pool, with the exact buffers of the given rows only."""
+    own = functools.partial(jnp.take, indices=rows, axis=0, mode="clip")  # no row is negative
     return tuple(
         GroupBuffers(
             k=g.k,
             v=g.v,
-            k_sinks=g.k_sinks[rows],
-            v_sinks=g.v_sinks[rows],
-            k_recent=g.k_recent[rows],
-            v_recent=g.v_recent[rows],
+            k_sinks=own(g.k_sinks),
+            v_sinks=own(g.v_sinks),
+            k_recent=own(g.k_recent),
+            v_recent=own(g.v_recent),
         )
         for g in cache.groups
     )

@@ -58,7 +58,7 @@ def attend(
     *,
     rules: Rules,
     options: Any,
-) -> Float[Array, "B T *H E"]:
+) -> Float[Array, "B T H E"]:
     """Outputs of the group's query heads; q may be of any float type."""
     way = _way(group, view, q.shape, exact, options)
     return way(q, group, view, where, exact, sink, rules, options)
@@ -118,7 +118,7 @@ def _fits_tpu(group: HeadGroup, view: GroupView, q, exact: list[Segment], option
 
 def _on_tpu(
     q, group: HeadGroup, view: GroupView, where: Where, exact, sink, rules: Rules, options: Any
-) -> Float[Array, "B T N G E"]:
+) -> Float[Array, "B T H E"]:
     from turboq_kernels.decode import mosaic_tpu, mosaic_tpu_step
 
     (k, v), heads = _sides(group, view), len(group.heads)
@@ -138,10 +138,11 @@ def _on_tpu(
         mosaic_tpu_step.Exact(*(_heads_first(x, first, view) for x in (k, v)), positions)
         for k, v, positions, first in exact
     ]
-    return mosaic_tpu_step.finish(
+    outs = mosaic_tpu_step.finish(
         q, sums, stats, segments, seen, rules, sink, out.matrix, out.constant, spec=spec, v=v,
         scale=options.scale, interpret=options.interpret,
     )  # fmt: skip
+    return outs.reshape(*outs.shape[:2], -1, outs.shape[-1])
 
 
 def _heads_first(x: Array, already: bool, view: GroupView) -> Float[Array, "B N S D"]:

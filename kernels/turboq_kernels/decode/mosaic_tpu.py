@@ -341,7 +341,7 @@ def launch(spec: Spec, ready: Operands, k: Side, v: Side, buffers, interpret) ->
             [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in held]
             for held in (words, scales)
         )
-    return pl.pallas_call(
+    found = pl.pallas_call(
         functools.partial(inner.kernel, spec),
         out_shape=[
             jax.ShapeDtypeStruct((spec.splits, batch, *shape), jnp.float32) for shape in out_shapes
@@ -356,6 +356,7 @@ def launch(spec: Spec, ready: Operands, k: Side, v: Side, buffers, interpret) ->
         interpret=interpret,
         name="turboq_decode",
     )(ready.table, ready.plan, *queries, rows, *wide, *words, *scales)
+    return list(found)
 
 
 def _finish(spec: Spec, v: Side, outs) -> Partial:

@@ -151,7 +151,13 @@ def _call(body, scalars, inputs, specs, out, out_specs, interpret, name: str) ->
 
 
 def _scalars(seen: Seen) -> Seen:
-    return seen._replace(first=None) if isinstance(seen.first, int) else seen
+    """As kernels take it: `at` flat, `first` None for 0."""
+    first = None if isinstance(seen.first, int) else seen.first
+    return seen._replace(at=seen.at.reshape(-1), first=first)
+
+
+def _tokens(seen: Seen) -> int:
+    return seen.at.shape[0] // seen.lengths.shape[0]
 
 
 def _whole(x: Any) -> Any:
@@ -212,10 +218,10 @@ def _each_head(heads: int, do) -> None:
 
 def _of_rows(seen: Seen, rules: Rules, b, m: int, shape) -> tuple[Array, Spans]:
     """Positions of query rows along the first axis of `shape`, and what they see."""
-    row, tokens = jax.lax.broadcasted_iota(jnp.int32, shape, 0), seen.at.shape[1]
-    at = jnp.full(shape, seen.at[b, 0], jnp.int32)
+    row, tokens = jax.lax.broadcasted_iota(jnp.int32, shape, 0), _tokens(seen)
+    at = jnp.full(shape, seen.at[b * tokens], jnp.int32)
     for t in range(1, tokens):
-        at = jnp.where(row >= t * (m // tokens), seen.at[b, t], at)
+        at = jnp.where(row >= t * (m // tokens), seen.at[b * tokens + t], at)
     first = jnp.int32(0) if seen.first is None else seen.first[b]
     return at, spans(rules, at, seen.lengths[b], first)
 
@@ -277,8 +283,9 @@ def _plan(seen: Seen, rules: Rules, b, capacity: int, plan, spec: Spec) -> None:
     """`mosaic_tpu.steps_of` of the tokens that some row sees."""
     low, high = jnp.int32(jnp.iinfo(jnp.int32).max), jnp.int32(0)
     first = jnp.int32(0) if seen.first is None else seen.first[b]
-    for t in range(seen.at.shape[1]):
-        found = spans(rules, seen.at[b, t], seen.lengths[b], first)
+    tokens = _tokens(seen)
+    for t in range(tokens):
+        found = spans(rules, seen.at[b * tokens + t], seen.lengths[b], first)
         end = jnp.minimum(found.ends, capacity)
         some = end > found.starts
         low = jnp.minimum(low, jnp.where(some, found.starts, low))

@@ -1,0 +1,20 @@
+"""Attention of a step by its TPU launches, in interpret mode, against float64."""
+
+import jax.numpy as jnp
+import pytest
+from step_cases import check, check_broken
+
+
+@pytest.mark.parametrize(
+    ("queries", "options"),
+    [
+        (1, {"sink_logits": jnp.linspace(-1.0, 1.0, 6)}),
+        (2, {"window": 40, "softcap": 2.0}),
+    ],
+)
+def test_matches_float64(queries, options, rng):
+    check(rng, queries, options, "mosaic_tpu")
+
+
+def test_a_broken_token_breaks_who_sees_it(rng):
+    check_broken(rng, "mosaic_tpu")
