@@ -29,7 +29,9 @@ from turboq_kernels.decode.mosaic_tpu_layout import (
     ScaleLayout,
     Step,
     buffer_shape,
+    by_heads,
     fold_words,
+    lies_by_heads,
     part_layout,
     scale_rows,
 )
@@ -67,7 +69,8 @@ def vmem_bytes(spec: Spec) -> int:
     sums = sum(p.layout.fold * m * max(len(p.planes), 1) * p.layout.lanes * 4 for p in spec.v)
     windows = heads * (queries + sums + row * (3 * len(spec.k) + 1 + 2 + 2 * len(spec.v))) + 2 * row
     words = sum(4 * step.pages * math.prod(p.block) for p in spec.words)
-    scales = sum(step.pages * s.page_rows * LANES * 4 for s in spec.scales)
+    rooms = [_scale_buffer(s, step.pages) for s in spec.scales]
+    scales = sum(math.prod(x.shape) * x.dtype.itemsize for x in rooms)
     blocks = len(step.blocks) * inner.GROUPS
     weights = sum(
         blocks // p.layout.fold * spec.left_rows(p) * LANES * (1 if spec.integer(p) else 2)
@@ -75,7 +78,7 @@ def vmem_bytes(spec: Spec) -> int:
     )
     first_terms = heads * len(spec.k) * inner.GROUPS * row
     gathered = len(spec.scales) * len(step.blocks) * 8 * LANES * 4
-    return 2 * (windows + words + scales) + weights + first_terms + blocks * row + gathered
+    return 2 * (windows + words) + scales + weights + first_terms + blocks * row + gathered
 
 
 def integer_unit() -> bool:
@@ -178,12 +181,20 @@ def specify(
     fold, count = max(x.fold for side in layouts for x in side), pages.table.shape[1]
     step = Step(k.rows, fold, _chunks(count * k.page) if chunks is None else chunks)
     buffers: list = []
+    heads = q.shape[1]
+    pooled = (pages.stride_page, pages.stride_head, pages.contiguous) == (heads, 1, False)
     k_parts = _parts(k, layouts[0], buffers, 0, symmetric)
     v_parts = _parts(v, layouts[1], buffers, len(k_parts), symmetric)
     spec = Spec(
         k=k_parts, v=v_parts, step=step,
-        scales=tuple(ScaleLayout(str(x.dtype), k.page) for x in buffers),
-        rows=-(-q.shape[2] // 8) * 8, heads=q.shape[1], splits=splits,
+        scales=tuple(
+            ScaleLayout(
+                str(x.dtype), k.page,
+                heads if pooled and lies_by_heads(x.dtype, heads, k.page) else 0,
+            )
+            for x in buffers
+        ),
+        rows=-(-q.shape[2] // 8) * 8, heads=heads, splits=splits,
         pages=-(-count // step.pages) * step.pages, stride_head=pages.stride_head,
         bulk=pages.contiguous and layouts[0][0].whole and count % step.pages == 0,
         softcap=softcap, biased=biased, int8=int8,
@@ -287,6 +298,13 @@ def _in_blocks(fold: int, lanes: int, rows: int, both):
     return jnp.pad(whole, ((0, 0), (0, 0), (0, rows - whole.shape[2]), (0, 0)))
 
 
+def _scale_buffer(layout: ScaleLayout, pages: int):
+    if not layout.heads:
+        return pltpu.VMEM((2, pages * layout.page_rows, LANES), jnp.uint32)
+    shape = (inner.STEPS_HELD, layout.heads * layout.share(pages), layout.tile, layout.page)
+    return pltpu.VMEM(shape, jnp.bfloat16)
+
+
 def launch(spec: Spec, ready: Operands, k: Side, v: Side, buffers, interpret) -> list[Array]:
     """Sums [splits, B, N, *sums_shape] of every part of V, then [splits, B, N, _, M, 128].
 
@@ -296,7 +314,10 @@ def launch(spec: Spec, ready: Operands, k: Side, v: Side, buffers, interpret) ->
     words = [
         fold_words(w, layout) for w, layout in zip((*k.words, *v.words), spec.words, strict=True)
     ]
-    scales = [scale_rows(x) for x in buffers]
+    scales = [
+        by_heads(x, layout.heads) if layout.heads else scale_rows(x)
+        for x, layout in zip(buffers, spec.scales, strict=True)
+    ]
     queries, rows, wide = ready.queries, ready.rows, (ready.starts, ready.ends)
     batch, heads, m = rows.shape[0], spec.heads, spec.rows
     v_shapes = [sums_shape(spec, p) for p in spec.v]
@@ -312,7 +333,7 @@ def launch(spec: Spec, ready: Operands, k: Side, v: Side, buffers, interpret) ->
     step = spec.step
     scratch = [
         *(pltpu.VMEM((2, *buffer_shape(p, step.pages)), jnp.uint32) for p in spec.words),
-        *(pltpu.VMEM((2, step.pages * s.page_rows, LANES), jnp.uint32) for s in spec.scales),
+        *(_scale_buffer(s, step.pages) for s in spec.scales),
         *(
             pltpu.VMEM(
                 (len(step.blocks) // p.layout.fold, inner.GROUPS, spec.left_rows(p), LANES),
@@ -324,7 +345,7 @@ def launch(spec: Spec, ready: Operands, k: Side, v: Side, buffers, interpret) ->
         pltpu.VMEM((len(step.blocks), inner.GROUPS, m, LANES), jnp.float32),  # logits
         pltpu.VMEM((max(len(spec.scales), 1), len(step.blocks), 8, LANES), jnp.float32),
         pltpu.VMEM((1 + len(spec.v), m, LANES), jnp.float32),  # factors
-        pltpu.SemaphoreType.DMA((3, 2)),
+        pltpu.SemaphoreType.DMA((4, 2)),
     ]
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,

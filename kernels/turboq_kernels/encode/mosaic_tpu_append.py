@@ -150,7 +150,8 @@ def _in_place(codec: Codec, stored: Stored) -> list[str]:
     raw = [f.name for f in codec.fields if not f.packed]
     return [
         n for n in writing_of(codec).rows
-        if n in raw and stored[n].dtype == jnp.bfloat16 and lies_by_heads(stored[n])
+        if n in raw and stored[n].dtype == jnp.bfloat16
+        and lies_by_heads(jnp.bfloat16, *stored[n].shape[1:3])
     ]  # fmt: skip
 
 
