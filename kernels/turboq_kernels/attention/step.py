@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +23,32 @@ from turboq_kernels.decode import api as decoding
 from turboq_kernels.spans import Rules
 from turboq_kernels.views import GroupView
 
-# Exact tokens: k, v, positions (None: those of sinks), whether heads are before tokens.
-Segment = tuple[Any, Any, Any, bool]
-# Positions of queries [B, T], tokens of sequences [B], positions of their first slots ([B] or 0).
-Where = tuple[Any, Any, Any]
+
+class Recent(NamedTuple):
+    """Exact tokens that are no sinks."""
+
+    k: Any  # [B, S, N, D]
+    v: Any  # [B, S, N, E]
+    positions: Any  # int32 [B, S]
 
 
-def supported(
-    group: HeadGroup, view: GroupView, rows: tuple[int, ...], exact: list[Segment], options: Any
-) -> bool:
-    """Whether the kernel that would read these query rows [B, N, M, D] has such launches."""
-    return _way(group, view, rows, exact, options) is not None
+class Where(NamedTuple):
+    """Positions of query tokens, tokens of sequences, positions of their first slots."""
+
+    at: Any  # int32 [B, T]
+    lengths: Any  # int32 [B]
+    first: Any  # int32 [B], or 0
 
 
-def _way(group: HeadGroup, view: GroupView, rows, exact, options: Any) -> Any:
-    """How to attend, or None."""
+# Outputs [B, T, H, E] of a group's heads from (query rows [B, N, M, D] of any float type, group,
+# view, where, recent or None, logit sinks [N, M] or None, rules, options).
+Way = Callable[..., Any]
+
+
+def way(
+    group: HeadGroup, view: GroupView, rows: tuple[int, ...], recent: int, options: Any
+) -> Way | None:
+    """Launches around the kernel that would read query rows [B, N, M, D]; None: it has none."""
     on_tpu = options.implementation == "mosaic_tpu" or jax.default_backend() == "tpu"
     k, v = _sides(group, view, coded=not on_tpu)
     q = jnp.zeros((*rows[:3], k.reading.width))  # only asked for its shape
@@ -44,24 +56,8 @@ def _way(group: HeadGroup, view: GroupView, rows, exact, options: Any) -> Any:
     if name == "triton":
         return _on_gpu if _fits_gpu(group, rows, k, v) else None
     if name == "mosaic_tpu":
-        return _on_tpu if _fits_tpu(group, view, q, exact, options) else None
+        return _on_tpu if _fits_tpu(group, view, q, recent, options) else None
     return None
-
-
-def attend(
-    q: Float[Array, "B N M D"],
-    group: HeadGroup,
-    view: GroupView,
-    where: Where,
-    exact: list[Segment],
-    sink: Float[Array, "N M"] | None,
-    *,
-    rules: Rules,
-    options: Any,
-) -> Float[Array, "B T H E"]:
-    """Outputs of the group's query heads; q may be of any float type."""
-    way = _way(group, view, q.shape, exact, options)
-    return way(q, group, view, where, exact, sink, rules, options)
 
 
 def _fits_gpu(group: HeadGroup, rows, k, v) -> bool:
@@ -73,7 +69,14 @@ def _fits_gpu(group: HeadGroup, rows, k, v) -> bool:
 
 
 def _on_gpu(
-    q, group: HeadGroup, view: GroupView, where: Where, exact, sink, rules: Rules, options: Any
+    q,
+    group: HeadGroup,
+    view: GroupView,
+    where: Where,
+    recent: Recent | None,
+    sink,
+    rules: Rules,
+    options: Any,
 ) -> Float[Array, "B T H E"]:
     from turboq_kernels.decode import triton, triton_kernel, triton_step
 
@@ -88,7 +91,10 @@ def _on_gpu(
     plan = dataclasses.replace(plan, clamped=True)
     into = maps.of_queries(group.k, group.k_arrays, heads)
     out = maps.of_outputs(group.v, group.v_arrays, heads)
-    seen = triton_step.Seen(*where[:2], None if isinstance(where[2], int) else where[2])
+    first = None if isinstance(where.first, int) else where.first
+    seen = triton_step.Seen(where.at, where.lengths, first)
+    exact = [triton_step.Exact(*view.sinks(), None, True)] if rules.policy.sinks else []
+    exact += [] if recent is None else [triton_step.Exact(*recent, False)]
     ready = triton_step.prepare(
         q, into.matrix, into.constant, seen, rules, plan=plan, count=count, splits=options.splits
     )
@@ -97,18 +103,17 @@ def _on_gpu(
         plan=plan, count=count, tuned=tuned, name="turboq_decode",
     )  # fmt: skip
     return triton_step.finish(
-        q, found, ready.start, [triton_step.Exact(*segment) for segment in exact], seen, rules,
-        sink, out.matrix, out.constant, plan=plan,
-    )  # fmt: skip
+        q, found, ready.start, exact, seen, rules, sink, out.matrix, out.constant, plan=plan
+    )
 
 
-def _fits_tpu(group: HeadGroup, view: GroupView, q, exact: list[Segment], options: Any) -> bool:
+def _fits_tpu(group: HeadGroup, view: GroupView, q, recent: int, options: Any) -> bool:
     from turboq_kernels.decode import mosaic_tpu, mosaic_tpu_step
 
     if options.splits not in (None, 1):
         return False
     spec, _ = mosaic_tpu.specify(q, *_sides(group, view), view.pages)
-    tokens = sum(k.shape[2 if first else 1] for k, _, _, first in exact)
+    tokens = view.k_sinks.shape[2] + recent
     maps_held = max(
         len(group.heads) if arrays else 1 for arrays in (group.k_arrays, group.v_arrays)
     )
@@ -117,7 +122,14 @@ def _fits_tpu(group: HeadGroup, view: GroupView, q, exact: list[Segment], option
 
 
 def _on_tpu(
-    q, group: HeadGroup, view: GroupView, where: Where, exact, sink, rules: Rules, options: Any
+    q,
+    group: HeadGroup,
+    view: GroupView,
+    where: Where,
+    recent: Recent | None,
+    sink,
+    rules: Rules,
+    options: Any,
 ) -> Float[Array, "B T H E"]:
     from turboq_kernels.decode import mosaic_tpu, mosaic_tpu_step
 
@@ -128,28 +140,26 @@ def _on_tpu(
         q, k, v, view.pages, softcap=options.softcap, biased=into.constant is not None,
         int8=mosaic_tpu.integer_unit(),
     )  # fmt: skip
-    seen = mosaic_tpu_step.Seen(*where)
+    seen = mosaic_tpu_step.Seen(*where, view.rows)
+    # As they were rounded: XLA sees that nothing changes. No kernel takes float16.
+    kind = view.k_sinks.dtype if view.k_sinks.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
+    exact = []
+    if rules.policy.sinks:
+        sinks = (x.astype(kind) for x in (view.k_sinks, view.v_sinks))
+        exact.append(mosaic_tpu_step.Exact(*sinks, None))
+    if recent is not None:
+        own = (x.swapaxes(1, 2).astype(kind) for x in (recent.k, recent.v))
+        exact.append(mosaic_tpu_step.Exact(*own, recent.positions))
     ready = mosaic_tpu_step.prepare(
         q, into.matrix, into.constant, seen, rules, spec=spec, k=k, pages=view.pages,
         scale=options.scale, interpret=options.interpret,
     )  # fmt: skip
     *sums, stats = mosaic_tpu.launch(spec, ready, k, v, buffers, options.interpret)
-    segments = [
-        mosaic_tpu_step.Exact(*(_heads_first(x, first, view) for x in (k, v)), positions)
-        for k, v, positions, first in exact
-    ]
     outs = mosaic_tpu_step.finish(
-        q, sums, stats, segments, seen, rules, sink, out.matrix, out.constant, spec=spec, v=v,
+        q, sums, stats, exact, seen, rules, sink, out.matrix, out.constant, spec=spec, v=v,
         scale=options.scale, interpret=options.interpret,
     )  # fmt: skip
     return outs.reshape(*outs.shape[:2], -1, outs.shape[-1])
-
-
-def _heads_first(x: Array, already: bool, view: GroupView) -> Float[Array, "B N S D"]:
-    """As what is exact was rounded, which XLA sees through; float16 is not for TPU kernels."""
-    kind = jnp.dtype(view.k_sinks.dtype)
-    kind = jnp.dtype(jnp.float32) if kind == jnp.float16 else kind
-    return (x if already else x.swapaxes(1, 2)).astype(kind)
 
 
 def _sides(group: HeadGroup, view: GroupView, *, coded: bool = False):

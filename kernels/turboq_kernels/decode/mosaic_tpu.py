@@ -298,6 +298,11 @@ def _in_blocks(fold: int, lanes: int, rows: int, both):
     return jnp.pad(whole, ((0, 0), (0, 0), (0, rows - whole.shape[2]), (0, 0)))
 
 
+def _kept(buffer: Array, interpret) -> Array:
+    """Where it is: the compiler would move small buffers into VMEM, and copies become loops."""
+    return buffer if interpret else pltpu.with_memory_space_constraint(buffer, pltpu.HBM)
+
+
 def _scale_buffer(layout: ScaleLayout, pages: int):
     if not layout.heads:
         return pltpu.VMEM((2, pages * layout.page_rows, LANES), jnp.uint32)
@@ -315,7 +320,7 @@ def launch(spec: Spec, ready: Operands, k: Side, v: Side, buffers, interpret) ->
         fold_words(w, layout) for w, layout in zip((*k.words, *v.words), spec.words, strict=True)
     ]
     scales = [
-        by_heads(x, layout.heads) if layout.heads else scale_rows(x)
+        by_heads(_kept(x, interpret), layout.heads) if layout.heads else scale_rows(x)
         for x, layout in zip(buffers, spec.scales, strict=True)
     ]
     queries, rows, wide = ready.queries, ready.rows, (ready.starts, ready.ends)
@@ -357,11 +362,7 @@ def launch(spec: Spec, ready: Operands, k: Side, v: Side, buffers, interpret) ->
         out_specs=[split_block(shape) for shape in out_shapes],
         scratch_shapes=scratch,
     )
-    if not interpret:  # the compiler would move small buffers into VMEM, and copies become loops
-        words, scales = (
-            [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in held]
-            for held in (words, scales)
-        )
+    words, scales = ([_kept(x, interpret) for x in held] for held in (words, scales))
     found = pl.pallas_call(
         functools.partial(inner.kernel, spec),
         out_shape=[

@@ -42,15 +42,19 @@ MAX_VMEM = 12 * 2**20  # of the 16 MiB that one kernel may use by default
 
 
 class Seen(NamedTuple):
-    """Positions of query tokens, tokens of sequences, positions of their first slots."""
+    """Positions of query tokens, tokens of sequences, positions of first slots, rows of sinks."""
 
     at: Any  # int32 [B, T]
     lengths: Any  # int32 [B]
     first: Any  # int32 [B], or 0
+    rows: Any  # int32 [B], or None: one after the other
 
 
 class Exact(NamedTuple):
-    """Exact tokens at positions (negative: none there), or sinks, whose slots are positions."""
+    """Exact tokens at positions (negative: none there), or sinks, whose slots are positions.
+
+    Sinks are in rows of their own (`Seen.rows`).
+    """
 
     k: Any  # [B, N, S, D], bfloat16 or float32
     v: Any  # [B, N, S, E]
@@ -374,14 +378,25 @@ def finish(
         return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, *_: (0, b, *rest))
 
     specs = {name: _whole(x) for name, x in inputs.items()}
-    specs |= {name: jax.tree.map(by_sequence, inputs[name]) for name in ("q", "exact")}
+    scalars = _scalars(seen)
+    tree = jax.tree.structure(scalars)
+
+    def by_row(x):
+        def place(b, *refs):
+            rows = jax.tree.unflatten(tree, refs).rows
+            return (b if rows is None else rows[b], *(0,) * (x.ndim - 1))
+
+        return pl.BlockSpec((None, *x.shape[1:]), place)
+
+    specs["q"] = by_sequence(q)
+    specs["exact"] = [
+        jax.tree.map(by_row if x.positions is None else by_sequence, x) for x in inputs["exact"]
+    ]
     specs |= {name: jax.tree.map(of_split, inputs[name]) for name in ("sums", "stats")}
     specs["weights"] = _small(inputs["weights"])
     out = jax.ShapeDtypeStruct((batch, tokens, heads, m // tokens, out_dim), jnp.float32)
     body = functools.partial(_finish, spec=spec, rules=rules, scale=scale)
-    return _call(
-        body, _scalars(seen), inputs, specs, out, by_sequence(out), interpret, "turboq_finish"
-    )
+    return _call(body, scalars, inputs, specs, out, by_sequence(out), interpret, "turboq_finish")
 
 
 def _finish(seen: Seen, x, out, *, spec: Spec, rules: Rules, scale: float) -> None:

@@ -116,7 +116,7 @@ def _group(
         stored = getattr(buffers, name)
         exact = {kind: getattr(buffers, f"{name}_{kind}") for kind in ("sinks", "recent")}
         spec = mosaic_tpu.specify(writing_of(codec), codec.dim, cache.page, 1)
-        sides[name] = spec
+        sides[name] = spec = _centered(spec, codec, arrays)
         held[name] = {
             "x": padded(take_heads(tokens, group.heads)),
             "held": _operands(codec, arrays, spec),
@@ -157,6 +157,15 @@ def _in_place(codec: Codec, stored: Stored) -> list[str]:
 
 def _rows_of(words: Array) -> Array:
     return words.reshape(-1, *words.shape[2:])
+
+
+def _centered(spec: Spec, codec: Codec, arrays: Arrays) -> Spec:
+    """Without a mean where that is zero for certain."""
+    if arrays:
+        return spec
+    with jax.ensure_compile_time_eval():
+        some = bool(tables_of(codec, arrays, 1).mean.any())
+    return dataclasses.replace(spec, codes=dataclasses.replace(spec.codes, centered=some))
 
 
 def _operands(codec: Codec, arrays: Arrays, spec: Spec) -> list[Array]:
