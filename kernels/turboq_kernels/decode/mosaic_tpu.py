@@ -320,7 +320,7 @@ def launch(spec: Spec, ready: Operands, k: Side, v: Side, buffers, interpret) ->
         fold_words(w, layout) for w, layout in zip((*k.words, *v.words), spec.words, strict=True)
     ]
     scales = [
-        by_heads(_kept(x, interpret), layout.heads) if layout.heads else scale_rows(x)
+        by_heads(x, layout.heads) if layout.heads else scale_rows(x)
         for x, layout in zip(buffers, spec.scales, strict=True)
     ]
     queries, rows, wide = ready.queries, ready.rows, (ready.starts, ready.ends)
