@@ -410,7 +410,7 @@ def put(
     first = jnp.minimum(start // page, width - count)
     which = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]  # [B, count]
     # A sum of few integers: one operation on an accelerator, where taking them is five.
-    slots = jnp.arange(width, dtype=jnp.int32)
+    slots = jnp.arange(width, dtype=jnp.int32)[None, None, :]
     pages = jnp.sum(jnp.where(slots == which[..., None], table[:, None], 0), axis=2)
     here = start - first * page
     fields = [f for f in codec.fields if f.name in encoded]

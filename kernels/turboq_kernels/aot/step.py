@@ -35,7 +35,11 @@ LEVELS = (*CODECS, COLUMNS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """What is compiled: `levels` names the codec of K and V, or window codes."""
+    """What is compiled: `levels` names the codec of K and V, or window codes.
+
+    "bfloat16_scales" is turboquant_mse with such scales instead of float16, which no TPU kernel
+    takes.
+    """
 
     target: str
     levels: str
@@ -50,10 +54,12 @@ class Configuration:
             raise ValueError(f"{self.levels=} must be one of {LEVELS}")
 
 
-def configurations(target: str) -> tuple[Configuration, ...]:
+def configurations(target: str, levels: tuple[str, ...]) -> tuple[Configuration, ...]:
     """Those of one chip."""
-    pages = tuple(Configuration(target=target, levels=levels) for levels in CODECS)
-    return (*pages, Configuration(target=target, levels=COLUMNS, cache="one pool"))
+    return tuple(
+        Configuration(target=target, levels=x, cache="one pool" if x == COLUMNS else "paged")
+        for x in levels
+    )
 
 
 def program(c: Configuration, implementation: str) -> Program:

@@ -209,7 +209,10 @@ def kernel(spec: Spec, *refs):
         layout, (n, at) = spec.scales[index], item
         if layout.heads:
             tiles = scale_buffers[index].at[at & (STEPS_HELD - 1)].bitcast(jnp.uint32)
-            rows = [layout.row_of(tiles.at[layout.tile_of(i, n)], n) for i in range(step.pages)]
+            own = pl.ds(n % layout.tile // 2, 1)
+            rows = [
+                layout.words_of(tiles[layout.tile_of(i, n), own, :], n) for i in range(step.pages)
+            ]
             values = _in_order(step, layout, rows, None)
         else:
             buffer = scale_buffers[index].at[slot]

@@ -24,7 +24,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from turboq.codecs.reading import Part
 from turboq.numbers.packing import WORD_BITS
@@ -187,11 +186,12 @@ class ScaleLayout:
         """Index of the tile among those of a step, in which a head of its page lies."""
         return page * (self.heads // self.tile) + head // self.tile
 
-    def row_of(self, tile, head):
-        """uint32 [1, 128] of a head's row in a tile [tile / 2, 256]: slots l and 128 + l."""
-        row = tile[pl.ds(head % self.tile // 2, 1), :]
-        shift = (head % 2 * 16).astype(jnp.uint32)
-        row = (row >> shift) & jnp.uint32(0xFFFF)
+    def words_of(self, row, head):
+        """uint32 [1, 128] of a head, slots l and 128 + l in word l, from [1, 256] of two heads.
+
+        These are row head % tile // 2 of their tile, as words of 32 bits.
+        """
+        row = (row >> (head % 2 * 16).astype(jnp.uint32)) & jnp.uint32(0xFFFF)
         return row[:, :LANES] | (row[:, LANES:] << 16)
 
     @property
