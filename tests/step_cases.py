@@ -11,7 +11,7 @@ import kv_cases as cases
 import numpy as np
 from tolerances import TOL
 
-from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
+from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
 from turboq.cache.pool import Pool
 from turboq.codecs import IntAffine, PerHead, Transform, TurboQuantMSE
 from turboq_kernels.attention import api
@@ -71,9 +71,14 @@ def filled(rng, layer, queries):
     return pool.view(0, where), tail, where.starts, k, v
 
 
-def check(rng, queries, options, name):
-    """Sequences of two pages and of fewer tokens than sinks, by two head groups."""
-    layer = make_layer(rng)
+def alike(k, v):
+    """Three heads stored alike, by codecs without arrays."""
+    return uniform_layer(kv_heads=3, k=k, v=v, policy=TokenPolicy(sinks=3, recent=5))
+
+
+def check(rng, queries, options, name, layer=None):
+    """Sequences of two pages and of fewer tokens than sinks."""
+    layer = layer or make_layer(rng)
     view, tail, starts, k, v = filled(rng, layer, queries)
     q = jnp.asarray(rng.standard_normal((2, queries, 6, cases.DIM)), jnp.float32)
     at = starts[:, None] + jnp.arange(queries, dtype=jnp.int32)[None]
@@ -85,7 +90,7 @@ def check(rng, queries, options, name):
         )  # fmt: skip
 
     text = str(jax.make_jaxpr(run)(q, layer, view, tail, at))
-    assert text.count("name=turboq_finish") == 2, "the general way was taken"
+    assert text.count("name=turboq_finish") == len(layer.groups), "the general way was taken"
     got = jax.jit(run, compiler_options=FAST)(q, layer, view, tail, at)
     due = {name: x for name, x in options.items() if name != "splits"}
     for b, length in enumerate((LONG, queries)):
@@ -97,15 +102,8 @@ def check(rng, queries, options, name):
 
 def check_broken(rng, name):
     """Inf in the newest value: NaN for all rows of its head, and for no other."""
-    layer = dataclasses.replace(
-        make_layer(rng),
-        groups=(
-            HeadGroup(
-                heads=(0, 1, 2), k=TurboQuantMSE(dim=cases.DIM, bits=2),
-                v=TurboQuantMSE(dim=cases.DIM, bits=2), k_arrays={}, v_arrays={},
-            ),
-        ),
-    )  # fmt: skip
+    codec = TurboQuantMSE(dim=cases.DIM, bits=2)
+    layer = alike(codec, codec)
     view, tail, starts, *_ = filled(rng, layer, 1)
     newest = np.argmax(np.asarray(tail.positions[0]))
     tail = dataclasses.replace(tail, v=tail.v.at[0, newest, 1, 4].set(jnp.inf))

@@ -1,10 +1,12 @@
 """Attention of a step by its TPU launches, in interpret mode, against float64."""
 
 import jax.numpy as jnp
+import kv_cases as cases
 import pytest
-from step_cases import check, check_broken
+from step_cases import alike, check, check_broken
 
-from turboq_kernels.decode import mosaic_tpu_step
+from turboq.codecs import FP8, TurboQuantProd
+from turboq_kernels.decode import mosaic_tpu, mosaic_tpu_step
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +24,13 @@ def _in_loops(monkeypatch):
 )
 def test_matches_float64(queries, options, rng):
     check(rng, queries, options, "mosaic_tpu")
+
+
+def test_chips_without_an_integer_unit(rng, monkeypatch):
+    """Codes and signs by two products of bfloat16; floats, which are no sums over planes."""
+    monkeypatch.setattr(mosaic_tpu, "integer_unit", lambda: False)
+    layer = alike(TurboQuantProd(dim=cases.DIM, bits=3), FP8(dim=cases.DIM))
+    check(rng, 1, {}, "mosaic_tpu", layer)
 
 
 def test_a_broken_token_breaks_who_sees_it(rng):

@@ -33,7 +33,7 @@ from turboq_kernels.encode import mosaic_tpu
 from turboq_kernels.encode import mosaic_tpu_codes as codes
 from turboq_kernels.encode.mosaic_tpu import SEQUENCES, Spec
 from turboq_kernels.encode.mosaic_tpu_codes import LANES
-from turboq_kernels.encode.mosaic_tpu_kernel import code_words, encoded, put_page
+from turboq_kernels.encode.mosaic_tpu_kernel import code_words, encoded, put_page, sublanes
 from turboq_kernels.encode.mosaic_tpu_pages import SUBLANES, fold
 from turboq_kernels.encode.store import tables_of, writing_of
 from turboq_kernels.encode.types import word_fields
@@ -353,6 +353,7 @@ def _kernel(*refs, sides: dict[str, Spec], real: int, trees) -> None:
                 copy.wait() if wait else copy.start()
 
     each(lambda s, at: read(s, at, False))
+    sublane = {name: sublanes(side) for name, side in sides.items()}
     for name, side in sides.items():
         room = scratch[name]
         planes, found = encoded(side, held[name]["held"], _rows(room["tokens"], n, count))
@@ -373,7 +374,8 @@ def _kernel(*refs, sides: dict[str, Spec], real: int, trees) -> None:
             for name, side in sides.items():
                 room = scratch[name]
                 pages = [buffer.at[s] for buffer in room["pages"]]
-                put_page(side, room["code"], room["gathered"], pages, s, 1, at.slot, at.slot + 1)
+                slots = at.slot, at.slot + 1
+                put_page(side, room["code"], room["gathered"], pages, s, 1, *slots, sublane[name])
             for copy in copies(s, at, True):
                 copy.start()
 

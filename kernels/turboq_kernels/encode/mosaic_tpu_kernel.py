@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Int, UInt32
 
 from turboq.numbers.packing import WORD_BITS
 from turboq_kernels.encode import mosaic_tpu_codes as codes
@@ -154,7 +154,7 @@ def append_kernel(spec: Spec, sequences: int, tokens: int, *refs):
     r = _Refs(spec, refs)
     gathered, code, out_done, in_done = r.rest
     n, group = pl.program_id(0), pl.program_id(1)
-    spans = append_spans(tokens)
+    spans, sublane = append_spans(tokens), sublanes(spec)
 
     def facts(i):
         """Of page i % spans of sequence i / spans: both, its first and last new slot, any new."""
@@ -203,7 +203,7 @@ def append_kernel(spec: Spec, sequences: int, tokens: int, *refs):
         @pl.when(some)
         def _():
             pages = [buffer.at[s, k] for buffer in r.pages]
-            put_page(spec, code, gathered, pages, s * tokens, tokens, low, high)
+            put_page(spec, code, gathered, pages, s * tokens, tokens, low, high, sublane)
             for copy in copies(i, True):
                 copy.start()
 
@@ -237,9 +237,13 @@ def code_words(planes) -> UInt32[Array, "R lanes"]:
     return word
 
 
-def put_page(spec: Spec, code, gathered, pages, first, tokens: int, low, high) -> None:
+def sublanes(spec: Spec) -> Int[Array, "8 lanes"]:
+    """For `put_page`: made once, not for every page."""
+    return jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, spec.codes.lanes), 0)
+
+
+def put_page(spec: Spec, code, gathered, pages, first, tokens: int, low, high, sublane) -> None:
     """Rows first.. of `code` into slots low..high - 1 of one page, whose `pages` hold old words."""
-    sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, spec.codes.lanes), 0)
 
     def add(t, words):
         slot = low + t  # outside the page or past the count: `merge` drops it
