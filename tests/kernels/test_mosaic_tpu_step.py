@@ -1,9 +1,8 @@
 """Attention of a step by its TPU launches, in interpret mode, against float64."""
 
 import jax.numpy as jnp
-import kv_cases as cases
 import pytest
-from step_cases import alike, check, check_broken
+from step_cases import SIZES, alike, check, check_broken
 
 from turboq.codecs import FP8, TurboQuantProd
 from turboq_kernels.decode import mosaic_tpu, mosaic_tpu_step
@@ -29,7 +28,8 @@ def test_matches_float64(queries, options, rng):
 def test_chips_without_an_integer_unit(rng, monkeypatch):
     """Codes and signs by two products of bfloat16; floats, which are no sums over planes."""
     monkeypatch.setattr(mosaic_tpu, "integer_unit", lambda: False)
-    layer = alike(TurboQuantProd(dim=cases.DIM, bits=3), FP8(dim=cases.DIM))
+    dim, _ = SIZES["mosaic_tpu"]
+    layer = alike(TurboQuantProd(dim=dim, bits=3), FP8(dim=dim))
     check(rng, 1, {}, "mosaic_tpu", layer)
 
 
