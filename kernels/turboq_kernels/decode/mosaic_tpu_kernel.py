@@ -208,7 +208,9 @@ def kernel(spec: Spec, *refs):
     def in_order(index, slot, item):
         layout, (n, at) = spec.scales[index], item
         if layout.heads:
-            tiles = scale_buffers[index].at[at & (STEPS_HELD - 1)].bitcast(jnp.uint32)
+            tiles = scale_buffers[index].at[at & (STEPS_HELD - 1)]
+            if tiles.dtype != jnp.uint32:  # JAX's race detector knows no bitcast: words, in a test
+                tiles = tiles.bitcast(jnp.uint32)
             own = pl.ds(n % layout.tile // 2, 1)
             rows = [
                 layout.words_of(tiles[layout.tile_of(i, n), own, :], n) for i in range(step.pages)
