@@ -54,10 +54,10 @@ class BlockMax(Codec):
         return acc
 
 
-def learned(rng, heads, bits):
+def learned(rng, heads, bits, dim=DIM):
     """Plausible fitted arrays for a PerHead codec: a mean and an ascending codebook per head."""
     return {
-        "mean": jnp.asarray(rng.standard_normal((heads, DIM)), jnp.float32),
+        "mean": jnp.asarray(rng.standard_normal((heads, dim)), jnp.float32),
         "scale": jnp.asarray(rng.uniform(0.5, 1.5, heads), jnp.float32),
         "codebook": jnp.asarray(np.sort(rng.standard_normal((heads, 2**bits))), jnp.float32),
     }

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from turboq.cache import paged
 from turboq.cache.contiguous import GroupBuffers, LayerCache
 from turboq.cache.layer import HeadGroup, Leaves
 from turboq.cache.paged import PagedView
@@ -19,7 +20,10 @@ from turboq_kernels.decode.types import Pages, contiguous_pages, pool_pages
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupView:
-    """Stored K and V of one head group as head-pages, and its exact sinks [B, N, sinks, D]."""
+    """Stored K and V of one head group as head-pages, and its exact sinks.
+
+    These are [B, N, sinks, D], or of a pool [rows, N, sinks, D] with the sequences in `rows` [B].
+    """
 
     k: Leaves
     v: Leaves
@@ -28,6 +32,12 @@ class GroupView:
     heads: Int[Array, "R"]  # head (within the group) of every head-page
     k_sinks: Any
     v_sinks: Any
+    rows: Any = None
+
+    def sinks(self) -> tuple[Any, Any]:
+        """Those of K and V of the sequences, [B, N, sinks, D]."""
+        both = self.k_sinks, self.v_sinks
+        return both if self.rows is None else tuple(paged.rows_of(x, self.rows) for x in both)
 
 
 def of_group(cache: LayerCache | PagedView, group: HeadGroup, buffers: GroupBuffers) -> GroupView:
@@ -61,4 +71,5 @@ def _of_pool(cache: PagedView, group: HeadGroup, buffers: GroupBuffers) -> Group
         heads=jnp.arange(total * n, dtype=jnp.int32) % n,
         k_sinks=buffers.k_sinks,
         v_sinks=buffers.v_sinks,
+        rows=cache.rows,
     )

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from append_cases import ROOM, full, layer_of_many, located, same
 from tolerances import TOL
 
 from turboq.cache import contiguous as caches
-from turboq.cache import paged
-from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
+from turboq.cache.layer import TokenPolicy, uniform_layer
 from turboq.cache.pool import Pool
-from turboq.codecs import TurboQuantMSE, TurboQuantProd
+from turboq.codecs import TurboQuantMSE
 from turboq.codecs.transform import Transform
 from turboq_kernels.encode import encode, store, triton
 from turboq_kernels.encode import triton_steps as steps
@@ -133,65 +133,6 @@ def test_through_the_cache(count, paged, rng):
     same(*jax.jit(write, compiler_options=FAST)(layer, cache, k, v, where))
 
 
-def same(got, want):
-    """Equal but for a code near a threshold; numbers within a unit of their type."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        if a.dtype == jnp.uint32:
-            assert np.sum(np.asarray(a) != np.asarray(b)) <= TOL["unclear_words"]
-        elif jnp.issubdtype(a.dtype, jnp.floating):
-            unit = float(jnp.finfo(a.dtype).eps) if a.dtype != jnp.float32 else TOL["encode_f32"]
-            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-            np.testing.assert_allclose(a, b, rtol=unit)
-        else:
-            np.testing.assert_array_equal(a, b)
-
-
-def layer_of_many(*, simple: bool):
-    """Heads 0 and 2 and head 1 stored differently; all alike if `simple`."""
-    policy, mse = TokenPolicy(sinks=2, recent=3), TurboQuantMSE(dim=64, bits=2)
-    learned, arrays = cases.make("per_head_head", dim=64, heads=3)
-    if simple:
-        return uniform_layer(kv_heads=3, k=learned, v=mse, k_arrays=arrays, policy=policy)
-    prod = TurboQuantProd(dim=64, bits=3)
-    transform, more = cases.make("transform_code", dim=64, heads=2)
-    arrays = {name: a[:1] for name, a in arrays.items()}
-    groups = (
-        HeadGroup(heads=(0, 2), k=prod, v=transform, k_arrays={}, v_arrays=more),
-        HeadGroup(heads=(1,), k=learned, v=mse, k_arrays=arrays, v_arrays={}),
-    )
-    return KVLayer(groups=groups, policy=policy)
-
-
-ROWS, ROOM = 5, 128  # of the pool, slots of a sequence
-
-
-def full(rng, layer, where):
-    """A pool in which nothing is zero but bits behind sequences: what is not written must stay."""
-    before = jnp.zeros((9, 2), jnp.uint32) - 1  # of every page and word row
-    pages = where.table.reshape(-1)
-    before = before.at[pages].set(paged._before(where.starts, 2, 2).reshape(-1, 2))
-
-    def filled(x):
-        if x.dtype == jnp.uint32:
-            folded = x.shape[-2:]  # two word rows
-            mask = jnp.repeat(before, np.prod(folded) // 2, axis=1).reshape(9, 1, 1, *folded)
-            return jnp.asarray(rng.integers(0, 2**32, x.shape), jnp.uint32) & mask
-        return jnp.asarray(rng.uniform(1.0, 2.0, x.shape), x.dtype)
-
-    cache = paged.init(layer, pages=9, rows=ROWS, page=64)
-    groups = jax.tree.map(filled, cache.groups)
-    return dataclasses.replace(cache, groups=groups, overflow=jnp.arange(3, 3 + ROWS))
-
-
-def located(starts, counts):
-    """Sequences in rows and pages out of order."""
-    order = jnp.asarray([[8, 1], [0, 7], [2, 6], [5, 3]], jnp.int32)
-    each = (jnp.asarray(x, jnp.int32) for x in ([4, 0, 3, 1], starts, counts, [ROOM] * 4))
-    rows, starts, counts, room = each
-    return paged.Where(tables=(order,), rows=rows, starts=starts, counts=counts, room=room)
-
-
 @pytest.mark.parametrize("many", [True, False])
 def test_a_step_is_written_as_xla_writes_it(many, rng):
     """The first token, one past the sinks, on the second page, behind all room; one that waits."""
@@ -224,7 +165,6 @@ def test_several_tokens_and_blocks_go_the_other_way():
     codec = TurboQuantMSE(dim=64, bits=3)
     layer = uniform_layer(kv_heads=1, k=codec, v=codec, policy=TokenPolicy())
     assert store.appending("triton", layer, 2, True) is None
-    assert store.appending("mosaic_tpu", layer, 1, True) is None
 
 
 def test_three_parts_hold_all_bits():

@@ -69,14 +69,35 @@ def test_symmetric_tables_need_half_the_planes():
     cases.check(case, run(case), tolerance="decode_mosaic")
 
 
-def test_no_races_and_nothing_out_of_bounds(capfd):
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("static_scale", {"heads": 1, "lengths": (1500, 10)}),
+        # Scales that two heads share: three steps of one sequence.
+        ("turboquant_2", {"heads": 2, "lengths": (2500,), "scale_dtype": "bfloat16"}),
+    ],
+)
+def test_no_races_and_nothing_out_of_bounds(name, made, capfd, monkeypatch):
     """Copies as late as their waits allow, memory that starts as NaN, every access checked.
 
-    Two sequences of three steps in all: both buffers of each stage are used again.
+    Sequences of three steps in all: both buffers of each stage are used again.
     """
-    case = cases.make(
-        "static_scale", dim=128, heads=1, group=1, lengths=(1500, 10), paged=True, spare_pages=0
-    )
+    tiles, room = mosaic_tpu.by_heads, mosaic_tpu._scale_buffer
+
+    def words(buffer, heads):
+        x = jax.lax.bitcast_convert_type(tiles(buffer, heads), jnp.uint16).astype(jnp.uint32)
+        return x[:, ::2] | (x[:, 1::2] << 16)
+
+    def of_words(form, pages):
+        held = room(form, pages)
+        if not form.heads:
+            return held
+        steps, count, heads, page = held.shape
+        return pltpu.VMEM((steps, count, heads // 2, page), jnp.uint32)
+
+    monkeypatch.setattr(mosaic_tpu, "by_heads", words)
+    monkeypatch.setattr(mosaic_tpu, "_scale_buffer", of_words)
+    case = cases.make(name, dim=128, group=1, paged=True, spare_pages=0, **made)
     watched = pltpu.InterpretParams(
         detect_races=True, out_of_bounds_reads="raise", dma_execution_mode="on_wait"
     )
@@ -142,6 +163,32 @@ def test_every_half_precision_scale():
     finite = np.isfinite(want)
     np.testing.assert_array_equal(got[finite], want[finite])
     assert np.all(np.isfinite(got))
+
+
+@pytest.mark.parametrize("heads", [2, 4, 8, 16, 24])
+def test_tiles_of_shared_scales(heads):
+    """Every head's row of every page, from tiles that lie as a pool's; each tile comes once."""
+    pages, page = 4, 256
+    assert layout.lies_by_heads("bfloat16", heads, page)
+    form = layout.ScaleLayout("bfloat16", page, heads)
+    numbers = np.arange(pages * heads * page, dtype=np.uint32).reshape(pages * heads, page)
+    pool = jax.lax.bitcast_convert_type(jnp.asarray(numbers, jnp.uint16), jnp.bfloat16)
+    tiles = np.asarray(layout.by_heads(pool, heads)).view(np.uint16).astype(np.uint32)
+    words = tiles[:, ::2] | tiles[:, 1::2] << 16  # of a register: two rows of 16 bits
+    assert heads * form.share(pages) >= len(tiles)
+    for i in range(pages):
+        for n in range(heads):
+            row = words[form.tile_of(i, n), n % form.tile // 2][None]
+            own = np.asarray(form.words_of(jnp.asarray(row), jnp.int32(n)))
+            both = np.concatenate([own & 0xFFFF, own >> 16], axis=1)[0]
+            np.testing.assert_array_equal(both, numbers[i * heads + n] & 0xFFFF)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "page"), [("float32", 8, 256), ("float16", 3, 256), ("bfloat16", 8, 64)]
+)
+def test_other_scales_do_not_lie_so(dtype, heads, page):
+    assert not layout.lies_by_heads(dtype, heads, page)
 
 
 def test_what_it_cannot_do():

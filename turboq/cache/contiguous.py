@@ -498,5 +498,5 @@ def ring_positions(lengths: Int[Array, "B"], ring: int) -> Int[Array, "B R"]:
     """Position held by each ring slot after `lengths` tokens; -1 for a slot never written."""
     slots = jnp.arange(ring, dtype=jnp.int32)[None, :]
     last = lengths[:, None] - 1
-    position = last - (last - slots) % ring
-    return jnp.where((lengths[:, None] > 0) & (position >= 0), position, -1)
+    # Nothing divided is negative: one operation of a compiler, not several.
+    return jnp.maximum(last - jax.lax.rem(last - slots + ring, jnp.int32(ring)), -1)

@@ -82,13 +82,11 @@ class Where:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedView:
-    """Some sequences of a pool, as attention reads them. `k` and `v` of the groups are the pool's.
-
-    The exact buffers are those sequences' own: [B, N, tokens, D].
-    """
+    """Some sequences of a pool, as attention reads them: the pool's own buffers, and which rows."""
 
     groups: tuple[GroupBuffers, ...]
     table: Any  # int32 [B, P]
+    rows: Any  # int32 [B], of the exact buffers
     lengths: Any  # int32 [B]
     page: int = dataclasses.field(metadata={"static": True})
 
@@ -316,7 +314,7 @@ def view(cache: PagedCache, where: Where, *, before: bool = False) -> PagedView:
     """The sequences of `where` after its tokens were written, or as they were `before`."""
     lengths = jnp.minimum(where.starts if before else where.starts + where.counts, where.room)
     return PagedView(
-        groups=_exact_of(cache, where.rows), table=where.tables[cache.pool], lengths=lengths,
+        groups=cache.groups, table=where.tables[cache.pool], rows=where.rows, lengths=lengths,
         page=cache.page,
     )  # fmt: skip
 
@@ -377,13 +375,18 @@ def _exact_of(cache: PagedCache, rows: Int[Array, "B"]) -> tuple[GroupBuffers, .
         GroupBuffers(
             k=g.k,
             v=g.v,
-            k_sinks=g.k_sinks[rows],
-            v_sinks=g.v_sinks[rows],
-            k_recent=g.k_recent[rows],
-            v_recent=g.v_recent[rows],
+            k_sinks=rows_of(g.k_sinks, rows),
+            v_sinks=rows_of(g.v_sinks, rows),
+            k_recent=rows_of(g.k_recent, rows),
+            v_recent=rows_of(g.v_recent, rows),
         )
         for g in cache.groups
     )
+
+
+def rows_of(buffer: Array, rows: Int[Array, "B"]) -> Array:
+    """Those of some sequences; no row is negative, which would cost one operation more."""
+    return jnp.take(buffer, rows, axis=0, mode="clip")
 
 
 def _store(
@@ -406,7 +409,9 @@ def put(
     end = start + jnp.sum(valid, axis=1, dtype=jnp.int32)
     first = jnp.minimum(start // page, width - count)
     which = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]  # [B, count]
-    pages = jnp.take_along_axis(table, which, axis=1)
+    # A sum of few integers: one operation on an accelerator, where taking them is five.
+    slots = jnp.arange(width, dtype=jnp.int32)[None, None, :]
+    pages = jnp.sum(jnp.where(slots == which[..., None], table[:, None], 0), axis=2)
     here = start - first * page
     fields = [f for f in codec.fields if f.name in encoded]
     taken = {}
@@ -419,7 +424,12 @@ def put(
         else:
             taken[field.name] = local.reshape(*local.shape[:2], -1, local.shape[-1])
     local_positions = positions - (first * page)[:, None]
-    written = caches.put(codec, encoded, taken, local_positions, valid)
+    raw = [f.name for f in fields if tokens == 1 and not f.packed and not f.per_block]
+    others = {name: x for name, x in encoded.items() if name not in raw}
+    written = caches.put(codec, others, taken, local_positions, valid)
+    # One token's numbers by a choice, which fuses: a scatter would lay the pages out anew.
+    slot = jnp.arange(page, dtype=jnp.int32)[None, None, :, None] == here[:, None, None, None]
+    written |= {name: jnp.where(slot, encoded[name], taken[name]) for name in raw}
     touched = (end[:, None] > which * page) & (start[:, None] < (which + 1) * page)
     touched &= (end > start)[:, None]
     out = {}

@@ -7,6 +7,7 @@ the packed tokens, four sinks and 64 recent ones. 8 KV heads of 4 query heads, 1
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -23,14 +24,22 @@ from turboq_kernels.encode import encode
 
 BATCH, HEADS, PAGES, PAGE = 8, 8, 128, 256
 POLICY = TokenPolicy(sinks=4, recent=64)
-CODECS = {"turboquant_mse": TurboQuantMSE, "per_head": PerHead}
+CODECS = {
+    "turboquant_mse": TurboQuantMSE,
+    "bfloat16_scales": functools.partial(TurboQuantMSE, scale_dtype="bfloat16"),
+    "per_head": PerHead,
+}
 COLUMNS = "window"  # codes of a learned plan, in the one pool of a model
 LEVELS = (*CODECS, COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """What is compiled: `levels` names the codec of K and V, or window codes."""
+    """What is compiled: `levels` names the codec of K and V, or window codes.
+
+    "bfloat16_scales" is turboquant_mse with such scales instead of float16, which no TPU kernel
+    takes.
+    """
 
     target: str
     levels: str
@@ -45,10 +54,12 @@ class Configuration:
             raise ValueError(f"{self.levels=} must be one of {LEVELS}")
 
 
-def configurations(target: str) -> tuple[Configuration, ...]:
+def configurations(target: str, levels: tuple[str, ...]) -> tuple[Configuration, ...]:
     """Those of one chip."""
-    pages = tuple(Configuration(target=target, levels=levels) for levels in CODECS)
-    return (*pages, Configuration(target=target, levels=COLUMNS, cache="one pool"))
+    return tuple(
+        Configuration(target=target, levels=x, cache="one pool" if x == COLUMNS else "paged")
+        for x in levels
+    )
 
 
 def program(c: Configuration, implementation: str) -> Program:

@@ -17,7 +17,7 @@ from turboq_kernels.aot.compilers import Program
 from turboq_kernels.aot.step import Configuration
 from turboq_kernels.aot.tpu import missing as missing
 
-CONFIGURATIONS = step.configurations("v5e")[:1]  # the other two were compiled for a GPU only
+CONFIGURATIONS = step.configurations("v5e", tuple(step.CODECS))
 
 
 def program(c: Configuration) -> Program:

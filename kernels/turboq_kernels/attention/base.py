@@ -95,19 +95,17 @@ def _by_steps(
     if _many(rows) or unsupported(layer, group) is not None:
         return None
     view = views.of_group(cache, group, buffers)
-    if not step.supported(group, view, rows.shape, options):
+    way = step.way(group, view, rows.shape, tail.positions.shape[1], options)
+    if way is None:
         return None
-    exact = []
-    if layer.policy.sinks:
-        exact.append((view.k_sinks, view.v_sinks, None, True))
+    recent = None
     if tail.positions.shape[1]:
         k, v = (take_heads(x, group.heads) for x in (tail.k, tail.v))
-        exact.append((k, v, tail.positions, False))
+        recent = step.Recent(k, v, tail.positions)
     sink = None if sink_logits is None else _of_rows(sink_logits, group, per_kv, q.shape[1])
-    return step.attend(
-        rows, group, view, (q_positions, cache.lengths, cache.first), exact, sink,
-        rules=spans.rules(layer, options.window), options=options,
-    )  # fmt: skip
+    where = step.Where(q_positions, cache.lengths, cache.first)
+    rules = spans.rules(layer, options.window)
+    return way(rows, group, view, where, recent, sink, rules, options)
 
 
 def _held_sinks(layer: KVLayer, cache) -> Int[Array, "B S"]:
@@ -149,7 +147,7 @@ def group_parts(
     exact = []  # k, v, positions, the least position that each row sees, by which implementation
     if policy.sinks:
         held = _held_sinks(layer, cache)
-        exact.append((view.k_sinks, view.v_sinks, held, seen.low, "xla"))  # few: worth no kernel
+        exact.append((*view.sinks(), held, seen.low, "xla"))  # few: worth no kernel
     if tail.positions.shape[1]:
         k, v = (take_heads(x, group.heads).swapaxes(1, 2) for x in (tail.k, tail.v))
         # The first tokens are among the sinks, unless they are being written now.

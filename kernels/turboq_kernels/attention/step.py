@@ -1,15 +1,17 @@
-"""A head group's attention of a few query rows on a GPU: three launches for all its tokens.
+"""A head group's attention of a few query rows on an accelerator: three launches for all tokens.
 
-`turboq_kernels.decode.triton_step` before and after the decode kernel does what the general way
-(`turboq_kernels.attention.base`) leaves to XLA.
+Before and after the decode kernel `turboq_kernels.decode.triton_step` or `mosaic_tpu_step` does
+what the general way (`turboq_kernels.attention.base`) leaves to XLA.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
@@ -21,20 +23,44 @@ from turboq_kernels.decode import api as decoding
 from turboq_kernels.spans import Rules
 from turboq_kernels.views import GroupView
 
-# Exact tokens: k, v, positions (None: those of sinks), whether heads are before tokens.
-Segment = tuple[Any, Any, Any, bool]
-# Positions of queries [B, T], tokens of sequences [B], positions of their first slots ([B] or 0).
-Where = tuple[Any, Any, Any]
-_IMPLEMENTATION = "triton"
+
+class Recent(NamedTuple):
+    """Exact tokens that are no sinks."""
+
+    k: Any  # [B, S, N, D]
+    v: Any  # [B, S, N, E]
+    positions: Any  # int32 [B, S]
 
 
-def supported(group: HeadGroup, view: GroupView, rows: tuple[int, ...], options: Any) -> bool:
-    """Whether these query rows [B, N, M, D] are what the decode kernel of a GPU would read."""
-    k, v = _sides(group, view)
+class Where(NamedTuple):
+    """Positions of query tokens, tokens of sequences, positions of their first slots."""
+
+    at: Any  # int32 [B, T]
+    lengths: Any  # int32 [B]
+    first: Any  # int32 [B], or 0
+
+
+# Outputs [B, T, H, E] of a group's heads from (query rows [B, N, M, D] of any float type, group,
+# view, where, recent or None, logit sinks [N, M] or None, rules, options).
+Way = Callable[..., Any]
+
+
+def way(
+    group: HeadGroup, view: GroupView, rows: tuple[int, ...], recent: int, options: Any
+) -> Way | None:
+    """Launches around the kernel that would read query rows [B, N, M, D]; None: it has none."""
+    on_tpu = options.implementation == "mosaic_tpu" or jax.default_backend() == "tpu"
+    k, v = _sides(group, view, coded=not on_tpu)
     q = jnp.zeros((*rows[:3], k.reading.width))  # only asked for its shape
     name = decoding.choose(q, k, v, view.pages, options.implementation, options.interpret)
-    if name != _IMPLEMENTATION:
-        return False
+    if name == "triton":
+        return _on_gpu if _fits_gpu(group, rows, k, v) else None
+    if name == "mosaic_tpu":
+        return _on_tpu if _fits_tpu(group, view, q, recent, options) else None
+    return None
+
+
+def _fits_gpu(group: HeadGroup, rows, k, v) -> bool:
     step = importlib.import_module("turboq_kernels.decode.triton_step")
     if rows[0] > step.MAX_BATCH:
         return False
@@ -42,21 +68,19 @@ def supported(group: HeadGroup, view: GroupView, rows: tuple[int, ...], options:
     return step.rows_held(rows[2]) * max(map(pl.next_power_of_2, widths)) <= step.MAX_TILE
 
 
-def attend(
-    q: Float[Array, "B N M D"],
+def _on_gpu(
+    q,
     group: HeadGroup,
     view: GroupView,
     where: Where,
-    exact: list[Segment],
-    sink: Float[Array, "N M"] | None,
-    *,
+    recent: Recent | None,
+    sink,
     rules: Rules,
     options: Any,
 ) -> Float[Array, "B T H E"]:
-    """Outputs of the group's query heads; q may be of any float type."""
     from turboq_kernels.decode import triton, triton_kernel, triton_step
 
-    (k, v), heads = _sides(group, view), len(group.heads)
+    (k, v), heads = _sides(group, view, coded=True), len(group.heads)
     batch, _, m, _ = q.shape
     rows = max(8, pl.next_power_of_2(m))
     tuned = triton.tuning(k, v, rows)
@@ -67,7 +91,10 @@ def attend(
     plan = dataclasses.replace(plan, clamped=True)
     into = maps.of_queries(group.k, group.k_arrays, heads)
     out = maps.of_outputs(group.v, group.v_arrays, heads)
-    seen = triton_step.Seen(*where[:2], None if isinstance(where[2], int) else where[2])
+    first = None if isinstance(where.first, int) else where.first
+    seen = triton_step.Seen(where.at, where.lengths, first)
+    exact = [triton_step.Exact(*view.sinks(), None, True)] if rules.policy.sinks else []
+    exact += [] if recent is None else [triton_step.Exact(*recent, False)]
     ready = triton_step.prepare(
         q, into.matrix, into.constant, seen, rules, plan=plan, count=count, splits=options.splits
     )
@@ -76,16 +103,70 @@ def attend(
         plan=plan, count=count, tuned=tuned, name="turboq_decode",
     )  # fmt: skip
     return triton_step.finish(
-        q, found, ready.start, [triton_step.Exact(*segment) for segment in exact], seen, rules,
-        sink, out.matrix, out.constant, plan=plan,
+        q, found, ready.start, exact, seen, rules, sink, out.matrix, out.constant, plan=plan
+    )
+
+
+def _fits_tpu(group: HeadGroup, view: GroupView, q, recent: int, options: Any) -> bool:
+    from turboq_kernels.decode import mosaic_tpu, mosaic_tpu_step
+
+    if options.splits not in (None, 1):
+        return False
+    spec, _ = mosaic_tpu.specify(q, *_sides(group, view), view.pages)
+    tokens = view.k_sinks.shape[2] + recent
+    maps_held = max(
+        len(group.heads) if arrays else 1 for arrays in (group.k_arrays, group.v_arrays)
+    )
+    dims = group.k.dim, group.v.dim
+    return mosaic_tpu_step.vmem_bytes(spec, dims, tokens, maps_held) <= mosaic_tpu_step.MAX_VMEM
+
+
+def _on_tpu(
+    q,
+    group: HeadGroup,
+    view: GroupView,
+    where: Where,
+    recent: Recent | None,
+    sink,
+    rules: Rules,
+    options: Any,
+) -> Float[Array, "B T H E"]:
+    from turboq_kernels.decode import mosaic_tpu, mosaic_tpu_step
+
+    (k, v), heads = _sides(group, view), len(group.heads)
+    into = maps.of_queries(group.k, group.k_arrays, heads)
+    out = maps.of_outputs(group.v, group.v_arrays, heads)
+    spec, buffers = mosaic_tpu.specify(
+        q, k, v, view.pages, softcap=options.softcap, biased=into.constant is not None,
+        int8=mosaic_tpu.integer_unit(),
     )  # fmt: skip
+    seen = mosaic_tpu_step.Seen(*where, view.rows)
+    # As they were rounded: XLA sees that nothing changes. No kernel takes float16.
+    kind = view.k_sinks.dtype if view.k_sinks.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
+    exact = []
+    if rules.policy.sinks:
+        sinks = (x.astype(kind) for x in (view.k_sinks, view.v_sinks))
+        exact.append(mosaic_tpu_step.Exact(*sinks, None))
+    if recent is not None:
+        own = (x.swapaxes(1, 2).astype(kind) for x in (recent.k, recent.v))
+        exact.append(mosaic_tpu_step.Exact(*own, recent.positions))
+    ready = mosaic_tpu_step.prepare(
+        q, into.matrix, into.constant, seen, rules, spec=spec, k=k, pages=view.pages,
+        scale=options.scale, interpret=options.interpret,
+    )  # fmt: skip
+    *sums, stats = mosaic_tpu.launch(spec, ready, k, v, buffers, options.interpret)
+    outs = mosaic_tpu_step.finish(
+        q, sums, stats, exact, seen, rules, sink, out.matrix, out.constant, spec=spec, v=v,
+        scale=options.scale, interpret=options.interpret,
+    )  # fmt: skip
+    return outs.reshape(*outs.shape[:2], -1, outs.shape[-1])
 
 
-def _sides(group: HeadGroup, view: GroupView):
+def _sides(group: HeadGroup, view: GroupView, *, coded: bool = False):
     """Stored K and V; a codec without arrays has its tables once for all heads."""
     return tuple(
         sides.side(
-            codec, arrays, stored, view.heads, len(group.heads) if arrays else 1, coded=True
+            codec, arrays, stored, view.heads, len(group.heads) if arrays else 1, coded=coded
         )
         for codec, arrays, stored in (
             (group.k, group.k_arrays, view.k), (group.v, group.v_arrays, view.v),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ from turboq_kernels.decode.mosaic_tpu_layout import (
     ScaleLayout,
     Step,
     buffer_shape,
+    by_heads,
     fold_words,
+    lies_by_heads,
     part_layout,
     scale_rows,
 )
@@ -66,7 +69,8 @@ def vmem_bytes(spec: Spec) -> int:
     sums = sum(p.layout.fold * m * max(len(p.planes), 1) * p.layout.lanes * 4 for p in spec.v)
     windows = heads * (queries + sums + row * (3 * len(spec.k) + 1 + 2 + 2 * len(spec.v))) + 2 * row
     words = sum(4 * step.pages * math.prod(p.block) for p in spec.words)
-    scales = sum(step.pages * s.page_rows * LANES * 4 for s in spec.scales)
+    rooms = [_scale_buffer(s, step.pages) for s in spec.scales]
+    scales = sum(math.prod(x.shape) * x.dtype.itemsize for x in rooms)
     blocks = len(step.blocks) * inner.GROUPS
     weights = sum(
         blocks // p.layout.fold * spec.left_rows(p) * LANES * (1 if spec.integer(p) else 2)
@@ -74,7 +78,7 @@ def vmem_bytes(spec: Spec) -> int:
     )
     first_terms = heads * len(spec.k) * inner.GROUPS * row
     gathered = len(spec.scales) * len(step.blocks) * 8 * LANES * 4
-    return 2 * (windows + words + scales) + weights + first_terms + blocks * row + gathered
+    return 2 * (windows + words) + scales + weights + first_terms + blocks * row + gathered
 
 
 def integer_unit() -> bool:
@@ -129,16 +133,37 @@ def decode(
     starts, ends = (jnp.pad(x, ((0, 0), (0, extra))) for x in (starts, ends))
     bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, extra)))
     queries, rows = _queries(spec, q, k, bias, scale / softcap if softcap else scale * LOG2_E)
-    words = [
-        fold_words(w, layout) for w, layout in zip((*k.words, *v.words), spec.words, strict=True)
-    ]
-    outs = _call(
-        spec, interpret, table.reshape(-1), _plan(spec, starts, ends), queries, rows,
-        starts, ends, words, [scale_rows(x) for x in buffers],
-    )  # fmt: skip
-    partial = _finish(spec, v, outs)
+    wide = [jnp.broadcast_to(x[..., None], (*x.shape, LANES)) for x in (starts, ends)]
+    ready = Operands(table, _plan(spec, starts, ends), queries, rows, *wide)
+    partial = _finish(spec, v, launch(spec, ready, k, v, buffers, interpret))
     whole = merge.merge(partial) if spec.splits > 1 else jax.tree.map(lambda x: x[0], partial)
     return Partial(acc=whole.acc[:, :, :m], top=whole.top[:, :, :m], total=whole.total[:, :, :m])
+
+
+class Operands(NamedTuple):
+    """What the kernel takes beside stored tokens; row vectors are the same in all lanes."""
+
+    table: Any  # int32 [B, pages], of whole steps, times the stride of pages
+    plan: Any  # int32 [B * splits * 3], see `steps_of`
+    queries: Any  # of every part of K [B, N, *query_shape], int8 or bfloat16
+    rows: Any  # float32 [B, N, *rows_shape], see `_queries`
+    starts: Any  # int32 [B, M, 128], the slots that rows see
+    ends: Any
+
+
+def query_shape(spec: Spec, part: PartSpec) -> tuple[int, int]:
+    """Of the left operand of one head: rows, and lanes of all planes."""
+    return spec.left_rows(part), max(len(part.planes), 1) * part.layout.lanes
+
+
+def rows_shape(spec: Spec) -> tuple[int, int, int]:
+    """Of the row vectors of one head."""
+    return 3 * len(spec.k) + 1, spec.rows, LANES
+
+
+def sums_shape(spec: Spec, part: PartSpec) -> tuple[int, int]:
+    """Of the sums over a part of V of one head."""
+    return part.layout.fold * spec.rows, max(len(part.planes), 1) * part.layout.lanes
 
 
 def _chunks(capacity: int) -> int:
@@ -156,12 +181,20 @@ def specify(
     fold, count = max(x.fold for side in layouts for x in side), pages.table.shape[1]
     step = Step(k.rows, fold, _chunks(count * k.page) if chunks is None else chunks)
     buffers: list = []
+    heads = q.shape[1]
+    pooled = (pages.stride_page, pages.stride_head, pages.contiguous) == (heads, 1, False)
     k_parts = _parts(k, layouts[0], buffers, 0, symmetric)
     v_parts = _parts(v, layouts[1], buffers, len(k_parts), symmetric)
     spec = Spec(
         k=k_parts, v=v_parts, step=step,
-        scales=tuple(ScaleLayout(str(x.dtype), k.page) for x in buffers),
-        rows=-(-q.shape[2] // 8) * 8, heads=q.shape[1], splits=splits,
+        scales=tuple(
+            ScaleLayout(
+                str(x.dtype), k.page,
+                heads if pooled and lies_by_heads(x.dtype, heads, k.page) else 0,
+            )
+            for x in buffers
+        ),
+        rows=-(-q.shape[2] // 8) * 8, heads=heads, splits=splits,
         pages=-(-count // step.pages) * step.pages, stride_head=pages.stride_head,
         bulk=pages.contiguous and layouts[0][0].whole and count % step.pages == 0,
         softcap=softcap, biased=biased, int8=int8,
@@ -191,18 +224,27 @@ def _parts(side: Side, layouts, buffers: list, first: int, symmetric: bool) -> t
     return tuple(out)
 
 
-def _plan(spec: Spec, starts, ends) -> Int[Array, "plan"]:
-    """First step, number of steps (at least one) and first slot not to be seen, per (b, split)."""
+def steps_of(spec: Spec, low, high, split):
+    """First step of a split, number (at least one), first slot not to be seen; low <= slot < high.
+
+    Where nobody sees a token high is 0 and low anything from 0 on.
+    """
     tokens = spec.step.tokens
-    any_row = ends > starts
-    low = jnp.min(jnp.where(any_row, starts, jnp.iinfo(jnp.int32).max), axis=1) // tokens
-    high = -(-jnp.max(jnp.where(any_row, ends, 0), axis=1) // tokens)
+    low, high = low // tokens, (high + tokens - 1) // tokens
     low = jnp.minimum(low, high)
-    each = -(-(high - low) // spec.splits)
+    each = (high - low + spec.splits - 1) // spec.splits
+    first = jnp.minimum(low + split * each, high)
+    count = jnp.minimum(jnp.maximum(high - first, 0), each)
+    return first, jnp.maximum(count, 1), (first + count) * tokens
+
+
+def _plan(spec: Spec, starts, ends) -> Int[Array, "plan"]:
+    """`steps_of` for all (b, split)."""
+    any_row = ends > starts
+    low = jnp.min(jnp.where(any_row, starts, jnp.iinfo(jnp.int32).max), axis=1)
+    high = jnp.max(jnp.where(any_row, ends, 0), axis=1)
     split = jnp.arange(spec.splits, dtype=jnp.int32)[None, :]
-    first = jnp.minimum(low[:, None] + split * each[:, None], high[:, None])
-    count = jnp.clip(high[:, None] - first, 0, each[:, None])
-    plan = jnp.stack([first, jnp.maximum(count, 1), (first + count) * tokens], axis=-1)
+    plan = jnp.stack(steps_of(spec, low[:, None], high[:, None], split), axis=-1)
     return plan.astype(jnp.int32).reshape(-1)
 
 
@@ -256,10 +298,34 @@ def _in_blocks(fold: int, lanes: int, rows: int, both):
     return jnp.pad(whole, ((0, 0), (0, 0), (0, rows - whole.shape[2]), (0, 0)))
 
 
-def _call(spec: Spec, interpret, table, plan, queries, rows, starts, ends, words, scales):
-    batch, heads, m = queries[0].shape[0], spec.heads, spec.rows
-    wide = [jnp.broadcast_to(x[..., None], (*x.shape, LANES)) for x in (starts, ends)]
-    v_shapes = [(p.layout.fold * m, max(len(p.planes), 1) * p.layout.lanes) for p in spec.v]
+def _kept(buffer: Array, interpret) -> Array:
+    """Where it is: the compiler would move small buffers into VMEM, and copies become loops."""
+    return buffer if interpret else pltpu.with_memory_space_constraint(buffer, pltpu.HBM)
+
+
+def _scale_buffer(layout: ScaleLayout, pages: int):
+    if not layout.heads:
+        return pltpu.VMEM((2, pages * layout.page_rows, LANES), jnp.uint32)
+    shape = (inner.STEPS_HELD, layout.heads * layout.share(pages), layout.tile, layout.page)
+    return pltpu.VMEM(shape, jnp.bfloat16)
+
+
+def launch(spec: Spec, ready: Operands, k: Side, v: Side, buffers, interpret) -> list[Array]:
+    """Sums [splits, B, N, *sums_shape] of every part of V, then [splits, B, N, _, M, 128].
+
+    The latter are, in every lane or to be summed over them: top in powers of two, total, and of
+    every part the sum of weights and that of offsets.
+    """
+    words = [
+        fold_words(w, layout) for w, layout in zip((*k.words, *v.words), spec.words, strict=True)
+    ]
+    scales = [
+        by_heads(x, layout.heads) if layout.heads else scale_rows(x)
+        for x, layout in zip(buffers, spec.scales, strict=True)
+    ]
+    queries, rows, wide = ready.queries, ready.rows, (ready.starts, ready.ends)
+    batch, heads, m = rows.shape[0], spec.heads, spec.rows
+    v_shapes = [sums_shape(spec, p) for p in spec.v]
     stats = 2 + 2 * len(spec.v)
 
     def block(shape):
@@ -272,7 +338,7 @@ def _call(spec: Spec, interpret, table, plan, queries, rows, starts, ends, words
     step = spec.step
     scratch = [
         *(pltpu.VMEM((2, *buffer_shape(p, step.pages)), jnp.uint32) for p in spec.words),
-        *(pltpu.VMEM((2, step.pages * s.page_rows, LANES), jnp.uint32) for s in spec.scales),
+        *(_scale_buffer(s, step.pages) for s in spec.scales),
         *(
             pltpu.VMEM(
                 (len(step.blocks) // p.layout.fold, inner.GROUPS, spec.left_rows(p), LANES),
@@ -284,7 +350,7 @@ def _call(spec: Spec, interpret, table, plan, queries, rows, starts, ends, words
         pltpu.VMEM((len(step.blocks), inner.GROUPS, m, LANES), jnp.float32),  # logits
         pltpu.VMEM((max(len(spec.scales), 1), len(step.blocks), 8, LANES), jnp.float32),
         pltpu.VMEM((1 + len(spec.v), m, LANES), jnp.float32),  # factors
-        pltpu.SemaphoreType.DMA((3, 2)),
+        pltpu.SemaphoreType.DMA((4, 2)),
     ]
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
@@ -296,12 +362,8 @@ def _call(spec: Spec, interpret, table, plan, queries, rows, starts, ends, words
         out_specs=[split_block(shape) for shape in out_shapes],
         scratch_shapes=scratch,
     )
-    if not interpret:  # the compiler would move small buffers into VMEM, and copies become loops
-        words, scales = (
-            [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in held]
-            for held in (words, scales)
-        )
-    return pl.pallas_call(
+    words, scales = ([_kept(x, interpret) for x in held] for held in (words, scales))
+    found = pl.pallas_call(
         functools.partial(inner.kernel, spec),
         out_shape=[
             jax.ShapeDtypeStruct((spec.splits, batch, *shape), jnp.float32) for shape in out_shapes
@@ -315,7 +377,8 @@ def _call(spec: Spec, interpret, table, plan, queries, rows, starts, ends, words
         ),
         interpret=interpret,
         name="turboq_decode",
-    )(table, plan, *queries, rows, *wide, *words, *scales)
+    )(ready.table, ready.plan, *queries, rows, *wide, *words, *scales)
+    return list(found)
 
 
 def _finish(spec: Spec, v: Side, outs) -> Partial:

@@ -31,6 +31,8 @@ ROUND_BITS = 0x4B400000  # the bits of ROUND
 PIECE = 32639.0  # 127 * 256 + 127: the largest integer of a signed high and low byte
 UNITS = CHUNK_ROWS // 8
 KEYS, WEIGHTS, VALUES = 0, 1, 2  # what the three stages wait for
+SHARED = 3  # tiles of scales that all heads of a step share
+STEPS_HELD = 4  # steps whose tiles are kept: the one at work, the one before, two on their way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,10 @@ class Spec:
         used = {x for p in parts for x in (p.scale, p.offset)}
         return tuple(sorted(x for x in used if x is not None))
 
+    def rows_of(self, stage: int) -> tuple[int, ...]:
+        """Those of which every head has rows of its own."""
+        return tuple(i for i in self.scales_of(stage) if not self.scales[i].heads)
+
     def integer(self, part: PartSpec) -> bool:
         """Whether the planes of a part are multiplied as int8."""
         return self.int8 and not part.float_levels
@@ -93,7 +99,7 @@ class Spec:
 def kernel(spec: Spec, *refs):
     """Order of refs: table, plan; queries, rows, starts, ends, words, scales; sums, stats; scratch.
 
-    The items of a call are the steps of its split for one head after the other, in a pipeline of
+    The items of a call are the heads of one step of its split after the other, in a pipeline of
     three stages whose work fills each other's gaps: iteration i computes the logits of item i, the
     softmax of item i - 1 and the weighted values of item i - 2, while the next two items of each
     stage are on their way. Nothing is conditional: items before the first and past the last have
@@ -123,8 +129,8 @@ def kernel(spec: Spec, *refs):
     def head_pages(item):
         """Where the head-pages of an item (n, at) lie."""
         n, at = item
-        entry = b * spec.pages + jnp.minimum(at * step.pages, spec.pages - step.pages)
-        return [table[entry + i] + n * spec.stride_head for i in range(step.pages)]
+        entry = jnp.minimum(at * step.pages, spec.pages - step.pages)
+        return [table[b, entry + i] + n * spec.stride_head for i in range(step.pages)]
 
     def transfers(stage, slot, item):
         at = head_pages(item)
@@ -138,7 +144,7 @@ def kernel(spec: Spec, *refs):
                 else:
                     rows = pl.ds(i * layout.page_rows, layout.page_rows)
                     yield source.at[at[i]], target.at[:, rows, :]
-        for index in spec.scales_of(stage):
+        for index in spec.rows_of(stage):
             layout = spec.scales[index]
             for i, run in runs:
                 size = run * layout.page_rows
@@ -151,19 +157,70 @@ def kernel(spec: Spec, *refs):
 
     def arrived(stage, slot):
         held = [word_buffers[i] for i in spec.words_of(stage)]
-        held += [scale_buffers[i] for i in spec.scales_of(stage)]
+        held += [scale_buffers[i] for i in spec.rows_of(stage)]
         for buffer in held:
             done = buffer.at[slot]  # a wait needs the destination's size only
             pltpu.make_async_copy(done, done, semaphores.at[stage, slot]).wait()
 
+    shared = [i for i, layout in enumerate(spec.scales) if layout.heads]
+
+    def shares(item):
+        """Copies of the tiles of a step that come while this head is at work."""
+        n, at = item
+        begin = jnp.minimum(at * step.pages, spec.pages - step.pages)
+        for index in shared:
+            layout = spec.scales[index]
+            tiles, each = layout.heads // layout.tile, layout.share(step.pages)
+            for j in range(each):
+                target = n * each + j
+                known = jnp.minimum(target, step.pages * tiles - 1)  # past the last: into nothing
+                entry = table[b, begin + known // tiles] >> (layout.tile.bit_length() - 1)
+                source = scales[index].at[entry + known % tiles]
+                yield pltpu.make_async_copy(
+                    source,
+                    scale_buffers[index].at[at & (STEPS_HELD - 1), target],
+                    semaphores.at[SHARED, at & 1],
+                )
+
+    def send_shares(item):
+        for copy in shares(item):
+            copy.start()
+
+    def shares_arrived(at):
+        for index in shared:
+            each = pl.ds(0, spec.scales[index].share(step.pages))
+            done = scale_buffers[index].at[0, each]
+            pltpu.make_async_copy(done, done, semaphores.at[SHARED, at & 1]).wait()
+
+    def every_head(do):
+        def one(n, _):
+            do(n)
+            return 0
+
+        if shared:
+            jax.lax.fori_loop(0, spec.heads, one, 0)
+
     def following(item):
         n, at = item
-        stay = (at + 1 < first + count) | (n + 1 == spec.heads)
-        return jnp.where(stay, n, n + 1), jnp.where(stay, at + 1, first)
+        last = n + 1 == spec.heads
+        return jnp.where(last, 0, n + 1), jnp.where(last, at + 1, at)
 
     def in_order(index, slot, item):
-        buffer = scale_buffers[index].at[slot]
-        values = _in_order(step, spec.scales[index], buffer, head_pages(item))
+        layout, (n, at) = spec.scales[index], item
+        if layout.heads:
+            tiles = scale_buffers[index].at[at & (STEPS_HELD - 1)]
+            if tiles.dtype != jnp.uint32:  # JAX's race detector knows no bitcast: words, in a test
+                tiles = tiles.bitcast(jnp.uint32)
+            own = pl.ds(n % layout.tile // 2, 1)
+            rows = [
+                layout.words_of(tiles[layout.tile_of(i, n), own, :], n) for i in range(step.pages)
+            ]
+            values = _in_order(step, layout, rows, None)
+        else:
+            buffer = scale_buffers[index].at[slot]
+            size = step.pages * layout.page_rows
+            rows = [buffer[pl.ds(i, 1), :] for i in range(size)]
+            values = _in_order(step, layout, rows, head_pages(item))
         for i, value in enumerate(values):
             gathered[index, i] = value
 
@@ -177,6 +234,9 @@ def kernel(spec: Spec, *refs):
     ):
         for slot in (0, 1):
             send(stage, slot, ahead[slot])
+    every_head(lambda n: send_shares((n, first)))
+    every_head(lambda n: shares_arrived(first))
+    every_head(lambda n: send_shares((n, first + 1)))
     low = jnp.maximum(start_ref[0], first * step.tokens)
     high = jnp.minimum(end_ref[0], limit)
     lane = jax.lax.broadcasted_iota(jnp.int32, (m, LANES), 1)
@@ -203,6 +263,7 @@ def kernel(spec: Spec, *refs):
         arrived(KEYS, slot)
         arrived(WEIGHTS, 1 - slot)
         arrived(VALUES, slot)
+        shares_arrived(scored[1] + 1)  # one of them: all, after the last head
 
         totals = _values(spec, weights, word_buffers, slot)
         send(VALUES, slot, scored)
@@ -238,6 +299,7 @@ def kernel(spec: Spec, *refs):
         # unit is awaited. The buffers have just been read.
         send(KEYS, slot, after)
         send(WEIGHTS, 1 - slot, nxt)
+        send_shares((scored[0], scored[1] + 2))
         return weighed, scored, nxt, after, following(after)
 
     third = following(second)
@@ -246,6 +308,9 @@ def kernel(spec: Spec, *refs):
     for stage in (KEYS, WEIGHTS, VALUES):
         for slot in (0, 1):
             arrived(stage, slot)
+    end = first + count
+    # Two items behind the last were scored: of that step all shares but two, two of the next.
+    every_head(lambda n: shares_arrived(end + jnp.where(n < 2, 0, 1)))
 
 
 def _flat(by_h):
@@ -266,26 +331,28 @@ def _tree(op, items):
     return items[0]
 
 
-def _in_order(step: Step, layout: ScaleLayout, buffer, head_pages):
-    """Entries of a step in logit order: for each block float32 [8, 128], row j for its logits j."""
+def _in_order(step: Step, layout: ScaleLayout, rows, head_pages):
+    """Entries of a step in logit order: for each block float32 [8, 128], row j for its logits j.
+
+    `rows` are the words of its pages, one after the other, each [1, 128].
+    """
     j = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 0)
     lane = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 1)
     page_of = step.page_of(lane)
     for c, h in step.blocks:
         token = step.slot_of(lane, h, j)
-        word = token // layout.per_word
+        word = token & (LANES - 1) if layout.heads else token // layout.per_word
         found = jnp.zeros((8, LANES), jnp.uint32)
         for i in range(c * step.chunk_pages, (c + 1) * step.chunk_pages):
-            at = word + layout.first_lane(head_pages[i])
+            at = word if layout.heads else word + layout.first_lane(head_pages[i])
             for row in range(layout.page_rows):
-                held = buffer[pl.ds(i * layout.page_rows + row, 1), :]
-                held = jnp.broadcast_to(held, (8, LANES))
+                held = jnp.broadcast_to(rows[i * layout.page_rows + row], (8, LANES))
                 picked = jnp.take_along_axis(held, at & (LANES - 1), axis=1)
                 here = page_of == i - c * step.chunk_pages
                 if layout.page_rows > 1:
                     here &= at // LANES == row
                 found = jnp.where(here, picked, found)
-        yield layout.decode(found, token % 2 == 1)
+        yield layout.decode(found, token >= LANES if layout.heads else token % 2 == 1)
 
 
 def _operand(spec: Spec, part: PartSpec, buffer, slot, chunk: int, a: int):
@@ -424,7 +491,7 @@ def _weights(spec: Spec, n, p, old, new, gathered, weights, factors, stats):
             size = jnp.maximum(jnp.max(_tree(jnp.maximum, sizes), axis=1, keepdims=True), 1e-30)
             factor = jnp.broadcast_to(PIECE / size, (m, LANES))
             gain = jnp.broadcast_to(new * size * (1.0 / PIECE), (m, LANES))
-            weighted = [[_rounded(x * factor) for x in by_j] for by_j in weighted]
+            weighted = [[rounded(x * factor) for x in by_j] for by_j in weighted]
             # The sum of what the planes are weighted with: errors are then relative to the levels.
             flat = _flat(weighted)
             excess = (len(flat) * ROUND_BITS + 2**31) % 2**32 - 2**31
@@ -484,13 +551,13 @@ def _add(spec: Spec, n, totals, factors, sums):
             out[0, 0, n, :, lanes] = out[0, 0, n, :, lanes] * k + fresh[:, lanes] * g
 
 
-def _rounded(x):
+def rounded(x):
     """int32 round(x) + ROUND_BITS; the low 16 bits are those of the integer."""
     return jax.lax.bitcast_convert_type(x + ROUND, jnp.int32)
 
 
 def _bytes(group, rows: int):
-    """int8 [rows, 128] of `_rounded` integers: 256 * high + low, high first, then zeros."""
+    """int8 [rows, 128] of `rounded` integers: 256 * high + low, high first, then zeros."""
     both = [(x + 128) >> 8 for x in group] + group
     both += [jnp.zeros_like(group[0])] * (rows // group[0].shape[0] - len(both))
     return jnp.concatenate(both, axis=0).astype(jnp.int8)

@@ -31,6 +31,7 @@ from turboq.numbers.packing import WORD_BITS
 LANES = 128
 CHUNK_ROWS = 32  # register rows of one bit plane that meet in one product: four registers
 GROUPS = 8  # values of j
+TILE_HEADS = 8  # heads whose 16-bit numbers fill a tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,16 +139,60 @@ def scale_rows(buffer: jax.Array) -> jax.Array:
     return jnp.pad(flat, (0, -flat.shape[0] % LANES)).reshape(-1, LANES)
 
 
+def lies_by_heads(dtype, heads: int, page: int) -> bool:
+    """Whether 16-bit numbers [pages, N, page, 1] of a pool lie as [N, page] in tiles of registers.
+
+    So XLA keeps them where no tile is padded; others it would lay out anew for a kernel.
+    """
+    whole = heads in (2, 4) or heads % TILE_HEADS == 0
+    return jnp.dtype(dtype).itemsize == 2 and page == 2 * LANES and whole
+
+
+def by_heads(buffer: jax.Array, heads: int) -> jax.Array:
+    """[R, page] of such a pool as bfloat16 [R / tile, tile, page]; float16 is converted as bits.
+
+    Kernels take no float16: its conversion passes over the pool, of bfloat16 nothing moves.
+    """
+    bits = jax.lax.bitcast_convert_type(buffer, jnp.bfloat16)
+    return bits.reshape(-1, min(heads, TILE_HEADS), buffer.shape[1])
+
+
 @dataclasses.dataclass(frozen=True)
 class ScaleLayout:
-    """Where the entries of a page lie in the rows of `scale_rows`."""
+    """Where the entries of a page lie in the rows of `scale_rows`, or of a pool with so many heads.
+
+    A pool that lies by heads is read by tiles of up to 8 heads; as all heads of a page share them,
+    a step's tiles are read once, an equal share while each head is at work, two steps ahead.
+    """
 
     dtype: str
     page: int
+    heads: int = 0  # of a pool that lies by heads (`lies_by_heads`), else 0
 
     @property
     def per_word(self) -> int:
         return 2 if jnp.dtype(self.dtype).itemsize == 2 else 1
+
+    @property
+    def tile(self) -> int:
+        """Heads that lie in one tile."""
+        return min(self.heads, TILE_HEADS)
+
+    def share(self, pages: int) -> int:
+        """Tiles that are read while one head is at work, of a step of so many pages."""
+        return -(-pages // self.tile)
+
+    def tile_of(self, page, head):
+        """Index of the tile among those of a step, in which a head of its page lies."""
+        return page * (self.heads // self.tile) + head // self.tile
+
+    def words_of(self, row, head):
+        """uint32 [1, 128] of a head, slots l and 128 + l in word l, from [1, 256] of two heads.
+
+        These are row head % tile // 2 of their tile, as words of 32 bits.
+        """
+        row = (row >> (head % 2 * 16).astype(jnp.uint32)) & jnp.uint32(0xFFFF)
+        return row[:, :LANES] | (row[:, LANES:] << 16)
 
     @property
     def words(self) -> int:

@@ -35,7 +35,8 @@ def encode(
     contiguous cache's tokens the first counts[b] are real (default: all); a pool is told by `where`
     (`turboq.cache.paged.locate`). A kernel writes words in place if the cache is donated to the
     jitted function around this, and leaves scales, exact sinks and recent windows to XLA, but that
-    one token of every sequence of a pool is written whole by one launch on a GPU.
+    one token of every sequence of a pool is written whole by one launch (on TPU without scales of
+    float16).
 
     Args:
       implementation: a name of `IMPLEMENTATIONS` never falls back; None takes the present

@@ -120,7 +120,7 @@ def _chunk(spec: Spec, x, held, words, pages: Pages, starts, counts, interpret):
         numbers_of=numbers_of,
         scratch=[
             *(pltpu.VMEM(f.block, jnp.uint32) for f in spec.fields),
-            _registers(spec, per_tile),
+            registers(spec, per_tile),
             pltpu.SMEM((2,), jnp.int32),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA,
@@ -161,7 +161,7 @@ def _append(spec: Spec, x, held, words, pages: Pages, starts, counts, interpret)
         number_blocks=2,
         numbers_of=numbers_of,
         scratch=[
-            _registers(spec, 1),
+            registers(spec, 1),
             pltpu.VMEM((height, spec.codes.lanes), jnp.uint32),
             pltpu.SemaphoreType.DMA,
             pltpu.SemaphoreType.DMA((sequences,)),
@@ -170,7 +170,7 @@ def _append(spec: Spec, x, held, words, pages: Pages, starts, counts, interpret)
     )
 
 
-def _registers(spec: Spec, pages: int):
+def registers(spec: Spec, pages: int):
     """Where the bits of pages meet (`mosaic_tpu_pages`)."""
     return pltpu.VMEM((pages, spec.planes, spec.codes.lanes // LANES, SUBLANES, LANES), jnp.uint32)
 

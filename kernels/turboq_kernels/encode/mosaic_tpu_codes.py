@@ -32,6 +32,7 @@ class CodeSpec:
     coded: int  # C
     places: tuple[int, ...]  # first lane of every part
     lanes: int  # of all parts, a multiple of 128
+    centered: bool = True  # a mean is removed
 
     @property
     def bits(self) -> int:
@@ -42,7 +43,14 @@ class CodeSpec:
     def held(self) -> int:
         """How many arrays `operands` makes."""
         w = self.writing
-        return 2 + bool(w.parts) + self.uses_levels + (w.gain == "code") + (w.signs is not None)
+        return (
+            1
+            + self.centered
+            + bool(w.parts)
+            + self.uses_levels
+            + (w.gain == "code")
+            + (w.signs is not None)
+        )
 
     @property
     def uses_levels(self) -> bool:
@@ -87,7 +95,8 @@ def operands(spec: CodeSpec, tables: WriteTables) -> list[Array]:
         ends = [start for _, start, _ in parts[1:]]
         return jnp.split(x, ends, axis=2)
 
-    held = [tables.mean[:, None, :], placed(cut(tables.matrix.swapaxes(1, 2)), 0.0)]
+    held = [tables.mean[:, None, :]] if spec.centered else []
+    held.append(placed(cut(tables.matrix.swapaxes(1, 2)), 0.0))
     if writing.parts:
         middles, levels = [], []
         for run, table in zip(writing.parts, tables.levels, strict=True):
@@ -124,8 +133,10 @@ def encode(
       held: refs of one head, in the order of `operands`, without the axis of heads.
     """
     held, writing = list(held), spec.writing
-    mean, matrix = held.pop(0), held.pop(0)
-    x = x.astype(jnp.float32) - mean[...]
+    x = x.astype(jnp.float32)
+    if spec.centered:
+        x = x - held.pop(0)[...]
+    matrix = held.pop(0)
     rows: list[Array] = []
     gain = None
     if writing.gain == "rms":

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int, UInt32
 
 from turboq.numbers.packing import WORD_BITS
 from turboq_kernels.encode import mosaic_tpu_codes as codes
@@ -115,7 +116,7 @@ def chunk_kernel(spec: Spec, tile: int, *refs):
             for copy in reading():
                 copy.start()
 
-        planes, numbers = _encode(spec, r.held, r.x[...])
+        planes, numbers = encoded(spec, r.held, r.x[...])
         if r.numbers is not None:
             r.numbers[...] = jnp.concatenate([_along_lanes(x) for x in numbers], axis=0)
 
@@ -153,8 +154,7 @@ def append_kernel(spec: Spec, sequences: int, tokens: int, *refs):
     r = _Refs(spec, refs)
     gathered, code, out_done, in_done = r.rest
     n, group = pl.program_id(0), pl.program_id(1)
-    spans = append_spans(tokens)
-    sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, spec.codes.lanes), 0)
+    spans, sublane = append_spans(tokens), sublanes(spec)
 
     def facts(i):
         """Of page i % spans of sequence i / spans: both, its first and last new slot, any new."""
@@ -187,11 +187,8 @@ def append_kernel(spec: Spec, sequences: int, tokens: int, *refs):
         jax.lax.fori_loop(0, sequences * spans, one, 0)
 
     each(lambda i: read(i, False))
-    planes, numbers = _encode(spec, r.held, r.x[...])
-    codes_of = jnp.zeros(code.shape, jnp.uint32)
-    for p, plane in enumerate(planes):
-        codes_of = codes_of | jnp.where(plane, jnp.uint32(1 << p), jnp.uint32(0))
-    code[...] = codes_of
+    planes, numbers = encoded(spec, r.held, r.x[...])
+    code[...] = code_words(planes)
     if r.numbers is not None:
         lane = jax.lax.broadcasted_iota(jnp.int32, (r.x.shape[0], LANES), 1)
         out = jnp.broadcast_to(numbers[0], lane.shape)
@@ -205,22 +202,8 @@ def append_kernel(spec: Spec, sequences: int, tokens: int, *refs):
 
         @pl.when(some)
         def _():
-            def add(t, words):
-                slot = low + t  # outside the page or past the count: `merge` drops it
-                here = sublane == (slot & (spec.rows - 1))
-                bit = ((slot >> (spec.rows.bit_length() - 1)) & 31).astype(jnp.uint32)
-                row = code[pl.ds(s * tokens + t, 1), :]
-                fresh = [((row >> p) & jnp.uint32(1)) << bit for p in range(spec.planes)]
-                pairs = zip(words, fresh, strict=True)
-                return tuple(w | jnp.where(here, f, jnp.uint32(0)) for w, f in pairs)
-
-            none = jnp.zeros(sublane.shape, jnp.uint32)
-            words = jax.lax.fori_loop(0, tokens, add, (none,) * spec.planes)
-            for p, word in enumerate(words):
-                _keep(gathered, 0, p, word)
-            for at, field in enumerate(spec.fields):
-                plane, old = spec.first_plane(at), r.pages[at][s, k]
-                r.pages[at][s, k] = merge(field, gathered.at[0], plane, old, low, high)
+            pages = [buffer.at[s, k] for buffer in r.pages]
+            put_page(spec, code, gathered, pages, s * tokens, tokens, low, high, sublane)
             for copy in copies(i, True):
                 copy.start()
 
@@ -240,9 +223,43 @@ def append_spans(tokens: int) -> int:
     return 1 if tokens == 1 else 2
 
 
-def _encode(spec: Spec, held, x):
+def encoded(spec: Spec, held, x):
+    """Bit planes, those of the signs last, and row numbers (`mosaic_tpu_codes.encode`)."""
     planes, signs, numbers = codes.encode(spec.codes, held, x)
     return ([*planes, signs] if signs is not None else planes), numbers
+
+
+def code_words(planes) -> UInt32[Array, "R lanes"]:
+    """Plane p as bit p."""
+    word = jnp.zeros(planes[0].shape, jnp.uint32)
+    for p, plane in enumerate(planes):
+        word = word | jnp.where(plane, jnp.uint32(1 << p), jnp.uint32(0))
+    return word
+
+
+def sublanes(spec: Spec) -> Int[Array, "8 lanes"]:
+    """For `put_page`: made once, not for every page."""
+    return jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, spec.codes.lanes), 0)
+
+
+def put_page(spec: Spec, code, gathered, pages, first, tokens: int, low, high, sublane) -> None:
+    """Rows first.. of `code` into slots low..high - 1 of one page, whose `pages` hold old words."""
+
+    def add(t, words):
+        slot = low + t  # outside the page or past the count: `merge` drops it
+        here = sublane == (slot & (spec.rows - 1))
+        bit = ((slot >> (spec.rows.bit_length() - 1)) & 31).astype(jnp.uint32)
+        row = code[pl.ds(first + t, 1), :]
+        fresh = [((row >> p) & jnp.uint32(1)) << bit for p in range(spec.planes)]
+        return tuple(
+            w | jnp.where(here, f, jnp.uint32(0)) for w, f in zip(words, fresh, strict=True)
+        )
+
+    none = jnp.zeros(sublane.shape, jnp.uint32)
+    for p, word in enumerate(jax.lax.fori_loop(0, tokens, add, (none,) * spec.planes)):
+        _keep(gathered, 0, p, word)
+    for at, (field, page) in enumerate(zip(spec.fields, pages, strict=True)):
+        page[...] = merge(field, gathered.at[0], spec.first_plane(at), page[...], low, high)
 
 
 def _gather(spec: Spec, plane):

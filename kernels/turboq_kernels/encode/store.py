@@ -25,7 +25,10 @@ MODULES = {
     "triton": "turboq_kernels.encode.triton",
 }
 
-APPENDS = {"triton": "turboq_kernels.encode.triton_append"}
+APPENDS = {
+    "mosaic_tpu": "turboq_kernels.encode.mosaic_tpu_append",
+    "triton": "turboq_kernels.encode.triton_append",
+}
 
 
 def unsupported(name: str, codec: Codec, page: int) -> str | None:
