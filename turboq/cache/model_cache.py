@@ -254,19 +254,22 @@ def write(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     counts: Int[Array, "B"] | None = None,
+    encode: contiguous.Store | None = None,
 ) -> tuple[LayerState, UInt32[Array, "B P R C"], Tail]:
     """Encodes and stores the next T tokens of every sequence (`turboq.cache.contiguous.write`).
+
+    `encode` gives what is stored of them [B, K, T, .] (default: XLA, through the codec's own).
 
     Raises:
       TurboqError: outside jit, tokens that do not fit.
     """
     length, room = state.lengths - state.first, words.shape[1] * PAGE
     contiguous.check_room(length, room, k.shape[1], counts)
-    return _write(state, words, k, v, counts)
+    return _write(state, words, k, v, counts, encode or _encoded)
 
 
-@jax.jit
-def _write(state: LayerState, words, k, v, counts):
+@functools.partial(jax.jit, static_argnames=("encode",))
+def _write(state: LayerState, words, k, v, counts, encode):
     layer, group, t = state.form.layer, state.form.group, k.shape[1]
     steps = jnp.arange(t, dtype=jnp.int32)
     counts = jnp.full((k.shape[0],), t, jnp.int32) if counts is None else counts
@@ -275,7 +278,7 @@ def _write(state: LayerState, words, k, v, counts):
     positions = state.lengths[:, None] + steps[None, :]
     valid = steps[None, :] < fitting[:, None]
     found = contiguous.write_group(
-        layer, group, state.exact, k, v, state.lengths, positions, valid, fitting, _encoded
+        layer, group, state.exact, k, v, state.lengths, positions, valid, fitting, encode
     )
     for codec, side, columns in (
         (group.k, found.k, state.form.k),

@@ -65,7 +65,8 @@ def program(c: Configuration, implementation: str) -> Program:
 
     def one_pool(held, matrices, q, k, v):
         state, words = held
-        state, words, tail = model_cache.write(state, words, k, v)
+        by = implementation if implementation in columns.WRITERS else "xla"
+        state, words, tail = columns.write(state, words, k, v, implementation=by)
         at = state.lengths[:, None] - 1
         out = columns.attend(q, state, words, tail, matrices, q_positions=at, **options)
         return (state, words), out
