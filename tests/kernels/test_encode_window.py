@@ -1,4 +1,4 @@
-"""The search of window codes on GPUs, interpreted: against XLA's, and against every word there is."""
+"""The search of window codes on GPUs, interpreted, against XLA's and against every word."""
 
 import functools
 import itertools
@@ -150,7 +150,8 @@ def test_the_pool_holds_the_same_bits(gain, tokens, rng):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(due), strict=True):
         np.testing.assert_array_equal(a, b)
     held = pools.read(got[1], states[0].form.k, 24, 8)
-    assert np.any(np.asarray(held)[:, 0, tokens - 1]) and not np.any(np.asarray(held)[:, 1, tokens])
+    assert np.any(np.asarray(held)[:, 0, tokens - 1])
+    assert not np.any(np.asarray(held)[:, 1, tokens])
 
 
 def test_a_named_writer_never_falls_back(rng):

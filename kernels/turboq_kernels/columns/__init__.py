@@ -2,8 +2,8 @@
 
 from turboq_kernels.columns.api import IMPLEMENTATIONS, attend, prepare
 from turboq_kernels.columns.linear import LinearLayer
-from turboq_kernels.columns.write import WRITERS, write
-from turboq_kernels.columns.write import unsupported as cannot_write
+from turboq_kernels.columns.writer import WRITERS, write
+from turboq_kernels.columns.writer import unsupported as cannot_write
 
 __all__ = [
     "IMPLEMENTATIONS",

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 LANES = 32
 STEPS = 24  # of a path's word: whole turns of 4, 6 and 8 bits, whole runs of 8 coordinates

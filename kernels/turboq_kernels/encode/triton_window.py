@@ -47,15 +47,13 @@ def encode(
 
     Rows have a leading axis H, and are equal within each 8 coordinates from a multiple of 8 on.
     """
-    batch, heads, tokens, coded = y.shape
-    tries = 1 if gains is None else min(window_gain.TRIES, gains.shape[1])
+    batch, heads, tokens, _ = y.shape
+    search = search_of(
+        code.taps.shape[-1] - 1, 0 if gains is None else gains.shape[1], y.shape[3], interpret
+    )  # fmt: skip
     if gains is not None:
         far = window_gain.FAR * gains[None, :, None, -1:]
         y = jnp.clip(y, -far, far)
-    search = Search(
-        memory=code.taps.shape[-1] - 1, tries=tries, coded=coded, interpret=interpret,
-        asm=target().ptx and not interpret,
-    )  # fmt: skip
     inputs = {
         "y": y, "gains": gains, "weights": weights,
         "step": code.step, "last": code.last, "taps": code.taps,
@@ -76,6 +74,13 @@ def encode(
     )
 
 
+def search_of(memory: int, gains: int, coded: int, interpret: bool) -> Search:
+    """What is static about the search of vectors of so many coordinates; 0 gains: gain 1."""
+    asm = target().ptx and not interpret
+    tries = min(window_gain.TRIES, gains or 1)
+    return Search(memory=memory, tries=tries, coded=coded, interpret=interpret, asm=asm)
+
+
 def _kernel(*refs, search: Search, tree) -> None:
     x: dict[str, Any] = jax.tree.unflatten(tree, refs[: tree.num_leaves])
     codes_ref, gain_ref = refs[tree.num_leaves :]
@@ -94,7 +99,8 @@ def _kernel(*refs, search: Search, tree) -> None:
 def coded(x: dict[str, Any], y: Float[Array, "P"], y_at, h, s: Search) -> tuple[Array, Array]:
     """Codes [P] of a vector y, zero behind its C coordinates, and the index of its gain.
 
-    `x` has weights, gains, step, last, taps of all heads; `y_at` gives a coordinate of y.
+    y is not beyond `window_gain.FAR` of the last gain, and `y_at` gives a coordinate of it. `x` has
+    weights, gains, step, last, taps of all heads.
     """
     channel = jnp.arange(y.shape[0], dtype=jnp.int32)
     real = channel < s.coded

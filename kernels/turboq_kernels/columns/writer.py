@@ -8,14 +8,14 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from turboq.cache import contiguous, model_cache
+from turboq.cache import model_cache
 from turboq.cache.contiguous import Tail
 from turboq.cache.model_cache import LayerForm, LayerState
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.codecs.transform_padded import PaddedTransform, rows_of
+from turboq_kernels.columns import triton_append
 from turboq_kernels.encode import triton_window
 
 WRITERS = ("xla", "triton")
@@ -53,10 +53,10 @@ def write(
     Raises:
       ValueError: unknown, or named and not able to; the message says why. As the function above.
     """
-    name = choose(state.form, implementation)
-    return model_cache.write(
-        state, words, k, v, counts, None if name == "xla" else _by_kernel(interpret)
-    )
+    if choose(state.form, implementation) == "xla":
+        return model_cache.write(state, words, k, v, counts)
+    appends = triton_append.unsupported(state.form, k.shape[1]) is None
+    return model_cache.write(state, words, k, v, counts, _by_kernel(interpret, appends))
 
 
 def choose(form: LayerForm, implementation: str | None) -> str:
@@ -78,7 +78,11 @@ def choose(form: LayerForm, implementation: str | None) -> str:
 
 # Cached, so that one setting is one function: `model_cache.write` compiles once for each.
 @functools.cache
-def _by_kernel(interpret: bool) -> contiguous.Store:
+def _by_kernel(interpret: bool, appends: bool) -> model_cache.Put:
+    """One token in one launch, or codes by the kernel and the rest by XLA."""
+    if appends:
+        return functools.partial(triton_append.append, interpret=interpret)
+
     def encode(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
         assert isinstance(codec, PaddedTransform)  # of every `LayerForm`
         y = jax.vmap(codec.analyse, in_axes=(0, 1), out_axes=1)(arrays, x)
@@ -90,7 +94,7 @@ def _by_kernel(interpret: bool) -> contiguous.Store:
         codes, _ = search(u, None, arrays["weights"])
         return stored | {"codes": codes}
 
-    return encode
+    return functools.partial(model_cache.put, encode=encode)
 
 
 def _units(codec: PaddedTransform, arrays: Arrays, y: Float[Array, "B K T D"]):
