@@ -250,13 +250,13 @@ def _fold(x, out, b, n, pool_lanes: int, step: Step) -> None:
         return total + jnp.sum(right(k) * own[None, :], axis=1)
 
     bias = jax.lax.fori_loop(0, blocks, mean, jnp.zeros((_ROWS,), jnp.float32))
-    begin, end = _bounds(x["seen"], b, None, step)
+    begin, end = _bounds(x["seen"], jnp.zeros_like(row) + b, real, step)
     to = n * rows + row
     put(out["unit"], (b, to), unit, real)
     put(out["half"], (b, 0, to, 0), -0.5 * jnp.sum(folded, axis=1), real)
     put(out["bias"], (b, to, 0), bias, real)
     for name, bound in (("starts", begin), ("ends", end)):
-        put(out[name], (b, to), jnp.zeros((_ROWS,), jnp.int32) + bound, real)
+        put(out[name], (b, to), bound, real)
 
 
 def _finish(

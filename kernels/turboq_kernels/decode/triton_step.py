@@ -193,7 +193,7 @@ def _up(x, by):
     return (x + by - 1) // by
 
 
-def place_parts(low, high, start_ref, refs, items: int, plan: Plan, count: int, splits) -> None:
+def place_parts(low, high, start_ref, refs, items: int, plan, count: int, splits) -> None:
     """`triton_parts.spread` or `split`, without a cumulative sum or an index."""
     padded = low.shape[0]
     item = jnp.arange(padded, dtype=jnp.int32)
