@@ -1,5 +1,6 @@
 """The search of window codes on GPUs, interpreted, against XLA's and against every word."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from columns_cases import inputs, make_layers
+from columns_cases import DIM, ROPES, inputs, make_layers, write
 from tolerances import TOL
 
 from turboq.cache import columns as pools
@@ -28,8 +29,8 @@ CASES = {  # states, segments of the two heads, coordinates with those that are 
 
 
 @functools.cache
-def _kernel(interpret=True):
-    return jax.jit(functools.partial(triton_window.encode, interpret=interpret))
+def _kernel():
+    return jax.jit(functools.partial(triton_window.encode, interpret=True))
 
 
 def rows(states, segments, width):
@@ -134,24 +135,50 @@ def test_broken_vectors_as_by_xla_and_no_others(rng):
     np.testing.assert_array_equal(codes[:, 1], whole[:, 1])
 
 
-@pytest.mark.parametrize(("gain", "tokens"), [("code", 1), ("none", 3), ("float16", 2)])
-def test_the_pool_holds_the_same_bits(gain, tokens, rng):
-    """Layers of other bits in every head, sinks, a ring, a sequence that gets fewer tokens."""
-    layers = make_layers(rng, TokenPolicy(sinks=2, recent=3), gain=gain)
+@pytest.mark.parametrize(
+    ("tokens", "options"),
+    [
+        (1, {}), (3, {"gain": "none"}), (2, {"gain": "float16"}),
+        (1, {"rope": ROPES["half"], "block": 256, "joined": 3}),
+        (1, {"rope": ROPES["partial"], "block": 256, "gain": "none"}),
+    ],
+)  # fmt: skip
+def test_the_pool_holds_the_same_bits(tokens, options, rng):
+    """Layers of other bits in every head, sinks, a ring; one sequence gets fewer tokens."""
+    layers = make_layers(rng, TokenPolicy(sinks=2, recent=3), **options)
     states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=300)
+    _, k, v = inputs(rng, 2)
+    state, words, _ = write(states[0], words, k, v)
     _, k, v = inputs(rng, tokens)
     counts = jnp.array([tokens, tokens - 1], jnp.int32)
     got, due = (
         jax.jit(functools.partial(columns.write, implementation=name, interpret=name != "xla"))(
-            states[0], words, k, v, counts
+            state, words, k, v, counts
         )
         for name in ("triton", "xla")
     )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(due), strict=True):
         np.testing.assert_array_equal(a, b)
-    held = pools.read(got[1], states[0].form.k, 24, 8)
-    assert np.any(np.asarray(held)[:, 0, tokens - 1])
-    assert not np.any(np.asarray(held)[:, 1, tokens])
+    held = np.asarray(pools.read(got[1], state.form.k, DIM, 8))
+    assert np.any(held[:, 0, 1 + tokens])
+    assert not np.any(held[:, 1, 1 + tokens])
+
+
+def test_a_full_pool_counts_what_it_has_no_room_for(rng):
+    """One launch, and XLA: tokens 256 and 257 of a pool of 256."""
+    layers = make_layers(rng, TokenPolicy(sinks=2, recent=3))
+    states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=256)
+    state = dataclasses.replace(states[0], lengths=jnp.array([255, 256], jnp.int32))
+    _, k, v = inputs(rng, 1)
+    got, due = (
+        jax.jit(functools.partial(columns.write, implementation=name, interpret=name != "xla"))(
+            state, words, k, v
+        )
+        for name in ("triton", "xla")
+    )
+    assert got[0].overflow.tolist() == [0, 1]
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(due), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_named_writer_never_falls_back(rng):
