@@ -26,12 +26,13 @@ MODULES = {
     ("cuda", "prefill"): "cuda_prefill",
     ("cuda", "encode"): "cuda_encode",
     ("cuda", "columns"): "cuda_columns",
+    ("cuda", "window"): "cuda_window",
     ("tpu", "step"): "tpu_step",
     ("cuda", "step"): "cuda_step",
     ("targets", None): "cuda_targets",  # every operation
 }
 # What makes two rows the same measurement.
-KEYS = ("target", "op", "bits", "levels", "dim", "group", "tokens", "cache", "joined")
+KEYS = ("target", "op", "bits", "levels", "dim", "group", "tokens", "cache", "joined", "states")
 
 HELP = """\
 Compiles the kernels for chips that are not here and writes their static costs: VLIW bundles of the

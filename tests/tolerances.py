@@ -226,6 +226,14 @@ TOL: dict[str, float] = {
     "iq4_nl_equal_scales": 0.99,
     # Sum of <= 12 squares of errors below 3 in float32, or of 8 products up to 20: 16 * 6e-8 * 20.
     "path_error_f32": 2e-5,
+    # Of the least weighted error: a float32 path is chosen by sums of <= 128 squares (8e-6) of
+    # errors off by up to 1e-5 steps (|u| <= 20, sums of 9 taps), twice that over 0.3 steps rms.
+    "window_error": 2e-4,
+    # Vectors whose two searches meet no tie of that size: some 128 choices of density 1 a step.
+    "window_equal": 0.95,
+    # Error of 15 coordinates beside one at Inf, by that of XLA's codes: 2^-24 of (1e6)^2 stays in
+    # common with them, so their costs (some 10 in all) are known to 2^-24 of 6e4, times a few.
+    "window_far": 1.05,
     # The limit on the distance from the figures of trellis-coded quantization, in dB.
     "tcq_snr_db": 0.05,
     # Standard errors within which all of <= 32 points are the means of 65536 fresh samples: the

@@ -33,7 +33,7 @@ from turboq_kernels.columns import linear, queries
 
 CASES = [
     {},
-    {"gain": "none", "softcap": 1.5},
+    {"gain": "none", "softcap": 1.5, "window": 270},
     {"rope": "half", "block": 256, "window": 270},
     {"rope": "partial", "block": 128},
     {"rope": "half", "block": 256, "joined": 3, "window": 270},

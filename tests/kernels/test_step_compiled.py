@@ -15,11 +15,11 @@ BATCH_BYTES = 2 * 8 * 8 * 32768 * (128 * 3 + 16) // 8
 ROOT = Path(__file__).parents[2]
 COSTS = ROOT / "experiments" / "results" / "kernel_costs.json"
 MODULES = {"tpu": tpu_step, "cuda": cuda_step}
-# Launches of a codec in pages. TPU kernels take no float16: XLA writes and converts its scales, and
-# the tables of heads are laid out anew.
+# Launches; those of window codes are in the one pool. TPU kernels take no float16: XLA writes and
+# converts its scales, and the tables of heads are laid out anew.
 MOST = {
-    ("sm_90", "turboquant_mse"): 10, ("sm_90", "per_head"): 10, ("v5e", "bfloat16_scales"): 10,
-    ("v5e", "turboquant_mse"): 22, ("v5e", "per_head"): 33,
+    ("sm_90", "turboquant_mse"): 10, ("sm_90", "per_head"): 10, ("sm_90", "window"): 10,
+    ("v5e", "bfloat16_scales"): 10, ("v5e", "turboquant_mse"): 22, ("v5e", "per_head"): 33,
 }  # fmt: skip
 
 
@@ -59,8 +59,8 @@ def test_recorded_rows(recorded):
         # At most into fast memory, to be converted: all float16 scales of the pool, once.
         converted = target == "v5e" and levels != "bfloat16_scales"
         assert row["copied_bytes"] < row["buffer_bytes"] + converted, row
+        assert row["launches"] <= MOST.get((target, levels), row["launches"]), row
         if levels in step.CODECS:
-            assert row["launches"] <= MOST[target, levels], row
             # Of K and V: nothing of their size is made.
             assert row["temporary_bytes"] < BATCH_BYTES / 10, row
 

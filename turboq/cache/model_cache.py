@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -248,25 +248,54 @@ _move = jax.jit(_moved, static_argnums=(3, 4))
 _move_in_place = jax.jit(_moved, static_argnums=(3, 4), donate_argnums=0)
 
 
+# Puts T tokens of every sequence, or counts[b] of them (None: all), into state and pool.
+Put = Callable[..., tuple[LayerState, UInt32[Array, "B P R C"]]]
+
+
 def write(
     state: LayerState,
     words: UInt32[Array, "B P R C"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     counts: Int[Array, "B"] | None = None,
+    by: Put | None = None,
 ) -> tuple[LayerState, UInt32[Array, "B P R C"], Tail]:
     """Encodes and stores the next T tokens of every sequence (`turboq.cache.contiguous.write`).
+
+    `by` encodes and stores them (default: XLA, `put`).
 
     Raises:
       TurboqError: outside jit, tokens that do not fit.
     """
     length, room = state.lengths - state.first, words.shape[1] * PAGE
     contiguous.check_room(length, room, k.shape[1], counts)
-    return _write(state, words, k, v, counts)
+    return _write(state, words, k, v, counts, by or put)
 
 
-@jax.jit
-def _write(state: LayerState, words, k, v, counts):
+@functools.partial(jax.jit, static_argnames=("by",))
+def _write(state: LayerState, words, k, v, counts, by: Put):
+    new, words = by(state, words, k, v, counts)
+    before, after = ((state.exact,), state.lengths), ((new.exact,), new.lengths)
+    steps = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+    valid = steps < (new.lengths - state.lengths)[:, None]
+    positions = state.lengths[:, None] + steps
+    return new, words, contiguous.tail_of(
+        state.form.layer, before, after, k, v, positions, valid
+    )  # fmt: skip
+
+
+def put(
+    state: LayerState,
+    words: UInt32[Array, "B P R C"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    counts: Int[Array, "B"] | None,
+    encode: contiguous.Store | None = None,
+) -> tuple[LayerState, UInt32[Array, "B P R C"]]:
+    """State and pool with the next tokens; `encode` gives what is stored (None: the codec's own).
+
+    Tokens that do not fit are counted.
+    """
     layer, group, t = state.form.layer, state.form.group, k.shape[1]
     steps = jnp.arange(t, dtype=jnp.int32)
     counts = jnp.full((k.shape[0],), t, jnp.int32) if counts is None else counts
@@ -275,8 +304,9 @@ def _write(state: LayerState, words, k, v, counts):
     positions = state.lengths[:, None] + steps[None, :]
     valid = steps[None, :] < fitting[:, None]
     found = contiguous.write_group(
-        layer, group, state.exact, k, v, state.lengths, positions, valid, fitting, _encoded
-    )
+        layer, group, state.exact, k, v, state.lengths, positions, valid, fitting,
+        encode or _encoded,
+    )  # fmt: skip
     for codec, side, columns in (
         (group.k, found.k, state.form.k),
         (group.v, found.v, state.form.v),
@@ -287,8 +317,7 @@ def _write(state: LayerState, words, k, v, counts):
     new = dataclasses.replace(
         state, exact=exact, lengths=state.lengths + fitting, overflow=state.overflow + lost
     )
-    before, after = ((state.exact,), state.lengths), ((exact,), new.lengths)
-    return new, words, contiguous.tail_of(layer, before, after, k, v, positions, valid)
+    return new, words
 
 
 def _encoded(codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:

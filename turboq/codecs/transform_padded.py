@@ -68,17 +68,19 @@ class PaddedTransform(Codec):
         return tuple(fields)
 
     def encode(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Stored:
-        lead_axes, x = x.shape[:-1], x.astype(jnp.float32)
-        y = self._analyse(arrays, x).reshape(-1, self.dim)
+        lead_axes = x.shape[:-1]
+        y = self.analyse(arrays, x).reshape(-1, self.dim)
         if self.quantizer == "window" and self.gain == "code":
-            codes, gain = window_gain.encode(_window(arrays), y, arrays["gains"], arrays["weights"])
+            codes, gain = window_gain.encode(rows_of(arrays), y, arrays["gains"], arrays["weights"])
             stored = {"codes": codes, "gain": gain[:, None]}
         else:
-            u, stored = self._gain(arrays, y)
+            u, stored = self.unit(arrays, y)
             stored |= self._codes(arrays, u)
         return {name: entries.reshape(*lead_axes, -1) for name, entries in stored.items()}
 
-    def _analyse(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+    def analyse(self, arrays: Arrays, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        """y, float32; 0 where nothing is coded."""
+        x = x.astype(jnp.float32)
         if "analysis" not in arrays:
             there = jnp.arange(self.dim, dtype=jnp.float32) < arrays["coded"]
             return jnp.where(jnp.broadcast_to(there, x.shape), x, 0.0)
@@ -87,12 +89,12 @@ class PaddedTransform(Codec):
 
     def _codes(self, arrays: Arrays, u: Float[Array, "N D"]) -> Stored:
         if self.quantizer == "window":
-            return {"codes": window.encode(_window(arrays), u, arrays["weights"])}
+            return {"codes": window.encode(rows_of(arrays), u, arrays["weights"])}
         if self.quantizer == "trellis":
             return self._trellis(arrays["points"], u)
         return {"codes": _nearest(arrays["points"], u.T).T.astype(jnp.uint8)}
 
-    def _gain(self, arrays: Arrays, y: Float[Array, "N D"]) -> tuple[Float[Array, "N D"], Stored]:
+    def unit(self, arrays: Arrays, y: Float[Array, "N D"]) -> tuple[Float[Array, "N D"], Stored]:
         """y over its gain, and the gain as it is stored. Rows of A that are not coded give 0."""
         if self.gain == "none":
             return y, {}
@@ -128,7 +130,7 @@ class PaddedTransform(Codec):
         """Values of the codes times their gain; 0 where a coordinate is not coded."""
         codes = stored["codes"]
         if self.quantizer == "window":
-            values = window.decode(_window(arrays), codes)
+            values = window.decode(rows_of(arrays), codes)
         else:
             if self.quantizer == "trellis":
                 start = stored["start"][..., 0] if self.free_start else None
@@ -169,7 +171,8 @@ class PaddedTransform(Codec):
         return dot(acc, arrays["synthesis"].T) + mass[:, None] * arrays["mean"][None, :]
 
 
-def _window(arrays: Arrays) -> window.Rows:
+def rows_of(arrays: Arrays) -> window.Rows:
+    """The window code of a head, or of all."""
     return window.Rows(step=arrays["step"], last=arrays["last"], taps=arrays["taps"])
 
 

@@ -26,7 +26,7 @@ TRIES = 8
 REACH = 0.8
 STEPS = 6
 # Coordinates further out than so many of the largest gain count as if they were there.
-_FAR = 1e6
+FAR = 1e6
 
 
 def encode(
@@ -40,7 +40,7 @@ def encode(
     tries = min(TRIES, gains.shape[0])
 
     def search(y: Float[Array, "n C"]) -> tuple[Array, Array]:
-        y = jnp.clip(y, -_FAR * gains[-1], _FAR * gains[-1])
+        y = jnp.clip(y, -FAR * gains[-1], FAR * gains[-1])
         below = jnp.sum(best_gain(code, y, weights)[:, None] > gains[None, :], axis=1)
         first = jnp.clip(below - tries // 2, 0, gains.shape[0] - tries)
         index = first[:, None] + jnp.arange(tries)[None, :]

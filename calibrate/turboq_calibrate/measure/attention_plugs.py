@@ -127,7 +127,7 @@ def packed_by(implementation: str | None) -> Callable[..., tuple[Array, Any]]:
 def pool_by(implementation: str | None) -> Callable[..., tuple[Array, Pooled]]:
     """`cached_by` where all layers share a pool (`turboq.cache.model_cache`).
 
-    A named kernel reads single tokens; prompts are read by XLA.
+    A named kernel reads single tokens; prompts are read by XLA. One that writes encodes both.
 
     Raises:
       TurboqError: an unknown name.
@@ -136,8 +136,18 @@ def pool_by(implementation: str | None) -> Callable[..., tuple[Array, Pooled]]:
         raise TurboqError(f"{implementation=} must be None or one of {columns.IMPLEMENTATIONS}")
     interpret = jax.default_backend() not in KERNELS[implementation or "xla"]
 
+    def writer(form: model_cache.LayerForm) -> dict[str, Any]:
+        if implementation is None:
+            return {}
+        writes = implementation in columns.WRITERS
+        if writes and columns.cannot_write(form, implementation) is None:
+            return {"implementation": implementation, "interpret": interpret}
+        return {"implementation": "xla"}
+
     def plug(spec: LayerSpec, q, k, v, positions, state: Pooled, sinks=None):
-        layer, words, tail = model_cache.write(state.layer, state.words, k, v, state.counts)
+        layer, words, tail = columns.write(
+            state.layer, state.words, k, v, state.counts, **writer(state.layer.form)
+        )
         single = q.shape[1] == 1
         out = columns.attend(
             q, layer, words, tail, state.matrices, q_positions=positions,

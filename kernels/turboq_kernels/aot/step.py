@@ -76,21 +76,22 @@ def program(c: Configuration, implementation: str) -> Program:
 
     def one_pool(held, matrices, q, k, v):
         state, words = held
-        state, words, tail = model_cache.write(state, words, k, v)
+        by = implementation if implementation in columns.WRITERS else "xla"
+        state, words, tail = columns.write(state, words, k, v, implementation=by)
         at = state.lengths[:, None] - 1
         out = columns.attend(q, state, words, tail, matrices, q_positions=at, **options)
         return (state, words), out
 
     if c.levels == COLUMNS:
-        return Program(one_pool, (*_column_arguments(c), q, k, v), donated=(0,))
+        return Program(one_pool, (*column_arguments(c), q, k, v), donated=(0,))
     layer, cache, where = arguments(c)
     return Program(pages, (cache, layer, where, q, k, v), donated=(0,))
 
 
-def _column_arguments(c: Configuration) -> tuple[Any, Any]:
+def column_arguments(c: Configuration, states: int = 16) -> tuple[Any, Any]:
     """Shapes of a layer's state and the pool, and of the matrices of its plan."""
     segments = ((c.dim, c.bits),)
-    codec = Transform(dim=c.dim, segments=segments, quantizer="window", states=16, gain="code")
+    codec = Transform(dim=c.dim, segments=segments, quantizer="window", states=states, gain="code")
     arrays = {name: jnp.zeros((HEADS, *shape)) for name, shape in codec.array_shapes.items()}
     layer = uniform_layer(
         kv_heads=HEADS, k=codec, v=codec, policy=POLICY, k_arrays=arrays, v_arrays=arrays

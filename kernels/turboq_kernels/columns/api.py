@@ -18,7 +18,7 @@ from turboq.cache.model_cache import LayerState
 from turboq.numbers.packing import PAGE
 from turboq.numbers.rope import unrotate
 from turboq_kernels import merge
-from turboq_kernels.columns import linear, mosaic_tpu, queries, triton
+from turboq_kernels.columns import linear, mosaic_tpu, queries, triton, triton_step
 from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.decode.types import Partial
 
@@ -102,6 +102,11 @@ def attend(
         )  # fmt: skip
     made = prepare(state, words) if matrices is None else matrices
     assert made is not None  # `unsupported` has said so
+    if name == "triton" and triton_step.supported(q, state, tail):
+        return triton_step.attend(
+            q, state, words, tail, made, q_positions=q_positions, window=window, splits=splits,
+            interpret=interpret, **options,
+        )  # fmt: skip
     layer, heads, tokens = state.form.layer, made.k.mean.shape[0], q.shape[1]
     rows = queries.to_rows(q, heads)
     per_token = rows.shape[1] // heads // tokens

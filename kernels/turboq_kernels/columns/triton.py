@@ -44,7 +44,7 @@ from turboq_kernels.target import target
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 STAGES = 2
 MAX_ROWS = 16  # of a group
-_LARGEST = 2.0**14  # of queries and weights as float16
+LARGEST = 2.0**14  # of queries and weights as float16
 _SMALLEST = 24  # 2^-24: what bit 0 of a half word is as float16
 # Two elements at a time: a selector of two bytes (the same in every step), those bytes, the masks.
 BYTES_ASM = (
@@ -125,20 +125,9 @@ def attend(
     """
     batch, rows = starts.shape
     groups, pages = layer.groups, words.shape[1]
-    tuned, gpu = tuning(layer), target()
-    least = tuned.run * max(max(runs) for runs in _places(layer))
-    if words.shape[-1] < least:  # a pool of less than one unit's runs
-        words = jnp.pad(words, [(0, 0)] * 3 + [(0, least - words.shape[-1])])
-    count = batch * (splits or 1)
-    if splits is None:
-        slots = gpu.processors * tuned.residency
-        count = triton_parts.count(batch, groups, pages, slots)
-    places = _places(layer)
-    plan = Plan(
-        run=tuned.run, m=max(4, 1 << (rows // groups - 1).bit_length()), rows=rows // groups,
-        places=places, joined=len(layer.widest) // 2 if layer.joined else 0,
+    plan, count = planned(
+        layer, batch, pages, rows, scale=scale, softcap=softcap, splits=splits, interpret=interpret,
         turned=folded.left.shape[1] > 1, per_token=folded.bias.shape[-1] > 1,
-        gained=layer.gained, scale=scale, softcap=softcap, asm=gpu.ptx and not interpret,
     )  # fmt: skip
     ends = jnp.minimum(ends, pages * PAGE)
     seen = ends > starts
@@ -150,22 +139,80 @@ def attend(
         parts = triton_parts.spread(low, high, count)
     largest = jnp.max(jnp.abs(layer.v.gains), axis=1)
     weights, unit = _weights(folded, groups, plan.m)
-    byte = jnp.arange(8, dtype=jnp.int32)
+    ready = Ready(
+        weights=weights, unit=unit, half=_half(layer, folded), bias=folded.bias, starts=starts,
+        ends=ends, parts=list(parts[:3]), lanes=_windows(layer, words.shape[-1]),
+        most=jnp.where(largest > 0, largest, 1.0),
+    )  # fmt: skip
+    whole = launch(ready, words, layer, plan=plan, count=count, interpret=interpret)
+    if count > batch:
+        whole = triton_parts.merge(whole, parts.start, batch=batch, interpret=interpret)
+    own = jax.tree.map(lambda x: x[:, :, : plan.rows].reshape(batch, rows, *x.shape[3:]), whole)
+    return Sums(acc=own.acc, total=own.total, top=own.top)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ready:
+    """What the kernel takes of a step beside the layer and its pool."""
+
+    weights: Any  # float16 [B, Q, J, U, 2 m]
+    unit: Any  # float32 [B, M]
+    half: Any  # float32 [B, Q, M, p]
+    bias: Any  # float32 [B, M, S or 1]
+    starts: Any  # int32 [B, M]
+    ends: Any  # int32 [B, M], within the pool
+    parts: Any  # item, first and last page of every part
+    lanes: Any  # of K and V: `_windows`
+    most: Any  # float32 [U], the largest gain of each unit's values, or 1
+
+
+def planned(
+    layer: LinearLayer, batch: int, pages: int, rows: int, *, scale: float, softcap: float | None,
+    splits: int | None, turned: bool, per_token: bool, interpret: bool,
+) -> tuple[Plan, int]:  # fmt: skip
+    """What is static about a call of so many query rows, and its parts."""
+    groups, tuned, gpu = layer.groups, tuning(layer), target()
+    count = batch * (splits or 1)
+    if splits is None:
+        slots = gpu.processors * tuned.residency
+        count = triton_parts.count(batch, groups, pages, slots)
+    plan = Plan(
+        run=tuned.run, m=max(4, 1 << (rows // groups - 1).bit_length()), rows=rows // groups,
+        places=_places(layer), joined=len(layer.widest) // 2 if layer.joined else 0,
+        turned=turned, per_token=per_token, gained=layer.gained, scale=scale, softcap=softcap,
+        asm=gpu.ptx and not interpret,
+    )  # fmt: skip
+    return plan, count
+
+
+def launch(
+    ready: Ready,
+    words: UInt32[Array, "B P R C"],
+    layer: LinearLayer,
+    *,
+    plan: Plan,
+    count: int,
+    interpret: bool,
+) -> Partial:
+    """The softmax of every part [P, J, m], lanes of `acc` those of `local`."""
+    least = plan.run * max(max(runs) for runs in plan.places)
+    if words.shape[-1] < least:  # a pool of less than one unit's runs
+        words = jnp.pad(words, [(0, 0)] * 3 + [(0, least - words.shape[-1])])
     inputs = {
-        "words": words, "weights": weights, "unit": unit, "bias": folded.bias,
-        "half": _half(layer, folded), "starts": starts, "ends": ends,
-        "parts": list(parts[:3]),
-        "lanes": _windows(layer, words.shape[-1]),
+        "words": words, "weights": ready.weights, "unit": ready.unit, "bias": ready.bias,
+        "half": ready.half, "starts": ready.starts, "ends": ready.ends,
+        "parts": list(ready.parts), "lanes": ready.lanes, "most": ready.most,
         "gains": [layer.k.gains, layer.v.gains], "gain_lanes": layer.gain_lanes,
-        "most": jnp.where(largest > 0, largest, 1.0),
         # Loaded and not computed: Triton turns the layout of loads, not that of counters.
-        "bytes": byte[:4].astype(jnp.int16), "masks": (1 << byte).astype(jnp.int16),
+        "bytes": np.arange(4, dtype=np.int16), "masks": np.left_shift(1, np.arange(8), dtype="i2"),
     }  # fmt: skip
     leaves, tree = jax.tree.flatten(inputs)
-    lead, width = (count, groups, plan.m), plan.run * sum(places[1])
+    lead, width = (count, layer.groups, plan.m), plan.run * sum(plan.places[1])
+    tuned = tuning(layer)
     out = pl.pallas_call(
         functools.partial(_kernel, plan=plan, tree=tree),
-        grid=(count, groups),
+        grid=(count, layer.groups),
         out_shape=[
             jax.ShapeDtypeStruct((*lead, width), jnp.float32),
             *[jax.ShapeDtypeStruct(lead, jnp.float32)] * 2,
@@ -174,11 +221,7 @@ def attend(
         interpret=interpret,
         name="turboq_columns",
     )(*leaves)
-    whole = Partial(acc=out[0], top=out[1], total=out[2])
-    if count > batch:
-        whole = triton_parts.merge(whole, parts.start, batch=batch, interpret=interpret)
-    own = jax.tree.map(lambda x: x[:, :, : plan.rows].reshape(batch, rows, *x.shape[3:]), whole)
-    return Sums(acc=own.acc, total=own.total, top=own.top)
+    return Partial(acc=out[0], top=out[1], total=out[2])
 
 
 def local(
@@ -236,7 +279,7 @@ def _weights(
 ) -> tuple[Float[Array, "B Q J U C"], Float[Array, "B M"]]:
     """Queries as pairs of float16, row 2 i and 2 i + 1 those of a group's row i, and their unit."""
     batch, blocks, rows, lanes = folded.left.shape
-    unit = jnp.where(folded.largest > 0, folded.largest / _LARGEST, 1.0)
+    unit = jnp.where(folded.largest > 0, folded.largest / LARGEST, 1.0)
     whole = folded.left / unit[:, None, :, None]
     high = jax.lax.reduce_precision(whole, exponent_bits=5, mantissa_bits=10)
     pair = jnp.stack([high, whole - high], axis=-1).astype(jnp.float16)
@@ -259,7 +302,7 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     ends = jnp.where(real, x["ends"][b, rows], 0)
     gain = plan.scale * (LOG2E if plan.softcap is None else 1.0)
     unit = x["unit"][b, rows] * gain
-    small = _LARGEST * 2.0**-plan.shift
+    small = LARGEST * 2.0**-plan.shift
     which = x["bytes"][jnp.arange(4, dtype=jnp.int32)]
     masks = x["masks"][jnp.arange(8, dtype=jnp.int32)]
     # Tokens are 4 x 4 x 2 x 8: bit 2 and 1 of i, byte b, bit 0 of i, word row.

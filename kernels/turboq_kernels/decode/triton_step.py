@@ -114,7 +114,7 @@ def _prepare(*refs, tree, plan: Plan, rules: Rules, count: int, splits: int | No
     @pl.when(program == 0)
     def _():
         low, high = _bounds(seen, rules, q.shape[2], (starts, ends), plan)
-        _place(low, high, start, parts, q.shape[0], plan, count, splits)
+        place_parts(low, high, start, parts, q.shape[0], plan, count, splits)
 
     @pl.when(program > 0)
     def _():
@@ -193,7 +193,7 @@ def _up(x, by):
     return (x + by - 1) // by
 
 
-def _place(low, high, start_ref, refs, items: int, plan: Plan, count: int, splits) -> None:
+def place_parts(low, high, start_ref, refs, items: int, plan, count: int, splits) -> None:
     """`triton_parts.spread` or `split`, without a cumulative sum or an index."""
     padded = low.shape[0]
     item = jnp.arange(padded, dtype=jnp.int32)
@@ -280,8 +280,8 @@ def _finish(*refs, tree, plan: Plan, rules: Rules, heads_first: tuple[bool, ...]
     m, coded, dim = x["q"].shape[2], x["matrix"].shape[1], out.shape[3]
     rows = rows_held(m)
     row = jnp.arange(rows, dtype=jnp.int32)
-    acc, top, total = _merged(x, n, b, row, plan)
-    recent, own_top, own_total, broken = _exact(x, n, b, row, heads_first, rules, plan)
+    acc, top, total = merged(x, n, b, row, plan)
+    recent, own_top, own_total, broken = exact(x, n, b, row, dim, heads_first, rules, plan)
 
     tops, totals = [top, own_top], [total, own_total]
     if x["sink"] is not None:
@@ -312,7 +312,7 @@ def _finish(*refs, tree, plan: Plan, rules: Rules, heads_first: tuple[bool, ...]
     put(out, at, y, (row < m)[:, None] & (channel < dim)[None, :])
 
 
-def _merged(x, n, b, row, plan: Plan) -> tuple[Array, Array, Array]:
+def merged(x, n, b, row, plan) -> tuple[Array, Array, Array]:
     """The softmax of this sequence's parts."""
     coded = x["acc"].shape[3]
     code = jnp.arange(max(16, pl.next_power_of_2(coded)), dtype=jnp.int32)[None, :]
@@ -335,13 +335,13 @@ def _merged(x, n, b, row, plan: Plan) -> tuple[Array, Array, Array]:
     return jax.lax.fori_loop(first, last, step, carry)
 
 
-def _exact(
-    x, n, b, row, heads_first, rules: Rules, plan: Plan
+def exact(
+    x, n, b, row, v_dim: int, heads_first, rules: Rules, plan
 ) -> tuple[Array, Array, Array, Array]:
     """(acc, top, total) over exact tokens, and which rows saw a broken one."""
     m, dim = x["q"].shape[2:]
     width = max(16, pl.next_power_of_2(dim))
-    out_width = max(16, pl.next_power_of_2(x["matrix"].shape[2]))
+    out_width = max(16, pl.next_power_of_2(v_dim))
     channel, real = jnp.arange(width, dtype=jnp.int32)[None, :], row < m
     mask = real[:, None] & (channel < dim)
     q = three(load(x["q"], (b, n, row[:, None], channel), mask).astype(jnp.float32))
