@@ -330,7 +330,7 @@ def write_group(
 
     def exact(buffer: Array, x: Array, slots: Array) -> Array:
         if rows is None or buffer.shape[2] == 0:
-            return _scatter(buffer, x, slots)
+            return cast(Array, _scatter(buffer, x, slots))
         new = x[:, :, 0].astype(buffer.dtype)
         return buffer.at[rows, :, slots[:, 0]].set(new, mode="drop")
 
