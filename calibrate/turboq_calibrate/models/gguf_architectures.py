@@ -90,9 +90,6 @@ _qwen_hybrid = functools.partial(
 )
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(interleaved=True, renormalised=True, reads=frozenset({"expert_count"})),
-    "mistral3": Architecture(
-        interleaved=True, growing=True, reads=frozenset({"attention.temperature_scale"})
-    ),
     "qwen2": Architecture(),
     "qwen3": Architecture(),
     "qwen2moe": Architecture(reads=frozenset({"expert_count"})),
@@ -123,6 +120,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         grouped=True,
         gating=SIGMOID,
         reads=frozenset({"expert_count"}),
+    ),
+    "mistral3": Architecture(
+        interleaved=True, growing=True, reads=frozenset({"attention.temperature_scale"})
     ),
     "starcoder2": Architecture(norm="layer", gated=False, activation="gelu_tanh"),
     "cohere2": Architecture(

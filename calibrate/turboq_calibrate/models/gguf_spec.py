@@ -415,7 +415,7 @@ class Geometry:
             original = self._integer(
                 "rope.scaling.original_context_length", self._integer("context_length")
             )
-            multiplier = self._positive(f"rope.{LOG_MULTIPLIER}", 1.0) if self.row.growing else 0
+            multiplier = self._positive(f"rope.{LOG_MULTIPLIER}", 1.0) if self.row.growing else 0.0
             return (
                 yarn_frequencies(rope, yarn, original, 32.0, 1.0, truncate=True),
                 magnitude * temperature(yarn) / temperature(yarn, multiplier),

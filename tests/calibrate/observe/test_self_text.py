@@ -67,8 +67,11 @@ def test_first_tokens_are_draws_from_the_models_probabilities(model):
 
 
 # Grouped heads; a sliding window of 6; QK-norm and three layers of another geometry; delta-nets;
-# latent vectors; shared caches.
-@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen3", "qwen3_5", "deepseek_v2", "gemma4"])
+# latent vectors; shared caches; Mamba-2 mixers.
+@pytest.mark.parametrize(
+    "name",
+    ["llama3", "mistral", "qwen3", "qwen3_5", "deepseek_v2", "gemma4", "granite_hybrid_dense"],
+)
 def test_cached_steps_are_the_parallel_forward(name):
     """The logits of one causal pass over the windows, with the same noise, draw the same tokens.
 
