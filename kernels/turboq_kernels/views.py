@@ -36,8 +36,9 @@ class GroupView:
 
     def sinks(self) -> tuple[Any, Any]:
         """Those of K and V of the sequences, [B, N, sinks, D]."""
-        both = self.k_sinks, self.v_sinks
-        return both if self.rows is None else tuple(paged.rows_of(x, self.rows) for x in both)
+        if self.rows is None:
+            return self.k_sinks, self.v_sinks
+        return paged.rows_of(self.k_sinks, self.rows), paged.rows_of(self.v_sinks, self.rows)
 
 
 def of_group(cache: LayerCache | PagedView, group: HeadGroup, buffers: GroupBuffers) -> GroupView:

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import kv_cases as cases
 import numpy as np
 import pytest
+from step_cases import check, check_broken
 from tolerances import TOL
 
 from turboq.cache.layer import TokenPolicy
@@ -12,9 +13,7 @@ from turboq_kernels.attention import maps
 from turboq_kernels.decode import triton_kernel, triton_parts, triton_step
 from turboq_kernels.spans import Rules
 
-SCALE, LONG, SHORT = 0.3, 75, 2
-# The interpreted kernel is one large program: without optimization it compiles much faster.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+SHORT = 2
 
 
 @pytest.mark.parametrize(

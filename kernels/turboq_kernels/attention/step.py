@@ -93,8 +93,12 @@ def _on_gpu(
     out = maps.of_outputs(group.v, group.v_arrays, heads)
     first = None if isinstance(where.first, int) else where.first
     seen = triton_step.Seen(where.at, where.lengths, first)
-    exact = [triton_step.Exact(*view.sinks(), None, True)] if rules.policy.sinks else []
-    exact += [] if recent is None else [triton_step.Exact(*recent, False)]
+    exact = []
+    if rules.policy.sinks:
+        k_sinks, v_sinks = view.sinks()
+        exact.append(triton_step.Exact(k_sinks, v_sinks, None, True))
+    if recent is not None:
+        exact.append(triton_step.Exact(recent.k, recent.v, recent.positions, False))
     ready = triton_step.prepare(
         q, into.matrix, into.constant, seen, rules, plan=plan, count=count, splits=options.splits
     )
@@ -112,7 +116,8 @@ def _fits_tpu(group: HeadGroup, view: GroupView, q, recent: int, options: Any) -
 
     if options.splits not in (None, 1):
         return False
-    spec, _ = mosaic_tpu.specify(q, *_sides(group, view), view.pages)
+    k, v = _sides(group, view)
+    spec, _ = mosaic_tpu.specify(q, k, v, view.pages)
     tokens = view.k_sinks.shape[2] + recent
     maps_held = max(
         len(group.heads) if arrays else 1 for arrays in (group.k_arrays, group.v_arrays)
@@ -145,11 +150,11 @@ def _on_tpu(
     kind = view.k_sinks.dtype if view.k_sinks.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
     exact = []
     if rules.policy.sinks:
-        sinks = (x.astype(kind) for x in (view.k_sinks, view.v_sinks))
-        exact.append(mosaic_tpu_step.Exact(*sinks, None))
+        k_sinks, v_sinks = (x.astype(kind) for x in (view.k_sinks, view.v_sinks))
+        exact.append(mosaic_tpu_step.Exact(k_sinks, v_sinks, None))
     if recent is not None:
-        own = (x.swapaxes(1, 2).astype(kind) for x in (recent.k, recent.v))
-        exact.append(mosaic_tpu_step.Exact(*own, recent.positions))
+        own_k, own_v = (x.swapaxes(1, 2).astype(kind) for x in (recent.k, recent.v))
+        exact.append(mosaic_tpu_step.Exact(own_k, own_v, recent.positions))
     ready = mosaic_tpu_step.prepare(
         q, into.matrix, into.constant, seen, rules, spec=spec, k=k, pages=view.pages,
         scale=options.scale, interpret=options.interpret,

@@ -242,7 +242,7 @@ def _prepare(
         # What lies behind a sequence may be -1: some page.
         out.table[:, : x["table"].shape[1]] = jnp.maximum(x["table"][...], 0) * stride
 
-    _, found = _of_rows(seen, rules, b, m, (spec.rows, LANES))
+    found = _of_rows(seen, rules, b, m, (spec.rows, LANES))[1]
     real = jax.lax.broadcasted_iota(jnp.int32, (spec.rows, LANES), 0) < m
     out.starts[...] = jnp.where(real, found.starts, 0)
     out.ends[...] = jnp.where(real, jnp.minimum(found.ends, capacity), 0)
