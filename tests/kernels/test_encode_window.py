@@ -147,7 +147,7 @@ def test_the_pool_holds_the_same_bits(tokens, options, rng):
     """Layers of other bits in every head, sinks, a ring; one sequence gets fewer tokens."""
     layers = make_layers(rng, TokenPolicy(sinks=2, recent=3), **options)
     states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=300)
-    _, k, v = inputs(rng, 2)
+    _, k, v = inputs(rng, 45)
     state, words, _ = write(states[0], words, k, v)
     _, k, v = inputs(rng, tokens)
     counts = jnp.array([tokens, tokens - 1], jnp.int32)
@@ -160,8 +160,8 @@ def test_the_pool_holds_the_same_bits(tokens, options, rng):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(due), strict=True):
         np.testing.assert_array_equal(a, b)
     held = np.asarray(pools.read(got[1], state.form.k, DIM, 8))
-    assert np.any(held[:, 0, 1 + tokens])
-    assert not np.any(held[:, 1, 1 + tokens])
+    assert np.any(held[:, 0, 44 + tokens])
+    assert not np.any(held[:, 1, 44 + tokens])
 
 
 def test_a_full_pool_counts_what_it_has_no_room_for(rng):
