@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, cast, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -324,7 +324,7 @@ class Transform(Codec):
             start = stored["start"][..., 0] if self.free_start else None
             path = jnp.concatenate(codes, axis=-1)
             return trellis_runs.decode(self.states, self._runs(tables), path, start)
-        parts = [codebooks.lookup(t, c) for t, c in zip(tables, codes, strict=True)]
+        parts = [cast(Array, codebooks.lookup(t, c)) for t, c in zip(tables, codes, strict=True)]
         return jnp.concatenate(parts, axis=-1)
 
     def gain_of(self, arrays: Arrays, stored: Stored) -> Float[Array, "*n"] | None:
