@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any, ClassVar, cast, cast
+from typing import Any, ClassVar, cast
 
 import jax.numpy as jnp
 import numpy as np
