@@ -47,7 +47,7 @@ def case_of(name, rng, batch=2):
     weights = rng.uniform(0.2, 2, (HEADS, width))
     for h, n in enumerate(stored):
         y[:, h, :, n:], weights[h, n:] = 0, 0
-    gains = None if count is None else np.geomspace(0.2, 4, count)[None] * [[1.0], [1.3]]
+    gains = None if count is None else np.geomspace(0.1, 20, count)[None] * [[1.0], [1.3]]
     return code, *(x if x is None else jnp.asarray(x, jnp.float32) for x in (y, gains, weights))
 
 

@@ -57,11 +57,12 @@ def program(c: Configuration) -> Program:
         x = jax.ShapeDtypeStruct((step.BATCH, 1, step.HEADS, c.dim), jnp.bfloat16)
 
         def write(held, k, v):
-            return columns.write(*held, k, v, implementation="triton")
+            state, words = held
+            return columns.write(state, words, k, v, implementation="triton")
 
         return Program(write, ((state, words), x, x), donated=(0,))
 
-    def struct(*shape):
+    def struct(*shape) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     of_coordinates = struct(step.HEADS, c.dim)

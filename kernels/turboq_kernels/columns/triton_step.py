@@ -246,8 +246,8 @@ def _fold(x, out, b, n, pool_lanes: int, step: Step) -> None:
 
     def mean(k, total):
         channels, inside = at(k)
-        own = sum(load(of, (n, channels), inside) for of in x["mean"])
-        return total + jnp.sum(right(k) * own[None, :], axis=1)
+        turning, rest = (load(of, (n, channels), inside) for of in x["mean"])
+        return total + jnp.sum(right(k) * (turning + rest)[None, :], axis=1)
 
     bias = jax.lax.fori_loop(0, blocks, mean, jnp.zeros((_ROWS,), jnp.float32))
     begin, end = _bounds(x["seen"], jnp.zeros_like(row) + b, real, step)
