@@ -90,6 +90,10 @@ class PagedView:
     lengths: Any  # int32 [B]
     page: int = dataclasses.field(metadata={"static": True})
 
+    def own(self) -> tuple[GroupBuffers, ...]:
+        """The groups with the exact buffers of these sequences only, [B, N, tokens, D]."""
+        return _exact_of(self.groups, self.rows)
+
     @property
     def first(self) -> int:
         """Position of slot 0: a page table counts from the first token, whatever was given up."""
@@ -259,7 +263,7 @@ def _newest(layer: KVLayer, cache: PagedCache, rows, lengths: Int[Array, "B"], k
     """The tail of one token that is written: the ring holds all that its query may see."""
     if not layer.ring:
         return Tail(k=k[:, :0], v=v[:, :0], positions=lengths[:, None][:, :0])
-    ring_k, ring_v = caches.ring_of(layer, _exact_of(cache, rows))
+    ring_k, ring_v = caches.ring_of(layer, _exact_of(cache.groups, rows))
     positions = caches.ring_positions(lengths, layer.ring)
     return Tail(k=ring_k, v=ring_v, positions=positions)
 
@@ -276,7 +280,7 @@ def _write(layer: KVLayer, cache: PagedCache, where: Where, k, v, store: PoolSto
     # One token goes to its row at once; of several the rows are taken out and put back.
     one = k.shape[1] == 1 and layer.block == 1
     rows = where.rows if one else None
-    old = cache.groups if one else _exact_of(cache, where.rows)
+    old = cache.groups if one else _exact_of(cache.groups, where.rows)
     new = tuple(
         caches.write_group(
             layer, g, buffers, k, v, starts, positions, valid, fitting, into_pages, rows
@@ -369,8 +373,8 @@ def residency(cache_list: list[PagedCache], reports: Sequence[PoolReport]) -> Re
     )
 
 
-def _exact_of(cache: PagedCache, rows: Int[Array, "B"]) -> tuple[GroupBuffers, ...]:
-    """The pool, with the exact buffers of the given rows only."""
+def _exact_of(groups: tuple[GroupBuffers, ...], rows: Int[Array, "B"]) -> tuple[GroupBuffers, ...]:
+    """Groups of a pool, with the exact buffers of the given rows only."""
     return tuple(
         GroupBuffers(
             k=g.k,
@@ -380,7 +384,7 @@ def _exact_of(cache: PagedCache, rows: Int[Array, "B"]) -> tuple[GroupBuffers, .
             k_recent=rows_of(g.k_recent, rows),
             v_recent=rows_of(g.v_recent, rows),
         )
-        for g in cache.groups
+        for g in groups
     )
 
 

@@ -107,7 +107,8 @@ def _tail(
     k, v = round_exact(layer.policy, k), round_exact(layer.policy, v)
     if not layer.ring:
         return Tail(k=k, v=v, positions=positions)
-    ring_k, ring_v = caches.ring_of(layer, history.groups)
+    groups = history.groups if isinstance(history, LayerCache) else history.own()
+    ring_k, ring_v = caches.ring_of(layer, groups)
     before = caches.ring_positions(history.lengths, layer.ring)
     return Tail(
         k=jnp.concatenate([ring_k, k], axis=1),
