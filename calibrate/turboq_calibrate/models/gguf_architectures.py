@@ -13,7 +13,7 @@ from turboq_calibrate.models.spec import Norm
 class Architecture:
     """How one architecture differs from the others.
 
-    `reads` are the fields among `gguf_file.REFUSED` that are understood here. Norm weights are
+    `reads` are the fields among `gguf_spec.REFUSED` that are understood here. Norm weights are
     whole factors in every file: the converter has added what a family's code adds.
     """
 
@@ -44,7 +44,7 @@ class Architecture:
     logit_softcap: float | None = None
     wide_scale_layers: int | None = None  # with so many layers the scale is (hidden / heads)^-1/2
     renormalised: bool = False  # weights of the chosen experts sum to one
-    grouped: bool = False  # experts as DeepSeek has them (`gguf_file._grouped`)
+    grouped: bool = False  # experts as DeepSeek has them (`gguf_spec.Geometry`)
     gating: int | None = None  # expert_gating_func where the file names none
     latent: bool = False  # multi-head latent attention and grouped experts (`gguf_latent`)
     # Layers without a KV cache: of every group of `interval` all but the last are delta-nets, where
