@@ -135,7 +135,7 @@ def run(out: Path) -> None:
     lengths = common.lengths_of(flags.FLAGS, model.spec)
     made = makers(geometry)
     whole = [name for name in made if name in named(APART, made)]
-    apart = {f"{name}, {says} only": (name, says) for name in whole for says in KINDS}
+    apart = {f"{name} ({says} only)": (name, says) for name in whole for says in KINDS}
     wanted = named(ROWS, [*made, *apart]) or [*made, *apart]
     statistics = statistics_of(model, STATISTICS.value, out / "observed")
     needed = {apart[name][0] if name in apart else name for name in wanted}
