@@ -1,9 +1,9 @@
-"""Draws docs/pictures: a key before and after RoPE, where bits go, a page, and what learning saves.
+"""Draws docs/pictures: a key before and after RoPE, where bits go, a page, what learning saves.
 
     python scripts/docs_pictures.py --plan=runs/demo
 
-keys.svg is of the embedded model on `topics:heldout`, bits.svg of the plan in --plan, and kl.svg of
-experiments/results/demo.json. The same inputs give the same bytes.
+keys.svg is of the embedded model on `topics:heldout`, bits.svg of the plan in --plan, kl.svg and
+tasks.svg of experiments/results/demo.json and tasks.json. The same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from turboq_calibrate.observe.texts import mixed_windows
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = flags.DEFINE_string("plan", "runs/demo", "A learned plan.")
-flags.DEFINE_multi_string("only", ["kl", "page", "bits", "keys"], "Which pictures.")
+flags.DEFINE_multi_string("only", ["kl", "tasks", "page", "bits", "keys"], "Which pictures.")
 LAYER = flags.DEFINE_integer("layer", 8, "Layer of keys.svg.")
 HEAD = flags.DEFINE_integer("head", 0, "KV head of keys.svg.")
 TOKENS = flags.DEFINE_integer("tokens", 256, "Tokens of keys.svg.", lower_bound=2)
@@ -153,6 +153,12 @@ def kl() -> str | None:
     return pictures.kl_against_bits({"": quality_table.over_texts(rows)})
 
 
+def tasks() -> str | None:
+    """What every task loses under every plan."""
+    found = json.loads((ROOT / "experiments" / "results" / "tasks.json").read_text())
+    return pictures.loss_by_task(found["rows"])
+
+
 def bits() -> str | None:
     """Bits of every head of a plan."""
     plan, _ = load(PLAN.value)
@@ -167,7 +173,7 @@ def main(argv: list[str]) -> None:
         write(name, DRAWN[name]())
 
 
-DRAWN = {"kl": kl, "page": page, "bits": bits, "keys": keys}
+DRAWN = {"kl": kl, "tasks": tasks, "page": page, "bits": bits, "keys": keys}
 
 if __name__ == "__main__":
     app.run(main)

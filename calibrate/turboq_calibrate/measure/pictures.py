@@ -364,7 +364,7 @@ def loss_by_task(rows: list[Row]) -> str | None:
     high = float(np.nanmax(grid))
     low = high / 1000
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 1.6 + 0.24 * len(places)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.9 + 0.24 * len(places)), layout="constrained")
         axes = figure.subplots()
         mesh = axes.pcolormesh(
             np.ma.masked_invalid(np.maximum(grid, low)), norm=LogNorm(low, high),
@@ -376,8 +376,8 @@ def loss_by_task(rows: list[Row]) -> str | None:
         axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=SMALL)
         axes.set_xticks(
             np.arange(len(plans)) + 0.5,
-            [textwrap.fill(plan, 14, break_long_words=False) for plan in plans],
-            fontsize=SMALL, rotation=40, ha="right",
+            [textwrap.fill(plan, 20, break_long_words=False) for plan in plans],
+            fontsize=SMALL, rotation=90,
         )  # fmt: skip
         axes.tick_params(length=0)
         bar = figure.colorbar(mesh, ax=axes, pad=0.02)
