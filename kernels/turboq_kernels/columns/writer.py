@@ -45,7 +45,7 @@ def write(
     implementation: str | None = None,
     interpret: bool = False,
 ) -> tuple[LayerState, UInt32[Array, "B P R C"], Tail]:
-    """`turboq.cache.model_cache.write`, by the implementation named; None takes the fastest.
+    """`turboq.cache.model_cache.write`, by the implementation named; None: on a GPU the kernel.
 
     Codes of a kernel and of XLA leave the same weighted error up to float32's rounding
     (`turboq_kernels.encode.triton_window`).
