@@ -34,8 +34,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 MEMORY = {16: 4, 64: 6, 256: 8}
 MAX_BITS = 8
 
-# Values of one search step (vectors times states): a working set that stays in a core's cache.
-STEP_VALUES = 1 << 13
+HELD = 1 << 11  # vectors that are worked on at a time
+# Vectors of one search step on a CPU, by states: while all that a search holds is small enough, XLA
+# makes one loop of it; else it cuts every step into parts for threads, which costs more.
+TILE = {16: 128, 64: 32, 256: 128}
 
 
 def check(states: int, bits: int) -> None:
@@ -85,6 +87,32 @@ def rows(states: int, segments: tuple[tuple[int, int], ...], length: int | None 
     return Rows(step=values[:, 0], last=last, taps=values[:, 1:] * reach)
 
 
+def head_by_head[T](search: Callable[..., T]) -> Callable[..., T]:
+    """`search(u, arrays...)`, which under `vmap` takes one u [N, C] after the other on a CPU.
+
+    So the steps of a search stay as small as `TILE` says; a few vectors, and those of other
+    devices, are searched side by side.
+    """
+    mapped: Any = jax.custom_batching.custom_vmap(search)
+
+    @mapped.def_vmap
+    def rule(size: int, batched: list[bool], *arrays: Any) -> tuple[Any, Any]:
+        if jax.default_backend() == "cpu" and arrays[0].shape[-2] > min(TILE.values()):
+
+            def one(own: Any) -> T:
+                rest = iter(own)
+                every = (next(rest) if b else x for x, b in zip(arrays, batched, strict=True))
+                return mapped(*every)
+
+            out = jax.lax.map(one, [x for x, b in zip(arrays, batched, strict=True) if b])
+        else:
+            axes = tuple(0 if b else None for b in batched)
+            out = jax.vmap(search, in_axes=axes, axis_size=size)(*arrays)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return mapped
+
+
 def encode(
     code: Rows, u: Float[Array, "N C"], weights: Float[Array, "C"] | None = None
 ) -> UInt8[Array, "N C"]:
@@ -97,12 +125,13 @@ def encode(
     with N.
     """
     weights = jnp.ones_like(jnp.asarray(code.step)) if weights is None else weights
-    return in_chunks(functools.partial(_encode, code, weights), u, at_once(code))
+    return _codes(u, code.step, code.last, code.taps, weights)
 
 
-def at_once(code: Rows) -> int:
-    """Vectors that a search holds at a time."""
-    return max(16, STEP_VALUES >> (code.taps.shape[1] - 1))
+@head_by_head
+def _codes(u: Any, step: Any, last: Any, taps: Any, weights: Any) -> Array:
+    code = Rows(step=step, last=last, taps=taps)
+    return in_chunks(functools.partial(encode_held, code, weights), u, HELD)
 
 
 def in_chunks[T](search: Callable[[Array], T], u: Float[Array, "N C"], count: int) -> T:
@@ -116,7 +145,10 @@ def in_chunks[T](search: Callable[[Array], T], u: Float[Array, "N C"], count: in
     return jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:])[:n], out)
 
 
-def _encode(code: Rows, weights: Float[Array, "C"], u: Float[Array, "N C"]) -> UInt8[Array, "N C"]:
+def encode_held(
+    code: Rows, weights: Float[Array, "C"], u: Float[Array, "N C"]
+) -> UInt8[Array, "N C"]:
+    """`encode` of as many vectors as are held."""
     own = _search(code, weights, u)
     place = _place(code, u - _product(_signs(own), band(code.taps).T))
     return own.astype(jnp.uint8) + 2 * place.astype(jnp.uint8)
@@ -130,13 +162,18 @@ def _search(code: Rows, weights: Float[Array, "C"], u: Float[Array, "N C"]) -> B
     step, last = jnp.asarray(code.step), jnp.asarray(code.last)
     centres = _product(jnp.asarray(code.taps), jnp.asarray(2 * registers - 1, jnp.float32))
     centres = centres / step[:, None] - 0.5 * last[:, None]
-    # Taps before the first coordinate are 0, so paths from all states are the same at first.
-    start = jnp.zeros((1 << memory, len(u)), jnp.float32)
-    each = (u.T / step[:, None], centres, weights * jnp.square(step), last)
-    cost, dropped = jax.lax.scan(_forward, start, each)
-    end = jnp.argmin(cost, axis=0).astype(jnp.int32)
-    _, own = jax.lax.scan(functools.partial(_back, memory), end, dropped, reverse=True)
-    return own.T
+
+    def paths(u: Float[Array, "n C"]) -> Bool[Array, "n C"]:
+        # Taps before the first coordinate are 0, so paths from all states are the same at first.
+        start = jnp.zeros((1 << memory, len(u)), jnp.float32)
+        each = (u.T, centres, weights * jnp.square(step), last)
+        cost, dropped = jax.lax.scan(_forward, start, each)
+        end = jnp.argmin(cost, axis=0).astype(jnp.int32)
+        _, own = jax.lax.scan(functools.partial(_back, memory), end, dropped, reverse=True)
+        return own.T
+
+    tile = TILE[1 << memory] if jax.default_backend() == "cpu" else HELD
+    return in_chunks(paths, u / lead(step, 2), tile)
 
 
 def _forward(

@@ -37,6 +37,14 @@ def encode(
     `gains` are positive and ascending. Works on a bounded number of vectors at a time, as
     `window.encode` does.
     """
+    return _encode(y, code.step, code.last, code.taps, gains, weights)
+
+
+@window.head_by_head
+def _encode(
+    y: Any, step: Any, last: Any, taps: Any, gains: Any, weights: Any
+) -> tuple[Array, Array]:
+    code = window.Rows(step=step, last=last, taps=taps)
     tries = min(TRIES, gains.shape[0])
 
     def search(y: Float[Array, "n C"]) -> tuple[Array, Array]:
@@ -45,14 +53,14 @@ def encode(
         first = jnp.clip(below - tries // 2, 0, gains.shape[0] - tries)
         index = first[:, None] + jnp.arange(tries)[None, :]
         gain = gains.at[index].get(mode="promise_in_bounds")[..., None]  # [n, tries, 1]
-        codes = window.encode(code, (y[:, None, :] / gain).reshape(-1, y.shape[1]), weights)
+        codes = window.encode_held(code, weights, (y[:, None, :] / gain).reshape(-1, y.shape[1]))
         codes = codes.reshape(*index.shape, -1)
         left = y[:, None, :] - gain * window.decode(code, codes)
         best = jnp.argmin(jnp.sum(lead(weights, 3) * jnp.square(left), axis=2), axis=1)[:, None]
         chosen = jnp.take_along_axis(codes, best[..., None], axis=1)[:, 0]
         return chosen, jnp.take_along_axis(index, best, axis=1)[:, 0].astype(jnp.uint8)
 
-    return window.in_chunks(search, y, window.at_once(code) // tries)
+    return window.in_chunks(search, y, window.HELD // tries)
 
 
 def best_gain(code: window.Rows, y: Any, weights: Any) -> Any:
