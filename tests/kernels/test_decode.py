@@ -67,6 +67,15 @@ def test_hand_computed():
     np.testing.assert_allclose(out, 3 * p, rtol=TOL["decode_stored"])
 
 
+def test_tiles_of_rows_are_the_rows(monkeypatch):
+    """Rows with bounds of their own, the last tile incomplete; slots behind hold NaN."""
+    monkeypatch.setattr(base, "TILE_ROWS", 4)
+    for name, tokens in (("prod", 5), ("turboquant_3", 7)):
+        case = make(name, page=64, lengths=(70, 130), group=2, tokens=tokens, bias=name == "prod")
+        assert case.q.shape[2] > 8
+        cases.check(case, case.run(block_tokens=64))
+
+
 @pytest.mark.parametrize("page", [256, 64])
 def test_lengths_around_a_block(page):
     """Empty, one token, and a block less, exactly, plus one; slots behind hold NaN."""

@@ -20,6 +20,7 @@ from turboq.codecs.transform_padded import shared_layer
 from turboq.numbers import packing
 from turboq.numbers.rope import Rope, Scaling, inverse_frequencies, rotate
 from turboq_kernels import prefill_attention
+from turboq_kernels.decode import base
 from turboq_kernels.encode import api as encoding
 from turboq_kernels.sharding import split_layer
 
@@ -112,8 +113,9 @@ def run(layer, q, k, v, sizes, **options):
         ("per_head", "llama3", 16, {"window": 9}),
     ],
 )
-def test_chunks_and_single_tokens_match_float64(rng, name, rope, block, options):
+def test_chunks_and_single_tokens_match_float64(rng, monkeypatch, name, rope, block, options):
     """Sinks, a recent window, grouped queries; 26 tokens in one chunk are many query rows."""
+    monkeypatch.setattr(base, "TILE_ROWS", 16)
     layer = before(cases.make_layer(name, rng), rope, block)
     q, k, v = inputs(rng, layer, 34)
     got, _ = run(layer, q, k, v, (6, 1, 1, 26), **options)

@@ -11,11 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 HIGHEST = jax.lax.Precision.HIGHEST
 PREFIXES = 2  # lengths of keys that blocks of queries in order read: 3/4 of all; each is compiled
+LONG, LONG_PREFIXES = 4096, 8  # of so many keys more lengths are worth their compilation: 9/16
 
 # Keys, values, and which of those keys the queries at given positions may see; each has its own
 # number of keys.
 Visible = Callable[[Int[Array, "B T"]], Bool[Array, "B T _"]]
 Unfold = Callable[[Float[Array, "B K n C"], Float[Array, "B K n"]], Float[Array, "B K n E"]]
+Prepared = tuple[Float[Array, "B S K D"], Float[Array, "B S K E"], Bool[Array, "B S K"]]
 Segment = tuple[Float[Array, "B _ K D"], Float[Array, "B _ K _"], Visible]
 
 
@@ -78,7 +80,7 @@ def attention(
     segment = (k, v, causal(k_positions, window=window))
     return attention_over_segments(
         q, [segment], scale=scale, q_positions=q_positions, softcap=softcap,
-        sink_logits=sink_logits, query_block=query_block,
+        sink_logits=sink_logits, query_block=query_block, window=window,
     )  # fmt: skip
 
 
@@ -92,11 +94,16 @@ def attention_over_segments(
     sink_logits: Float[Array, "H"] | None = None,
     query_block: int = 128,
     unfold: Unfold | None = None,
+    window: int | None = None,
 ) -> Float[Array, "B T H E"]:
     """One softmax over several key/value segments, each with its own visibility rule.
 
     Without `q_positions` query t is token t, and sees no key of a segment after its t-th: those are
-    not read either, but up to the end of its half of the queries.
+    not read either, but up to the end of its part of the queries. With a `window` it also sees none
+    before its (t - window + 1)-th: a block of queries reads the keys of its windows only.
+
+    With `q_positions` and many keys a block of queries reads the first segment up to the last
+    eighth that one of them sees.
 
     `unfold` turns the first segment's sum of values, and the sum of their weights, into outputs:
     its values may be in the space of their codes.
@@ -122,44 +129,87 @@ def attention_over_segments(
     pad = blocks * block - t
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
     q_positions = jnp.pad(q_positions, ((0, 0), (0, pad)), mode="edge")
-    groups = max(1, min(PREFIXES, blocks // 4)) if in_order else 1
-    out = []
-    for i in range(groups):
-        first, last = (n * blocks // groups for n in (i, i + 1))
-        rows = slice(first * block, last * block)
-        read = [tuple(x[:, : rows.stop] for x in one) for one in ready] if in_order else ready
-        q_blocks = q[:, rows].reshape(batch, last - first, block, heads, -1).swapaxes(0, 1)
-        at = q_positions[:, rows].reshape(batch, last - first, block).swapaxes(0, 1)
-        found = jax.lax.map(lambda x, read=read: attend(*x, read), (q_blocks, at))
-        out.append(found.swapaxes(0, 1).reshape(batch, rows.stop - rows.start, heads, -1))
-    return jnp.concatenate(out, axis=1)[:, :t]
+    q_blocks = q.reshape(batch, blocks, block, heads, -1).swapaxes(0, 1)
+    at = q_positions.reshape(batch, blocks, block).swapaxes(0, 1)
+    keys = max(one[0].shape[1] for one in ready)
+    ends = (jnp.arange(blocks, dtype=jnp.int32) + 1) * block
+    if in_order and window is not None and 2 * (window + block) <= keys:
+        found = jax.lax.map(
+            lambda x: attend(*x[:2], *_last(ready, x[2], window + block - 1)), (q_blocks, at, ends)
+        )
+    elif in_order:
+        most = LONG_PREFIXES if keys >= LONG else PREFIXES
+        groups, found = max(1, min(most, blocks // 4)), []
+        for i in range(groups):
+            rows = slice(i * blocks // groups, (i + 1) * blocks // groups)
+            read = [tuple(x[:, : rows.stop * block] for x in one) for one in ready]
+            each = (q_blocks[rows], at[rows])
+            found.append(jax.lax.map(lambda x, read=read: attend(*x, read), each))
+        found = jnp.concatenate(found)
+    elif ready[0][0].shape[1] >= LONG:
+        found = jax.lax.map(
+            lambda x: _up_to_seen(attend, segments[0][2], ready, *x), (q_blocks, at)
+        )
+    else:
+        found = jax.lax.map(lambda x: attend(*x, ready), (q_blocks, at))
+    return found.swapaxes(0, 1).reshape(batch, blocks * block, heads, -1)[:, :t]
+
+
+def _last(ready: Sequence[Prepared], end: Int[Array, ""], width: int):
+    """The last `width` tokens of every segment that end before `end`, and the first one's number.
+
+    Where there are fewer they are the first ones.
+    """
+    cut, firsts = [], []
+    for one in ready:
+        own = min(width, one[0].shape[1])
+        first = jnp.clip(end - own, 0, one[0].shape[1] - own)
+        cut.append(tuple(jax.lax.dynamic_slice_in_dim(x, first, own, axis=1) for x in one))
+        firsts.append(first)
+    return cut, firsts
+
+
+def _up_to_seen(attend, rule: Visible, ready: Sequence[Prepared], q, at) -> Array:
+    """A block's attention to the eighths of the first segment up to the last that it sees."""
+    keys = ready[0][0].shape[1]
+    seen = jnp.any(rule(at), axis=(0, 1))
+    count = jnp.max(jnp.where(seen, jnp.arange(1, keys + 1, dtype=jnp.int32), 0))
+    ends = [-(-keys * (i + 1) // LONG_PREFIXES) for i in range(LONG_PREFIXES)]
+
+    def up_to(end: int):
+        return lambda: attend(q, at, [tuple(x[:, :end] for x in ready[0]), *ready[1:]])
+
+    which = jnp.sum(count > jnp.asarray(ends[:-1], jnp.int32))
+    return jax.lax.switch(which, [up_to(end) for end in ends])
 
 
 def _in_order(batch: int, t: int) -> Int[Array, "B T"]:
     return jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (batch, t))
 
 
-def _prepared(
-    k: Float[Array, "B S K D"], v: Float[Array, "B S K E"]
-) -> tuple[Float[Array, "B S K D"], Float[Array, "B S K E"], Bool[Array, "B S K"]]:
+def _prepared(k: Float[Array, "B S K D"], v: Float[Array, "B S K E"]) -> Prepared:
     (k, broken_k), (v, broken_v) = (without_broken(x.astype(jnp.float32)) for x in (k, v))
     return k, v, broken_k | broken_v
 
 
-def _attend_block(q, q_positions, segments, *, visible, scale, softcap, unfold, sink_logits):
+def _attend_block(
+    q, q_positions, segments, firsts=None, *, visible, scale, softcap, unfold, sink_logits
+):
     batch, t, heads, dim = q.shape
     kv_heads = segments[0][0].shape[2]
     per = heads // kv_heads
     q = q.reshape(batch, t, kv_heads, per, dim).transpose(0, 2, 3, 1, 4).astype(jnp.float32)
     q = q.reshape(batch, kv_heads, per * t, dim)
     logits, seen = [], []
-    for (k, _, broken), rule in zip(segments, visible, strict=True):
+    for i, ((k, _, broken), rule) in enumerate(zip(segments, visible, strict=True)):
         raw = jnp.einsum("bknd,bskd->bkns", q, k, precision=HIGHEST)
         masked = jnp.where(
             broken.swapaxes(1, 2)[:, :, None], jnp.nan, soft_cap(raw * scale, softcap)
         )
         logits.append(masked)
-        seen.append(rule(q_positions)[..., : k.shape[1]])
+        all_seen = rule(q_positions)
+        first = 0 if firsts is None else firsts[i]
+        seen.append(jax.lax.dynamic_slice_in_dim(all_seen, first, k.shape[1], axis=2))
     mask = jnp.tile(jnp.concatenate(seen, axis=-1), (1, per, 1))[:, None]
     joint = jnp.where(mask, jnp.concatenate(logits, axis=-1), -jnp.inf)
     top = jnp.max(joint, axis=-1, keepdims=True)

@@ -140,7 +140,7 @@ def attend_to(
             (round_exact(policy, k), round_exact(policy, v), lambda at: seen(at) & ~packed(at)),
         ]
     return attention_over_segments(
-        q, segments, scale=scale, softcap=softcap, sink_logits=sink_logits
+        q, segments, scale=scale, softcap=softcap, sink_logits=sink_logits, window=window
     )
 
 

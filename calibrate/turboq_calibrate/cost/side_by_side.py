@@ -99,7 +99,7 @@ def mixed_attention(
             (met(spec, *near), near[1], lambda at: seen(at) & ~packed(at)),
         ]
     return attention_over_segments(
-        q, segments, scale=spec.scale, softcap=spec.softcap, sink_logits=sinks
+        q, segments, scale=spec.scale, softcap=spec.softcap, sink_logits=sinks, window=spec.window
     )
 
 

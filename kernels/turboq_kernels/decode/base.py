@@ -7,6 +7,8 @@ read. Nothing here knows a codec: only parts, words, scales and level tables.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -19,6 +21,7 @@ from turboq_kernels import merge
 from turboq_kernels.decode.types import Pages, Partial, Side
 
 BLOCK_TOKENS = 1024
+TILE_ROWS = 2048  # query rows that read the same blocks; twice as many are cut
 FLOATS = ("e4m3", "e5m2")  # levels of which some are not finite
 
 
@@ -37,6 +40,40 @@ def decode(
     block_tokens: int | None = None,
 ) -> Partial:
     """See `turboq_kernels.decode.api.decode`."""
+    run = functools.partial(
+        _decode, k=k, v=v, pages=pages, scale=scale, softcap=softcap, splits=splits,
+        block_tokens=block_tokens,
+    )  # fmt: skip
+    return by_tiles(run, q, starts, ends, bias)
+
+
+def by_tiles(run, q, starts, ends, bias=None) -> Partial:
+    """run(q, starts, ends, bias) of some rows at a time, so that each reads only what some of them
+    see: of a long prompt half of all."""
+    rows = starts.shape[1]
+    if rows <= 2 * TILE_ROWS:
+        return run(q, starts, ends, bias)
+    tiles = -(-rows // TILE_ROWS)
+
+    def cut(x, axis: int):  # rows added at the end see nothing
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = (0, tiles * TILE_ROWS - rows)
+        shape = (*x.shape[:axis], tiles, TILE_ROWS, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(x, pads).reshape(shape), axis, 0)
+
+    each = (cut(q, 2), cut(starts, 1), cut(ends, 1), None if bias is None else cut(bias, 2))
+    found = jax.lax.map(lambda x: run(*x), each)
+
+    def joined(x):
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], tiles * TILE_ROWS, *x.shape[4:])[:, :, :rows]
+
+    return jax.tree.map(joined, found)
+
+
+def _decode(
+    q, starts, ends, bias, *, k: Side, v: Side, pages, scale, softcap, splits, block_tokens
+):
     count = pages.table.shape[1]
     block = max(1, min((block_tokens or BLOCK_TOKENS) // k.page, count))
     q, heads = q.astype(jnp.float32), q.shape[1]

@@ -9,6 +9,8 @@ values too.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -45,6 +47,17 @@ def decode(
     `layer` with a rotary embedding are turned (`turboq.cache.key_form`); slot s is position
     `first` + s.
     """
+    run = functools.partial(
+        _decode, k=k, v=v, pages=pages, page=page, scale=scale, softcap=softcap, layer=layer,
+        first=first, splits=splits, block_tokens=block_tokens,
+    )  # fmt: skip
+    return base.by_tiles(run, q, starts, ends)
+
+
+def _decode(
+    q, starts, ends, _, *, k, v, pages, page: int, scale: float, softcap, layer: KVLayer | None,
+    first, splits, block_tokens,
+) -> Partial:  # fmt: skip
     heads, count = q.shape[1], pages.table.shape[1]
     block = max(1, min((block_tokens or base.BLOCK_TOKENS) // page, count))
     (k_codec, k_arrays, k_stored), (v_codec, v_arrays, v_stored) = k, v

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
+from turboq.cache import exact_attention
 from turboq.cache.exact_attention import attention
 
 
@@ -50,17 +51,36 @@ def test_matches_float64(rng, window, softcap, query_block):
     np.testing.assert_allclose(got, want, atol=TOL["attention_f32"])
 
 
-def test_gradients_in_blocks_are_those_of_one(rng):
+@pytest.mark.parametrize("window", [6, 3])  # read in prefixes, and window by window
+def test_gradients_in_blocks_are_those_of_one(rng, window):
     q, k, v = map(jnp.asarray, make(rng))
 
     def pulled(query_block):
         out, pull = jax.vjp(
-            lambda *x: attention(*x, scale=0.25, window=6, query_block=query_block), q, k, v
+            lambda *x: attention(*x, scale=0.25, window=window, query_block=query_block), q, k, v
         )
         return pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
 
     for got, want in zip(pulled(1), pulled(512), strict=True):
         np.testing.assert_allclose(got, want, atol=TOL["attention_f32"])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("order", ["in order", "later", "shuffled"])
+def test_many_keys_are_read_as_far_as_they_are_seen(rng, monkeypatch, window, order):
+    monkeypatch.setattr(exact_attention, "LONG", 32)
+    q, k, v = make(rng, t=23, s=23 if order == "in order" else 37)
+    at = None
+    keys = None
+    if order != "in order":
+        at = np.stack([np.arange(23), np.arange(14, 37)]).astype(np.int32)
+    if order == "shuffled":
+        keys = np.argsort(rng.random((2, 37)), axis=1).astype(np.int32)
+    given = {} if at is None else {"q_positions": jnp.asarray(at)}
+    given |= {} if keys is None else {"k_positions": jnp.asarray(keys)}
+    got = attention(*map(jnp.asarray, (q, k, v)), scale=0.25, window=window, query_block=2, **given)
+    want = attention64(q, k, v, scale=0.25, window=window, q_positions=at, k_positions=keys)
+    np.testing.assert_allclose(got, want, atol=TOL["attention_f32"])
 
 
 def test_keys_out_of_order_are_read_by_blocks_too(rng):
