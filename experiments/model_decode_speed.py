@@ -21,13 +21,12 @@ ratios have 95 % intervals (bootstrap over rounds). What does not fit or fails i
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 from pathlib import Path
 
 import jax
 from absl import flags
-from program import main, windows_of
+from program import main, versions, windows_of
 from timed_caches import llama8b
 from timed_steps import Shape, compare, table
 
@@ -59,11 +58,10 @@ def run(out: Path) -> None:
         (prompt,) = windows_of(model, [TEXT.value], shape.context, shape.batch).values()
         model.spec.check_length(shape.capacity, "the prompt and the steps")
     found = compare(model, shape, prompt)
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
     report = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "machine": MACHINE.value or jax.devices()[0].device_kind,
-        "versions": {"turboq": __version__} | versions,
+        "versions": {"turboq": __version__} | versions("jax", "jaxlib", "numpy"),
         "text": None if prompt is None else TEXT.value,
     } | found
     make_folder(out.parent)
