@@ -6,10 +6,12 @@ timed has been compiled: a program that is compiled in a timed step is an error.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import math
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -29,7 +31,8 @@ from turboq_calibrate.models import Model
 COMPILED = "/jax/core/compile/backend_compile_duration"
 EXACT = ("bf16 cudnn", "bf16 xla", "exact")
 LOOP = 16  # tokens of attention alone in one dispatch
-_programs: list[str] = []
+PREPARED, THREADS = 0.8, 8  # of the time, until all is compiled; caches that are made at a time
+_programs: list[int] = []  # the thread that asked for each compiled one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,10 +63,10 @@ class Decoding:
             self._choose(feed(model, self.cache, jnp.asarray(prompt), 0))
         self.one, self.one_at = opened(1, shape.capacity), shape.context
         fill(self.one, shape.context)
-        begin = len(_programs)
+        begin = compiled_here()
         self.steps(2)
         self.loop()
-        self.programs = len(_programs) - begin
+        self.programs = compiled_here() - begin
 
     def _choose(self, logits) -> None:
         self.token = np.asarray(logits[:, 0]).argmax(axis=-1).astype(np.int32)
@@ -120,10 +123,15 @@ def none_compiled() -> Iterator[None]:
     Raises:
       TurboqError: says how many.
     """
-    begin = len(_programs)
+    begin = compiled_here()
     yield
-    if more := len(_programs) - begin:
+    if more := compiled_here() - begin:
         raise TurboqError(f"{more} programs were compiled in timed steps: none may be")
+
+
+def compiled_here() -> int:
+    """Programs that this thread had compiled."""
+    return _programs.count(threading.get_ident())
 
 
 @functools.cache
@@ -132,40 +140,46 @@ def count_programs() -> None:
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILED:
-            _programs.append(event)
+            _programs.append(threading.get_ident())
 
     jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def compare(
     model: Model, shape: Shape, prompt: np.ndarray | None = None, *,
-    only: Collection[str] = (), late: Callable[[], bool] = lambda: False,
+    only: Collection[str] = (), seconds: float = math.inf,
 ) -> dict[str, Any]:  # fmt: skip
     """All caches side by side, or those named: {model, shape, baseline, rows, skipped}.
 
-    Without a prompt [B, S] caches are filled with random bits. `late` ends it: what has not begun
-    is skipped by name, and so are rounds.
+    Without a prompt [B, S] caches are filled with random bits. They are made side by side; what is
+    not ready after `PREPARED` of the seconds is skipped by name; two rounds are always run.
 
     Raises:
       TurboqError: a program was compiled in a timed step, or a cache was too small.
     """
     count_programs()
+    end = time.monotonic() + seconds
     ready: dict[str, Decoding] = {}
     skipped: list[str] = []
-    for name, opened in caches(model, shape.batch).items():
-        if only and name not in only:
-            continue
-        if late():
+    chosen = {n: c for n, c in caches(model, shape.batch).items() if not only or n in only}
+    pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+    making = {
+        name: pool.submit(Decoding, model, opened, shape, prompt) for name, opened in chosen.items()
+    }
+    limit = None if seconds == math.inf else max(PREPARED * seconds, 0)
+    concurrent.futures.wait(making.values(), timeout=limit)
+    pool.shutdown(wait=False, cancel_futures=True)
+    for name, one in making.items():
+        if not one.done() or one.cancelled():
             skipped.append(f"{name}: no time left")
-            continue
-        try:
-            ready[name] = Decoding(model, opened, shape, prompt)
-        except Exception as problem:  # what a cache cannot do here is a result
+        elif (problem := one.exception()) is not None:  # what a cache cannot do is a result
             skipped.append(f"{name}: {type(problem).__name__}: {problem}"[:300])
+        else:
+            ready[name] = one.result()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ready}
     with none_compiled():
-        for done in range(shape.rounds):
-            if late():
+        for done in range(shape.rounds if ready else 0):
+            if done >= 2 and time.monotonic() > end:
                 skipped.append(f"rounds {done} to {shape.rounds - 1}: no time left")
                 break
             for name, one in ready.items():
