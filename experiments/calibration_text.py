@@ -20,12 +20,11 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from program import items, main, windows_of
+from program import items, kl_ratio, main, windows_of
 
 from turboq.files import atomic_write
 from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.plan_within import Wanted, plan_within
-from turboq_calibrate.cost.metrics import bootstrap_ci
 from turboq_calibrate.measure.evaluate import NamedPlan, evaluate_texts
 from turboq_calibrate.models import Model, load_model
 from turboq_calibrate.models.geometry import model_geometry
@@ -90,12 +89,9 @@ def contrasts(rows: list[dict]) -> list[dict]:
             if unseen:
                 pairs["all unseen kinds"] = np.concatenate(unseen)
             for text, logs in pairs.items():
-                ci = bootstrap_ci(logs)
                 found.append({
                     "bits": float(bits), "calibrated": row, "over": name(DEFAULT), "text": text,
-                    "kl_ratio": float(np.exp(logs.mean())),
-                    "ratio_ci": None if ci is None else np.exp(ci).tolist(),
-                })  # fmt: skip
+                } | kl_ratio(logs))  # fmt: skip
     return found
 
 

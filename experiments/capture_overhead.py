@@ -10,7 +10,6 @@ the machine does falls on both. Expected: at most 5.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,13 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from program import main
+from program import main, versions, windows_of
 
 from turboq.files import atomic_write, make_folder
 from turboq_calibrate.models import decoder, load_model
 from turboq_calibrate.models.model import Model, embed_tokens
 from turboq_calibrate.observe import passes
-from turboq_calibrate.observe import texts as data
 from turboq_calibrate.observe.reduce import to_host
 
 MODEL = flags.DEFINE_string("model", "embedded", "A folder, a .gguf file, or 'embedded'.")
@@ -72,10 +70,9 @@ def observed(model: Model, x, positions) -> float:
 
 def run(out: Path) -> None:
     model = load_model(MODEL.value)
-    tokens = data.windows(
-        data.load_text("topics:calibration"), model.tokenizer, length=LENGTH.value,
-        count=WINDOWS.value, spread=True,
-    ).tokens  # fmt: skip
+    (tokens,) = windows_of(
+        model, ["topics:calibration"], LENGTH.value, WINDOWS.value
+    ).values()  # fmt: skip
     x, positions = embed_tokens(model, tokens), decoder.default_positions(jnp.asarray(tokens))
     for compiled in (bare, observed):
         compiled(model, x, positions)
@@ -93,7 +90,7 @@ def run(out: Path) -> None:
         "tokens_per_second": {
             "bare": round(tokens.size / alone), "observe": round(tokens.size / whole)
         },
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "numpy")},
+        "versions": versions("jax", "jaxlib", "numpy"),
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
     }  # fmt: skip

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from absl import flags
 from nova import nova_like
-from program import main, statistics_of
+from program import main, pyplot, statistics_of
 
 from turboq import codecs as c
 from turboq.cache.layer import TokenPolicy
@@ -181,12 +181,7 @@ def run(out: Path) -> None:
 
 def draw(rows: list[dict], path: Path) -> None:
     """KL against all-in bits per channel where both sides are quantized, one mark a family."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "turboq"
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     families: dict[str, list[dict]] = {}
     for row in rows:
         if "|" not in row["name"] and row["bits_per_channel"] < 10 and "keys" not in row["name"]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
 
 from turboq.errors import TurboqError
+from turboq_calibrate.cost.metrics import bootstrap_ci
 from turboq_calibrate.models import Model
 from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
@@ -84,3 +87,28 @@ def statistics_of(model: Model, folder: str, out: Path) -> Statistics:
     if folder:
         return load_statistics(folder)
     return observe(model, calibration_windows(model, folder=out), out)
+
+
+def kl_ratio(logs: np.ndarray) -> dict[str, Any]:
+    """exp(mean) of log ratios over paired windows, and its 95 % interval (None: one window)."""
+    ci = bootstrap_ci(logs)
+    return {
+        "kl_ratio": float(np.exp(logs.mean())),
+        "ratio_ci": None if ci is None else np.exp(ci).tolist(),
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of installed packages."""
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def pyplot() -> Any:
+    """Of pictures whose bytes depend on what they show alone."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "turboq"
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -12,7 +12,6 @@ error does not.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from program import main, statistics_of
+from program import main, pyplot, statistics_of, versions
 
 from turboq.cache.layer import TokenPolicy
 from turboq.cache.simulate import quantize_dequantize
@@ -77,7 +76,7 @@ def run(out: Path) -> None:
         "text": window.source,
         "tokens": int(window.tokens.size),
         "calibration": statistics.manifest.inputs["text"],
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "numpy")},
+        "versions": versions("jax", "numpy"),
         "sinks": policy.sinks,
         "candidate": label,
         "bits_per_channel": table.bits_per_channel(np.zeros(len(table.units), int)),
@@ -119,12 +118,7 @@ def number(x: float) -> float | None:
 
 def draw(table: Table, kl: np.ndarray, scores: dict[str, np.ndarray], out: Path) -> None:
     """KL of every unit against what was predicted, keys and values apart."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "turboq"
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(scores), figsize=(4 * len(scores), 4), layout="constrained")
     side = np.array([u.side for u in table.units])
     for axis, (name, values) in zip(axes, scores.items(), strict=True):

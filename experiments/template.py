@@ -18,16 +18,14 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from program import main, statistics_of
+from program import kl_ratio, main, statistics_of, windows_of
 
 from turboq.codecs import PerHead
 from turboq.files import atomic_write, make_folder
 from turboq.plan import ModelGeometry
 from turboq_calibrate import evaluate_texts, load_model, make_plan, model_geometry
-from turboq_calibrate.cost.metrics import bootstrap_ci
 from turboq_calibrate.measure.evaluate import NamedPlan
 from turboq_calibrate.observe.statistics_files import Statistics
-from turboq_calibrate.observe.texts import load_text, windows
 
 MODEL = flags.DEFINE_string("model", "embedded", "A folder, a .gguf file, or 'embedded'.")
 STATISTICS = flags.DEFINE_string(
@@ -59,12 +57,7 @@ def run(out: Path) -> None:
     count, length = (2, 16) if SMOKE.value else (WINDOWS.value, LENGTH.value)
     model = load_model(MODEL.value)
     statistics = statistics_of(model, STATISTICS.value, make_folder(out) / "observed")
-    texts = {
-        source: windows(
-            load_text(source), model.tokenizer, length=length, count=count, spread=True
-        ).tokens
-        for source in TEXT.value
-    }
+    texts = windows_of(model, TEXT.value, length, count)
     plans = plans_of(model_geometry(model), statistics)
     found = evaluate_texts(model, plans, texts, folder=out / "parts")
     names = ("name", "text", "bits_per_channel", "kl_mean", "kl_ci", "kl_windows")
@@ -91,11 +84,7 @@ def contrasts(rows: list[dict[str, Any]], name: str, baseline: str) -> list[dict
     out = []
     for text in dict.fromkeys(row["text"] for row in rows):
         change = logs[name, text] - logs[baseline, text]
-        interval = bootstrap_ci(change)
-        assert interval is not None  # of two windows or more, which --windows sees to
-        low, high = np.exp(interval)
-        ratio = {"kl_ratio": float(np.exp(change.mean())), "ratio_ci": [float(low), float(high)]}
-        out.append({"what": f"{name} / {baseline}", "text": text} | ratio)
+        out.append({"what": f"{name} / {baseline}", "text": text} | kl_ratio(change))
     return out
 
 

@@ -76,6 +76,7 @@ LONG = (
     "test_observe.py",
     "test_joint.py",
     "test_on_gpu.py",
+    "test_model_decode_speed.py",
     "test_attention.py",
     "test_mosaic_tpu.py",
     "test_kernel_costs.py",

@@ -25,7 +25,7 @@ from turboq_kernels.bench import timing
 from turboq_kernels.decode import types
 
 PAGE = 256
-_TRACE = 1e-3
+TRACE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,10 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A method at a shape: `run(q, arrays)` does `calls` calls that read `nbytes` each."""
+    """A method at a shape: `run(q, arrays)` does `calls` calls that read `nbytes` each.
+
+    It gives the last query; where arrays are `donated`, (query, arrays after the calls).
+    """
 
     run: Callable[..., Array]
     query: jax.ShapeDtypeStruct
@@ -68,6 +71,7 @@ class Job:
     nbytes: int
     calls: int
     resident: int  # bytes of all copies
+    donated: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +86,8 @@ class Method:
 def all_methods(*, interpret: bool = False, **tuned: Any) -> list[Method]:
     """Baselines first, then packed caches from 8 to 2 bits."""
     out = [
-        Method(name="bf16 cudnn", job=lambda s: _exact(s, _jax("cudnn")), exact=True),
-        Method(name="bf16 xla", job=lambda s: _exact(s, _jax("xla")), exact=True),
+        Method(name="bf16 cudnn", job=lambda s: _exact(s, jax_attention("cudnn")), exact=True),
+        Method(name="bf16 xla", job=lambda s: _exact(s, jax_attention("xla")), exact=True),
     ]
     if importlib.util.find_spec("tokamax"):
         out.insert(1, Method(name="bf16 tokamax", job=lambda s: _exact(s, _tokamax()), exact=True))
@@ -101,7 +105,9 @@ def packed(name: str, bits: int, levels: str, **options: Any) -> Method:
     return Method(name=name, job=lambda s: _packed(s, bits, levels, options))
 
 
-def _jax(implementation: Any):
+def jax_attention(implementation: Any) -> Callable[..., Array]:
+    """`jax.nn.dot_product_attention` by cuDNN or XLA."""
+
     def attend(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
 
@@ -123,7 +129,7 @@ def _exact(shape: Shape, attend) -> Job:
         def step(_, q):
             for k, v in arrays:
                 out = attend(q, k, v)
-                q = q + (out * _TRACE).astype(q.dtype)
+                q = q + (out * TRACE).astype(q.dtype)
             return q
 
         return jax.lax.fori_loop(0, rounds, step, q)
@@ -173,7 +179,7 @@ def _packed(shape: Shape, bits: int, levels: str, options: dict[str, Any]) -> Jo
                 q, k, v, here, jnp.zeros_like(ends), ends,
                 bias=None, scale=shape.dim**-0.5, softcap=None, splits=None, **options,
             )  # fmt: skip
-            return q + part.acc / part.total[..., None] * _TRACE
+            return q + part.acc / part.total[..., None] * TRACE
 
         return jax.lax.fori_loop(0, calls, step, q)
 
@@ -212,7 +218,7 @@ def encoder(shape: Shape, bits: int, *, interpret: bool = False) -> Job:
             words, rows = triton.write(
                 x, writing, tables, words, everything, starts, counts, interpret=interpret
             )
-            return x + rows[0][..., None] * _TRACE, words
+            return x + rows[0][..., None] * TRACE, words
 
         return jax.lax.fori_loop(0, calls, step, (x, words))[0]
 
