@@ -17,7 +17,7 @@ from turboq_kernels.aot.compilers import Program
 from turboq_kernels.aot.cuda import missing as missing
 from turboq_kernels.aot.step import Configuration
 
-CONFIGURATIONS = step.configurations(cuda.TARGET, ("turboquant_mse", "per_head", step.COLUMNS))
+CONFIGURATIONS = step.configurations(cuda.TARGET, ("turboquant_mse", "per_head", *step.COLUMNS))
 
 
 def program(c: Configuration) -> Program:

@@ -33,7 +33,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.numbers.packing import PAGE, ROWS
-from turboq_kernels.columns.linear import GAIN_BITS, LinearLayer
+from turboq_kernels.columns.linear import GAIN_BITS, LinearLayer, units_of
 from turboq_kernels.columns.queries import Folded
 from turboq_kernels.columns.types import Sums
 from turboq_kernels.decode import triton_parts
@@ -228,7 +228,7 @@ def local(
     layer: LinearLayer, pool_lanes: int
 ) -> tuple[Float[Array, "J G D U"], Float[Array, "J G D Y"]]:
     """The matrices of K and V over each group's own lanes: runs of its units, one after another."""
-    units, run = _units(layer), tuning(layer).run
+    units, run = units_of(layer.unit_groups), tuning(layer).run
     windows, sides = _windows(layer, pool_lanes), []
     for i, (side, places) in enumerate(zip((layer.k, layer.v), _places(layer), strict=True)):
         place = np.repeat(np.arange(len(places)), np.asarray(places) * run)
@@ -246,19 +246,13 @@ def _windows(layer: LinearLayer, pool_lanes: int) -> list[Int[Array, "U"]]:
 
     Its own, or so far before it that the window ends with the pool.
     """
-    units, out = _units(layer), []
+    units, out = units_of(layer.unit_groups), []
     for i, (side, places) in enumerate(zip((layer.k, layer.v), _places(layer), strict=True)):
         width = np.zeros(len(layer.unit_groups), np.int32)
         width[units] = np.asarray(places)[None] * tuning(layer).run
         most = np.maximum(pool_lanes, width) - width
         out.append(jnp.clip(layer.first[i] + side.start, 0, most))
     return out
-
-
-def _units(layer: LinearLayer) -> np.ndarray:
-    """The unit at each place of every group [J, p]: of joined heads those of K, then those of V."""
-    own = np.asarray(layer.unit_groups)
-    return np.stack([np.flatnonzero(own == j) for j in range(layer.groups)])
 
 
 def _places(layer: LinearLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -112,7 +112,7 @@ def _prepare(q, layer: LinearLayer, seen, pool_lanes: int, step: Step) -> tuple[
     width, units = plan.run * sum(plan.places[0]), len(layer.unit_groups)
     items, room = pl.next_power_of_2(batch + 1), -(-step.count // _SIZES) * _SIZES
     inputs = {"q": q, "seen": seen, "k": _of(layer, 0), "v": _of(layer, 1), "first": layer.first}
-    inputs |= {"mean": [layer.k.mean, layer.rest], "gains": layer.v.gains}
+    inputs |= {"means": layer.means, "gains": layer.v.gains}
     leaves, tree = jax.tree.flatten(inputs)
     shapes = {
         "weights": ((batch, 1, groups, width, 2 * plan.m), jnp.float16),
@@ -246,8 +246,8 @@ def _fold(x, out, b, n, pool_lanes: int, step: Step) -> None:
 
     def mean(k, total):
         channels, inside = at(k)
-        turning, rest = (load(of, (n, channels), inside) for of in x["mean"])
-        return total + jnp.sum(right(k) * (turning + rest)[None, :], axis=1)
+        own = load(x["means"], (n, 0, channels), inside)
+        return total + jnp.sum(right(k) * own[None, :], axis=1)
 
     bias = jax.lax.fori_loop(0, blocks, mean, jnp.zeros((_ROWS,), jnp.float32))
     begin, end = _bounds(x["seen"], jnp.zeros_like(row) + b, real, step)
