@@ -129,10 +129,10 @@ def test_the_matrix_of_joined_heads(rng):
         # Keys turn about the mean that was fitted, not about what units add to it.
         fitted = np.asarray(state.form.layer.joint["mean"])[0, : HEADS * DIM]
         np.testing.assert_array_equal(np.ravel(form.k.mean), fitted)
-        rest = form.means[:, 0] - form.k.mean
-        assert np.abs(rest).max() > 0.1
+        more = form.means[:, 0] - form.k.mean
+        assert np.abs(more).max() > 0.1
         due = simulate(state.form.layer, k, v)
-        for side, rest, want in ((form.k, rest, due[0]), (form.v, 0.0, due[1])):
+        for side, rest, want in ((form.k, more, due[0]), (form.v, 0.0, due[1])):
             mean = np.asarray(side.mean + rest, np.float64)
             got = mean[None] + np.einsum("tw,hdw->thd", x, np.asarray(side.matrix))
             np.testing.assert_allclose(got, want[0], atol=TOL["packed_attention"])
