@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
-from turboq.numbers.rope import Rope, inverse_frequencies
-from turboq_kernels.columns import triton
+from turboq.numbers.rope import Rope
+from turboq_kernels.columns import triton, triton_token
 from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.encode.triton_steps import product
 from turboq_kernels.triton_memory import load, store
@@ -125,10 +125,14 @@ class Tiles:
         return max(MIN_ROWS, self.padded * self.each)
 
 
-def inputs(layer: LinearLayer, tiles: Tiles) -> dict[str, Any]:
-    """What `fold` reads beside queries and `inputs_of`."""
+def inputs(layer: LinearLayer, tiles: Tiles, first: Int[Array, "B"] | None) -> dict[str, Any]:
+    """What `fold` reads beside queries and `inputs_of`; slots of sequences begin at `first`."""
     plan = {"means": layer.means, "sums": layer.sums, "longest": layer.longest}
-    return plan | ({} if tiles.rope is None else {"turns": inverse_frequencies(tiles.rope)})
+    if tiles.rope is None:
+        return plan
+    start = tiles.size * jnp.arange(tiles.blocks, dtype=jnp.int32)[None]
+    start = start if first is None else start + first[:, None]
+    return plan | {"turns": triton_token.turns(tiles.rope, start)}
 
 
 def shapes(batch: int, groups: int, plan: triton.Plan, tiles: Tiles, dim: int) -> dict[str, Any]:
@@ -146,9 +150,9 @@ def shapes(batch: int, groups: int, plan: triton.Plan, tiles: Tiles, dim: int) -
 
 
 def fold(
-    x, out, b, n, tile, first, *, plan: triton.Plan, tiles: Tiles, lanes: Lanes, interpret: bool
+    x, out, b, n, tile, *, plan: triton.Plan, tiles: Tiles, lanes: Lanes, interpret: bool
 ) -> None:
-    """A KV head's queries in some blocks; slot 0 of sequence b is position `first`."""
+    """A KV head's queries in some blocks."""
     dim, each = x["q"].shape[3], max(plan.joined, 1)
     row = jnp.arange(tiles.height, dtype=jnp.int32)
     own, block = row % tiles.padded, tile * tiles.each + row // tiles.padded
@@ -171,8 +175,7 @@ def fold(
         q = query(channels[None, :])
         turned = q
         if tiles.rope is not None:
-            position = (first + block * tiles.size).astype(jnp.float32)
-            turned = _turned(tiles.rope, query, q, x["turns"], position, channels)
+            turned = _turned(tiles.rope, query, q, x["turns"], b, block, channels)
         put(out["room"], (b, n, tile, row[:, None], channels[None, :]), turned, inside[None, :])
         return squares + q * q
 
@@ -232,17 +235,10 @@ def fold(
     jax.lax.fori_loop(0, sum(plan.places[0]), weights, 0)
 
 
-def _turned(rope: Rope, query, q, turns, position, channels) -> Array:
-    """R(-position) q at some channels."""
-    half = rope.dim // 2
-    if rope.layout == "half":
-        pair, second = channels % half, channels >= half
-        other = jnp.where(second, channels - half, channels + half)
-    else:
-        pair, second, other = channels // 2, channels % 2 == 1, channels ^ 1
-    turning = channels < rope.dim
-    frequency = load(turns, (pair,), turning)
-    angle = position[:, None] * frequency[None, :]
-    across = query(jnp.where(turning, other, channels)[None, :]) * jnp.where(second, -1.0, 1.0)
-    whole = q * jnp.cos(angle) + across * jnp.sin(angle)
-    return jnp.where(turning[None, :], whole, q)
+def _turned(rope: Rope, query, q, turns, b, block, channels) -> Array:
+    """R(-p0) q at some channels."""
+    pair, other, sign, turning = triton_token.partner(rope, channels)
+    mask = turning[None, :] & (block < turns.shape[1])[:, None]
+    own = b if turns.shape[0] > 1 else 0
+    cos, sin = (load(turns, (own, block[:, None], pair[None, :], i), mask) for i in range(2))
+    return jnp.where(turning[None, :], q * cos - sign[None, :] * query(other[None, :]) * sin, q)

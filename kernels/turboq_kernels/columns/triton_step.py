@@ -118,7 +118,7 @@ def _prepare(q, layer: LinearLayer, seen, step: Step) -> tuple[triton.Ready, Any
     units = len(layer.unit_groups)
     items, room = pl.next_power_of_2(batch + 1), -(-step.count // _SIZES) * _SIZES
     inputs = {"q": q, "seen": seen, "gains": layer.v.gains, **triton_fold.inputs_of(layer)}
-    inputs |= triton_fold.inputs(layer, tiles)
+    inputs |= triton_fold.inputs(layer, tiles, seen.first)
     leaves, tree = jax.tree.flatten(inputs)
     shapes = triton_fold.shapes(batch, layer.groups, plan, tiles, dim) | {
         "starts": ((batch, heads * rows), jnp.int32),
@@ -181,9 +181,8 @@ def _prepare_kernel(*refs, trees, step: Step) -> None:
     # The first tile is always made: its units are of all.
     @pl.when((program > 0) & ((tile == 0) | (begin < (tile + 1) * wide) & (end > tile * wide)))
     def _():
-        first = 0 if x["seen"].first is None else x["seen"].first[b]
         triton_fold.fold(
-            x, out, b, n, tile, first, plan=step.columns, tiles=tiles, lanes=step.lanes,
+            x, out, b, n, tile, plan=step.columns, tiles=tiles, lanes=step.lanes,
             interpret=step.interpret,
         )  # fmt: skip
 
