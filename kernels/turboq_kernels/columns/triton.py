@@ -204,8 +204,10 @@ def launch(
         "half": ready.half, "starts": ready.starts, "ends": ready.ends,
         "parts": list(ready.parts), "lanes": ready.lanes, "most": ready.most,
         "gains": [layer.k.gains, layer.v.gains], "gain_lanes": layer.gain_lanes,
-        # Loaded and not computed: Triton turns the layout of loads, not that of counters.
-        "bytes": np.arange(4, dtype=np.int16), "masks": np.left_shift(1, np.arange(8), dtype="i2"),
+        # Loaded and not computed: Triton turns the layout of loads, not that of counters. XLA would
+        # make what it sees to be one, 0 to 3, in a launch of its own.
+        "bytes": np.array([0, 1, 2, 3, 0], np.int16),
+        "masks": np.left_shift(1, np.arange(8), dtype=np.int16),
     }  # fmt: skip
     leaves, tree = jax.tree.flatten(inputs)
     lead, width = (count, layer.groups, plan.m), plan.run * sum(plan.places[1])

@@ -87,24 +87,17 @@ def attend(
     interpret: bool,
 ) -> Float[Array, "B 1 H E"]:
     """Outputs of all query heads."""
-    batch, _, rows, dim = q.shape
-    pages, kept, heads = words.shape[1], state.form.layer, layer.k.mean.shape[0]
-    turned = kept.rope is not None
-    plan, count = triton.planned(
-        layer, batch, pages, rows, scale=scale, softcap=softcap, splits=splits, turned=turned,
-        per_token=turned, interpret=interpret,
-    )  # fmt: skip
-    size = kept.rope_block if turned else pages * PAGE
-    step = Step(
-        columns=plan, count=count, splits=splits, rules=rules(kept, window), pages=pages,
-        lanes=triton_fold.lanes_of(plan, layer, words.shape[-1]),
-        tiles=Tiles(rows=rows // heads, blocks=pages * PAGE // size, size=size, rope=kept.rope),
+    step = planned(
+        q, state, words, layer, scale=scale, window=window, softcap=softcap, splits=splits,
         interpret=interpret,
     )  # fmt: skip
+    kept = state.form.layer
     seen = steps.Seen(q_positions, state.lengths, state.dropped)
-    by_head = q.reshape(batch, heads, rows // heads, dim)
-    ready, start = _prepare(by_head, layer, seen, step)
-    found = triton.launch(ready, words, layer, plan=plan, count=count, interpret=interpret)
+    by_head = q.reshape(q.shape[0], layer.k.mean.shape[0], -1, q.shape[3])
+    ready, start = prepare(by_head, layer, seen, step)
+    found = triton.launch(
+        ready, words, layer, plan=step.columns, count=step.count, interpret=interpret
+    )
     exact = []
     if kept.policy.sinks:
         exact.append((state.exact.k_sinks, state.exact.v_sinks, None))
@@ -113,7 +106,33 @@ def attend(
     return _finish(by_head, found, start, exact, seen, layer, step)
 
 
-def _prepare(q, layer: LinearLayer, seen, step: Step) -> tuple[triton.Ready, Any]:
+def planned(
+    q: Float[Array, "B 1 H D"], state: LayerState, words: UInt32[Array, "B P R C"],
+    layer: LinearLayer, *, scale: float, window: int | None, softcap: float | None,
+    splits: int | None, interpret: bool,
+) -> Step:  # fmt: skip
+    """What is static about a step."""
+    batch, _, rows, _ = q.shape
+    pages, kept = words.shape[1], state.form.layer
+    turned = kept.rope is not None
+    plan, count = triton.planned(
+        layer, batch, pages, rows, scale=scale, softcap=softcap, splits=splits, turned=turned,
+        per_token=turned, interpret=interpret,
+    )  # fmt: skip
+    size = kept.rope_block if turned else pages * PAGE
+    tiles = Tiles(
+        rows=rows // layer.k.mean.shape[0], blocks=pages * PAGE // size, size=size, rope=kept.rope
+    )
+    return Step(
+        columns=plan, tiles=tiles, lanes=triton_fold.lanes_of(plan, layer, words.shape[-1]),
+        count=count, splits=splits, rules=rules(kept, window), pages=pages, interpret=interpret,
+    )  # fmt: skip
+
+
+def prepare(
+    q: Float[Array, "B K G D"], layer: LinearLayer, seen: steps.Seen, step: Step
+) -> tuple[triton.Ready, Int[Array, "_"]]:
+    """What the kernel takes, and the first part of every sequence, then their number."""
     plan, tiles, (batch, heads, rows, dim) = step.columns, step.tiles, q.shape
     units = len(layer.unit_groups)
     items, room = pl.next_power_of_2(batch + 1), -(-step.count // _SIZES) * _SIZES
