@@ -10,9 +10,11 @@ from columns_cases import DIM, HEADS, ROPES, make_layers
 from tolerances import TOL
 
 from turboq.cache import model_cache
+from turboq.cache.contiguous import Tail
 from turboq.cache.layer import TokenPolicy
 from turboq.numbers import rope as rotary
 from turboq.numbers.rope import Rope
+from turboq_kernels import columns
 from turboq_kernels.columns import linear, triton, triton_step
 from turboq_kernels.decode.triton_step import Seen
 
@@ -31,7 +33,9 @@ def case_of(rng, group, joined, keys, first):
     """A layer, and a step of two sequences: one of 40 tokens less than the pool has, one of 70."""
     rope, block = (ROPES[keys[0]], keys[1]) if keys else (None, 1)
     layers = make_layers(rng, TokenPolicy(sinks=3, recent=2), rope, block, joined=joined)
-    states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=SLOTS)
+    form = model_cache.forms(layers)
+    assert form is not None
+    states, (words,) = model_cache.init(form, batch=2, capacity=SLOTS)
     lengths = jnp.asarray([first + SLOTS - 40, first + 70], jnp.int32)
     dropped = jnp.full_like(lengths, first) if first else None
     state = dataclasses.replace(states[0], lengths=lengths, dropped=dropped)
@@ -64,7 +68,7 @@ def test_queries_are_folded_as_in_float64(group, joined, keys, first, rng):
     layer, whole = state.form.layer, np.asarray(q, np.float64)
     block = layer.rope_block if keys else SLOTS
     count = SLOTS // block
-    turn = turns(layer.rope, first + block * np.arange(count)) if keys else np.eye(DIM)[None]
+    turn = turns(ROPES[keys[0]], first + block * np.arange(count)) if keys else np.eye(DIM)[None]
     turned = np.einsum("qcd,bkgc->bqkgd", turn, whole)  # R^T q
     each = joined or 1
     matrix = np.asarray(triton.local(made, words.shape[-1])[0], np.float64)  # [J, G, D, lanes]
@@ -95,3 +99,24 @@ def test_queries_are_folded_as_in_float64(group, joined, keys, first, rng):
     lanes = triton._windows(made, words.shape[-1])
     for i in range(2):
         np.testing.assert_array_equal(ready.lanes[i], lanes[i])
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_which_steps_are_three_launches(tokens, rng):
+    """One query token; more go the general way."""
+    state, words, made, q = case_of(rng, 2, 3, ("half", 256), 0)
+    ring = state.form.layer.ring
+    recent = jnp.zeros((2, ring + tokens - 1, HEADS, DIM))
+    tail = Tail(k=recent, v=recent, positions=jnp.zeros(recent.shape[:2], jnp.int32))
+    at = state.lengths[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)[None]
+    q = jnp.broadcast_to(q.reshape(2, 1, -1, DIM), (2, tokens, HEADS * 2, DIM))
+    text = str(
+        jax.make_jaxpr(
+            lambda q: columns.attend(
+                q, state, words, tail, made, q_positions=at, scale=1.0, implementation="triton"
+            )
+        )(q)
+    )
+    names = ("turboq_prepare", "turboq_columns", "turboq_finish")
+    found = [text.count(f"name={name}") for name in names]
+    assert found == ([1, 1, 1] if tokens == 1 else [0, 1, 0])

@@ -60,11 +60,14 @@ class Configuration:
 
 
 def configurations(target: str, levels: tuple[str, ...]) -> tuple[Configuration, ...]:
-    """Those of one chip."""
+    """Those of one chip; joined heads at 2 bits, as they are used."""
     return tuple(
-        Configuration(target=target, levels=x, cache="one pool" if x in COLUMNS else "paged")
+        Configuration(
+            target=target, levels=x, bits=2 if x == "joined" else 3,
+            cache="one pool" if x in COLUMNS else "paged",
+        )
         for x in levels
-    )
+    )  # fmt: skip
 
 
 def program(c: Configuration, implementation: str) -> Program:

@@ -4,7 +4,8 @@
     apart  y = analysis (x - mean), x a key or a value
     joined y = scale (analysis (x - center)),  x all keys, then all values of the unit's group
 
-the last of the unit's own rows, which follow each other (`turboq.cache.joint`).
+the last of the unit's own rows, which follow each other in order (`turboq.cache.joint`). So no unit
+passes memory, and a vector is coded by the program that makes it.
 """
 
 from __future__ import annotations
