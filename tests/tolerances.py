@@ -18,6 +18,9 @@ TOL: dict[str, float] = {
     # 3e-6 on a logit; weights 2**-22 of the largest; float32 sums of 530 terms in parts of 256, ~8
     # eps each: 5e-6 relative, times |v| ~ 2.
     "columns_triton": 1e-5,
+    # One query folded, of |q| |column|: split products 4.8e-7, the float16 pair 2**-22, a rotation
+    # by float32 cosines (three roundings of a pair, 6e-8 each) and a division by the unit.
+    "folded_query": 2e-6,
     # Tiny decoders of 2-5 layers against transformers in float32: residual stream of order 1..5,
     # ~10 rounded sums of 28..48 products per layer, each ~4 eps of its size: 50 * 4 * 6e-8 = 1.2e-5
     # (the largest seen: 1.04e-5 of qwen3_next on a CPU that adds 16 numbers at a time).

@@ -29,7 +29,7 @@ from turboq.cache.layer import TokenPolicy
 from turboq.cache.simulate import simulate
 from turboq.numbers import rope as rotary
 from turboq_kernels import columns
-from turboq_kernels.columns import linear, queries
+from turboq_kernels.columns import linear
 
 CASES = [
     {},
@@ -129,21 +129,46 @@ def test_the_matrix_of_joined_heads(rng):
         # Keys turn about the mean that was fitted, not about what units add to it.
         fitted = np.asarray(state.form.layer.joint["mean"])[0, : HEADS * DIM]
         np.testing.assert_array_equal(np.ravel(form.k.mean), fitted)
-        assert np.abs(form.rest).max() > 0.1
+        more = form.means[:, 0] - form.k.mean
+        assert np.abs(more).max() > 0.1
         due = simulate(state.form.layer, k, v)
-        for side, rest, want in ((form.k, form.rest, due[0]), (form.v, 0.0, due[1])):
+        for side, rest, want in ((form.k, more, due[0]), (form.v, 0.0, due[1])):
             mean = np.asarray(side.mean + rest, np.float64)
             got = mean[None] + np.einsum("tw,hdw->thd", x, np.asarray(side.matrix))
             np.testing.assert_allclose(got, want[0], atol=TOL["packed_attention"])
 
 
-def test_mean_logits_are_those_of_turned_means(rng):
-    for rope in ROPES.values():
-        q, mean = (rng.normal(size=(*n, DIM)).astype(np.float32) for n in ((2, 3), (3,)))
-        got = queries.mean_logits(rope, jnp.asarray(q), jnp.asarray(mean), 40)
-        turned = rotary.matrices(rope, DIM, np.arange(40)) @ mean[:, None, :, None]
-        want = np.einsum("bmd,msd->bms", q, turned[..., 0])
-        np.testing.assert_allclose(got, want, atol=TOL["rope_rotate"])
+def test_means_turn_within_their_block(rng):
+    """R(t) of the fitted means, and what units add to them, against rotations in float64."""
+    for name, rope in ROPES.items():
+        for layer in make_layers(rng, TokenPolicy(), rope, 256, joined=HEADS):
+            held, words = filled(rng, [layer], 4, 256)
+            form = linear.linear_layer(held[0][0].form, pool_lanes=words.shape[-1])
+            joint = {n: np.asarray(x, np.float64)[0] for n, x in layer.joint.items()}
+            mean, center = (joint[n][: HEADS * DIM].reshape(HEADS, DIM) for n in ("mean", "center"))
+            assert np.abs(center - mean).max() > 0.1
+            turned = rotary.matrices(rope, DIM, np.arange(256)) @ mean[:, None, :, None]
+            want = turned[..., 0] + (center - mean)[:, None]
+            np.testing.assert_allclose(form.means, want, atol=TOL["rope_rotate"], err_msg=name)
+
+
+def test_longest_and_sums_of_columns(rng):
+    """Of every unit by itself, in float64."""
+    for joined in (None, HEADS):
+        held, words = filled(rng, make_layers(rng, TokenPolicy(), joined=joined), 4, 256)
+        form = linear.linear_layer(held[0][0].form, pool_lanes=words.shape[-1])
+        unit, matrix = np.asarray(form.k.unit), np.asarray(form.k.matrix, np.float64)
+        units = linear.units_of(form.unit_groups)
+        for head in range(HEADS):
+            own = matrix[head if joined else 0]
+            places = units[head // (joined or 1)]
+            lengths = np.linalg.norm(own[:, np.isin(unit, places)], axis=0)
+            np.testing.assert_allclose(form.longest[head], lengths.max(), rtol=TOL["split_product"])
+            for place, u in enumerate(places):
+                np.testing.assert_allclose(
+                    form.sums[head, :, place], own[:, unit == u].sum(axis=1),
+                    atol=TOL["linear_maps"],
+                )  # fmt: skip
 
 
 def test_what_no_kernel_reads_is_refused_by_name(rng):

@@ -141,6 +141,7 @@ def test_broken_vectors_as_by_xla_and_no_others(rng):
         (1, {}), (3, {"gain": "none"}), (2, {"gain": "float16"}),
         (1, {"rope": ROPES["half"], "block": 256, "joined": 3}),
         (1, {"rope": ROPES["partial"], "block": 256, "gain": "none"}),
+        (1, {"rope": ROPES["partial"], "joined": 1}),
     ],
 )  # fmt: skip
 def test_the_pool_holds_the_same_bits(tokens, options, rng):

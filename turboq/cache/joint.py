@@ -59,8 +59,8 @@ def as_arrays(
     coded: np.ndarray,
 ) -> dict[str, Any]:  # fmt: skip
     """`KVLayer.joint`: y = analysis (x - center) of W coordinates, x_hat = center + synthesis y,
-    and of each of the W its coordinate of the units, C for none; `mean` [J, C] as fitted, of which
-    keys turn.
+    and of each of the W its coordinate of the units, ascending, C for none; `mean` [J, C] as
+    fitted, of which keys turn.
 
     The matrices [J, W, C] and [J, C, W] are float16 times a power of two of each coordinate,
     `analysis_scale` and `synthesis_scale` [J, W], by which its largest entry is in [1/2, 1]: every

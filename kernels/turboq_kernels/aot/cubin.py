@@ -149,12 +149,12 @@ def _without_block_headers(file: bytes) -> bytes:
 
 
 def _chunk_with_elf(file: bytes) -> bytes | None:
-    """The Snappy stream that decodes completely and holds an ELF, wherever it starts."""
-    for start in range(max(file.find(_ELF), 0)):
-        decoded = _snappy(file, start)
-        if decoded is not None and _ELF in decoded:
-            return decoded
-    return None
+    """The Snappy stream that decodes completely and holds an ELF, wherever it starts.
+
+    A wrong start may decode to a piece of it: the longest is whole.
+    """
+    decoded = (_snappy(file, start) for start in range(max(file.find(_ELF), 0)))
+    return max((x for x in decoded if x is not None and _ELF in x), key=len, default=None)
 
 
 def _snappy(data: bytes, at: int) -> bytes | None:

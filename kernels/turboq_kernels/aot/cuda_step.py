@@ -12,12 +12,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from turboq_kernels.aot import compilers, cuda, step
+from jax.experimental import serialize_executable
+
+from turboq_kernels.aot import compilers, cubin, cuda, step
 from turboq_kernels.aot.compilers import Program
 from turboq_kernels.aot.cuda import missing as missing
 from turboq_kernels.aot.step import Configuration
 
-CONFIGURATIONS = step.configurations(cuda.TARGET, ("turboquant_mse", "per_head", step.COLUMNS))
+CONFIGURATIONS = step.configurations(cuda.TARGET, ("turboquant_mse", "per_head", *step.COLUMNS))
 
 
 def program(c: Configuration) -> Program:
@@ -27,7 +29,13 @@ def program(c: Configuration) -> Program:
 
 def row(c: Configuration) -> dict[str, Any]:
     """One row of `experiments/results/kernel_costs.json`."""
-    return step.row(c, cuda.compile_for(program(c)))
+    executable = cuda.compile_for(program(c))
+    payload, *_ = serialize_executable.serialize(executable)
+    spills = {
+        name: cost.spill_bytes
+        for name, cost in sorted(cubin.costs(payload).items()) if name.startswith("turboq_")
+    }  # fmt: skip
+    return step.row(c, executable) | {"spills": spills}
 
 
 def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:

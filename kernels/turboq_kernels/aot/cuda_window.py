@@ -52,7 +52,7 @@ CONFIGURATIONS = (
 def program(c: Configuration) -> Program:
     """The search alone, or `columns.write`."""
     if c.cache == POOL:
-        of_step = step.Configuration(target=c.target, levels=step.COLUMNS, dim=c.dim)
+        of_step = step.Configuration(target=c.target, levels=step.COLUMNS[0], dim=c.dim)
         (state, words), _ = step.column_arguments(of_step, states=c.states)
         x = jax.ShapeDtypeStruct((step.BATCH, 1, step.HEADS, c.dim), jnp.bfloat16)
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from turboq.cache import model_cache, paged
+from turboq.cache import composed, joint, model_cache, paged
 from turboq.cache.layer import KVLayer, TokenPolicy, uniform_layer
 from turboq.codecs import PerHead, Transform, TurboQuantMSE
+from turboq.numbers.rope import Rope
 from turboq_kernels import columns
 from turboq_kernels.aot import launches
 from turboq_kernels.aot.compilers import Program
@@ -29,13 +31,16 @@ CODECS = {
     "bfloat16_scales": functools.partial(TurboQuantMSE, scale_dtype="bfloat16"),
     "per_head": PerHead,
 }
-COLUMNS = "window"  # codes of a learned plan, in the one pool of a model
-LEVELS = (*CODECS, COLUMNS)
+# Codes of a learned plan, in the one pool of a model: heads by themselves and keys after RoPE, keys
+# in blocks of positions, pairs of heads joined besides.
+COLUMNS = ("window", "blocks", "joined")
+LEVELS = (*CODECS, *COLUMNS)
+BLOCK, JOINED = 256, 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """What is compiled: `levels` names the codec of K and V, or window codes.
+    """What is compiled: `levels` names the codec of K and V, or how window codes stand (`COLUMNS`).
 
     "bfloat16_scales" is turboquant_mse with such scales instead of float16, which no TPU kernel
     takes.
@@ -55,11 +60,14 @@ class Configuration:
 
 
 def configurations(target: str, levels: tuple[str, ...]) -> tuple[Configuration, ...]:
-    """Those of one chip."""
+    """Those of one chip; joined heads at 2 bits, as they are used."""
     return tuple(
-        Configuration(target=target, levels=x, cache="one pool" if x == COLUMNS else "paged")
+        Configuration(
+            target=target, levels=x, bits=2 if x == "joined" else 3,
+            cache="one pool" if x in COLUMNS else "paged",
+        )
         for x in levels
-    )
+    )  # fmt: skip
 
 
 def program(c: Configuration, implementation: str) -> Program:
@@ -82,7 +90,7 @@ def program(c: Configuration, implementation: str) -> Program:
         out = columns.attend(q, state, words, tail, matrices, q_positions=at, **options)
         return (state, words), out
 
-    if c.levels == COLUMNS:
+    if c.levels in COLUMNS:
         return Program(one_pool, (*column_arguments(c), q, k, v), donated=(0,))
     layer, cache, where = arguments(c)
     return Program(pages, (cache, layer, where, q, k, v), donated=(0,))
@@ -93,9 +101,15 @@ def column_arguments(c: Configuration, states: int = 16) -> tuple[Any, Any]:
     segments = ((c.dim, c.bits),)
     codec = Transform(dim=c.dim, segments=segments, quantizer="window", states=states, gain="code")
     arrays = {name: jnp.zeros((HEADS, *shape)) for name, shape in codec.array_shapes.items()}
+    rope = None if c.levels == "window" else Rope(dim=c.dim, theta=1e6)
     layer = uniform_layer(
-        kv_heads=HEADS, k=codec, v=codec, policy=POLICY, k_arrays=arrays, v_arrays=arrays
-    )
+        kv_heads=HEADS, k=codec, v=codec, policy=POLICY, k_arrays=arrays, v_arrays=arrays,
+        rope=rope, rope_block=1 if rope is None else BLOCK,
+    )  # fmt: skip
+    if c.levels == "joined":
+        shapes = joint.shapes(HEADS, JOINED, c.dim, c.dim)
+        turns = np.broadcast_to(np.eye(shapes["mean"][1]), shapes["synthesis"])
+        layer = composed.join(layer, JOINED, {"mean": np.zeros(shapes["mean"]), "synthesis": turns})
     form = model_cache.forms([layer])
     assert form is not None
 
@@ -136,8 +150,8 @@ def row(c: Configuration, executable: Any) -> dict[str, Any]:
     if analysis is None:
         raise RuntimeError("the compiler reports no memory analysis")
     given = program(c, "xla").arguments[0]
-    stored = given[1] if c.levels == COLUMNS else [(g.k, g.v) for g in given.groups]
-    kept = (given[0].exact, given[1]) if c.levels == COLUMNS else given
+    stored = given[1] if c.levels in COLUMNS else [(g.k, g.v) for g in given.groups]
+    kept = (given[0].exact, given[1]) if c.levels in COLUMNS else given
     stored, kept = (
         [x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)] for tree in (stored, kept)
     )

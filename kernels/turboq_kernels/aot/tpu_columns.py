@@ -93,7 +93,9 @@ def arguments(c: Configuration) -> tuple[Any, ...]:
 
     gain_lanes = _up(2 * HEADS * GAIN_BITS + LANES - 1)
     layer = LinearLayer(
-        k=side(k_width), v=side(v_width), rest=struct(HEADS, c.dim),
+        k=side(k_width), v=side(v_width),
+        means=struct(HEADS, 1 if blocks == 1 else int(c.cache), c.dim), longest=struct(HEADS),
+        sums=struct(HEADS, c.dim, units // (HEADS // c.joined)),
         unit_groups=c.unit_groups, widest=(c.bits * c.dim,) * 2 * c.joined, joined=c.joined > 1,
         first=struct(2, dtype=jnp.int32), gain_lane=struct(dtype=jnp.int32),
         gain_weights=struct(units, gain_lanes, dtype=jnp.int32), gained=True,

@@ -70,10 +70,11 @@ def attend(
     interpret: bool = False,
     splits: int | None = None,
 ) -> Float[Array, "B T H E"]:
-    """`turboq.cache.model_cache.attend`, by the implementation named; None takes the fastest.
+    """`turboq.cache.model_cache.attend`, by the implementation named.
 
-    `matrices` are those of `prepare`; without them they are made in every call. `splits`: parts of
-    every sequence on a GPU, None as many as fill it; on a TPU a sequence is never cut.
+    None takes the platform's kernel where it can run the case, else XLA. `matrices` are those of
+    `prepare`; without them they are made in every call. `splits`: parts of every sequence on a GPU,
+    None as many as fill it; on a TPU a sequence is never cut.
 
     Raises:
       ValueError: unknown, or named and not able to; the message says why.

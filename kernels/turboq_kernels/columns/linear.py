@@ -22,10 +22,12 @@ from jaxtyping import Array, Float
 
 from turboq.cache import joint
 from turboq.cache.columns import NONE, Columns
+from turboq.cache.layer import KVLayer
 from turboq.cache.model_cache import LayerForm
 from turboq.codecs.base import Arrays
 from turboq.codecs.transform_padded import PaddedTransform
 from turboq.numbers import window
+from turboq.numbers.rope import rotate
 
 LANES = 128
 GAIN_BITS = 4  # the most that a stored gain may have
@@ -60,7 +62,9 @@ class LinearLayer:
 
     k: LinearSide
     v: LinearSide
-    rest: Any  # float32 [K, D]: what a key's mean is more than the part that turns (`k.mean`)
+    means: Any  # float32 [K, P, D], of keys at each offset within a block; P = 1: none turns
+    longest: Any  # float32 [K]: no column of K's matrix of a head is longer
+    sums: Any  # float32 [K, D, _]: of K's columns over each unit of a head's group (`units_of`)
     first: Any  # int32 [2], lanes of the pool, multiples of 128
     gain_lane: Any  # int32 [], a multiple of 128: where in K's lanes the gains begin
     gain_weights: Any  # int32 [U, lanes from there on]
@@ -95,6 +99,12 @@ def unit_groups(form: LayerForm) -> tuple[int, ...]:
     if joined is None:
         return tuple(range(heads))
     return tuple(h // joined for h in range(heads)) * 2
+
+
+def units_of(unit_groups: tuple[int, ...]) -> np.ndarray:
+    """The unit at each place of every group [J, p]: of joined heads those of K, then those of V."""
+    own = np.asarray(unit_groups)
+    return np.stack([np.flatnonzero(own == j) for j in range(group_count(unit_groups))])
 
 
 def group_count(unit_groups: tuple[int, ...]) -> int:
@@ -152,8 +162,10 @@ def linear_layer(form: LayerForm, *, pool_lanes: int) -> LinearLayer:
         weights = jnp.concatenate(weights)
     else:
         weights = weights[0] + (weights[1] << GAIN_BITS)
+    longest, sums = _of_units(sides[0].matrix, sides[0].unit, units_of(groups))
     return LinearLayer(
-        k=sides[0], v=sides[1], rest=rest, first=jnp.stack(first), gain_lane=gain_lane,
+        k=sides[0], v=sides[1], means=_means(form.layer, sides[0].mean, rest), longest=longest,
+        sums=sums, first=jnp.stack(first), gain_lane=gain_lane,
         gain_weights=weights, gain_lanes=jnp.stack(gain_lanes),
         gained=k.gain == "code" or v.gain == "code", unit_groups=groups,
         widest=form.widest, joined=joined,
@@ -183,6 +195,28 @@ def _side(
         count=jnp.sum(codes, axis=1, dtype=jnp.int32),
         slots=slots,
     )
+
+
+def _of_units(
+    matrix: Float[Array, "G D W"], unit: Array, units: np.ndarray
+) -> tuple[Float[Array, "K"], Float[Array, "K D p"]]:
+    """`LinearLayer.longest` and `sums`."""
+    there = unit[None, None] == jnp.asarray(units, jnp.int32)[..., None]  # [J, p, W]
+    norms = jnp.sqrt(jnp.sum(jnp.square(matrix), axis=1))
+    longest = jnp.max(jnp.where(jnp.any(there, axis=1)[:, None], norms[None], 0.0), axis=-1)
+    sums = jnp.einsum("gdw,jpw->jgdp", matrix, there.astype(jnp.float32), precision=HIGHEST)
+    return longest.reshape(-1), sums.reshape(-1, *sums.shape[2:])
+
+
+def _means(
+    layer: KVLayer, turning: Float[Array, "K D"], rest: Float[Array, "K D"]
+) -> Float[Array, "K P D"]:
+    """R(t) turning + rest at every offset t of a block."""
+    if layer.rope is None:
+        return (turning + rest)[:, None]
+    offsets = jnp.arange(layer.rope_block, dtype=jnp.int32)[None]
+    shape = (len(turning), layer.rope_block, turning.shape[1])
+    return rotate(layer.rope, jnp.broadcast_to(turning[:, None], shape), offsets) + rest[:, None]
 
 
 def _tile_unit(unit: Array, units: int) -> Array:

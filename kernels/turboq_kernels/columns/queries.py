@@ -4,8 +4,7 @@
 
 Keys after their rotary embedding: left = matrix^T q, bias = q . mean. Keys relative to blocks of P
 positions (`turboq.cache.key_form`): left = matrix^T R(-p0) q, one such row for every block, and
-bias = q . R(t) mean, a product of D numbers per row with one table of cosines and sines for all
-heads and layers; of joined heads also R(-p0) q . rest, a number per row and block.
+bias = R(-p0) q . mean, of the mean at a token's place in its block (`LinearLayer.means`).
 """
 
 from __future__ import annotations
@@ -69,29 +68,24 @@ def fold(
     """
     side, m = layer.k, rows.shape[1]
     each, heads = side.matrix.shape[0], side.mean.shape[0]
-    head = jnp.repeat(jnp.arange(heads, dtype=jnp.int32), m // heads)
-    own, mean, rest = own_lanes(layer, side, m), side.mean[head], layer.rest[head]
     # |left| <= |q| |column|: rotations keep both, so one unit serves all blocks.
-    columns = jnp.sqrt(jnp.sum(jnp.square(side.matrix), axis=1))[head % each]
-    largest = jnp.linalg.norm(rows, axis=-1) * jnp.max(jnp.where(own, columns, 0.0), axis=1)[None]
-    if rope is None:
-        turned = rows[:, None]
-        bias = jnp.sum(rows * (mean + rest)[None], axis=-1, keepdims=True)
-    else:
+    longest = jnp.repeat(layer.longest, m // heads)
+    largest = jnp.linalg.norm(rows, axis=-1) * longest[None]
+    turned = rows[:, None]
+    if rope is not None:
         starts = jnp.arange(0, slots, block, dtype=jnp.int32)
         every = jnp.broadcast_to(rows[:, None], (len(rows), len(starts), *rows.shape[1:]))
         turned = rotary.unrotate(rope, every, starts[None, :, None])
-        bias = mean_logits(rope, rows, mean, slots)
-        if layer.joined:
-            still = jnp.einsum("bqmd,md->bmq", turned, rest, precision=HIGHEST)
-            bias = bias + jnp.repeat(still, block, axis=-1)[..., :slots]
+    of_head = turned.reshape(*turned.shape[:2], heads, m // heads, -1)
+    bias = jnp.einsum("bqhrd,hpd->bhrqp", of_head, layer.means, precision=HIGHEST)
+    bias = bias.reshape(len(rows), m, -1)
     by_head = turned.reshape(*turned.shape[:2], layer.groups, each, m // heads, -1)
     equation = "bqjgrd,gdw->bqjgrw" if matrix is None else "bqjgrd,jgdw->bqjgrw"
     of = side.matrix if matrix is None else matrix
     left = jnp.einsum(equation, by_head, of, precision=HIGHEST)
     left = left.reshape(*turned.shape[:3], -1)
     if matrix is None:
-        left = jnp.where(own, left, 0.0)
+        left = jnp.where(own_lanes(layer, side, m), left, 0.0)
     return Folded(left=left, largest=largest, bias=bias)
 
 
@@ -110,27 +104,6 @@ def values(
     acc = jnp.einsum(equation, bits, of, precision=HIGHEST)
     mean = jnp.repeat(layer.v.mean, m // heads, axis=0)
     return acc.reshape(batch, m, -1) + sums.total[..., None] * mean[None]
-
-
-def mean_logits(
-    rope: Rope, q: Float[Array, "B M D"], mean: Float[Array, "M D"], slots: int
-) -> Float[Array, "B M S"]:
-    """q . R(t) mean for t = 0..slots - 1: a cosine and a sine of each pair, and what is not turned.
-
-    q1 (m1 cos - m2 sin) + q2 (m2 cos + m1 sin) = (q1 m1 + q2 m2) cos + (q2 m1 - q1 m2) sin
-    """
-    cos, sin = rotary.tables(rope, jnp.arange(slots, dtype=jnp.int32))
-    half = rope.dim // 2
-    if rope.layout == "half":
-        first, second = slice(0, half), slice(half, rope.dim)
-    else:
-        first, second = slice(0, rope.dim, 2), slice(1, rope.dim, 2)
-    q1, q2, m1, m2 = q[..., first], q[..., second], mean[:, first], mean[:, second]
-    m1, m2 = m1[None], m2[None]
-    turned = jnp.concatenate([q1 * m1 + q2 * m2, q2 * m1 - q1 * m2], axis=-1)
-    table = jnp.concatenate([cos, sin], axis=-1)
-    still = jnp.sum(q[..., rope.dim :] * mean[None, :, rope.dim :], axis=-1, keepdims=True)
-    return jnp.einsum("bmi,si->bms", turned, table, precision=HIGHEST) + still
 
 
 def as_integers(folded: Folded, piece: float) -> tuple[Int[Array, "B Q M W"], Float[Array, "B M"]]:

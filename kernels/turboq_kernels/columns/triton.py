@@ -33,7 +33,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.numbers.packing import PAGE, ROWS
-from turboq_kernels.columns.linear import GAIN_BITS, LinearLayer
+from turboq_kernels.columns.linear import GAIN_BITS, LinearLayer, units_of
 from turboq_kernels.columns.queries import Folded
 from turboq_kernels.columns.types import Sums
 from turboq_kernels.decode import triton_parts
@@ -204,8 +204,10 @@ def launch(
         "half": ready.half, "starts": ready.starts, "ends": ready.ends,
         "parts": list(ready.parts), "lanes": ready.lanes, "most": ready.most,
         "gains": [layer.k.gains, layer.v.gains], "gain_lanes": layer.gain_lanes,
-        # Loaded and not computed: Triton turns the layout of loads, not that of counters.
-        "bytes": np.arange(4, dtype=np.int16), "masks": np.left_shift(1, np.arange(8), dtype="i2"),
+        # Loaded and not computed: Triton turns the layout of loads, not that of counters. XLA would
+        # make what it sees to be one, 0 to 3, in a launch of its own.
+        "bytes": np.array([0, 1, 2, 3, 0], np.int16),
+        "masks": np.left_shift(1, np.arange(8), dtype=np.int16),
     }  # fmt: skip
     leaves, tree = jax.tree.flatten(inputs)
     lead, width = (count, layer.groups, plan.m), plan.run * sum(plan.places[1])
@@ -228,7 +230,7 @@ def local(
     layer: LinearLayer, pool_lanes: int
 ) -> tuple[Float[Array, "J G D U"], Float[Array, "J G D Y"]]:
     """The matrices of K and V over each group's own lanes: runs of its units, one after another."""
-    units, run = _units(layer), tuning(layer).run
+    units, run = units_of(layer.unit_groups), tuning(layer).run
     windows, sides = _windows(layer, pool_lanes), []
     for i, (side, places) in enumerate(zip((layer.k, layer.v), _places(layer), strict=True)):
         place = np.repeat(np.arange(len(places)), np.asarray(places) * run)
@@ -246,19 +248,13 @@ def _windows(layer: LinearLayer, pool_lanes: int) -> list[Int[Array, "U"]]:
 
     Its own, or so far before it that the window ends with the pool.
     """
-    units, out = _units(layer), []
+    units, out = units_of(layer.unit_groups), []
     for i, (side, places) in enumerate(zip((layer.k, layer.v), _places(layer), strict=True)):
         width = np.zeros(len(layer.unit_groups), np.int32)
         width[units] = np.asarray(places)[None] * tuning(layer).run
         most = np.maximum(pool_lanes, width) - width
         out.append(jnp.clip(layer.first[i] + side.start, 0, most))
     return out
-
-
-def _units(layer: LinearLayer) -> np.ndarray:
-    """The unit at each place of every group [J, p]: of joined heads those of K, then those of V."""
-    own = np.asarray(layer.unit_groups)
-    return np.stack([np.flatnonzero(own == j) for j in range(layer.groups)])
 
 
 def _places(layer: LinearLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:

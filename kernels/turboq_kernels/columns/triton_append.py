@@ -3,7 +3,8 @@
 A program takes one sequence, one head and one side (K or V): it turns the vector into the codec's
 coordinates, searches its codes (`encode.triton_window`), ORs their bits into the token's words and
 puts the token itself among the sinks and the recent ones. All is in place if pool and state are
-donated. Keys that are stored relative to a block, and units of joined heads, are made by XLA.
+donated. Keys are turned back to the start of their block, and units of joined heads made, by the
+programs that code them (`columns.triton_token`).
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
-from turboq.cache import joint, overflow
+from turboq.cache import overflow
 from turboq.cache.columns import NONE
-from turboq.cache.key_form import to_stored
 from turboq.cache.model_cache import LayerForm, LayerState
 from turboq.cache.simulate import take_heads
 from turboq.codecs.base import Arrays
 from turboq.codecs.transform_padded import PaddedTransform
 from turboq.numbers import window_gain
 from turboq.numbers.packing import PAGE, ROWS
+from turboq_kernels.columns import triton_token
+from turboq_kernels.columns.triton_token import Stands
 from turboq_kernels.encode import triton_window
 from turboq_kernels.encode.triton_search import Search
 from turboq_kernels.triton_memory import load, store
 
-_BLOCK = 32  # channels of a step of the product
 _EXACT = ("sinks", "recent")
 
 
@@ -59,30 +60,28 @@ def append(
     fitting, lost = overflow.split(
         state.lengths, counts, jnp.int32(words.shape[1] * PAGE) + state.first
     )
-    positions = state.lengths[:, None]
-    units = joint.to_units(layer, k, v, positions)
-    k, v, k_coded, v_coded = (  # [B, K, 1, D]
-        take_heads(x, group.heads).swapaxes(1, 2) for x in (k, v, *units)
-    )
-    if layer.joint_heads is None:
-        k_coded = to_stored(layer, group.k_arrays, k_coded, positions)
+    k, v = (take_heads(x, group.heads).swapaxes(1, 2) for x in (k, v))  # [B, K, 1, D]
     exact, fresh = state.exact, {}
     searches, inputs, kept = [], [], []
-    for name, codec, arrays, columns, x, y in (
-        ("k", *_of(form, "k"), k, k_coded), ("v", *_of(form, "v"), v, v_coded),
-    ):  # fmt: skip
+    for name, x in (("k", k), ("v", v)):
+        codec, arrays, columns = _of(form, name)
         memory, gains = arrays["taps"].shape[-1] - 1, arrays.get("gains")
         count = 0 if gains is None else gains.shape[1]
         searches.append(triton_window.search_of(memory, count, codec.dim, interpret))
-        inputs.append({"exact": x, "x": y, "arrays": arrays, "columns": columns})
+        inputs.append({"exact": x, "arrays": arrays, "columns": columns})
         buffers = {of: getattr(exact, f"{name}_{of}") for of in _EXACT}
         kept.append({of: x if x.shape[2] else None for of, x in buffers.items()})
     shared = {"lengths": state.lengths, "first": state.dropped, "fitting": fitting}
+    shared["token"] = triton_token.inputs(layer, k, v, state.lengths)
+    how = triton_token.stands(layer)
     apart = searches[0].warps != searches[1].warps
     for sides in ((0,), (1,)) if apart else ((0, 1),):
         held = {"words": words, "exact": [kept[i] for i in sides]}
         held = _launch(
-            [searches[i] for i in sides], {"sides": [inputs[i] for i in sides], **shared}, held
+            {i: searches[i] for i in sides},
+            {"sides": [inputs[i] for i in sides], **shared},
+            held,
+            how,
         )
         words = held["words"]
         fresh |= {
@@ -103,15 +102,17 @@ def _of(form: LayerForm, side: str) -> tuple[PaddedTransform, Arrays, Any]:
     return codec, getattr(form.group, f"{side}_arrays"), getattr(form, side)
 
 
-def _launch(searches: list[Search], inputs: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
-    """`held` with the token, in place."""
-    batch, heads = inputs["sides"][0]["x"].shape[:2]
-    most = max(s.coded for s in searches)
+def _launch(
+    searches: dict[int, Search], inputs: dict[str, Any], held: dict[str, Any], how: Stands
+) -> dict[str, Any]:
+    """`held` with the token, in place; searches of K (0) and V (1)."""
+    batch, heads = inputs["token"]["k"].shape[:2]
+    one, most = next(iter(searches.values())), max(s.coded for s in searches.values())
     room = (len(searches), batch, heads)
     leaves, tree = jax.tree.flatten(inputs)
     old, held_tree = jax.tree.flatten(held)
     out = pl.pallas_call(
-        functools.partial(_kernel, searches=searches, trees=(tree, held_tree)),
+        functools.partial(_kernel, searches=searches, trees=(tree, held_tree), how=how),
         grid=(len(searches), heads, batch),
         out_shape=[
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old),
@@ -119,14 +120,14 @@ def _launch(searches: list[Search], inputs: dict[str, Any], held: dict[str, Any]
             jax.ShapeDtypeStruct((*room, most + 1), jnp.int32),
         ],
         input_output_aliases={len(leaves) + i: i for i in range(len(old))},
-        compiler_params=plgpu.CompilerParams(num_warps=searches[0].warps, num_stages=1),
-        interpret=searches[0].interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=one.warps, num_stages=1),
+        interpret=one.interpret,
         name="turboq_append",
     )(*leaves, *old)
     return jax.tree.unflatten(held_tree, out[: len(old)])
 
 
-def _kernel(*refs, searches: list[Search], trees) -> None:
+def _kernel(*refs, searches: dict[int, Search], trees, how: Stands) -> None:
     tree, held_tree = trees
     inputs = jax.tree.unflatten(tree, refs[: tree.num_leaves])
     *outs, values, entries = refs[tree.num_leaves + held_tree.num_leaves :]
@@ -134,14 +135,18 @@ def _kernel(*refs, searches: list[Search], trees) -> None:
     which, n, b = (pl.program_id(i) for i in range(3))
     start = inputs["lengths"][b]
     slot = start if inputs["first"] is None else start - inputs["first"][b]
-    for i, search in enumerate(searches):
+    for i, (kv, search) in enumerate(searches.items()):
 
         @pl.when((which == i) & (inputs["fitting"][b] > 0))
-        def _(i=i, search=search):
+        def _(i=i, kv=kv, search=search):
             side = inputs["sides"][i]
             _exact(side["exact"], held["exact"][i], n, b, start, search.interpret)
             room = (i, b, n)
-            _encode(side, (values, entries), room, search)
+            channel = jnp.arange(pl.next_power_of_2(search.coded), dtype=jnp.int32)
+            y = triton_token.coordinates(
+                inputs["token"], side["arrays"], kv, b, n, channel, search.coded, how
+            )
+            _encode(side["arrays"], y, channel, (values, entries), room, search)
             _write(side["columns"], entries, room, held["words"], slot, search)
 
 
@@ -159,13 +164,10 @@ def _exact(x, kept, n, b, start, interpret: bool) -> None:
         store(ref, (b, n, slot, channels), token.astype(ref.dtype), own, interpret=interpret)
 
 
-def _encode(side, rooms, room, s: Search) -> None:
-    """Codes and the gain's index as the entries of the vector."""
-    (values, entries), (_, b, n) = rooms, room
-    arrays = side["arrays"]
-    channel = jnp.arange(pl.next_power_of_2(s.coded), dtype=jnp.int32)
+def _encode(arrays, y, channel, rooms, room, s: Search) -> None:
+    """Codes and the gain's index as the entries of the vector y."""
+    (values, entries), (*_, n) = rooms, room
     real = channel < s.coded
-    y = _coordinates(side["x"], arrays, b, n, channel, s)
     if "gains" in arrays:
         far = window_gain.FAR * arrays["gains"][n, arrays["gains"].shape[1] - 1]
         y = jnp.where(y > far, far, jnp.where(y < -far, -far, y))  # NaN stays
@@ -177,27 +179,6 @@ def _encode(side, rooms, room, s: Search) -> None:
     store(entries, (*room, channel), codes, real, interpret=s.interpret)
     entries[(*room, s.coded)] = index
     _barrier(s)
-
-
-def _coordinates(x, arrays, b, n, channel, s: Search) -> Float[Array, "P"]:
-    """y = A (x - mean), or of units the coordinates that are coded."""
-    if "analysis" not in arrays:
-        there = channel.astype(jnp.float32) < arrays["coded"][n]
-        return load(x, (b, n, 0, channel), there & (channel < s.coded)).astype(jnp.float32)
-    dim = x.shape[3]
-    block = min(_BLOCK, pl.next_power_of_2(dim))
-
-    def step(i, total):
-        at = i * block + jnp.arange(block, dtype=jnp.int32)
-        inside = at < dim
-        token = load(x, (b, n, 0, at), inside).astype(jnp.float32)
-        token -= load(arrays["mean"], (n, at), inside)
-        mask = (channel < s.coded)[:, None] & inside[None, :]
-        rows = load(arrays["analysis"], (n, channel[:, None], at[None, :]), mask)
-        return total + rows * token[None, :]
-
-    zero = jnp.zeros((channel.shape[0], block), jnp.float32)
-    return jnp.sum(jax.lax.fori_loop(0, -(-dim // block), step, zero), axis=1)
 
 
 def _write(columns, entries, room, words, slot, s: Search) -> None:

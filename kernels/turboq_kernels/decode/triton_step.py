@@ -280,7 +280,8 @@ def _finish(*refs, tree, plan: Plan, rules: Rules, heads_first: tuple[bool, ...]
     m, coded, dim = x["q"].shape[2], x["matrix"].shape[1], out.shape[3]
     rows = rows_held(m)
     row = jnp.arange(rows, dtype=jnp.int32)
-    acc, top, total = merged(x, n, b, row, plan)
+    code = jnp.arange(max(16, pl.next_power_of_2(coded)), dtype=jnp.int32)
+    acc, top, total = merged(x, n, b, row, row < plan.m, code, plan)
     recent, own_top, own_total, broken = exact(x, n, b, row, dim, heads_first, rules, plan)
 
     tops, totals = [top, own_top], [total, own_total]
@@ -295,8 +296,7 @@ def _finish(*refs, tree, plan: Plan, rules: Rules, heads_first: tuple[bool, ...]
     factors = [f / jnp.where(weight > 0, weight, 1.0) for f in factors]
 
     put = functools.partial(store, interpret=plan.interpret)
-    code = jnp.arange(acc.shape[1], dtype=jnp.int32)[None, :]
-    put(room, (b, n, row[:, None], code), acc * factors[0][:, None], code < coded)
+    put(room, (b, n, row[:, None], code[None, :]), acc * factors[0][:, None], code[None, :] < coded)
     if not plan.interpret:
         plgpu.debug_barrier()  # of this program, which reads it in blocks
     y = _unfolded(x["matrix"], room, n, b, row, recent.shape[1])
@@ -312,12 +312,10 @@ def _finish(*refs, tree, plan: Plan, rules: Rules, heads_first: tuple[bool, ...]
     put(out, at, y, (row < m)[:, None] & (channel < dim)[None, :])
 
 
-def merged(x, n, b, row, plan) -> tuple[Array, Array, Array]:
-    """The softmax of this sequence's parts."""
-    coded = x["acc"].shape[3]
-    code = jnp.arange(max(16, pl.next_power_of_2(coded)), dtype=jnp.int32)[None, :]
-    held = row < plan.m
-    mask = held[:, None] & (code < coded)
+def merged(x, n, b, row, held, code, plan) -> tuple[Array, Array, Array]:
+    """The softmax of this sequence's parts, of rows that are `held`, at some coordinates."""
+    code = code[None, :]
+    mask = held[:, None] & (code < x["acc"].shape[3])
 
     def step(p, carry):
         acc, top, total = carry
