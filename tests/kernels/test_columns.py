@@ -42,6 +42,11 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("case", [*CASES[1:5], {"rope": "partial", "block": 16}], ids=str)
+def test_xla_reads_bits_as_it_decodes_them(rng, case):
+    check(rng, ["linear"], interpret=False, **case)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_read_what_decoding_reads(rng, case):
     names = [name for name in KERNELS if name != "triton" or case.get("block") != 128]
@@ -56,7 +61,7 @@ def test_some_tokens_at_once_and_an_empty_cache(rng):
     at = jnp.arange(5, dtype=jnp.int32)[None] + jnp.zeros((2, 1), jnp.int32)
     run = functools.partial(attend, q, state, words, tail, q_positions=at, scale=SCALE)
     want = run(implementation="xla")
-    for name in KERNELS:
+    for name in ("linear", *KERNELS):
         got = run(implementation=name, interpret=True)
         np.testing.assert_allclose(got, want, atol=TOL["columns"], err_msg=name)
         assert not np.any(np.asarray(got)[1])

@@ -127,13 +127,14 @@ def packed_by(implementation: str | None) -> Callable[..., tuple[Array, Any]]:
 def pool_by(implementation: str | None) -> Callable[..., tuple[Array, Pooled]]:
     """`cached_by` where all layers share a pool (`turboq.cache.model_cache`).
 
-    A named kernel reads single tokens; prompts are read by XLA. One that writes encodes both.
+    A named kernel, or what `columns.attend` prefers, reads single tokens; prompts are read by XLA.
+    One that writes encodes both.
 
     Raises:
       TurboqError: an unknown name.
     """
-    if implementation not in (None, *columns.IMPLEMENTATIONS):
-        raise TurboqError(f"{implementation=} must be None or one of {columns.IMPLEMENTATIONS}")
+    if implementation not in (None, *KERNELS):
+        raise TurboqError(f"{implementation=} must be None or one of {tuple(KERNELS)}")
     interpret = jax.default_backend() not in KERNELS[implementation or "xla"]
 
     def writer(form: model_cache.LayerForm) -> dict[str, Any]:

@@ -106,9 +106,8 @@ class OnePool(Recurrent):
         super().__init__()
         self.form, self.attend = form, pool_by(attention)
         self.states, self.pools = model_cache.init(form, batch=batch, capacity=capacity)
-        kernel = attention not in (None, "xla") or jax.default_backend() != "cpu"
         self.matrices = [
-            columns.prepare(state, self.pools[pool]) if kernel else None
+            None if attention == "xla" else columns.prepare(state, self.pools[pool])
             for state, pool in zip(self.states, form.pool_of, strict=True)
         ]
 
@@ -150,8 +149,7 @@ def open_cache(
     `layers` are those that own a cache, in order.
     `attention` names the kernel that reads it (`attention_plugs.KERNELS`).
     """
-    pooled = attention in (None, *columns.IMPLEMENTATIONS)
-    form = model_cache.forms(layers) if pooled else None
+    form = model_cache.forms(layers)
     if form is not None:
         return OnePool(form, batch, capacity, attention)
     return ByLayer(layers, batch, capacity, cached_by(attention))

@@ -18,19 +18,20 @@ from turboq.cache.model_cache import LayerState
 from turboq.numbers.packing import PAGE
 from turboq.numbers.rope import unrotate
 from turboq_kernels import merge
-from turboq_kernels.columns import linear, mosaic_tpu, queries, triton, triton_step
+from turboq_kernels.columns import base, linear, mosaic_tpu, queries, triton, triton_step
 from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.decode.types import Partial
 
-IMPLEMENTATIONS = ("xla", "mosaic_tpu", "triton")
+IMPLEMENTATIONS = ("xla", "linear", "mosaic_tpu", "triton")
 _BLOCKS = {*mosaic_tpu.BLOCKS, *triton.BLOCKS}
-_PREFERENCE = {"tpu": ("mosaic_tpu",), "gpu": ("triton",)}
+_PREFERENCE = {"tpu": ("mosaic_tpu", "linear"), "gpu": ("triton", "linear"), "cpu": ("linear",)}
 
 
 def prepare(state: LayerState, words: UInt32[Array, "B P R C"]) -> LinearLayer | None:
     """What kernels need to know of a layer; None if no kernel reads it."""
     layer = state.form.layer
-    turned = layer.rope is not None and layer.rope_block not in _BLOCKS
+    block = layer.rope_block
+    turned = layer.rope is not None and not (block in _BLOCKS or base.reads_blocks(block))
     if turned or linear.unsupported(state.form) is not None:
         return None
     return linear.linear_layer(state.form, pool_lanes=words.shape[-1])
@@ -48,6 +49,8 @@ def unsupported(
     block = layer.rope_block if layer.rope is not None else None
     reason = linear.unsupported(state.form)
     rows, groups = q.shape[1] * q.shape[2], linear.unit_groups(state.form)
+    if name == "linear":
+        return reason or base.unsupported(rows, block)
     if name == "triton":
         return reason or triton.unsupported(rows // linear.group_count(groups), block)
     widths = linear.run_lanes(state.form, words.shape[-1])
@@ -123,13 +126,14 @@ def attend(
         seen_from, made, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block,
         matrix=k_matrix,
     )  # fmt: skip
-    run = mosaic_tpu.attend
-    if name == "triton":
-        run = functools.partial(triton.attend, splits=splits)
+    run = {
+        "linear": base.attend,
+        "mosaic_tpu": functools.partial(mosaic_tpu.attend, interpret=interpret),
+        "triton": functools.partial(triton.attend, splits=splits, interpret=interpret),
+    }[name]
     sums = run(
         folded, words, made, jnp.maximum(low, layer.policy.sinks) - first,
-        jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]) - first,
-        interpret=interpret, **options,
+        jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]) - first, **options,
     )  # fmt: skip
     acc = queries.values(sums, made, v_matrix)
     parts = [Partial(acc=acc, top=sums.top, total=sums.total)]

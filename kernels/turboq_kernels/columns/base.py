@@ -1,0 +1,127 @@
+"""Columns in plain XLA: the bits of a few query rows' tokens, page by page, never decoded.
+
+A page's words become numbers g (bit - 1/2) [256, W], which meet the folded queries and then the
+probabilities: two products of W numbers per row and token, where decoding turns every token by
+matrices as wide as all heads. For more rows than a few, and for keys that are turned one by one,
+decoding them is cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from turboq.cache.columns import BIT_OF, NONE
+from turboq.cache.exact_attention import HIGHEST, soft_cap
+from turboq.numbers.packing import PAGE
+from turboq_kernels.columns.linear import LinearLayer
+from turboq_kernels.columns.queries import Folded
+from turboq_kernels.columns.types import Sums
+from turboq_kernels.decode.base import rescaled
+from turboq_kernels.decode.types import Partial
+
+MOST_ROWS = 64
+FEWEST_POSITIONS = 16  # of a block of keys: every block has folded queries of its own
+
+
+def unsupported(rows: int, block: int | None) -> str | None:
+    """Why a case is not for this reading, or None. `block` None: keys after RoPE."""
+    if rows > MOST_ROWS:
+        return f"{rows} query rows; up to {MOST_ROWS} are read"
+    if block is not None and not reads_blocks(block):
+        return f"keys of blocks of {block} positions"
+    return None
+
+
+def reads_blocks(block: int) -> bool:
+    """Whether keys in blocks of so many positions are read."""
+    return PAGE % block == 0 and block >= FEWEST_POSITIONS
+
+
+def attend(
+    folded: Folded,
+    words: UInt32[Array, "B P R C"],
+    layer: LinearLayer,
+    starts: Int[Array, "B M"],
+    ends: Int[Array, "B M"],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Sums:
+    """Softmax over slots starts[b, m] <= s < ends[b, m] of every row (`columns.queries`)."""
+    batch, rows = starts.shape
+    logits_of = _by_blocks(folded, words.shape[1])
+
+    def step(page, state: Partial) -> Partial:
+        own = jax.lax.dynamic_index_in_dim(words, page, axis=1, keepdims=False)
+        k = _numbers(own, layer, 0)
+        v = k if layer.joined else _numbers(own, layer, 1)
+        slots = page * PAGE + jnp.arange(PAGE, dtype=jnp.int32)[None, None]
+        seen = (slots >= starts[..., None]) & (slots < ends[..., None])
+        raw = logits_of(k, page)
+        logits = jnp.where(seen, soft_cap(raw * scale, softcap), -jnp.inf)
+        top = jnp.maximum(state.top, jnp.max(logits, axis=-1)[:, None])
+        p = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0)[:, 0, :, None])
+        acc = jnp.einsum("bms,bsw->bmw", p, v, precision=HIGHEST)
+        state = rescaled(state, top)
+        return Partial(
+            acc=state.acc + acc[:, None], top=top, total=state.total + jnp.sum(p, axis=-1)[:, None]
+        )
+
+    empty = Partial(
+        acc=jnp.zeros((batch, 1, rows, layer.v.matrix.shape[-1]), jnp.float32),
+        top=jnp.full((batch, 1, rows), -jnp.inf, jnp.float32),
+        total=jnp.zeros((batch, 1, rows), jnp.float32),
+    )
+    some = ends > starts
+    low = jnp.min(jnp.where(some, starts, words.shape[1] * PAGE)) // PAGE
+    high = -(-jnp.max(jnp.where(some, ends, 0)) // PAGE)
+    found = jax.lax.fori_loop(low, jnp.minimum(high, words.shape[1]), step, empty)
+    return Sums(acc=found.acc[:, 0], total=found.total[:, 0], top=found.top[:, 0])
+
+
+def _by_blocks(folded: Folded, pages: int) -> Callable[[Array, Array], Array]:
+    """Logits [B, M, S] of a page's numbers [B, S, W] and its index: each block has its queries."""
+    batch, count, rows, _ = folded.left.shape
+    blocks = max(1, count // pages)  # of a page
+
+    def logits(k: Array, page: Array) -> Array:
+        left = folded.left
+        if count > 1:
+            left = jax.lax.dynamic_slice_in_dim(left, page * blocks, blocks, axis=1)
+        split = k.reshape(batch, blocks, PAGE // blocks, -1)
+        raw = jnp.einsum("bqmw,bqsw->bmqs", left, split, precision=HIGHEST)
+        raw = raw.reshape(batch, rows, PAGE)
+        if folded.bias.shape[-1] == 1:
+            return raw + folded.bias
+        return raw + jax.lax.dynamic_slice_in_dim(folded.bias, page * PAGE, PAGE, axis=2)
+
+    return logits
+
+
+def _numbers(page: UInt32[Array, "B R C"], layer: LinearLayer, i: int) -> Float[Array, "B S W"]:
+    """g (bit - 1/2) of every lane of K (0) or V (1) at the tokens of a page; any of other lanes."""
+    side = (layer.k, layer.v)[i]
+    lanes = layer.first[i] + jnp.arange(side.matrix.shape[-1], dtype=jnp.int32)
+    signs = _bits(page, lanes).astype(jnp.float32) - 0.5
+    if not layer.gained:
+        return signs
+    planes = layer.gain_lanes[i]  # [U, 4]
+    bits = _bits(page, planes.reshape(-1)).reshape(len(page), PAGE, *planes.shape)
+    worth = jnp.where(planes == NONE, 0, 1 << jnp.arange(planes.shape[1], dtype=jnp.int32)[None])
+    codes = jnp.sum(bits.astype(jnp.int32) * worth[None, None], axis=-1)  # [B, S, U]
+    units = jnp.arange(len(side.gains), dtype=jnp.int32)
+    gains = side.gains.at[units[None, None], codes].get(mode="promise_in_bounds")
+    there = side.unit[None] == units[:, None]  # a gather of so many lanes takes far longer
+    return signs * jnp.matmul(gains, there.astype(jnp.float32), precision=HIGHEST)
+
+
+def _bits(page: UInt32[Array, "B R C"], lanes: Int[Array, "n"]) -> UInt32[Array, "B S n"]:
+    """Bits of some lanes, token by token; lanes behind the pool hold zeros."""
+    lanes = jnp.where(lanes < 0, page.shape[-1], lanes)
+    own = page.at[..., lanes].get(mode="fill", fill_value=0)
+    shifts = jnp.asarray(BIT_OF, jnp.uint32)[None, :, None, None]
+    return ((own[:, None] >> shifts) & jnp.uint32(1)).reshape(len(page), PAGE, -1)
