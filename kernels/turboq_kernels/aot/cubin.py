@@ -65,14 +65,14 @@ def costs(executable: bytes) -> dict[str, Cost]:
     Raises:
       ValueError: no ELF inside (another version of XLA may serialize otherwise).
     """
-    data = _unwrapped(executable)
+    data = unwrapped(executable)
     out = {}
-    for elf in _elves(data):
+    for elf in elves(data):
         out |= _functions(elf, data)
     return out
 
 
-def _unwrapped(executable: bytes) -> bytes:
+def unwrapped(executable: bytes) -> bytes:
     data = executable
     for _ in range(4):
         start = data.find(_RIEGELI)
@@ -85,7 +85,7 @@ def _unwrapped(executable: bytes) -> bytes:
     return data
 
 
-def _elves(data: bytes) -> list[bytes]:
+def elves(data: bytes) -> list[bytes]:
     found, at = [], data.find(_ELF)
     while at >= 0:
         size = _elf_size(data, at)

@@ -27,7 +27,7 @@ def program(c: Configuration) -> Program:
 
 def row(c: Configuration) -> dict[str, Any]:
     """One row of `experiments/results/kernel_costs.json`."""
-    return step.row(c, cuda.compile_for(program(c)))
+    return step.row(c, cuda.compile_for(program(c), c.target))
 
 
 def rows(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:

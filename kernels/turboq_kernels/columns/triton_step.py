@@ -1,6 +1,6 @@
 """One query token's attention to a layer of the one pool on a GPU, three launches in all.
 
-    prepare   queries over their group's own lanes as pairs of float16 (`columns.queries.fold`),
+    prepare   queries over their group's own lanes as pairs of int8 (`columns.queries.fold`),
               what they see, parts of the sequences (`decode.triton_parts`), lanes
     (the kernel of `columns.triton`)
     finish    one softmax over the parts and the exact tokens, and out of the bits:
@@ -115,7 +115,7 @@ def _prepare(q, layer: LinearLayer, seen, pool_lanes: int, step: Step) -> tuple[
     inputs |= {"mean": [layer.k.mean, layer.rest], "gains": layer.v.gains}
     leaves, tree = jax.tree.flatten(inputs)
     shapes = {
-        "weights": ((batch, 1, groups, width, 2 * plan.m), jnp.float16),
+        "weights": ((batch, 1, groups, 2 * plan.m, width), jnp.int8),
         "unit": ((batch, groups * rows), jnp.float32),
         "half": ((batch, 1, groups * rows, 1), jnp.float32),
         "bias": ((batch, groups * rows, 1), jnp.float32),
@@ -234,15 +234,12 @@ def _fold(x, out, b, n, pool_lanes: int, step: Step) -> None:
     blocks = -(-dim // block)
     folded = product(left, right, blocks, (lane.shape[0], _ROWS))  # [rows, lanes]
     largest = jnp.max(jnp.abs(folded), axis=1)
-    unit = jnp.where(largest > 0, largest / triton.LARGEST, 1.0)
-    whole = folded / unit[:, None]
-    bits = jax.lax.bitcast_convert_type(whole, jnp.uint32) & jnp.uint32(0xFFFFE000)
-    high = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    unit = jnp.where(largest == 0, 1.0, largest / triton.HIGH)
     put = functools.partial(store, interpret=step.interpret)
     held = (row < plan.m)[:, None] & (lane < width)[None, :]
-    for i, part in enumerate((high, whole - high)):
-        to = (b, 0, n, lane[None, :], 2 * row[:, None] + i)
-        put(out["weights"], to, part.astype(jnp.float16), held)
+    for i, part in enumerate(triton.pair(folded / unit[:, None])):
+        to = (b, 0, n, 2 * row[:, None] + i, lane[None, :])
+        put(out["weights"], to, part, held)
 
     def mean(k, total):
         channels, inside = at(k)
