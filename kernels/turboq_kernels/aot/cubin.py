@@ -13,7 +13,6 @@ import struct
 
 _RIEGELI = bytes.fromhex("83af70d10d884a3f")  # first 8 bytes of every Riegeli file
 _BLOCK, _BLOCK_HEADER = 65536, 24
-_CHUNK, _GAP = 1 << 19, 256  # bytes of a chunk that others follow, at least; between them, at most
 _ELF = b"\x7fELF"
 _INSTRUCTION = 16
 _BRA, _DEPBAR = 0x947, 0x91A  # low 12 bits of an instruction: the operation
@@ -150,29 +149,16 @@ def _without_block_headers(file: bytes) -> bytes:
 
 
 def _chunk_with_elf(file: bytes) -> bytes | None:
-    """The Snappy stream that decodes completely and holds an ELF, and those behind it.
+    """The longest Snappy stream that decodes completely and holds an ELF, wherever it starts.
 
-    A chunk is about 1 MiB: a large executable goes on in the next, whose stream is the longest of
-    those that decode within `_GAP` bytes.
+    Short ones may decode by chance.
     """
-    for start in range(max(file.find(_ELF), 0)):
-        found = _snappy(file, start)
-        if found is None or _ELF not in found[0]:
-            continue
-        out = [found[0]]
-        while len(found[0]) >= _CHUNK:
-            near = range(found[1], min(found[1] + _GAP, len(file)))
-            more = [each for at in near if (each := _snappy(file, at)) is not None]
-            if not more:
-                break
-            found = max(more, key=lambda each: each[1])
-            out.append(found[0])
-        return b"".join(out)
-    return None
+    found = (_snappy(file, start) for start in range(max(file.find(_ELF), 0)))
+    return max((each for each in found if each and _ELF in each), key=len, default=None)
 
 
-def _snappy(data: bytes, at: int) -> tuple[bytes, int] | None:
-    """Decodes one Snappy stream at `at`: its bytes and where it ends, or None if there is none."""
+def _snappy(data: bytes, at: int) -> bytes | None:
+    """Decodes one Snappy stream at `at`, or None if there is none."""
     size, shift = 0, 0
     while True:  # length: a varint
         if at >= len(data) or shift > 28:
@@ -211,7 +197,7 @@ def _snappy(data: bytes, at: int) -> tuple[bytes, int] | None:
             return None
         for _ in range(length):
             out.append(out[-distance])
-    return (bytes(out), at) if len(out) == size else None
+    return bytes(out) if len(out) == size else None
 
 
 def _elf_size(data: bytes, at: int) -> int:
