@@ -15,7 +15,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from turboq.files import atomic_write  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
-FILES = {"tpu": "kernel_costs.json", "cuda": "kernel_costs.json", "targets": "gpu_targets.json"}
+FILES = {
+    "tpu": "kernel_costs.json",
+    "cuda": "kernel_costs.json",
+    "targets": "gpu_targets.json",
+    "rocm": "amd_costs.json",
+}
 # Modules of turboq_kernels.aot by platform and operation.
 MODULES = {
     ("tpu", "decode"): "tpu",
@@ -30,6 +35,7 @@ MODULES = {
     ("tpu", "step"): "tpu_step",
     ("cuda", "step"): "cuda_step",
     ("targets", None): "cuda_targets",  # every operation
+    ("rocm", None): "rocm",  # likewise
 }
 # What makes two rows the same measurement.
 KEYS = ("target", "op", "bits", "levels", "dim", "group", "tokens", "cache", "joined", "states")
@@ -37,7 +43,8 @@ KEYS = ("target", "op", "bits", "levels", "dim", "group", "tokens", "cache", "jo
 HELP = """\
 Compiles the kernels for chips that are not here and writes their static costs: VLIW bundles of the
 main loop per 256 tokens on TPU, instructions per element, registers and spills on sm_90; with
---platform=targets one case of every operation for sm_80, sm_89, sm_100 and sm_120. Conditions
+--platform=targets one case of every operation for sm_80, sm_89, sm_100 and sm_120, with
+--platform=rocm for AMD's gfx942, gfx1100 and gfx1201. Conditions
 choose rows, e.g. op=encode bits=3; those other than op must be met by some row of every operation.
 Rows of a platform or of conditions that were not asked for stay as they are in the file.
 
@@ -86,7 +93,7 @@ def main(arguments: list[str]) -> int:
         return 1
     for module, platform in modules:
         out = given.out or RESULTS / FILES[platform]
-        every = [f"op={op}"] if platform == "targets" and op is not None else []
+        every = [f"op={op}"] if platform in ("targets", "rocm") and op is not None else []
         for row in module.rows(only + every):
             # After every row: a run of many compilations may be cut off.
             old = json.loads(out.read_text()) if out.exists() else []

@@ -14,13 +14,15 @@ TOL: dict[str, float] = {
     "columns": 5e-4,
     # The same over the 256 bits of six units: twice the sum of as many roundings.
     "columns_joined": 1e-3,
-    # Queries as pairs of float16, 2**-22 of |q| |column| ~ 10, over 72 bits of +-1/2, scale 0.3:
-    # 3e-6 on a logit; weights 2**-22 of the largest; float32 sums of 530 terms in parts of 256, ~8
-    # eps each: 5e-6 relative, times |v| ~ 2.
-    "columns_triton": 1e-5,
-    # One query folded, of |q| |column|: split products 4.8e-7, the float16 pair 2**-22, a rotation
-    # by float32 cosines (three roundings of a pair, 6e-8 each) and a division by the unit.
+    # Queries as pairs of int8 of |q| |column| ~ 10: 10 / (127 508) / sqrt(3) = 9e-5 each, over
+    # sqrt(72) bits of +-1/2, scale 0.3: 1.1e-4 on a logit, as much relative on p; averaged over
+    # the tokens that share a softmax (40 and 530, as if 10) 4e-5, times |v| ~ 2. Weights likewise,
+    # up to 8 / (127 508) of a page's largest: 1.2e-4 / 10.
+    "columns_triton": 1e-4,
+    # One query folded, of |q| |column|: split products 4.8e-7, a rotation by float32 cosines (three
+    # roundings of a pair, 6e-8 each); as a pair of int8 besides half of 1 / (127 254), 1.55e-5.
     "folded_query": 2e-6,
+    "folded_pair": 1.7e-5,
     # Tiny decoders of 2-5 layers against transformers in float32: residual stream of order 1..5,
     # ~10 rounded sums of 28..48 products per layer, each ~4 eps of its size: 50 * 4 * 6e-8 = 1.2e-5
     # (the largest seen: 1.04e-5 of qwen3_next on a CPU that adds 16 numbers at a time).

@@ -81,9 +81,9 @@ def test_queries_are_folded_as_in_float64(group, joined, keys, first, rng):
 
     size = np.linalg.norm(whole, axis=-1) * np.asarray(made.longest, np.float64)[None, :, None]
     unit = np.asarray(ready.unit).reshape(size.shape)
-    np.testing.assert_allclose(unit * triton.LARGEST, size, rtol=TOL["split_product"])
-    pairs = np.asarray(ready.weights, np.float64)[..., : 2 * each * group]
-    got = pairs.reshape(*pairs.shape[:-1], -1, 2).sum(axis=-1).swapaxes(3, 4)
+    np.testing.assert_allclose(unit * triton.HIGH, size, rtol=TOL["split_product"])
+    pairs = np.asarray(ready.weights, np.float64)[..., : 2 * each * group, :]
+    got = pairs[..., ::2, :] + pairs[..., 1::2, :] / triton.LOW
     got = got * unit.reshape(2, 1, -1, each * group, 1)
     off = TOL["folded_query"] * size.max()
     np.testing.assert_array_equal(ready.starts, np.full((2, HEADS * group), max(3 - first, -first)))
@@ -91,7 +91,9 @@ def test_queries_are_folded_as_in_float64(group, joined, keys, first, rng):
         stored = length - 2
         np.testing.assert_array_equal(ready.ends[b], np.full(HEADS * group, stored))
         seen = -(-stored // block)
-        np.testing.assert_allclose(got[b, :seen], left[b, :seen], atol=off)
+        np.testing.assert_allclose(
+            got[b, :seen], left[b, :seen], atol=TOL["folded_pair"] * size.max()
+        )
         own = np.asarray(ready.half)[b, :seen].reshape(half[b, :seen].shape)
         np.testing.assert_allclose(own, half[b, :seen], atol=off * left.shape[-1] ** 0.5)
         biases = np.asarray(ready.bias)[b].reshape(HEADS, group, count, -1)

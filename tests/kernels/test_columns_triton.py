@@ -75,28 +75,49 @@ def test_a_ragged_batch(case, cores):
     assert not np.any(np.asarray(sums.total)[1])
 
 
-def permuted(a, b, selector):
+def prmt(a, b, selector):
     """`prmt.b32` of NVIDIA's manual: byte i is the one that nibble i of the selector names."""
     source = a | b << 32
     return sum((source >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i for i in range(4))
 
 
-def test_the_assembly_takes_the_bytes_it_is_told():
-    """The PTX, executed here: two words, the byte of each, the mask of each."""
-    rng = np.random.default_rng(0)
-    steps = [x.split() for x in triton.BYTES_ASM.strip("{} ;").split(";")]
-    assert [x[0] for x in steps] == [".reg", "prmt.b32", "or.b32", "prmt.b32", "and.b32"]
-    does = {"prmt.b32": permuted, "or.b32": int.__or__, "and.b32": int.__and__}
-    for _ in range(200):
-        words, which = rng.integers(0, 2**32, 2), rng.integers(0, 4, 2)
-        masks = 1 << rng.integers(0, 8, 2)
-        held = dict(zip(("$1", "$2"), map(int, words), strict=True))
-        held |= {"$3": int(which[0] | which[1] << 16), "$4": int(masks[0] | masks[1] << 16)}
-        for name, to, *of in steps[1:]:
-            given = (x.strip(",") for x in of)
-            held[to.strip(",")] = does[name](*(held[x] if x in held else int(x, 0) for x in given))
-        due = words >> 8 * which & masks
-        assert held["$0"] == due[0] | due[1] << 16
+def v_perm(high, low, selector):
+    """`v_perm_b32` of AMD's manuals: byte i is the one that byte i names, 12 is zero."""
+    source, names = high << 32 | low, [selector >> 8 * i & 255 for i in range(4)]
+    return sum((source >> 8 * k & 255) << 8 * i for i, k in enumerate(names) if k != 12)
+
+
+@pytest.mark.parametrize("asm", ["ptx", "gcn", None])
+def test_the_assembly_takes_the_bytes_it_is_told(asm, monkeypatch):
+    """One byte of each of four words, by NVIDIA's and AMD's instructions, executed here."""
+    does = {"prmt.b32": prmt, "v_perm_b32": v_perm}
+
+    def run(code, *args):
+        name, *operands = code.rstrip(";").replace(",", "").split()
+        args = np.broadcast_arrays(*(np.asarray(x, np.uint32) for x in args))
+        out = np.empty(args[0].shape, np.uint32)
+        for at in np.ndindex(out.shape):
+            held = {f"${i + 1}": int(x[at]) for i, x in enumerate(args)}
+            out[at] = does[name](*(held[x] if x in held else int(x, 0) for x in operands[1:]))
+        return jnp.asarray(out)
+
+    monkeypatch.setattr(triton, "_asm", run)
+    four = np.random.default_rng(0).integers(0, 2**32, (4, 1, 50), dtype=np.uint32)
+    select = [jnp.asarray(x, jnp.uint32)[:, None] for x in triton._selectors(asm)]
+    w0, w1, w2, w3 = map(jnp.asarray, four)
+    got = np.asarray(triton._bytes([w0, w2, w1, w3], select, asm))
+    bytes_of = four[:, 0].view(np.uint8).reshape(4, 50, 4)
+    for byte in range(4):
+        np.testing.assert_array_equal(
+            got[byte].view(np.uint8).reshape(50, 4), bytes_of[..., byte].T
+        )
+
+
+def test_a_pair_is_as_exact_as_it_says():
+    x = np.random.default_rng(1).uniform(-127, 127, 5000).astype(np.float32)
+    for of in (triton.pair, jax.jit(triton.pair)):
+        high, low = (np.asarray(y, np.float64) for y in of(jnp.asarray(x)))
+        assert np.max(np.abs(high + low / triton.LOW - x)) <= 0.5 / triton.LOW * (1 + 1e-4)
 
 
 def test_a_sequence_alone_and_in_a_batch(case):

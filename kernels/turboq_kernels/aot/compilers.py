@@ -27,29 +27,34 @@ import turboq
 import turboq_kernels
 
 # By platform: what shows that its compiler is there, and what installs it.
-_MARKS = {"tpu": "libtpu/__init__.py", "cuda": "jax_plugins/xla_cuda13/__init__.py"}
+_MARKS = {
+    "tpu": "libtpu/__init__.py",
+    "cuda": "jax_plugins/xla_cuda13/__init__.py",
+    "rocm": "jax_plugins/xla_rocm7/__init__.py",
+}
 _PACKAGES = {
     "tpu": "libtpu",
     "cuda": f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}",
+    "rocm": f"jax-rocm7-pjrt=={jax.__version__}",
 }
-_NAMES = {"tpu": "TPU", "cuda": "GPU"}
+_NAMES = {"tpu": "TPU", "cuda": "GPU", "rocm": "AMD GPU"}
 # Of the schedules that libtpu can write, those that are read (all would be 700 MB a kernel).
 _SCHEDULES = "final_bundles|final_hlo-static-per-bundle-utilization|pre-finalize-registers.*"
 
 
-def folder() -> pathlib.Path:
-    """Where scripts/bootstrap puts the compilers of this environment."""
-    return pathlib.Path(sys.prefix) / "compilers"
+def folder(platform: str = "cuda") -> pathlib.Path:
+    """Where scripts/bootstrap puts the compilers of this environment; AMD's it does not install."""
+    return pathlib.Path(sys.prefix) / ("compilers-amd" if platform == "rocm" else "compilers")
 
 
 def missing(platform: str) -> str | None:
-    """Why nothing can be compiled for "tpu" or "cuda" here, or None."""
-    places = (folder(), *map(pathlib.Path, sys.path))
+    """Why nothing can be compiled for "tpu", "cuda" or "rocm" here, or None."""
+    places = (folder(platform), *map(pathlib.Path, sys.path))
     if any((place / _MARKS[platform]).is_file() for place in places):
         return None
     return (
         f"the {_NAMES[platform]} compiler is not installed: "
-        f"pip install --no-deps --target {folder()} {_PACKAGES[platform]}"
+        f"pip install --no-deps --target {folder(platform)} {_PACKAGES[platform]}"
     )
 
 
@@ -111,8 +116,10 @@ def version(platform: str) -> str:
       RuntimeError: the compiler is missing.
     """
     _require(platform)
-    name = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}[platform]
-    (found, *_) = importlib.metadata.distributions(name=name, path=[str(folder()), *sys.path])
+    name = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin", "rocm": "jax-rocm7-pjrt"}[platform]
+    (found, *_) = importlib.metadata.distributions(
+        name=name, path=[str(folder(platform)), *sys.path]
+    )
     return f"{name} {found.version}"
 
 

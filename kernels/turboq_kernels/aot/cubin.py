@@ -65,14 +65,14 @@ def costs(executable: bytes) -> dict[str, Cost]:
     Raises:
       ValueError: no ELF inside (another version of XLA may serialize otherwise).
     """
-    data = _unwrapped(executable)
+    data = unwrapped(executable)
     out = {}
-    for elf in _elves(data):
+    for elf in elves(data):
         out |= _functions(elf, data)
     return out
 
 
-def _unwrapped(executable: bytes) -> bytes:
+def unwrapped(executable: bytes) -> bytes:
     data = executable
     for _ in range(4):
         start = data.find(_RIEGELI)
@@ -85,7 +85,7 @@ def _unwrapped(executable: bytes) -> bytes:
     return data
 
 
-def _elves(data: bytes) -> list[bytes]:
+def elves(data: bytes) -> list[bytes]:
     found, at = [], data.find(_ELF)
     while at >= 0:
         size = _elf_size(data, at)
@@ -149,12 +149,12 @@ def _without_block_headers(file: bytes) -> bytes:
 
 
 def _chunk_with_elf(file: bytes) -> bytes | None:
-    """The Snappy stream that decodes completely and holds an ELF, wherever it starts.
+    """The longest Snappy stream that decodes completely and holds an ELF, wherever it starts.
 
-    A wrong start may decode to a piece of it: the longest is whole.
+    Short ones may decode by chance.
     """
-    decoded = (_snappy(file, start) for start in range(max(file.find(_ELF), 0)))
-    return max((x for x in decoded if x is not None and _ELF in x), key=len, default=None)
+    found = (_snappy(file, start) for start in range(max(file.find(_ELF), 0)))
+    return max((each for each in found if each and _ELF in each), key=len, default=None)
 
 
 def _snappy(data: bytes, at: int) -> bytes | None:

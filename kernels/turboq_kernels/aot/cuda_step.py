@@ -29,7 +29,7 @@ def program(c: Configuration) -> Program:
 
 def row(c: Configuration) -> dict[str, Any]:
     """One row of `experiments/results/kernel_costs.json`."""
-    executable = cuda.compile_for(program(c))
+    executable = cuda.compile_for(program(c), c.target)
     payload, *_ = serialize_executable.serialize(executable)
     spills = {
         name: cost.spill_bytes

@@ -24,6 +24,8 @@ _CASES = {
     "prefill": ("cuda_prefill", {"bits": 3}),
     "encode": ("cuda_encode", {"bits": 3, "dim": 128, "tokens": 256}),
     "columns": ("cuda_columns", {"bits": 3}),
+    "window": ("cuda_window", {"states": 64}),
+    "step": ("cuda_step", {"levels": "turboquant_mse"}),
 }
 _FLOATS = ("int8", "e4m3")  # stored tokens of one byte
 
@@ -53,15 +55,16 @@ def row(configuration: Configuration) -> dict[str, Any]:
     if c.levels:
         fields = {"bits": 8, "levels": c.levels}
     try:
-        if c.op == "columns":
+        if c.op in ("columns", "window", "step"):
             got = module.row(module.Configuration(target=c.target, **fields))
         else:
             got = module.row(module.Configuration(**fields), c.target)
     except ValueError as error:
         return dataclasses.asdict(c) | {"refused": str(error)}
     unknown = ["residency", "loads_ahead"]  # read for sm_90
-    if not got["instructions_per_element"]:  # newer code whose loop is not found: no count
-        unknown.append("instructions_per_element")
+    for per in ("instructions_per_element", "instructions_per_state"):
+        if not got.get(per, True):  # newer code whose loop is not found: no count
+            unknown.append(per)
     return {name: value for name, value in got.items() if name not in unknown}
 
 

@@ -1,4 +1,4 @@
-"""Columns on GPUs (Pallas-Triton): one group's stored bits as float16 operands of the matrix unit.
+"""Columns on GPUs (Pallas-Triton): one group's stored bits as int8 operands of the matrix unit.
 
 One program reads one group (a KV head, or heads that are joined) of one part of the pages
 (`decode.triton_parts`), a page at a time; lanes are read in runs of one unit, as many as the widest
@@ -7,11 +7,10 @@ group has. Lanes that are none of the unit's have no weight.
     K run [256, run] of bits   S [256, M] = gain (sum over runs of run q - sum(q) / 2) + bias
     softmax over a page, online     acc [run, M] += run^T (p gain)
 
-Bit 8 b + i of a word is masked where byte b lies in its half word: the subnormal float16 number
-2^(i - 24), exact in the matrix unit (Fasi, Higham, Mikaitis, Pranesh, PeerJ CS 7:e330, 2021); plain
-operations, without NVIDIA's, convert it to 2^i. What a token has too little is multiplied into its
-logits and weights. Queries and weights are two float16 numbers each, side by side, 22 bits of the
-largest.
+Bit 8 b + i of a word, masked in its byte, is the int8 number 2^i (-2^7 of bit 7). What a token has
+too much is divided out of its logits and weights; bits 4 to 7 of V are moved down first, so weights
+lose 3 bits at most. Queries and weights are two int8 numbers each, side by side (`pair`), weights
+in units of a page's largest. Sums of products are exact integers.
 
 Tokens and lanes are so ordered that the thread that holds a word is one whose fragment of the
 matrix unit's left operand the word's bits are: only words pass shared memory. Of joined heads every
@@ -30,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Int8, UInt32
 
 from turboq.numbers.packing import PAGE, ROWS
 from turboq_kernels.columns.linear import GAIN_BITS, LinearLayer, units_of
@@ -44,13 +43,12 @@ from turboq_kernels.target import target
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 STAGES = 2
 MAX_ROWS = 16  # of a group
-LARGEST = 2.0**14  # of queries and weights as float16
-_SMALLEST = 24  # 2^-24: what bit 0 of a half word is as float16
-# Two elements at a time: a selector of two bytes (the same in every step), those bytes, the masks.
-BYTES_ASM = (
-    "{ .reg .b32 a; prmt.b32 a, $3, 0, 0x4420; or.b32 a, a, 0x400; "
-    "prmt.b32 a, $1, $2, a; and.b32 $0, a, $4; }"
-)
+HIGH, LOW = (
+    127.0,
+    254.0,
+)  # the largest int8 number; what a second one counts is 1 / LOW of the first
+_EVERY = np.uint32(0x01010101)
+_ROUND = 1.5 * 2.0**23  # added to a float32 number leaves the nearest integer in its low bits
 BLOCKS = (PAGE,)  # positions of a block of keys
 
 
@@ -97,12 +95,7 @@ class Plan:
     gained: bool
     scale: float
     softcap: float | None
-    asm: bool  # NVIDIA's instructions, or plain operations
-
-    @property
-    def shift(self) -> int:
-        """Bit 0 of a byte is 2^-shift: plain operations convert it, compilers flush subnormals."""
-        return _SMALLEST if self.asm else 0
+    asm: str | None  # instructions of "ptx" or "gcn", or plain operations
 
 
 def attend(
@@ -156,7 +149,7 @@ def attend(
 class Ready:
     """What the kernel takes of a step beside the layer and its pool."""
 
-    weights: Any  # float16 [B, Q, J, U, 2 m]
+    weights: Any  # int8 [B, Q, J, 2 m, U], pairs
     unit: Any  # float32 [B, M]
     half: Any  # float32 [B, Q, M, p]
     bias: Any  # float32 [B, M, S or 1]
@@ -177,11 +170,12 @@ def planned(
     if splits is None:
         slots = gpu.processors * tuned.residency
         count = triton_parts.count(batch, groups, pages, slots)
+    least = 4 if gpu.ptx else 8  # the matrix unit takes pairs in eights; AMD's in sixteens
     plan = Plan(
-        run=tuned.run, m=max(4, 1 << (rows // groups - 1).bit_length()), rows=rows // groups,
+        run=tuned.run, m=max(least, 1 << (rows // groups - 1).bit_length()), rows=rows // groups,
         places=_places(layer), joined=len(layer.widest) // 2 if layer.joined else 0,
         turned=turned, per_token=per_token, gained=layer.gained, scale=scale, softcap=softcap,
-        asm=gpu.ptx and not interpret,
+        asm=None if interpret else "ptx" if gpu.ptx else "gcn",
     )  # fmt: skip
     return plan, count
 
@@ -204,10 +198,8 @@ def launch(
         "half": ready.half, "starts": ready.starts, "ends": ready.ends,
         "parts": list(ready.parts), "lanes": ready.lanes, "most": ready.most,
         "gains": [layer.k.gains, layer.v.gains], "gain_lanes": layer.gain_lanes,
-        # Loaded and not computed: Triton turns the layout of loads, not that of counters. XLA would
-        # make what it sees to be one, 0 to 3, in a launch of its own.
-        "bytes": np.array([0, 1, 2, 3, 0], np.int16),
-        "masks": np.left_shift(1, np.arange(8), dtype=np.int16),
+        # Loaded and not computed: Triton turns the layout of loads, not that of counters.
+        "select": _selectors(plan.asm), "masks": _EVERY << np.arange(8, dtype=np.uint32),
     }  # fmt: skip
     leaves, tree = jax.tree.flatten(inputs)
     lead, width = (count, layer.groups, plan.m), plan.run * sum(plan.places[1])
@@ -272,16 +264,23 @@ def _half(layer: LinearLayer, folded: Folded) -> Float[Array, "B Q M p"]:
 
 def _weights(
     folded: Folded, groups: int, m: int
-) -> tuple[Float[Array, "B Q J U C"], Float[Array, "B M"]]:
-    """Queries as pairs of float16, row 2 i and 2 i + 1 those of a group's row i, and their unit."""
+) -> tuple[Int8[Array, "B Q J C U"], Float[Array, "B M"]]:
+    """Queries as pairs, 2 i and 2 i + 1 those of a group's row i, and their unit."""
     batch, blocks, rows, lanes = folded.left.shape
-    unit = jnp.where(folded.largest > 0, folded.largest / LARGEST, 1.0)
-    whole = folded.left / unit[:, None, :, None]
-    high = jax.lax.reduce_precision(whole, exponent_bits=5, mantissa_bits=10)
-    pair = jnp.stack([high, whole - high], axis=-1).astype(jnp.float16)
-    pair = pair.reshape(batch, blocks, groups, rows // groups, lanes, 2)
-    pair = jnp.pad(pair, [(0, 0)] * 3 + [(0, m - rows // groups)] + [(0, 0)] * 2)
-    return pair.swapaxes(3, 4).reshape(batch, blocks, groups, lanes, 2 * m), unit
+    unit = jnp.where(folded.largest == 0, 1.0, folded.largest / HIGH)
+    both = jnp.stack(pair(folded.left / unit[:, None, :, None]), axis=3)
+    both = both.reshape(batch, blocks, groups, 2 * (rows // groups), lanes)
+    return jnp.pad(both, [(0, 0)] * 3 + [(0, 2 * (m - rows // groups)), (0, 0)]), unit
+
+
+def pair(x: Float[Array, "*s"]) -> tuple[Int8[Array, "*s"], Int8[Array, "*s"]]:
+    """high, low with |x - high - low / LOW| <= 1 / (2 LOW), where |x| <= HIGH."""
+    high = _nearest(x)
+    return high, _nearest((x - high.astype(jnp.float32)) * LOW)
+
+
+def _nearest(x: Float[Array, "*s"]) -> Int8[Array, "*s"]:
+    return jax.lax.bitcast_convert_type(x + _ROUND, jnp.int32).astype(jnp.int8)
 
 
 def _kernel(*refs, plan: Plan, tree) -> None:
@@ -298,14 +297,16 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     ends = jnp.where(real, x["ends"][b, rows], 0)
     gain = plan.scale * (LOG2E if plan.softcap is None else 1.0)
     unit = x["unit"][b, rows] * gain
-    small = LARGEST * 2.0**-plan.shift
-    which = x["bytes"][jnp.arange(4, dtype=jnp.int32)]
+    select = [of[jnp.arange(4, dtype=jnp.int32)] for of in x["select"]]
     masks = x["masks"][jnp.arange(8, dtype=jnp.int32)]
-    # Tokens are 4 x 4 x 2 x 8: bit 2 and 1 of i, byte b, bit 0 of i, word row.
+    few = x["masks"][jnp.arange(4, dtype=jnp.int32)]
+    # Tokens of K are 4 x 4 x 2 x 8: bit 2 and 1 of i, byte (a warp's own), bit 0 of i, word row.
     at = jnp.arange(PAGE, dtype=jnp.int32)
     i, byte = 2 * (at // 64) + at // 8 % 2, at // 16 % 4
     field, inner = 8 * byte + i, 32 * i + ROWS * byte + at % ROWS  # `turboq.cache.columns`
-    worth = jax.lax.bitcast_convert_type((127 + plan.shift - i) << 23, jnp.float32)
+    worth = jax.lax.bitcast_convert_type((127 - i) << 23, jnp.float32)  # 2^-i
+    worth = jnp.where(i == 7, -worth, worth)
+    less = jax.lax.bitcast_convert_type((127 - i % 4) << 23, jnp.float32)
 
     def unit_at(place):
         """The unit at a place of this group: of joined heads those of K, then those of V."""
@@ -328,7 +329,7 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         """Of every place: runs of weights, and half of their sum."""
 
         def weights(at):
-            return x["weights"][b, block, n, at[:, None], columns[None, :]]
+            return x["weights"][b, block, n, columns[:, None], at[None, :]]
 
         return [
             ([weights(at) for at in runs], x["half"][b, block, rows, place])
@@ -340,21 +341,17 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     def keys(page, place, i):
         """Bits of a run of K [256, run]."""
         words = x["words"][b, page, word_row[:, None], lanes_of(0, place, i)[None, :]]
-        own = _bits(
-            words.reshape(1, 1, 1, ROWS, run), which.reshape(1, 4, 1, 1, 1),
-            masks.reshape(4, 1, 2, 1, 1), (4, 4, 2, ROWS, run), plan,
-        )  # fmt: skip
-        return own.reshape(PAGE, run)
+        pairs = jnp.unstack(words.reshape(ROWS, run // 4, 2, 2), axis=-1)
+        four = [y.reshape(1, 1, 1, ROWS, run // 4) for z in pairs for y in jnp.unstack(z, axis=-1)]
+        own = _bytes(four, [y.reshape(1, 4, 1, 1, 1) for y in select], plan.asm)
+        return _apart(own & masks.reshape(4, 1, 2, 1, 1)).reshape(PAGE, run)
 
     def levels(page, place, i):
-        """Bits of a run of V [run, 256]; tokens are bit 0 of b, 3 bits of i, row, bit 1 of b."""
+        """Bits of a run of V [run, 256]; tokens are 2 x 4 x 8 x 4: 3 bits of i, row, byte."""
         words = x["words"][b, page, word_row[None, :], lanes_of(1, place, i)[:, None]]
-        own = _bits(
-            words.reshape(run, 1, 1, 1, 2, 4, 1),
-            which.reshape(2, 2).T.reshape(1, 2, 1, 1, 1, 1, 2),
-            masks.reshape(1, 1, 4, 2, 1, 1, 1), (run, 2, 4, 2, 2, 4, 2), plan,
-        )  # fmt: skip
-        return own.reshape(run, PAGE)
+        words = jnp.stack([words, words >> 4], axis=-1).transpose(0, 2, 1)
+        own = words.reshape(run, 2, 1, ROWS) & few.reshape(1, 1, 4, 1)
+        return _apart(own).reshape(run, PAGE)
 
     def gains(page, side, unit):
         code = jnp.zeros((PAGE,), jnp.int32)
@@ -375,10 +372,12 @@ def _kernel(*refs, plan: Plan, tree) -> None:
             factors = [gains(page, 0, unit_at(i)) for i in range(len(held))]
         logits = jnp.zeros((PAGE, m), jnp.float32)
         for place, (query, half) in enumerate(held):
-            raw = jnp.zeros((PAGE, 2 * m), jnp.float32)
+            raw = jnp.zeros((PAGE, 2 * m), jnp.int32)
             for i, weights in enumerate(query):
                 raw += _dot(keys(page, place, i), weights)
-            logits += _one(raw) * (worth * factors[place])[:, None] * unit[None, :]
+            logits += (
+                _one(raw.astype(jnp.float32)) * (worth * factors[place])[:, None] * unit[None, :]
+            )
             logits += (half * gain)[None, :] * factors[place][:, None]
         if plan.per_token:
             logits += x["bias"][b, rows[None, :], slots[:, None]] * gain
@@ -389,23 +388,27 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         seen = (slots[:, None] >= starts[None, :]) & (slots[:, None] < ends[None, :])
         logits = jnp.where(seen, logits, -jnp.inf)
 
-        new_top = jnp.maximum(top, jnp.max(logits, axis=0))
-        base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-        p = unpacking.exp2(logits - base[None, :], plan.asm)
-        old = unpacking.exp2(top - base, plan.asm)
-        twice = jnp.broadcast_to(old[:, None], (m, 2)).reshape(2 * m)
+        own_top = jnp.max(logits, axis=0)
+        new_top = jnp.maximum(top, own_top)
+        base, own_base = (jnp.where(y == -jnp.inf, 0.0, y) for y in (new_top, own_top))
+        ptx = plan.asm == "ptx"
+        p = unpacking.exp2(logits - own_base[None, :], ptx)  # in units of this page's largest
+        own, old = (unpacking.exp2(y - base, ptx) for y in (own_top, top))
         if plan.gained and not plan.joined:
             factors = [gains(page, 1, n)]
         new_accs, new_masses = [], []
         for place, runs in enumerate(plan.places[1]):
-            most = x["most"][unit_at(place)]
-            weighted = _two(p * (worth * factors[place] * (small / most))[:, None])
+            share = factors[place] * less * (HIGH / x["most"][unit_at(place)])
+            weights = _two(p * share[:, None])
             new_accs.append([
-                accs[place][i] * twice[None, :] + _dot(levels(page, place, i), weighted)
+                accs[place][i] * _twice(old)[None, :]
+                + _dot(levels(page, place, i), weights).astype(jnp.float32) * _twice(own)[None, :]
                 for i in range(runs)
             ])  # fmt: skip
-            new_masses.append(masses[place] * old[None, :] + p * factors[place][:, None])
-        return new_accs, new_masses, total * old[None, :] + p, new_top
+            new_masses.append(
+                masses[place] * old[None, :] + p * factors[place][:, None] * own[None, :]
+            )
+        return new_accs, new_masses, total * old[None, :] + p * own[None, :], new_top
 
     zero = jnp.zeros((PAGE, m), jnp.float32)  # summed at the end
     carry = (
@@ -414,48 +417,72 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     )  # fmt: skip
     accs, masses, total, top = jax.lax.fori_loop(first, last, step, carry)
     for place, (mass, runs) in enumerate(zip(masses, places(1), strict=True)):
-        scale = x["most"][unit_at(place)] / small
-        less = 0.5 * jnp.sum(mass, axis=0)
+        scale = x["most"][unit_at(place)] / HIGH
+        half = 0.5 * jnp.sum(mass, axis=0)
         for acc, at in zip(accs[place], runs, strict=True):
-            acc_ref[part, n, row[None, :], at[:, None]] = _one(acc) * scale - less[None, :]
+            acc_ref[part, n, row[None, :], at[:, None]] = _one(acc) * scale - half[None, :]
     for ref, values in ((total_ref, jnp.sum(total, axis=0)), (top_ref, top * LN2)):
         ref[part, n, :] = values
 
 
-def _bits(words: Array, which: Array, masks: Array, shape: tuple[int, ...], plan: Plan) -> Array:
-    """float16 2^-shift times: byte `which` of words, masked, all broadcast to `shape`."""
-    words, which, masks = (jnp.broadcast_to(y, shape) for y in (words, which, masks))
-    if not plan.asm:
-        shifts = 8 * which.astype(jnp.uint32)
-        out = (words >> shifts).astype(jnp.uint16) & masks.astype(jnp.uint16)
-        return out.astype(jnp.float16)
+def _selectors(asm: str | None) -> list[np.ndarray]:
+    """What `_bytes` is told of each byte."""
+    byte = np.arange(4, dtype=np.uint32)
+    if asm == "ptx":
+        return [0x40 + 0x11 * byte]
+    if asm == "gcn":  # a byte each, 12 is zero
+        return [0x0C0C0400 + 0x0101 * byte, 0x04000C0C + 0x01010000 * byte]
+    return [8 * byte]
+
+
+def _bytes(four: list[Array], select: list[Array], asm: str | None) -> Array:
+    """Words of one byte each of four words (0, 2, 1, 3), those of the selectors."""
+    w0, w2, w1, w3 = four
+    if asm == "ptx":
+        low, high = (_asm("prmt.b32 $0, $1, $2, $3;", *y, select[0]) for y in ((w0, w1), (w2, w3)))
+        return _asm("prmt.b32 $0, $1, $2, 0x5410;", low, high)
+    if asm == "gcn":
+        low = _asm("v_perm_b32 $0, $2, $1, $3", w0, w1, select[0])
+        return low | _asm("v_perm_b32 $0, $2, $1, $3", w2, w3, select[1])
+    one = [(w >> select[0] & 255) << 8 * i for i, w in enumerate((w0, w1, w2, w3))]
+    return one[0] | one[1] | one[2] | one[3]
+
+
+def _asm(code: str, *args: Array) -> Array:
+    shape, kind = jnp.broadcast_shapes(*(y.shape for y in args)), "v" if code[:2] == "v_" else "r"
+    args = tuple(jax.lax.bitcast_convert_type(jnp.broadcast_to(y, shape), jnp.int32) for y in args)
     (out,) = plgpu.elementwise_inline_asm(
-        BYTES_ASM, args=[jax.lax.bitcast_convert_type(words, jnp.int32), which, masks],
-        constraints="=r,r,r,r,r", pack=2,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.int16)],
+        code, args=list(args), constraints=",".join([f"={kind}"] + [kind] * len(args)), pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.int32)],
     )  # fmt: skip
-    return jax.lax.bitcast_convert_type(out, jnp.float16)
+    return jax.lax.bitcast_convert_type(out, jnp.uint32)
 
 
-def _two(x: Float[Array, "256 M"]) -> Array:
-    """float16 [256, 2 M]: x cut to 11 leading bits, and beside it what is left.
+def _apart(words: UInt32[Array, "*s"]) -> Int8[Array, "*s 2 2"]:
+    """The four bytes of words: in a register as they lie there."""
+    one = [(words >> 8 * i).astype(jnp.int8) for i in range(4)]
+    return jnp.stack([jnp.stack(one[::2], axis=-1), jnp.stack(one[1::2], axis=-1)], axis=-1)
 
-    Tokens in the order of `levels`.
-    """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    high = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFE000), jnp.float32)
-    pair = jnp.stack([high, x - high], axis=-1).astype(jnp.float16)
+
+def _two(x: Float[Array, "256 M"]) -> Int8[Array, "M2 256"]:
+    """Pairs, side by side; tokens in the order of `levels` instead of that of `keys`."""
     columns = 2 * x.shape[1]
-    by_bit = pair.reshape(4, 2, 2, 2, 2, 4, columns).transpose(2, 0, 3, 4, 5, 1, 6)
-    return by_bit.reshape(PAGE, columns)
+    both = jnp.stack(pair(x), axis=-1).reshape(4, 4, 2, ROWS, columns)
+    return both.transpose(4, 0, 2, 3, 1).reshape(columns, PAGE)
+
+
+def _twice(x: Float[Array, "M"]) -> Float[Array, "M2"]:
+    return jnp.broadcast_to(x[:, None], (x.shape[0], 2)).reshape(2 * x.shape[0])
 
 
 def _one(x: Float[Array, "T M2"]) -> Float[Array, "T M"]:
-    """The sum of the two columns of every row."""
-    return jnp.sum(x.reshape(x.shape[0], x.shape[1] // 2, 2), axis=-1)
+    """high + low / LOW of the two columns of every row."""
+    pairs = x.reshape(x.shape[0], x.shape[1] // 2, 2)
+    share = jnp.where(jnp.arange(2, dtype=jnp.int32) == 0, 1.0, 1.0 / LOW)
+    return jnp.sum(pairs * share[None, None, :], axis=-1)
 
 
 def _dot(bits: Array, other: Array) -> Array:
     return jax.lax.dot_general(
-        bits, other, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        bits, other, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
     )

@@ -4,7 +4,7 @@ A program takes one KV head of one sequence and some blocks of positions, whose 
 rows of its products:
 
     turned = R(-p0) q                        of every block, put into memory of its own; then
-    weights = matrix^T turned / unit         run by run of the group's lanes, as pairs of float16
+    weights = matrix^T turned / unit         run by run of the group's lanes, as pairs of int8
     half = -1/2 sums^T turned,  bias = turned . means       (`columns.linear.LinearLayer`)
 
 `unit` is of a bound, |q| times the longest column, and so the same in all blocks. Blocks that a
@@ -141,7 +141,7 @@ def shapes(batch: int, groups: int, plan: triton.Plan, tiles: Tiles, dim: int) -
     blocks, width, m = tiles.blocks, plan.run * sum(plan.places[0]), heads * tiles.rows
     offsets = 1 if tiles.rope is None else blocks * tiles.size
     return {
-        "weights": ((batch, blocks, groups, width, 2 * plan.m), jnp.float16),
+        "weights": ((batch, blocks, groups, 2 * plan.m, width), jnp.int8),
         "unit": ((batch, m), jnp.float32),
         "half": ((batch, blocks, m, len(plan.places[0])), jnp.float32),
         "bias": ((batch, m, offsets), jnp.float32),
@@ -181,7 +181,7 @@ def fold(
 
     squares = jax.lax.fori_loop(0, steps, turn, jnp.zeros((tiles.height, chunk), jnp.float32))
     largest = jnp.sqrt(jnp.sum(squares, axis=1)) * x["longest"][n]
-    unit = jnp.where(largest > 0, largest / triton.LARGEST, 1.0)
+    unit = jnp.where(largest == 0, 1.0, largest / triton.HIGH)
     put(out["unit"], (b, head_row), unit, real & (block == 0))
     if not interpret:
         plgpu.debug_barrier()  # of this program, which reads what it turned
@@ -219,17 +219,14 @@ def fold(
     jax.lax.fori_loop(0, -(-count // wide), biases, 0)
     group, head = n // each, n % each
 
-    def weights(i, _):
-        lane = i * plan.run + jnp.arange(plan.run, dtype=jnp.int32)
-        column, inside = lanes.columns(x, 0, group, i, lane)
+    def weights(run, _):
+        lane = run * plan.run + jnp.arange(plan.run, dtype=jnp.int32)
+        column, inside = lanes.columns(x, 0, group, run, lane)
         found = times(x["k"]["matrix"], lambda c: (head, c, column[:, None]), plan.run, inside)
-        whole = found / unit[:, None]
-        bits = jax.lax.bitcast_convert_type(whole, jnp.uint32) & jnp.uint32(0xFFFFE000)
-        high = jax.lax.bitcast_convert_type(bits, jnp.float32)
         to = 2 * (head * tiles.rows + own)[:, None]
-        for part, value in enumerate((high, whole - high)):
-            index = (b, block[:, None], group, lane[None, :], to + part)
-            put(out["weights"], index, value.astype(jnp.float16), real[:, None])
+        for i, value in enumerate(triton.pair(found / unit[:, None])):
+            index = (b, block[:, None], group, to + i, lane[None, :])
+            put(out["weights"], index, value, real[:, None])
         return 0
 
     jax.lax.fori_loop(0, sum(plan.places[0]), weights, 0)
