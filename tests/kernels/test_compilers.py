@@ -40,7 +40,7 @@ compilers.main(sys.argv[1:], Configuration, row, lambda only: iter([{"only": onl
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder of compilers that holds neither, beside a path that has none."""
-    monkeypatch.setattr(compilers, "folder", lambda: tmp_path)
+    monkeypatch.setattr(compilers, "folder", lambda platform="cuda": tmp_path)
     monkeypatch.setattr(sys, "path", [])
     return tmp_path
 
