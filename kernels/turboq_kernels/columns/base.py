@@ -15,13 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.cache.columns import BIT_OF, NONE
-from turboq.cache.exact_attention import HIGHEST, soft_cap
+from turboq.cache.exact_attention import HIGHEST
 from turboq.numbers.packing import PAGE
 from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.columns.queries import Folded
 from turboq_kernels.columns.types import Sums
-from turboq_kernels.decode.base import rescaled
-from turboq_kernels.decode.types import Partial
+from turboq_kernels.decode.base import online_softmax
 
 MOST_ROWS = 64
 FEWEST_POSITIONS = 16  # of a block of keys: every block has folded queries of its own
@@ -52,34 +51,24 @@ def attend(
     softcap: float | None,
 ) -> Sums:
     """Softmax over slots starts[b, m] <= s < ends[b, m] of every row (`columns.queries`)."""
-    batch, rows = starts.shape
-    logits_of = _by_blocks(folded, words.shape[1])
+    logits_of, values = _by_blocks(folded, words.shape[1]), 0 if layer.joined else 1
 
-    def step(page, state: Partial) -> Partial:
+    def numbers(page: Array, i: int) -> Array:
         own = jax.lax.dynamic_index_in_dim(words, page, axis=1, keepdims=False)
-        k = _numbers(own, layer, 0)
-        v = k if layer.joined else _numbers(own, layer, 1)
-        slots = page * PAGE + jnp.arange(PAGE, dtype=jnp.int32)[None, None]
-        seen = (slots >= starts[..., None]) & (slots < ends[..., None])
-        raw = logits_of(k, page)
-        logits = jnp.where(seen, soft_cap(raw * scale, softcap), -jnp.inf)
-        top = jnp.maximum(state.top, jnp.max(logits, axis=-1)[:, None])
-        p = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0)[:, 0, :, None])
-        acc = jnp.einsum("bms,bsw->bmw", p, v, precision=HIGHEST)
-        state = rescaled(state, top)
-        return Partial(
-            acc=state.acc + acc[:, None], top=top, total=state.total + jnp.sum(p, axis=-1)[:, None]
-        )
+        return _numbers(own, layer, i)
 
-    empty = Partial(
-        acc=jnp.zeros((batch, 1, rows, layer.v.matrix.shape[-1]), jnp.float32),
-        top=jnp.full((batch, 1, rows), -jnp.inf, jnp.float32),
-        total=jnp.zeros((batch, 1, rows), jnp.float32),
-    )
-    some = ends > starts
-    low = jnp.min(jnp.where(some, starts, words.shape[1] * PAGE)) // PAGE
-    high = -(-jnp.max(jnp.where(some, ends, 0)) // PAGE)
-    found = jax.lax.fori_loop(low, jnp.minimum(high, words.shape[1]), step, empty)
+    def logits(page: Array, valid: Array) -> Array:
+        return logits_of(numbers(page, 0), page)[:, None]
+
+    def sums(p: Array, seen: Array, page: Array, valid: Array) -> Array:
+        # Of joined heads the same numbers again, which XLA makes once.
+        return jnp.einsum("bnms,bsw->bnmw", p, numbers(page, values), precision=HIGHEST)
+
+    found = online_softmax(
+        logits, sums, starts, ends,
+        heads=1, width=layer.v.matrix.shape[-1], page=PAGE, pages=words.shape[1], block=1,
+        scale=scale, softcap=softcap, splits=None,
+    )  # fmt: skip
     return Sums(acc=found.acc[:, 0], total=found.total[:, 0], top=found.top[:, 0])
 
 

@@ -43,10 +43,10 @@ from turboq_kernels.target import target
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 STAGES = 2
 MAX_ROWS = 16  # of a group
-HIGH, LOW = (
-    127.0,
-    254.0,
-)  # the largest int8 number; what a second one counts is 1 / LOW of the first
+# The largest int8 number; a second one counts
+# 1 / LOW of the first.
+HIGH = 127.0
+LOW = 254.0
 _EVERY = np.uint32(0x01010101)
 _ROUND = 1.5 * 2.0**23  # added to a float32 number leaves the nearest integer in its low bits
 BLOCKS = (PAGE,)  # positions of a block of keys
