@@ -131,7 +131,7 @@ def _layers(plan: Plan, one: LayerGeometry) -> list[KVLayer]:
             noise = rng.standard_normal(shape, np.float32) / np.sqrt(shape[-1])
             turn = np.eye(shape[-1], dtype=np.float32) if name == "synthesis" else 0.0
             arrays[f"layers.{layer.index}.joint.{name}"] = turn + 0.1 * noise
-    return [layer for layer in plan.kv_layers(arrays) if layer is not None]
+    return list(plan.kv_layers(compose(plan, arrays)))
 
 
 @jax.tree_util.register_dataclass

@@ -20,6 +20,7 @@ from turboq.plan import (
     Quality,
     TextSource,
     collect_arrays,
+    compose,
     head_plan,
     uniform_plan,
 )
@@ -153,4 +154,5 @@ def joined(k_rope: RopeForm = "before") -> tuple[Plan, Fitted]:
             values = 0.05 * rng.normal(size=shape) + turn
             arrays[f"layers.{index}.joint.{name}"] = values.astype(np.float32)
     layers = tuple(dataclasses.replace(x, joint=heads[x.index]) for x in alone.layers)
-    return dataclasses.replace(alone, layers=layers), arrays
+    plan = dataclasses.replace(alone, layers=layers)
+    return plan, compose(plan, arrays)

@@ -14,7 +14,7 @@ from turboq.cache.layer import TokenPolicy
 from turboq.cache.simulate import simulated_attention
 from turboq.codecs import Exact, PerHead, Transform, TurboQuantMSE
 from turboq.codecs.observed import Observed
-from turboq.plan import collect_arrays, head_plan
+from turboq.plan import collect_arrays, compose, head_plan
 from turboq_calibrate.models import forward, load_model
 from turboq_calibrate.models.geometry import model_geometry
 
@@ -115,7 +115,8 @@ def fitted(name: str):
             values = 0.1 * rng.normal(size=shape) + turn
             arrays[f"layers.{layer.index}.joint.{array}"] = values.astype(np.float32)
     joined = tuple(dataclasses.replace(layer, joint=heads) for layer in plan.layers)
-    return model, dataclasses.replace(plan, layers=joined), arrays
+    plan = dataclasses.replace(plan, layers=joined)
+    return model, plan, compose(plan, arrays)
 
 
 def logits(model, plan, arrays, tokens) -> np.ndarray:

@@ -163,7 +163,7 @@ def _stored(codec: Codec, lead: tuple[int, int], tokens: int) -> dict[str, Buffe
 
 def array_bytes(layers: Iterable[KVLayer]) -> int:
     """Fitted arrays (means, scales, codebooks), float32, and what joined heads hold."""
-    layers = [composed.held(layer) for layer in layers]
+    layers = [composed.held_layer(layer) for layer in layers]
     joined = sum(composed.nbytes(layer) for layer in layers)
     own = sum(
         len(group.heads) * math.prod(shape)
@@ -198,7 +198,7 @@ def distinct_codecs(layers: Iterable[KVLayer]) -> list[Codec]:
 
 def table_bytes(layers: Iterable[KVLayer]) -> int:
     """Static tables (rotations, codebooks) of all layers in float32, each once."""
-    codecs = distinct_codecs(composed.held(layer) for layer in layers)
+    codecs = distinct_codecs(composed.held_layer(layer) for layer in layers)
     return sum(values.nbytes for _, values in distinct_tables(codecs))
 
 

@@ -10,8 +10,8 @@ too: together they need far fewer bits for the same loss. Codecs, pages and plan
 only here is known that "K of head 0" is the largest part of them all. Exact tokens are kept as they
 come.
 
-S is made by `turboq.codecs.fit_joint`. Where units are coded by transforms, only the coordinates
-that these code are ever made (`turboq.cache.composed`).
+S is made by `turboq.codecs.fit_joint`. Of units that transforms code, only the coordinates that
+these code are ever made: what a layer holds is in `turboq.cache.composed`.
 
 Source: transform coding of a vector source (Goyal 2001); that values of a layer follow from its
 keys was used by prediction in Shutova et al. 2025 (AQUA-KV, arXiv 2501.19392).
@@ -33,7 +33,6 @@ from turboq.cache.layer import KVLayer
 from turboq.errors import TurboqError
 
 ARRAYS = ("mean", "synthesis")  # fitted ones
-MATRICES = ("analysis", "synthesis")  # held as float16
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -44,40 +43,23 @@ def shapes(kv_heads: int, heads: int, k_dim: int, v_dim: int) -> dict[str, tuple
 
 
 def arrays_of(fitted: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a `KVLayer` whose codecs take units whole: of the fitted ones and S^-1.
+    """The arrays of a `KVLayer` whose codecs take units whole: of the fitted ones, and S^-1.
 
     Raises:
       ValueError: S has no inverse.
     """
     mean, synthesis = (np.asarray(fitted[name], np.float64) for name in ARRAYS)
-    coded = np.broadcast_to(np.arange(mean.shape[1]), mean.shape)
-    return as_arrays(mean, mean, inverse(synthesis), synthesis, coded)
+    ones, every = np.ones(mean.shape), np.broadcast_to(np.arange(mean.shape[1]), mean.shape)
+    made = {
+        "mean": mean, "center": mean, "analysis": inverse(synthesis), "analysis_scale": ones,
+        "synthesis": synthesis, "synthesis_scale": ones,
+    }  # fmt: skip
+    out = {name: jnp.asarray(x, jnp.float32) for name, x in made.items()}
+    return out | {name: jnp.asarray(every, jnp.int32) for name in ("coded", "read")}
 
 
-def as_arrays(
-    mean: np.ndarray, center: np.ndarray, analysis: np.ndarray, synthesis: np.ndarray,
-    coded: np.ndarray,
-) -> dict[str, Any]:  # fmt: skip
-    """`KVLayer.joint`: y = analysis (x - center) of W coordinates, x_hat = center + synthesis y,
-    and of each of the W its coordinate of the units, ascending, C for none; `mean` [J, C] as
-    fitted, of which keys turn.
-
-    The matrices [J, W, C] and [J, C, W] are float16 times a power of two of each coordinate,
-    `analysis_scale` and `synthesis_scale` [J, W], by which its largest entry is in [1/2, 1]: every
-    entry is off by 2^-11 of itself or by 2^-24 of the largest one. Products are float32.
-    """
-    made: dict[str, Any] = {"mean": jnp.asarray(mean, jnp.float32)}
-    made["center"] = jnp.asarray(center, jnp.float32)
-    for name, matrix, axis in (("analysis", analysis, 2), ("synthesis", synthesis, 1)):
-        largest = np.abs(matrix).max(axis=axis, keepdims=True)
-        scale = np.exp2(np.ceil(np.log2(np.where(largest > 0, largest, 1.0))))
-        made[name] = jnp.asarray((matrix / scale).astype(np.float16))
-        made[f"{name}_scale"] = jnp.asarray(scale.squeeze(axis), jnp.float32)
-    return made | {"coded": jnp.asarray(coded, jnp.int32)}
-
-
-def synthesis_of(layer: KVLayer) -> Float[Array, "J C W"]:
-    """The matrix back, float32."""
+def synthesis_of(layer: KVLayer) -> Float[Array, "J C R"]:
+    """What each column adds to keys and values, float32."""
     scale = layer.joint["synthesis_scale"][:, None]
     return layer.joint["synthesis"].astype(jnp.float32) * scale
 
@@ -145,10 +127,10 @@ def from_units(
     """Keys and values of units as they are read: the inverse of `to_units` where all are coded."""
     if layer.joint_heads is None:
         return k, v
-    u = _take(_joined(k, v, layer.joint_heads), layer.joint["coded"])
+    u = _take(_joined(k, v, layer.joint_heads), layer.joint["read"])
     u *= layer.joint["synthesis_scale"][None, None]
     synthesis = layer.joint["synthesis"].astype(jnp.float32)
-    x = jnp.einsum("btjw,jcw->btjc", u, synthesis, precision=HIGHEST)
+    x = jnp.einsum("btjr,jcr->btjc", u, synthesis, precision=HIGHEST)
     keys, values = _split(x + layer.joint["center"][None, None], k.shape[2:], v.shape[2:])
     mean = _key_mean(layer, k)
     return key_form.from_stored(layer, mean, keys.swapaxes(1, 2), positions).swapaxes(1, 2), values

@@ -41,7 +41,8 @@ def heads_joined(kv_heads: int, k_dim: int, v_dim: int, tokens: int) -> int:
 
 
 def fit_joint(k: Observed, v: Observed, heads: int, *, ridge: float = RIDGE) -> Arrays:
-    """The arrays of `turboq.cache.joint.shapes`, of keys as they are stored and values of a layer.
+    """The arrays of `turboq.cache.joint.shapes`, of keys as they are stored and values of a layer,
+    and `variances` [J, C] of the coordinates of y.
 
     Raises:
       TurboqError: no gradients (costs of keys and values cannot be compared), or fewer tokens than
@@ -53,7 +54,7 @@ def fit_joint(k: Observed, v: Observed, heads: int, *, ridge: float = RIDGE) -> 
     dim = heads * (k.dim + v.dim)
     for seen in (k, v):
         seen.require(("sample", "gradients"), "a joint transform", fewest=dim)
-    means, turns = [], []
+    means, turns, variances = [], [], []
     for first in range(0, k.heads, heads):
         own = range(first, first + heads)
         x = _joined(k.x, v.x, own)
@@ -67,9 +68,12 @@ def fit_joint(k: Observed, v: Observed, heads: int, *, ridge: float = RIDGE) -> 
         basis = fit_basis(mean, centred.T @ centred / len(x), metric, ridge=ridge)
         means.append(mean)
         turns.append(basis.synthesis / np.sqrt(basis.variances))
+        variances.append(basis.variances)
     if not all(np.all(np.isfinite(turn)) for turn in turns):
         raise TurboqError("a joint transform is not finite: some metric or covariance is too large")
-    return {"mean": np.stack(means), "synthesis": np.stack(turns)}
+    return {
+        "mean": np.stack(means), "synthesis": np.stack(turns), "variances": np.stack(variances),
+    }  # fmt: skip
 
 
 def observed_units(k: Observed, v: Observed, fitted: Arrays) -> tuple[Observed, Observed]:

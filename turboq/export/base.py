@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from turboq.cache import composed
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs.base import Codec
 from turboq.codecs.exact import Exact
@@ -30,6 +31,7 @@ from turboq.plan.document import pretty
 from turboq.plan.geometry import RopeForm
 from turboq.plan.ladder import Ladder
 from turboq.plan.rules import nominal_bits
+from turboq.plan.types import LayerPlan
 
 Side = Literal["k", "v"]
 Place = tuple[int, Side, int]  # layer index, side, KV head
@@ -251,11 +253,17 @@ def entries(plan: Plan, arrays: Tensors) -> list[Entry]:
     ]
 
 
+def stored_codec(layer: LayerPlan, codec: Codec) -> Codec:
+    """The codec whose arrays a plan stores of a head, which of joined heads are their units'."""
+    return codec if layer.joint is None else composed.held(codec)
+
+
 def _head_arrays(
     plan: Plan, arrays: Tensors, index: int, side: Side, head: int
 ) -> dict[str, np.ndarray]:
-    chosen = plan.layers[plan.position(index)].side(side)
-    names = chosen.of(head).array_shapes
+    layer = plan.layers[plan.position(index)]
+    chosen = layer.side(side)
+    names = stored_codec(layer, chosen.of(head)).array_shapes
     if chosen.stacked:
         stacks = {a: np.asarray(arrays[array_name(index, side, a)]) for a in names}
         return {a: np.asarray(values[head]) for a, values in stacks.items()}

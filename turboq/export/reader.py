@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from turboq.cache import joint
+from turboq.cache import composed, joint
 from turboq.cache.key_form import from_stored
 from turboq.cache.layer import KVLayer, TokenPolicy
 from turboq.export.base import (
@@ -26,7 +26,6 @@ from turboq.numbers.packing import PAGE, pack_host
 from turboq.plan import ModelGeometry, Plan
 from turboq.plan.constraints import Constraints
 from turboq.plan.geometry import ROPE_FORMS, rope_block
-from turboq.plan.types import array_name
 
 GOLDEN, GOLDEN_JOINED = "page.npz", "joined.npz"
 JOINED_TOKENS, JOINED_STRIDE = 8, 37  # positions 0, 37, ...
@@ -46,8 +45,9 @@ def page(entry: Entry, seed: int = 0) -> dict[str, np.ndarray]:
     """
     x = np.random.default_rng(seed).normal(size=(PAGE, entry.dim)).astype(np.float32)
     arrays = {name: jnp.asarray(values) for name, values in entry.arrays.items()}
-    stored = jax.jit(entry.codec.encode)(arrays, jnp.asarray(x))
-    out = {"x": x, "decoded": np.asarray(jax.jit(entry.codec.decode)(arrays, stored))}
+    codec = entry.codec if entry.joint is None else composed.held(entry.codec)
+    stored = jax.jit(codec.encode)(arrays, jnp.asarray(x))
+    out = {"x": x, "decoded": np.asarray(jax.jit(codec.decode)(arrays, stored))}
     if entry.rope != "after" and entry.joint is None:
         assert entry.layer.rope is not None  # plans are refused without
         layer = KVLayer(
@@ -60,7 +60,7 @@ def page(entry: Entry, seed: int = 0) -> dict[str, np.ndarray]:
         at = jnp.arange(PAGE, dtype=jnp.int32)[None]
         keys = from_stored(layer, heads, jnp.asarray(out["decoded"])[None, None], at)
         out["rotated"] = np.asarray(keys[0, 0])
-    for field in entry.codec.fields:
+    for field in codec.fields:
         values = np.asarray(stored[field.name])
         if field.packed:
             values = pack_host(values.astype(np.uint8), field.bits)
@@ -85,17 +85,18 @@ def joined(plan: Plan, arrays: Tensors, seed: int = 0) -> dict[str, np.ndarray]:
         random.normal(size=(JOINED_TOKENS, of.kv_heads, dim)).astype(np.float32)
         for dim in (of.k_dim, of.v_dim)
     ]
-    mean, synthesis = (
-        np.asarray(arrays[array_name(layer.index, "joint", name)], np.float64)
-        for name in joint.ARRAYS
-    )
+    held = plan.kv_layer(layer.index, arrays)
+    mean, center, read = (np.asarray(held.joint[n]) for n in ("mean", "center", "read"))
+    synthesis = np.asarray(joint.synthesis_of(held), np.float64)
     y = np.concatenate([x.reshape(JOINED_TOKENS, len(mean), -1) for x in units], axis=2)
-    x = (mean + np.einsum("tjd,jcd->tjc", y, synthesis)).astype(np.float32)
+    y = np.pad(y, ((0, 0), (0, 0), (0, 1)))  # where nothing is read
+    y = np.stack([y[:, j, read[j]] for j in range(len(mean))], axis=1)
+    x = (center + np.einsum("tjr,jcr->tjc", y, synthesis)).astype(np.float32)
     both = np.split(x, [of.k_dim * of.kv_heads // len(mean)], axis=2)
     k, v = (part.reshape(unit.shape) for part, unit in zip(both, units, strict=True))
     at = JOINED_STRIDE * np.arange(JOINED_TOKENS, dtype=np.int32)
     turning = {"mean": jnp.asarray(mean[:, : both[0].shape[2]].reshape(k.shape[1:]), jnp.float32)}
-    held, keys = plan.kv_layer(layer.index, arrays), jnp.asarray(k.swapaxes(0, 1))[None]
+    keys = jnp.asarray(k.swapaxes(0, 1))[None]
     rotated = np.asarray(from_stored(held, turning, keys, jnp.asarray(at)[None])[0]).swapaxes(0, 1)
     return {
         "layer": np.asarray(layer.index), "positions": at, "k_units": units[0],

@@ -27,7 +27,7 @@ def read_safetensors(path):
     (length,) = struct.unpack("<Q", raw[:8])
     header, start = json.loads(raw[8 : 8 + length]), 8 + length
     header.pop("__metadata__", None)
-    kinds = {"F32": "<f4", "F16": "<f2", "I32": "<i4", "U32": "<u4", "U8": "u1"}
+    kinds = {"F32": "<f4", "F16": "<f2", "I32": "<i4", "U32": "<u4", "I8": "i1"}
     out = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]
@@ -100,19 +100,19 @@ def decode(codec, arrays, codes, scale=None):
 def part(plan, tensors, layer, keys, values):
     """Keys [tokens, K, D] and values [tokens, K, E] from decoded units of those shapes.
 
-    A layer's "joint" heads are one vector: [keys, values] = mean + S [units of keys, of values].
-    Keys are those that `turn` takes, with the arrays of `joint_mean`.
-    """
+    A layer's "joint" heads are one vector: [keys, values] = center + S [units of keys, of values].
+    Keys are those that `turn` takes, with the arrays of `joint_mean`."""
     heads = next(e for e in plan["layers"] if e["index"] == layer)["joint"]
     keys, values = keys.copy(), values.copy()
-    mean, turn_back = (tensors[f"layers.{layer}.joint.{name}"] for name in ("mean", "synthesis"))
-    for first in range(0, keys.shape[1], heads):
+    names = ("center", "read", "synthesis", "synthesis_scale")
+    center, read, synthesis, scale = (tensors[f"layers.{layer}.joint.{name}"] for name in names)
+    for j, first in enumerate(range(0, keys.shape[1], heads)):
         own = slice(first, first + heads)
-        shapes = keys[:, own].shape, values[:, own].shape
         units = [x[:, own].reshape(len(x), -1) for x in (keys, values)]
-        x = np.concatenate(units, axis=1) @ turn_back[first // heads].T + mean[first // heads]
-        both = np.split(x, [units[0].shape[1]], axis=1)
-        keys[:, own], values[:, own] = (y.reshape(s) for y, s in zip(both, shapes, strict=True))
+        u = np.concatenate([*units, np.zeros((len(keys), 1))], axis=1)[:, read[j]]
+        x = (u * scale[j]) @ synthesis[j].T + center[j]
+        for side, y in zip((keys, values), np.split(x, [units[0].shape[1]], axis=1), strict=True):
+            side[:, own] = y.reshape(side[:, own].shape)
     return keys, values
 
 

@@ -26,6 +26,7 @@ from turboq.export.base import (
     Tensors,
     entries,
     status_of,
+    stored_codec,
 )
 from turboq.export.same import differences
 from turboq.plan import Plan, Producer, head_plan
@@ -196,12 +197,12 @@ def _arrays_of(plan: Plan, projection: Projection) -> dict[str, Any]:
             chosen = layer.side(side)
             values = {h: projection.held[layer.index, side, h].arrays for h in heads}
             if chosen.stacked:
-                for array in chosen.codec.array_shapes:
+                for array in stored_codec(layer, chosen.codec).array_shapes:
                     stacked = np.stack([np.asarray(values[h][array], np.float32) for h in heads])
                     out[array_name(layer.index, side, array)] = stacked
                 continue
             for head in heads:
-                for array in chosen.of(head).array_shapes:
+                for array in stored_codec(layer, chosen.of(head)).array_shapes:
                     name = array_name(layer.index, side, array, head)
                     out[name] = np.asarray(values[head][array], np.float32)
     return out

@@ -10,7 +10,6 @@ same numbers as turboq's JAX code up to the order of float32 sums.
 
 import math
 
-import numpy as np
 import torch
 from read_plan import arrays_of, codec_of, inverse_frequencies
 
@@ -92,66 +91,19 @@ def joint_of(plan, tensors, position):
     if layer.get("joint") is None:
         return None
     prefix = f"layers.{layer['index']}.joint."
-    mean, synthesis = (tensors[prefix + name].astype(np.float64) for name in ("mean", "synthesis"))
-    return Joint(mean, synthesis, _units(plan, tensors, position), layer["joint"])
-
-
-def _composed(plan, position):
-    """The turns of a layer's units are made together with that which joins them."""
-    layer = plan["layers"][position]
-    if layer.get("joint") is None:
-        return False
-    heads = range(plan["model"]["layers"][layer["index"]]["kv_heads"])
-    each = (codec_of(plan, layer["index"], side, head) for side in "kv" for head in heads)
-    return all(codec["codec"] == "transform" for codec in each)
-
-
-def _units(plan, tensors, position):
-    """Of every side and head what its codec does to a unit: analysis, synthesis, mean, float64."""
-    index = plan["layers"][position]["index"]
-    geometry, composed = plan["model"]["layers"][index], _composed(plan, position)
-    out = {}
-    for side in "kv":
-        for head in range(geometry["kv_heads"]):
-            whole = np.eye(geometry[f"{side}_dim"])
-            found = (whole, whole, 0.0 * whole[0])
-            if composed:
-                arrays = arrays_of(plan, tensors, index, side, head)
-                found = [arrays[name] for name in ("analysis", "synthesis", "mean")]
-            out[side, head] = [np.asarray(x, np.float64) for x in found]
-    return out
+    return Joint({n[len(prefix) :]: x for n, x in tensors.items() if n.startswith(prefix)})
 
 
 class Joint:
     """Keys (as `Rope` stores them) and values of several heads as one (turboq/cache/composed.py).
 
-    Coordinates of units y = A (x - center), x_hat = center + S y: those of the first head's keys
-    first. Both matrices are float16 times a power of two of each coordinate.
+    Coordinates of units u[coded] = A (x - center), x_hat = center + S u[read], those of the first
+    head's keys first. Both matrices are int8 times a number of each row of A, column of S.
     """
 
-    def __init__(self, mean, turn, units, heads):
-        groups, dim = mean.shape
-        order = [
-            [units[side, head] for side in "kv" for head in range(j * heads, (j + 1) * heads)]
-            for j in range(groups)
-        ]
-        wide = max(sum(len(a) for a, _, _ in own) for own in order)
-        down, up, center = np.zeros((groups, wide, dim)), np.zeros((groups, dim, wide)), mean.copy()
-        coded = np.full((groups, wide), dim)
-        for j, own in enumerate(order):
-            back, row, at = np.linalg.inv(turn[j]), 0, 0
-            for a, s, nu in own:
-                rows, to = slice(row, row + len(nu)), slice(at, at + len(a))
-                down[j, to], up[j, :, to] = a @ back[rows], turn[j][:, rows] @ s
-                center[j] += turn[j][:, rows] @ nu
-                coded[j, to] = row + np.arange(len(a))
-                row, at = rows.stop, to.stop
-        (analysis, of_rows), (synthesis, of_columns) = _halved(down, 2), _halved(up, 1)
-        self.tensors = {
-            "mean": torch.tensor(mean).float(), "center": torch.tensor(center).float(),
-            "analysis": analysis, "of_rows": of_rows, "synthesis": synthesis,
-            "of_columns": of_columns, "coded": torch.tensor(coded),
-        }  # fmt: skip
+    def __init__(self, arrays):
+        self.tensors = {name: torch.tensor(values) for name, values in arrays.items()}
+        self.tensors |= {name: self.tensors[name].long() for name in ("coded", "read")}
 
     def to(self, device):
         self.tensors = {name: x.to(device) for name, x in self.tensors.items()}
@@ -164,7 +116,8 @@ class Joint:
     def stored(self, k, v):
         """Coordinates of units [B, K, T, D] and [B, K, T, E] of keys and values, then zeros."""
         t, x = self.tensors, self._joined(k, v)
-        y = torch.einsum("btjc,jwc->btjw", x - t["center"], t["analysis"].float()) * t["of_rows"]
+        y = torch.einsum("btjc,jwc->btjw", x - t["center"], t["analysis"].float())
+        y *= t["analysis_scale"]
         out = x.new_zeros(*x.shape[:3], x.shape[3] + 1)  # what is not there goes behind the end
         out.scatter_(3, t["coded"].expand(y.shape), y)
         return self._split(out[..., :-1], k, v)
@@ -173,8 +126,8 @@ class Joint:
         """The inverse of `stored` where all coordinates are coded."""
         t, y = self.tensors, self._joined(k, v)
         y = torch.cat([y, torch.zeros_like(y[..., :1])], dim=-1)
-        y = y.gather(3, t["coded"].expand(*y.shape[:3], -1)) * t["of_columns"]
-        x = torch.einsum("btjw,jcw->btjc", y, t["synthesis"].float())
+        y = y.gather(3, t["read"].expand(*y.shape[:3], -1)) * t["synthesis_scale"]
+        x = torch.einsum("btjr,jcr->btjc", y, t["synthesis"].float())
         return self._split(x + t["center"], k, v)
 
     def _joined(self, k, v):
@@ -191,14 +144,6 @@ class Joint:
         ]
 
 
-def _halved(matrix, axis):
-    """[J, ...] as float16 and the power of two of each coordinate by which it was divided."""
-    largest = np.abs(matrix).max(axis=axis, keepdims=True)
-    scale = np.exp2(np.ceil(np.log2(np.where(largest > 0, largest, 1.0))))
-    half = torch.tensor((matrix / scale).astype(np.float16))
-    return half, torch.tensor(scale.squeeze(axis)).float()
-
-
 class Side:
     """K or V of one layer: which bits are whose, and the heads by kind of codec."""
 
@@ -206,14 +151,14 @@ class Side:
         index = plan["layers"][position]["index"]
         geometry = plan["model"]["layers"][index]
         self.heads, self.dim = geometry["kv_heads"], geometry[f"{side}_dim"]
-        heads, composed = {}, _composed(plan, position)  # kind -> [(head, codec, arrays)]
+        heads = {}  # kind -> [(head, codec, arrays)]
         self.mean = torch.zeros(self.heads, self.dim)
         for head in range(self.heads):
             codec = codec_of(plan, index, side, head)
             arrays = arrays_of(plan, tensors, index, side, head)
             arrays = {name: torch.tensor(values) for name, values in arrays.items()}
-            if composed:
-                arrays |= _coordinates(*arrays["analysis"].shape)
+            if codec["codec"] == "transform" and "analysis" not in arrays:  # a unit's coordinates
+                arrays |= _coordinates(sum(count for count, _ in codec["segments"]), self.dim)
             heads.setdefault(_kind(codec), []).append((head, codec, arrays))
             self.mean[head] = arrays.get("mean", self.mean[head])
         self.groups = [

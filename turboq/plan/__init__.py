@@ -17,6 +17,7 @@ from turboq.plan.geometry import LayerGeometry as LayerGeometry
 from turboq.plan.geometry import ModelGeometry as ModelGeometry
 from turboq.plan.io import load as load
 from turboq.plan.io import save as save
+from turboq.plan.joined import compose as compose
 from turboq.plan.provenance import Measurement as Measurement
 from turboq.plan.provenance import Provenance as Provenance
 from turboq.plan.provenance import Quality as Quality

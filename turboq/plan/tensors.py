@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from turboq.cache import joint
+from turboq.cache import composed
 from turboq.cache.accounting import distinct_codecs
 from turboq.plan.document import TableUse, table_uses
 from turboq.plan.errors import PlanConflict, PlanError, member, shown
@@ -22,42 +22,50 @@ Tensors = dict[str, np.ndarray]
 # entry) and by the linear algebra library (1e-13); another random stream differs by about 1.
 TABLE_TOLERANCE = 1e-6
 
+# Type of a tensor -> what safetensors calls it, and NumPy.
+_STORED = {"float32": ("F32", "<f4"), "int8": ("I8", "<i1"), "int32": ("I32", "<i4")}
+
 
 def array_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every fitted array of a plan, by the rule of `turboq.plan.types`."""
-    shapes = {}
+    return {name: shape for name, (shape, _) in array_types(plan).items()}
+
+
+def array_types(plan: Plan) -> composed.Shapes:
+    """Name -> shape and type: float32, but for the matrices of joined heads."""
+    out: composed.Shapes = {}
     for layer in plan.layers:
-        geometry = plan.model.layers[layer.index]
-        kv_heads = geometry.kv_heads
+        kv_heads = plan.model.layers[layer.index].kv_heads
+        codecs = [plan.codecs(layer.index, side) for side in SIDES]
         if layer.joint is not None:
-            own = joint.shapes(kv_heads, layer.joint, geometry.k_dim, geometry.v_dim)
-            shapes |= {array_name(layer.index, "joint", name): own[name] for name in own}
-        for side in SIDES:
-            chosen = layer.side(side)
-            if chosen.stacked:
-                for array, shape in chosen.codec.array_shapes.items():
-                    shapes[array_name(layer.index, side, array)] = (kv_heads, *shape)
+            codecs = [[composed.held(codec) for codec in side] for side in codecs]
+            own = composed.shapes(*codecs, layer.joint)
+            out |= {array_name(layer.index, "joint", name): kind for name, kind in own.items()}
+        for side, each in zip(SIDES, codecs, strict=True):
+            if layer.side(side).stacked:
+                for array, shape in each[0].array_shapes.items():
+                    out[array_name(layer.index, side, array)] = (kv_heads, *shape), "float32"
                 continue
-            for head in range(kv_heads):
-                for array, shape in chosen.of(head).array_shapes.items():
-                    shapes[array_name(layer.index, side, array, head)] = shape
-    return shapes
+            for head, codec in enumerate(each):
+                for array, shape in codec.array_shapes.items():
+                    out[array_name(layer.index, side, array, head)] = shape, "float32"
+    return out
 
 
 def check_arrays(plan: Plan, arrays: Mapping[str, Any]) -> Tensors:
-    """The fitted arrays in float32 on the host: exactly those the plan needs, all usable.
+    """The fitted arrays on the host: exactly those the plan needs, all usable.
 
     Raises:
       PlanConflict: one is missing, unknown, of another shape or type, not finite, a codebook that
-        does not ascend, a negative scale, or a turn without an inverse.
+        does not ascend, a negative scale or one of a matrix that is not positive.
     """
-    due = array_shapes(plan)
+    due, places = array_types(plan), _places(plan)
     _check_names("arrays", set(arrays), set(due))
     out = {}
-    for name, shape in due.items():
+    for name, (shape, kind) in due.items():
         values = np.asarray(arrays[name])
-        if values.dtype != np.float32:
-            raise PlanConflict(name, f"{values.dtype} array must be float32")
+        if values.dtype != kind:
+            raise PlanConflict(name, f"{values.dtype} array must be {kind}")
         if values.shape != shape:
             raise PlanConflict(name, f"shape {list(values.shape)} must be {list(shape)}")
         bad = int(np.sum(~np.isfinite(values)))
@@ -70,15 +78,22 @@ def check_arrays(plan: Plan, arrays: Mapping[str, Any]) -> Tensors:
             raise PlanConflict(name, "a scale must not be negative")
         if array == "weights" and not np.all(values >= 0):
             raise PlanConflict(name, "weights must not be negative")
-        if name.endswith(".joint.synthesis") and not _invertible(values):
-            raise PlanConflict(name, "a turn of joined heads must have an inverse")
+        if array in ("coded", "read") and not np.array_equal(values, places[name]):
+            raise PlanConflict(name, "does not say which coordinates the codecs of the units have")
+        if array in ("analysis_scale", "synthesis_scale") and not np.all(values > 0):
+            raise PlanConflict(name, "the scale of a row or column must be positive")
         out[name] = values
     return out
 
 
-def _invertible(matrices: np.ndarray) -> bool:
-    sign, size = np.linalg.slogdet(matrices.astype(np.float64))
-    return bool(np.all(sign != 0) and np.all(np.isfinite(size)))
+def _places(plan: Plan) -> dict[str, np.ndarray]:
+    """Of joined heads which coordinates their matrices are of."""
+    out = {}
+    for layer in (x for x in plan.layers if x.joint is not None):
+        codecs = (plan.codecs(layer.index, side) for side in SIDES)
+        own = zip(("coded", "read"), composed.places(*codecs, layer.joint), strict=True)
+        out |= {array_name(layer.index, "joint", name): values for name, values in own}
+    return out
 
 
 def table_tensors(plan: Plan) -> Tensors:
@@ -119,11 +134,12 @@ def read_bytes(raw: bytes, listed: Mapping[str, TensorSpec]) -> Tensors:
     out = {}
     for name, spec in listed.items():
         tensor = found[name]
-        if tensor["dtype"] != "F32":
-            raise PlanConflict(name, f"stored as {tensor['dtype']}, must be F32")
+        kind, item = _STORED[spec.dtype]
+        if tensor["dtype"] != kind:
+            raise PlanConflict(name, f"stored as {tensor['dtype']}, must be {kind}")
         if tuple(tensor["shape"]) != spec.shape:
             raise PlanConflict(name, f"shape {tensor['shape']}, but listed {list(spec.shape)}")
-        out[name] = np.frombuffer(tensor["data"], "<f4").reshape(spec.shape)
+        out[name] = np.frombuffer(tensor["data"], item).reshape(spec.shape)
     return out
 
 
@@ -134,14 +150,21 @@ def check_listing(plan: Plan, stated: tuple[TableUse, ...]) -> None:
       PlanConflict: tensors listed are not the fitted arrays and the stated tables.
     """
     assert plan.arrays is not None
-    listed, due = plan.arrays.tensors, array_shapes(plan)
+    listed, due = plan.arrays.tensors, array_types(plan)
     tables = {name for use in stated for name in use.tensors.values()}
+    earlier = next((n for n in set(due) - set(listed) if n.endswith(".joint.analysis")), None)
+    if earlier is not None:  # the first versions of joined heads had their turns apart
+        raise PlanConflict(
+            "arrays.tensors", f"{shown(earlier)} is missing: make the plan again (turboq plan)"
+        )
     _check_names("arrays.tensors", set(listed), set(due) | tables)
-    for name, shape in due.items():
+    for name, (shape, kind) in due.items():
+        path = member("arrays.tensors", name)
         if listed[name].shape != shape:
-            path = member("arrays.tensors", name)
             raise PlanConflict(path, f"shape {list(listed[name].shape)} must be {list(shape)}")
-    need = 4 * sum(math.prod(spec.shape) for spec in listed.values())
+        if listed[name].dtype != kind:
+            raise PlanConflict(path, f"{listed[name].dtype} must be {kind}")
+    need = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in listed.values())
     if need > plan.arrays.size:
         raise PlanConflict("arrays.size", f"{plan.arrays.size} bytes cannot hold the {need} listed")
 

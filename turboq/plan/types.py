@@ -6,7 +6,7 @@ Fitted arrays are kept apart, in a dict. Their names follow one rule:
 
     every head has the side's codec     layers.{i}.{k|v}.{array}             [K, *shape]
     some heads override it              layers.{i}.{k|v}.heads.{h}.{array}   [*shape], each head
-    heads are joined                    layers.{i}.joint.{mean|synthesis}    `turboq.cache.joint`
+    heads are joined                    layers.{i}.joint.{array}             `cache.composed.shapes`
 """
 
 # pyright: strict, reportUnknownMemberType=false
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from turboq.cache import accounting, composed, joint
+from turboq.cache import accounting, composed
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
 from turboq.codecs.base import Codec
 from turboq.plan.errors import PlanConflict, PlanError, member, shown
@@ -40,6 +40,7 @@ from turboq.version import __version__
 
 SCHEMA_VERSION = 1
 SIDES: tuple[Literal["k", "v"], ...] = ("k", "v")
+TENSOR_TYPES = ("float32", "int8", "int32")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,100}\.safetensors")
 
 
@@ -128,8 +129,8 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     def __post_init__(self):
-        if self.dtype != "float32":
-            raise ValueError(f"dtype={self.dtype!r} must be float32")
+        if self.dtype not in TENSOR_TYPES:
+            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(TENSOR_TYPES)}")
         if any(n < 0 for n in self.shape):
             raise ValueError(f"shape={self.shape} must not be negative")
 
@@ -245,13 +246,15 @@ class Plan:
         """
         k, v = self.codecs(index, "k"), self.codecs(index, "v")
         plan = self.layers[self.position(index)]
+        if plan.joint is not None:
+            k, v = (tuple(composed.held(codec) for codec in side) for side in (k, v))
         groups = tuple(
             HeadGroup(
                 heads=heads,
                 k=k[heads[0]],
                 v=v[heads[0]],
-                k_arrays=_gather(arrays, index, "k", plan.k, heads),
-                v_arrays=_gather(arrays, index, "v", plan.v, heads),
+                k_arrays=_gather(arrays, index, "k", plan.k, heads, k[heads[0]]),
+                v_arrays=_gather(arrays, index, "v", plan.v, heads, v[heads[0]]),
             )
             for heads in _groups(k, v)
         )
@@ -261,13 +264,10 @@ class Plan:
             latent=of.latent,
         )  # fmt: skip
         if plan.joint is not None:
-            own = {name: arrays.get(array_name(index, "joint", name)) for name in joint.ARRAYS}
-            if missing := [name for name, values in own.items() if values is None]:
-                raise PlanError(
-                    array_name(index, "joint", missing[0]),
-                    "fitted array is missing: calibrate, or load the plan's arrays",
-                )
-            layer = composed.join(layer, plan.joint, own)
+            names = composed.shapes(k, v, plan.joint)
+            own = {name: _find(arrays, array_name(index, "joint", name)) for name in names}
+            own = {name: jnp.asarray(values) for name, values in own.items()}
+            layer = dataclasses.replace(layer, joint_heads=plan.joint, joint=own)
         if plan.k.rope == "after":
             return layer
         return dataclasses.replace(layer, rope=of.rope, rope_block=rope_block(plan.k.rope))
@@ -398,19 +398,24 @@ def _groups(k: tuple[Codec, ...], v: tuple[Codec, ...]) -> list[tuple[int, ...]]
     return [tuple(heads) for heads in groups.values()]
 
 
+def _find(arrays: Mapping[str, Any], name: str) -> Any:
+    if name not in arrays:
+        raise PlanError(name, "fitted array is missing: calibrate, or load the plan's arrays")
+    return arrays[name]
+
+
 def _gather(
-    arrays: Mapping[str, Any], index: int, side: str, plan: SidePlan, heads: tuple[int, ...]
-) -> dict[str, Any]:
-    def get(name: str) -> Any:
-        if name not in arrays:
-            raise PlanError(name, "fitted array is missing: calibrate, or load the plan's arrays")
-        return arrays[name]
+    arrays: Mapping[str, Any], index: int, side: str, plan: SidePlan, heads: tuple[int, ...],
+    codec: Codec,
+) -> dict[str, Any]:  # fmt: skip
+    def get(array: str, head: int | None = None) -> Any:
+        return np.asarray(_find(arrays, array_name(index, side, array, head)))
 
     out: dict[str, Any] = {}
-    for array in plan.of(heads[0]).array_shapes:
+    for array in codec.array_shapes:
         if plan.stacked:
-            values = np.asarray(get(array_name(index, side, array)))[list(heads)]
+            values = get(array)[list(heads)]
         else:
-            values = np.stack([np.asarray(get(array_name(index, side, array, h))) for h in heads])
+            values = np.stack([get(array, h) for h in heads])
         out[array] = jnp.asarray(values, jnp.float32)
     return out

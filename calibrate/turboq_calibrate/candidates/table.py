@@ -33,6 +33,7 @@ from turboq.plan import (
     Quality,
     array_name,
     check_arrays,
+    compose,
     head_plan,
 )
 from turboq.plan.build import Side
@@ -281,7 +282,7 @@ class Table:
                 for head, row in enumerate(rows):
                     for name, values in row.items():
                         out[array_name(layer.index, side, name, head)] = values
-        return plan, check_arrays(plan, out)
+        return plan, check_arrays(plan, compose(plan, out))
 
 
 def build_table(

@@ -23,7 +23,7 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Int
 
-from turboq.cache import accounting, joint
+from turboq.cache import accounting
 from turboq.cache.layer import EXACT_DTYPES, TokenPolicy
 from turboq.cache.windows import pages_held
 from turboq.codecs import Codec, Transform
@@ -203,8 +203,7 @@ def _arrays(problem: Problem) -> Int[np.ndarray, "U C"]:
     def of(codec: Codec, together: int) -> int:
         if not together:
             return 4 * sum(math.prod(shape) for shape in codec.array_shapes.values())
-        halves = 2 * len(joint.MATRICES)  # bytes of float16
-        return halves * together * codec.coded if isinstance(codec, Transform) else 0
+        return 2 * together * codec.coded if isinstance(codec, Transform) else 0  # int8, both ways
 
     return np.array(
         [

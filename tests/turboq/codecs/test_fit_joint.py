@@ -42,6 +42,7 @@ def together(k, v, name):
 def test_units_are_uncorrelated_and_an_error_of_any_costs_alike(rng):
     k, v = observed(rng, correlated(rng))
     found = fit_joint(k, v, HEADS, ridge=0.0)
+    seen = found.pop("variances")
     assert {n: a.shape for n, a in found.items()} == joint.shapes(HEADS, HEADS, K_DIM, V_DIM)
     turn = found["synthesis"][0]
     x = together(k, v, "x").astype(np.float64)
@@ -49,6 +50,7 @@ def test_units_are_uncorrelated_and_an_error_of_any_costs_alike(rng):
     covariance = y.T @ y / TOKENS
     variances = np.diag(covariance)
     np.testing.assert_allclose(covariance, np.diag(variances), atol=1e-5 * variances[0])
+    np.testing.assert_allclose(seen, variances[None], atol=1e-5 * variances[0])
     assert np.all(np.diff(variances) <= 1e-6 * variances[0])
     metric = np.zeros((DIM, DIM))
     at = 0

@@ -144,7 +144,10 @@ MEAN = "layers.0.k.heads.0.mean"
         (lambda f: f.update(more=np.zeros(3, np.float32)), 'arrays.tensors: "more" is not needed'),
         (swap(MEAN, lambda x: x[:-1]), "shape [15] must be [16]"),
         (swap(MEAN, lambda x: x[None]), "shape [1, 16] must be [16]"),
-        (swap(MEAN, lambda x: x.astype(np.float16)), "dtype='float16' must be float32"),
+        (
+            swap(MEAN, lambda x: x.astype(np.float16)),
+            "dtype='float16' must be one of float32",
+        ),
         (swap(MEAN, lambda x: x * np.nan), f"{MEAN}: 16 of 16 values are NaN"),
         (swap("tables/rotation.0", nudge), "tables/rotation.0: differs by 0.0001 from the table"),
         (swap("tables/codebook.0", nudge), "tables/codebook.0: differs by 0.0001"),

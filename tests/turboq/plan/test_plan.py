@@ -10,7 +10,6 @@ import numpy as np
 import plan_cases
 import pytest
 
-from turboq.cache import joint
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Exact, KiviKey, PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
@@ -30,6 +29,7 @@ from turboq.plan import (
     check_arrays,
     check_model,
     collect_arrays,
+    compose,
     diff,
     document,
     fingerprint,
@@ -55,7 +55,7 @@ def test_save_and_load_are_inverse(make, tmp_path):
     assert loaded.extra == plan.extra
     assert found.keys() == arrays.keys()
     for name, values in arrays.items():
-        assert found[name].dtype == np.float32
+        assert found[name].dtype == values.dtype
         np.testing.assert_array_equal(found[name], values)
     assert load(tmp_path / "new" / "folder" / "plan.json")[0] == saved
     assert (
@@ -527,13 +527,12 @@ def test_joined_heads_reach_the_layers():
     assert [layer.joint_heads for layer in layers] == [3, 2]
     # Eight coordinates of every unit are coded: 3 and 2 heads, K and V of each.
     assert [layer.joint["analysis"].shape for layer in layers] == [(1, 48, 72), (2, 32, 64)]
-    turn = np.asarray(arrays["layers.2.joint.synthesis"], np.float64)
-    for j in range(2):
-        column = turn[j][:, 24:48] @ np.asarray(arrays[f"layers.2.k.heads.{2 * j + 1}.synthesis"])
-        held = np.asarray(joint.synthesis_of(layers[1]))[j, :, 8:16]
-        np.testing.assert_allclose(
-            held, column, rtol=2.0**-11, atol=2.0**-24 * np.abs(column).max()
-        )
+    # Coordinates of 5 bits, those of the first head's keys and values, have two columns.
+    assert [layer.joint["read"].shape for layer in layers] == [(1, 64), (2, 48)]
+    for index, layer in zip((0, 2), layers, strict=True):
+        for name, values in layer.joint.items():
+            np.testing.assert_array_equal(values, arrays[f"layers.{index}.joint.{name}"])
+            assert values.dtype == arrays[f"layers.{index}.joint.{name}"].dtype
     found = document(plan)["layers"]
     assert [layer["joint"] for layer in found] == [3, 2]
     assert "joint" not in document(plan_cases.rich()[0])["layers"][0]
@@ -583,6 +582,16 @@ def test_arrays_of_joined_heads_are_checked():
         check_arrays(plan, {n: a for n, a in arrays.items() if n != name})
     with pytest.raises(PlanError, match=rf"{name}: fitted array is missing"):
         plan.kv_layer(2, {n: a for n, a in arrays.items() if n != name})
-    for values, message in ((np.nan, "NaN or infinite"), (0.0, "must have an inverse")):
+    for array, value, message in (
+        ("center", np.nan, "NaN or infinite"),
+        ("synthesis_scale", 0.0, "scale of a row or column must be positive"),
+        ("read", 0, "which coordinates the codecs of the units have"),
+    ):
+        wrong = f"layers.2.joint.{array}"
         with pytest.raises(PlanConflict, match=message):
-            check_arrays(plan, arrays | {name: np.full_like(arrays[name], values)})
+            check_arrays(plan, arrays | {wrong: np.full_like(arrays[wrong], value)})
+    with pytest.raises(PlanConflict, match=f"{name}: float32 array must be int8"):
+        check_arrays(plan, arrays | {name: arrays[name].astype(np.float32)})
+    fitted = {f"layers.{i}.joint.mean": arrays[f"layers.{i}.joint.mean"] for i in (0, 2)}
+    with pytest.raises(PlanError, match=r"layers.0.joint.synthesis: fitted array of joined heads"):
+        compose(plan, fitted)
