@@ -96,35 +96,47 @@ def compose(
     mean, turn = (np.asarray(fitted[name], np.float64) for name in joint.ARRAYS)
     variances = np.asarray(fitted.get("variances", np.ones(mean.shape)), np.float64)
     back = joint.inverse(turn)
-    codecs = [[codec for codec, _ in side] for side in (k, v)]
-    rows, columns = places(*codecs, heads)
-    made = {name: np.zeros(shape, kind) for name, (shape, kind) in shapes(*codecs, heads).items()}
-    made["mean"][:], made["center"][:] = mean, mean
-    made["coded"], made["read"] = rows, columns
+    k_codecs, v_codecs = ([codec for codec, _ in side] for side in (k, v))
+    rows, columns = places(k_codecs, v_codecs, heads)
+    due = shapes(k_codecs, v_codecs, heads)
+    made = {name: np.zeros(shape, kind) for name, (shape, kind) in due.items()}
+    made |= {"mean": mean.astype(np.float32), "coded": rows, "read": columns}
     for name in ("analysis_scale", "synthesis_scale"):
         made[name][:] = 1.0
-    for j in range(len(mean)):
-        at, down, up = 0, [], []
-        for codec, arrays in (u for side in (k, v) for u in side[j * heads : (j + 1) * heads]):
-            a, s, nu = _turns(codec, arrays)
-            own = slice(at, at + codec.dim)
-            down.append(a @ back[j, own])
-            up.append(turn[j][:, own] @ s)
-            made["center"][j] += (turn[j][:, own] @ nu).astype(np.float32)
-            at = own.stop
-        analysis, synthesis = np.concatenate(down), np.concatenate(up, axis=1).T
+    for j, group in enumerate(back):
+        units = [u for side in (k, v) for u in side[j * heads : (j + 1) * heads]]
+        analysis, synthesis, nu = _whole(units, turn[j], group)
+        made["center"][j] = mean[j] + nu
+        covariance = (turn[j] * variances[j]) @ turn[j].T
+        found = rounding.to_int8(analysis, rounding.Metric.of(covariance))
         w = len(analysis)
-        seen = rounding.Metric.of((turn[j] * variances[j]) @ turn[j].T)
-        felt = rounding.Metric.of(back[j].T @ back[j])
-        made["analysis"][j, :w], made["analysis_scale"][j, :w] = rounding.to_int8(analysis, seen)
-        coarse, scale = rounding.to_int8(synthesis, felt)
-        fine = np.searchsorted(rows[j, :w], columns[j, w:][columns[j, w:] < mean.shape[1]])
-        left = synthesis[fine] - coarse[fine] * scale[fine, None].astype(np.float64)
-        rest, small = rounding.to_int8(left, felt)
-        every = slice(0, w + len(fine))
-        made["synthesis"][j, :, every] = np.concatenate([coarse, rest]).T
-        made["synthesis_scale"][j, every] = np.concatenate([scale, small])
+        made["analysis"][j, :w], made["analysis_scale"][j, :w] = found
+        fine = columns[j, w:]  # their places among the rows, which are in order
+        fine = np.searchsorted(rows[j, :w], fine[fine < mean.shape[1]])
+        q, scale = _twice(synthesis.T, fine, rounding.Metric.of(group.T @ group))
+        made["synthesis"][j, :, : len(q)], made["synthesis_scale"][j, : len(q)] = q.T, scale
     return made
+
+
+def _whole(units: Sequence[Unit], turn: np.ndarray, back: np.ndarray) -> _Turns:
+    """A_c [W, C], S_c [C, W] and S nu [C] of a group."""
+    down, up, nu, at = [], [], np.zeros(len(turn)), 0
+    for codec, arrays in units:
+        own = slice(at, at + codec.dim)
+        a, s, mean = _turns(codec, arrays)
+        down.append(a @ back[own])
+        up.append(turn[:, own] @ s)
+        nu += turn[:, own] @ mean
+        at = own.stop
+    return np.concatenate(down), np.concatenate(up, axis=1), nu
+
+
+def _twice(matrix: np.ndarray, fine: np.ndarray, metric: rounding.Metric):
+    """Rows as int8 and their scales, then of `fine` ones what that has left."""
+    q, scale = rounding.to_int8(matrix, metric)
+    left = matrix[fine] - q[fine] * scale[fine, None].astype(np.float64)
+    more, small = rounding.to_int8(left, metric)
+    return np.concatenate([q, more]), np.concatenate([scale, small])
 
 
 def join(layer: KVLayer, heads: int, fitted: Mapping[str, Any]) -> KVLayer:

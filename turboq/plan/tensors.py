@@ -36,12 +36,12 @@ def array_types(plan: Plan) -> composed.Shapes:
     out: composed.Shapes = {}
     for layer in plan.layers:
         kv_heads = plan.model.layers[layer.index].kv_heads
-        codecs = [plan.codecs(layer.index, side) for side in SIDES]
+        k, v = (plan.codecs(layer.index, side) for side in SIDES)
         if layer.joint is not None:
-            codecs = [[composed.held(codec) for codec in side] for side in codecs]
-            own = composed.shapes(*codecs, layer.joint)
+            k, v = (tuple(composed.held(codec) for codec in side) for side in (k, v))
+            own = composed.shapes(k, v, layer.joint)
             out |= {array_name(layer.index, "joint", name): kind for name, kind in own.items()}
-        for side, each in zip(SIDES, codecs, strict=True):
+        for side, each in zip(SIDES, (k, v), strict=True):
             if layer.side(side).stacked:
                 for array, shape in each[0].array_shapes.items():
                     out[array_name(layer.index, side, array)] = (kv_heads, *shape), "float32"
@@ -89,9 +89,11 @@ def check_arrays(plan: Plan, arrays: Mapping[str, Any]) -> Tensors:
 def _places(plan: Plan) -> dict[str, np.ndarray]:
     """Of joined heads which coordinates their matrices are of."""
     out = {}
-    for layer in (x for x in plan.layers if x.joint is not None):
-        codecs = (plan.codecs(layer.index, side) for side in SIDES)
-        own = zip(("coded", "read"), composed.places(*codecs, layer.joint), strict=True)
+    for layer in plan.layers:
+        if layer.joint is None:
+            continue
+        k, v = (plan.codecs(layer.index, side) for side in SIDES)
+        own = zip(("coded", "read"), composed.places(k, v, layer.joint), strict=True)
         out |= {array_name(layer.index, "joint", name): values for name, values in own}
     return out
 
