@@ -78,15 +78,18 @@ def filled(rng, layers, t, capacity, batch=2):
     return out, words
 
 
-def check(rng, names, *, interpret, rope=None, block=1, gain="code", joined=None, **options):
+def check(
+    rng, names, *, interpret, rope=None, block=1, gain="code", joined=None, off=None, **options
+):
     """Two pages and a bit, other bits in every head, ragged lengths, sinks, a recent window.
 
-    Implementations `names` against decoding by XLA, and float64 of what the codecs store.
+    Implementations `names` against decoding by XLA, and float64 of what the codecs store, within
+    `off` (None: what folded queries allow).
     """
     policy = TokenPolicy(sinks=3, recent=2)
     layers = make_layers(rng, policy, rope and ROPES[rope], block, gain, joined)
     held, words = filled(rng, layers, 530, 600)
-    off = TOL["columns" if joined is None else "columns_joined"]
+    off = off or TOL["columns" if joined is None else "columns_joined"]
     for layer, (state, _, k, v) in zip(layers, held, strict=True):
         q, more_k, more_v = inputs(rng, 1)
         state, after, tail = write(state, words, more_k, more_v, jnp.array([1, 0], jnp.int32))
