@@ -6,6 +6,7 @@ out = attend(q, state, words, tail, matrices, q_positions=at, scale=scale)
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -31,17 +32,22 @@ from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.decode.types import Partial
 
 IMPLEMENTATIONS = ("xla", "linear", "mosaic_tpu", "triton")
+_BLOCKS = {*mosaic_tpu.BLOCKS, *triton.BLOCKS}
 _PREFERENCE = {"tpu": ("mosaic_tpu", "linear"), "gpu": ("triton", "linear"), "cpu": ("linear",)}
 
 
 def prepare(state: LayerState, words: UInt32[Array, "B P R C"]) -> LinearLayer | None:
-    """What kernels need to know of a layer; None if no kernel reads it."""
-    layer = state.form.layer
-    block = layer.rope_block
-    turned = layer.rope is not None and not mosaic_tpu_decoded.reads_blocks(block)
-    if turned or linear.unsupported(state.form) is not None:
+    """What kernels need to know of a layer; None if no kernel of this platform reads it."""
+    layer, block = state.form.layer, state.form.layer.rope_block
+    folds = layer.rope is None or block in _BLOCKS or base.reads_blocks(block)
+    decodes = jax.default_backend() == "tpu" and mosaic_tpu_decoded.reads_blocks(block)
+    if not (folds or decodes) or linear.unsupported(state.form) is not None:
         return None
-    return linear.linear_layer(state.form, pool_lanes=words.shape[-1])
+    made = linear.linear_layer(state.form, pool_lanes=words.shape[-1])
+    if not decodes or layer.rope is None or block in mosaic_tpu.BLOCKS:
+        return made
+    operands = mosaic_tpu_decoded.prepare(made, words.shape[-1], layer.rope)
+    return dataclasses.replace(made, decoded=operands)
 
 
 def unsupported(
@@ -134,7 +140,8 @@ def attend(
             sink_logits=sink_logits, **options,
         )  # fmt: skip
     made = prepare(state, words) if matrices is None else matrices
-    assert made is not None  # `unsupported` has said so
+    if made is None:  # read by a kernel of another platform
+        made = linear.linear_layer(state.form, pool_lanes=words.shape[-1])
     if name == "triton" and triton_step.supported(q, state, tail):
         return triton_step.attend(
             q, state, words, tail, made, q_positions=q_positions, window=window, splits=splits,
@@ -154,10 +161,11 @@ def attend(
     if name == "triton":
         k_matrix, v_matrix = triton.local(made, words.shape[-1])
     if name == "mosaic_tpu" and _cannot_fold(q, state, words) is not None:
-        v_matrix = mosaic_tpu_decoded.values_matrix(made, words.shape[-1])
+        operands = made.decoded or mosaic_tpu_decoded.prepare(made, words.shape[-1], layer.rope)
+        v_matrix = operands.values
         sums = mosaic_tpu_decoded.attend(
             rows, words, made, starts, ends, first, rope=layer.rope, block=layer.rope_block,
-            interpret=interpret, **options,
+            operands=operands, interpret=interpret, **options,
         )  # fmt: skip
     else:
         folded = queries.fold(

@@ -73,6 +73,7 @@ class LinearLayer:
     unit_groups: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     widest: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # as of `LayerForm`
     joined: bool = dataclasses.field(default=False, metadata={"static": True})
+    decoded: Any = None  # `mosaic_tpu_decoded.Operands`, where keys are decoded on a TPU
 
     @property
     def groups(self) -> int:

@@ -11,7 +11,9 @@ queries are pairs of bfloat16, each off by 2^-16 of itself. `mosaic_tpu_decoded_
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +41,19 @@ from turboq_kernels.columns.mosaic_tpu_kernel import LOG2_E, PIECE
 from turboq_kernels.columns.types import Sums
 
 INT8_ROWS = 32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operands:
+    """A layer as the kernel reads it, p units of each of J groups."""
+
+    matrix: Any  # int8 [J, 2 G D, lanes of keys], high bytes of all channels, then low ones
+    means: Any  # float32 [J, G D, 256], of keys at every place in a page
+    gains: Any  # float32 [2, J, p, 128], of keys times what an integer is worth, and of values
+    gain_weights: Any  # int8 [J, 32, lanes]
+    places: Any  # int32: tiles read first of each unit, tiles of all, edges, the gains' tile
+    values: Any  # float32 [J, G, E, lanes of values], for `queries.values`
 
 
 def reads_blocks(block: int) -> bool:
@@ -109,6 +124,28 @@ def _ordered(x: Float[Array, "*n D"], rope: Rope | None) -> Float[Array, "*n _"]
     return jnp.where(there, x[..., np.maximum(order, 0)], 0.0)
 
 
+@jax.jit(static_argnames=("pool_lanes", "rope"))
+def prepare(layer: LinearLayer, pool_lanes: int, rope: Rope | None) -> Operands:
+    """The operands of a layer in a pool of so many lanes; once per plan."""
+    groups, (heads, _, dim) = layer.groups, layer.means.shape
+    spec = specify(
+        heads, dim, layer.unit_groups, layer.widest, layer.joined, pool_lanes, rope,
+        gain_lanes=layer.gain_weights.shape[1] if layer.gained else 0, softcap=None,
+    )  # fmt: skip
+    matrix, unit = _matrix(spec, layer, rope)
+    offsets = np.arange(PAGE) % layer.means.shape[1]
+    means = page_order(_ordered(layer.means[:, offsets], rope).swapaxes(1, 2))
+    lanes = _starts(layer) + layer.first[np.array(_sides(layer))][None]  # [J, p] of the pool
+    tile = jnp.minimum(lanes // LANES, spec.pool - jnp.asarray(spec.read, jnp.int32)[None])
+    gain_lane = layer.first[0] + layer.gain_lane
+    places = (tile, _parts(spec, lanes // LANES - tile), LANES - lanes % LANES, gain_lane // LANES)
+    return Operands(
+        matrix=matrix, means=means.reshape(groups, -1, PAGE), gains=_gains(layer, unit),
+        gain_weights=_gain_weights(spec, layer, gain_lane),
+        places=tuple(x.reshape(-1) for x in places), values=_local(spec, layer, 1),
+    )  # fmt: skip
+
+
 def attend(
     rows: Float[Array, "B M D"],
     words: UInt32[Array, "B P R C"],
@@ -121,12 +158,14 @@ def attend(
     block: int,
     scale: float,
     softcap: float | None,
+    operands: Operands | None = None,
     interpret: bool = False,
 ) -> Sums:
     """Softmax over slots starts[b, m] <= s < ends[b, m] of every row, slot 0 at position `first`.
 
-    Sums are over the lanes of `values_matrix`.
+    Sums are over the lanes of `Operands.values`.
     """
+    made = operands or prepare(layer, words.shape[-1], rope)
     (batch, m, dim), groups, pages = rows.shape, layer.groups, words.shape[1]
     spec = specify(
         m, dim, layer.unit_groups, layer.widest, layer.joined, words.shape[-1], rope,
@@ -146,21 +185,11 @@ def attend(
     ends = jnp.minimum(ends, pages * PAGE)
     plan = pages_seen(starts, ends, pages)
     starts, ends = (across(padded(x).reshape(batch, groups, spec.rows)) for x in (starts, ends))
-    matrix, unit = _matrix(spec, layer, rope)
-    offsets = np.arange(PAGE) % layer.means.shape[1]
-    means = page_order(_ordered(layer.means[:, offsets], rope).swapaxes(1, 2))
-    means = means.reshape(groups, -1, PAGE)
     words = jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, -words.shape[-1] % LANES)))
-    lanes = _starts(layer) + layer.first[np.array(_sides(layer))][None]  # [J, p] of the pool
-    tile = jnp.minimum(lanes // LANES, spec.pool - jnp.asarray(spec.read, jnp.int32)[None])
-    gain_lane = layer.first[0] + layer.gain_lane
-    scalars = (
-        plan, tile.reshape(-1), _parts(spec, lanes // LANES - tile).reshape(-1),
-        (LANES - lanes % LANES).reshape(-1), jnp.reshape(gain_lane // LANES, (1,)),
-    )  # fmt: skip
+    table = _table(spec, rope, block, first, pages)
     acc, stats = _call(
-        spec, interpret, scalars, query, starts, ends, matrix, means, _gains(layer, unit),
-        _gain_weights(spec, layer, gain_lane), _table(spec, rope, block, first, pages), words,
+        spec, interpret, (plan, *made.places), query, starts, ends, made.matrix, made.means,
+        made.gains, made.gain_weights, table, words,
     )  # fmt: skip
 
     def by_row(x):
@@ -172,16 +201,6 @@ def attend(
         acc=by_row(acc), total=jnp.sum(by_row(stats[:, :, 1]), axis=-1),
         top=by_row(stats[:, :, 0])[..., 0] / LOG2_E,
     )  # fmt: skip
-
-
-def values_matrix(layer: LinearLayer, pool_lanes: int) -> Float[Array, "J G E Y"]:
-    """What the bits of `attend`'s sums are worth, for `queries.values`."""
-    heads, (_, dim) = len(layer.widest) // 2, layer.v.mean.shape
-    spec = specify(
-        heads * layer.groups, dim, layer.unit_groups, layer.widest, layer.joined, pool_lanes, None,
-        gain_lanes=0, softcap=None,
-    )  # fmt: skip
-    return _local(spec, layer, 1)
 
 
 def _sides(layer: LinearLayer) -> tuple[int, ...]:
