@@ -42,7 +42,7 @@ CASES = [
 ]
 DECODED = [
     {"rope": "half", "joined": 3},
-    {"rope": "partial", "block": 64, "gain": "none", "window": 270, "softcap": 1.5},
+    {"rope": "partial", "block": 64, "gain": "none", "tokens": 3, "window": 270, "softcap": 1.5},
 ]
 
 
