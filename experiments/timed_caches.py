@@ -23,7 +23,15 @@ from turboq.codecs import Codec, Exact, PerHead, Transform, TurboQuantMSE
 from turboq.codecs.fit_joint import heads_joined
 from turboq.codecs.observed import Observed
 from turboq.numbers.rope import Rope
-from turboq.plan import LayerGeometry, ModelGeometry, Plan, collect_arrays, head_plan, uniform_plan
+from turboq.plan import (
+    LayerGeometry,
+    ModelGeometry,
+    Plan,
+    collect_arrays,
+    compose,
+    head_plan,
+    uniform_plan,
+)
 from turboq_calibrate.measure.decode_cache import ByLayer, OnePool, open_cache
 from turboq_calibrate.models import Model
 from turboq_calibrate.models.decoder import exact_attend

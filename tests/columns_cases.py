@@ -78,24 +78,29 @@ def filled(rng, layers, t, capacity, batch=2):
     return out, words
 
 
-def check(rng, names, *, interpret, rope=None, block=1, gain="code", joined=None, **options):
+def check(
+    rng, names, *, interpret, rope=None, block=1, gain="code", joined=None, tokens=1, off=None,
+    **options,
+):  # fmt: skip
     """Two pages and a bit, other bits in every head, ragged lengths, sinks, a recent window.
 
-    Implementations `names` against decoding by XLA, and float64 of what the codecs store.
+    Implementations `names` against decoding by XLA, and float64 of what the codecs store, within
+    `off` (None: what folded queries allow), for the last `tokens`.
     """
     policy = TokenPolicy(sinks=3, recent=2)
     layers = make_layers(rng, policy, rope and ROPES[rope], block, gain, joined)
     held, words = filled(rng, layers, 530, 600)
-    off = TOL["columns" if joined is None else "columns_joined"]
+    off = off or TOL["columns" if joined is None else "columns_joined"]
     for layer, (state, _, k, v) in zip(layers, held, strict=True):
-        q, more_k, more_v = inputs(rng, 1)
-        state, after, tail = write(state, words, more_k, more_v, jnp.array([1, 0], jnp.int32))
-        at = state.lengths[:, None] - 1
+        q, more_k, more_v = inputs(rng, tokens)
+        counts = jnp.array([tokens, 0], jnp.int32)
+        state, after, tail = write(state, words, more_k, more_v, counts)
+        at = state.lengths[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)[None]
         run = functools.partial(attend, q, state, after, tail, q_positions=at, scale=SCALE)
         want = run(implementation="xla", **options)
-        # Of the sequence that got a token.
+        # Of the sequence that got tokens.
         whole = [jnp.concatenate(x, axis=1)[:1] for x in ((k, more_k), (v, more_v))]
-        every = jnp.zeros((1, 531, *q.shape[2:])).at[:, -1:].set(q[:1])
+        every = jnp.zeros((1, 530 + tokens, *q.shape[2:])).at[:, -tokens:].set(q[:1])
         due = kernel_oracle.policy_attention(
             layer, every, *whole, scale=SCALE,
             stored_values=simulate(state.form.layer, *whole), **options,
@@ -103,4 +108,4 @@ def check(rng, names, *, interpret, rope=None, block=1, gain="code", joined=None
         for name in names:
             got = run(implementation=name, interpret=interpret, **options)
             np.testing.assert_allclose(got, want, atol=off, err_msg=name)
-            np.testing.assert_allclose(got[:1], due[:, -1:], atol=off, err_msg=name)
+            np.testing.assert_allclose(got[:1], due[:, -tokens:], atol=off, err_msg=name)

@@ -14,6 +14,10 @@ TOL: dict[str, float] = {
     "columns": 5e-4,
     # The same over the 256 bits of six units: twice the sum of as many roundings.
     "columns_joined": 1e-3,
+    # Queries and keys as pairs of bfloat16, each off by 2^-16 at most, of |q| |k| scale ~ 5 * 8 *
+    # 0.3: 24 channels err apart, 12 * 2 * 1.5e-5 / sqrt(6) = 1.5e-4 on a logit, as much relative
+    # on p, times |v| ~ 2. Bits of keys, off by 1/65278 of the largest at most, add a tenth.
+    "columns_decoded": 3e-4,
     # Queries as pairs of int8 of |q| |column| ~ 10: 10 / (127 508) / sqrt(3) = 9e-5 each, over
     # sqrt(72) bits of +-1/2, scale 0.3: 1.1e-4 on a logit, as much relative on p; averaged over
     # the tokens that share a softmax (40 and 530, as if 10) 4e-5, times |v| ~ 2. Weights likewise,

@@ -40,6 +40,10 @@ CASES = [
     {"rope": "partial", "block": 256, "gain": "none", "joined": 1, "softcap": 1.5},
     {"rope": "half", "block": 128, "joined": 3},
 ]
+DECODED = [
+    {"rope": "half", "joined": 3},
+    {"rope": "partial", "block": 64, "gain": "none", "tokens": 3, "window": 270, "softcap": 1.5},
+]
 
 
 def test_xla_reads_bits_of_smaller_blocks(rng):
@@ -50,6 +54,11 @@ def test_xla_reads_bits_of_smaller_blocks(rng):
 def test_kernels_read_what_decoding_reads(rng, case):
     names = [name for name in KERNELS if name != "triton" or case.get("block") != 128]
     check(rng, ["linear", *names], interpret=True, **case)
+
+
+@pytest.mark.parametrize("case", DECODED, ids=str)
+def test_keys_are_decoded_where_queries_cannot_be_folded(rng, case):
+    check(rng, ["mosaic_tpu"], interpret=True, off=TOL["columns_decoded"], **case)
 
 
 def test_some_tokens_at_once_and_an_empty_cache(rng):
@@ -178,7 +187,7 @@ def test_longest_and_sums_of_columns(rng):
 def test_what_no_kernel_reads_is_refused_by_name(rng):
     q, _, _ = inputs(rng, 1)
     for layers, reason in (
-        (make_layers(rng, TokenPolicy(), ROPES["half"]), "blocks of 1 positions"),
+        (make_layers(rng, TokenPolicy(), ROPES["half"], 100), "blocks of 100 positions"),
         (make_layers(rng, TokenPolicy(), gain="float16"), "a float16 gain per vector"),
     ):
         held, words = filled(rng, layers, 4, 256)
@@ -192,12 +201,13 @@ def test_what_no_kernel_reads_is_refused_by_name(rng):
         columns.attend(q, state, words, tail, q_positions=at, scale=1.0, implementation="cuda")
 
 
-def test_a_pool_that_has_given_up_pages(rng):
+@pytest.mark.parametrize(("block", "names"), [(256, KERNELS), (1, ["mosaic_tpu"])])
+def test_a_pool_that_has_given_up_pages(rng, block, names):
     """Behind a window: slots count from the first page that is held, positions do not."""
     policy = TokenPolicy(sinks=3, recent=2)
     layers = [
         dataclasses.replace(layer, window=100)
-        for layer in make_layers(rng, policy, ROPES["half"], 256)
+        for layer in make_layers(rng, policy, ROPES["half"], block)
     ]
     form = model_cache.forms(layers)
     states, pools = model_cache.init(form, batch=1, capacity=1024)
@@ -220,7 +230,7 @@ def test_a_pool_that_has_given_up_pages(rng):
         layers[0], every, *whole, scale=SCALE, window=100,
         stored_values=simulate(state.form.layer, *whole),
     )  # fmt: skip
-    for name in KERNELS:
+    for name in names:
         got = run(implementation=name, interpret=True)
         np.testing.assert_allclose(got, want, atol=TOL["columns"], err_msg=name)
         np.testing.assert_allclose(got, due[:, -1:], atol=TOL["columns"], err_msg=name)

@@ -5,12 +5,14 @@
 
 As `turboq_kernels.aot.tpu`. `bits` per coordinate of K and of V are those of a layer as a whole:
 its heads may have any, and one program reads them all. `cache` says how keys stand: "after" their
-rotary embedding, or in blocks of so many positions; `joined` how many heads are one vector.
+rotary embedding, or in blocks of so many positions, 1 for keys before it; `joined` how many heads
+are one vector.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,15 +22,17 @@ import jax
 import jax.numpy as jnp
 
 from turboq.numbers.packing import PAGE, ROWS
+from turboq.numbers.rope import Rope
 from turboq_kernels.aot import compilers, tpu
 from turboq_kernels.aot.compilers import Program
 from turboq_kernels.aot.tpu import missing as missing
-from turboq_kernels.columns import mosaic_tpu
+from turboq_kernels.columns import linear, mosaic_tpu, mosaic_tpu_decoded
 from turboq_kernels.columns.linear import GAIN_BITS, LANES, LinearLayer, LinearSide
 from turboq_kernels.columns.queries import Folded
 
 KERNEL = "turboq_columns"
 HEADS, BATCH, PAGES = 8, 8, 128
+ROPE = Rope(dim=128, theta=10000.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,16 @@ class Configuration:
     tokens: int = 1
     cache: str = "256"
     joined: int = 1
+
+    @property
+    def block(self) -> int | None:
+        """Positions of a block of keys; None: after their rotary embedding."""
+        return None if self.cache == "after" else int(self.cache)
+
+    @property
+    def decoded(self) -> bool:
+        """Whether keys are decoded, for queries cannot be folded."""
+        return self.block is not None and self.block not in mosaic_tpu.BLOCKS
 
     @property
     def unit_groups(self) -> tuple[int, ...]:
@@ -70,6 +84,8 @@ CONFIGURATIONS = (
     Configuration(target="v5e", bits=3, group=8),
     Configuration(target="v5e", bits=3, tokens=2),
     Configuration(target="v5e", bits=2, joined=2),
+    Configuration(target="v5e", bits=2, cache="1"),
+    *(Configuration(target="v5e", bits=2, cache=form, joined=2) for form in ("1", "64")),
     *(Configuration(target=target, bits=3) for target in ("v6e", "v5p")),
 )
 
@@ -78,7 +94,7 @@ def arguments(c: Configuration) -> tuple[Any, ...]:
     """Shapes of a call."""
     (k_width, v_width), rows = c.widths, HEADS * c.group * c.tokens
     units = len(c.unit_groups)
-    blocks = 1 if c.cache == "after" else PAGES * PAGE // int(c.cache)
+    blocks = 1 if c.block is None else PAGES * PAGE // c.block
 
     def struct(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -91,24 +107,35 @@ def arguments(c: Configuration) -> tuple[Any, ...]:
             tile_unit=struct(width // LANES, dtype=jnp.int32), slots=2,
         )  # fmt: skip
 
-    gain_lanes = _up(2 * HEADS * GAIN_BITS + LANES - 1)
     layer = LinearLayer(
         k=side(k_width), v=side(v_width),
-        means=struct(HEADS, 1 if blocks == 1 else int(c.cache), c.dim), longest=struct(HEADS),
+        means=struct(HEADS, c.block or 1, c.dim), longest=struct(HEADS),
         sums=struct(HEADS, c.dim, units // (HEADS // c.joined)),
         unit_groups=c.unit_groups, widest=(c.bits * c.dim,) * 2 * c.joined, joined=c.joined > 1,
         first=struct(2, dtype=jnp.int32), gain_lane=struct(dtype=jnp.int32),
-        gain_weights=struct(units, gain_lanes, dtype=jnp.int32), gained=True,
+        gain_weights=struct(units, linear.gain_lanes(HEADS, k_width), dtype=jnp.int32), gained=True,
         gain_lanes=struct(2, units, GAIN_BITS, dtype=jnp.int32),
     )  # fmt: skip
+    seen = struct(BATCH, rows, dtype=jnp.int32)
+    words = struct(BATCH, PAGES, ROWS, 2 * (k_width + v_width), dtype=jnp.uint32)
+    if c.decoded:
+        first = struct(1, 1, dtype=jnp.int32)
+        return struct(BATCH, rows, c.dim), words, layer, seen, seen, first
     folded = Folded(
         left=struct(BATCH, blocks, rows, k_width),
         largest=struct(BATCH, rows),
         bias=struct(BATCH, rows, 1 if blocks == 1 else PAGES * PAGE),
     )
-    words = struct(BATCH, PAGES, ROWS, 2 * (k_width + v_width), dtype=jnp.uint32)
-    seen = struct(BATCH, rows, dtype=jnp.int32)
     return folded, words, layer, seen, seen
+
+
+def _spec(c: Configuration) -> mosaic_tpu_decoded.Spec:
+    """Of the kernel that decodes."""
+    return mosaic_tpu_decoded.specify(
+        HEADS * c.group * c.tokens, c.dim, c.unit_groups, (c.bits * c.dim,) * 2 * c.joined,
+        c.joined > 1, 2 * sum(c.widths), ROPE,
+        gain_lanes=linear.gain_lanes(HEADS, c.widths[0]), softcap=None,
+    )  # fmt: skip
 
 
 def program(configuration: Configuration) -> Program:
@@ -118,31 +145,37 @@ def program(configuration: Configuration) -> Program:
       ValueError: the kernel does not support the case.
     """
     c, shapes = configuration, arguments(configuration)
-    block = None if c.cache == "after" else int(c.cache)
-    rows = HEADS * c.group * c.tokens
-    reason = mosaic_tpu.unsupported(rows, c.unit_groups, c.bits * c.dim, c.widths, block)
+    options, rows = {"scale": c.dim**-0.5, "softcap": None}, HEADS * c.group * c.tokens
+    if c.decoded:
+        reason, attend = (
+            mosaic_tpu_decoded.unsupported(_spec(c), c.block),
+            mosaic_tpu_decoded.attend,
+        )
+        assert c.block is not None
+        options |= {"rope": ROPE, "block": c.block}
+    else:
+        widths = c.widths
+        reason = mosaic_tpu.unsupported(rows, c.unit_groups, c.bits * c.dim, widths, c.block)
+        attend = mosaic_tpu.attend
     if reason is not None:
         raise ValueError(f"{configuration}: {reason}")
-
-    def run(*shapes):
-        return mosaic_tpu.attend(*shapes, scale=c.dim**-0.5, softcap=None)
-
-    return Program(run, shapes)
+    return Program(functools.partial(attend, **options), shapes)
 
 
 def row(configuration: Configuration, dump: pathlib.Path) -> dict[str, Any]:
     """One row; `dump` is the empty folder the compiler writes its schedule to."""
     tpu.compile_for(configuration.target, program(configuration))
     cost, c = tpu.read_cost(dump, KERNEL), configuration
+    if c.decoded:
+        used = mosaic_tpu_decoded.vmem_bytes(_spec(c))
+    else:
+        used = mosaic_tpu.vmem_bytes(HEADS * c.group * c.tokens, c.unit_groups, 2, c.widths)
     return {"op": "columns"} | dataclasses.asdict(c) | {
-        "bundles_per_256_tokens": round(cost.loop_bundles / HEADS, 1),
+        "bundles_per_256_tokens": round(cost.loop_bundles / (c.joined if c.decoded else HEADS), 1),
         "loop_bundles": cost.loop_bundles,
         "loop_tokens": PAGE,
         "slots_used": cost.busy,
-        "vmem_bytes": max(
-            mosaic_tpu.vmem_bytes(HEADS * c.group * c.tokens, c.unit_groups, 2, c.widths),
-            cost.vmem_bytes,
-        ),
+        "vmem_bytes": max(used, cost.vmem_bytes),
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ out = attend(q, state, words, tail, matrices, q_positions=at, scale=scale)
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -18,7 +19,15 @@ from turboq.cache.model_cache import LayerState
 from turboq.numbers.packing import PAGE
 from turboq.numbers.rope import unrotate
 from turboq_kernels import merge
-from turboq_kernels.columns import base, linear, mosaic_tpu, queries, triton, triton_step
+from turboq_kernels.columns import (
+    base,
+    linear,
+    mosaic_tpu,
+    mosaic_tpu_decoded,
+    queries,
+    triton,
+    triton_step,
+)
 from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.decode.types import Partial
 
@@ -28,13 +37,17 @@ _PREFERENCE = {"tpu": ("mosaic_tpu", "linear"), "gpu": ("triton", "linear"), "cp
 
 
 def prepare(state: LayerState, words: UInt32[Array, "B P R C"]) -> LinearLayer | None:
-    """What kernels need to know of a layer; None if no kernel reads it."""
-    layer = state.form.layer
-    block = layer.rope_block
-    turned = layer.rope is not None and not (block in _BLOCKS or base.reads_blocks(block))
-    if turned or linear.unsupported(state.form) is not None:
+    """What kernels need to know of a layer; None if no kernel of this platform reads it."""
+    layer, block = state.form.layer, state.form.layer.rope_block
+    folds = layer.rope is None or block in _BLOCKS or base.reads_blocks(block)
+    decodes = jax.default_backend() == "tpu" and mosaic_tpu_decoded.reads_blocks(block)
+    if not (folds or decodes) or linear.unsupported(state.form) is not None:
         return None
-    return linear.linear_layer(state.form, pool_lanes=words.shape[-1])
+    made = linear.linear_layer(state.form, pool_lanes=words.shape[-1])
+    if not decodes or layer.rope is None or block in mosaic_tpu.BLOCKS:
+        return made
+    operands = mosaic_tpu_decoded.prepare(made, words.shape[-1], layer.rope)
+    return dataclasses.replace(made, decoded=operands)
 
 
 def unsupported(
@@ -53,8 +66,30 @@ def unsupported(
         return reason or base.unsupported(rows, block)
     if name == "triton":
         return reason or triton.unsupported(rows // linear.group_count(groups), block)
-    widths = linear.run_lanes(state.form, words.shape[-1])
-    return reason or mosaic_tpu.unsupported(rows, groups, state.form.fewest, widths, block)
+    folds = _cannot_fold(q, state, words)
+    return reason or (folds and _cannot_decode(q, state, words))
+
+
+def _cannot_fold(q, state: LayerState, words) -> str | None:
+    """Why the TPU kernel of folded queries cannot run a case, or None."""
+    form, layer = state.form, state.form.layer
+    widths = linear.run_lanes(form, words.shape[-1])
+    block = layer.rope_block if layer.rope is not None else None
+    rows = q.shape[1] * q.shape[2]
+    return mosaic_tpu.unsupported(rows, linear.unit_groups(form), form.fewest, widths, block)
+
+
+def _cannot_decode(q, state: LayerState, words) -> str | None:
+    """Why the TPU kernel that decodes keys cannot run a case, or None."""
+    form, layer, lanes = state.form, state.form.layer, words.shape[-1]
+    gained = any(codec.gain == "code" for codec in form.codecs)
+    gains = linear.gain_lanes(len(form.group.heads), linear.run_lanes(form, lanes)[0])
+    spec = mosaic_tpu_decoded.specify(
+        q.shape[1] * q.shape[2], q.shape[3], linear.unit_groups(form), form.widest,
+        layer.joint_heads is not None, lanes, layer.rope, gain_lanes=gains if gained else 0,
+        softcap=None,
+    )  # fmt: skip
+    return mosaic_tpu_decoded.unsupported(spec, layer.rope_block if layer.rope else None)
 
 
 def attend(
@@ -105,7 +140,8 @@ def attend(
             sink_logits=sink_logits, **options,
         )  # fmt: skip
     made = prepare(state, words) if matrices is None else matrices
-    assert made is not None  # `unsupported` has said so
+    if made is None:  # read by a kernel of another platform
+        made = linear.linear_layer(state.form, pool_lanes=words.shape[-1])
     if name == "triton" and triton_step.supported(q, state, tail):
         return triton_step.attend(
             q, state, words, tail, made, q_positions=q_positions, window=window, splits=splits,
@@ -119,22 +155,29 @@ def attend(
     first, seen_from = jnp.reshape(state.first, (-1, 1)), rows
     if layer.rope is not None and state.dropped is not None:  # slots count from there
         seen_from = queries.to_rows(unrotate(layer.rope, q, first[..., None]), heads)
+    starts = jnp.maximum(low, layer.policy.sinks) - first
+    ends = jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]) - first
     k_matrix, v_matrix = (None, None)
     if name == "triton":
         k_matrix, v_matrix = triton.local(made, words.shape[-1])
-    folded = queries.fold(
-        seen_from, made, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block,
-        matrix=k_matrix,
-    )  # fmt: skip
-    run = {
-        "linear": base.attend,
-        "mosaic_tpu": functools.partial(mosaic_tpu.attend, interpret=interpret),
-        "triton": functools.partial(triton.attend, splits=splits, interpret=interpret),
-    }[name]
-    sums = run(
-        folded, words, made, jnp.maximum(low, layer.policy.sinks) - first,
-        jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]) - first, **options,
-    )  # fmt: skip
+    if name == "mosaic_tpu" and _cannot_fold(q, state, words) is not None:
+        operands = made.decoded or mosaic_tpu_decoded.prepare(made, words.shape[-1], layer.rope)
+        v_matrix = operands.values
+        sums = mosaic_tpu_decoded.attend(
+            rows, words, made, starts, ends, first, rope=layer.rope, block=layer.rope_block,
+            operands=operands, interpret=interpret, **options,
+        )  # fmt: skip
+    else:
+        folded = queries.fold(
+            seen_from, made, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block,
+            matrix=k_matrix,
+        )  # fmt: skip
+        run = {
+            "linear": base.attend,
+            "mosaic_tpu": functools.partial(mosaic_tpu.attend, interpret=interpret),
+            "triton": functools.partial(triton.attend, splits=splits, interpret=interpret),
+        }[name]
+        sums = run(folded, words, made, starts, ends, **options)
     acc = queries.values(sums, made, v_matrix)
     parts = [Partial(acc=acc, top=sums.top, total=sums.total)]
     parts += _exact(rows, state, tail, at, low, heads, options)

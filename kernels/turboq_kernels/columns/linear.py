@@ -73,6 +73,7 @@ class LinearLayer:
     unit_groups: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     widest: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # as of `LayerForm`
     joined: bool = dataclasses.field(default=False, metadata={"static": True})
+    decoded: Any = None  # `mosaic_tpu_decoded.Operands`, where keys are decoded on a TPU
 
     @property
     def groups(self) -> int:
@@ -119,6 +120,11 @@ def run_lanes(form: LayerForm, pool_lanes: int) -> tuple[int, int]:
     return k, v
 
 
+def gain_lanes(heads: int, width: int) -> int:
+    """Lanes that are read for gains, of K's `width`."""
+    return min(_up(2 * GAIN_BITS * heads + LANES - 1), width)
+
+
 def _up(lanes: int) -> int:
     return -(-lanes // LANES) * LANES
 
@@ -141,15 +147,15 @@ def linear_layer(form: LayerForm, *, pool_lanes: int) -> LinearLayer:
     ]
     group, (k, v) = form.group, form.codecs
     # Gains are the first columns of a layer.
-    lanes = min(_up(2 * GAIN_BITS * len(group.heads) + LANES - 1), widths[0])
+    lanes = gain_lanes(len(group.heads), widths[0])
     gain_lane = jnp.minimum((form.first[0] - first[0]) // LANES * LANES, widths[0] - lanes)
-    weights, gain_lanes = [], []
+    weights, lanes_of = [], []
     for codec, columns in ((k, form.k), (v, form.v)):
         own = jnp.zeros((len(group.heads), lanes), jnp.int32)
         if codec.gain == "code":
             own = _gain_weights(codec, columns, first[0] + gain_lane, lanes)
         weights.append(own)
-        gain_lanes.append(_gain_lanes(codec, columns))
+        lanes_of.append(_gain_lanes(codec, columns))
     slots = min((LANES - 2) // form.fewest + 2, len(groups))
     sides = [
         _side(k, group.k_arrays, form.k, first[0], widths[0], slots),
@@ -158,7 +164,7 @@ def linear_layer(form: LayerForm, *, pool_lanes: int) -> LinearLayer:
     rest = jnp.zeros_like(sides[0].mean)
     if joined:
         sides, rest = _joined(form, *sides)
-        gain_lanes = [jnp.concatenate(gain_lanes)] * 2
+        lanes_of = [jnp.concatenate(lanes_of)] * 2
         weights = jnp.concatenate(weights)
     else:
         weights = weights[0] + (weights[1] << GAIN_BITS)
@@ -166,7 +172,7 @@ def linear_layer(form: LayerForm, *, pool_lanes: int) -> LinearLayer:
     return LinearLayer(
         k=sides[0], v=sides[1], means=_means(form.layer, sides[0].mean, rest), longest=longest,
         sums=sums, first=jnp.stack(first), gain_lane=gain_lane,
-        gain_weights=weights, gain_lanes=jnp.stack(gain_lanes),
+        gain_weights=weights, gain_lanes=jnp.stack(lanes_of),
         gained=k.gain == "code" or v.gain == "code", unit_groups=groups,
         widest=form.widest, joined=joined,
     )  # fmt: skip

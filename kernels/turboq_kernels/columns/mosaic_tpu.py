@@ -47,15 +47,15 @@ def unsupported(
 
 def vmem_bytes(rows: int, groups: tuple[int, ...], slots: int, widths: tuple[int, int]) -> int:
     """Bytes of VMEM of operands and scratch."""
-    each, units = _up(rows // group_count(groups), SUBLANES), len(groups)
-    left = _up(2 * slots * each, 32)
+    each, units = up(rows // group_count(groups), SUBLANES), len(groups)
+    left = up(2 * slots * each, 32)
     words = 2 * ROWS * 4 * sum(widths)
     operands = 2 * (2 * left * widths[0] + 4 * slots * each * widths[1])
     weights = 2 * units * left * LANES
     return words + operands + weights + 24 * (units + slots) * each * LANES * 4
 
 
-def _up(n: int, tile: int) -> int:
+def up(n: int, tile: int) -> int:
     return -(-n // tile) * tile
 
 
@@ -73,7 +73,7 @@ def attend(
     """Softmax over slots starts[b, m] <= s < ends[b, m] of every row (`columns.queries`)."""
     rows, groups, pages = starts.shape[1], layer.groups, words.shape[1]
     spec = Spec(
-        each=_up(rows // groups, SUBLANES), unit_groups=layer.unit_groups, joined=layer.joined,
+        each=up(rows // groups, SUBLANES), unit_groups=layer.unit_groups, joined=layer.joined,
         slots=layer.k.slots, widths=(layer.k.matrix.shape[-1], layer.v.matrix.shape[-1]),
         blocks=folded.left.shape[1], pages=pages, per_token=folded.bias.shape[-1] > 1,
         softcap=softcap, gained=layer.gained, gain_lanes=layer.gain_weights.shape[1],
@@ -97,24 +97,20 @@ def attend(
     ).reshape(*half.shape[:2], -1)  # fmt: skip
     constants = jnp.broadcast_to(half[..., None], (*half.shape, LANES))
     starts, ends = padded(starts, 1), padded(jnp.minimum(ends, pages * PAGE), 1)
-    wide = [_wide(x) for x in (padded(unit * factor, 1), starts, ends)]
+    wide = [across(x) for x in (padded(unit * factor, 1), starts, ends)]
     bias = padded(folded.bias * factor, 1)
     if spec.per_token:
-        bias = _page_order(jnp.pad(bias, ((0, 0), (0, 0), (0, pages * PAGE - bias.shape[-1]))))
+        bias = page_order(jnp.pad(bias, ((0, 0), (0, 0), (0, pages * PAGE - bias.shape[-1]))))
     else:
-        bias = _wide(bias[..., 0])
+        bias = across(bias[..., 0])
     of_row = jnp.repeat(jnp.arange(spec.units, dtype=jnp.int32), spec.each)
     gains = [jnp.pad(s.gains, ((0, 0), (0, LANES - (1 << GAIN_BITS)))) for s in (layer.k, layer.v)]
     gains = jnp.stack([x[of_row] for x in gains])
     weights = layer.gain_weights[of_row]
     weights = jnp.where(weights >= 128, weights - 256, weights).astype(jnp.int8)
-    weights = jnp.pad(weights, ((0, _up(len(of_row), 32) - len(of_row)), (0, 0)))
+    weights = jnp.pad(weights, ((0, up(len(of_row), 32) - len(of_row)), (0, 0)))
     words = jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, -words.shape[-1] % LANES)))
-    any_row = ends > starts
-    low = jnp.min(jnp.where(any_row, starts, jnp.iinfo(jnp.int32).max), axis=1)
-    first = jnp.minimum(low // PAGE, pages - 1)
-    last = -(-jnp.max(jnp.where(any_row, ends, 0), axis=1) // PAGE)
-    plan = jnp.stack([first, jnp.maximum(last - first, 0)], axis=-1).astype(jnp.int32).reshape(-1)
+    plan = pages_seen(starts, ends, pages)
     places = jnp.append(layer.first, layer.gain_lane) // LANES
     acc, stats = _call(
         spec, interpret, (plan, places, layer.k.tile_unit, layer.v.tile_unit), wide,
@@ -136,7 +132,19 @@ def _half(spec: Spec, side: LinearSide, whole: Int[Array, "B Q M W"]) -> Float[A
     return jnp.einsum("bqmw,uw->bqum", whole, there).astype(jnp.float32)
 
 
-def _wide(x: Float[Array, "B M"] | Int[Array, "B M"]) -> Array:
+def pages_seen(starts: Int[Array, "B M"], ends: Int[Array, "B M"], pages: int) -> Int[Array, "_"]:
+    """The first page that a row of a sequence sees, and how many follow, sequence by sequence."""
+    any_row = ends > starts
+    low = jnp.min(jnp.where(any_row, starts, jnp.iinfo(jnp.int32).max), axis=1)
+    first = jnp.minimum(low // PAGE, pages - 1)
+    last = -(-jnp.max(jnp.where(any_row, ends, 0), axis=1) // PAGE)
+    return jnp.stack([first, jnp.maximum(last - first, 0)], axis=-1).astype(jnp.int32).reshape(-1)
+
+
+def across(
+    x: Float[Array, "*n M"] | Int[Array, "*n M"],
+) -> Float[Array, "*n M 128"] | Int[Array, "*n M 128"]:
+    """The same number in all lanes."""
     return jnp.broadcast_to(x[..., None], (*x.shape, LANES))
 
 
@@ -178,10 +186,10 @@ def _by_row(
     return rows.reshape(batch, spec.rows, -1)
 
 
-def _page_order(bias: Float[Array, "B M S"]) -> Float[Array, "B P M 256"]:
+def page_order(x: Float[Array, "B M S"]) -> Float[Array, "B P M 256"]:
     """Page by page, tokens in the order in which masks take them: byte of the word last."""
-    batch, m, slots = bias.shape
-    parts = bias.reshape(batch, m, slots // PAGE, PAGE // 32, 4, ROWS).swapaxes(-1, -2)
+    batch, m, slots = x.shape
+    parts = x.reshape(batch, m, slots // PAGE, PAGE // 32, 4, ROWS).swapaxes(-1, -2)
     return parts.reshape(batch, m, slots // PAGE, PAGE).swapaxes(1, 2)
 
 

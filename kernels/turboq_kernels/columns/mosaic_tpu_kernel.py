@@ -143,7 +143,7 @@ def kernel(
     stats_ref[0, 0] = jnp.full((of_units, LANES), LOWEST, jnp.float32)
     factors[...] = jnp.zeros(factors.shape, jnp.float32)
     weighted_ref[...] = jnp.zeros(weighted_ref.shape, jnp.int8)
-    orders = [_order(of_units, half) for half in (0, 1)]
+    orders = [by_token(of_units, half) for half in (0, 1)]
     restores = [1.0 / order[3] for order in orders]
 
     @pl.when(count > 0)
@@ -155,10 +155,10 @@ def kernel(
         held = v_words[(i + 3) % 3, :, tile * LANES : (tile + 1) * LANES]
         rows, left = rows_of(v_units, tile), v_units[tile]
         raw = [
-            _dot(weighted_ref[half, left], _bytes_of(held, half), transposed=False)
+            dot(weighted_ref[half, left], _bytes_of(held, half), transposed=False)
             for half in (0, 1)
         ]
-        fresh = _joined((raw[0] << MASKS) + raw[1], size)
+        fresh = joined((raw[0] << MASKS) + raw[1], size)
         acc_ref[0, tile] = acc_ref[0, tile] * factors[0, rows] + fresh * factors[1, rows]
 
     def add_products(i, slot, tile):
@@ -167,7 +167,7 @@ def kernel(
         for half in (0, 1):
             which = half if spec.per_page > 1 else 0
             query = queries[slot, which, tile] if spec.turned else query_ref[0, 0, tile]
-            raw = _dot(query, _bytes_of(held, half), transposed=True)
+            raw = dot(query, _bytes_of(held, half), transposed=True)
             whole = (raw[:size] << 8) + raw[size : 2 * size]
             products[half, rows] = products[half, rows] + whole
 
@@ -195,7 +195,7 @@ def kernel(
             value = size_of * spread(unit_ref[0]) + constant
             if spec.gained:
                 found = _bytes_of(keys(i, slot, gain_lanes), half)
-                found = _dot(weights_ref[...], found, transposed=True)[:of_units]
+                found = dot(weights_ref[...], found, transposed=True)[:of_units]
                 code = jnp.where(byte == 7, -found, found) >> byte
                 low = code & ((1 << GAIN_BITS) - 1)
                 own = jnp.take_along_axis(gains_ref[0], low, axis=1)
@@ -249,7 +249,7 @@ def kernel(
         add_values(count - 1, tile)
 
 
-def _joined(raw, size: int):
+def joined(raw, size: int):
     """float32 256 high + low of integers [L, 128], high rows first."""
     high, low = raw[:size].astype(jnp.float32), raw[size : 2 * size].astype(jnp.float32)
     return high * 256.0 + low
@@ -269,7 +269,7 @@ def _by_unit(spec: Spec, ref, half: int, high, low) -> None:
         ref[half, unit] = jnp.concatenate([*both, *spare], axis=0).astype(jnp.int8)
 
 
-def _order(m: int, half: int):
+def by_token(m: int, half: int):
     """Of the 128 tokens of half a page, [M, 128]: slot, bit, 1 / byte, what a byte lacks."""
     n = jax.lax.broadcasted_iota(jnp.int32, (m, LANES), 1)
     mask, inner = n // 32, n % 32
@@ -287,6 +287,6 @@ def _bytes_of(words, half: int):
     return jnp.concatenate([pltpu.bitcast(words & mask, jnp.int8) for mask in masks], axis=0)
 
 
-def _dot(left, right, transposed: bool):
+def dot(left, right, transposed: bool):
     dims = (((1,), (1 if transposed else 0,)), ((), ()))
     return jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.int32)
