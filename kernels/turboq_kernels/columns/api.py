@@ -18,7 +18,15 @@ from turboq.cache.model_cache import LayerState
 from turboq.numbers.packing import PAGE
 from turboq.numbers.rope import unrotate
 from turboq_kernels import merge
-from turboq_kernels.columns import base, linear, mosaic_tpu, queries, triton, triton_step
+from turboq_kernels.columns import (
+    base,
+    linear,
+    mosaic_tpu,
+    queries,
+    triton,
+    triton_decoded,
+    triton_step,
+)
 from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.decode.types import Partial
 
@@ -28,13 +36,18 @@ _PREFERENCE = {"tpu": ("mosaic_tpu", "linear"), "gpu": ("triton", "linear"), "cp
 
 
 def prepare(state: LayerState, words: UInt32[Array, "B P R C"]) -> LinearLayer | None:
-    """What kernels need to know of a layer; None if no kernel reads it."""
-    layer = state.form.layer
+    """What kernels need to know of a layer; None if none reads it on this platform."""
+    layer, gpu = state.form.layer, jax.default_backend() == "gpu"
     block = layer.rope_block
-    turned = layer.rope is not None and not (block in _BLOCKS or base.reads_blocks(block))
-    if turned or linear.unsupported(state.form) is not None:
+    folded = layer.rope is None or block in _BLOCKS or base.reads_blocks(block)
+    if not (folded or gpu) or linear.unsupported(state.form) is not None:
         return None
-    return linear.linear_layer(state.form, pool_lanes=words.shape[-1])
+    return _made(state, words, "triton" if gpu else "linear")
+
+
+def _made(state: LayerState, words: UInt32[Array, "B P R C"], name: str) -> LinearLayer:
+    made = linear.linear_layer(state.form, pool_lanes=words.shape[-1])
+    return triton_decoded.added(made, state.form.layer, words) if name == "triton" else made
 
 
 def unsupported(
@@ -44,7 +57,8 @@ def unsupported(
     if name == "xla":
         return None
     layer = state.form.layer
-    if state.dropped is not None and PAGE % layer.rope_block:
+    cut = state.dropped is not None and PAGE % layer.rope_block
+    if cut and not (name == "triton" and triton_decoded.reads(layer)):
         return f"key blocks of {layer.rope_block} tokens that pages given up would cut"
     block = layer.rope_block if layer.rope is not None else None
     reason = linear.unsupported(state.form)
@@ -52,7 +66,7 @@ def unsupported(
     if name == "linear":
         return reason or base.unsupported(rows, block)
     if name == "triton":
-        return reason or triton.unsupported(rows // linear.group_count(groups), block)
+        return reason or triton.unsupported(rows // linear.group_count(groups))
     widths = linear.run_lanes(state.form, words.shape[-1])
     return reason or mosaic_tpu.unsupported(rows, groups, state.form.fewest, widths, block)
 
@@ -104,9 +118,9 @@ def attend(
             q, state, words, tail, q_positions=q_positions, window=window,
             sink_logits=sink_logits, **options,
         )  # fmt: skip
-    made = prepare(state, words) if matrices is None else matrices
-    assert made is not None  # `unsupported` has said so
-    if name == "triton" and triton_step.supported(q, state, tail):
+    made = _made(state, words, name) if matrices is None else matrices
+    decoded = name == "triton" and triton_decoded.reads(state.form.layer)
+    if name == "triton" and not decoded and triton_step.supported(q, state, tail):
         return triton_step.attend(
             q, state, words, tail, made, q_positions=q_positions, window=window, splits=splits,
             interpret=interpret, **options,
@@ -116,25 +130,31 @@ def attend(
     per_token = rows.shape[1] // heads // tokens
     at = jnp.tile(jnp.repeat(q_positions, per_token, axis=1), (1, heads))  # [B, M]
     low = jnp.zeros_like(at) if window is None else at - window + 1
-    first, seen_from = jnp.reshape(state.first, (-1, 1)), rows
-    if layer.rope is not None and state.dropped is not None:  # slots count from there
-        seen_from = queries.to_rows(unrotate(layer.rope, q, first[..., None]), heads)
+    first = jnp.reshape(state.first, (-1, 1))
+    starts = jnp.maximum(low, layer.policy.sinks) - first
+    ends = jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]) - first
     k_matrix, v_matrix = (None, None)
     if name == "triton":
         k_matrix, v_matrix = triton.local(made, words.shape[-1])
-    folded = queries.fold(
-        seen_from, made, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block,
-        matrix=k_matrix,
-    )  # fmt: skip
+    if decoded:
+        folded = triton_decoded.logits(
+            rows, words, triton_decoded.added(made, layer, words), layer, state.dropped, starts,
+            ends, interpret=interpret,
+        )  # fmt: skip
+    else:
+        seen_from = rows
+        if layer.rope is not None and state.dropped is not None:  # slots count from there
+            seen_from = queries.to_rows(unrotate(layer.rope, q, first[..., None]), heads)
+        folded = queries.fold(
+            seen_from, made, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block,
+            matrix=k_matrix,
+        )  # fmt: skip
     run = {
         "linear": base.attend,
         "mosaic_tpu": functools.partial(mosaic_tpu.attend, interpret=interpret),
         "triton": functools.partial(triton.attend, splits=splits, interpret=interpret),
     }[name]
-    sums = run(
-        folded, words, made, jnp.maximum(low, layer.policy.sinks) - first,
-        jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]) - first, **options,
-    )  # fmt: skip
+    sums = run(folded, words, made, starts, ends, **options)
     acc = queries.values(sums, made, v_matrix)
     parts = [Partial(acc=acc, top=sums.top, total=sums.total)]
     parts += _exact(rows, state, tail, at, low, heads, options)

@@ -73,6 +73,7 @@ class LinearLayer:
     unit_groups: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     widest: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # as of `LayerForm`
     joined: bool = dataclasses.field(default=False, metadata={"static": True})
+    decoded: Any = None  # `triton_decoded.Decoded`, where that is what reads keys
 
     @property
     def groups(self) -> int:
