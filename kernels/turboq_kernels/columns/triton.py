@@ -471,7 +471,7 @@ def _bytes(four: list[Array], select: list[Array], asm: str | None) -> Array:
 def assembly(code: str, *args: Array) -> Array:
     shape, kind = jnp.broadcast_shapes(*(y.shape for y in args)), "v" if code[:2] == "v_" else "r"
     args = tuple(jax.lax.bitcast_convert_type(jnp.broadcast_to(y, shape), jnp.int32) for y in args)
-    (out,) = plgpu.elementwise_inlineassembly(
+    (out,) = plgpu.elementwise_inline_asm(
         code, args=list(args), constraints=",".join([f"={kind}"] + [kind] * len(args)), pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.int32)],
     )  # fmt: skip
