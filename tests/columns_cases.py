@@ -86,7 +86,8 @@ def check(rng, names, *, interpret, rope=None, block=1, gain="code", joined=None
     policy = TokenPolicy(sinks=3, recent=2)
     layers = make_layers(rng, policy, rope and ROPES[rope], block, gain, joined)
     held, words = filled(rng, layers, 530, 600)
-    off = TOL["columns" if joined is None else "columns_joined"]
+    folded = TOL["columns" if joined is None else "columns_joined"]
+    decoded = TOL["columns_decoded"] if rope and block != 256 else folded
     for layer, (state, _, k, v) in zip(layers, held, strict=True):
         q, more_k, more_v = inputs(rng, 1)
         state, after, tail = write(state, words, more_k, more_v, jnp.array([1, 0], jnp.int32))
@@ -102,5 +103,6 @@ def check(rng, names, *, interpret, rope=None, block=1, gain="code", joined=None
         )  # fmt: skip
         for name in names:
             got = run(implementation=name, interpret=interpret, **options)
+            off = decoded if name == "triton" else folded
             np.testing.assert_allclose(got, want, atol=off, err_msg=name)
             np.testing.assert_allclose(got[:1], due[:, -1:], atol=off, err_msg=name)

@@ -39,17 +39,17 @@ CASES = [
     {"rope": "half", "block": 256, "joined": 3, "window": 270},
     {"rope": "partial", "block": 256, "gain": "none", "joined": 1, "softcap": 1.5},
     {"rope": "half", "block": 128, "joined": 3},
+    {"rope": "half", "joined": 3, "softcap": 1.5, "window": 270},
+    {"rope": "partial", "block": 64},
 ]
-
-
-def test_xla_reads_bits_of_smaller_blocks(rng):
-    check(rng, ["linear"], interpret=False, rope="partial", block=16)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_read_what_decoding_reads(rng, case):
-    names = [name for name in KERNELS if name != "triton" or case.get("block") != 128]
-    check(rng, ["linear", *names], interpret=True, **case)
+    """Keys of blocks of fewer than 16 positions, or before RoPE, by Triton alone."""
+    block = case.get("block", 1 if "rope" in case else 256)
+    names = [("triton", 1), ("linear", 16), ("mosaic_tpu", 128)]
+    check(rng, [name for name, least in names if block >= least], interpret=True, **case)
 
 
 def test_some_tokens_at_once_and_an_empty_cache(rng):

@@ -25,14 +25,14 @@ from turboq_kernels.aot.compilers import Program
 from turboq_kernels.aot.cuda import TARGET
 from turboq_kernels.aot.cuda import missing as missing
 from turboq_kernels.aot.tpu_columns import BATCH, HEADS, Configuration
-from turboq_kernels.columns import triton_decoded
+from turboq_kernels.columns import triton, triton_decoded
 
 KERNEL = "turboq_logits"
 CONFIGURATIONS = (
     Configuration(target=TARGET, bits=2, cache="before", joined=2),
     Configuration(target=TARGET, bits=2, cache="64", joined=2),
     Configuration(target=TARGET, bits=2, cache="before", joined=2, group=8),
-    Configuration(target=TARGET, bits=3, cache="before", dim=64),
+    *(Configuration(target=TARGET, bits=3, cache="before", dim=dim) for dim in (64, 128)),
 )
 
 
@@ -54,13 +54,17 @@ def program(c: Configuration) -> Program:
 
 
 def row(configuration: Configuration) -> dict[str, Any]:
-    """One row of `experiments/results/kernel_costs.json`, elements of K alone."""
+    """One row of `experiments/results/kernel_costs.json`: all a program does, for K alone."""
     c = configuration
     cost = cuda.compiled_costs(program(c), c.target)[KERNEL]
+    run = (triton.APART if c.joined == 1 else triton.JOINED).run
+    units = 1 if c.joined == 1 else 2 * c.joined
+    steps = units * -(-c.bits * c.dim // run)
+    instructions = cost.instructions + (steps - 1) * cost.loop_instructions
     elements = triton_decoded.TILE * c.dim // (32 * triton_decoded.WARPS)
     return {"op": "logits"} | dataclasses.asdict(c) | {
-        "instructions_per_element": round(cost.loop_instructions / elements, 3),
-        **cost.columns(),
+        "instructions_per_element": round(instructions / elements, 3),
+        "loop_instructions": cost.loop_instructions, "loop_lanes": run, **cost.columns(),
     }  # fmt: skip
 
 
