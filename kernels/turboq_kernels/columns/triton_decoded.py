@@ -2,15 +2,15 @@
 
 Keys before their rotary embedding, or in blocks of few positions, have a rotation each or nearly so
 (`turboq.cache.key_form`); `columns.queries` would need as many rows of folded queries. A program of
-`turboq_logits` takes a page and a KV head, whose pairs of channels (a, b) turn together:
+`turboq_logits` takes half a page and a KV head, whose pairs of channels (a, b) turn together:
 
-    x[t, c] = sum over lanes l of own[t, l] matrix[c, l],   own = gain (2 bit - 1) as float16
-    a, b = x + mean;   k = (a cos - b sin, b cos + a sin) at the start of t's block;   logit = q . k
+    k = mean + sum over lanes l of own[t, l] matrix[:, l],    own = gain (2 bit - 1), float16
+    k = (a cos - b sin, b cos + a sin) of all pairs, at the start of t's block;    logit = q . k
 
-The first elements of all pairs are one product and the second ones another, so either layout of
-pairs, and channels that do not turn, are data of `prepare`. A page's words pass memory once for a
-head, its matrix once for a page: 256 tokens. Logits go to memory, 4 bytes a row and token, where
-the kernel of `columns.triton` takes them for its own, so rows, masks, softmax and values are its.
+a and b lie side by side in the matrix, whatever the layout of pairs; channels that do not turn have
+cosine 1. Bits become the matrix unit's operand in registers, a head's matrix passes shared memory
+once for 128 tokens. Logits go to memory, 4 bytes a row and token, where the kernel of
+`columns.triton` takes them for its own: masks, softmax and values are its.
 
 Matrix, gains (of the largest) and decoded keys are float16, every head times a power of two under
 which no key exceeds 2^15; queries are two float16 numbers, products float32. A key's coordinate is
@@ -46,7 +46,7 @@ LARGEST = 2.0**15  # of a decoded key
 FULL = 2**15 - 1  # 1 among cosines and sines, 16 bits each
 _SIGN, _ONE = np.uint32(0x80008000), np.uint32(0x00010001)
 # Tokens of a program are those of half of every word's bits: 8 x 2 x 8, bit 3 to 1, bit 0, word
-# row, which is how the matrix unit's left operand lies in 8 warps.
+# row, which is how the matrix unit's left operand lies in warps.
 TILE = PAGE // 2
 _SHAPE = (8, 2, ROWS)
 
@@ -114,12 +114,10 @@ def _places(rope: Rope, dim: int) -> tuple[Int[np.ndarray, "C"], Int[np.ndarray,
     if rope.layout == "interleaved":
         split = (turning[::2], turning[1::2])
     cut = -(-len(rest) // 2)
-    out = [
-        np.concatenate([own, more])
-        for own, more in zip(split, (rest[:cut], rest[cut:]), strict=True)
-    ]
-    count = _padded(len(out[0]))
-    return tuple(np.pad(x, (0, count - len(x)), constant_values=dim) for x in out)  # pyright: ignore[reportReturnType]
+    a, b = (np.concatenate(x) for x in zip(split, (rest[:cut], rest[cut:]), strict=True))
+    count = _padded(len(a))
+    a, b = (np.pad(x, (0, count - len(x)), constant_values=dim) for x in (a, b))
+    return a, b
 
 
 def _chunk(pairs: int) -> int:
