@@ -207,9 +207,13 @@ def _queries(
     padded = jnp.pad(rows / unit[..., None], ((0, 0), (0, 0), (0, 1)))
     both = jnp.stack([padded[..., at] for at in _places(rope, dim)], axis=-1)
     both = both.reshape(*rows.shape[:2], -1)  # [B, M, 2 C]
-    high = both.astype(jnp.float16)
-    low = ((both - high.astype(jnp.float32)) * triton.LOW).astype(jnp.float16)
-    both = jnp.stack([high, low], axis=2).reshape(batch, heads, 2 * plan.rows, -1)
+    # Not astype there and back, which XLA may leave out.
+    high = jax.lax.reduce_precision(both, exponent_bits=5, mantissa_bits=10)
+    both = (
+        jnp.stack([high, (both - high) * triton.LOW], axis=2)
+        .astype(jnp.float16)
+        .reshape(batch, heads, 2 * plan.rows, -1)
+    )
     both = jnp.pad(both, [(0, 0)] * 2 + [(0, 2 * (plan.m - plan.rows)), (0, 0)])
     return both, unit * (2.0**15 / FULL) * jnp.repeat(own.scale, plan.rows)[None]
 
