@@ -59,6 +59,8 @@ CASES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("window", {"rope": "half", "block": 256, "window": 270}),
         ("window", {"rope": "half", "block": 256, "joined": 3}),
         ("window", {"rope": "partial", "block": 256, "gain": "none", "joined": 1}),
+        ("window", {"rope": "half", "joined": 3, "softcap": 1.5, "window": 270}),
+        ("window", {"rope": "partial", "block": 64}),
     ),
     "prompt": (("turboquant_mse", {"dim": 128, "tokens": 100}),),
 }

@@ -31,6 +31,7 @@ MODULES = {
     ("cuda", "prefill"): "cuda_prefill",
     ("cuda", "encode"): "cuda_encode",
     ("cuda", "columns"): "cuda_columns",
+    ("cuda", "logits"): "cuda_decoded",
     ("cuda", "window"): "cuda_window",
     ("tpu", "step"): "tpu_step",
     ("cuda", "step"): "cuda_step",

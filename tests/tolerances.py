@@ -23,6 +23,12 @@ TOL: dict[str, float] = {
     # the tokens that share a softmax (40 and 530, as if 10) 4e-5, times |v| ~ 2. Weights likewise,
     # up to 8 / (127 508) of a page's largest: 1.2e-4 / 10.
     "columns_triton": 1e-4,
+    # A logit of a key decoded by float16, of |q| |k|: a unit's gain off by up to 2^-11, its columns
+    # and the key at random by 2^-11 / sqrt(3) each over sqrt(24) channels, 6e-5, cosines by 2^-16.
+    "decoded_key": 6e-4,
+    # Attention to such keys, |q| |k| scale ~ 6, half of that off: 1.8e-3 on a logit, as much
+    # relative on p; averaged over the tokens that share a softmax (as if 10) 6e-4, times |v| ~ 2.
+    "columns_decoded_float16": 1.2e-3,
     # One query folded, of |q| |column|: split products 4.8e-7, a rotation by float32 cosines (three
     # roundings of a pair, 6e-8 each); as a pair of int8 besides half of 1 / (127 254), 1.55e-5.
     "folded_query": 2e-6,

@@ -39,26 +39,16 @@ CASES = [
     {"rope": "half", "block": 256, "joined": 3, "window": 270},
     {"rope": "partial", "block": 256, "gain": "none", "joined": 1, "softcap": 1.5},
     {"rope": "half", "block": 128, "joined": 3},
+    {"rope": "half", "joined": 3, "softcap": 1.5, "window": 270},
+    {"rope": "partial", "block": 64, "gain": "none", "tokens": 3, "softcap": 1.5, "window": 270},
 ]
-DECODED = [
-    {"rope": "half", "joined": 3},
-    {"rope": "partial", "block": 64, "gain": "none", "tokens": 3, "window": 270, "softcap": 1.5},
-]
-
-
-def test_xla_reads_bits_of_smaller_blocks(rng):
-    check(rng, ["linear"], interpret=False, rope="partial", block=16)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_read_what_decoding_reads(rng, case):
-    names = [name for name in KERNELS if name != "triton" or case.get("block") != 128]
-    check(rng, ["linear", *names], interpret=True, **case)
-
-
-@pytest.mark.parametrize("case", DECODED, ids=str)
-def test_keys_are_decoded_where_queries_cannot_be_folded(rng, case):
-    check(rng, ["mosaic_tpu"], interpret=True, off=TOL["columns_decoded"], **case)
+    """XLA folds queries for blocks of 16 positions and more, kernels decode other keys."""
+    folds = "rope" not in case or case.get("block", 1) >= 16
+    check(rng, [*KERNELS, "linear"] if folds else KERNELS, interpret=True, **case)
 
 
 def test_some_tokens_at_once_and_an_empty_cache(rng):

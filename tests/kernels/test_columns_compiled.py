@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from compiled import compiled, needs_compilers
 
-from turboq_kernels.aot import compilers, cuda, cuda_columns, tpu, tpu_columns
+from turboq_kernels.aot import compilers, cuda, cuda_columns, cuda_decoded, tpu, tpu_columns
 
 ROOT = Path(__file__).parents[2]
 COSTS = ROOT / "experiments" / "results" / "kernel_costs.json"
@@ -18,10 +18,13 @@ def key(row):
     return tuple(str(row[k]) for k in KEYS)
 
 
+def rows_of(op):
+    return {key(row): row for row in json.loads(COSTS.read_text()) if row["op"] == op}
+
+
 @pytest.fixture(scope="module")
 def recorded():
-    rows = json.loads(COSTS.read_text())
-    return {key(row): row for row in rows if row["op"] == "columns"}
+    return rows_of("columns")
 
 
 @needs_compilers
@@ -56,3 +59,21 @@ def test_every_configuration_is_recorded(recorded):
     rows = {(r["group"], r["tokens"]): r for r in recorded.values()
             if (r["target"], r["bits"], r["cache"]) == ("v5e", 3, "256")}  # fmt: skip
     assert rows[8, 1]["loop_bundles"] <= 1.02 * rows[4, 1]["loop_bundles"]
+
+
+@needs_compilers
+def test_keys_are_decoded_without_spills():
+    """One configuration compiled; none recorded spills, two programs share a multiprocessor."""
+    known, (one, *_) = rows_of("logits"), cuda_decoded.CONFIGURATIONS
+    assert set(known) == {key(dataclasses.asdict(c)) for c in cuda_decoded.CONFIGURATIONS}
+    for row in known.values():
+        assert row["spill_bytes"] == 0
+        assert row["residency"] >= 2
+        assert row["loads_ahead"] > 0
+    name = key(dataclasses.asdict(one))
+    (row,) = compiled(
+        "logits", "cuda", [name], lambda _: cuda.lowered(cuda_decoded.program(one)),
+        lambda _: compilers.rows(cuda_decoded.__name__, "cuda", [one]), known,
+    ).values()  # fmt: skip
+    assert row["spill_bytes"] == 0
+    assert row["instructions_per_element"] <= 1.05 * known[name]["instructions_per_element"]

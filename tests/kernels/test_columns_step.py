@@ -98,7 +98,7 @@ def test_queries_are_folded_as_in_float64(group, joined, keys, first, rng):
         np.testing.assert_allclose(own, half[b, :seen], atol=off * left.shape[-1] ** 0.5)
         biases = np.asarray(ready.bias)[b].reshape(HEADS, group, count, -1)
         np.testing.assert_allclose(biases[:, :, :seen], bias[b, :, :, :seen], atol=off)
-    lanes = triton._windows(made, words.shape[-1])
+    lanes = triton.windows(made, words.shape[-1])
     for i in range(2):
         np.testing.assert_array_equal(ready.lanes[i], lanes[i])
 

@@ -101,7 +101,7 @@ def test_the_assembly_takes_the_bytes_it_is_told(asm, monkeypatch):
             out[at] = does[name](*(held[x] if x in held else int(x, 0) for x in operands[1:]))
         return jnp.asarray(out)
 
-    monkeypatch.setattr(triton, "_asm", run)
+    monkeypatch.setattr(triton, "assembly", run)
     four = np.random.default_rng(0).integers(0, 2**32, (4, 1, 50), dtype=np.uint32)
     select = [jnp.asarray(x, jnp.uint32)[:, None] for x in triton._selectors(asm)]
     w0, w1, w2, w3 = map(jnp.asarray, four)

@@ -26,6 +26,7 @@ from turboq_kernels.columns import (
     mosaic_tpu_decoded,
     queries,
     triton,
+    triton_decoded,
     triton_step,
 )
 from turboq_kernels.columns.linear import LinearLayer
@@ -38,16 +39,28 @@ _PREFERENCE = {"tpu": ("mosaic_tpu", "linear"), "gpu": ("triton", "linear"), "cp
 
 def prepare(state: LayerState, words: UInt32[Array, "B P R C"]) -> LinearLayer | None:
     """What kernels need to know of a layer; None if no kernel of this platform reads it."""
-    layer, block = state.form.layer, state.form.layer.rope_block
+    layer, block, platform = state.form.layer, state.form.layer.rope_block, jax.default_backend()
     folds = layer.rope is None or block in _BLOCKS or base.reads_blocks(block)
-    decodes = jax.default_backend() == "tpu" and mosaic_tpu_decoded.reads_blocks(block)
+    decodes = platform == "gpu" or (platform == "tpu" and mosaic_tpu_decoded.reads_blocks(block))
     if not (folds or decodes) or linear.unsupported(state.form) is not None:
         return None
-    made = linear.linear_layer(state.form, pool_lanes=words.shape[-1])
-    if not decodes or layer.rope is None or block in mosaic_tpu.BLOCKS:
-        return made
-    operands = mosaic_tpu_decoded.prepare(made, words.shape[-1], layer.rope)
-    return dataclasses.replace(made, decoded=operands)
+    return _made(state, words, {"gpu": "triton", "tpu": "mosaic_tpu"}.get(platform, "linear"))
+
+
+def _made(state: LayerState, words: UInt32[Array, "B P R C"], name: str) -> LinearLayer:
+    """The layer as matrices, with what the kernel named decodes keys by."""
+    layer, lanes = state.form.layer, words.shape[-1]
+    made = linear.linear_layer(state.form, pool_lanes=lanes)
+    if name == "triton":
+        return triton_decoded.added(made, layer, words)
+    if (
+        name == "mosaic_tpu"
+        and layer.rope is not None
+        and layer.rope_block not in mosaic_tpu.BLOCKS
+    ):
+        operands = mosaic_tpu_decoded.prepare(made, lanes, layer.rope)
+        return dataclasses.replace(made, decoded=operands)
+    return made
 
 
 def unsupported(
@@ -57,7 +70,8 @@ def unsupported(
     if name == "xla":
         return None
     layer = state.form.layer
-    if state.dropped is not None and PAGE % layer.rope_block:
+    cut = state.dropped is not None and PAGE % layer.rope_block
+    if cut and not (name == "triton" and triton_decoded.reads(layer)):
         return f"key blocks of {layer.rope_block} tokens that pages given up would cut"
     block = layer.rope_block if layer.rope is not None else None
     reason = linear.unsupported(state.form)
@@ -65,7 +79,7 @@ def unsupported(
     if name == "linear":
         return reason or base.unsupported(rows, block)
     if name == "triton":
-        return reason or triton.unsupported(rows // linear.group_count(groups), block)
+        return reason or triton.unsupported(rows // linear.group_count(groups))
     folds = _cannot_fold(q, state, words)
     return reason or (folds and _cannot_decode(q, state, words))
 
@@ -139,10 +153,9 @@ def attend(
             q, state, words, tail, q_positions=q_positions, window=window,
             sink_logits=sink_logits, **options,
         )  # fmt: skip
-    made = prepare(state, words) if matrices is None else matrices
-    if made is None:  # read by a kernel of another platform
-        made = linear.linear_layer(state.form, pool_lanes=words.shape[-1])
-    if name == "triton" and triton_step.supported(q, state, tail):
+    made = _made(state, words, name) if matrices is None else matrices
+    decoded = name == "triton" and triton_decoded.reads(state.form.layer)
+    if name == "triton" and not decoded and triton_step.supported(q, state, tail):
         return triton_step.attend(
             q, state, words, tail, made, q_positions=q_positions, window=window, splits=splits,
             interpret=interpret, **options,
@@ -152,9 +165,7 @@ def attend(
     per_token = rows.shape[1] // heads // tokens
     at = jnp.tile(jnp.repeat(q_positions, per_token, axis=1), (1, heads))  # [B, M]
     low = jnp.zeros_like(at) if window is None else at - window + 1
-    first, seen_from = jnp.reshape(state.first, (-1, 1)), rows
-    if layer.rope is not None and state.dropped is not None:  # slots count from there
-        seen_from = queries.to_rows(unrotate(layer.rope, q, first[..., None]), heads)
+    first = jnp.reshape(state.first, (-1, 1))
     starts = jnp.maximum(low, layer.policy.sinks) - first
     ends = jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]) - first
     k_matrix, v_matrix = (None, None)
@@ -168,10 +179,19 @@ def attend(
             operands=operands, interpret=interpret, **options,
         )  # fmt: skip
     else:
-        folded = queries.fold(
-            seen_from, made, slots=words.shape[1] * PAGE, rope=layer.rope, block=layer.rope_block,
-            matrix=k_matrix,
-        )  # fmt: skip
+        if decoded:
+            folded = triton_decoded.logits(
+                rows, words, triton_decoded.added(made, layer, words), layer, state.dropped, starts,
+                ends, interpret=interpret,
+            )  # fmt: skip
+        else:
+            seen_from = rows
+            if layer.rope is not None and state.dropped is not None:  # slots count from there
+                seen_from = queries.to_rows(unrotate(layer.rope, q, first[..., None]), heads)
+            folded = queries.fold(
+                seen_from, made, slots=words.shape[1] * PAGE, rope=layer.rope,
+                block=layer.rope_block, matrix=k_matrix,
+            )  # fmt: skip
         run = {
             "linear": base.attend,
             "mosaic_tpu": functools.partial(mosaic_tpu.attend, interpret=interpret),

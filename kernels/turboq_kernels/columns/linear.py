@@ -73,7 +73,8 @@ class LinearLayer:
     unit_groups: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     widest: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # as of `LayerForm`
     joined: bool = dataclasses.field(default=False, metadata={"static": True})
-    decoded: Any = None  # `mosaic_tpu_decoded.Operands`, where keys are decoded on a TPU
+    # `mosaic_tpu_decoded.Operands` or `triton_decoded.Decoded`, where keys are decoded.
+    decoded: Any = None
 
     @property
     def groups(self) -> int:

@@ -49,18 +49,13 @@ HIGH = 127.0
 LOW = 254.0
 _EVERY = np.uint32(0x01010101)
 _ROUND = 1.5 * 2.0**23  # added to a float32 number leaves the nearest integer in its low bits
-BLOCKS = (PAGE,)  # positions of a block of keys
+BLOCKS = (PAGE,)  # positions of a block of keys that queries are folded for
 
 
-def unsupported(rows: int, block: int | None) -> str | None:
-    """Why this kernel cannot run a case, or None.
-
-    `rows` of queries a group; `block` None: keys after RoPE.
-    """
+def unsupported(rows: int) -> str | None:
+    """Why this kernel cannot run a case of so many query rows a group, or None."""
     if rows > MAX_ROWS:
         return f"{rows} query rows of a KV head or joined heads; it reads up to {MAX_ROWS}"
-    if block is not None and block not in BLOCKS:
-        return f"keys of blocks of {block} positions; it reads blocks of {BLOCKS} positions"
     return None
 
 
@@ -112,29 +107,32 @@ def attend(
 ) -> Sums:
     """Softmax over slots starts[b, m] <= s < ends[b, m] of every row (`columns.queries`).
 
-    Lanes of `folded`, and of the sums, are those of `local`. `splits` None spreads the tokens over
-    what the GPU runs at a time; with a number, what a sequence gives does not depend on the others
-    of its batch.
+    Lanes of `folded`, and of the sums, are those of `local`; without `left` its `bias` is the
+    logits before their scale, as other kernels make them (`columns.triton_decoded`). `splits` None
+    spreads the tokens over what the GPU runs at a time; with a number, what a sequence gives does
+    not depend on the others of its batch.
     """
     batch, rows = starts.shape
     groups, pages = layer.groups, words.shape[1]
+    left = folded.left
     plan, count = planned(
         layer, batch, pages, rows, scale=scale, softcap=softcap, splits=splits, interpret=interpret,
-        turned=folded.left.shape[1] > 1, per_token=folded.bias.shape[-1] > 1,
+        turned=left is not None and left.shape[1] > 1, per_token=folded.bias.shape[-1] > 1,
+        folded=left is not None,
     )  # fmt: skip
     ends = jnp.minimum(ends, pages * PAGE)
-    seen = ends > starts
-    low = jnp.min(jnp.where(seen, starts, jnp.iinfo(jnp.int32).max), axis=1) // PAGE
-    high = -(-jnp.max(jnp.where(seen, ends, 0), axis=1) // PAGE)
+    low, high = seen_pages(starts, ends)
     if count == batch or splits is not None:
         parts = triton_parts.split(low, high, splits or 1)
     else:
         parts = triton_parts.spread(low, high, count)
     largest = jnp.max(jnp.abs(layer.v.gains), axis=1)
-    weights, unit = _weights(folded, groups, plan.m)
+    weights, unit, half = (None,) * 3
+    if left is not None:
+        (weights, unit), half = _weights(folded, groups, plan.m), _half(layer, folded)
     ready = Ready(
-        weights=weights, unit=unit, half=_half(layer, folded), bias=folded.bias, starts=starts,
-        ends=ends, parts=list(parts[:3]), lanes=_windows(layer, words.shape[-1]),
+        weights=weights, unit=unit, half=half, bias=folded.bias, starts=starts, ends=ends,
+        parts=list(parts[:3]), lanes=windows(layer, words.shape[-1]),
         most=jnp.where(largest > 0, largest, 1.0),
     )  # fmt: skip
     whole = launch(ready, words, layer, plan=plan, count=count, interpret=interpret)
@@ -144,14 +142,23 @@ def attend(
     return Sums(acc=own.acc, total=own.total, top=own.top)
 
 
+def seen_pages(
+    starts: Int[Array, "B M"], ends: Int[Array, "B M"]
+) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+    """The first page of which some row sees a slot, and the one behind the last."""
+    seen = ends > starts
+    low = jnp.min(jnp.where(seen, starts, jnp.iinfo(jnp.int32).max), axis=1) // PAGE
+    return low, -(-jnp.max(jnp.where(seen, ends, 0), axis=1) // PAGE)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ready:
-    """What the kernel takes of a step beside the layer and its pool."""
+    """What the kernel takes of a step beside the layer and its pool; None: `bias` is the logits."""
 
-    weights: Any  # int8 [B, Q, J, 2 m, U], pairs
-    unit: Any  # float32 [B, M]
-    half: Any  # float32 [B, Q, M, p]
+    weights: Any  # int8 [B, Q, J, 2 m, U], pairs, or None
+    unit: Any  # float32 [B, M], or None
+    half: Any  # float32 [B, Q, M, p], or None
     bias: Any  # float32 [B, M, S or 1]
     starts: Any  # int32 [B, M]
     ends: Any  # int32 [B, M], within the pool
@@ -162,7 +169,7 @@ class Ready:
 
 def planned(
     layer: LinearLayer, batch: int, pages: int, rows: int, *, scale: float, softcap: float | None,
-    splits: int | None, turned: bool, per_token: bool, interpret: bool,
+    splits: int | None, turned: bool, per_token: bool, interpret: bool, folded: bool = True,
 ) -> tuple[Plan, int]:  # fmt: skip
     """What is static about a call of so many query rows, and its parts."""
     groups, tuned, gpu = layer.groups, tuning(layer), target()
@@ -171,9 +178,10 @@ def planned(
         slots = gpu.processors * tuned.residency
         count = triton_parts.count(batch, groups, pages, slots)
     least = 4 if gpu.ptx else 8  # the matrix unit takes pairs in eights; AMD's in sixteens
+    k, v = _places(layer)
     plan = Plan(
         run=tuned.run, m=max(least, 1 << (rows // groups - 1).bit_length()), rows=rows // groups,
-        places=_places(layer), joined=len(layer.widest) // 2 if layer.joined else 0,
+        places=(k if folded else (), v), joined=len(layer.widest) // 2 if layer.joined else 0,
         turned=turned, per_token=per_token, gained=layer.gained, scale=scale, softcap=softcap,
         asm=None if interpret else "ptx" if gpu.ptx else "gcn",
     )  # fmt: skip
@@ -190,12 +198,9 @@ def launch(
     interpret: bool,
 ) -> Partial:
     """The softmax of every part [P, J, m], lanes of `acc` those of `local`."""
-    least = plan.run * max(max(runs) for runs in plan.places)
-    if words.shape[-1] < least:  # a pool of less than one unit's runs
-        words = jnp.pad(words, [(0, 0)] * 3 + [(0, least - words.shape[-1])])
     inputs = {
-        "words": words, "weights": ready.weights, "unit": ready.unit, "bias": ready.bias,
-        "half": ready.half, "starts": ready.starts, "ends": ready.ends,
+        "words": padded(words, layer), "weights": ready.weights, "unit": ready.unit,
+        "bias": ready.bias, "half": ready.half, "starts": ready.starts, "ends": ready.ends,
         "parts": list(ready.parts), "lanes": ready.lanes, "most": ready.most,
         "gains": [layer.k.gains, layer.v.gains], "gain_lanes": layer.gain_lanes,
         # Loaded and not computed: Triton turns the layout of loads, not that of counters.
@@ -223,19 +228,27 @@ def local(
 ) -> tuple[Float[Array, "J G D U"], Float[Array, "J G D Y"]]:
     """The matrices of K and V over each group's own lanes: runs of its units, one after another."""
     units, run = units_of(layer.unit_groups), tuning(layer).run
-    windows, sides = _windows(layer, pool_lanes), []
+    firsts, sides = windows(layer, pool_lanes), []
     for i, (side, places) in enumerate(zip((layer.k, layer.v), _places(layer), strict=True)):
         place = np.repeat(np.arange(len(places)), np.asarray(places) * run)
         at = np.concatenate([np.arange(runs * run) for runs in places])
         unit = units[:, place]
-        lane = windows[i][unit] - layer.first[i] + at[None]
+        lane = firsts[i][unit] - layer.first[i] + at[None]
         own = (lane >= side.start[unit]) & (lane - side.start[unit] < side.count[unit])
         matrix = side.matrix[:, :, jnp.clip(lane, 0, side.matrix.shape[-1] - 1)]
         sides.append(jnp.moveaxis(jnp.where(own[None, None], matrix, 0.0), 2, 0))
     return sides[0], sides[1]
 
 
-def _windows(layer: LinearLayer, pool_lanes: int) -> list[Int[Array, "U"]]:
+def padded(words: UInt32[Array, "B P R C"], layer: LinearLayer) -> UInt32[Array, "B P R c"]:
+    """A pool of no fewer lanes than one unit's runs."""
+    least = tuning(layer).run * max(max(runs) for runs in _places(layer))
+    if words.shape[-1] >= least:
+        return words
+    return jnp.pad(words, [(0, 0)] * 3 + [(0, least - words.shape[-1])])
+
+
+def windows(layer: LinearLayer, pool_lanes: int) -> list[Int[Array, "U"]]:
     """The first lane of the pool that is read of every unit, for K and for V.
 
     Its own, or so far before it that the window ends with the pool.
@@ -249,6 +262,11 @@ def _windows(layer: LinearLayer, pool_lanes: int) -> list[Int[Array, "U"]]:
     return out
 
 
+def widths(layer: LinearLayer, side: int) -> list[int]:
+    """Lanes of every unit of K (0) or V (1) of a group, in whole runs."""
+    return [runs * tuning(layer).run for runs in _places(layer)[side]]
+
+
 def _places(layer: LinearLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Runs of every unit that K, and V, of a group are read from."""
     runs = tuple(-(-lanes // tuning(layer).run) for lanes in layer.widest)
@@ -257,7 +275,7 @@ def _places(layer: LinearLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _half(layer: LinearLayer, folded: Folded) -> Float[Array, "B Q M p"]:
     """-1/2 of the sum of a row's weights over the lanes of the unit at each place of its group."""
-    bounds = np.cumsum([runs * tuning(layer).run for runs in _places(layer)[0]])[:-1]
+    bounds = np.cumsum(widths(layer, 0))[:-1]
     each = jnp.split(folded.left, bounds, axis=-1)
     return -0.5 * jnp.stack([jnp.sum(x, axis=-1) for x in each], axis=-1)
 
@@ -296,7 +314,7 @@ def _kernel(*refs, plan: Plan, tree) -> None:
     starts = jnp.where(real, x["starts"][b, rows], 0)
     ends = jnp.where(real, x["ends"][b, rows], 0)
     gain = plan.scale * (LOG2E if plan.softcap is None else 1.0)
-    unit = x["unit"][b, rows] * gain
+    unit = x["unit"][b, rows] * gain if plan.places[0] else None
     select = [of[jnp.arange(4, dtype=jnp.int32)] for of in x["select"]]
     masks = x["masks"][jnp.arange(8, dtype=jnp.int32)]
     few = x["masks"][jnp.arange(4, dtype=jnp.int32)]
@@ -367,17 +385,18 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         accs, masses, total, top = carry
         slots = page * PAGE + inner
         held = queries(page) if once is None else once
-        factors = [jnp.ones((PAGE,), jnp.float32)] * len(held)
+        units = plan.places[1] if plan.joined else held  # whose gains are those of both sides
+        factors = [jnp.ones((PAGE,), jnp.float32)] * max(len(units), 1)
         if plan.gained:
-            factors = [gains(page, 0, unit_at(i)) for i in range(len(held))]
+            factors = [gains(page, 0, unit_at(i)) for i in range(len(units))]
         logits = jnp.zeros((PAGE, m), jnp.float32)
         for place, (query, half) in enumerate(held):
             raw = jnp.zeros((PAGE, 2 * m), jnp.int32)
             for i, weights in enumerate(query):
                 raw += _dot(keys(page, place, i), weights)
-            logits += (
-                _one(raw.astype(jnp.float32)) * (worth * factors[place])[:, None] * unit[None, :]
-            )
+            assert unit is not None  # with queries
+            own = one(raw.astype(jnp.float32))
+            logits += own * (worth * factors[place])[:, None] * unit[None, :]
             logits += (half * gain)[None, :] * factors[place][:, None]
         if plan.per_token:
             logits += x["bias"][b, rows[None, :], slots[:, None]] * gain
@@ -420,7 +439,7 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         scale = x["most"][unit_at(place)] / HIGH
         half = 0.5 * jnp.sum(mass, axis=0)
         for acc, at in zip(accs[place], runs, strict=True):
-            acc_ref[part, n, row[None, :], at[:, None]] = _one(acc) * scale - half[None, :]
+            acc_ref[part, n, row[None, :], at[:, None]] = one(acc) * scale - half[None, :]
     for ref, values in ((total_ref, jnp.sum(total, axis=0)), (top_ref, top * LN2)):
         ref[part, n, :] = values
 
@@ -439,16 +458,18 @@ def _bytes(four: list[Array], select: list[Array], asm: str | None) -> Array:
     """Words of one byte each of four words (0, 2, 1, 3), those of the selectors."""
     w0, w2, w1, w3 = four
     if asm == "ptx":
-        low, high = (_asm("prmt.b32 $0, $1, $2, $3;", *y, select[0]) for y in ((w0, w1), (w2, w3)))
-        return _asm("prmt.b32 $0, $1, $2, 0x5410;", low, high)
+        low, high = (
+            assembly("prmt.b32 $0, $1, $2, $3;", *y, select[0]) for y in ((w0, w1), (w2, w3))
+        )
+        return assembly("prmt.b32 $0, $1, $2, 0x5410;", low, high)
     if asm == "gcn":
-        low = _asm("v_perm_b32 $0, $2, $1, $3", w0, w1, select[0])
-        return low | _asm("v_perm_b32 $0, $2, $1, $3", w2, w3, select[1])
+        low = assembly("v_perm_b32 $0, $2, $1, $3", w0, w1, select[0])
+        return low | assembly("v_perm_b32 $0, $2, $1, $3", w2, w3, select[1])
     one = [(w >> select[0] & 255) << 8 * i for i, w in enumerate((w0, w1, w2, w3))]
     return one[0] | one[1] | one[2] | one[3]
 
 
-def _asm(code: str, *args: Array) -> Array:
+def assembly(code: str, *args: Array) -> Array:
     shape, kind = jnp.broadcast_shapes(*(y.shape for y in args)), "v" if code[:2] == "v_" else "r"
     args = tuple(jax.lax.bitcast_convert_type(jnp.broadcast_to(y, shape), jnp.int32) for y in args)
     (out,) = plgpu.elementwise_inline_asm(
@@ -475,7 +496,7 @@ def _twice(x: Float[Array, "M"]) -> Float[Array, "M2"]:
     return jnp.broadcast_to(x[:, None], (x.shape[0], 2)).reshape(2 * x.shape[0])
 
 
-def _one(x: Float[Array, "T M2"]) -> Float[Array, "T M"]:
+def one(x: Float[Array, "T M2"]) -> Float[Array, "T M"]:
     """high + low / LOW of the two columns of every row."""
     pairs = x.reshape(x.shape[0], x.shape[1] // 2, 2)
     share = jnp.where(jnp.arange(2, dtype=jnp.int32) == 0, 1.0, 1.0 / LOW)

@@ -38,7 +38,7 @@ _ROWS, _OFFSETS = 64, 64  # rows of a program; offsets in a block at a time
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lanes:
-    """Where the lanes of a layer's units lie in the pool: `triton._windows` for kernels."""
+    """Where the lanes of a layer's units lie in the pool: `triton.windows` for kernels."""
 
     run: int
     places: tuple[tuple[int, ...], tuple[int, ...]]  # of `triton.Plan`
