@@ -48,6 +48,12 @@ def held(codec: Codec) -> Codec:
     return Coordinates.of(codec) if isinstance(codec, Transform) else codec
 
 
+def widths(codec: Codec) -> tuple[int, int]:
+    """Rows of A_c and columns of S_c that a unit with this codec has."""
+    bits = _bits(codec)
+    return len(bits), len(bits) + sum(b >= FINE for b in bits)
+
+
 def places(
     k: Sequence[Codec], v: Sequence[Codec], heads: int
 ) -> tuple[Int[np.ndarray, "J W"], Int[np.ndarray, "J R"]]:

@@ -23,10 +23,10 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Int
 
-from turboq.cache import accounting
+from turboq.cache import accounting, composed
 from turboq.cache.layer import EXACT_DTYPES, TokenPolicy
 from turboq.cache.windows import pages_held
-from turboq.codecs import Codec, Transform
+from turboq.codecs import Codec
 from turboq.errors import TurboqError
 from turboq.numbers.packing import PAGE
 from turboq_calibrate.choose.solver.problem import Problem
@@ -203,7 +203,7 @@ def _arrays(problem: Problem) -> Int[np.ndarray, "U C"]:
     def of(codec: Codec, together: int) -> int:
         if not together:
             return 4 * sum(math.prod(shape) for shape in codec.array_shapes.values())
-        return 2 * together * codec.coded if isinstance(codec, Transform) else 0  # int8, both ways
+        return together * sum(composed.widths(codec))  # int8
 
     return np.array(
         [
