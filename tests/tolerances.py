@@ -19,6 +19,9 @@ TOL: dict[str, float] = {
     # the tokens that share a softmax (40 and 530, as if 10) 4e-5, times |v| ~ 2. Weights likewise,
     # up to 8 / (127 508) of a page's largest: 1.2e-4 / 10.
     "columns_triton": 1e-4,
+    # Mean of 65,536 squared errors in float32, summed in any order: 1e-6; where that decides
+    # between two paths they leave as much; seven digits are committed.
+    "distortion_curve": 2e-6,
     # One query folded, of |q| |column|: split products 4.8e-7, a rotation by float32 cosines (three
     # roundings of a pair, 6e-8 each); as a pair of int8 besides half of 1 / (127 254), 1.55e-5.
     "folded_query": 2e-6,
