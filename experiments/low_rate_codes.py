@@ -25,7 +25,8 @@ import numpy as np
 from absl import app, flags
 from jaxtyping import Array, Float, Int
 
-from turboq.codecs.water_filling import batched_rates, distortion_curve
+from turboq.codecs.distortion_curves import distortion_curve
+from turboq.codecs.water_filling import batched_rates
 from turboq.numbers.trellis_fit import samples
 from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.plan_within import Wanted, menu, solve

@@ -22,7 +22,7 @@ import numpy as np
 from absl import app
 from jaxtyping import Array, Float, Int
 
-from turboq.codecs.water_filling import distortion_curve
+from turboq.codecs.distortion_curves import distortion_curve
 from turboq.numbers import window
 from turboq.numbers.trellis_fit import samples
 from turboq.numbers.window_fit import uniform_step

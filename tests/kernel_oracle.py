@@ -66,7 +66,7 @@ def decode(q, k, v, pages, starts, ends, *, bias=None, scale=1.0, softcap=None) 
     """Attention over the stored tokens that each row sees, in float64."""
     host = _Host(k, v)
     q, starts, ends = np.asarray(q, np.float64), np.asarray(starts), np.asarray(ends)
-    table = np.asarray(pages.table)
+    table, bias = np.asarray(pages.table), None if bias is None else np.asarray(bias)
     batch, heads, m, _ = q.shape
     page = k.words[0].shape[-2] * 32
     out = np.zeros((batch, heads, m, sum(p.width for p in v.reading.parts)))
@@ -129,20 +129,22 @@ def _to_host(side):
 
 def policy_attention(
     layer, q, k, v, *, scale, window=None, softcap=None, own_from=None, sink_logits=None,
-    stored_values=None,
+    stored_values=None, since=0,
 ) -> np.ndarray:  # fmt: skip
-    """Causal attention [B, T, H, E] of a window of tokens by the layer's policy, in float64.
+    """Causal attention [B, T - since, H, E] of a window of tokens by the layer's policy, float64.
 
     Query by query: decoded keys and values, exact where the policy says so (sinks, recent tokens),
     and where `own_from[t]` says from which position on query t has exact tokens beside it.
-    `stored_values`: what quantized tokens decode to, if not as `simulate` says.
+    `stored_values`: what quantized tokens decode to, if not as `simulate` says. Of the queries
+    before `since` nobody asks.
     """
     policy = layer.policy
     k_hat, v_hat = (np.asarray(x, np.float64) for x in stored_values or simulate(layer, k, v))
     k_exact, v_exact = (np.asarray(round_exact(policy, x), np.float64) for x in (k, v))
-    batch, t, heads, _ = q.shape
-    out = np.zeros((batch, t, heads, v.shape[-1]))
-    for i in range(t):
+    batch, t, heads, dim = q.shape
+    q = np.asarray(q, np.float64).reshape(batch, t, k.shape[2], -1, dim)  # of every KV head
+    out = np.zeros((batch, t - since, heads, v.shape[-1]))
+    for i in range(since, t):
         s = np.arange(i + 1)
         stored = max(i + 1 - policy.recent, 0) // layer.block * layer.block
         if own_from is not None:
@@ -151,17 +153,18 @@ def policy_attention(
             stored = min(stored, kept // layer.block * layer.block)
         exact = (s < policy.sinks) | (s >= stored)
         keep = s > i - window if window else np.ones(i + 1, bool)
-        for h in range(heads):
-            kv = h // (heads // k.shape[2])
-            pick = exact[None, :, None]
-            keys = np.where(pick, k_exact[:, : i + 1, kv], k_hat[:, : i + 1, kv])[:, keep]
-            values = np.where(pick, v_exact[:, : i + 1, kv], v_hat[:, : i + 1, kv])[:, keep]
-            logits = np.einsum("bd,bsd->bs", np.asarray(q, np.float64)[:, i, h], keys) * scale
-            if softcap:
-                logits = softcap * np.tanh(logits / softcap)
-            p = np.exp(logits - logits.max(-1, keepdims=True))
-            total = p.sum(-1)
-            if sink_logits is not None:
-                total = total + np.exp(float(sink_logits[h]) - logits.max(-1))
-            out[:, i, h] = np.einsum("bs,bsd->bd", p / total[:, None], values)
+        pick = exact[None, :, None, None]
+        keys = np.where(pick, k_exact[:, : i + 1], k_hat[:, : i + 1])[:, keep]
+        values = np.where(pick, v_exact[:, : i + 1], v_hat[:, : i + 1])[:, keep]
+        logits = np.einsum("bkgd,bskd->bkgs", q[:, i], keys) * scale
+        if softcap:
+            logits = softcap * np.tanh(logits / softcap)
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        total = p.sum(-1)
+        if sink_logits is not None:
+            sinks = np.asarray(sink_logits, np.float64).reshape(total.shape[1:])
+            total = total + np.exp(sinks - logits.max(-1))
+        out[:, i - since] = np.einsum("bkgs,bskd->bkgd", p / total[..., None], values).reshape(
+            batch, heads, -1
+        )
     return out

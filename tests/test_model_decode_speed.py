@@ -36,7 +36,7 @@ def test_tiny_run(tmp_path):
     done = subprocess.run(
         [sys.executable, "experiments/model_decode_speed.py", "--tiny", f"--out={out}"],
         cwd=ROOT, text=True, capture_output=True, check=False,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST},
+        env={"XLA_FLAGS": FAST} | os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(out.read_text())

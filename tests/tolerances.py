@@ -29,6 +29,9 @@ TOL: dict[str, float] = {
     # Attention to such keys, |q| |k| scale ~ 6, half of that off: 1.8e-3 on a logit, as much
     # relative on p; averaged over the tokens that share a softmax (as if 10) 6e-4, times |v| ~ 2.
     "columns_decoded_float16": 1.2e-3,
+    # Mean of 65,536 squared errors in float32, summed in any order: 1e-6; where that decides
+    # between two paths they leave as much; seven digits are committed.
+    "distortion_curve": 2e-6,
     # One query folded, of |q| |column|: split products 4.8e-7, a rotation by float32 cosines (three
     # roundings of a pair, 6e-8 each); as a pair of int8 besides half of 1 / (127 254), 1.55e-5.
     "folded_query": 2e-6,

@@ -45,14 +45,11 @@ ODD = ("glm4", "glm4_moe", "llama_bias", "ministral3", "qwen3", "smollm2")  # he
 EVERY = sorted({path.parent.name for path in GOLDEN.glob("*/config.json")} - {*ODD})
 MECHANISMS = (
     "gemma2",  # soft caps, norms on both sides, windows (of 5 tokens) that recent tokens cross
-    "qwen2_moe",  # experts, read as they are due, with a shared one; a dense layer
     "smollm3",  # layers without a rotary embedding among others
-    "glm",  # partial rotation of neighbouring channels
     "gpt_oss",  # logit sinks, experts with biases, YaRN
-    "qwen3_next",  # gated delta-nets without keys and values beside gated attention
+    "qwen3_next",  # gated delta-nets without keys and values beside gated attention, partly turned
     "granite_hybrid_dense",  # Mamba-2 mixers without keys and values
-    "deepseek_v3",  # one latent vector of all heads, experts in groups
-    "cohere2",  # attention and MLP side by side
+    "deepseek_v3",  # one latent vector of all heads, neighbours turned, experts in groups, dense
     "gemma4",  # caches that two layers read, heads by layer, inputs of layers
 )
 ASKED = os.environ.get("TURBOQ_FAMILIES", "")

@@ -77,10 +77,7 @@ def test_window_and_softcap(rng, options):
 @pytest.mark.parametrize(
     ("name", "policy"),
     [
-        ("exact", TokenPolicy()),
-        ("turboquant", TokenPolicy(sinks=4)),
-        ("per_head", TokenPolicy(recent=9)),
-        ("mixed", TokenPolicy(sinks=3, recent=5)),
+        ("mixed", TokenPolicy(recent=9)),
         ("blocks", TokenPolicy(sinks=3)),
     ],
 )
@@ -103,12 +100,21 @@ def test_maximum_rises_from_block_to_block(rng):
     np.testing.assert_allclose(got, want, atol=TOL["packed_attention"])
 
 
-@pytest.mark.parametrize("t", [1, PAGE - 1, PAGE, PAGE + 1])
-def test_page_edges(rng, t):
+def test_page_edges(rng):
+    """The last query of 1, 255, 256 and 257 tokens."""
     layer = cases.make_layer("per_head", rng, TokenPolicy(sinks=1, recent=2))
-    q, k, v = inputs(rng, layer, t, batch=1)
-    got = run(layer, q, k, v, (t,), block_tokens=PAGE)[:, -1:]
-    np.testing.assert_allclose(got, oracle(layer, q, k, v)[:, -1:], atol=TOL["packed_attention"])
+    q, k, v = inputs(rng, layer, PAGE + 1, batch=4)
+    counts = jnp.array([1, PAGE - 1, PAGE, PAGE + 1], jnp.int32)
+    empty = kv_cache.init(layer, batch=4, capacity=CAPACITY)
+    cache, tail = kv_cache.write(layer, empty, k, v, counts)
+    last = (counts - 1)[:, None]
+    got = turboq_kernels.cache_attention(
+        jnp.take_along_axis(q, last[..., None, None], axis=1), layer, cache, tail,
+        q_positions=last, scale=SCALE, block_tokens=PAGE,
+    )  # fmt: skip
+    for b, count in enumerate(counts.tolist()):
+        want = oracle(layer, *(x[b : b + 1, :count] for x in (q, k, v)), since=count - 1)
+        np.testing.assert_allclose(got[b], want[0], atol=TOL["packed_attention"])
 
 
 def test_sequences_of_different_lengths(rng):

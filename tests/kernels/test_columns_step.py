@@ -22,7 +22,6 @@ SLOTS = 512
 # Query heads of a KV head, joined heads, keys, position of the first slot.
 CASES = [
     (1, 3, ("half", 256), 512),
-    (4, 3, ("partial", 128), 0),
     (3, 1, ("half", 64), 256),
     (4, None, ("partial", 256), 0),
     (3, 3, None, 0),

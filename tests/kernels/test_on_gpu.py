@@ -1,11 +1,14 @@
 """scripts/on_gpu end to end on a CPU, and what its table and timing say."""
 
+import importlib
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import columns_cases
 import pytest
 
 from turboq_kernels.bench import methods, steps, timing
@@ -23,7 +26,7 @@ def test_tiny_run(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(out.read_text())
     assert {check["op"]: check["error"] for check in report["checks"]} == dict.fromkeys(
-        ("decode", "history", "own", "encode", "columns"), ""
+        ("decode", "history", "own", "encode"), ""
     )
     assert report["copy_gb_per_s"] > 0
     assert report["floor_us"] > 0
@@ -51,6 +54,21 @@ def test_tiny_run(tmp_path):
     ]  # fmt: skip
     assert "3 bits" in done.stdout
     assert "launch floor" in done.stdout
+
+
+def test_checks_of_columns_are_cases_of_their_tests(monkeypatch):
+    """Each is a call of `columns_cases.check`, with arguments that it takes."""
+    known, asked = inspect.signature(columns_cases.check), []
+    monkeypatch.setattr(columns_cases, "check", lambda *a, **b: asked.append(known.bind(*a, **b)))
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    device_checks = importlib.import_module("device_checks")
+    every = [x for x in device_checks.checks(False) if x[0] == "columns"]
+    for _, _, options, check in every:
+        check()
+        found = asked[-1].arguments
+        assert (found["names"], found["interpret"]) == (("triton",), False)
+        assert options.items() <= (found | found.get("options", {})).items()
+    assert len(asked) == len(every) > 3
 
 
 def test_no_time_left_is_reported(tmp_path):
@@ -124,8 +142,8 @@ def test_bytes_of_columns_and_steps():
     every = steps.column_methods() + steps.step_methods()
     assert {method.name for method in every} == set(DUE)
     for method in every:
-        job = method.job(methods.Shape(batch=2, tokens=4096))
-        assert job.nbytes == 2 * 2 * 4096 * 8 * DUE[method.name] // 8, method.name
+        job = method.job(methods.Shape(batch=2, tokens=4096, heads=4))
+        assert job.nbytes == 2 * 2 * 4096 * 4 * DUE[method.name] // 8, method.name
         assert job.resident == min(-(-timing.COLD_BYTES // job.nbytes), steps.COPIES) * job.nbytes
         assert job.donated == method.name.startswith("step")
 

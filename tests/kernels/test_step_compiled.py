@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from compiled import compiled, needs_compilers
+from compiled import RECORDING, compiled, needs_compilers
 
 from turboq_kernels.aot import compilers, cuda, cuda_step, launches, step, tpu, tpu_step
 
@@ -25,6 +25,10 @@ MOST = {
 }  # fmt: skip
 
 
+# Of each platform the step of most parts; all while digests are recorded.
+LOWERED = {"tpu": ["per_head"], "cuda": ["per_head", "joined"]}
+
+
 def key(row):
     return row["target"], row["levels"]
 
@@ -38,7 +42,11 @@ def recorded():
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_launches_have_not_grown(platform, recorded):
     module = MODULES[platform]
-    of = {key(dataclasses.asdict(c)): c for c in module.CONFIGURATIONS}
+    of = {
+        key(dataclasses.asdict(c)): c
+        for c in module.CONFIGURATIONS
+        if RECORDING or c.levels in LOWERED[platform]
+    }
 
     def compile(keys):
         return compilers.rows(module.__name__, platform, [of[k] for k in keys])

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import kv_cases as cases
 import numpy as np
 import pytest
-from step_cases import check, check_broken
+from step_cases import SIZES, alike, check, check_broken
 from tolerances import TOL
 
 from turboq.cache.layer import TokenPolicy
-from turboq.codecs import PerHead, Transform, TurboQuantMSE
+from turboq.codecs import IntAffine, PerHead, Transform, TurboQuantMSE
 from turboq_kernels.attention import maps
 from turboq_kernels.decode import triton_kernel, triton_parts, triton_step
 from turboq_kernels.spans import Rules
@@ -16,15 +16,14 @@ from turboq_kernels.spans import Rules
 SHORT = 2
 
 
-@pytest.mark.parametrize(
-    ("queries", "options"),
-    [
-        (1, {"sink_logits": jnp.linspace(-1.0, 1.0, 6)}),
-        (SHORT, {"window": 40, "softcap": 2.0, "splits": 3}),
-    ],
-)
-def test_matches_float64(queries, options, rng):
-    check(rng, queries, options, "triton")
+def test_matches_float64(rng):
+    check(rng, 1, {"sink_logits": jnp.linspace(-1.0, 1.0, 6)}, "triton")
+
+
+def test_several_queries_and_splits(rng):
+    dim, _ = SIZES["triton"]
+    layer = alike(IntAffine(dim=dim, bits=3), IntAffine(dim=dim, bits=2))
+    check(rng, SHORT, {"window": 40, "softcap": 2.0, "splits": 3}, "triton", layer)
 
 
 @pytest.mark.parametrize(("count", "splits"), [(9, None), (11, None), (130, None), (27, 3)])

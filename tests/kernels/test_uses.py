@@ -35,9 +35,7 @@ def in_two_chunks(layer, q, k, v):
     return np.concatenate(outs, axis=1)
 
 
-@pytest.mark.parametrize(
-    ("k_dim", "v_dim"), [(40, 40), (72, 72), (80, 80), (192, 128), (320, 320), (576, 512)]
-)
+@pytest.mark.parametrize(("k_dim", "v_dim"), [(40, 72), (192, 128), (576, 512)])
 def test_head_dims_that_are_no_power_of_two(rng, k_dim, v_dim):
     layer = uniform_layer(
         kv_heads=HEADS,

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from turboq.codecs.base import stack
+from turboq.codecs.distortion_curves import distortion_curve
 from turboq.codecs.fit_basis import (
     EMPHASIS,
     RIDGE,
@@ -26,7 +27,7 @@ from turboq.codecs.fit_basis import (
 from turboq.codecs.measured_costs import excess, measured_costs, remains
 from turboq.codecs.observed import Observed
 from turboq.codecs.transform import MAX_SEGMENTS, Segments, Transform, unit_table
-from turboq.codecs.water_filling import Rates, batched_rates, distortion_curve
+from turboq.codecs.water_filling import Rates, batched_rates
 from turboq.numbers import window, window_gain
 from turboq.numbers.codebook_fitting import lloyd
 

@@ -12,70 +12,15 @@ runs, this is reverse water-filling (Cover and Thomas, theorem 10.3.3) with d(b)
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from turboq.codecs.transform import MAX_SEGMENTS, QUANTIZERS, Segments
-from turboq.numbers import codebook as codebooks
-from turboq.numbers import trellis, trellis_fit, trellis_runs, window
+from turboq.codecs.transform import MAX_SEGMENTS, Segments
 
 BLOCK = 8
 MOST_CHOICES = 2**25  # entries of one batch's table of choices, one byte each
-
-
-@functools.cache
-def distortion_curve(quantizer: str, states: int = 8, free_start: bool = False) -> np.ndarray:
-    """d(b) for b = 0, 1, ...: mean squared error of a unit Gaussian, d(0) = 1 (dropped). Read-only.
-
-    "scalar" is Lloyd-Max in closed form (9 values), "trellis" (7 values) and "window" (9) are
-    measured on 1024 Gaussian sequences of 64 (standard error 0.5 %).
-
-    Raises:
-      ValueError: unknown quantizer or number of states.
-    """
-    if quantizer == "scalar":
-        d = [codebooks.distortion("gaussian", codebooks.lloyd_max("gaussian", b)) for b in _bits(8)]
-    elif quantizer == "trellis":
-        d = [_trellis_error(states, b, free_start) for b in _bits(trellis.MAX_BITS)]
-    elif quantizer == "window":
-        d = [_window_error(states, b) for b in _bits(window.MAX_BITS)]
-    else:
-        raise ValueError(f"{quantizer=} must be one of {', '.join(QUANTIZERS)}")
-    curve = np.array([1.0, *d])
-    curve.setflags(write=False)
-    return curve
-
-
-def _bits(most: int) -> range:
-    return range(1, most + 1)
-
-
-def _trellis_error(states: int, bits: int, free_start: bool) -> float:
-    u = trellis_fit.samples(1024, 64, seed=1)
-    runs = ((jnp.asarray(trellis.codebook(states, bits), jnp.float32), 64),)
-
-    @jax.jit
-    def error(u):
-        codes, start = trellis_runs.encode(states, runs, u, free=free_start)
-        back = trellis_runs.decode(states, runs, codes, start if free_start else None)
-        return jnp.mean(jnp.square(u - back))
-
-    return float(error(jnp.asarray(u)))
-
-
-def _window_error(states: int, bits: int) -> float:
-    u = jnp.asarray(trellis_fit.samples(1024, 64, seed=1))
-    return float(_window_mse(window.rows(states, ((64, bits),)), u))
-
-
-@jax.jit
-def _window_mse(code: window.Rows, u: Float[Array, "N C"]) -> Float[Array, ""]:
-    return jnp.mean(jnp.square(u - window.decode(code, window.encode(code, u))))
 
 
 @dataclasses.dataclass(frozen=True)

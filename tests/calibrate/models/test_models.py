@@ -304,19 +304,7 @@ def test_a_streamed_layer_reads_only_its_own_tensors(monkeypatch):
     assert all(name.startswith("model.layers.1.") for name in names)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        "llama_bias",
-        "qwen3",
-        "gemma2",
-        "qwen2_moe",
-        "starcoder2",
-        "gpt_oss",
-        "cohere2",
-        "qwen3_next",
-    ],
-)
+@pytest.mark.parametrize("family", ["gemma2", "starcoder2", "gpt_oss", "qwen3_next"])
 def test_nnx_module_equals_the_functions(family):
     model, expected = load_model(GOLDEN / family), golden(family)
     module = Decoder.from_model(model)

@@ -92,14 +92,9 @@ def check_equal(out, one):
                 np.testing.assert_array_equal(a[name], y)
 
 
-def test_eight_devices_equal_one(one, tmp_path):
-    assert finish(start(tmp_path, devices=8, axis=2)) == [0]
-    check_equal(tmp_path, one)
-
-
 def test_two_processes_equal_one(one, tmp_path):
     port = free_port()
-    both = [start(tmp_path, process=i, processes=2, port=port, devices=2) for i in range(2)]
+    both = [start(tmp_path, process=i, processes=2, port=port, devices=4, axis=2) for i in range(2)]
     assert finish(*both) == [0, 0]
     check_equal(tmp_path, one)
     fitted = [np.load(tmp_path / f"fitted_{i}.npz") for i in range(2)]

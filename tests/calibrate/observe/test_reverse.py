@@ -1,6 +1,5 @@
 """Gradients and what is made of them, against jax.grad of one function of the whole model."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -31,25 +30,14 @@ def quiet(model, windows, out, recipe=CHUNKS, **options):
     return observe(model, windows, out, recipe, progress=False, log=lambda line: None, **options)
 
 
-def without_rope(name):
-    model = load_model(GOLDEN / name)
-    bare = tuple(dataclasses.replace(layer, rope=None) for layer in model.spec.layers)
-    model.spec = dataclasses.replace(model.spec, layers=bare)
-    return model
-
-
 MODELS = {
-    "llama3": lambda: load_model(GOLDEN / "llama3"),
-    "qwen3": lambda: load_model(GOLDEN / "qwen3"),
     "gemma2": lambda: load_model(GOLDEN / "gemma2"),  # windows, soft caps, norms after
     "qwen2_moe": lambda: load_model(GOLDEN / "qwen2_moe"),  # a dense layer among them, windows
     "smollm3": lambda: load_model(GOLDEN / "smollm3"),  # layers with and without rotation
     "phi3": lambda: load_model(GOLDEN / "phi3"),  # partial rotation, times a factor
-    "glm4": lambda: load_model(GOLDEN / "glm4"),  # partial rotation of neighbours
     "qwen3_5": lambda: load_model(GOLDEN / "qwen3_5"),  # delta-nets around gated attention
-    "deepseek_v2": lambda: load_model(GOLDEN / "deepseek_v2"),  # latent attention
+    "deepseek_v2": lambda: load_model(GOLDEN / "deepseek_v2"),  # latent attention, neighbours turn
     "gemma4": lambda: load_model(GOLDEN / "gemma4"),  # caches that two layers read
-    "without rope": lambda: without_rope("llama3"),
 }
 
 

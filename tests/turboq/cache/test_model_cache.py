@@ -1,5 +1,7 @@
 """One pool for all layers: each head in its own bits, read back as the codecs themselves say."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import kernel_oracle
@@ -30,17 +32,20 @@ KINDS = {
 }  # fmt: skip
 
 
-def make_layers(rng, policy, rope=None, **options):
+@functools.cache
+def fitted(codec, heads, seed):
+    """Arrays of a codec for so many heads, fitted once for all tests."""
+    x = np.random.default_rng([heads, seed]).normal(size=(heads, 60, DIM)) * 0.8 ** np.arange(DIM)
+    found = codec.fit(Observed.of(x.astype(np.float32)))
+    return {name: jnp.asarray(a) for name, a in found.items()}
+
+
+def make_layers(policy, rope=None, **options):
     """Two layers whose heads have other bits each, K and V alike, in groups out of order."""
 
-    def side(segments, heads):
-        codec = Transform(dim=DIM, segments=segments, **options)
-        x = rng.normal(size=(len(heads), 60, DIM)) * 0.8 ** np.arange(DIM)
-        fitted = codec.fit(Observed.of(x.astype(np.float32)))
-        return codec, {name: jnp.asarray(a) for name, a in fitted.items()}
-
-    def group(heads, k, v):
-        (k, k_arrays), (v, v_arrays) = side(k, heads), side(v, heads)
+    def group(heads, *segments):
+        k, v = (Transform(dim=DIM, segments=each, **options) for each in segments)
+        k_arrays, v_arrays = (fitted(c, len(heads), i) for i, c in enumerate((k, v)))
         return HeadGroup(heads=heads, k=k, v=v, k_arrays=k_arrays, v_arrays=v_arrays)
 
     a, b, c, d = SEGMENTS
@@ -73,7 +78,7 @@ def run(state, words, q, k, v, chunks, **options):
 def test_attention_is_that_of_the_codecs_in_float64(rng, kind):
     """A chunk, single tokens, a chunk; sinks and a recent window; keys before RoPE; grouped."""
     policy = TokenPolicy(sinks=2, recent=3)
-    layers = make_layers(rng, policy, Rope(dim=DIM, theta=50.0), **KINDS[kind])
+    layers = make_layers(policy, Rope(dim=DIM, theta=50.0), **KINDS[kind])
     form = model_cache.forms(layers)
     states, (words,) = model_cache.init(form, batch=2, capacity=40)
     for layer, state in zip(layers, states, strict=True):
@@ -123,11 +128,10 @@ def test_tables_with_another_scale_do_not(rng):
         assert model_cache.forms([layer], tables=True) is None
 
 
-@pytest.mark.parametrize("options", [{"window": 9}, {"softcap": 2.0}, {"sink_logits": 1}], ids=str)
-def test_windows_soft_caps_and_logit_sinks(rng, options):
-    if "sink_logits" in options:
-        options = {"sink_logits": jnp.asarray(rng.normal(size=2 * HEADS) + 1, jnp.float32)}
-    layers = make_layers(rng, TokenPolicy(sinks=1))
+def test_windows_soft_caps_and_logit_sinks(rng):
+    sinks = jnp.asarray(rng.normal(size=2 * HEADS) + 1, jnp.float32)
+    options = {"window": 9, "softcap": 2.0, "sink_logits": sinks}
+    layers = make_layers(TokenPolicy(sinks=1))
     states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=20)
     q, k, v = inputs(rng, 20)
     got, _, _ = run(states[0], words, q, k, v, (20,), scale=SCALE, **options)
@@ -140,7 +144,7 @@ def test_windows_soft_caps_and_logit_sinks(rng, options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pool_holds_the_codecs_own_bits(rng, kind):
     """Bit by bit what codecs encode; a layer: what is not codes of K and V, codes of K, of V."""
-    layers = make_layers(rng, TokenPolicy(), **KINDS[kind])
+    layers = make_layers(TokenPolicy(), **KINDS[kind])
     form = model_cache.forms(layers)
     states, (words,) = model_cache.init(form, batch=1, capacity=256)
     _, k, v = inputs(rng, 256, batch=1)
@@ -187,7 +191,7 @@ def _bits(layer, side, x):
 
 def test_nothing_is_padded(rng):
     """Bytes of the pool are the plan's bits, whatever the widest head has."""
-    layers = make_layers(rng, TokenPolicy(sinks=3), gain="code")
+    layers = make_layers(TokenPolicy(sinks=3), gain="code")
     form = model_cache.forms(layers)
     states, (words,) = model_cache.init(form, batch=2, capacity=300)
     assert form.bits_per_token == sum(layer.bits_per_token for layer in layers)
@@ -197,7 +201,7 @@ def test_nothing_is_padded(rng):
 
 def test_chunks_equal_one_write(rng):
     """Across a page's end and to the end of the pool; another layer's bits stay."""
-    layers = make_layers(rng, TokenPolicy(recent=2), gain="code")
+    layers = make_layers(TokenPolicy(recent=2), gain="code")
     states, (empty,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=512)
     _, k, v = inputs(rng, 512)
     _, empty, _ = write(states[0], empty, v, k)
@@ -211,7 +215,7 @@ def test_chunks_equal_one_write(rng):
 
 
 def test_padding_leaves_no_trace_and_overflow_is_counted(rng):
-    layers = make_layers(rng, TokenPolicy(), gain="code")
+    layers = make_layers(TokenPolicy(), gain="code")
     states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=256)
     _, k, v = inputs(rng, 250)
     state, words, _ = write(states[0], words, k, v)
@@ -230,14 +234,14 @@ def test_padding_leaves_no_trace_and_overflow_is_counted(rng):
 
 
 def test_layers_differ_in_data_only(rng):
-    one, other = model_cache.forms(make_layers(rng, TokenPolicy(sinks=1), gain="code")).layers
+    one, other = model_cache.forms(make_layers(TokenPolicy(sinks=1), gain="code")).layers
     assert jax.tree.structure(one) == jax.tree.structure(other)
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), form) for form in (one, other)]
     assert shapes[0] == shapes[1]
 
 
 def test_other_codecs_have_no_such_form(rng):
-    layers = make_layers(rng, TokenPolicy())
+    layers = make_layers(TokenPolicy())
     plain = TurboQuantMSE(dim=DIM, bits=2)
     group = HeadGroup(heads=(0, 1, 2), k=plain, v=plain, k_arrays={}, v_arrays={})
     other = KVLayer(groups=(group,), policy=TokenPolicy())
@@ -249,7 +253,7 @@ def test_other_codecs_have_no_such_form(rng):
 
 
 def test_exact_tokens_are_those_of_the_grouped_cache(rng):
-    layers = make_layers(rng, TokenPolicy(sinks=1, recent=2), gain="code")
+    layers = make_layers(TokenPolicy(sinks=1, recent=2), gain="code")
     states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=9)
     _, k, v = inputs(rng, 9)
     state, _, tail = write(states[0], words, k, v)

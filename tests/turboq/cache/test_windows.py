@@ -120,10 +120,9 @@ def test_decoding_equals_the_simulated_pass_at_every_length(rng, name, window):
     assert cache.nbytes < all_held.nbytes
 
 
-@pytest.mark.parametrize("rope", [None, Rope(dim=DIM, theta=100.0)])
-def test_chunks_around_window_and_page(rng, rope):
+def test_chunks_around_window_and_page(rng):
     """A prompt of several pages, single tokens over a page's end, another chunk; in float64."""
-    window = 200
+    window, rope = 200, Rope(dim=DIM, theta=100.0)
     layer = dataclasses.replace(kv_cases.make_layer("per_head", rng), window=window, rope=rope)
     q, k, v = inputs(rng, layer, 560)
     empty = contiguous.init(layer, batch=1, capacity=768)

@@ -12,6 +12,7 @@ from fit_cases import transform_at
 from tolerances import TOL
 
 from turboq.codecs import measured_costs as measured
+from turboq.codecs.distortion_curves import distortion_curve
 from turboq.codecs.fit_basis import moments, token_weights
 from turboq.codecs.fit_transform import (
     TransformOptions,
@@ -21,7 +22,6 @@ from turboq.codecs.fit_transform import (
 )
 from turboq.codecs.measured_costs import SPREADS, measured_costs
 from turboq.codecs.observed import Observed, subset
-from turboq.codecs.water_filling import distortion_curve
 from turboq.errors import TurboqError
 from turboq.numbers.codebook import lloyd_max
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
+from turboq.codecs import distortion_curves
+from turboq.codecs.distortion_curves import distortion_curve
 from turboq.codecs.fit_basis import fit_basis
-from turboq.codecs.water_filling import batched_rates, distortion_curve
+from turboq.codecs.water_filling import batched_rates
 from turboq.numbers import codebook
 
 
@@ -113,6 +115,18 @@ def test_measured_curves():
     assert np.all(np.diff(window) < 0)
     with pytest.raises(ValueError, match="quantizer"):
         distortion_curve("vector")
+    with pytest.raises(ValueError, match="states"):
+        distortion_curve("window", 8)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "states", "free"), [("window", 16, False), ("trellis", 4, True)]
+)
+def test_committed_curves_are_those_of_the_codes(quantizer, states, free):
+    """At 3 bits, measured now; as far as float32 sums and seven digits go."""
+    committed = distortion_curve(quantizer, states, free)[3]
+    measured = distortion_curves.measured(quantizer, states, free, 3)
+    np.testing.assert_allclose(measured, committed, rtol=TOL["distortion_curve"])
 
 
 @pytest.mark.parametrize("bad", [np.ones(12), -np.ones(8), np.array([np.inf] + [1.0] * 7)])

@@ -1,4 +1,4 @@
-"""4,000 damaged plans: each loads as exactly what it says, or is one clear error.
+"""2,000 damaged plans: each loads as exactly what it says, or is one clear error.
 
 Half of the trials put the hashes right again after the damage, so that it reaches the checks behind
 them; of the others none may load as anything but the original plan.
@@ -19,7 +19,7 @@ from turboq.errors import TurboqError
 from turboq.plan import document, load, save
 from turboq.plan.document import plan_hash
 
-TRIALS = 4_000  # tests/fuzz.py makes as many as one has time for
+TRIALS = 1_000  # tests/fuzz.py makes as many as one has time for
 
 
 class Folder:
@@ -104,14 +104,14 @@ def trial(folder: Folder, rng: np.random.Generator) -> str:
     return "same" if loaded == folder.document and side == folder.side else "other"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_damaged_plans_load_as_what_they_say_or_not_at_all(tmp_path, seed):
     rng = np.random.default_rng([20261122, seed])
     cases = (plan_cases.plain, plan_cases.rich)
     folders = [Folder(tmp_path / make.__name__, make()) for make in cases]
     count = dict.fromkeys(("refused", "same", "other"), 0)
     with unchecked():
-        for i in range(TRIALS // 4):
+        for i in range(TRIALS):
             count[trial(folders[i % 2], rng)] += 1
     # Most damage is refused; some only changes what the plan may say freely (names, notes).
     assert count["refused"] > 0.7 * sum(count.values())
