@@ -41,7 +41,8 @@ def program(c: Configuration) -> Program:
     block = 1 if c.cache == "before" else int(c.cache)
     rope = Rope(dim=c.dim, theta=1e4)
     layer = KVLayer(groups=(), policy=TokenPolicy(), rope=rope, rope_block=block)
-    _, words, made, starts, ends = shared.arguments(dataclasses.replace(c, cache=str(block)))
+    shapes = shared.arguments(dataclasses.replace(c, cache=str(block)))
+    words, made, starts, ends = shapes[1:5]
     rows = jax.ShapeDtypeStruct((BATCH, HEADS * c.group * c.tokens, c.dim), jnp.float32)
     own = jax.eval_shape(
         lambda made: triton_decoded.prepare(made, rope, pool_lanes=words.shape[-1]), made

@@ -121,7 +121,9 @@ def _joined(x, arrays, side: int, b, n, channel, coded: int, how: Stands) -> Flo
 
 def _over(dim: int, rows: int, step, heads: int | None = None) -> Float[Array, "P _"]:
     """The sum of step(head, channels, which are real), or without heads of step(channels, real)."""
-    block = min(_BLOCK, pl.next_power_of_2(dim))
+    # Half as many of joined heads, whose int8 numbers take more registers while they are turned
+    # into float32: eight bytes were spilled.
+    block = min(_BLOCK if heads is None else _BLOCK // 2, pl.next_power_of_2(dim))
     each = -(-dim // block)
 
     def body(i, total):
