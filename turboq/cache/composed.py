@@ -178,8 +178,9 @@ def as_wide(layers: Sequence[KVLayer]) -> list[KVLayer]:
     for layer in layers:
         if layer.joint:
             w, r = most.get(_alike(layer), (0, 0))
-            wide = (layer.joint[name].shape[1] for name in ("coded", "read"))
-            most[_alike(layer)] = max(w, next(wide)), max(r, next(wide))
+            most[_alike(layer)] = (
+                max(w, layer.joint["coded"].shape[1]), max(r, layer.joint["read"].shape[1])
+            )  # fmt: skip
     return [_widened(x, *most[_alike(x)]) if x.joint else x for x in layers]
 
 

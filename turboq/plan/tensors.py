@@ -154,7 +154,9 @@ def check_listing(plan: Plan, stated: tuple[TableUse, ...]) -> None:
     assert plan.arrays is not None
     listed, due = plan.arrays.tensors, array_types(plan)
     tables = {name for use in stated for name in use.tensors.values()}
-    earlier = next((n for n in set(due) - set(listed) if n.endswith(".joint.analysis")), None)
+    earlier = next(
+        (n for n in sorted(set(due) - set(listed)) if n.endswith(".joint.analysis")), None
+    )
     if earlier is not None:  # the first versions of joined heads had their turns apart
         raise PlanConflict(
             "arrays.tensors", f"{shown(earlier)} is missing: make the plan again (turboq plan)"

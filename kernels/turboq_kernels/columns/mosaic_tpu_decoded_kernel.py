@@ -29,6 +29,7 @@ from turboq_kernels.columns.mosaic_tpu_kernel import (
     ROUND,
     ROUND_BITS,
     by_token,
+    copies,
     dot,
     joined,
 )
@@ -106,13 +107,7 @@ def kernel(
         if spec.half:
             yield table.at[b if spec.tables > 1 else 0, page], turns.at[slot]
 
-    def send(slot, page):
-        for source, target in transfers(slot, page):
-            pltpu.make_async_copy(source, target, semaphores.at[slot]).start()
-
-    def arrived(slot, page):
-        for source, target in transfers(slot, page):
-            pltpu.make_async_copy(source, target, semaphores.at[slot]).wait()
+    send, arrived = copies(transfers, semaphores)
 
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
     stats_ref[0, 0, 0] = jnp.full((spec.rows, LANES), LOWEST, jnp.float32)

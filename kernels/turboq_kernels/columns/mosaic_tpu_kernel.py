@@ -105,13 +105,7 @@ def kernel(
         if spec.per_token:
             yield bias_ref.at[b, page], biases.at[slot]
 
-    def send(slot, page):
-        for source, target in transfers(slot, page):
-            pltpu.make_async_copy(source, target, semaphores.at[slot]).start()
-
-    def arrived(slot, page):
-        for source, target in transfers(slot, page):
-            pltpu.make_async_copy(source, target, semaphores.at[slot]).wait()
+    send, arrived = copies(transfers, semaphores)
 
     def rows_of(units, tile):
         """Rows of the units of a tile."""
@@ -247,6 +241,24 @@ def kernel(
     jax.lax.fori_loop(0, count, body, 0)
     for tile in range(v_tiles):
         add_values(count - 1, tile)
+
+
+def copies(transfers, semaphores):
+    """What starts, and what waits for, the copies (source, target) of a slot and a page."""
+
+    def each(slot, page):
+        for source, target in transfers(slot, page):
+            yield pltpu.make_async_copy(source, target, semaphores.at[slot])
+
+    def send(slot, page):
+        for copy in each(slot, page):
+            copy.start()
+
+    def arrived(slot, page):
+        for copy in each(slot, page):
+            copy.wait()
+
+    return send, arrived
 
 
 def joined(raw, size: int):

@@ -39,8 +39,9 @@ from turboq.plan import (
     summary,
     uniform_plan,
 )
-from turboq.plan.document import parse, plan_hash
+from turboq.plan.document import parse, plan_hash, table_uses
 from turboq.plan.rules import rule_plan, sides
+from turboq.plan.tensors import check_listing
 
 CASES = pytest.mark.parametrize("make", [plan_cases.plain, plan_cases.rich, plan_cases.joined])
 
@@ -595,3 +596,14 @@ def test_arrays_of_joined_heads_are_checked():
     fitted = {f"layers.{i}.joint.mean": arrays[f"layers.{i}.joint.mean"] for i in (0, 2)}
     with pytest.raises(PlanError, match=r"layers.0.joint.synthesis: fitted array of joined heads"):
         compose(plan, fitted)
+
+
+def test_joined_plans_of_earlier_versions_are_refused(tmp_path):
+    """Their files have the turns of units and of heads apart."""
+    plan, arrays = plan_cases.joined()
+    saved = save(plan, arrays, tmp_path)
+    assert saved.arrays is not None
+    listed = {n: spec for n, spec in saved.arrays.tensors.items() if "analysis" not in n}
+    earlier = dataclasses.replace(saved, arrays=dataclasses.replace(saved.arrays, tensors=listed))
+    with pytest.raises(PlanConflict, match=r"layers.0.joint.analysis. is missing: make the plan"):
+        check_listing(earlier, table_uses(earlier))
