@@ -4,14 +4,13 @@ import copy
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import plan_cases
 import pytest
 
 from turboq.cache.layer import TokenPolicy
-from turboq.codecs import Exact, KiviKey, PerHead, TurboQuantMSE
+from turboq.codecs import Exact, PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope
 from turboq.plan import (
@@ -29,7 +28,6 @@ from turboq.plan import (
     check_arrays,
     check_model,
     collect_arrays,
-    compose,
     diff,
     document,
     fingerprint,
@@ -39,9 +37,8 @@ from turboq.plan import (
     summary,
     uniform_plan,
 )
-from turboq.plan.document import parse, plan_hash, table_uses
+from turboq.plan.document import parse, plan_hash
 from turboq.plan.rules import rule_plan, sides
-from turboq.plan.tensors import check_listing
 
 CASES = pytest.mark.parametrize("make", [plan_cases.plain, plan_cases.rich, plan_cases.joined])
 
@@ -520,90 +517,3 @@ def test_a_rope_may_be_known_on_one_side_only():
     changed = dataclasses.replace(known, layers=(*known.layers[:2], other, known.layers[3]))
     with pytest.raises(PlanConflict, match=r"rope.theta: plan 10000.0, model 20000.0"):
         check_model(uniform_plan(known, k=k, v=v), changed)
-
-
-def test_joined_heads_reach_the_layers():
-    plan, arrays = plan_cases.joined()
-    layers = plan.kv_layers(arrays)
-    assert [layer.joint_heads for layer in layers] == [3, 2]
-    # Eight coordinates of every unit are coded: 3 and 2 heads, K and V of each.
-    assert [layer.joint["analysis"].shape for layer in layers] == [(1, 48, 72), (2, 32, 64)]
-    # Coordinates of 5 bits, those of the first head's keys and values, have two columns.
-    assert [layer.joint["read"].shape for layer in layers] == [(1, 64), (2, 48)]
-    for index, layer in zip((0, 2), layers, strict=True):
-        for name, values in layer.joint.items():
-            np.testing.assert_array_equal(values, arrays[f"layers.{index}.joint.{name}"])
-            assert values.dtype == arrays[f"layers.{index}.joint.{name}"].dtype
-    found = document(plan)["layers"]
-    assert [layer["joint"] for layer in found] == [3, 2]
-    assert "joint" not in document(plan_cases.rich()[0])["layers"][0]
-    text = summary(plan)
-    assert "keys and values of 2, 3 heads are one vector" in text
-    # Codes cost what they cost alone; two turns of what is coded are all that is in memory.
-    alone = tuple(dataclasses.replace(layer, joint=None) for layer in plan.layers)
-    bare = dataclasses.replace(plan, layers=alone)
-    assert bare.bytes == plan.bytes
-    held = [(x.joint, [(g.k_arrays, g.v_arrays) for g in x.groups]) for x in layers]
-    assert plan.residency(100).arrays == sum(x.nbytes for x in jax.tree.leaves(held))
-
-
-def _layers(**changes):
-    def make():
-        plan, _ = plan_cases.joined()
-        first = dataclasses.replace(plan.layers[0], **changes)
-        return dataclasses.replace(plan, layers=(first, plan.layers[1]))
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (_layers(joint=2), r"layers\[0\].joint: 2 does not divide 3 KV heads"),
-        (_layers(joint=0), "joint=0 must be 1..1024"),
-        (
-            _layers(k=SidePlan(codec=Exact(dim=16))),
-            r'layers\[0\].joint: keys are joined .* before RoPE .*, but k.rope is "after"',
-        ),
-        (
-            _layers(k=SidePlan(codec=KiviKey(dim=16, bits=2, group=32), rope="before")),
-            r"layers\[0\].joint: codec kivi_key stores blocks of 32 tokens",
-        ),
-    ],
-)
-def test_what_cannot_be_joined_is_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-def test_arrays_of_joined_heads_are_checked():
-    plan, arrays = plan_cases.joined()
-    name = "layers.2.joint.synthesis"
-    with pytest.raises(PlanConflict, match=rf'arrays: "{name}" is missing'):
-        check_arrays(plan, {n: a for n, a in arrays.items() if n != name})
-    with pytest.raises(PlanError, match=rf"{name}: fitted array is missing"):
-        plan.kv_layer(2, {n: a for n, a in arrays.items() if n != name})
-    for array, value, message in (
-        ("center", np.nan, "NaN or infinite"),
-        ("synthesis_scale", 0.0, "scale of a row or column must be positive"),
-        ("read", 0, "which coordinates the codecs of the units have"),
-    ):
-        wrong = f"layers.2.joint.{array}"
-        with pytest.raises(PlanConflict, match=message):
-            check_arrays(plan, arrays | {wrong: np.full_like(arrays[wrong], value)})
-    with pytest.raises(PlanConflict, match=f"{name}: float32 array must be int8"):
-        check_arrays(plan, arrays | {name: arrays[name].astype(np.float32)})
-    fitted = {f"layers.{i}.joint.mean": arrays[f"layers.{i}.joint.mean"] for i in (0, 2)}
-    with pytest.raises(PlanError, match=r"layers.0.joint.synthesis: fitted array of joined heads"):
-        compose(plan, fitted)
-
-
-def test_joined_plans_of_earlier_versions_are_refused(tmp_path):
-    """Their files have the turns of units and of heads apart."""
-    plan, arrays = plan_cases.joined()
-    saved = save(plan, arrays, tmp_path)
-    assert saved.arrays is not None
-    listed = {n: spec for n, spec in saved.arrays.tensors.items() if "analysis" not in n}
-    earlier = dataclasses.replace(saved, arrays=dataclasses.replace(saved.arrays, tensors=listed))
-    with pytest.raises(PlanConflict, match=r"layers.0.joint.analysis. is missing: make the plan"):
-        check_listing(earlier, table_uses(earlier))
