@@ -12,11 +12,15 @@ so a layer holds 2 W C numbers of a group in the place of 2 C^2 and those of its
 codecs code coordinates as they come (`turboq.codecs.coordinates`). Keys that turn with their
 position do so about `mean` (`turboq.cache.joint`).
 
-Rows of A_c and columns of S_c are int8 times a number each, rounded by what errors cost
-(`turboq.numbers.rounding`): of A_c under the covariance of x, of S_c under (S S^T)^-1, as an error
-of any coordinate of y costs alike (`turboq.codecs.fit_joint`). A coordinate of `FINE` bits or more
-has a second column of what the first's rounding left: its own error is not larger than that.
-Everything is made in float64 when a plan is; files hold what memory does.
+Both are int8 times a number of each coordinate and one of each channel,
+
+    A_c = alpha Q_a a,     S_c = s Q_s sigma,
+
+a^2 what an error of a channel costs, the diagonal of H = (S S^T)^-1, as an error of any coordinate
+of y costs alike (`turboq.codecs.fit_joint`); s^2 how a channel varies, the diagonal of its
+covariance Sigma. Without them one step of int8 serves channels whose entries differ by orders of
+magnitude. Both are rounded by what errors cost (`turboq.numbers.rounding`), Q_a under Sigma / a^2
+and Q_s under H s^2. Everything is made in float64 when a plan is; files hold what memory does.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from turboq.codecs.coordinates import Coordinates
 from turboq.codecs.transform import Transform
 from turboq.numbers import rounding
 
-FINE = 5  # bits of a coordinate from which one column of int8 would be coarser than its code
+SCALES = ("analysis_scale", "analysis_channels", "synthesis_scale", "synthesis_channels")
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]  # of an array, and its type
 Unit = tuple[Codec, Mapping[str, Any]]  # of one side of one head, with fitted arrays
@@ -48,44 +52,39 @@ def held(codec: Codec) -> Codec:
     return Coordinates.of(codec) if isinstance(codec, Transform) else codec
 
 
-def widths(codec: Codec) -> tuple[int, int]:
-    """Rows of A_c and columns of S_c that a unit with this codec has."""
-    bits = _bits(codec)
-    return len(bits), len(bits) + sum(b >= FINE for b in bits)
+def width(codec: Codec) -> int:
+    """Coordinates that a unit with this codec has: rows of A_c, columns of S_c."""
+    return codec.coded if isinstance(codec, Transform) else codec.dim
 
 
-def places(
-    k: Sequence[Codec], v: Sequence[Codec], heads: int
-) -> tuple[Int[np.ndarray, "J W"], Int[np.ndarray, "J R"]]:
-    """`coded` and `read`: of each row of A_c and each column of S_c its coordinate, C for none.
+def places(k: Sequence[Codec], v: Sequence[Codec], heads: int) -> Int[np.ndarray, "J W"]:
+    """`coded`: the coordinate of each row of A_c, C for none.
 
-    Units of every head's keys and values. Coordinates of a group in order, those of keys first; of
-    columns, those of `FINE` bits once more behind.
+    Units of every head's keys and values; coordinates of a group in order, those of keys first.
     """
-    rows, columns = [], []
+    none, rows = heads * (k[0].dim + v[0].dim), []
     for first in range(0, len(k), heads):
-        at, own, fine = 0, [], []
+        at, own = 0, []
         for codec in (*k[first : first + heads], *v[first : first + heads]):
-            bits = _bits(codec)
-            own += [at + i for i in range(len(bits))]
-            fine += [at + i for i, b in enumerate(bits) if b >= FINE]
+            own += range(at, at + width(codec))
             at += codec.dim
         rows.append(own)
-        columns.append(own + fine)
-    none = heads * (k[0].dim + v[0].dim)
-    return _padded(rows, none), _padded(columns, none)
+    out = np.full((len(rows), max(map(len, rows))), none, np.int32)
+    for row, own in zip(out, rows, strict=True):
+        row[: len(own)] = own
+    return out
 
 
 def shapes(k: Sequence[Codec], v: Sequence[Codec], heads: int) -> Shapes:
     """Arrays of a layer with such units of every head, as files hold them."""
-    rows, columns = places(k, v, heads)
-    (groups, w), r, dim = rows.shape, columns.shape[1], heads * (k[0].dim + v[0].dim)
+    (groups, w), dim = places(k, v, heads).shape, heads * (k[0].dim + v[0].dim)
+    channels, rows = ((groups, dim), "float32"), ((groups, w), "float32")
     return {
-        "mean": ((groups, dim), "float32"), "center": ((groups, dim), "float32"),
-        "analysis": ((groups, w, dim), "int8"), "analysis_scale": ((groups, w), "float32"),
-        "coded": ((groups, w), "int32"),
-        "synthesis": ((groups, dim, r), "int8"), "synthesis_scale": ((groups, r), "float32"),
-        "read": ((groups, r), "int32"),
+        "mean": channels, "center": channels, "coded": ((groups, w), "int32"),
+        "analysis": ((groups, w, dim), "int8"),
+        "analysis_scale": rows, "analysis_channels": channels,
+        "synthesis": ((groups, dim, w), "int8"),
+        "synthesis_scale": rows, "synthesis_channels": channels,
     }  # fmt: skip
 
 
@@ -103,25 +102,34 @@ def compose(
     variances = np.asarray(fitted.get("variances", np.ones(mean.shape)), np.float64)
     back = joint.inverse(turn)
     k_codecs, v_codecs = ([codec for codec, _ in side] for side in (k, v))
-    rows, columns = places(k_codecs, v_codecs, heads)
-    due = shapes(k_codecs, v_codecs, heads)
+    coded, due = places(k_codecs, v_codecs, heads), shapes(k_codecs, v_codecs, heads)
     made = {name: np.zeros(shape, kind) for name, (shape, kind) in due.items()}
-    made |= {"mean": mean.astype(np.float32), "coded": rows, "read": columns}
-    for name in ("analysis_scale", "synthesis_scale"):
+    made |= {"mean": mean.astype(np.float32), "coded": coded}
+    for name in SCALES:
         made[name][:] = 1.0
     for j, group in enumerate(back):
         units = [u for side in (k, v) for u in side[j * heads : (j + 1) * heads]]
         analysis, synthesis, nu = _whole(units, turn[j], group)
-        made["center"][j] = mean[j] + nu
-        covariance = (turn[j] * variances[j]) @ turn[j].T
-        found = rounding.to_int8(analysis, rounding.Metric.of(covariance))
-        w = len(analysis)
-        made["analysis"][j, :w], made["analysis_scale"][j, :w] = found
-        fine = columns[j, w:]  # their places among the rows, which are in order
-        fine = np.searchsorted(rows[j, :w], fine[fine < mean.shape[1]])
-        q, scale = _twice(synthesis.T, fine, rounding.Metric.of(group.T @ group))
-        made["synthesis"][j, :, : len(q)], made["synthesis_scale"][j, : len(q)] = q.T, scale
+        made["center"][j], w = mean[j] + nu, len(analysis)
+        varies, costs = (turn[j] * variances[j]) @ turn[j].T, group.T @ group
+        a, s = _sizes(costs), _sizes(varies)
+        q, made["analysis_scale"][j, :w] = _rounded(analysis, a, varies)
+        made["analysis"][j, :w], made["analysis_channels"][j] = q, a
+        q, made["synthesis_scale"][j, :w] = _rounded(synthesis.T, s, costs)
+        made["synthesis"][j, :, :w], made["synthesis_channels"][j] = q.T, s
     return made
+
+
+def _rounded(matrix: np.ndarray, channels: np.ndarray, metric: np.ndarray):
+    """Q and rows: matrix ~ rows Q channels; an error e of a row costs e metric e^T."""
+    own = rounding.Metric.of(metric * np.outer(channels, channels))
+    return rounding.to_int8(matrix / channels, own)
+
+
+def _sizes(metric: np.ndarray) -> np.ndarray:
+    """The root of the diagonal; 1 where that is 0."""
+    diagonal = np.diag(metric)
+    return np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
 
 
 def _whole(units: Sequence[Unit], turn: np.ndarray, back: np.ndarray) -> _Turns:
@@ -135,14 +143,6 @@ def _whole(units: Sequence[Unit], turn: np.ndarray, back: np.ndarray) -> _Turns:
         nu += turn[:, own] @ mean
         at = own.stop
     return np.concatenate(down), np.concatenate(up, axis=1), nu
-
-
-def _twice(matrix: np.ndarray, fine: np.ndarray, metric: rounding.Metric):
-    """Rows as int8 and their scales, then of `fine` ones what that has left."""
-    q, scale = rounding.to_int8(matrix, metric)
-    left = matrix[fine] - q[fine] * scale[fine, None].astype(np.float64)
-    more, small = rounding.to_int8(left, metric)
-    return np.concatenate([q, more]), np.concatenate([scale, small])
 
 
 def join(layer: KVLayer, heads: int, fitted: Mapping[str, Any]) -> KVLayer:
@@ -173,43 +173,28 @@ def nbytes(layer: KVLayer) -> int:
 
 
 def as_wide(layers: Sequence[KVLayer]) -> list[KVLayer]:
-    """Layers that join alike with as many rows and columns each, zeros in some: one program."""
-    most: dict[Any, tuple[int, int]] = {}
+    """Layers that join alike with as many coordinates each, zeros in some: one program."""
+    most: dict[Any, int] = {}
     for layer in layers:
         if layer.joint:
-            w, r = most.get(_alike(layer), (0, 0))
-            most[_alike(layer)] = (
-                max(w, layer.joint["coded"].shape[1]), max(r, layer.joint["read"].shape[1])
-            )  # fmt: skip
-    return [_widened(x, *most[_alike(x)]) if x.joint else x for x in layers]
+            most[_alike(layer)] = max(most.get(_alike(layer), 0), layer.joint["coded"].shape[1])
+    return [_widened(x, most[_alike(x)]) if x.joint else x for x in layers]
 
 
 def _alike(layer: KVLayer) -> Any:
     return layer.joint_heads, layer.joint["mean"].shape
 
 
-def _widened(layer: KVLayer, w: int, r: int) -> KVLayer:
+def _widened(layer: KVLayer, width: int) -> KVLayer:
     old = {name: np.asarray(x) for name, x in layer.joint.items()}
-    rows, columns = (0, w - old["coded"].shape[1]), (0, r - old["read"].shape[1])
-    if not (rows[1] or columns[1]):
+    more = (0, width - old["coded"].shape[1])
+    if not more[1]:
         return layer
-    none = old["mean"].shape[1]
-    new = old | {
-        "analysis": np.pad(old["analysis"], ((0, 0), rows, (0, 0))),
-        "analysis_scale": np.pad(old["analysis_scale"], ((0, 0), rows), constant_values=1.0),
-        "coded": np.pad(old["coded"], ((0, 0), rows), constant_values=none),
-        "synthesis": np.pad(old["synthesis"], ((0, 0), (0, 0), columns)),
-        "synthesis_scale": np.pad(old["synthesis_scale"], ((0, 0), columns), constant_values=1.0),
-        "read": np.pad(old["read"], ((0, 0), columns), constant_values=none),
-    }
-    return dataclasses.replace(layer, joint={name: jnp.asarray(x) for name, x in new.items()})
-
-
-def _bits(codec: Codec) -> list[int]:
-    """Bits of every coordinate that a unit has; of codecs that take it whole as many as matter."""
-    if isinstance(codec, Transform):
-        return [bits for count, bits in codec.segments for _ in range(count)]
-    return [FINE] * codec.dim
+    fill = {"coded": old["mean"].shape[1], "analysis_scale": 1.0, "synthesis_scale": 1.0}
+    new = {name: np.pad(old[name], ((0, 0), more), constant_values=x) for name, x in fill.items()}
+    new["analysis"] = np.pad(old["analysis"], ((0, 0), more, (0, 0)))
+    new["synthesis"] = np.pad(old["synthesis"], ((0, 0), (0, 0), more))
+    return dataclasses.replace(layer, joint={n: jnp.asarray(x) for n, x in (old | new).items()})
 
 
 def _turns(codec: Codec, arrays: Mapping[str, Any]) -> _Turns:
@@ -222,13 +207,6 @@ def _turns(codec: Codec, arrays: Mapping[str, Any]) -> _Turns:
         for of in (codec.analysis_of, codec.synthesis_of, codec.mean_of)
     )
     return a, s, nu
-
-
-def _padded(rows: Sequence[Sequence[int]], none: int) -> Int[np.ndarray, "J n"]:
-    out = np.full((len(rows), max(map(len, rows))), none, np.int32)
-    for row, own in zip(out, rows, strict=True):
-        row[: len(own)] = own
-    return out
 
 
 def _units(layer: KVLayer, side: str) -> list[Unit]:

@@ -51,16 +51,17 @@ def arrays_of(fitted: Mapping[str, Any]) -> dict[str, Any]:
     mean, synthesis = (np.asarray(fitted[name], np.float64) for name in ARRAYS)
     ones, every = np.ones(mean.shape), np.broadcast_to(np.arange(mean.shape[1]), mean.shape)
     made = {
-        "mean": mean, "center": mean, "analysis": inverse(synthesis), "analysis_scale": ones,
-        "synthesis": synthesis, "synthesis_scale": ones,
+        "mean": mean, "center": mean, "analysis": inverse(synthesis), "synthesis": synthesis,
+        "analysis_scale": ones, "analysis_channels": ones,
+        "synthesis_scale": ones, "synthesis_channels": ones,
     }  # fmt: skip
     out = {name: jnp.asarray(x, jnp.float32) for name, x in made.items()}
-    return out | {name: jnp.asarray(every, jnp.int32) for name in ("coded", "read")}
+    return out | {"coded": jnp.asarray(every, jnp.int32)}
 
 
-def synthesis_of(layer: KVLayer) -> Float[Array, "J C R"]:
-    """What each column adds to keys and values, float32."""
-    scale = layer.joint["synthesis_scale"][:, None]
+def synthesis_of(layer: KVLayer) -> Float[Array, "J C W"]:
+    """What each coordinate adds to keys and values, float32."""
+    scale = layer.joint["synthesis_scale"][:, None] * layer.joint["synthesis_channels"][..., None]
     return layer.joint["synthesis"].astype(jnp.float32) * scale
 
 
@@ -112,6 +113,7 @@ def to_units(
         return k, v
     k = key_form.to_stored(layer, _key_mean(layer, k), k.swapaxes(1, 2), positions).swapaxes(1, 2)
     x = _joined(k, v, layer.joint_heads) - layer.joint["center"][None, None]
+    x *= layer.joint["analysis_channels"][None, None]
     analysis = layer.joint["analysis"].astype(jnp.float32)
     u = jnp.einsum("btjc,jwc->btjw", x, analysis, precision=HIGHEST)
     u *= layer.joint["analysis_scale"][None, None]
@@ -127,10 +129,11 @@ def from_units(
     """Keys and values of units as they are read: the inverse of `to_units` where all are coded."""
     if layer.joint_heads is None:
         return k, v
-    u = _take(_joined(k, v, layer.joint_heads), layer.joint["read"])
+    u = _take(_joined(k, v, layer.joint_heads), layer.joint["coded"])
     u *= layer.joint["synthesis_scale"][None, None]
     synthesis = layer.joint["synthesis"].astype(jnp.float32)
-    x = jnp.einsum("btjr,jcr->btjc", u, synthesis, precision=HIGHEST)
+    x = jnp.einsum("btjw,jcw->btjc", u, synthesis, precision=HIGHEST)
+    x *= layer.joint["synthesis_channels"][None, None]
     keys, values = _split(x + layer.joint["center"][None, None], k.shape[2:], v.shape[2:])
     mean = _key_mean(layer, k)
     return key_form.from_stored(layer, mean, keys.swapaxes(1, 2), positions).swapaxes(1, 2), values

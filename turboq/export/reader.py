@@ -86,12 +86,12 @@ def joined(plan: Plan, arrays: Tensors, seed: int = 0) -> dict[str, np.ndarray]:
         for dim in (of.k_dim, of.v_dim)
     ]
     held = plan.kv_layer(layer.index, arrays)
-    mean, center, read = (np.asarray(held.joint[n]) for n in ("mean", "center", "read"))
+    mean, center, coded = (np.asarray(held.joint[n]) for n in ("mean", "center", "coded"))
     synthesis = np.asarray(joint.synthesis_of(held), np.float64)
     y = np.concatenate([x.reshape(JOINED_TOKENS, len(mean), -1) for x in units], axis=2)
-    y = np.pad(y, ((0, 0), (0, 0), (0, 1)))  # where nothing is read
-    y = np.stack([y[:, j, read[j]] for j in range(len(mean))], axis=1)
-    x = (center + np.einsum("tjr,jcr->tjc", y, synthesis)).astype(np.float32)
+    y = np.pad(y, ((0, 0), (0, 0), (0, 1)))  # where nothing is coded
+    y = np.stack([y[:, j, coded[j]] for j in range(len(mean))], axis=1)
+    x = (center + np.einsum("tjw,jcw->tjc", y, synthesis)).astype(np.float32)
     both = np.split(x, [of.k_dim * of.kv_heads // len(mean)], axis=2)
     k, v = (part.reshape(unit.shape) for part, unit in zip(both, units, strict=True))
     at = JOINED_STRIDE * np.arange(JOINED_TOKENS, dtype=np.int32)

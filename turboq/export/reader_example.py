@@ -103,17 +103,15 @@ def part(plan, tensors, layer, keys, values):
     A layer's "joint" heads are one vector: [keys, values] = center + S [units of keys, of values].
     Keys are those that `turn` takes, with the arrays of `joint_mean`."""
     heads = next(e for e in plan["layers"] if e["index"] == layer)["joint"]
-    keys, values = keys.copy(), values.copy()
-    names = ("center", "read", "synthesis", "synthesis_scale")
-    center, read, synthesis, scale = (tensors[f"layers.{layer}.joint.{name}"] for name in names)
+    start, out = f"layers.{layer}.joint.", []
     for j, first in enumerate(range(0, keys.shape[1], heads)):
-        own = slice(first, first + heads)
-        units = [x[:, own].reshape(len(x), -1) for x in (keys, values)]
-        u = np.concatenate([*units, np.zeros((len(keys), 1))], axis=1)[:, read[j]]
-        x = (u * scale[j]) @ synthesis[j].T + center[j]
-        for side, y in zip((keys, values), np.split(x, [units[0].shape[1]], axis=1), strict=True):
-            side[:, own] = y.reshape(side[:, own].shape)
-    return keys, values
+        units = [x[:, first : first + heads].reshape(len(x), -1) for x in (keys, values)]
+        group = {n[len(start) :]: x[j] for n, x in tensors.items() if n.startswith(start)}
+        u = np.concatenate([*units, np.zeros((len(keys), 1))], axis=1)[:, group["coded"]]
+        x = u * group["synthesis_scale"] @ group["synthesis"].T * group["synthesis_channels"]
+        out.append(np.split(x + group["center"], [units[0].shape[1]], axis=1))
+    k, v = (np.concatenate(x, axis=1) for x in zip(*out, strict=True))
+    return k.reshape(keys.shape), v.reshape(values.shape)
 
 
 def joint_mean(plan, tensors, layer, head, dim):

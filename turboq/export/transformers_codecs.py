@@ -97,13 +97,13 @@ def joint_of(plan, tensors, position):
 class Joint:
     """Keys (as `Rope` stores them) and values of several heads as one (turboq/cache/composed.py).
 
-    Coordinates of units u[coded] = A (x - center), x_hat = center + S u[read], those of the first
-    head's keys first. Both matrices are int8 times a number of each row of A, column of S.
+    Coordinates of units u[coded] = A (x - center), x_hat = center + S u[coded], those of the first
+    head's keys first. Both matrices are int8 times a number of each coordinate and each channel.
     """
 
     def __init__(self, arrays):
         self.tensors = {name: torch.tensor(values) for name, values in arrays.items()}
-        self.tensors |= {name: self.tensors[name].long() for name in ("coded", "read")}
+        self.tensors["coded"] = self.tensors["coded"].long()
 
     def to(self, device):
         self.tensors = {name: x.to(device) for name, x in self.tensors.items()}
@@ -116,7 +116,8 @@ class Joint:
     def stored(self, k, v):
         """Coordinates of units [B, K, T, D] and [B, K, T, E] of keys and values, then zeros."""
         t, x = self.tensors, self._joined(k, v)
-        y = torch.einsum("btjc,jwc->btjw", x - t["center"], t["analysis"].float())
+        x = (x - t["center"]) * t["analysis_channels"]
+        y = torch.einsum("btjc,jwc->btjw", x, t["analysis"].float())
         y *= t["analysis_scale"]
         out = x.new_zeros(*x.shape[:3], x.shape[3] + 1)  # what is not there goes behind the end
         out.scatter_(3, t["coded"].expand(y.shape), y)
@@ -126,9 +127,9 @@ class Joint:
         """The inverse of `stored` where all coordinates are coded."""
         t, y = self.tensors, self._joined(k, v)
         y = torch.cat([y, torch.zeros_like(y[..., :1])], dim=-1)
-        y = y.gather(3, t["read"].expand(*y.shape[:3], -1)) * t["synthesis_scale"]
-        x = torch.einsum("btjr,jcr->btjc", y, t["synthesis"].float())
-        return self._split(x + t["center"], k, v)
+        y = y.gather(3, t["coded"].expand(*y.shape[:3], -1)) * t["synthesis_scale"]
+        x = torch.einsum("btjw,jcw->btjc", y, t["synthesis"].float())
+        return self._split(x * t["synthesis_channels"] + t["center"], k, v)
 
     def _joined(self, k, v):
         groups = len(self.tensors["mean"])

@@ -78,10 +78,10 @@ def check_arrays(plan: Plan, arrays: Mapping[str, Any]) -> Tensors:
             raise PlanConflict(name, "a scale must not be negative")
         if array == "weights" and not np.all(values >= 0):
             raise PlanConflict(name, "weights must not be negative")
-        if array in ("coded", "read") and not np.array_equal(values, places[name]):
+        if array == "coded" and not np.array_equal(values, places[name]):
             raise PlanConflict(name, "does not say which coordinates the codecs of the units have")
-        if array in ("analysis_scale", "synthesis_scale") and not np.all(values > 0):
-            raise PlanConflict(name, "the scale of a row or column must be positive")
+        if array in composed.SCALES and not np.all(values > 0):
+            raise PlanConflict(name, "scales of a matrix must be positive")
         out[name] = values
     return out
 
@@ -93,8 +93,7 @@ def _places(plan: Plan) -> dict[str, np.ndarray]:
         if layer.joint is None:
             continue
         k, v = (plan.codecs(layer.index, side) for side in SIDES)
-        own = zip(("coded", "read"), composed.places(k, v, layer.joint), strict=True)
-        out |= {array_name(layer.index, "joint", name): values for name, values in own}
+        out[array_name(layer.index, "joint", "coded")] = composed.places(k, v, layer.joint)
     return out
 
 
@@ -155,9 +154,9 @@ def check_listing(plan: Plan, stated: tuple[TableUse, ...]) -> None:
     listed, due = plan.arrays.tensors, array_types(plan)
     tables = {name for use in stated for name in use.tensors.values()}
     earlier = next(
-        (n for n in sorted(set(due) - set(listed)) if n.endswith(".joint.analysis")), None
+        (n for n in sorted(set(due) - set(listed)) if n.endswith(".analysis_channels")), None
     )
-    if earlier is not None:  # the first versions of joined heads had their turns apart
+    if earlier is not None:  # what files of joined heads held before
         raise PlanConflict(
             "arrays.tensors", f"{shown(earlier)} is missing: make the plan again (turboq plan)"
         )

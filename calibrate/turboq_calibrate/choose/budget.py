@@ -203,7 +203,7 @@ def _arrays(problem: Problem) -> Int[np.ndarray, "U C"]:
     def of(codec: Codec, together: int) -> int:
         if not together:
             return 4 * sum(math.prod(shape) for shape in codec.array_shapes.values())
-        return together * sum(composed.widths(codec))  # int8
+        return 2 * together * composed.width(codec)  # int8
 
     return np.array(
         [

@@ -275,12 +275,12 @@ def _joined(form: LayerForm, k: LinearSide, v: LinearSide) -> tuple[list[LinearS
 
 def _whole(form: LayerForm) -> Float[Array, "J C C"]:
     """S of all coordinates of the units; zeros where nothing is coded."""
-    turn, read = joint.synthesis_of(form.layer), form.layer.joint["read"]
+    turn, coded = joint.synthesis_of(form.layer), form.layer.joint["coded"]
 
-    def group(turn, read):
-        return jnp.zeros((len(turn), len(turn)), jnp.float32).at[:, read].add(turn, mode="drop")
+    def group(turn, coded):
+        return jnp.zeros((len(turn), len(turn)), jnp.float32).at[:, coded].set(turn, mode="drop")
 
-    return jax.vmap(group)(turn, read)
+    return jax.vmap(group)(turn, coded)
 
 
 def _columns(arrays: Arrays, entry: Array, plane: Array) -> Float[Array, "D T"]:

@@ -100,6 +100,7 @@ def _joined(x, arrays, side: int, b, n, channel, coded: int, how: Stands) -> Flo
 
     def product(token, at, inside):
         token -= load(joint["center"], (group, at), inside)
+        token *= load(joint["analysis_channels"], (group, at), inside)
         mask = there[:, None] & inside[None, :]
         rows = load(joint["analysis"], (group, row[:, None], at[None, :]), mask)
         return rows.astype(jnp.float32) * token[None, :]

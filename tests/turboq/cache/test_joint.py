@@ -64,12 +64,11 @@ def together(apart):
 
 
 def matrices(layer):
-    """A [J, W, C] and S [J, C, R] as they are held, in float64."""
-    a, a_scale, s, s_scale = (
-        np.asarray(layer.joint[name], np.float64)
-        for name in ("analysis", "analysis_scale", "synthesis", "synthesis_scale")
-    )
-    return a * a_scale[:, :, None], s * s_scale[:, None]
+    """A [J, W, C] and S [J, C, W] as they are held, in float64."""
+    own = {name: np.asarray(x, np.float64) for name, x in layer.joint.items()}
+    a, s = own["analysis"], own["synthesis"]
+    a = a * own["analysis_scale"][:, :, None] * own["analysis_channels"][:, None]
+    return a, s * own["synthesis_scale"][:, None] * own["synthesis_channels"][:, :, None]
 
 
 def inputs(rng, t, batch=2):
@@ -106,10 +105,10 @@ def flat(layer, k, v):
 def of_units(layer, units):
     """Keys and values of units, in float64: center + S y, group by group."""
     y, (_, synthesis) = flat(layer, *units), matrices(layer)
-    read, mean, center = (np.asarray(layer.joint[n]) for n in ("read", "mean", "center"))
+    coded, mean, center = (np.asarray(layer.joint[n]) for n in ("coded", "mean", "center"))
     y = np.concatenate([y, np.zeros((*y.shape[:3], 1))], axis=-1)  # what is not coded
     x = np.stack(
-        [y[:, :, j, read[j]] @ synthesis[j].T + center[j] for j in range(len(mean))], axis=2
+        [y[:, :, j, coded[j]] @ synthesis[j].T + center[j] for j in range(len(mean))], axis=2
     )
     cut = layer.joint_heads * K_DIM
     k, v = x[..., :cut].reshape(*y.shape[:2], HEADS, -1), x[..., cut:]
@@ -185,8 +184,9 @@ def test_attention_through_the_pool_in_float64(rng, heads, rope, block, policy):
 def test_coordinates_are_those_that_the_units_have(rng, heads, rope, block):
     """A and S' of all units, on a diagonal, times those of the group; products in float64.
 
-    Rounded entry by entry, each at most half a step from what it should be once those before it
-    are made good: a row's error costs at most half a step squared times the trace of the metric.
+    Rounded entry by entry, each at most half a step of its channel from what it should be once
+    those before it are made good: a row's error costs at most half a step squared times the trace
+    of the metric in those steps.
     """
     apart = make_apart(rng, heads, rope=rope, block=block)
     layer = together(apart)
@@ -195,29 +195,24 @@ def test_coordinates_are_those_that_the_units_have(rng, heads, rope, block):
     cut = heads * K_DIM
     (a, s), (_, turn) = matrices(layer), matrices(apart)
     y, x = flat(layer, *joint.to_units(layer, k, v, at)), flat(layer, k, v)
-    center, coded, read = (np.asarray(layer.joint[n]) for n in ("center", "coded", "read"))
-    steps = [np.asarray(layer.joint[f"{n}_scale"], np.float64) for n in ("analysis", "synthesis")]
+    held = {name: np.asarray(x, np.float64) for name, x in layer.joint.items()}
+    center, coded = held["center"], held["coded"]
     for side, h, codec, own in each_unit(apart):
         j, first = h // heads, h % heads * codec.dim + side * cut
         rows, of = slice(first, first + codec.dim), np.linalg.inv(turn[j])
         mine = np.flatnonzero((coded[j] >= first) & (coded[j] < first + codec.dim))
         assert coded[j, mine].tolist() == list(range(first, first + codec.coded))
-        columns = [np.flatnonzero(read[j] == c) for c in coded[j, mine]]
-        bits = [b for count, b in codec.segments for _ in range(count)]
-        assert [len(c) for c in columns] == [2 if b >= composed.FINE else 1 for b in bits]
         seen, felt = turn[j] @ turn[j].T, of.T @ of
-        due = (
-            (own["analysis"] @ of[rows], a[j, mine], steps[0][j, mine], seen),
-            (
-                (turn[j][:, rows] @ own["synthesis"]).T,
-                np.stack([s[j][:, c].sum(axis=1) for c in columns]),
-                np.array([steps[1][j, c[-1]] for c in columns]),
-                felt,
-            ),
-        )
-        for want, got, step, metric in due:
+        analysis, synthesis = own["analysis"] @ of[rows], turn[j][:, rows] @ own["synthesis"]
+        for name, want, got, metric, channels in (
+            ("analysis", analysis, a[j, mine], seen, np.sqrt(np.diag(felt))),
+            ("synthesis", synthesis.T, s[j].T[mine], felt, np.sqrt(np.diag(seen))),
+        ):
+            np.testing.assert_allclose(held[f"{name}_channels"][j], channels, rtol=1e-5)
+            step = held[f"{name}_scale"][j, mine]
             cost = np.einsum("rc,cd,rd->r", got - want, metric, got - want)
-            assert np.all(cost <= np.square(step / 2) * np.trace(metric) * (1 + 1e-5))
+            most = np.square(step / 2) * np.sum(np.diag(metric) * channels**2)
+            assert np.all(cost <= most * (1 + 1e-5))
             assert np.any(got != want)
         assert not np.any(y[:, :, j, first + codec.coded : first + codec.dim])
         if rope is None:
@@ -247,14 +242,14 @@ def test_what_is_held_counts(rng, heads, width):
 
 
 def test_units_of_other_codecs_are_whole(rng):
-    """A unit that is no transform keeps its codec and has all its coordinates, as fine as any."""
+    """A unit that is no transform keeps its codec and has all its coordinates."""
     apart = make_apart(rng, 2)
     other = dataclasses.replace(apart.groups[0], k=Exact(dim=K_DIM), k_arrays={})
     layer = together(dataclasses.replace(apart, groups=(other, apart.groups[1])))
     assert layer.groups[0].k == Exact(dim=K_DIM)
-    # Of every group one head of 24 and 8 coordinates and one of 16 and 8, of which 8 are of 5 bits.
+    # Of every group one head of 24 and 8 coordinates and one of 16 and 8.
     assert layer.joint["analysis"].shape == (2, 24 + 8 + 16 + 8, 80)
-    assert layer.joint["synthesis"].shape == (2, 80, 24 + 8 + 16 + 8 + 24 + 8)
+    assert layer.joint["synthesis"].shape == (2, 80, 24 + 8 + 16 + 8)
     real = jax.tree.leaves((layer.joint, [(g.k_arrays, g.v_arrays) for g in layer.groups]))
     assert accounting.array_bytes([layer]) == sum(x.nbytes for x in real)
 

@@ -28,8 +28,7 @@ def test_joined_heads_reach_the_layers():
     assert [layer.joint_heads for layer in layers] == [3, 2]
     # Eight coordinates of every unit are coded: 3 and 2 heads, K and V of each.
     assert [layer.joint["analysis"].shape for layer in layers] == [(1, 48, 72), (2, 32, 64)]
-    # Coordinates of 5 bits, those of the first head's keys and values, have two columns.
-    assert [layer.joint["read"].shape for layer in layers] == [(1, 64), (2, 48)]
+    assert [layer.joint["synthesis"].shape for layer in layers] == [(1, 72, 48), (2, 64, 32)]
     for index, layer in zip((0, 2), layers, strict=True):
         for name, values in layer.joint.items():
             np.testing.assert_array_equal(values, arrays[f"layers.{index}.joint.{name}"])
@@ -85,8 +84,9 @@ def test_arrays_of_joined_heads_are_checked():
         plan.kv_layer(2, {n: a for n, a in arrays.items() if n != name})
     for array, value, message in (
         ("center", np.nan, "NaN or infinite"),
-        ("synthesis_scale", 0.0, "scale of a row or column must be positive"),
-        ("read", 0, "which coordinates the codecs of the units have"),
+        ("synthesis_scale", 0.0, "scales of a matrix must be positive"),
+        ("coded", 0, "which coordinates the codecs of the units have"),
+        ("analysis_channels", -1.0, "scales of a matrix must be positive"),
     ):
         wrong = f"layers.2.joint.{array}"
         with pytest.raises(PlanConflict, match=message):
@@ -99,11 +99,13 @@ def test_arrays_of_joined_heads_are_checked():
 
 
 def test_joined_plans_of_earlier_versions_are_refused(tmp_path):
-    """Their files have the turns of units and of heads apart."""
+    """Their matrices have no scales of channels."""
     plan, arrays = plan_cases.joined()
     saved = save(plan, arrays, tmp_path)
     assert saved.arrays is not None
-    listed = {n: spec for n, spec in saved.arrays.tensors.items() if "analysis" not in n}
+    listed = {n: spec for n, spec in saved.arrays.tensors.items() if not n.endswith("channels")}
     earlier = dataclasses.replace(saved, arrays=dataclasses.replace(saved.arrays, tensors=listed))
-    with pytest.raises(PlanConflict, match=r"layers.0.joint.analysis. is missing: make the plan"):
+    with pytest.raises(
+        PlanConflict, match=r"layers.0.joint.analysis_channels. is missing: make the plan"
+    ):
         check_listing(earlier, table_uses(earlier))
