@@ -31,30 +31,33 @@ attend = jax.jit(
 
 
 @functools.cache
-def _fitted(segments, heads, side, gain):
+def _fitted(segments, heads, side, gain, dim):
     """A codec and its arrays of some heads; fitted once for all cases."""
-    codec = Transform(dim=DIM, segments=segments, quantizer="window", states=16, gain=gain)
+    codec = Transform(dim=dim, segments=segments, quantizer="window", states=16, gain=gain)
     rng = np.random.default_rng([len(heads), side])
-    x = rng.normal(size=(len(heads), 60, DIM)) * 0.8 ** np.arange(DIM) + 0.5
+    x = rng.normal(size=(len(heads), 60, dim)) * 0.8 ** np.arange(dim) + 0.5
     fitted = codec.fit(Observed.of(x.astype(np.float32)))
     return codec, {name: jnp.asarray(a) for name, a in fitted.items()}
 
 
-def make_layers(rng, policy, rope=None, block=1, gain="code", joined=None):
+def make_layers(rng, policy, rope=None, block=1, gain="code", joined=None, v_dim=DIM):
     """Two layers whose heads have other bits each, K and V alike, in groups out of order.
 
-    `joined`: units of so many heads together.
+    `joined`: units of so many heads together. Of values of fewer channels all bits are as many.
     """
 
     def group(heads, k, v):
-        (k, k_arrays), (v, v_arrays) = (_fitted(x, heads, i, gain) for i, x in enumerate((k, v)))
+        v = v if v_dim == DIM else ((v_dim, 3),)
+        (k, k_arrays), (v, v_arrays) = (
+            _fitted(x, heads, i, gain, dim) for i, (x, dim) in enumerate(((k, DIM), (v, v_dim)))
+        )
         return HeadGroup(heads=heads, k=k, v=v, k_arrays=k_arrays, v_arrays=v_arrays)
 
     def layer(*groups):
         alone = KVLayer(groups=groups, policy=policy, rope=rope, rope_block=block)
         if joined is None:
             return alone
-        shape = joint.shapes(HEADS, joined, DIM, DIM)
+        shape = joint.shapes(HEADS, joined, DIM, v_dim)
         turn = np.eye(shape["mean"][1]) + 0.05 * rng.normal(size=shape["synthesis"])
         own = {"mean": rng.normal(size=shape["mean"]), "synthesis": turn}
         return composed.join(alone, joined, own)

@@ -11,7 +11,14 @@ from turboq.cache import model_cache
 from turboq.cache.columns import BIT_OF
 from turboq.cache.layer import TokenPolicy
 from turboq.numbers import rope as rotary
-from turboq_kernels.columns import linear, triton_decoded
+from turboq_kernels.columns import (
+    linear,
+    mosaic_tpu_decoded,
+    triton,
+    triton_decoded,
+    unit_values,
+)
+from turboq_kernels.columns.types import Sums
 
 SLOTS = 512
 # Joined heads, pairs of channels, positions of a block, position of the first slot.
@@ -66,10 +73,10 @@ def test_logits_are_those_of_float64(joined, pairs, block, first, rng):
         ).bias
 
     for own in form.layers:
-        made = linear.linear_layer(own, pool_lanes=words.shape[-1])
-        made = triton_decoded.added(made, own.layer, words)
+        whole = linear.linear_layer(own, pool_lanes=words.shape[-1])
+        made = triton_decoded.added(whole, own.layer, words)
         got = logits(jnp.asarray(rows, jnp.float32), words, made, jnp.zeros_like(ends), ends)
-        keys = due(made, words, ROPES[pairs], block, first)
+        keys = due(whole, words, ROPES[pairs], block, first)
         by_head = rows.reshape(2, HEADS, GROUP, DIM)
         want = np.einsum("bkgd,bksd->bkgs", by_head, keys).reshape(got.shape)
         size, length = np.linalg.norm(by_head, axis=-1), np.linalg.norm(keys, axis=-1)
@@ -86,3 +93,37 @@ def test_logits_are_those_of_float64(joined, pairs, block, first, rng):
         assert np.all(most <= triton_decoded.LARGEST)
         assert np.all(most > triton_decoded.LARGEST / 4)
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize("v_dim", [DIM, 16])
+def test_values_by_units_are_those_of_the_whole_matrix(v_dim, rng):
+    """Sums over lanes of both kernels' orders: to units and then to channels, against float64."""
+    layers = make_layers(rng, TokenPolicy(), ROPES["half"], joined=3, v_dim=v_dim)
+    form = model_cache.forms(layers)
+    assert form is not None
+    lanes = form.columns[0] + 512  # so many that no unit's lanes are read from before it on
+    for own in form.layers:
+        whole = linear.linear_layer(own, pool_lanes=lanes)
+        dense, unit = np.asarray(whole.v.matrix, np.float64), np.asarray(whole.v.unit)
+        of_lane = rng.normal(size=(2, HEADS * GROUP, len(unit)))  # what a kernel sums
+        mass = rng.uniform(1, 9, size=of_lane.shape[:2])
+        held = {
+            "triton": triton_decoded.prepare(whole, own.layer.rope, pool_lanes=lanes),
+            "tpu": mosaic_tpu_decoded.prepare(whole, lanes, own.layer.rope),
+        }
+        places = {"triton": triton.place_of(whole, 1), "tpu": mosaic_tpu_decoded.place_of(whole)}
+        by_head = of_lane.reshape(2, HEADS, GROUP, -1) * (unit >= 0)
+        want = np.einsum("bhmw,hew->bhme", by_head, dense).reshape(2, HEADS * GROUP, v_dim)
+        want += mass[..., None] * np.repeat(np.asarray(whole.v.mean, np.float64), GROUP, axis=0)
+        for name, place in places.items():
+            acc = np.zeros((*of_lane.shape[:2], len(place)))
+            for p in range(2 * HEADS):  # a unit's lanes come first among those that are its place's
+                lane = np.flatnonzero(unit == p)
+                acc[..., np.flatnonzero(place == p)[: len(lane)]] = of_lane[..., lane]
+            sums = Sums(
+                acc=jnp.asarray(acc, jnp.float32), total=jnp.asarray(mass, jnp.float32), top=None
+            )
+            got = unit_values.values(sums, whole, own.layer, held[name].values, place)
+            np.testing.assert_allclose(
+                got, want, rtol=0, atol=TOL["packed_attention"] * np.abs(want).max()
+            )

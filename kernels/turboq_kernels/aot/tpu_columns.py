@@ -115,6 +115,7 @@ def arguments(c: Configuration) -> tuple[Any, ...]:
         first=struct(2, dtype=jnp.int32), gain_lane=struct(dtype=jnp.int32),
         gain_weights=struct(units, linear.gain_lanes(HEADS, k_width), dtype=jnp.int32), gained=True,
         gain_lanes=struct(2, units, GAIN_BITS, dtype=jnp.int32),
+        own=struct(c.dim, k_width) if c.joined > 1 else None,
     )  # fmt: skip
     seen = struct(BATCH, rows, dtype=jnp.int32)
     words = struct(BATCH, PAGES, ROWS, 2 * (k_width + v_width), dtype=jnp.uint32)

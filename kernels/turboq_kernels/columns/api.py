@@ -28,6 +28,7 @@ from turboq_kernels.columns import (
     triton,
     triton_decoded,
     triton_step,
+    unit_values,
 )
 from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.decode.types import Partial
@@ -52,15 +53,21 @@ def _made(state: LayerState, words: UInt32[Array, "B P R C"], name: str) -> Line
     layer, lanes = state.form.layer, words.shape[-1]
     made = linear.linear_layer(state.form, pool_lanes=lanes)
     if name == "triton":
-        return triton_decoded.added(made, layer, words)
-    if (
+        made = triton_decoded.added(made, layer, words)
+    elif (
         name == "mosaic_tpu"
         and layer.rope is not None
         and layer.rope_block not in mosaic_tpu.BLOCKS
     ):
-        operands = mosaic_tpu_decoded.prepare(made, lanes, layer.rope)
-        return dataclasses.replace(made, decoded=operands)
-    return made
+        return made.as_decoded(mosaic_tpu_decoded.prepare(made, lanes, layer.rope))
+    return made if name == "mosaic_tpu" else dataclasses.replace(made, own=None)
+
+
+def _values(sums, made: LinearLayer, layer, held, place) -> Array:
+    """What sums over bits are worth where keys are decoded; `held` is of the kernel's operands."""
+    if made.joined:
+        return unit_values.values(sums, made, layer, held, place)
+    return queries.values(sums, made, held)
 
 
 def unsupported(
@@ -168,37 +175,40 @@ def attend(
     first = jnp.reshape(state.first, (-1, 1))
     starts = jnp.maximum(low, layer.policy.sinks) - first
     ends = jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]) - first
-    k_matrix, v_matrix = (None, None)
-    if name == "triton":
-        k_matrix, v_matrix = triton.local(made, words.shape[-1])
     if name == "mosaic_tpu" and _cannot_fold(q, state, words) is not None:
         operands = made.decoded or mosaic_tpu_decoded.prepare(made, words.shape[-1], layer.rope)
-        v_matrix = operands.values
         sums = mosaic_tpu_decoded.attend(
             rows, words, made, starts, ends, first, rope=layer.rope, block=layer.rope_block,
             operands=operands, interpret=interpret, **options,
         )  # fmt: skip
+        acc = _values(sums, made, layer, operands.values, mosaic_tpu_decoded.place_of(made))
+    elif decoded:
+        made = triton_decoded.added(made, layer, words)
+        folded = triton_decoded.logits(
+            rows, words, made, layer, state.dropped, starts, ends, interpret=interpret
+        )
+        sums = triton.attend(
+            folded, words, made, starts, ends, splits=splits, interpret=interpret, **options
+        )
+        acc = _values(sums, made, layer, made.decoded.values, triton.place_of(made, 1))
     else:
-        if decoded:
-            folded = triton_decoded.logits(
-                rows, words, triton_decoded.added(made, layer, words), layer, state.dropped, starts,
-                ends, interpret=interpret,
-            )  # fmt: skip
-        else:
-            seen_from = rows
-            if layer.rope is not None and state.dropped is not None:  # slots count from there
-                seen_from = queries.to_rows(unrotate(layer.rope, q, first[..., None]), heads)
-            folded = queries.fold(
-                seen_from, made, slots=words.shape[1] * PAGE, rope=layer.rope,
-                block=layer.rope_block, matrix=k_matrix,
-            )  # fmt: skip
+        k_matrix, v_matrix = (None, None)
+        if name == "triton":
+            k_matrix, v_matrix = triton.local(made, words.shape[-1])
+        seen_from = rows
+        if layer.rope is not None and state.dropped is not None:  # slots count from there
+            seen_from = queries.to_rows(unrotate(layer.rope, q, first[..., None]), heads)
+        folded = queries.fold(
+            seen_from, made, slots=words.shape[1] * PAGE, rope=layer.rope,
+            block=layer.rope_block, matrix=k_matrix,
+        )  # fmt: skip
         run = {
             "linear": base.attend,
             "mosaic_tpu": functools.partial(mosaic_tpu.attend, interpret=interpret),
             "triton": functools.partial(triton.attend, splits=splits, interpret=interpret),
         }[name]
         sums = run(folded, words, made, starts, ends, **options)
-    acc = queries.values(sums, made, v_matrix)
+        acc = queries.values(sums, made, v_matrix)
     parts = [Partial(acc=acc, top=sums.top, total=sums.total)]
     parts += _exact(rows, state, tail, at, low, heads, options)
     whole = merge.merge(merge.stack(parts))

@@ -39,7 +39,8 @@ HIGHEST = jax.lax.Precision.HIGHEST
 class LinearSide:
     """K or V of a layer, W lanes of U units; G heads of a group, K heads in all."""
 
-    matrix: Any  # float32 [G, D, W]; zero where a lane is none of this side's codes
+    # float32 [G, D, W], zero where a lane is none of this side's codes; None: keys are decoded.
+    matrix: Any
     unit: Any  # int32 [W]: of a code's lane, NONE of any other
     mean: Any  # float32 [K, D]
     gains: Any  # float32 [U, 16]: of every stored gain; ones without
@@ -73,12 +74,19 @@ class LinearLayer:
     unit_groups: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     widest: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # as of `LayerForm`
     joined: bool = dataclasses.field(default=False, metadata={"static": True})
+    # float32 [P, W] of joined heads, what a lane adds to its own unit: where keys may be decoded.
+    own: Any = None
     # `mosaic_tpu_decoded.Operands` or `triton_decoded.Decoded`, where keys are decoded.
     decoded: Any = None
 
     @property
     def groups(self) -> int:
         return group_count(self.unit_groups)
+
+    def as_decoded(self, decoded: Any) -> LinearLayer:
+        """For the kernel that reads `decoded`: without the matrices that it was made of."""
+        k, v = (dataclasses.replace(side, matrix=None) for side in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v, own=None, decoded=decoded)
 
 
 def unsupported(form: LayerForm) -> str | None:
@@ -152,18 +160,19 @@ def linear_layer(form: LayerForm, *, pool_lanes: int) -> LinearLayer:
     gain_lane = jnp.minimum((form.first[0] - first[0]) // LANES * LANES, widths[0] - lanes)
     weights, lanes_of = [], []
     for codec, columns in ((k, form.k), (v, form.v)):
-        own = jnp.zeros((len(group.heads), lanes), jnp.int32)
+        weight = jnp.zeros((len(group.heads), lanes), jnp.int32)
         if codec.gain == "code":
-            own = _gain_weights(codec, columns, first[0] + gain_lane, lanes)
-        weights.append(own)
+            weight = _gain_weights(codec, columns, first[0] + gain_lane, lanes)
+        weights.append(weight)
         lanes_of.append(_gain_lanes(codec, columns))
     slots = min((LANES - 2) // form.fewest + 2, len(groups))
     sides = [
         _side(k, group.k_arrays, form.k, first[0], widths[0], slots),
         _side(v, group.v_arrays, form.v, first[1], widths[1], slots),
     ]
-    rest = jnp.zeros_like(sides[0].mean)
+    rest, own = jnp.zeros_like(sides[0].mean), None
     if joined:
+        own = _own(*(side.matrix[0] for side in sides))
         sides, rest = _joined(form, *sides)
         lanes_of = [jnp.concatenate(lanes_of)] * 2
         weights = jnp.concatenate(weights)
@@ -175,8 +184,15 @@ def linear_layer(form: LayerForm, *, pool_lanes: int) -> LinearLayer:
         sums=sums, first=jnp.stack(first), gain_lane=gain_lane,
         gain_weights=weights, gain_lanes=jnp.stack(lanes_of),
         gained=k.gain == "code" or v.gain == "code", unit_groups=groups,
-        widest=form.widest, joined=joined,
+        widest=form.widest, joined=joined, own=own,
     )  # fmt: skip
+
+
+def _own(k: Float[Array, "D W"], v: Float[Array, "E W"]) -> Float[Array, "P W"]:
+    """Both sides' units, which have lanes of their own."""
+    most = max(len(k), len(v))
+    k, v = (jnp.pad(x, ((0, most - len(x)), (0, 0))) for x in (k, v))
+    return k + v
 
 
 def _side(

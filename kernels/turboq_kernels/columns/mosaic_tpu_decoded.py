@@ -31,7 +31,6 @@ from turboq_kernels.columns.linear import (
     LANES,
     NONE,
     LinearLayer,
-    LinearSide,
     group_count,
     units_of,
 )
@@ -53,7 +52,8 @@ class Operands:
     gains: Any  # float32 [2, J, p, 128], of keys times what an integer is worth, and of values
     gain_weights: Any  # int8 [J, 32, lanes]
     places: Any  # int32: tiles read first of each unit, tiles of all, edges, the gains' tile
-    values: Any  # float32 [J, G, E, lanes of values], for `queries.values`
+    # float32 [J, P, lanes of values] of joined heads, for `unit_values`, else [J, 1, E, lanes].
+    values: Any
 
 
 def reads_blocks(block: int) -> bool:
@@ -82,7 +82,7 @@ def specify(
     return Spec(
         heads=heads, each=up(rows // (groups * heads), SUBLANES), dim=len(_channels(rope, dim)),
         half=up(rope.dim // 2, SUBLANES) if rope is not None else 0,
-        tiles=tuple(max(1, up(n, LANES) // LANES) for n in widest),
+        tiles=_tiles(widest),
         places=(every, every) if joined else ((0,), (1,)), pool=up(pool_lanes, LANES) // LANES,
         gain_tiles=gain_lanes // LANES, tables=tables, softcap=softcap,
     )  # fmt: skip
@@ -142,7 +142,7 @@ def prepare(layer: LinearLayer, pool_lanes: int, rope: Rope | None) -> Operands:
     return Operands(
         matrix=matrix, means=means.reshape(groups, -1, PAGE), gains=_gains(layer, unit),
         gain_weights=_gain_weights(spec, layer, gain_lane),
-        places=tuple(x.reshape(-1) for x in places), values=_local(spec, layer, 1),
+        places=tuple(x.reshape(-1) for x in places), values=_values(spec, layer),
     )  # fmt: skip
 
 
@@ -236,11 +236,27 @@ def _of_units(layer: LinearLayer, name: str) -> Array:
     return jnp.stack(each, axis=1)
 
 
-def _local(spec: Spec, layer: LinearLayer, i: int) -> Float[Array, "J G D W"]:
-    """The matrix of K (0) or V (1) over the lanes of its own units, each from a tile's first on."""
-    side: LinearSide = (layer.k, layer.v)[i]
+def place_of(layer: LinearLayer) -> np.ndarray:
+    """The place in its group of the unit that each lane of joined heads' `values` is read for."""
+    return np.repeat(np.arange(len(layer.widest)), [n * LANES for n in _tiles(layer.widest)])
+
+
+def _tiles(widest: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(max(1, up(n, LANES) // LANES) for n in widest)
+
+
+def _values(spec: Spec, layer: LinearLayer) -> Float[Array, "J *n W"]:
+    if layer.own is None:
+        return _local(spec, layer, 1, layer.v.matrix)
+    return _local(spec, layer, 1, layer.own[None])[:, 0]
+
+
+def _local(
+    spec: Spec, layer: LinearLayer, i: int, matrix: Float[Array, "G D _"]
+) -> Float[Array, "J G D W"]:
+    """A matrix of K's lanes (0) or V's (1) over those of its own units, each from a tile's on."""
     starts, counts, parts = _starts(layer), _of_units(layer, "count"), []
-    by_lane = jnp.moveaxis(side.matrix, 2, 0)  # whole rows of numbers are taken, not lanes
+    by_lane = jnp.moveaxis(matrix, 2, 0)  # whole rows of numbers are taken, not lanes
     for place in spec.places[i]:
         at = np.arange(spec.tiles[place] * LANES, dtype=np.int32)[None]
         lane = jnp.minimum(starts[:, place, None] + at, len(by_lane) - 1)
@@ -253,7 +269,9 @@ def _matrix(
     spec: Spec, layer: LinearLayer, rope: Rope | None
 ) -> tuple[Int8[Array, "J _ W"], Float[Array, "J p"]]:
     """High bytes of all channels of a group and then their low bytes; what an integer is worth."""
-    whole = _ordered(jnp.moveaxis(_local(spec, layer, 0), 2, 3), rope)  # [J, G, W, D]
+    whole = _ordered(
+        jnp.moveaxis(_local(spec, layer, 0, layer.k.matrix), 2, 3), rope
+    )  # [J, G, W, D]
     whole = jnp.moveaxis(whole, 3, 2).reshape(layer.groups, -1, whole.shape[2])
     parts, units = [], []
     for place in spec.places[0]:

@@ -94,7 +94,8 @@ def values(
 ) -> Float[Array, "B M E"]:
     """What sums over bits are worth: sums of p x_hat, not yet normalised. `matrix` as of `fold`."""
     batch, m, _ = sums.acc.shape
-    each, heads = layer.v.matrix.shape[0], layer.v.mean.shape[0]
+    heads = layer.v.mean.shape[0]
+    each = heads // layer.groups
     bits = sums.acc
     if matrix is None:
         bits = jnp.where(own_lanes(layer, layer.v, m), bits, 0.0)

@@ -227,17 +227,27 @@ def local(
     layer: LinearLayer, pool_lanes: int
 ) -> tuple[Float[Array, "J G D U"], Float[Array, "J G D Y"]]:
     """The matrices of K and V over each group's own lanes: runs of its units, one after another."""
-    units, run = units_of(layer.unit_groups), tuning(layer).run
-    firsts, sides = windows(layer, pool_lanes), []
-    for i, (side, places) in enumerate(zip((layer.k, layer.v), _places(layer), strict=True)):
-        place = np.repeat(np.arange(len(places)), np.asarray(places) * run)
-        at = np.concatenate([np.arange(runs * run) for runs in places])
-        unit = units[:, place]
-        lane = firsts[i][unit] - layer.first[i] + at[None]
-        own = (lane >= side.start[unit]) & (lane - side.start[unit] < side.count[unit])
-        matrix = side.matrix[:, :, jnp.clip(lane, 0, side.matrix.shape[-1] - 1)]
-        sides.append(jnp.moveaxis(jnp.where(own[None, None], matrix, 0.0), 2, 0))
-    return sides[0], sides[1]
+    k, v = (local_of(layer, i, (layer.k, layer.v)[i].matrix, pool_lanes) for i in range(2))
+    return k, v
+
+
+def local_of(
+    layer: LinearLayer, i: int, matrix: Float[Array, "G D W"], pool_lanes: int
+) -> Float[Array, "J G D U"]:
+    """A matrix of K's lanes (0) or V's (1), as of `local`."""
+    units, side, widths_of = units_of(layer.unit_groups), (layer.k, layer.v)[i], widths(layer, i)
+    unit = units[:, place_of(layer, i)]
+    at = np.concatenate([np.arange(width) for width in widths_of])
+    lane = windows(layer, pool_lanes)[i][unit] - layer.first[i] + at[None]
+    own = (lane >= side.start[unit]) & (lane - side.start[unit] < side.count[unit])
+    matrix = matrix[:, :, jnp.clip(lane, 0, matrix.shape[-1] - 1)]
+    return jnp.moveaxis(jnp.where(own[None, None], matrix, 0.0), 2, 0)
+
+
+def place_of(layer: LinearLayer, i: int) -> Int[np.ndarray, "U"]:
+    """The place in its group of the unit that each lane of `local` is read for."""
+    widths_of = widths(layer, i)
+    return np.repeat(np.arange(len(widths_of)), widths_of)
 
 
 def padded(words: UInt32[Array, "B P R C"], layer: LinearLayer) -> UInt32[Array, "B P R c"]:

@@ -62,6 +62,7 @@ class Decoded:
     scale: Any  # float32 [K], what logits are multiplied by
     lanes: Any  # int32 [J, p], first lane of the pool of the unit at each place of a group
     units: Any  # int32 [J, p]
+    values: Any  # float32 [J, P, Y] of joined heads, for `unit_values`, else [J, 1, E, Y]
 
 
 def reads(layer: KVLayer) -> bool:
@@ -70,16 +71,16 @@ def reads(layer: KVLayer) -> bool:
 
 
 def added(made: LinearLayer, layer: KVLayer, words: UInt32[Array, "B P R C"]) -> LinearLayer:
-    """With what this kernel needs, where it is the one."""
+    """With what this kernel needs, where it is the one, and without what it does not."""
     if layer.rope is None or not reads(layer) or made.decoded is not None:
         return made
-    return dataclasses.replace(made, decoded=prepare(made, layer.rope, pool_lanes=words.shape[-1]))
+    return made.as_decoded(prepare(made, layer.rope, pool_lanes=words.shape[-1]))
 
 
 @functools.partial(jax.jit, static_argnames=("rope", "pool_lanes"))
 def prepare(layer: LinearLayer, rope: Rope, *, pool_lanes: int) -> Decoded:
     """Once per plan."""
-    whole, _ = triton.local(layer, pool_lanes)
+    whole = triton.local_of(layer, 0, layer.k.matrix, pool_lanes)
     largest = jnp.max(jnp.abs(layer.k.gains), axis=1)
     largest = jnp.where(largest > 0, largest, 1.0)
     widths = triton.widths(layer, 0)
@@ -98,11 +99,17 @@ def prepare(layer: LinearLayer, rope: Rope, *, pool_lanes: int) -> Decoded:
         both = jnp.stack([padded[..., at] for at in places], axis=-1)
         return both.reshape(*x.shape[:2], -1)
 
+    values = triton.local_of(
+        layer, 1, layer.v.matrix if layer.own is None else layer.own[None], pool_lanes
+    )
+    if layer.own is not None:
+        values = values[:, 0]
     return Decoded(
         matrix=in_pairs(matrix.swapaxes(1, 2)).swapaxes(1, 2).astype(jnp.float16),
         means=in_pairs(layer.means), gains=layer.k.gains / largest[:, None],
         scale=jnp.exp2(-power),
         lanes=triton.windows(layer, pool_lanes)[0][units], units=jnp.asarray(units, jnp.int32),
+        values=values,
     )  # fmt: skip
 
 
