@@ -50,7 +50,7 @@ CANDIDATES = flags.DEFINE_multi_string("candidates", [], "Of learned plans (`tur
 BUDGETS = flags.DEFINE_multi_string(
     "budgets", ["1.25", "1.5", "1.75", "2.25", "2.75", "3.25"], "Bits of learned plans."
 )
-ONLY = flags.DEFINE_string("only", "", "Only rows whose name contains this.")
+ONLY = flags.DEFINE_multi_string("only", [], "Only rows whose name contains one of these.")
 FIELD = flags.DEFINE_boolean("field", False, "Also 2-bit, per-head, INT, OSCAR-, NOVA-like, KIVI.")
 SHARING = flags.DEFINE_boolean("sharing", False, "Also learned plans per layer and uniform.")
 SHRINK = flags.DEFINE_multi_string("shrink", [], "Learned plans so (0 to 1), not as guarded.")
@@ -70,6 +70,12 @@ TARGETS = {
     "two bits, heads apart": (f"learned 2.25{APART}", "turboquant_mse 4b"),
     "two bits, by a kernel": ("learned 2.25, keys block:256", "turboquant_mse 4b"),
 }
+
+
+def asked(name: str) -> bool:
+    """Whether --only has the row."""
+    parts = items(ONLY)
+    return not parts or any(part in name for part in parts)
 
 
 def baselines(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPlan]:
@@ -99,7 +105,7 @@ def baselines(geometry: ModelGeometry, statistics: Statistics) -> Iterator[Named
         value = c.KiviValue(dim=dim, bits=bits, group=min(32, dim))
         rules[f"kivi {bits}b (up to {key.block - 1} recent tokens exact)"] = (key, value, "after")
     for name, (k, v, rope) in rules.items():
-        if ONLY.value in name:
+        if asked(name):
             yield (
                 name,
                 *make_plan(geometry, k=k, v=v, policy=POLICY, statistics=statistics, k_rope=rope),
@@ -116,7 +122,7 @@ def learned(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPl
         for form in items(K_ROPE) if bits in SHARED else ():
             for heads, says in ((None, ""), (0, APART)):
                 own = f"{name}, keys {form}{says}"
-                if form != "before" and ONLY.value in own:
+                if form != "before" and asked(own):
                     turned = dataclasses.replace(wanted, k_rope=form, joint=heads)
                     found = plan_within(statistics, geometry, turned, progress=False)
                     yield own, found.plan, found.arrays
@@ -130,7 +136,7 @@ def learned(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPl
         if SHRINK.value:
             continue
         rows = {name: wanted}
-        if bits in SHARED and ONLY.value in (own := name + APART):
+        if bits in SHARED and asked(own := name + APART):
             found = plan_within(
                 statistics, geometry, dataclasses.replace(wanted, joint=0), progress=False
             )
@@ -140,7 +146,7 @@ def learned(geometry: ModelGeometry, statistics: Statistics) -> Iterator[NamedPl
                 rows[f"learned {says} {bits:g}"] = dataclasses.replace(
                     wanted, granularity=granularity
                 )
-        rows = {name: one for name, one in rows.items() if ONLY.value in name}
+        rows = {name: one for name, one in rows.items() if asked(name)}
         if not rows:
             continue
         ready = menu(statistics, geometry, wanted)
