@@ -4,8 +4,8 @@
 
 The plan that `turboq plan --budget` writes at the same all-in bits with one size for all keys and
 one for all values ("uniform"), for each layer's K and V ("per_kv"), or for every head: all else is
-the default, so heads are stored together and what has its own size is the unit in a head's place
-(for the first two the command needs --joint=HEADS). Expected: each below the one before.
+the default, so heads are stored together and what has its own size is the unit in a head's
+place. Expected: each below the one before.
 """
 
 from study import Arm, Bench, run

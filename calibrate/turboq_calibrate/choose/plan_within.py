@@ -89,7 +89,7 @@ class Wanted:
     rounds: refinements by KL measured around the plan (need the model).
     joint: so many neighbouring KV heads have their keys and values stored as one vector
       (`turboq.cache.joint`); 0: none; None: as many as `fit_joint.heads_joined` says, where all
-      candidates are learned, each head chooses for itself and keys are not stored after RoPE.
+      candidates are learned and keys are not stored after RoPE.
 
     Raises:
       ValueError: an unknown objective, a negative number of rounds, policies without a context or
@@ -232,12 +232,12 @@ def menu(
 def _bits_near(geometry: ModelGeometry, budget: Budget, joined: int | None) -> float:
     """Bits per channel that are about what the budget allows; two whole turns a vector go off."""
     channels: Counter[int | None] = Counter()
-    turns = 0
+    turns = 0  # bytes: of joined heads int8, else float32
     for x in geometry.cache_layers:
         channels[geometry.kept_window(x.index)] += x.kv_heads * (x.k_dim + x.v_dim)
-        apart = x.kv_heads * (x.k_dim**2 + x.v_dim**2)
+        apart = 4 * x.kv_heads * (x.k_dim**2 + x.v_dim**2)
         turns += 2 * (x.kv_heads * joined * (x.k_dim + x.v_dim) ** 2 if joined else apart)
-    return budget.bits_near(channels, 4 * turns) / channels.total()
+    return budget.bits_near(channels, turns) / channels.total()
 
 
 def _joined(
@@ -260,7 +260,7 @@ def _joined(
                 f"{odd[0].index}"
             )
         return wanted.joint or None
-    if not (learns and unturned and wanted.engine is None and wanted.granularity == "per_head"):
+    if not (learns and unturned and wanted.engine is None):
         return None
     seen = statistics.layers[layers[0].index].observed("v")
     if not seen.gradients:

@@ -112,7 +112,7 @@ def test_rounds_measure_units(run, model, heads, form):
         ({"candidates": ("turboquant_mse:2,3,4",)}, None),
         ({"k_rope": "after"}, None),
         ({"k_rope": "block:256"}, 2),
-        ({"granularity": "per_layer"}, None),
+        ({"granularity": "per_layer"}, 2),
         ({"candidates": ("transform:2,3,4",)}, 2),
         ({"candidates": ("per_head:2,3,4",), "joint": 1}, 1),
     ],
