@@ -121,7 +121,7 @@ def learned(model, statistics):
 def logits_of(model, plan, arrays, tokens):
     """Of the exact model and under the plan, in one pass each: float64 [T, V]."""
     layers = [x and shared_layer(x) for x in plan_layers(model, plan, arrays)]
-    hidden, _ = hidden_states(model, {"plan": layers}, tokens, simulated_attend, lambda: None)
+    hidden, _ = hidden_states(model, {"plan": layers}, tokens, simulated_attend, lambda layer: None)
     head = model.head_params()
     return [
         np.asarray(run_head(model.spec, head, hidden[which])[0], np.float64)

@@ -48,6 +48,7 @@ from turboq_calibrate.measure.teacher_forced import hidden_states, mean_errors, 
 from turboq_calibrate.measure.window_files import Measured, join
 from turboq_calibrate.models import Model
 from turboq_calibrate.models.geometry import model_geometry
+from turboq_calibrate.models.work import shares
 from turboq_calibrate.run.peak_memory import peak_rss
 from turboq_calibrate.run.progress import Progress
 
@@ -287,13 +288,16 @@ def _measure(
     # A short last batch is filled up so that nothing is compiled for another shape.
     tokens = np.concatenate([windows] + [windows[:1]] * (size - len(windows)))
     steps = how["steps"]
-    # The head counts as one more layer, all steps of a plan as one more.
-    unit = job.size / (len(model.spec.layers) + 1 + bool(steps))
+    # All steps of a plan count as one layer more.
+    part = shares(model.spec, windows.shape[1])
+    whole = job.size / (1 + bool(steps) / len(part))
     hidden, errors = hidden_states(
-        model, running, tokens, PLUGS[how["attention"]], lambda: bar.advance(unit, text)
+        model, running, tokens, PLUGS[how["attention"]],
+        lambda layer: bar.advance(whole * part[layer], text),
+    )  # fmt: skip
+    nll, rows = score(
+        model, hidden, tokens, lambda share: bar.advance(whole * part[-1] * share, text)
     )
-    nll, rows = score(model, hidden, tokens)
-    bar.advance(unit, text)
     found = {"exact": np.stack(nll)[None]}
     for name in window_files.TOKENS:
         found[name] = np.stack([[row[name] for row in rows[plan]] for plan in layers])
@@ -301,7 +305,7 @@ def _measure(
         for name in errors[next(iter(layers))][i]:
             found[f"errors.{i}.{name}"] = np.stack([errors[plan][i][name] for plan in layers])
     if steps:
-        each = unit / len(layers) / (steps + 1)
+        each = (job.size - whole) / len(layers) / (steps + 1)
         walked = [
             step_by_step(
                 model, layers[plan], tokens, hidden[None], steps, lambda: bar.advance(each, text)

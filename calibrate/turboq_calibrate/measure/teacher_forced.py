@@ -29,7 +29,7 @@ def hidden_states(
     plans: dict[str, list[Any]],
     tokens: Int[np.ndarray, "B T"],
     plug: Callable[..., Any],
-    step: Callable[[], None],
+    step: Callable[[int], None],
 ) -> tuple[dict[str | None, Array], dict[str, list[dict[str, np.ndarray]]]]:
     """Last hidden states of the exact model (key None) and of every plan, and the head errors.
 
@@ -49,14 +49,20 @@ def hidden_states(
             # A cache's errors are those of the layer that owns it.
             found[name].append((spec.owns_cache and errors) or {})
         jax.block_until_ready(list(hidden.values()))
-        step()
+        step(i)
     return hidden, jax.tree.map(lambda x: np.asarray(x, np.float64), found)
 
 
 def score(
-    model: Model, hidden: dict[str | None, Float[Array, "B T M"]], tokens: Int[np.ndarray, "B T"]
+    model: Model,
+    hidden: dict[str | None, Float[Array, "B T M"]],
+    tokens: Int[np.ndarray, "B T"],
+    step: Callable[[float], None] = lambda share: None,
 ) -> tuple[list[np.ndarray], dict[str, list[dict[str, np.ndarray]]]]:
-    """Exact NLL per window, and per plan the metrics of every window, over its T - 1 positions."""
+    """Exact NLL per window, and per plan the metrics of every window, over its T - 1 positions.
+
+    `step` hears of every block of positions, what share of all it is.
+    """
     batch, length = tokens.shape
     targets = np.zeros(tokens.shape, np.int32)
     targets[:, :-1] = tokens[:, 1:]  # the last position predicts nothing: dropped below
@@ -76,6 +82,7 @@ def score(
         for name in rows:
             rows[name].append(jax.device_get(metrics.compare(exact, logits(name), goal[at])))
         nll.append(np.asarray(exact["nll"]))
+        step(1 / blocks)
 
     def windows(parts: list[np.ndarray]) -> np.ndarray:
         joined = np.concatenate(parts)[: tokens.size].astype(np.float64)

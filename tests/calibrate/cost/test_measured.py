@@ -290,7 +290,9 @@ def test_a_shared_cache_costs_what_all_of_its_readers_lose():
     close(engine.kl(choice[None])[0], kl[1])
     assert (np.abs(kl[0] / kl[1] - 1) > 0.05).all()  # the borrower's part is felt
     owned = [None, None, lent, None, None]
-    hidden, _ = hidden_states(model, {"": owned}, engine.tokens, simulated_attend, lambda: None)
+    hidden, _ = hidden_states(
+        model, {"": owned}, engine.tokens, simulated_attend, lambda layer: None
+    )
     logits = run_head(model.spec, model.head_params(), hidden[""])
     got = np.asarray(jax.nn.log_softmax(logits))
     np.testing.assert_allclose(got, both, rtol=0, atol=TOL["decode_exact"])

@@ -439,7 +439,7 @@ def test_no_divergence_before_the_first_scored_position(model, plans, windows):
     _, plan, arrays = plans[1]
     layers = [plan.kv_layer(i, arrays) for i in range(len(model.spec.layers))]
     hidden, _ = hidden_states(
-        model, {"mse 2": layers}, windows, evaluation.PLUGS["simulated"], lambda: None
+        model, {"mse 2": layers}, windows, evaluation.PLUGS["simulated"], lambda layer: None
     )
     _, rows = score(model, hidden, windows)
     kl = np.array([m["kl"] for m in rows["mse 2"]])
