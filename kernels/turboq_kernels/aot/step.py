@@ -42,8 +42,8 @@ BLOCK, JOINED = 256, 2
 class Configuration:
     """What is compiled: `levels` names the codec of K and V, or how window codes stand (`COLUMNS`).
 
-    "bfloat16_scales" is turboquant_mse with such scales instead of float16, which no TPU kernel
-    takes.
+    "bfloat16_scales" is turboquant_mse with such scales instead of float16, which lie in a pool as
+    bits for TPU kernels.
     """
 
     target: str
@@ -92,7 +92,7 @@ def program(c: Configuration, implementation: str) -> Program:
 
     if c.levels in COLUMNS:
         return Program(one_pool, (*column_arguments(c), q, k, v), donated=(0,))
-    layer, cache, where = arguments(c)
+    layer, cache, where = arguments(c, float16_bits=implementation == "mosaic_tpu")
     return Program(pages, (cache, layer, where, q, k, v), donated=(0,))
 
 
@@ -120,7 +120,9 @@ def column_arguments(c: Configuration, states: int = 16) -> tuple[Any, Any]:
     return jax.eval_shape(made)
 
 
-def arguments(c: Configuration) -> tuple[KVLayer, paged.PagedCache, paged.Where]:
+def arguments(
+    c: Configuration, *, float16_bits: bool
+) -> tuple[KVLayer, paged.PagedCache, paged.Where]:
     """Shapes of a layer, of its pool and of a step."""
     codec = CODECS[c.levels](dim=c.dim, bits=c.bits)
 
@@ -134,7 +136,8 @@ def arguments(c: Configuration) -> tuple[KVLayer, paged.PagedCache, paged.Where]
         kv_heads=HEADS, k=codec, v=codec, policy=POLICY, k_arrays=arrays, v_arrays=arrays
     )
     pages, rows = BATCH * PAGES, BATCH
-    cache = jax.eval_shape(lambda: paged.init(layer, pages=pages, rows=rows, page=PAGE))
+    init = functools.partial(paged.init, layer, pages=pages, rows=rows, page=PAGE)
+    cache = jax.eval_shape(functools.partial(init, float16_bits=float16_bits))
     table, each = struct(BATCH, PAGES, dtype=jnp.int32), struct(BATCH, dtype=jnp.int32)
     where = paged.Where(tables=(table,), rows=each, starts=each, counts=each, room=each)
     return layer, cache, where
