@@ -13,6 +13,7 @@ from tolerances import TOL
 from turboq.cache import paged
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
 from turboq.codecs import TurboQuantMSE, TurboQuantProd
+from turboq.numbers import half
 
 PAGES, ROWS, ROOM = 9, 5, 128  # pages and rows of the pool, slots of a sequence
 
@@ -33,7 +34,7 @@ def layer_of_many(*, simple: bool):
     return KVLayer(groups=groups, policy=policy)
 
 
-def full(rng, layer, where, page=64):
+def full(rng, layer, where, page=64, *, float16_bits=False):
     """A pool in which nothing is zero but bits behind sequences."""
     rows = page // 32
     before = jnp.zeros((PAGES, rows), jnp.uint32) - 1  # of every page and word row
@@ -46,9 +47,9 @@ def full(rng, layer, where, page=64):
             mask = jnp.repeat(before, np.prod(folded) // rows, axis=1)
             mask = mask.reshape(PAGES, 1, 1, *folded)
             return jnp.asarray(rng.integers(0, 2**32, x.shape), jnp.uint32) & mask
-        return jnp.asarray(rng.uniform(1.0, 2.0, x.shape), x.dtype)
+        return half.like(jnp.asarray(rng.uniform(1.0, 2.0, x.shape), half.values(x).dtype), x)
 
-    cache = paged.init(layer, pages=PAGES, rows=ROWS, page=page)
+    cache = paged.init(layer, pages=PAGES, rows=ROWS, page=page, float16_bits=float16_bits)
     groups = jax.tree.map(filled, cache.groups)
     return dataclasses.replace(cache, groups=groups, overflow=jnp.arange(3, 3 + ROWS))
 
@@ -65,6 +66,7 @@ def same(got, want):
     """Equal but for a code near a threshold; numbers within a unit of their type."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        a, b = half.values(a), half.values(b)
         if a.dtype == jnp.uint32:
             assert np.sum(np.asarray(a) != np.asarray(b)) <= TOL["unclear_words"]
         elif jnp.issubdtype(a.dtype, jnp.floating):

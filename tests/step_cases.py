@@ -11,9 +11,11 @@ import kv_cases as cases
 import numpy as np
 from tolerances import TOL
 
+from turboq.cache import paged
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy, uniform_layer
 from turboq.cache.pool import Pool
 from turboq.codecs import IntAffine, PerHead, Transform, TurboQuantMSE
+from turboq.numbers import half
 from turboq_kernels.attention import api
 
 SCALE = 0.3
@@ -53,17 +55,23 @@ def make_layer(rng, dim):
     return KVLayer(groups=groups, policy=TokenPolicy(sinks=3, recent=5))
 
 
-def filled(rng, layer, queries, page):
+def filled(rng, layer, queries, page, *, float16_bits=False):
     """A sequence of two pages and one shorter than the sinks; what nobody wrote is NaN."""
     pool = Pool([layer], pages=9, rows=4, per_sequence=2, page=page)
+    empty = paged.init(layer, pages=9, rows=4, page=page, float16_bits=float16_bits)
     pool.caches[0] = jax.tree.map(
-        lambda x: x if x.dtype in (jnp.uint32, jnp.int32) else jnp.full_like(x, jnp.nan),
-        pool.caches[0],
+        lambda x: (
+            x
+            if x.dtype in (jnp.uint32, jnp.int32)
+            else half.like(jnp.full_like(half.values(x), jnp.nan), x)
+        ),
+        empty,
     )
     pool.step([pool.pager.create()], [1])
     names = [pool.pager.create() for _ in range(2)]
     dim, long = layer.groups[0].k.dim, page + 11
-    k, v = (jnp.asarray(rng.standard_normal((2, long, 3, dim)), jnp.float32) for _ in "kv")
+    shape = (2, long, layer.kv_heads, dim)
+    k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in "kv")
     first = long - queries
     pool.write(0, pool.step(names[:1], [first]), k[:1, :first], v[:1, :first])
     new = [jnp.concatenate([x[:1, first:], x[1:, :queries]]) for x in (k, v)]
@@ -72,17 +80,17 @@ def filled(rng, layer, queries, page):
     return pool.view(0, where), tail, where.starts, k, v
 
 
-def alike(k, v):
-    """Three heads stored alike, by codecs without arrays."""
-    return uniform_layer(kv_heads=3, k=k, v=v, policy=TokenPolicy(sinks=3, recent=5))
+def alike(k, v, heads=3):
+    """Heads stored alike, by codecs without arrays."""
+    return uniform_layer(kv_heads=heads, k=k, v=v, policy=TokenPolicy(sinks=3, recent=5))
 
 
-def check(rng, queries, options, name, layer=None):
+def check(rng, queries, options, name, layer=None, **made):
     """Sequences of two pages and of fewer tokens than sinks."""
     dim, page = SIZES[name]
     layer = layer or make_layer(rng, dim)
-    view, tail, starts, k, v = filled(rng, layer, queries, page)
-    q = jnp.asarray(rng.standard_normal((2, queries, 6, dim)), jnp.float32)
+    view, tail, starts, k, v = filled(rng, layer, queries, page, **made)
+    q = jnp.asarray(rng.standard_normal((2, queries, 2 * layer.kv_heads, dim)), jnp.float32)
     at = starts[:, None] + jnp.arange(queries, dtype=jnp.int32)[None]
 
     def run(q, layer, view, tail, at):

@@ -3,7 +3,8 @@
 Buffers are *paged*: every field of a head group lies in head-pages along one leading axis R,
 
     packed field  uint32 [R, bits, rows, width]     (kept folded in caches, `numbers.packing`)
-    raw field     dtype  [R, page, width]            (per block of tokens: [R, page / block, width])
+    raw field     dtype  [R, page, width]            (per block of tokens: [R, page / block, width];
+                                                      `turboq.numbers.half`)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from turboq.codecs.base import Arrays, Codec, Stored
-from turboq.numbers import packing
+from turboq.numbers import half, packing
 from turboq_kernels.decode.types import Coded, Side
 
 
@@ -68,7 +69,7 @@ def side(
             return None
         entries = stored[name]
         if not fields[name].packed:
-            return entries[..., 0]
+            return half.values(entries[..., 0])
         if coded:
             every = jnp.arange(1 << fields[name].bits, dtype=jnp.uint8)
             return Coded(entries, jax.vmap(lambda a: codec.row_values(a, name, every))(arrays))

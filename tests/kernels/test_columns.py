@@ -50,6 +50,24 @@ def test_kernels_read_what_decoding_reads(rng, case):
     check(rng, [*KERNELS, "linear"] if folds else KERNELS, interpret=True, **case)
 
 
+def test_a_broken_token_breaks_its_head(rng):
+    """Inf among the recent values of a head: NaN for all its rows on a TPU, and for no other."""
+    layers = make_layers(rng, TokenPolicy(sinks=3, recent=2), ROPES["half"])
+    ((state, *_), _), words = filled(rng, layers, 20, 256)
+    q, k, v = inputs(rng, 1)
+    state, words, tail = write(state, words, k, v)
+    exact = dataclasses.replace(
+        state.exact, v_recent=state.exact.v_recent.at[0, 1, :, 4].set(jnp.inf)
+    )
+    got = attend(
+        q, dataclasses.replace(state, exact=exact), words, tail, scale=SCALE,
+        q_positions=jnp.full((2, 1), 20, jnp.int32), implementation="mosaic_tpu", interpret=True,
+    )  # fmt: skip
+    broken = np.isnan(np.asarray(got))
+    assert broken[0, 0, GROUP : 2 * GROUP].all()
+    assert broken.sum() == GROUP * DIM
+
+
 def test_some_tokens_at_once_and_an_empty_cache(rng):
     layers = make_layers(rng, TokenPolicy())
     states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=300)

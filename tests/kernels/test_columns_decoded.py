@@ -13,7 +13,6 @@ from turboq.cache.layer import TokenPolicy
 from turboq.numbers import rope as rotary
 from turboq_kernels.columns import (
     linear,
-    mosaic_tpu_decoded,
     triton,
     triton_decoded,
     unit_values,
@@ -97,7 +96,7 @@ def test_logits_are_those_of_float64(joined, pairs, block, first, rng):
 
 @pytest.mark.parametrize("v_dim", [DIM, 16])
 def test_values_by_units_are_those_of_the_whole_matrix(v_dim, rng):
-    """Sums over lanes of both kernels' orders: to units and then to channels, against float64."""
+    """Sums over lanes as the kernel has them: to units and then to channels, against float64."""
     layers = make_layers(rng, TokenPolicy(), ROPES["half"], joined=3, v_dim=v_dim)
     form = model_cache.forms(layers)
     assert form is not None
@@ -107,23 +106,17 @@ def test_values_by_units_are_those_of_the_whole_matrix(v_dim, rng):
         dense, unit = np.asarray(whole.v.matrix, np.float64), np.asarray(whole.v.unit)
         of_lane = rng.normal(size=(2, HEADS * GROUP, len(unit)))  # what a kernel sums
         mass = rng.uniform(1, 9, size=of_lane.shape[:2])
-        held = {
-            "triton": triton_decoded.prepare(whole, own.layer.rope, pool_lanes=lanes),
-            "tpu": mosaic_tpu_decoded.prepare(whole, lanes, own.layer.rope),
-        }
-        places = {"triton": triton.place_of(whole, 1), "tpu": mosaic_tpu_decoded.place_of(whole)}
+        made = triton_decoded.added(whole, own.layer, jnp.zeros((1, 1, 8, lanes), jnp.uint32))
+        place = triton.place_of(whole, 1)
         by_head = of_lane.reshape(2, HEADS, GROUP, -1) * (unit >= 0)
         want = np.einsum("bhmw,hew->bhme", by_head, dense).reshape(2, HEADS * GROUP, v_dim)
         want += mass[..., None] * np.repeat(np.asarray(whole.v.mean, np.float64), GROUP, axis=0)
-        for name, place in places.items():
-            acc = np.zeros((*of_lane.shape[:2], len(place)))
-            for p in range(2 * HEADS):  # a unit's lanes come first among those that are its place's
-                lane = np.flatnonzero(unit == p)
-                acc[..., np.flatnonzero(place == p)[: len(lane)]] = of_lane[..., lane]
-            sums = Sums(
-                acc=jnp.asarray(acc, jnp.float32), total=jnp.asarray(mass, jnp.float32), top=None
-            )
-            got = unit_values.values(sums, whole, own.layer, held[name].values, place)
-            np.testing.assert_allclose(
-                got, want, rtol=0, atol=TOL["packed_attention"] * np.abs(want).max()
-            )
+        acc = np.zeros((*of_lane.shape[:2], len(place)))
+        for p in range(2 * HEADS):  # a unit's lanes come first among those that are its place's
+            lane = np.flatnonzero(unit == p)
+            acc[..., np.flatnonzero(place == p)[: len(lane)]] = of_lane[..., lane]
+        total = jnp.asarray(mass, jnp.float32)
+        sums = Sums(acc=jnp.asarray(acc, jnp.float32), total=total, top=None)
+        got = unit_values.values(sums, made, own.layer, made.decoded.values, place)
+        largest = np.abs(want).max()
+        np.testing.assert_allclose(got, want, rtol=0, atol=TOL["packed_attention"] * largest)

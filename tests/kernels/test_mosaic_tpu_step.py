@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 from step_cases import SIZES, alike, check, check_broken
 
-from turboq.codecs import FP8, TurboQuantProd
+from turboq.codecs import FP8, TurboQuantMSE, TurboQuantProd
 from turboq_kernels.decode import mosaic_tpu, mosaic_tpu_step
 
 
@@ -16,6 +16,13 @@ def _in_loops(monkeypatch):
 
 def test_matches_float64(rng):
     check(rng, 1, {"sink_logits": jnp.linspace(-1.0, 1.0, 6)}, "mosaic_tpu")
+
+
+def test_float16_as_bits(rng):
+    """Scales of two heads of a pool on a TPU, the default type of most codecs."""
+    dim, _ = SIZES["mosaic_tpu"]
+    codec = TurboQuantMSE(dim=dim, bits=2)
+    check(rng, 1, {}, "mosaic_tpu", alike(codec, codec, 2), float16_bits=True)
 
 
 def test_two_queries_on_chips_without_an_integer_unit(rng, monkeypatch):

@@ -88,6 +88,26 @@ def test_pages_hold_the_bytes_of_the_contiguous_cache(rng):
                 np.testing.assert_array_equal(got, np.asarray(b))
 
 
+@pytest.mark.parametrize("name", ["per_head", "blocks"])  # read by levels, and through the codec
+def test_a_pool_of_bits(name, rng):
+    """The same numbers as in a pool of float16, and outputs of the same."""
+    layer = cases.make_layer(name, rng)
+    q, k, v = inputs(rng, layer, 70)
+    pools, found = [make_pool(layer) for _ in range(2)], []
+    init = paged_cache.init(layer, pages=12, rows=4, page=64, float16_bits=True)
+    pools[1].caches[0] = init
+    for pool in pools:
+        names = [pool.pager.create(), pool.pager.create()]
+        found.append(run(pool, names, q, k, v, (65, *(1,) * 5)))
+    np.testing.assert_array_equal(*found)
+    kinds = [{x.dtype for x in jax.tree.leaves(p.caches[0].groups)} for p in pools]
+    assert kinds[0] - kinds[1] == {jnp.dtype(jnp.float16)}
+    assert kinds[1] - kinds[0] == {jnp.dtype(jnp.uint16)}
+    plain, bits = (jax.tree.leaves(p.caches[0].groups) for p in pools)
+    for a, b in zip(plain, bits, strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(b.dtype), b)
+
+
 def test_used_pages_and_rejected_tokens_leave_no_trace(rng):
     """Pages that were full of NaN before, and tokens taken back, change no bit of what is read."""
     layer = cases.make_layer("per_head", rng, TokenPolicy(sinks=2))

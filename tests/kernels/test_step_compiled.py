@@ -16,17 +16,17 @@ ROOT = Path(__file__).parents[2]
 COSTS = ROOT / "experiments" / "results" / "kernel_costs.json"
 MODULES = {"tpu": tpu_step, "cuda": cuda_step}
 # Launches; those of window codes ("window", keys in "blocks", "joined" heads) are in the one pool.
-# TPU kernels take no float16: XLA writes and converts its scales, and the tables of heads are laid
-# out anew.
+# On TPU the tables of heads are laid out anew, and "joined_read" is all but the write.
 MOST = {
     ("sm_90", "turboquant_mse"): 10, ("sm_90", "per_head"): 10, ("sm_90", "window"): 10,
     ("sm_90", "blocks"): 10, ("sm_90", "joined"): 10,
-    ("v5e", "bfloat16_scales"): 10, ("v5e", "turboquant_mse"): 22, ("v5e", "per_head"): 33,
+    ("v5e", "bfloat16_scales"): 10, ("v5e", "turboquant_mse"): 10, ("v5e", "per_head"): 20,
+    ("v5e", "joined_read"): 10,
 }  # fmt: skip
 
 
 # Of each platform the step of most parts; all while digests are recorded.
-LOWERED = {"tpu": ["per_head"], "cuda": ["per_head", "joined"]}
+LOWERED = {"tpu": ["per_head", "joined_read"], "cuda": ["per_head", "joined"]}
 
 
 def key(row):
@@ -66,9 +66,7 @@ def test_recorded_rows(recorded):
     }
     for (target, levels), row in recorded.items():
         assert row["in_place"], row
-        # At most into fast memory, to be converted: all float16 scales of the pool, once.
-        converted = target == "v5e" and levels != "bfloat16_scales"
-        assert row["copied_bytes"] < row["buffer_bytes"] + converted, row
+        assert row["copied_bytes"] < row["buffer_bytes"], row
         assert row["launches"] <= MOST.get((target, levels), row["launches"]), row
         if target == "sm_90":  # nothing of a step around the kernel that reads what is stored
             around = ("turboq_append", "turboq_prepare", "turboq_finish")

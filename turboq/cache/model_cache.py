@@ -176,12 +176,19 @@ def _planes(codec: Transform) -> bits.Head:
 
 
 Pools = list[UInt32[Array, "B _ R _"]]
+TPU_LANES = 128
 
 
-def init(form: ModelForm, *, batch: int, capacity: int) -> tuple[list[LayerState], Pools]:
+def init(
+    form: ModelForm, *, batch: int, capacity: int, lanes: int | None = None
+) -> tuple[list[LayerState], Pools]:
     """Empty states and empty pools for `capacity` tokens, rounded up to whole pages of 256.
 
     A pool of a window holds the pages that one query needs.
+
+    Args:
+      lanes: what the width of a pool is a multiple of. None: on a TPU 128, the tiles of its memory,
+        so that no kernel copies the pool to pad it; elsewhere 1.
 
     Raises:
       ValueError: `batch` or `capacity` is not positive.
@@ -206,7 +213,9 @@ def init(form: ModelForm, *, batch: int, capacity: int) -> tuple[list[LayerState
             lengths=lengths, overflow=lost, dropped=dropped if counts[pool] < whole else None,
         )  # fmt: skip
         states.append(state)
-    return states, [bits.pool(batch, *sizes) for sizes in zip(counts, form.columns, strict=True)]
+    lanes = lanes or (TPU_LANES if jax.default_backend() == "tpu" else 1)
+    widths = [-(-n // lanes) * lanes for n in form.columns]
+    return states, [bits.pool(batch, *sizes) for sizes in zip(counts, widths, strict=True)]
 
 
 def holding(

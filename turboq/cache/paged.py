@@ -3,7 +3,7 @@
 Per head group, with N heads, the buffers are those of `turboq.cache.contiguous` with pages outside:
 
     packed field     uint32 [pages, N, bits, page / 32, width]           (folded: `numbers.packing`)
-    raw field        dtype  [pages, N, page, width]              (per block: page / block)
+    raw field        dtype  [pages, N, page, width]   (per block: page / block; `numbers.half`)
     exact sinks      dtype  [rows, N, sinks, D]
     exact recent     dtype  [rows, N, ring, D]
 
@@ -39,7 +39,7 @@ from turboq.cache.pager import PoolReport, Step
 from turboq.cache.simulate import check_heads
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.errors import TurboqError
-from turboq.numbers import packing
+from turboq.numbers import half, packing
 
 
 @jax.tree_util.register_dataclass
@@ -101,9 +101,14 @@ class PagedView:
 
 
 def init(
-    layer: KVLayer, *, pages: int, rows: int, page: int = packing.PAGE, pool: int = 0
-) -> PagedCache:
+    layer: KVLayer, *, pages: int, rows: int, page: int = packing.PAGE, pool: int = 0,
+    float16_bits: bool | None = None,
+) -> PagedCache:  # fmt: skip
     """Empty buffers for `pages` pages and `rows` sequences; `pool` of the pager's has them.
+
+    Args:
+      float16_bits: float16 numbers lie there as their bits, uint16 (`turboq.numbers.half`), which
+        kernels on a TPU read and write in place; None: on a TPU.
 
     Raises:
       ValueError: a count that is not positive, an unknown page size, or one that a codec's blocks
@@ -119,6 +124,11 @@ def init(
             f"{page=} must be a multiple of the layer's blocks of {layer.block} tokens"
         )
 
+    as_bits = jax.default_backend() == "tpu" if float16_bits is None else float16_bits
+
+    def kind(name: str) -> Any:
+        return jnp.uint16 if as_bits and name == "float16" else jnp.dtype(name)
+
     def stored(codec: Codec, heads: int) -> Stored:
         return {
             f.name: jnp.zeros(
@@ -128,7 +138,7 @@ def init(
             if f.packed
             else jnp.zeros(
                 (pages, heads, page // codec.block if f.per_block else page, f.width),
-                jnp.dtype(f.dtype),
+                kind(f.dtype),
             )
             for f in codec.fields
         }
@@ -408,6 +418,7 @@ def put(
     """`cache.contiguous.put` on the few pages that the tokens touch, taken out and put back."""
     batch, width = table.shape
     tokens = positions.shape[1]
+    encoded = {name: half.like(x, stored[name]) for name, x in encoded.items()}
     count = min((tokens - 1) // page + (2 if tokens > 1 else 1), width)
     start = positions[:, 0]
     end = start + jnp.sum(valid, axis=1, dtype=jnp.int32)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from turboq.cache import composed, joint, model_cache, paged
+from turboq.cache.contiguous import Tail
 from turboq.cache.layer import KVLayer, TokenPolicy, uniform_layer
 from turboq.codecs import PerHead, Transform, TurboQuantMSE
 from turboq.numbers.rope import Rope
@@ -22,6 +23,7 @@ from turboq_kernels import columns
 from turboq_kernels.aot import launches
 from turboq_kernels.aot.compilers import Program
 from turboq_kernels.attention import cache_attention
+from turboq_kernels.columns import linear, mosaic_tpu_decoded
 from turboq_kernels.encode import encode
 
 BATCH, HEADS, PAGES, PAGE = 8, 8, 128, 256
@@ -34,7 +36,10 @@ CODECS = {
 # Codes of a learned plan, in the one pool of a model: heads by themselves and keys after RoPE, keys
 # in blocks of positions, pairs of heads joined besides.
 COLUMNS = ("window", "blocks", "joined")
-LEVELS = (*CODECS, *COLUMNS)
+# Attention alone to joined heads with keys before RoPE, the default of plans: on a TPU XLA searches
+# the token's codes, in loops whose turns its text does not say.
+READ = "joined_read"
+LEVELS = (*CODECS, *COLUMNS, READ)
 BLOCK, JOINED = 256, 2
 
 
@@ -42,8 +47,8 @@ BLOCK, JOINED = 256, 2
 class Configuration:
     """What is compiled: `levels` names the codec of K and V, or how window codes stand (`COLUMNS`).
 
-    "bfloat16_scales" is turboquant_mse with such scales instead of float16, which no TPU kernel
-    takes.
+    "bfloat16_scales" is turboquant_mse with such scales instead of float16, which lie in a pool as
+    bits for TPU kernels.
     """
 
     target: str
@@ -63,8 +68,8 @@ def configurations(target: str, levels: tuple[str, ...]) -> tuple[Configuration,
     """Those of one chip; joined heads at 2 bits, as they are used."""
     return tuple(
         Configuration(
-            target=target, levels=x, bits=2 if x == "joined" else 3,
-            cache="one pool" if x in COLUMNS else "paged",
+            target=target, levels=x, bits=2 if x in ("joined", READ) else 3,
+            cache="paged" if x in CODECS else "one pool",
         )
         for x in levels
     )  # fmt: skip
@@ -90,13 +95,25 @@ def program(c: Configuration, implementation: str) -> Program:
         out = columns.attend(q, state, words, tail, matrices, q_positions=at, **options)
         return (state, words), out
 
-    if c.levels in COLUMNS:
-        return Program(one_pool, (*column_arguments(c), q, k, v), donated=(0,))
-    layer, cache, where = arguments(c)
+    def read(held, tail, matrices, q):
+        state, words = held
+        at = state.lengths[:, None] - 1
+        return held, columns.attend(q, state, words, tail, matrices, q_positions=at, **options)
+
+    if c.levels not in CODECS:
+        lanes = model_cache.TPU_LANES if implementation == "mosaic_tpu" else 1
+        held, matrices = column_arguments(c, lanes=lanes)
+        if c.levels == READ:
+            recent = jax.ShapeDtypeStruct((BATCH, POLICY.recent, *k.shape[2:]), k.dtype)
+            at = jax.ShapeDtypeStruct((BATCH, POLICY.recent), jnp.int32)
+            tail = Tail(k=recent, v=recent, positions=at)
+            return Program(read, (held, tail, matrices, q), donated=(0,))
+        return Program(one_pool, (held, matrices, q, k, v), donated=(0,))
+    layer, cache, where = arguments(c, float16_bits=implementation == "mosaic_tpu")
     return Program(pages, (cache, layer, where, q, k, v), donated=(0,))
 
 
-def column_arguments(c: Configuration, states: int = 16) -> tuple[Any, Any]:
+def column_arguments(c: Configuration, states: int = 16, lanes: int = 1) -> tuple[Any, Any]:
     """Shapes of a layer's state and the pool, and of the matrices of its plan."""
     segments = ((c.dim, c.bits),)
     codec = Transform(dim=c.dim, segments=segments, quantizer="window", states=states, gain="code")
@@ -104,9 +121,9 @@ def column_arguments(c: Configuration, states: int = 16) -> tuple[Any, Any]:
     rope = None if c.levels == "window" else Rope(dim=c.dim, theta=1e6)
     layer = uniform_layer(
         kv_heads=HEADS, k=codec, v=codec, policy=POLICY, k_arrays=arrays, v_arrays=arrays,
-        rope=rope, rope_block=1 if rope is None else BLOCK,
+        rope=rope, rope_block=1 if rope is None or c.levels == READ else BLOCK,
     )  # fmt: skip
-    if c.levels == "joined":
+    if c.levels in ("joined", READ):
         shapes = joint.shapes(HEADS, JOINED, c.dim, c.dim)
         turns = np.broadcast_to(np.eye(shapes["mean"][1]), shapes["synthesis"])
         layer = composed.join(layer, JOINED, {"mean": np.zeros(shapes["mean"]), "synthesis": turns})
@@ -114,13 +131,19 @@ def column_arguments(c: Configuration, states: int = 16) -> tuple[Any, Any]:
     assert form is not None
 
     def made():
-        (state,), (words,) = model_cache.init(form, batch=BATCH, capacity=PAGES * PAGE)
-        return (state, words), columns.prepare(state, words)
+        (state,), (words,) = model_cache.init(form, batch=BATCH, capacity=PAGES * PAGE, lanes=lanes)
+        if c.levels != READ:
+            return (state, words), columns.prepare(state, words)
+        matrices = linear.linear_layer(state.form, pool_lanes=words.shape[-1])
+        by = mosaic_tpu_decoded.prepare(matrices, words.shape[-1], rope)
+        return (state, words), dataclasses.replace(matrices, decoded=by)
 
     return jax.eval_shape(made)
 
 
-def arguments(c: Configuration) -> tuple[KVLayer, paged.PagedCache, paged.Where]:
+def arguments(
+    c: Configuration, *, float16_bits: bool
+) -> tuple[KVLayer, paged.PagedCache, paged.Where]:
     """Shapes of a layer, of its pool and of a step."""
     codec = CODECS[c.levels](dim=c.dim, bits=c.bits)
 
@@ -134,7 +157,8 @@ def arguments(c: Configuration) -> tuple[KVLayer, paged.PagedCache, paged.Where]
         kv_heads=HEADS, k=codec, v=codec, policy=POLICY, k_arrays=arrays, v_arrays=arrays
     )
     pages, rows = BATCH * PAGES, BATCH
-    cache = jax.eval_shape(lambda: paged.init(layer, pages=pages, rows=rows, page=PAGE))
+    init = functools.partial(paged.init, layer, pages=pages, rows=rows, page=PAGE)
+    cache = jax.eval_shape(functools.partial(init, float16_bits=float16_bits))
     table, each = struct(BATCH, PAGES, dtype=jnp.int32), struct(BATCH, dtype=jnp.int32)
     where = paged.Where(tables=(table,), rows=each, starts=each, counts=each, room=each)
     return layer, cache, where
@@ -150,8 +174,9 @@ def row(c: Configuration, executable: Any) -> dict[str, Any]:
     if analysis is None:
         raise RuntimeError("the compiler reports no memory analysis")
     given = program(c, "xla").arguments[0]
-    stored = given[1] if c.levels in COLUMNS else [(g.k, g.v) for g in given.groups]
-    kept = (given[0].exact, given[1]) if c.levels in COLUMNS else given
+    paged_pool = c.levels in CODECS
+    stored = [(g.k, g.v) for g in given.groups] if paged_pool else given[1]
+    kept = given if paged_pool else (given[0].exact, given[1])
     stored, kept = (
         [x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)] for tree in (stored, kept)
     )

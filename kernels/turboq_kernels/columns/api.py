@@ -24,6 +24,7 @@ from turboq_kernels.columns import (
     linear,
     mosaic_tpu,
     mosaic_tpu_decoded,
+    mosaic_tpu_step,
     queries,
     triton,
     triton_decoded,
@@ -60,14 +61,7 @@ def _made(state: LayerState, words: UInt32[Array, "B P R C"], name: str) -> Line
         and layer.rope_block not in mosaic_tpu.BLOCKS
     ):
         return made.as_decoded(mosaic_tpu_decoded.prepare(made, lanes, layer.rope))
-    return made if name == "mosaic_tpu" else dataclasses.replace(made, own=None)
-
-
-def _values(sums, made: LinearLayer, layer, held, place) -> Array:
-    """What sums over bits are worth where keys are decoded; `held` is of the kernel's operands."""
-    if made.joined:
-        return unit_values.values(sums, made, layer, held, place)
-    return queries.values(sums, made, held)
+    return dataclasses.replace(made, own=None)
 
 
 def unsupported(
@@ -168,20 +162,31 @@ def attend(
             interpret=interpret, **options,
         )  # fmt: skip
     layer, heads, tokens = state.form.layer, made.k.mean.shape[0], q.shape[1]
+    first = jnp.reshape(state.first, (-1, 1))
+    operands = None
+    if name == "mosaic_tpu" and _cannot_fold(q, state, words) is not None:
+        operands = made.decoded or mosaic_tpu_decoded.prepare(made, words.shape[-1], layer.rope)
+        spec = mosaic_tpu_decoded.spec_of(
+            made, q.shape[1] * q.shape[2], q.shape[3], words.shape[-1], layer.rope,
+            softcap=softcap, tables=len(first),
+        )  # fmt: skip
+        if mosaic_tpu_step.supported(spec, q, state, tail):
+            return mosaic_tpu_step.attend(
+                q, state, words, tail, made, operands, q_positions=q_positions, window=window,
+                spec=spec, scale=scale, interpret=interpret,
+            )  # fmt: skip
     rows = queries.to_rows(q, heads)
     per_token = rows.shape[1] // heads // tokens
     at = jnp.tile(jnp.repeat(q_positions, per_token, axis=1), (1, heads))  # [B, M]
     low = jnp.zeros_like(at) if window is None else at - window + 1
-    first = jnp.reshape(state.first, (-1, 1))
     starts = jnp.maximum(low, layer.policy.sinks) - first
     ends = jnp.minimum(layer.stored_until(at + 1), state.lengths[:, None]) - first
-    if name == "mosaic_tpu" and _cannot_fold(q, state, words) is not None:
-        operands = made.decoded or mosaic_tpu_decoded.prepare(made, words.shape[-1], layer.rope)
+    if operands is not None:
         sums = mosaic_tpu_decoded.attend(
             rows, words, made, starts, ends, first, rope=layer.rope, block=layer.rope_block,
             operands=operands, interpret=interpret, **options,
         )  # fmt: skip
-        acc = _values(sums, made, layer, operands.values, mosaic_tpu_decoded.place_of(made))
+        acc = queries.values(sums, made, operands.values)
     elif decoded:
         made = triton_decoded.added(made, layer, words)
         folded = triton_decoded.logits(
@@ -190,7 +195,7 @@ def attend(
         sums = triton.attend(
             folded, words, made, starts, ends, splits=splits, interpret=interpret, **options
         )
-        acc = _values(sums, made, layer, made.decoded.values, triton.place_of(made, 1))
+        acc = unit_values.values(sums, made, layer, made.decoded.values, triton.place_of(made, 1))
     else:
         k_matrix, v_matrix = (None, None)
         if name == "triton":

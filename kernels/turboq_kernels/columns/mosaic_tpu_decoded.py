@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +52,16 @@ class Operands:
     gains: Any  # float32 [2, J, p, 128], of keys times what an integer is worth, and of values
     gain_weights: Any  # int8 [J, 32, lanes]
     places: Any  # int32: tiles read first of each unit, tiles of all, edges, the gains' tile
-    # float32 [J, P, lanes of values] of joined heads, for `unit_values`, else [J, 1, E, lanes].
-    values: Any
+    values: Any  # float32 [J, G, E, lanes of values], for `queries.values`
+
+
+class Ready(NamedTuple):
+    """Queries of a step, R rows of a group, zeros behind a head's own, and what they see."""
+
+    plan: Any  # int32 [2 B], see `mosaic_tpu.pages_seen`
+    query: Any  # bfloat16 [B, J, G, 2 each, D], two of every number, channels `ordered`
+    starts: Any  # int32 [B, J, R, 128], slots, the same in all lanes
+    ends: Any
 
 
 def reads_blocks(block: int) -> bool:
@@ -88,6 +96,18 @@ def specify(
     )  # fmt: skip
 
 
+def spec_of(
+    layer: LinearLayer, rows: int, dim: int, pool_lanes: int, rope: Rope | None, *,
+    softcap: float | None = None, tables: int = 1,
+) -> Spec:  # fmt: skip
+    """`specify` of a layer."""
+    return specify(
+        rows, dim, layer.unit_groups, layer.widest, layer.joined, pool_lanes, rope,
+        gain_lanes=layer.gain_weights.shape[1] if layer.gained else 0, softcap=softcap,
+        tables=tables,
+    )  # fmt: skip
+
+
 def vmem_bytes(spec: Spec) -> int:
     """Bytes of VMEM of operands and scratch."""
     units, keys = len(spec.tiles), spec.heads * spec.dim
@@ -115,7 +135,7 @@ def _channels(rope: Rope | None, dim: int) -> np.ndarray:
     return np.pad(out, (0, -len(out) % INT8_ROWS), constant_values=-1)
 
 
-def _ordered(x: Float[Array, "*n D"], rope: Rope | None) -> Float[Array, "*n _"]:
+def ordered(x: Float[Array, "*n D"], rope: Rope | None) -> Float[Array, "*n _"]:
     """Channels as the kernel has them."""
     order = _channels(rope, x.shape[-1])
     if np.array_equal(order, np.arange(x.shape[-1])):
@@ -128,13 +148,10 @@ def _ordered(x: Float[Array, "*n D"], rope: Rope | None) -> Float[Array, "*n _"]
 def prepare(layer: LinearLayer, pool_lanes: int, rope: Rope | None) -> Operands:
     """The operands of a layer in a pool of so many lanes; once per plan."""
     groups, (heads, _, dim) = layer.groups, layer.means.shape
-    spec = specify(
-        heads, dim, layer.unit_groups, layer.widest, layer.joined, pool_lanes, rope,
-        gain_lanes=layer.gain_weights.shape[1] if layer.gained else 0, softcap=None,
-    )  # fmt: skip
+    spec = spec_of(layer, heads, dim, pool_lanes, rope)
     matrix, unit = _matrix(spec, layer, rope)
     offsets = np.arange(PAGE) % layer.means.shape[1]
-    means = page_order(_ordered(layer.means[:, offsets], rope).swapaxes(1, 2))
+    means = page_order(ordered(layer.means[:, offsets], rope).swapaxes(1, 2))
     lanes = _starts(layer) + layer.first[np.array(_sides(layer))][None]  # [J, p] of the pool
     tile = jnp.minimum(lanes // LANES, spec.pool - jnp.asarray(spec.read, jnp.int32)[None])
     gain_lane = layer.first[0] + layer.gain_lane
@@ -142,7 +159,7 @@ def prepare(layer: LinearLayer, pool_lanes: int, rope: Rope | None) -> Operands:
     return Operands(
         matrix=matrix, means=means.reshape(groups, -1, PAGE), gains=_gains(layer, unit),
         gain_weights=_gain_weights(spec, layer, gain_lane),
-        places=tuple(x.reshape(-1) for x in places), values=_values(spec, layer),
+        places=tuple(x.reshape(-1) for x in places), values=_local(spec, layer, 1),
     )  # fmt: skip
 
 
@@ -167,11 +184,7 @@ def attend(
     """
     made = operands or prepare(layer, words.shape[-1], rope)
     (batch, m, dim), groups, pages = rows.shape, layer.groups, words.shape[1]
-    spec = specify(
-        m, dim, layer.unit_groups, layer.widest, layer.joined, words.shape[-1], rope,
-        gain_lanes=layer.gain_weights.shape[1] if layer.gained else 0, softcap=softcap,
-        tables=len(first),
-    )  # fmt: skip
+    spec = spec_of(layer, m, dim, words.shape[-1], rope, softcap=softcap, tables=len(first))
     own = m // (groups * spec.heads)
 
     def padded(x):
@@ -180,17 +193,15 @@ def attend(
         return jnp.pad(x, ((0, 0),) * 3 + ((0, spec.each - own),) + ((0, 0),) * (x.ndim - 4))
 
     factor = scale / softcap if softcap else scale * LOG2_E
-    query = padded(_ordered(rows * factor, rope))
+    query = padded(ordered(rows * factor, rope))
     query = jnp.concatenate(inner.pair(query), axis=3)
     ends = jnp.minimum(ends, pages * PAGE)
     plan = pages_seen(starts, ends, pages)
     starts, ends = (across(padded(x).reshape(batch, groups, spec.rows)) for x in (starts, ends))
-    words = jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, -words.shape[-1] % LANES)))
-    table = _table(spec, rope, block, first, pages)
-    acc, stats = _call(
-        spec, interpret, (plan, *made.places), query, starts, ends, made.matrix, made.means,
-        made.gains, made.gain_weights, table, words,
-    )  # fmt: skip
+    ready = Ready(plan, query, starts, ends)
+    acc, stats = launch(
+        spec, ready, words, made, rope=rope, block=block, first=first, interpret=interpret
+    )
 
     def by_row(x):
         """[B, M, ..] of [J, B, R, ..]."""
@@ -201,6 +212,20 @@ def attend(
         acc=by_row(acc), total=jnp.sum(by_row(stats[:, :, 1]), axis=-1),
         top=by_row(stats[:, :, 0])[..., 0] / LOG2_E,
     )  # fmt: skip
+
+
+def launch(
+    spec: Spec, ready: Ready, words: UInt32[Array, "B P R C"], made: Operands, *,
+    rope: Rope | None, block: int, first: Int[Array, "#B 1"], interpret: bool,
+) -> tuple[Float[Array, "J B r W"], Float[Array, "J B 2 r 128"]]:  # fmt: skip
+    """Sums over the lanes of `Operands.values`; top in powers of two, and total over lanes."""
+    words = jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, -words.shape[-1] % LANES)))
+    table = _table(spec, rope, block, first, words.shape[1])
+    acc, stats = _call(
+        spec, interpret, (ready.plan, *made.places), ready.query, ready.starts, ready.ends,
+        made.matrix, made.means, made.gains, made.gain_weights, table, words,
+    )  # fmt: skip
+    return acc, stats
 
 
 def _sides(layer: LinearLayer) -> tuple[int, ...]:
@@ -236,27 +261,16 @@ def _of_units(layer: LinearLayer, name: str) -> Array:
     return jnp.stack(each, axis=1)
 
 
-def place_of(layer: LinearLayer) -> np.ndarray:
-    """The place in its group of the unit that each lane of joined heads' `values` is read for."""
-    return np.repeat(np.arange(len(layer.widest)), [n * LANES for n in _tiles(layer.widest)])
-
-
 def _tiles(widest: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(max(1, up(n, LANES) // LANES) for n in widest)
 
 
-def _values(spec: Spec, layer: LinearLayer) -> Float[Array, "J *n W"]:
-    if layer.own is None:
-        return _local(spec, layer, 1, layer.v.matrix)
-    return _local(spec, layer, 1, layer.own[None])[:, 0]
-
-
-def _local(
-    spec: Spec, layer: LinearLayer, i: int, matrix: Float[Array, "G D _"]
-) -> Float[Array, "J G D W"]:
-    """A matrix of K's lanes (0) or V's (1) over those of its own units, each from a tile's on."""
+def _local(spec: Spec, layer: LinearLayer, i: int) -> Float[Array, "J G D W"]:
+    """The matrix of K (0) or V (1) over the lanes of its own units, each from a tile's first on."""
     starts, counts, parts = _starts(layer), _of_units(layer, "count"), []
-    by_lane = jnp.moveaxis(matrix, 2, 0)  # whole rows of numbers are taken, not lanes
+    by_lane = jnp.moveaxis(
+        (layer.k, layer.v)[i].matrix, 2, 0
+    )  # whole rows of numbers are taken, not lanes
     for place in spec.places[i]:
         at = np.arange(spec.tiles[place] * LANES, dtype=np.int32)[None]
         lane = jnp.minimum(starts[:, place, None] + at, len(by_lane) - 1)
@@ -269,9 +283,7 @@ def _matrix(
     spec: Spec, layer: LinearLayer, rope: Rope | None
 ) -> tuple[Int8[Array, "J _ W"], Float[Array, "J p"]]:
     """High bytes of all channels of a group and then their low bytes; what an integer is worth."""
-    whole = _ordered(
-        jnp.moveaxis(_local(spec, layer, 0, layer.k.matrix), 2, 3), rope
-    )  # [J, G, W, D]
+    whole = ordered(jnp.moveaxis(_local(spec, layer, 0), 2, 3), rope)  # [J, G, W, D]
     whole = jnp.moveaxis(whole, 3, 2).reshape(layer.groups, -1, whole.shape[2])
     parts, units = [], []
     for place in spec.places[0]:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from turboq.cache.layer import KVLayer
+from turboq_kernels.columns import queries
 from turboq_kernels.columns.linear import HIGHEST, LinearLayer
 from turboq_kernels.columns.types import Sums
 
@@ -22,10 +23,15 @@ def values(
     sums: Sums,
     made: LinearLayer,
     layer: KVLayer,
-    own: Float[Array, "J P Y"],
+    own: Float[Array, "J *n Y"],
     place: Int[np.ndarray, "Y"],
 ) -> Float[Array, "B M E"]:
-    """Sums of p x_hat, not yet normalised, as `queries.values`. `place`: of each lane's unit."""
+    """Sums of p x_hat, not yet normalised, as `queries.values`. `place`: of each lane's unit.
+
+    Heads apart have units of their own, whose `own` is [J, 1, E, Y].
+    """
+    if not made.joined:
+        return queries.values(sums, made, own)
     (batch, m, lanes), (heads, e) = sums.acc.shape, made.v.mean.shape
     groups, each, d = made.groups, heads // made.groups, made.means.shape[2]
     bits = sums.acc.reshape(batch, groups, m // groups, 1, lanes)

@@ -19,7 +19,7 @@ from turboq.cache.exact_attention import HIGHEST
 from turboq.cache.key_form import from_stored
 from turboq.cache.layer import KVLayer
 from turboq.codecs.base import Arrays, Codec, Field, Stored
-from turboq.numbers import packing
+from turboq.numbers import half, packing
 from turboq_kernels.decode import base
 from turboq_kernels.decode.types import Pages, Partial
 from turboq_kernels.sides import of_heads
@@ -110,7 +110,7 @@ def fetch(
     """Unpacked fields [B, N, S, width] of one block of pages; rows that nobody sees are zero."""
     out = {}
     for field in codec.fields:
-        part = base.take_pages(stored[field.name], pages, first, block, heads)
+        part = half.values(base.take_pages(stored[field.name], pages, first, block, heads))
         if field.packed:
             out[field.name] = packing.unpack(part)
             continue

@@ -307,7 +307,7 @@ def _scale_buffer(layout: ScaleLayout, pages: int):
     if not layout.heads:
         return pltpu.VMEM((2, pages * layout.page_rows, LANES), jnp.uint32)
     shape = (inner.STEPS_HELD, layout.heads * layout.share(pages), layout.tile, layout.page)
-    return pltpu.VMEM(shape, jnp.bfloat16)
+    return pltpu.VMEM(shape, jnp.uint16 if layout.dtype == "float16" else jnp.bfloat16)
 
 
 def launch(spec: Spec, ready: Operands, k: Side, v: Side, buffers, interpret) -> list[Array]:

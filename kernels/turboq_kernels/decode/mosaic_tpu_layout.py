@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from turboq.codecs.reading import Part
+from turboq.numbers import half
 from turboq.numbers.packing import WORD_BITS
 
 LANES = 128
@@ -149,12 +150,11 @@ def lies_by_heads(dtype, heads: int, page: int) -> bool:
 
 
 def by_heads(buffer: jax.Array, heads: int) -> jax.Array:
-    """[R, page] of such a pool as bfloat16 [R / tile, tile, page]; float16 is converted as bits.
+    """[R, page] of such a pool as [R / tile, tile, page], float16 as its bits.
 
-    Kernels take no float16: its conversion passes over the pool, of bfloat16 nothing moves.
+    Where the pool holds bits (`turboq.cache.paged.init`) nothing moves, nor of bfloat16.
     """
-    bits = jax.lax.bitcast_convert_type(buffer, jnp.bfloat16)
-    return bits.reshape(-1, min(heads, TILE_HEADS), buffer.shape[1])
+    return half.bits(buffer).reshape(-1, min(heads, TILE_HEADS), buffer.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)

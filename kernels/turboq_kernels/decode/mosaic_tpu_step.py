@@ -11,6 +11,7 @@ grid step takes all heads of one sequence.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -124,7 +125,7 @@ def prepare(
         capacity=pages.table.shape[1] * k.page,
         factor=scale / spec.softcap if spec.softcap else scale * LOG2_E,
     )  # fmt: skip
-    return _call(body, _scalars(seen), inputs, specs, out, out_specs, interpret, "turboq_prepare")
+    return _call(body, scalars_of(seen), inputs, specs, out, out_specs, interpret, "turboq_prepare")
 
 
 def _call(body, scalars, inputs, specs, out, out_specs, interpret, name: str) -> Any:
@@ -154,7 +155,7 @@ def _call(body, scalars, inputs, specs, out, out_specs, interpret, name: str) ->
     return jax.tree.unflatten(out_tree, found)
 
 
-def _scalars(seen: Seen) -> Seen:
+def scalars_of(seen: Seen) -> Seen:
     """As kernels take it: `at` flat, `first` None for 0."""
     first = None if isinstance(seen.first, int) else seen.first
     return seen._replace(at=seen.at.reshape(-1), first=first)
@@ -220,7 +221,7 @@ def _each_head(heads: int, do) -> None:
     jax.lax.fori_loop(0, heads, one, 0)
 
 
-def _of_rows(seen: Seen, rules: Rules, b, m: int, shape) -> tuple[Array, Spans]:
+def of_rows(seen: Seen, rules: Rules, b, m: int, shape) -> tuple[Array, Spans]:
     """Positions of query rows along the first axis of `shape`, and what they see."""
     row, tokens = jax.lax.broadcasted_iota(jnp.int32, shape, 0), _tokens(seen)
     at = jnp.full(shape, seen.at[b * tokens], jnp.int32)
@@ -242,15 +243,15 @@ def _prepare(
         # What lies behind a sequence may be -1: some page.
         out.table[:, : x["table"].shape[1]] = jnp.maximum(x["table"][...], 0) * stride
 
-    found = _of_rows(seen, rules, b, m, (spec.rows, LANES))[1]
+    found = of_rows(seen, rules, b, m, (spec.rows, LANES))[1]
     real = jax.lax.broadcasted_iota(jnp.int32, (spec.rows, LANES), 0) < m
     out.starts[...] = jnp.where(real, found.starts, 0)
     out.ends[...] = jnp.where(real, jnp.minimum(found.ends, capacity), 0)
     _plan(seen, rules, b, capacity, out.plan, spec)
 
     def head(n):
-        q = _rows(x["q"][n], spec.rows)
-        folded = _product(q, x["matrix"][_own(x["matrix"], n)])
+        q = filled_rows(x["q"][n], spec.rows)
+        folded = product(q, x["matrix"][_own(x["matrix"], n)])
         start = 0
         for i, part in enumerate(spec.k):
             lanes, queries = part.layout.lanes, out.queries[i]
@@ -269,14 +270,14 @@ def _prepare(
     _each_head(spec.heads, head)
 
 
-def _rows(x, count: int) -> Float[Array, "R D"]:
+def filled_rows(x, count: int) -> Float[Array, "R D"]:
     """float32, with zeros for rows that are not there."""
     x = x.astype(jnp.float32)
     extra = count - x.shape[0]
     return jnp.concatenate([x, jnp.zeros((extra, x.shape[1]), jnp.float32)]) if extra else x
 
 
-def _product(a, b, transposed: bool = False):
+def product(a, b, transposed: bool = False):
     dims = (((1,), (1 if transposed else 0,)), ((), ()))
     return jax.lax.dot_general(
         a, b, dims, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -378,7 +379,7 @@ def finish(
         return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, *_: (0, b, *rest))
 
     specs = {name: _whole(x) for name, x in inputs.items()}
-    scalars = _scalars(seen)
+    scalars = scalars_of(seen)
     tree = jax.tree.structure(scalars)
 
     def by_row(x):
@@ -399,65 +400,89 @@ def finish(
     return _call(body, scalars, inputs, specs, out, by_sequence(out), interpret, "turboq_finish")
 
 
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """What is static about one softmax over all that query rows see: `m` real ones of `rows`."""
+
+    rules: Rules
+    rows: int
+    m: int
+    scale: float
+    softcap: float | None
+
+
 def _finish(seen: Seen, x, out, *, spec: Spec, rules: Rules, scale: float) -> None:
-    b, m, rows = pl.program_id(0), x["q"].shape[1], spec.rows
+    b, how = pl.program_id(0), Merge(rules, spec.rows, x["q"].shape[1], scale, spec.softcap)
 
     def head(n):
-        q, stats = _rows(x["q"][n], rows), x["stats"]
-        total = jnp.sum(stats[n, 1], axis=1, keepdims=True)
-        tops = [jnp.where(total > 0, stats[n, 0, :, :1] * (1 / LOG2_E), -jnp.inf)]
-        segments, broken = [], jnp.zeros((rows, 1), jnp.float32)
-        for segment in x["exact"]:
-            logits, values, bad = _logits(seen, segment, q, rules, spec, scale, b, n, m)
-            segments.append((logits, values))
-            broken = jnp.maximum(broken, bad)
-            tops.append(jnp.max(logits, axis=1, keepdims=True))
-        if x["sink"] is not None:
-            tops.append(x["sink"][n])
-        top = functools.reduce(jnp.maximum, tops)
-        base = jnp.where(top == -jnp.inf, 0.0, top)
-        factor = jnp.exp(tops[0] - base)
-        weight = total * factor
-        y = _unfolded(spec, x, n) * factor
+        stats = x["stats"]
+        total, y = jnp.sum(stats[n, 1], axis=1, keepdims=True), _unfolded(spec, x, n)
         if x["mean"] is not None:
-            y = y + weight * x["mean"][_own(x["mean"], n)]
-        for logits, values in segments:
-            p = jnp.exp(logits - base)
-            weight = weight + jnp.sum(p, axis=1, keepdims=True)
-            y = y + _product(p, values)
-        if x["sink"] is not None:
-            weight = weight + jnp.exp(x["sink"][n] - base)
-        y = y / jnp.where(weight > 0, weight, 1.0)
-        y = jnp.where(broken > 0, jnp.nan, y)
-        per = out.shape[2]
-        for t in range(out.shape[0]):
-            out[t, n] = y[t * per : (t + 1) * per]
+            y = y + total * x["mean"][_own(x["mean"], n)]
+        sink = None if x["sink"] is None else x["sink"][n]
+        put(out, n, merged(how, seen, x["q"][n], x["exact"], (stats[n, 0], total, y), sink, b, n))
 
     _each_head(spec.heads, head)
 
 
-def _logits(seen: Seen, x: Exact, q, rules: Rules, spec: Spec, scale: float, b, n, m: int):
+def put(out, n, y) -> None:
+    """Rows [R, E] of head n, token by token."""
+    per = out.shape[2]
+    for t in range(out.shape[0]):
+        out[t, n] = y[t * per : (t + 1) * per]
+
+
+def merged(how: Merge, seen: Seen, q, exact: Sequence[Exact], stored, sink, b, n):
+    """Outputs [R, E] of query rows [M, D] of head n of sequence b.
+
+    `stored`: the top [R, 128] in powers of two, total [R, 1] and sums [R, E] of what is packed.
+    """
+    q, (top, total, y) = filled_rows(q, how.rows), stored
+    tops = [jnp.where(total > 0, top[:, :1] * (1 / LOG2_E), -jnp.inf)]
+    segments, broken = [], jnp.zeros((how.rows, 1), jnp.float32)
+    for segment in exact:
+        logits, values, bad = _logits(how, seen, segment, q, b, n)
+        segments.append((logits, values))
+        broken = jnp.maximum(broken, bad)
+        tops.append(jnp.max(logits, axis=1, keepdims=True))
+    if sink is not None:
+        tops.append(sink)
+    top = functools.reduce(jnp.maximum, tops)
+    base = jnp.where(top == -jnp.inf, 0.0, top)
+    factor = jnp.exp(tops[0] - base)
+    weight, y = total * factor, y * factor
+    for logits, values in segments:
+        p = jnp.exp(logits - base)
+        weight = weight + jnp.sum(p, axis=1, keepdims=True)
+        y = y + product(p, values)
+    if sink is not None:
+        weight = weight + jnp.exp(sink - base)
+    y = y / jnp.where(weight > 0, weight, 1.0)
+    return jnp.where(broken > 0, jnp.nan, y)
+
+
+def _logits(how: Merge, seen: Seen, x: Exact, q, b, n):
     """Logits [M, S] over exact tokens, -inf of those not seen; values; which rows saw a broken one.
 
     Broken vectors are taken apart: a weight of zero times Inf would be NaN.
     """
     (k, bad_k), (v, bad_v) = (_sound(y[n].astype(jnp.float32)) for y in (x.k, x.v))
-    shape = (spec.rows, k.shape[0])
-    at, found = _of_rows(seen, rules, b, m, shape)
+    shape = (how.rows, k.shape[0])
+    at, found = of_rows(seen, how.rules, b, how.m, shape)
     if x.positions is None:
         held, low = jax.lax.broadcasted_iota(jnp.int32, shape, 1), found.low
         visible = held < seen.lengths[b]
     else:
         held = jnp.broadcast_to(x.positions[...], shape)
-        low = found.lower(rules.policy.sinks)
+        low = found.lower(how.rules.policy.sinks)
         visible = held >= 0
     visible &= (held >= low) & (held <= at)
-    visible &= jax.lax.broadcasted_iota(jnp.int32, shape, 0) < m
-    logits = _product(q, k, True) * scale
-    if spec.softcap is not None:
-        logits = spec.softcap * jnp.tanh(logits / spec.softcap)
-    ones = [jnp.ones((spec.rows, bad.shape[1]), jnp.float32) for bad in (bad_k, bad_v)]
-    broken = _product(ones[0], bad_k, True) + _product(ones[1], bad_v, True)
+    visible &= jax.lax.broadcasted_iota(jnp.int32, shape, 0) < how.m
+    logits = product(q, k, True) * how.scale
+    if how.softcap is not None:
+        logits = how.softcap * jnp.tanh(logits / how.softcap)
+    ones = [jnp.ones((how.rows, bad.shape[1]), jnp.float32) for bad in (bad_k, bad_v)]
+    broken = product(ones[0], bad_k, True) + product(ones[1], bad_v, True)
     broken = jnp.max(jnp.where(visible, broken, 0.0), axis=1, keepdims=True)
     return jnp.where(visible, logits, -jnp.inf), v, broken
 
@@ -487,7 +512,7 @@ def _unfolded(spec: Spec, x, n) -> Float[Array, "M E"]:
         acc = acc + offset
         piece = matrix[_own(matrix, n), start : start + layout.lanes, :]
         start += layout.lanes
-        more = _product(acc, piece)
+        more = product(acc, piece)
         y = more if y is None else y + more
     assert y is not None
     return y

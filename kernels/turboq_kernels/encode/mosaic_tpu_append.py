@@ -4,8 +4,8 @@ A grid step takes one head of up to 16 sequences, K and V: it encodes their toke
 (`mosaic_tpu_codes`) and puts the bits into their pages. The first step of a group of sequences also
 puts the tokens themselves among the sinks and the recent ones, and counts those that found no room.
 All is in place if the pool is donated. Numbers go into their pages where a kernel sees those as
-they lie (`decode.mosaic_tpu_layout.lies_by_heads`); others are left to XLA, as is float16, which
-no kernel takes.
+they lie (`decode.mosaic_tpu_layout.lies_by_heads`), float16 as bits; others are left to XLA, as is
+float16 in a pool that holds no bits (`turboq.cache.paged.init`): no kernel takes it.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def _in_place(codec: Codec, stored: Stored) -> list[str]:
     raw = [f.name for f in codec.fields if not f.packed]
     return [
         n for n in writing_of(codec).rows
-        if n in raw and stored[n].dtype == jnp.bfloat16
-        and lies_by_heads(jnp.bfloat16, *stored[n].shape[1:3])
+        if n in raw and stored[n].dtype in (jnp.bfloat16, jnp.uint16)
+        and lies_by_heads(stored[n].dtype, *stored[n].shape[1:3])
     ]  # fmt: skip
 
 
@@ -406,14 +406,16 @@ def _move_numbers(kept, scratch, each, out: bool) -> None:
 
 
 def _put_number(pages, room, number, n, each) -> None:
-    """Those [S, 1] of head n, to the slots of their tokens."""
+    """Those [S, 1] of head n, to the slots of their tokens; float16 as its bits."""
+    half = pages.dtype == jnp.uint16
     room[...] = jnp.broadcast_to(number, room.shape)
 
     def one(s, at: _Token):
         shape = pages.shape[1:]
         head, slot = (jax.lax.broadcasted_iota(jnp.int32, shape, i) for i in (0, 1))
-        new = jnp.broadcast_to(room[pl.ds(s, 1), :], shape)
-        old = pages[s].astype(jnp.float32)
+        row = room[pl.ds(s, 1), :]
+        new = jnp.broadcast_to(codes.half_bits(row) if half else row, shape)
+        old = pages[s].astype(new.dtype)
         pages[s] = jnp.where((head == n) & (slot == at.slot), new, old).astype(pages.dtype)
 
     each(one)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from turboq.codecs.writing import WriteTables, Writing
 
@@ -260,3 +260,14 @@ def rounded(x: Float[Array, "*n"], dtype: str) -> Float[Array, "*n"]:
         units = jax.lax.bitcast_convert_type(x + 0.5, jnp.int32) - _HALF
         out = jnp.where(x < 2.0**-14, units.astype(jnp.float32) * 2.0**-24, out)
     return jnp.where(x == x, out, np.nan)
+
+
+def half_bits(x: Float[Array, "*n"]) -> Int[Array, "*n"]:
+    """int32 of the bits of float32 rounded to float16, nearest even; of NaN 0x7E00."""
+    word = jax.lax.bitcast_convert_type(x, jnp.int32)
+    size = word & 0x7FFFFFFF
+    # The exponent's bias is 15 instead of 127; what is too large becomes infinite.
+    normal = (size + 0xFFF + ((size >> 13) & 1) - (112 << 23)) >> 13
+    tiny = jax.lax.bitcast_convert_type(jnp.abs(x) + 0.5, jnp.int32) - _HALF  # as in `rounded`
+    out = jnp.where(size < 113 << 23, tiny, jnp.minimum(normal, 0x7C00))
+    return jnp.where(x == x, ((word >> 16) & 0x8000) | out, 0x7E00)

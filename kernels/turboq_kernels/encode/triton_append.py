@@ -23,7 +23,7 @@ from turboq.cache.layer import HeadGroup, KVLayer
 from turboq.cache.paged import PagedCache, Where
 from turboq.cache.simulate import take_heads
 from turboq.codecs.base import Arrays, Codec, Stored
-from turboq.numbers import packing
+from turboq.numbers import half, packing
 from turboq.numbers.packing import WORD_BITS
 from turboq_kernels.decode.types import pool_pages
 from turboq_kernels.encode import triton
@@ -127,7 +127,7 @@ def _side(
     pages = pool_pages(table, heads)
     plan, tuned = triton.planned(x, writing, tables, words, pages, interpret)
     kept = [name for name in writing.rows if not fields[name].packed]
-    numbers = [stored[n].reshape(-1, words[0].shape[2] * WORD_BITS) for n in kept]
+    numbers = [half.values(stored[n]).reshape(-1, words[0].shape[2] * WORD_BITS) for n in kept]
     coded = tuple(name for name in writing.rows if fields[name].packed)
     plan = dataclasses.replace(plan, in_place=tuple(name in kept for name in writing.rows))
     return _Side(
@@ -226,7 +226,7 @@ def _stored(
     raw = [name for name in writing.rows if not fields[name].packed]
     new = dict(zip(word_fields(writing), kept["words"], strict=True))
     new |= dict(zip(raw, kept["numbers"], strict=True))
-    out = {name: x.reshape(old[name].shape) for name, x in new.items()}
+    out = {name: half.like(x.reshape(old[name].shape), old[name]) for name, x in new.items()}
     coded = [name for name in writing.rows if fields[name].packed]
     if not coded:
         return out
