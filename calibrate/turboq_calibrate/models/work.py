@@ -38,4 +38,4 @@ def _layer(layer: LayerSpec, tokens: int) -> float:
         width += layer.experts.chosen * layer.experts.intermediate + layer.experts.shared
     mlp = (3 if layer.gated else 2) * width
     seen = min(layer.window or tokens, tokens / 2)
-    return layer.hidden * (matrices + mlp) + seen * layer.heads * both
+    return float(layer.hidden * (matrices + mlp) + seen * layer.heads * both)
