@@ -19,8 +19,8 @@ Both are int8 times a number of each coordinate and one of each channel,
 a^2 what an error of a channel costs, the diagonal of H = (S S^T)^-1, as an error of any coordinate
 of y costs alike (`turboq.codecs.fit_joint`); s^2 how a channel varies, the diagonal of its
 covariance Sigma. Without them one step of int8 serves channels whose entries differ by orders of
-magnitude. Both are rounded by what errors cost (`turboq.numbers.rounding`), Q_a under Sigma / a^2
-and Q_s under H s^2. Everything is made in float64 when a plan is; files hold what memory does.
+magnitude. Both are rounded by what errors cost (`turboq.numbers.rounding`), Q_a under a Sigma a
+and Q_s under s H s. Everything is made in float64 when a plan is; files hold what memory does.
 """
 
 from __future__ import annotations

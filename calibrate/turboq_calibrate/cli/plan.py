@@ -104,8 +104,8 @@ def define(values: flags.FlagValues) -> None:
     )  # fmt: skip
     flags.DEFINE_string(
         "joint", None, "--budget: of so many neighbouring KV heads keys and values are stored as "
-        "one vector, or none (default: as many as 512 channels hold; far less loss; kernels read "
-        "it with --k_rope=block:256).", flag_values=values,
+        "one vector, or none (default: as many as 512 channels hold; far less loss; kernels decode "
+        "keys, or with --k_rope=block:256 fold queries).", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string(
         "engine", None, "--budget: only what this engine loads.", flag_values=values

@@ -19,7 +19,8 @@ def shares(spec: ModelSpec, tokens: int) -> tuple[float, ...]:
     """
     each = [_layer(layer, tokens) for layer in spec.layers]
     each.append(spec.vocab * spec.hidden)
-    return tuple(work / sum(each) for work in each)
+    total = sum(each)
+    return tuple(work / total for work in each)
 
 
 def _layer(layer: LayerSpec, tokens: int) -> float:

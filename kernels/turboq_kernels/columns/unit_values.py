@@ -41,8 +41,8 @@ def values(
     flat = jnp.concatenate([x.reshape(*x.shape[:3], -1) for x in parts], axis=-1)
     joint = layer.joint
     at = joint["coded"][None, :, None]
-    u = jnp.take_along_axis(flat, jnp.minimum(at, flat.shape[-1] - 1), axis=-1)
-    u = jnp.where(at < flat.shape[-1], u, 0.0) * joint["synthesis_scale"][None, :, None]
+    u = jnp.take_along_axis(flat, at, axis=-1, mode="fill", fill_value=0)  # C: none
+    u *= joint["synthesis_scale"][None, :, None]
     turn = joint["synthesis"][:, each * d :].reshape(groups, each, e, -1).astype(jnp.float32)
     rows = u.reshape(batch, groups, each, m // heads, -1)
     x = jnp.einsum("bjgrw,jgew->bjgre", rows, turn, precision=HIGHEST)
