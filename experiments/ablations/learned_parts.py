@@ -15,12 +15,15 @@ Expected: keys after RoPE and no gradients far worst, bits per head next, the ga
 import dataclasses
 
 import numpy as np
+from absl import flags
 from study import Arm, Bench, run
 
 from turboq.codecs.observed import Observed
 from turboq_calibrate.choose.plan_within import LEARNED
 from turboq_calibrate.observe.layer_statistics import LayerStatistics
 from turboq_calibrate.observe.statistics_files import Statistics
+
+BITS = flags.DEFINE_multi_float("bits", [2.25, 3.25], "Bits per channel of the plans compared.")
 
 NO_GAIN = dataclasses.replace(LEARNED, gain="none")
 FREE = dataclasses.replace(LEARNED, free_synthesis=True)
@@ -62,7 +65,7 @@ class _Layer(LayerStatistics):
 def arms(bench: Bench) -> list[Arm]:
     blind = WithoutGradients(bench.statistics)
     out = []
-    for bits in (2.25, 3.25):
+    for bits in BITS.value:
         group, base = f"{bits:g}b", f"{bits:g} learned"
         uniform = f"{bits:g} one size for K, one for V"
         out += [
