@@ -193,8 +193,12 @@ def test_each_learned_part_changes_one_thing(arms):
                if getattr(arm.plan, f.name) != getattr(base.plan, f.name)]  # fmt: skip
         one += [] if np.array_equal(arm.arrays["of"], base.arrays["of"]) else ["statistics"]
         assert len(one) == 1, arm.name
+        if arm.plan.k_rope == "after" or "statistics" in one:
+            assert base.plan.joint == 0, f"{arm.name} stores heads apart, {base.name} may not"
         changed += one
-    assert set(changed) == {"granularity", "statistics", "k_rope", "candidates", "options"}
+    assert set(changed) == {
+        "granularity", "statistics", "k_rope", "candidates", "options", "joint",
+    }  # fmt: skip
 
 
 def test_without_gradients_nothing_of_them_is_left(study, tmp_path):

@@ -1,18 +1,18 @@
 """Which part of a learned plan earns what? One switch each, at 2.25 and 3.25 bits.
 
-    python experiments/ablations/learned_parts.py --length=1024 --windows=2 --text=topics:heldout \\
-        --text=novel.txt
+    python experiments/ablations/learned_parts.py --windows=3 --text=topics:heldout --text=novel.txt
 
-The plan that `turboq plan --budget` writes by default (keys before RoPE, window codes of 64 states,
-a stored gain of 4 bits, Fisher-weighted, bits per head), and the same with one thing changed.
-Without gradients keys are weighed by the queries that read them, values and tokens alike, and bits
-are shared by the squared errors of logits and values: once per head, once in one size for all keys
-and one for all values. "free M" regresses what bits stand for on the codes found, head by head,
-where unseen calibration text agrees.
-Expected: keys after RoPE and no gradients far worst, bits per head next, the gain least.
+The plan that `turboq plan --budget` writes by default (heads stored together, keys before RoPE,
+window codes of 64 states, a stored gain of 4 bits, Fisher-weighted, bits per unit), and the same
+with one thing changed. Keys after RoPE and plans without gradients store heads apart: they are
+compared with heads apart. Without gradients keys are weighed by the queries that read them, values
+and tokens alike, and bits are shared by the squared errors of logits and values. "free M" regresses
+what bits stand for on the codes found, unit by unit, where unseen calibration text agrees.
+Expected: keys after RoPE worst, heads apart and one size for all next, the gain least.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
@@ -23,13 +23,17 @@ from turboq_calibrate.choose.plan_within import LEARNED
 from turboq_calibrate.observe.layer_statistics import LayerStatistics
 from turboq_calibrate.observe.statistics_files import Statistics
 
-BITS = flags.DEFINE_multi_float("bits", [2.25, 3.25], "Bits per channel of the plans compared.")
+BUDGETS = (2.25, 3.25)
+BITS = flags.DEFINE_multi_float("bits", BUDGETS, "Bits per channel of the plans compared.")
 
 NO_GAIN = dataclasses.replace(LEARNED, gain="none")
 FREE = dataclasses.replace(LEARNED, free_synthesis=True)
 # What is changed of `Wanted`; the baseline has nothing changed.
 SWITCHES: dict[str, dict] = {
-    "keys after RoPE": {"k_rope": "after"},
+    "one size per layer's K or V": {"granularity": "per_kv"},
+    "one size for K, one for V": {"granularity": "uniform"},
+    "heads apart": {"joint": 0},
+    "keys block:16": {"k_rope": "block:16"},
     "keys block:64": {"k_rope": "block:64"},
     "keys block:256": {"k_rope": "block:256"},
     "scalar codes": {"candidates": ("transform",)},
@@ -62,28 +66,23 @@ class _Layer(LayerStatistics):
         )  # fmt: skip
 
 
-def arms(bench: Bench) -> list[Arm]:
+def arms(bench: Bench, budgets: Sequence[float] = BUDGETS) -> list[Arm]:
     blind = WithoutGradients(bench.statistics)
     out = []
-    for bits in BITS.value:
+    for bits in budgets:
         group, base = f"{bits:g}b", f"{bits:g} learned"
-        uniform = f"{bits:g} one size for K, one for V"
-        out += [
-            bench.learned(base, bits, group=group),
-            bench.learned(f"{bits:g} one size per layer's K or V", bits, granularity="per_kv",
-                          group=group, baseline=base),
-            bench.learned(uniform, bits, granularity="uniform", group=group, baseline=base),
-            bench.learned(f"{bits:g} no gradients", bits, statistics=blind, group=group,
-                          baseline=base),
-            bench.learned(f"{bits:g} no gradients, one size", bits, statistics=blind,
-                          granularity="uniform", group=group, baseline=uniform),
-        ]  # fmt: skip
+        apart = {"group": group, "baseline": f"{bits:g} heads apart", "joint": 0}
+        out.append(bench.learned(base, bits, group=group))
         out += [
             bench.learned(f"{bits:g} {name}", bits, group=group, baseline=base, **switch)
             for name, switch in SWITCHES.items()
+        ]
+        out += [
+            bench.learned(f"{bits:g} heads apart, keys after RoPE", bits, k_rope="after", **apart),
+            bench.learned(f"{bits:g} heads apart, no gradients", bits, statistics=blind, **apart),
         ]
     return out
 
 
 if __name__ == "__main__":
-    run(__file__, __doc__, arms)
+    run(__file__, __doc__, lambda bench: arms(bench, BITS.value))
