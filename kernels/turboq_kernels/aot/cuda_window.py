@@ -53,7 +53,7 @@ def program(c: Configuration) -> Program:
     """The search alone, or `columns.write`."""
     if c.cache == POOL:
         of_step = step.Configuration(target=c.target, levels=step.COLUMNS[0], dim=c.dim)
-        (state, words), _ = step.column_arguments(of_step, states=c.states)
+        (state, words), _ = step.column_arguments(of_step, "triton", states=c.states)
         x = jax.ShapeDtypeStruct((step.BATCH, 1, step.HEADS, c.dim), jnp.bfloat16)
 
         def write(held, k, v):

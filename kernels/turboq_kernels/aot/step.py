@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from turboq.cache import composed, joint, model_cache, paged
-from turboq.cache.contiguous import Tail
 from turboq.cache.layer import KVLayer, TokenPolicy, uniform_layer
 from turboq.codecs import PerHead, Transform, TurboQuantMSE
 from turboq.numbers.rope import Rope
@@ -23,7 +22,6 @@ from turboq_kernels import columns
 from turboq_kernels.aot import launches
 from turboq_kernels.aot.compilers import Program
 from turboq_kernels.attention import cache_attention
-from turboq_kernels.columns import linear, mosaic_tpu_decoded
 from turboq_kernels.encode import encode
 
 BATCH, HEADS, PAGES, PAGE = 8, 8, 128, 256
@@ -34,12 +32,11 @@ CODECS = {
     "per_head": PerHead,
 }
 # Codes of a learned plan, in the one pool of a model: heads by themselves and keys after RoPE, keys
-# in blocks of positions, pairs of heads joined besides.
-COLUMNS = ("window", "blocks", "joined")
-# Attention alone to joined heads with keys before RoPE, the default of plans: on a TPU XLA searches
-# the token's codes, in loops whose turns its text does not say.
-READ = "joined_read"
-LEVELS = (*CODECS, *COLUMNS, READ)
+# in blocks of positions, pairs of heads joined besides; and joined with keys before RoPE, as plans
+# are by default.
+DEFAULT = "joined_before"
+COLUMNS = ("window", "blocks", "joined", DEFAULT)
+LEVELS = (*CODECS, *COLUMNS)
 BLOCK, JOINED = 256, 2
 
 
@@ -68,7 +65,7 @@ def configurations(target: str, levels: tuple[str, ...]) -> tuple[Configuration,
     """Those of one chip; joined heads at 2 bits, as they are used."""
     return tuple(
         Configuration(
-            target=target, levels=x, bits=2 if x in ("joined", READ) else 3,
+            target=target, levels=x, bits=2 if x in ("joined", DEFAULT) else 3,
             cache="paged" if x in CODECS else "one pool",
         )
         for x in levels
@@ -89,31 +86,19 @@ def program(c: Configuration, implementation: str) -> Program:
 
     def one_pool(held, matrices, q, k, v):
         state, words = held
-        by = implementation if implementation in columns.WRITERS else "xla"
-        state, words, tail = columns.write(state, words, k, v, implementation=by)
+        state, words, tail = columns.write(state, words, k, v, implementation=implementation)
         at = state.lengths[:, None] - 1
         out = columns.attend(q, state, words, tail, matrices, q_positions=at, **options)
         return (state, words), out
 
-    def read(held, tail, matrices, q):
-        state, words = held
-        at = state.lengths[:, None] - 1
-        return held, columns.attend(q, state, words, tail, matrices, q_positions=at, **options)
-
     if c.levels not in CODECS:
-        lanes = model_cache.TPU_LANES if implementation == "mosaic_tpu" else 1
-        held, matrices = column_arguments(c, lanes=lanes)
-        if c.levels == READ:
-            recent = jax.ShapeDtypeStruct((BATCH, POLICY.recent, *k.shape[2:]), k.dtype)
-            at = jax.ShapeDtypeStruct((BATCH, POLICY.recent), jnp.int32)
-            tail = Tail(k=recent, v=recent, positions=at)
-            return Program(read, (held, tail, matrices, q), donated=(0,))
+        held, matrices = column_arguments(c, implementation)
         return Program(one_pool, (held, matrices, q, k, v), donated=(0,))
     layer, cache, where = arguments(c, float16_bits=implementation == "mosaic_tpu")
     return Program(pages, (cache, layer, where, q, k, v), donated=(0,))
 
 
-def column_arguments(c: Configuration, states: int = 16, lanes: int = 1) -> tuple[Any, Any]:
+def column_arguments(c: Configuration, implementation: str, states: int = 64) -> tuple[Any, Any]:
     """Shapes of a layer's state and the pool, and of the matrices of its plan."""
     segments = ((c.dim, c.bits),)
     codec = Transform(dim=c.dim, segments=segments, quantizer="window", states=states, gain="code")
@@ -121,22 +106,19 @@ def column_arguments(c: Configuration, states: int = 16, lanes: int = 1) -> tupl
     rope = None if c.levels == "window" else Rope(dim=c.dim, theta=1e6)
     layer = uniform_layer(
         kv_heads=HEADS, k=codec, v=codec, policy=POLICY, k_arrays=arrays, v_arrays=arrays,
-        rope=rope, rope_block=1 if rope is None or c.levels == READ else BLOCK,
+        rope=rope, rope_block=1 if rope is None or c.levels == DEFAULT else BLOCK,
     )  # fmt: skip
-    if c.levels in ("joined", READ):
+    if c.levels in ("joined", DEFAULT):
         shapes = joint.shapes(HEADS, JOINED, c.dim, c.dim)
         turns = np.broadcast_to(np.eye(shapes["mean"][1]), shapes["synthesis"])
         layer = composed.join(layer, JOINED, {"mean": np.zeros(shapes["mean"]), "synthesis": turns})
     form = model_cache.forms([layer])
     assert form is not None
+    lanes = model_cache.TPU_LANES if implementation == "mosaic_tpu" else 1
 
     def made():
         (state,), (words,) = model_cache.init(form, batch=BATCH, capacity=PAGES * PAGE, lanes=lanes)
-        if c.levels != READ:
-            return (state, words), columns.prepare(state, words)
-        matrices = linear.linear_layer(state.form, pool_lanes=words.shape[-1])
-        by = mosaic_tpu_decoded.prepare(matrices, words.shape[-1], rope)
-        return (state, words), dataclasses.replace(matrices, decoded=by)
+        return (state, words), columns.prepare(state, words, implementation)
 
     return jax.eval_shape(made)
 

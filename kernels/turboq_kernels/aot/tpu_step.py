@@ -17,7 +17,7 @@ from turboq_kernels.aot.compilers import Program
 from turboq_kernels.aot.step import Configuration
 from turboq_kernels.aot.tpu import missing as missing
 
-CONFIGURATIONS = step.configurations("v5e", (*step.CODECS, step.READ))
+CONFIGURATIONS = step.configurations("v5e", (*step.CODECS, step.DEFAULT))
 
 
 def program(c: Configuration) -> Program:

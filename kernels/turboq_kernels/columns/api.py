@@ -39,8 +39,13 @@ _BLOCKS = {*mosaic_tpu.BLOCKS, *triton.BLOCKS}
 _PREFERENCE = {"tpu": ("mosaic_tpu", "linear"), "gpu": ("triton", "linear"), "cpu": ("linear",)}
 
 
-def prepare(state: LayerState, words: UInt32[Array, "B P R C"]) -> LinearLayer | None:
-    """What kernels need to know of a layer; None if no kernel of this platform reads it."""
+def prepare(
+    state: LayerState, words: UInt32[Array, "B P R C"], implementation: str | None = None
+) -> LinearLayer | None:
+    """What the kernel named needs to know of a layer; None: what this platform's does, or None if
+    no kernel of it reads the layer."""
+    if implementation is not None:
+        return _made(state, words, implementation)
     layer, block, platform = state.form.layer, state.form.layer.rope_block, jax.default_backend()
     folds = layer.rope is None or block in _BLOCKS or base.reads_blocks(block)
     decodes = platform == "gpu" or (platform == "tpu" and mosaic_tpu_decoded.reads_blocks(block))

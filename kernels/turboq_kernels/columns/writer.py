@@ -15,11 +15,12 @@ from turboq.cache.contiguous import Tail
 from turboq.cache.model_cache import LayerForm, LayerState
 from turboq.codecs.base import Arrays, Codec, Stored
 from turboq.codecs.transform_padded import PaddedTransform, rows_of
-from turboq_kernels.columns import triton_append
-from turboq_kernels.encode import triton_window
+from turboq_kernels.columns import mosaic_tpu_append, triton_append
+from turboq_kernels.encode import mosaic_tpu_window, triton_window
 
-WRITERS = ("xla", "triton")
-_PREFERENCE = {"gpu": ("triton",)}
+WRITERS = ("xla", "mosaic_tpu", "triton")
+_PREFERENCE = {"gpu": ("triton",), "tpu": ("mosaic_tpu",)}
+_SEARCH = {"triton": triton_window, "mosaic_tpu": mosaic_tpu_window}
 
 
 def unsupported(form: LayerForm, name: str) -> str | None:
@@ -29,7 +30,7 @@ def unsupported(form: LayerForm, name: str) -> str | None:
     for codec in form.codecs:
         if codec.quantizer != "window":
             return f"{codec.quantizer} codes; window codes are searched"
-        reason = triton_window.unsupported(codec.dim)
+        reason = _SEARCH[name].unsupported(codec.dim)
         if reason is not None:
             return reason
     return None
@@ -45,7 +46,7 @@ def write(
     implementation: str | None = None,
     interpret: bool = False,
 ) -> tuple[LayerState, UInt32[Array, "B P R C"], Tail]:
-    """`turboq.cache.model_cache.write`, by the implementation named; None: on a GPU the kernel.
+    """`turboq.cache.model_cache.write`, by the implementation named; None: the platform's kernel.
 
     Codes of a kernel and of XLA leave the same weighted error up to float32's rounding
     (`turboq_kernels.encode.triton_window`).
@@ -53,10 +54,14 @@ def write(
     Raises:
       ValueError: unknown, or named and not able to; the message says why. As the function above.
     """
-    if choose(state.form, implementation) == "xla":
+    name = choose(state.form, implementation)
+    if name == "xla":
         return model_cache.write(state, words, k, v, counts)
-    appends = triton_append.unsupported(state.form, k.shape[1]) is None
-    return model_cache.write(state, words, k, v, counts, _by_kernel(interpret, appends))
+    if name == "triton":
+        appends = triton_append.unsupported(state.form, k.shape[1]) is None
+    else:
+        appends = mosaic_tpu_append.unsupported(state, words, k.shape[1]) is None
+    return model_cache.write(state, words, k, v, counts, _by_kernel(name, interpret, appends))
 
 
 def choose(form: LayerForm, implementation: str | None) -> str:
@@ -78,15 +83,16 @@ def choose(form: LayerForm, implementation: str | None) -> str:
 
 # Cached, so that one setting is one function: `model_cache.write` compiles once for each.
 @functools.cache
-def _by_kernel(interpret: bool, appends: bool) -> model_cache.Put:
+def _by_kernel(name: str, interpret: bool, appends: bool) -> model_cache.Put:
     """One token in one launch, or codes by the kernel and the rest by XLA."""
     if appends:
-        return functools.partial(triton_append.append, interpret=interpret)
+        own = triton_append if name == "triton" else mosaic_tpu_append
+        return functools.partial(own.append, interpret=interpret)
 
     def encode(codec: Codec, arrays: Arrays, stored: Stored, x, positions, valid) -> Stored:
         assert isinstance(codec, PaddedTransform)  # of every `LayerForm`
         y = jax.vmap(codec.analyse, in_axes=(0, 1), out_axes=1)(arrays, x)
-        search = functools.partial(triton_window.encode, rows_of(arrays), interpret=interpret)
+        search = functools.partial(_SEARCH[name].encode, rows_of(arrays), interpret=interpret)
         if codec.gain == "code":
             codes, gain = search(y, arrays["gains"], arrays["weights"])
             return {"codes": codes, "gain": gain[..., None]}

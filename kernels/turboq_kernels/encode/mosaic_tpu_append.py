@@ -33,13 +33,13 @@ from turboq_kernels.encode import mosaic_tpu
 from turboq_kernels.encode import mosaic_tpu_codes as codes
 from turboq_kernels.encode.mosaic_tpu import SEQUENCES, Spec
 from turboq_kernels.encode.mosaic_tpu_codes import LANES
+from turboq_kernels.encode.mosaic_tpu_exact import Token, finish, put_exact, span, transfer
 from turboq_kernels.encode.mosaic_tpu_kernel import code_words, encoded, put_page, sublanes
 from turboq_kernels.encode.mosaic_tpu_pages import SUBLANES, fold
 from turboq_kernels.encode.store import tables_of, writing_of
 from turboq_kernels.encode.types import word_fields
 
 MAX_VMEM = 12 * 2**20  # of the 16 MiB that one kernel may use by default
-_TILE = 16  # tokens of a ring that are read and written together: whole tiles of any exact type
 
 
 def unsupported(layer: KVLayer, tokens: int) -> str | None:
@@ -62,7 +62,7 @@ def unsupported(layer: KVLayer, tokens: int) -> str | None:
 def _vmem_bytes(layer: KVLayer, group: HeadGroup) -> int:
     """Of scratch and (twice) operands, for as many sequences as a step takes."""
     heads, total = len(group.heads), 0
-    exact = _span(layer.ring) + layer.policy.sinks
+    exact = span(layer.ring) + layer.policy.sinks
     for codec in (group.k, group.v):
         spec = mosaic_tpu.specify(writing_of(codec), codec.dim, packing.PAGE, 1)
         words = sum(math.prod(f.block) for f in spec.fields)
@@ -192,11 +192,6 @@ def _numbers(codec: Codec, old: Stored, numbers, page: int, table, where: Where)
     return paged_cache.put(page, table, codec, entries, old, starts, valid)
 
 
-def _span(ring: int) -> int:
-    """Tokens of a ring that are read and written together."""
-    return _TILE if ring % _TILE == 0 else ring
-
-
 def _call(
     sides: dict[str, Spec], heads: int, real: int, scalars, held, kept, interpret
 ) -> tuple[Any, dict[str, Any]]:
@@ -237,7 +232,7 @@ def _call(
             "numbers": {n: pltpu.VMEM((s, *x.shape[1:]), x.dtype) for n, x in inside.items()},
             "exact": {
                 kind: pltpu.VMEM(
-                    (s, heads, _span(x.shape[2]) if kind == "recent" else x.shape[2], dim), x.dtype
+                    (s, heads, span(x.shape[2]) if kind == "recent" else x.shape[2], dim), x.dtype
                 )
                 for kind, x in exact.items()
             },
@@ -284,17 +279,6 @@ def _call(
     return jax.tree.unflatten(out_tree, outs)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Token:
-    """Where the token of sequence `s` of a grid step goes; `fits` says whether it does."""
-
-    row: Any
-    start: Any
-    fits: Any
-    page: Any  # entry of the table
-    slot: Any
-
-
 def _kernel(*refs, sides: dict[str, Spec], real: int, trees) -> None:
     refs = list(refs)
 
@@ -310,13 +294,13 @@ def _kernel(*refs, sides: dict[str, Spec], real: int, trees) -> None:
     spec = next(iter(sides.values()))
     count = next(iter(held.values()))["x"].shape[0]
 
-    def token(s) -> _Token:
+    def token(s) -> Token:
         b, shift = group * count + s, spec.page.bit_length() - 1
         room = scalars["room"][b]
         start = jnp.minimum(scalars["starts"][b], room)
         fits = (scalars["counts"][b] > 0) & (start < room)
         page = jnp.minimum(start >> shift, scalars["table"].shape[1] - 1)
-        return _Token(
+        return Token(
             row=scalars["rows"][b], start=start, fits=fits,
             page=scalars["table"][b, page], slot=start & (spec.page - 1),
         )  # fmt: skip
@@ -338,15 +322,15 @@ def _kernel(*refs, sides: dict[str, Spec], real: int, trees) -> None:
     def _():
         for name in sides:
             scratch[name]["tokens"][...] = held[name]["x"][...].astype(jnp.float32)
-        _put_exact({name: kept[name]["exact"] for name in sides}, scratch, each)
+        put_exact({name: kept[name]["exact"] for name in sides}, scratch, each)
         _move_numbers(kept, scratch, each, False)
 
-    def copies(s, at: _Token, out: bool):
+    def copies(s, at: Token, out: bool):
         for name in sides:
             for words, buffer in zip(kept[name]["words"], scratch[name]["pages"], strict=True):
-                yield _copy(words.at[at.page * heads + n], buffer.at[s], scratch, s, out)
+                yield transfer(words.at[at.page * heads + n], buffer.at[s], scratch, s, out)
 
-    def read(s, at: _Token, wait: bool):
+    def read(s, at: Token, wait: bool):
         @pl.when(at.fits & (at.slot > 0))  # of a page that holds earlier tokens
         def _():
             for copy in copies(s, at, False):
@@ -366,7 +350,7 @@ def _kernel(*refs, sides: dict[str, Spec], real: int, trees) -> None:
             lane = jax.lax.broadcasted_iota(jnp.int32, out.shape, 1)
             out[...] = jnp.where(lane == n, number[:count], out[...])
 
-    def put(s, at: _Token):
+    def put(s, at: Token):
         read(s, at, True)
 
         @pl.when(at.fits)
@@ -380,7 +364,7 @@ def _kernel(*refs, sides: dict[str, Spec], real: int, trees) -> None:
                 copy.start()
 
     each(put)
-    each(lambda s, at: pl.when(at.fits)(lambda: _wait(copies(s, at, True))))
+    each(lambda s, at: pl.when(at.fits)(lambda: finish(copies(s, at, True))))
 
     @pl.when(n == heads - 1)
     def _():
@@ -391,7 +375,7 @@ def _move_numbers(kept, scratch, each, out: bool) -> None:
     """Pages of numbers of all heads."""
     for wait in (False, True):
 
-        def one(s, at: _Token, wait=wait):
+        def one(s, at: Token, wait=wait):
             @pl.when(at.fits)
             def _():
                 for name, held in kept.items():
@@ -399,7 +383,7 @@ def _move_numbers(kept, scratch, each, out: bool) -> None:
                         continue
                     for row, ref in held["numbers"].items():
                         here = scratch[name]["numbers"][row].at[s]
-                        copy = _copy(ref.at[at.page], here, scratch, s, out)
+                        copy = transfer(ref.at[at.page], here, scratch, s, out)
                         copy.wait() if wait else copy.start()
 
         each(one)
@@ -410,7 +394,7 @@ def _put_number(pages, room, number, n, each) -> None:
     half = pages.dtype == jnp.uint16
     room[...] = jnp.broadcast_to(number, room.shape)
 
-    def one(s, at: _Token):
+    def one(s, at: Token):
         shape = pages.shape[1:]
         head, slot = (jax.lax.broadcasted_iota(jnp.int32, shape, i) for i in (0, 1))
         row = room[pl.ds(s, 1), :]
@@ -419,17 +403,6 @@ def _put_number(pages, room, number, n, each) -> None:
         pages[s] = jnp.where((head == n) & (slot == at.slot), new, old).astype(pages.dtype)
 
     each(one)
-
-
-def _copy(there, here, scratch, s, out: bool):
-    if out:
-        return pltpu.make_async_copy(here, there, scratch["out"])
-    return pltpu.make_async_copy(there, here, scratch["in"].at[s])
-
-
-def _wait(copies) -> None:
-    for copy in copies:
-        copy.wait()
 
 
 def _rows(tokens, n, count: int) -> Float[Array, "S D"]:
@@ -457,44 +430,3 @@ def _count_lost(scalars, real: int, before, after) -> None:
         return 0
 
     jax.lax.fori_loop(0, real, count, 0)
-
-
-def _put_exact(kept, scratch, each) -> None:
-    """The tokens of all heads, as they came, among the first and the last ones."""
-
-    def places(s, at: _Token):
-        """(buffer in the pool, its copy, slot in that copy, whether it is written)"""
-        for name, exact in kept.items():
-            for kind, ref in exact.items():
-                here = scratch[name]["exact"][kind].at[s]
-                if kind == "sinks":
-                    yield ref.at[at.row], here, at.start, at.fits & (at.start < ref.shape[2])
-                    continue
-                span = here.shape[1]
-                slot = at.start % ref.shape[2]
-                first = pl.multiple_of(slot // span * span, span)
-                yield ref.at[at.row, :, pl.ds(first, span), :], here, slot - first, at.fits
-
-    def move(out: bool, wait: bool):
-        def one(s, at: _Token):
-            for there, here, _, written in places(s, at):
-
-                @pl.when(written)
-                def _(there=there, here=here):
-                    copy = _copy(there, here, scratch, s, out)
-                    copy.wait() if wait else copy.start()
-
-        each(one)
-
-    def replace(s, at: _Token):
-        tokens = (scratch[name]["tokens"].at[s] for name, exact in kept.items() for _ in exact)
-        for token, (_, here, slot, _) in zip(tokens, places(s, at), strict=True):
-            index = jax.lax.broadcasted_iota(jnp.int32, here.shape, 1)
-            old = here[...].astype(jnp.float32)
-            here[...] = jnp.where(index == slot, token[...][:, None, :], old).astype(here.dtype)
-
-    move(False, False)
-    move(False, True)
-    each(replace)
-    move(True, False)
-    move(True, True)
