@@ -1,9 +1,9 @@
 """One token of every sequence into the one pool, by one launch on a TPU: all that a step writes.
 
-    x [J, B, C]  keys as they are stored and values, less their centre        XLA
-    y            of every head's K and V, matrix x                            `mosaic_tpu_token`
-    codes        of least error, 128 gains of vectors tried side by side      `mosaic_tpu_search`
-    words        ORed with the codes' bits; sinks and recent tokens
+    cosines of the tokens' positions                                      XLA
+    vectors as they are stored, y = matrix x of all heads                 `mosaic_tpu_vectors`
+    codes of least error, 128 gains of vectors tried side by side         `mosaic_tpu_search`
+    words, ORed with the codes' bits; sinks and recent tokens             `mosaic_tpu_token`
 
 All is in place if pool and state are donated.
 """
@@ -20,10 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, UInt32
 
-from turboq.cache import joint, overflow
-from turboq.cache.key_form import to_stored
+from turboq.cache import overflow
 from turboq.cache.model_cache import LayerForm, LayerState
 from turboq.cache.simulate import take_heads
+from turboq.numbers import rope
 from turboq.numbers.packing import PAGE
 from turboq_kernels.columns import mosaic_tpu_token
 from turboq_kernels.columns.mosaic_tpu_token import Step
@@ -68,6 +68,7 @@ def specify(state: LayerState, words: UInt32[Array, "B P R C"], interpret: bool)
     return Step(
         search=_search(form, "k", interpret), heads=heads, dims=(k.dim, v.dim),
         joined=form.layer.joint_heads or 0, batch=len(words), gained=k.gain == "code",
+        rope=form.layer.rope, block=form.layer.rope_block,
         # The layer's run may begin anywhere in a tile.
         lanes=min(_tiles(sum(form.most)) + LANES, words.shape[-1]),
         wide=_tiles(form.k.plane.shape[1]) + LANES,
@@ -101,8 +102,7 @@ def append(
     fitting, lost = overflow.split(
         state.lengths, counts, jnp.int32(words.shape[1] * PAGE) + state.first
     )
-    k, v = (take_heads(x, form.group.heads) for x in (k, v))
-    x, turns = _vectors(form, k, v, state.lengths[:, None], s)
+    k, v = (take_heads(x, form.group.heads)[:, 0] for x in (k, v))
     sides = {}
     for side, columns in (("k", form.k), ("v", form.v)):
         arrays = getattr(form.group, f"{side}_arrays")
@@ -120,8 +120,8 @@ def append(
         "lane": jnp.asarray(form.first, jnp.int32),
     }  # fmt: skip
     inputs = {
-        "x": x, "turns": turns, "sides": sides, "k": k[:, 0], "v": v[:, 0],
-        "coded": form.layer.joint["coded"][:, None] if s.joined else None,
+        "k": k, "v": v, "sides": sides, "turns": _turns(form), "joint": _of_joint(form, s),
+        "cosines": _cosines(form, state.lengths, s),
     }  # fmt: skip
     kept = _launch(s, scalars, inputs, {"words": words, "exact": exact}, interpret)
     fresh = {f"{side}_{n}": x for side, own in kept["exact"].items() for n, x in own.items()}
@@ -132,31 +132,30 @@ def append(
     return new, kept["words"]
 
 
-def _vectors(form: LayerForm, k, v, positions, s: Step) -> tuple[Array, dict[str, Any]]:
-    """Vectors [J, B', C] of all sequences with those added, and the matrices that turn them.
-
-    J groups of joined heads; or all keys, then all values, of heads apart.
-    """
-    layer, held = form.layer, form.layer.joint
-    if s.joined:
-        x = joint.centred(layer, k, v, positions)[:, 0].swapaxes(0, 1)
-        turns = {"analysis": held["analysis"], "scale": held["analysis_scale"][:, None]}
-    else:
-        arrays, width = (form.group.k_arrays, form.group.v_arrays), max(s.dims)
-        stored = to_stored(layer, arrays[0], k.swapaxes(1, 2), positions)[:, :, 0]
-        sides = zip((stored, v[:, 0].astype(jnp.float32)), arrays, strict=True)
-        x = jnp.concatenate([
-            _padded(x.swapaxes(0, 1) - own["mean"][:, None], width, 1) for x, own in sides
-        ])  # fmt: skip
-        rows = jnp.concatenate([_padded(own["analysis"], width, 2) for own in arrays])
-        turns = {"analysis": rows, "scale": None}
-    return jnp.pad(x, ((0, 0), (0, s.sequences - s.batch), (0, 0))), turns
+def _turns(form: LayerForm) -> dict[str, Array]:
+    """Matrices that turn vectors into coordinates, one of a group, or of each head's K and V."""
+    if form.layer.joint_heads is not None:
+        return {"both": form.layer.joint["analysis"]}
+    return {"k": form.group.k_arrays["analysis"], "v": form.group.v_arrays["analysis"]}
 
 
-def _padded(x: Array, width: int, axes: int) -> Array:
-    """The last axes up to `width`."""
-    first = x.ndim - axes
-    return jnp.pad(x, [(0, width - n if i >= first else 0) for i, n in enumerate(x.shape)])
+def _of_joint(form: LayerForm, s: Step) -> dict[str, Array]:
+    """What else is known of vectors."""
+    held = form.layer.joint
+    if not s.joined:
+        return {"k": form.group.k_arrays["mean"], "v": form.group.v_arrays["mean"]}
+    names = ("center", "analysis_channels", "analysis_scale", "coded")
+    return {name: held[name] for name in names} | ({"mean": held["mean"]} if s.block > 1 else {})
+
+
+def _cosines(form: LayerForm, positions: Int[Array, "B"], s: Step) -> tuple[Array, ...] | None:
+    """Cosines and sines [n, B', H] of where blocks begin and, in longer ones, of what is left."""
+    if s.rope is None:
+        return None
+    positions = jnp.pad(positions, (0, s.sequences - s.batch))
+    offset = positions % s.block
+    at = [positions - offset] + ([offset] if s.block > 1 else [])
+    return rope.tables(s.rope, jnp.stack(at))
 
 
 def _launch(s: Step, scalars, inputs, kept, interpret) -> dict[str, Any]:
@@ -164,22 +163,20 @@ def _launch(s: Step, scalars, inputs, kept, interpret) -> dict[str, Any]:
     first, first_tree = jax.tree.flatten(scalars)
     given, tree = jax.tree.flatten(inputs)
     olds, old_tree = jax.tree.flatten(kept)
-    scratch, scratch_tree = jax.tree.flatten(
-        mosaic_tpu_token.scratch(s, inputs["turns"]["analysis"].shape[1], inputs, kept["exact"])
-    )
+    scratch, scratch_tree = jax.tree.flatten(mosaic_tpu_token.scratch(s, inputs, kept["exact"]))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
 
     def whole(x):
         return pl.BlockSpec(x.shape, lambda i, *_: (0,) * x.ndim)
 
-    def of_group(x):
-        last, rest = len(x) - 1, (0,) * (x.ndim - 1)
-        return pl.BlockSpec((None, *x.shape[1:]), lambda i, *_: (jnp.minimum(i, last), *rest))
+    def of_group(name, x):
+        first, last, rest = s.heads if name == "v" else 0, len(x) - 1, (0,) * (x.ndim - 1)
+        return pl.BlockSpec(
+            (None, *x.shape[1:]), lambda i, *_: (jnp.clip(i - first, 0, last), *rest)
+        )
 
-    specs = {
-        name: jax.tree.map(of_group if name in ("x", "turns") else whole, x)
-        for name, x in inputs.items()
-    }
+    specs: dict[str, Any] = jax.tree.map(whole, inputs)
+    specs["turns"] = {name: of_group(name, x) for name, x in inputs["turns"].items()}
     outs = pl.pallas_call(
         functools.partial(
             mosaic_tpu_token.kernel, s=s,

@@ -51,7 +51,7 @@ class Operands:
     means: Any  # float32 [J, G D, 256], of keys at every place in a page
     gains: Any  # float32 [2, J, p, 128], of keys times what an integer is worth, and of values
     gain_weights: Any  # int8 [J, 32, lanes]
-    places: Any  # int32: tiles read first of each unit, tiles of all, edges, the gains' tile
+    places: Any  # int32: tiles read first of each unit, tiles of all, edges and the gains' tile
     values: Any  # float32 [J, G, E, lanes of values], for `queries.values`
 
 
@@ -155,7 +155,8 @@ def prepare(layer: LinearLayer, pool_lanes: int, rope: Rope | None) -> Operands:
     lanes = _starts(layer) + layer.first[np.array(_sides(layer))][None]  # [J, p] of the pool
     tile = jnp.minimum(lanes // LANES, spec.pool - jnp.asarray(spec.read, jnp.int32)[None])
     gain_lane = layer.first[0] + layer.gain_lane
-    places = (tile, _parts(spec, lanes // LANES - tile), LANES - lanes % LANES, gain_lane // LANES)
+    edges = jnp.append(LANES - lanes % LANES, gain_lane // LANES)
+    places = (tile, _parts(spec, lanes // LANES - tile), edges)
     return Operands(
         matrix=matrix, means=means.reshape(groups, -1, PAGE), gains=_gains(layer, unit),
         gain_weights=_gain_weights(spec, layer, gain_lane),
@@ -324,9 +325,11 @@ def _table(
     """cos and sin at the start of every slot's block, page by page."""
     if rope is None:
         return jnp.zeros((1, 1, 2, SUBLANES, PAGE), jnp.float32)
-    at = first + jnp.arange(pages * PAGE, dtype=jnp.int32)[None]
+    # Constants in the order of words: iotas would be as many launches as all else.
+    slots = page_order(np.arange(pages * PAGE, dtype=np.int32)[None, None])[0, :, 0]
+    at = first[:, :, None] + slots[None]
     both = rotary.tables(rope, at - at % block)
-    out = jnp.stack([page_order(x.swapaxes(1, 2)) for x in both], axis=2)
+    out = jnp.stack([x.swapaxes(2, 3) for x in both], axis=2)
     return jnp.pad(out, ((0, 0),) * 3 + ((0, spec.half - out.shape[3]), (0, 0)))
 
 

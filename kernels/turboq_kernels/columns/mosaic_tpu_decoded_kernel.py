@@ -81,7 +81,7 @@ class Spec:
 
 
 def kernel(
-    spec: Spec, plan, tile0, parts, edges, gain_tile, query_ref, start_ref, end_ref, matrix_ref,
+    spec: Spec, plan, tile0, parts, edges, query_ref, start_ref, end_ref, matrix_ref,
     means_ref, gains_ref, weights_ref, table, words, acc_ref, stats_ref, raw, raw_gains, bits,
     turns, decoded, held_gains, weighted_ref, factors, semaphores,
 ):  # fmt: skip
@@ -96,7 +96,8 @@ def kernel(
         for n in range(each_part)
     ]
     edge = [edges[group * units + p] for p in range(units)]
-    gain_lanes = pl.ds(pl.multiple_of(gain_tile[0] * LANES, LANES), max(spec.gain_tiles, 1) * LANES)
+    gain_tile = edges[edges.shape[0] - 1]
+    gain_lanes = pl.ds(pl.multiple_of(gain_tile * LANES, LANES), max(spec.gain_tiles, 1) * LANES)
 
     def transfers(slot, page):
         for place, n in enumerate(spec.read):

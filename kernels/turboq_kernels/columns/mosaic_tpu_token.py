@@ -2,8 +2,8 @@
 
 The grid goes through two kinds of steps: every group of joined heads (every head, where they are
 apart) turns the vectors of all sequences into coordinates, by one product; then lanes search codes,
-some vectors at a time. The first step also asks for the tokens' words and puts the tokens
-themselves among the sinks and the recent ones, the last one ORs bits into the words.
+some vectors at a time. The first step also asks for the tokens' words, makes vectors of the tokens
+and puts these themselves among the sinks and the recent ones; the last ORs bits into the words.
 
 Vectors of a sequence are numbered: keys of all heads, values of all heads, up to a power of two. A
 lane has the vector l mod V of those that are searched at a time, all heads of some sequences or
@@ -27,11 +27,12 @@ from turboq.cache.columns import NONE
 from turboq.cache.layer import KVLayer
 from turboq.numbers import window_gain
 from turboq.numbers.packing import PAGE, ROWS
+from turboq.numbers.rope import Rope
+from turboq_kernels.columns import mosaic_tpu_vectors as vectors
 from turboq_kernels.encode import mosaic_tpu_search as search
 from turboq_kernels.encode.mosaic_tpu_exact import Token, finish, put_exact, span, transfer
 from turboq_kernels.encode.mosaic_tpu_search import LANES, SUBLANES, Search
 
-_FINITE = 1e30  # coordinates further out count as if they were there
 _NOWHERE = 1 << 30
 
 
@@ -51,10 +52,18 @@ class Step:
     gained: bool
     lanes: int
     wide: int
+    rope: Rope | None
+    block: int
 
     @property
     def groups(self) -> int:
         return self.heads // self.joined if self.joined else 2 * self.heads
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Of the vectors of a group: of keys and of values."""
+        k, v = ((self.joined or 1) * dim for dim in self.dims)
+        return (k, v) if self.joined else (max(k, v), 0)
 
     @property
     def room(self) -> int:
@@ -82,11 +91,14 @@ class Step:
         return self.parts * -(-self.batch // self.each)
 
 
-def scratch(s: Step, rows: int, inputs: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
-    """Memory of the kernel; `rows` of a group's matrix."""
+def scratch(s: Step, inputs: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
+    """Memory of the kernel."""
     gains, found = inputs["sides"]["k"]["gains"], s.sequences * s.room // s.search.vectors
+    rows = max(x.shape[1] for x in inputs["turns"].values())
     out: dict[str, Any] = s.search.scratch() | {
         "gains": pltpu.VMEM((1 if gains is None else gains.shape[1], LANES), jnp.float32),
+        "keys": pltpu.VMEM((s.heads, s.sequences, s.dims[0]), jnp.float32),
+        "vectors": pltpu.VMEM((s.groups, s.sequences, sum(s.channels)), jnp.float32),
         # Vectors begin at any row of theirs, and have all that a search has.
         "turned": pltpu.VMEM((s.groups, rows + s.search.coded, s.sequences), jnp.float32),
         "codes": pltpu.VMEM((found, s.search.vectors, s.search.coded), jnp.float32),
@@ -119,6 +131,7 @@ def vmem_bytes(s: Step, turn: tuple[int, int], layer: KVLayer) -> int:
     one, lanes = s.search.coded * LANES, -(-s.sequences // LANES) * LANES
     numbers = (6 + 2 * (s.search.memory + 1)) * one + s.search.blocks * (LANES << s.search.memory)
     numbers += s.groups * (turn[0] + s.search.coded) * lanes + 3 * turn[0] * turn[1]
+    numbers += s.sequences * (s.groups * sum(s.channels) + 2 * s.heads * s.dims[0])
     numbers += s.sequences * (s.room * (s.search.coded + LANES) + s.lanes + 2 * s.wide)
     numbers += s.batch * ROWS * s.lanes
     numbers += 2 * 2 * s.heads * ((s.search.memory + 4) * s.search.coded + 3 * s.wide)
@@ -172,16 +185,17 @@ def kernel(*refs, s: Step, trees) -> None:
     @pl.when(i == 0)
     def _():
         each(lambda b, at: read(b, at, False))
-        _find_places(x["coded"], room["place"], s)
-        for name in ("wide", "bits"):
+        _find_places(x["joint"], room["place"], s)
+        for name in ("wide", "bits", "keys", "vectors"):
             room[name][...] = jnp.zeros_like(room[name])
         for side in "kv":
             room[side]["tokens"][...] = x[side][...].astype(jnp.float32)
         put_exact(kept["exact"], room, each)
+        vectors.make(x, room, s)
 
     @pl.when(i < s.groups)
     def _():
-        _turn(x, room["turned"], i)
+        vectors.turn(x, room, i, s)
 
     @pl.when(i >= s.groups)
     def _():
@@ -207,7 +221,7 @@ def kernel(*refs, s: Step, trees) -> None:
         each(lambda b, at: pl.when(at.fits)(lambda: finish([copied(b, at, True)])))
 
 
-def _find_places(coded, place, s: Step) -> None:
+def _find_places(held, place, s: Step) -> None:
     """Of every vector: its first row among those of its group, and how many it has."""
     whole = s.joined * s.dims[0]
     for n in range(2 * s.heads):
@@ -217,31 +231,9 @@ def _find_places(coded, place, s: Step) -> None:
             continue
         group, own = divmod(head, s.joined)
         first = side * whole + own * s.dims[side]
-        at = coded[group]
+        at = held["coded"][group : group + 1]
         place[0, n] = jnp.sum((at < first).astype(jnp.int32))
         place[1, n] = jnp.sum(((at >= first) & (at < first + s.dims[side])).astype(jnp.int32))
-
-
-def _turn(x, turned, i) -> None:
-    """Coordinates [rows, B'] of a group, finite. An int8 matrix meets three parts of 8 bits."""
-    vectors, matrix, scale = x["x"][...], x["turns"]["analysis"], x["turns"]["scale"]
-    dims, rows = (((1,), (1,)), ((), ())), matrix.shape[0]
-    if matrix.dtype == jnp.int8:
-        whole = matrix[...].astype(jnp.float32).astype(jnp.bfloat16)
-        y = 0.0
-        for _ in range(3):
-            part = vectors.astype(jnp.bfloat16)
-            y += jax.lax.dot_general(whole, part, dims, preferred_element_type=jnp.float32)
-            vectors -= part.astype(jnp.float32)
-    else:
-        y = jax.lax.dot_general(
-            matrix[...], vectors, dims, precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-    if scale is not None:
-        y *= search.spread(scale[...], jnp.ones((1, y.shape[1]), jnp.float32))
-    turned[i, :rows] = jnp.where(y == y, jnp.clip(y, -_FINITE, _FINITE), 0.0)
-    turned[i, rows:] = jnp.zeros((turned.shape[1] - rows, y.shape[1]), jnp.float32)
 
 
 def _search(x, room, i, s: Step) -> None:
