@@ -1,4 +1,4 @@
-"""The search of window codes on GPUs, interpreted, against XLA's and against every word."""
+"""Searches of window codes by kernels, interpreted, against XLA's and against every word."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from turboq.cache import model_cache
 from turboq.cache.layer import TokenPolicy
 from turboq.numbers import window, window_gain
 from turboq_kernels import columns
-from turboq_kernels.encode import triton_window
+from turboq_kernels.encode import mosaic_tpu_window, triton_window
 
 HEADS = 2
 CASES = {  # states, segments of the two heads, coordinates with those that are not stored, gains
@@ -27,9 +27,19 @@ CASES = {  # states, segments of the two heads, coordinates with those that are 
 }
 
 
+SEARCHES = {"mosaic_tpu": mosaic_tpu_window, "triton": triton_window}
+by_kernel = pytest.mark.parametrize("kernel", SEARCHES)
+
+
 @functools.cache
-def _kernel():
-    return jax.jit(functools.partial(triton_window.encode, interpret=True))
+def search(kernel):
+    return jax.jit(functools.partial(SEARCHES[kernel].encode, interpret=True))
+
+
+def pool(layers, capacity):
+    """As wide as TPU kernels want it."""
+    lanes = model_cache.TPU_LANES
+    return model_cache.init(model_cache.forms(layers), batch=2, capacity=capacity, lanes=lanes)
 
 
 def rows(states, segments, width):
@@ -67,11 +77,12 @@ def error(code, y, gains, weights, h, codes, index):
     return np.square(flat - gain * values) @ np.asarray(weights[h], np.float64)
 
 
+@by_kernel
 @pytest.mark.parametrize("name", CASES)
-def test_codes_leave_what_those_of_xla_leave(name, rng):
+def test_codes_leave_what_those_of_xla_leave(name, kernel, rng):
     """Equal but for ties of float32: error and nearly all codes."""
     code, y, gains, weights = case_of(name, rng)
-    codes, index = _kernel()(code, y, gains, weights)
+    codes, index = search(kernel)(code, y, gains, weights)
     equal = []
     for h in range(HEADS):
         due, due_index = by_xla(code, y, gains, weights, h)
@@ -85,15 +96,16 @@ def test_codes_leave_what_those_of_xla_leave(name, rng):
     assert np.mean(equal) >= TOL["window_equal"], np.mean(equal)
 
 
+@by_kernel
 @pytest.mark.parametrize(("memory", "bits"), [(4, 2), (6, 1), (8, 1)])
-def test_the_least_error_over_every_word(memory, bits, rng):
+def test_the_least_error_over_every_word(memory, bits, kernel, rng):
     """Any weights of the code, not only good ones; 8 coordinates in float64."""
     taps = np.tril(np.ones((8, memory + 1))[:, ::-1], memory)[:, ::-1] * rng.normal(size=memory + 1)
     taps *= np.arange(memory + 1)[None] <= np.arange(8)[:, None]
     step, last = np.full(8, 1.3), np.full(8, 2.0 ** (bits - 1) - 1)
     code = window.Rows(*(jnp.asarray(x, jnp.float32)[None] for x in (step, last, taps)))
     y, weights = rng.normal(size=(1, 1, 20, 8)) * 2, rng.uniform(0.2, 2, (1, 8))
-    codes, _ = _kernel()(
+    codes, _ = search(kernel)(
         code, jnp.asarray(y, jnp.float32), None, jnp.asarray(weights, jnp.float32)
     )  # fmt: skip
     words = np.array(list(itertools.product(range(2**bits), repeat=8)))
@@ -109,14 +121,16 @@ def test_the_least_error_over_every_word(memory, bits, rng):
     np.testing.assert_allclose(found, least, rtol=TOL["window_error"])
 
 
-def test_broken_vectors_as_by_xla_and_no_others(rng):
-    """NaN, a coordinate a thousand steps out, Inf, zeros."""
+@by_kernel
+def test_broken_vectors_as_by_xla_and_no_others(kernel, rng):
+    """NaN (on a TPU as if it were 0), a coordinate a thousand steps out, Inf, zeros."""
     code, y, gains, weights = case_of("16 states, a chunk", rng)
     broken = y.at[0, 0, 0, 5].set(jnp.nan).at[0, 0, 1, 3].set(-3e3).at[0, 0, 2, 0].set(jnp.inf)
     broken = broken.at[1, 0, 0].set(0.0)
-    codes, index = _kernel()(code, broken, gains, weights)
-    whole, _ = _kernel()(code, y, gains, weights)
-    due, due_index = by_xla(code, broken, gains, weights, 0)
+    codes, index = search(kernel)(code, broken, gains, weights)
+    whole, _ = search(kernel)(code, y, gains, weights)
+    held = jnp.nan_to_num(broken, posinf=jnp.inf) if kernel == "mosaic_tpu" else broken
+    due, due_index = by_xla(code, held, gains, weights, 0)
     got, due = np.asarray(codes[:, 0]).reshape(due.shape), np.asarray(due)
     np.testing.assert_array_equal(np.asarray(index[:, 0]).reshape(-1), due_index)
     np.testing.assert_array_equal(got[0, :16] & 1, due[0, :16] & 1)  # places of NaN are anything
@@ -141,10 +155,11 @@ def test_broken_vectors_as_by_xla_and_no_others(rng):
         (1, {"rope": ROPES["partial"], "joined": 1}),
     ],
 )  # fmt: skip
-def test_the_pool_holds_the_same_bits(tokens, options, rng):
+@by_kernel
+def test_the_pool_holds_the_same_bits(tokens, options, kernel, rng):
     """Layers of other bits in every head, sinks, a ring; one sequence gets fewer tokens."""
     layers = make_layers(rng, TokenPolicy(sinks=2, recent=3), **options)
-    states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=300)
+    states, (words,) = pool(layers, 300)
     _, k, v = inputs(rng, 45)
     state, words, _ = write(states[0], words, k, v)
     _, k, v = inputs(rng, tokens)
@@ -153,7 +168,7 @@ def test_the_pool_holds_the_same_bits(tokens, options, rng):
         jax.jit(functools.partial(columns.write, implementation=name, interpret=name != "xla"))(
             state, words, k, v, counts
         )
-        for name in ("triton", "xla")
+        for name in (kernel, "xla")
     )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(due), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -162,17 +177,18 @@ def test_the_pool_holds_the_same_bits(tokens, options, rng):
     assert not np.any(held[:, 1, 44 + tokens])
 
 
-def test_a_full_pool_counts_what_it_has_no_room_for(rng):
+@by_kernel
+def test_a_full_pool_counts_what_it_has_no_room_for(kernel, rng):
     """One launch, and XLA: tokens 256 and 257 of a pool of 256."""
     layers = make_layers(rng, TokenPolicy(sinks=2, recent=3))
-    states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=256)
+    states, (words,) = pool(layers, 256)
     state = dataclasses.replace(states[0], lengths=jnp.array([255, 256], jnp.int32))
     _, k, v = inputs(rng, 1)
     got, due = (
         jax.jit(functools.partial(columns.write, implementation=name, interpret=name != "xla"))(
             state, words, k, v
         )
-        for name in ("triton", "xla")
+        for name in (kernel, "xla")
     )
     assert got[0].overflow.tolist() == [0, 1]
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(due), strict=True):
@@ -184,5 +200,5 @@ def test_a_named_writer_never_falls_back(rng):
     states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=256)
     _, k, v = inputs(rng, 1)
     with pytest.raises(ValueError, match="must be None or one of"):
-        columns.write(states[0], words, k, v, implementation="mosaic_tpu")
+        columns.write(states[0], words, k, v, implementation="mosaic_gpu")
     assert triton_window.unsupported(264) == "264 coordinates are more than 256"

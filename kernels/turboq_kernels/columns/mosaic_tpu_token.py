@@ -130,7 +130,9 @@ def vmem_bytes(s: Step, turn: tuple[int, int], layer: KVLayer) -> int:
     """Of scratch and (twice) operands; `turn` has rows and channels of a group's matrix."""
     one, lanes = s.search.coded * LANES, -(-s.sequences // LANES) * LANES
     numbers = (6 + 2 * (s.search.memory + 1)) * one + s.search.blocks * (LANES << s.search.memory)
-    numbers += s.groups * (turn[0] + s.search.coded) * lanes + 3 * turn[0] * turn[1]
+    # int8 twice, then as float32 and bfloat16; of heads apart float32 of both sides twice.
+    numbers += s.groups * (turn[0] + s.search.coded) * lanes
+    numbers += (2 if s.joined else 4) * turn[0] * turn[1]
     numbers += s.sequences * (s.groups * sum(s.channels) + 2 * s.heads * s.dims[0])
     numbers += s.sequences * (s.room * (s.search.coded + LANES) + s.lanes + 2 * s.wide)
     numbers += s.batch * ROWS * s.lanes

@@ -73,7 +73,7 @@ class Search:
         }
 
 
-def spread(x: Float[Array, "n C"], vectors: Float[Array, "n 128"]) -> Float[Array, "C 128"]:
+def spread(x: Float[Array, "n C"], vectors: Float[Array, "n L"]) -> Float[Array, "C L"]:
     """Rows of x, which are finite, as columns: lane l has those whose `vectors` are 1 there.
 
     Exact: a float32 is the sum of three numbers of 8 bits, times 1.
@@ -185,16 +185,15 @@ def _step(room, t, i: int, carry, s: Search):
     m, k, scaled = s.memory, (-1 - i) % s.memory, room["rows"]["scaled"]
 
     def at(ref):
-        return jnp.broadcast_to(ref[pl.ds(t, 1), :], (SUBLANES, LANES))
+        return jnp.broadcast_to(ref[pl.ds(t, 1), :], (SUBLANES, LANES))[None]
 
     off = at(room["off"])
     for b in range(min(m, 3)):
         if b != k:
             off += at(scaled.at[(b + 1 + i) % m]) * _sign(b)
-    off = off[None]
     for b in range(3, m):
         if b != k:
-            tap = at(scaled.at[(b + 1 + i) % m])[None]
+            tap = at(scaled.at[(b + 1 + i) % m])
             off = jnp.concatenate([off - tap, off + tap], axis=0)
     newest, oldest = at(scaled.at[0]), at(scaled.at[m])
     last, price = at(room["rows"]["last"]), at(room["rows"]["price"])
@@ -212,7 +211,7 @@ def _step(room, t, i: int, carry, s: Search):
 
     costs, paths = _pairs(cost + at(room["common"]), k), _pairs(path, k)
     if k < 3:
-        out = best(off + newest * _sign(k), _iota((SUBLANES, LANES), 0) >> k & 1)
+        out = best(off + newest * _sign(k), _bit(k))
     else:
         both = zip(best(off - newest, 0), best(off + newest, 1), strict=True)
         out = [_join(*pair, k) for pair in both]
@@ -223,7 +222,7 @@ def _step(room, t, i: int, carry, s: Search):
 def _pairs(x: Array, k: int) -> tuple[Array, Array]:
     """Of every place that of its pair whose bit k is 0, and 1; for k > 2 of each pair once."""
     if k < 3:
-        one = (_iota((SUBLANES, LANES), 0) >> k & 1) == 1
+        one = _bit(k) == 1
         near = 1 << k
         low = jnp.where(one, pltpu.roll(x, near, 1), x)
         return low, jnp.where(one, x, pltpu.roll(x, SUBLANES - near, 1))
@@ -242,7 +241,7 @@ def _back(cost, words, s: Search) -> list[Int[Array, "1 128"]]:
     places, turned, none = _places(s), s.coded % s.memory, 1 << s.memory
 
     def over(fold, x):
-        return fold(fold(x, axis=0), axis=0, keepdims=True)
+        return fold(fold(x, axis=0, keepdims=True), axis=1, keepdims=True)
 
     state = (places << turned | places >> s.memory - turned) & none - 1
     state = over(jnp.min, jnp.where(cost == over(jnp.min, cost), state, none))
@@ -252,7 +251,7 @@ def _back(cost, words, s: Search) -> list[Int[Array, "1 128"]]:
     for b in reversed(range(s.blocks)):
         steps = min(STEPS, s.coded - b * STEPS)
         word = over(jnp.sum, jnp.where(places == place, words[b], 0))
-        out.append(word << STEPS - steps & _MASK)
+        out.append((word << STEPS - steps & _MASK)[0])
         place = (word >> steps) & none - 1
     return out[::-1]
 
@@ -282,9 +281,13 @@ def _places(s: Search) -> Int[Array, "R 8 128"]:
     return _iota(s.shape, 0) * SUBLANES + _iota(s.shape, 1)
 
 
-def _sign(bit: int) -> Float[Array, "8 128"]:
-    """Of a bit of the place, in a sublane."""
-    return (2 * (_iota((SUBLANES, LANES), 0) >> bit & 1) - 1).astype(jnp.float32)
+def _bit(bit: int) -> Int[Array, "1 8 128"]:
+    """Of the place, one that the sublane tells."""
+    return _iota((1, SUBLANES, LANES), 1) >> bit & 1
+
+
+def _sign(bit: int) -> Float[Array, "1 8 128"]:
+    return (2 * _bit(bit) - 1).astype(jnp.float32)
 
 
 def _whole(x: Array, last: Array, s: Search) -> Array:
