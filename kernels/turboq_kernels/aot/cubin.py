@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Iterator
 
 _RIEGELI = bytes.fromhex("83af70d10d884a3f")  # first 8 bytes of every Riegeli file
-_BLOCK, _BLOCK_HEADER = 65536, 24
+_BLOCK, _BLOCK_HEADER, _CHUNK_HEADER = 65536, 24, 40
 _ELF = b"\x7fELF"
 _INSTRUCTION = 16
 _BRA, _DEPBAR = 0x947, 0x91A  # low 12 bits of an instruction: the operation
@@ -73,13 +74,11 @@ def costs(executable: bytes) -> dict[str, Cost]:
 
 
 def unwrapped(executable: bytes) -> bytes:
+    """What Riegeli files within each other hold; the bytes themselves where there is none."""
     data = executable
-    for _ in range(4):
-        start = data.find(_RIEGELI)
-        if start < 0:
-            break
-        inner = _chunk_with_elf(_without_block_headers(data[start:]))
-        if inner is None:
+    while (start := data.find(_RIEGELI)) >= 0:
+        inner = b"".join(_chunks(_without_block_headers(data[start:])))
+        if _ELF not in inner:
             break
         data = inner
     return data
@@ -148,13 +147,22 @@ def _without_block_headers(file: bytes) -> bytes:
     return b"".join([blocks[0], *(block[_BLOCK_HEADER:] for block in blocks[1:])])
 
 
-def _chunk_with_elf(file: bytes) -> bytes | None:
-    """The longest Snappy stream that decodes completely and holds an ELF, wherever it starts.
+def _chunks(file: bytes) -> Iterator[bytes]:
+    """Records of all chunks of records, which are compressed with Snappy.
 
-    Short ones may decode by chance.
+    A chunk has a header of 40 bytes: its size at 8, its type at 24. Records are behind their sizes.
     """
-    found = (_snappy(file, start) for start in range(max(file.find(_ELF), 0)))
-    return max((each for each in found if each and _ELF in each), key=len, default=None)
+    at = _BLOCK_HEADER
+    while at + _CHUNK_HEADER <= len(file):
+        size, kind = struct.unpack_from("<Q8xB", file, at + 8)
+        chunk = file[at + _CHUNK_HEADER : at + _CHUNK_HEADER + size]
+        if len(chunk) < size:  # behind the last
+            break
+        if kind == ord("r") and chunk[:1] == b"s":
+            skipped, place = _varint(chunk, 1)
+            _, place = _varint(chunk, place + skipped)
+            yield _snappy(chunk, place) or b""
+        at += _CHUNK_HEADER + size
 
 
 def _snappy(data: bytes, at: int) -> bytes | None:

@@ -28,6 +28,7 @@ from turboq_kernels.columns import (
     queries,
     triton,
     triton_decoded,
+    triton_decoded_step,
     triton_step,
     unit_values,
 )
@@ -161,8 +162,10 @@ def attend(
         )  # fmt: skip
     made = _made(state, words, name) if matrices is None else matrices
     decoded = name == "triton" and triton_decoded.reads(state.form.layer)
-    if name == "triton" and not decoded and triton_step.supported(q, state, tail):
-        return triton_step.attend(
+    if name == "triton" and triton_step.supported(q, state, tail):
+        made = triton_decoded.added(made, state.form.layer, words) if decoded else made
+        step = triton_decoded_step if decoded else triton_step
+        return step.attend(
             q, state, words, tail, made, q_positions=q_positions, window=window, splits=splits,
             interpret=interpret, **options,
         )  # fmt: skip

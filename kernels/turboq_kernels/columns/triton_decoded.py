@@ -91,7 +91,7 @@ def prepare(layer: LinearLayer, rope: Rope, *, pool_lanes: int) -> Decoded:
     bound = jnp.sqrt(2.0) * jnp.max(bound, axis=1)  # of a pair, turned
     power = jnp.floor(jnp.log2(LARGEST / jnp.where(bound > 0, bound, 1.0)))
     scale = jnp.exp2(power)[:, None, None]
-    places = _places(rope, matrix.shape[1])
+    places = pairs_of(rope, matrix.shape[1])
 
     def in_pairs(x):
         """a and b of every pair side by side, along the last axis."""
@@ -113,7 +113,7 @@ def prepare(layer: LinearLayer, rope: Rope, *, pool_lanes: int) -> Decoded:
     )  # fmt: skip
 
 
-def _places(rope: Rope, dim: int) -> tuple[Int[np.ndarray, "C"], Int[np.ndarray, "C"]]:
+def pairs_of(rope: Rope, dim: int) -> tuple[Int[np.ndarray, "C"], Int[np.ndarray, "C"]]:
     """Channels of all pairs, first those that turn; `dim` where there is none."""
     half, rest = rope.dim // 2, np.arange(rope.dim, dim)
     turning = np.arange(rope.dim)
@@ -138,7 +138,7 @@ def _padded(pairs: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
+class Plan:
     """Everything static about a call."""
 
     m: int  # query rows of a KV head, padded
@@ -150,6 +150,7 @@ class _Plan:
     shared: bool  # rotations are those of all sequences
     gained: bool
     asm: bool
+    interpret: bool
 
 
 def logits(
@@ -167,44 +168,69 @@ def logits(
 
     Slot 0 is position first[b] (None: 0).
     """
-    rope, block, own = layer.rope, layer.rope_block, made.decoded
-    assert rope is not None
-    batch, m, _ = rows.shape
-    pages, heads = words.shape[1], own.matrix.shape[0]
-    words = triton.padded(words, made)
-    least = 4 if target().ptx else 8
-    run = triton.tuning(made).run
-    plan = _Plan(
-        m=max(least, pl.next_power_of_2(m // heads)), rows=m // heads, each=heads // made.groups,
-        run=run, places=tuple(width // run for width in triton.widths(made, 0)), block=block,
+    own, heads, pages = made.decoded, made.decoded.matrix.shape[0], words.shape[1]
+    assert layer.rope is not None
+    plan = planned(made, layer, rows.shape[1] // heads, first, interpret)
+    queries, unit = _queries(rows, layer.rope, own, plan)
+    pages_seen = triton.seen_pages(starts, jnp.minimum(ends, pages * PAGE))
+    bias = launch(queries, unit, *pages_seen, words, made, layer, first, plan=plan)
+    return Folded(left=None, largest=None, bias=bias)
+
+
+def planned(
+    made: LinearLayer, layer: KVLayer, rows: int, first: Int[Array, "B"] | None, interpret: bool
+) -> Plan:
+    """What is static about a call of so many query rows of a KV head."""
+    least, run = 4 if target().ptx else 8, triton.tuning(made).run
+    return Plan(
+        m=max(least, pl.next_power_of_2(rows)), rows=rows,
+        each=made.decoded.matrix.shape[0] // made.groups, run=run,
+        places=tuple(width // run for width in triton.widths(made, 0)), block=layer.rope_block,
         shared=first is None, gained=made.gained, asm=target().ptx and not interpret,
+        interpret=interpret,
     )  # fmt: skip
-    low, high = triton.seen_pages(starts, jnp.minimum(ends, pages * PAGE))
-    queries, unit = _queries(rows, rope, own, plan)
+
+
+def launch(
+    queries: Float[Array, "B K N c"],
+    unit: Float[Array, "B M"],
+    low: Int[Array, "_"],
+    high: Int[Array, "_"],
+    words: UInt32[Array, "B P R C"],
+    made: LinearLayer,
+    layer: KVLayer,
+    first: Int[Array, "B"] | None,
+    *,
+    plan: Plan,
+) -> Float[Array, "B M S"]:
+    """`logits` of queries as `_queries` makes them, in pages low[b] to high[b]."""
+    rope, block, own, pages = layer.rope, layer.rope_block, made.decoded, words.shape[1]
+    assert rope is not None
+    words = triton.padded(words, made)
     inputs = {
         "words": words, "queries": queries, "unit": unit, "low": low, "high": high,
         "turns": _turns(rope, block, first, pages * PAGE, own.means.shape[2] // 2),
         "after": jnp.zeros(1, jnp.int32) if first is None else first % block,
-        "gain_lanes": made.gain_lanes[0], "matrix": own.matrix, "means": own.means,
+        "gain_lanes": made.gain_lanes, "matrix": own.matrix, "means": own.means,
         "gains": own.gains, "lanes": own.lanes, "units": own.units,
         "steps": np.full(1, sum(plan.places), np.int32),  # loaded, or short loops are unrolled
         # Loaded and not computed: see `columns.triton`.
         "left": np.arange(15, -1, -1, dtype=np.uint32).reshape(8, 2),
     }  # fmt: skip
     leaves, tree = jax.tree.flatten(inputs)
-    bias = pl.pallas_call(
+    batch, heads, m = len(words), own.matrix.shape[0], unit.shape[1]
+    return pl.pallas_call(
         functools.partial(_kernel, plan=plan, tree=tree),
         grid=(2 * pages, heads, batch),
         out_shape=jax.ShapeDtypeStruct((batch, m, pages * PAGE), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
-        interpret=interpret,
+        interpret=plan.interpret,
         name="turboq_logits",
     )(*leaves)
-    return Folded(left=None, largest=None, bias=bias)
 
 
 def _queries(
-    rows: Float[Array, "B M D"], rope: Rope, own: Decoded, plan: _Plan
+    rows: Float[Array, "B M D"], rope: Rope, own: Decoded, plan: Plan
 ) -> tuple[Float[Array, "B K N c"], Float[Array, "B M"]]:
     """Pairs of channels of pairs of float16 (2 i and 2 i + 1 are row i), and their unit."""
     batch, _, dim = rows.shape
@@ -212,7 +238,7 @@ def _queries(
     largest = jnp.max(jnp.abs(rows), axis=-1)
     unit = jnp.where(largest == 0, 1.0, largest)
     padded = jnp.pad(rows / unit[..., None], ((0, 0), (0, 0), (0, 1)))
-    both = jnp.stack([padded[..., at] for at in _places(rope, dim)], axis=-1)
+    both = jnp.stack([padded[..., at] for at in pairs_of(rope, dim)], axis=-1)
     both = both.reshape(*rows.shape[:2], -1)  # [B, M, 2 C]
     # Not astype there and back, which XLA may leave out.
     high = jax.lax.reduce_precision(both, exponent_bits=5, mantissa_bits=10)
@@ -246,7 +272,7 @@ def _unpacked(word: UInt32[Array, "*s"]) -> Float[Array, "*s"]:
     return jax.lax.bitcast_convert_type(bits, jnp.float32) - 3.0
 
 
-def _kernel(*refs, plan: _Plan, tree) -> None:
+def _kernel(*refs, plan: Plan, tree) -> None:
     x: dict[str, Any] = jax.tree.unflatten(tree, refs[: tree.num_leaves])
     out_ref = refs[tree.num_leaves]
     tile, n, b = (pl.program_id(i) for i in range(3))
@@ -256,7 +282,7 @@ def _kernel(*refs, plan: _Plan, tree) -> None:
     )
 
 
-def _tile(x, out_ref, page, half, n, item, plan: _Plan) -> None:
+def _tile(x, out_ref, page, half, n, item, plan: Plan) -> None:
     group = n // plan.each
     pairs = x["means"].shape[2] // 2
     chunk = _chunk(pairs)
@@ -273,7 +299,7 @@ def _tile(x, out_ref, page, half, n, item, plan: _Plan) -> None:
         if plan.gained:
             code = jnp.zeros((TILE,), jnp.int32)
             for p in range(GAIN_BITS):
-                lane = x["gain_lanes"][unit, p]
+                lane = x["gain_lanes"][0, unit, p]
                 word = plgpu.load(
                     x["words"].at[item, page, at % ROWS, jnp.maximum(lane, 0)],
                     mask=lane >= 0,
@@ -333,7 +359,7 @@ def _tile(x, out_ref, page, half, n, item, plan: _Plan) -> None:
     value = triton.one(found) * x["unit"][item, rows][None, :]
     mask = (row < plan.rows)[None, :] & (slots >= 0)[:, None]
     index = (item, (n * plan.rows + row)[None, :], slots[:, None])
-    store(out_ref, index, value, mask, interpret=not plan.asm)
+    store(out_ref, index, value, mask, interpret=plan.interpret)
 
 
 def _halves(low: Array, high: Array, half: Array, asm: bool) -> Array:

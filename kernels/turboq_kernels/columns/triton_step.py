@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -91,35 +92,41 @@ def attend(
         q, state, words, layer, scale=scale, window=window, softcap=softcap, splits=splits,
         interpret=interpret,
     )  # fmt: skip
-    kept = state.form.layer
     seen = steps.Seen(q_positions, state.lengths, state.dropped)
     by_head = q.reshape(q.shape[0], layer.k.mean.shape[0], -1, q.shape[3])
     ready, start = prepare(by_head, layer, seen, step)
     found = triton.launch(
         ready, words, layer, plan=step.columns, count=step.count, interpret=interpret
     )
-    exact = []
-    if kept.policy.sinks:
-        exact.append((state.exact.k_sinks, state.exact.v_sinks, None))
-    if kept.ring:  # the tail of one token, as the ring has it
-        exact.append((state.exact.k_recent, state.exact.v_recent, tail.positions))
-    return _finish(by_head, found, start, exact, seen, layer, step)
+    exact = exact_of(state, tail)
+    values = {"mean": layer.v.mean, **triton_fold.inputs_of(layer)}
+    return finish(by_head, found, start, exact, seen, values, _values, step)
+
+
+def exact_of(state: LayerState, tail: Tail) -> list[tuple[Any, Any, Any]]:
+    """Sinks and the ring of recent tokens, which is the tail of one token."""
+    kept, out = state.exact, []
+    if state.form.layer.policy.sinks:
+        out.append((kept.k_sinks, kept.v_sinks, None))
+    if state.form.layer.ring:
+        out.append((kept.k_recent, kept.v_recent, tail.positions))
+    return out
 
 
 def planned(
     q: Float[Array, "B 1 H D"], state: LayerState, words: UInt32[Array, "B P R C"],
     layer: LinearLayer, *, scale: float, window: int | None, softcap: float | None,
-    splits: int | None, interpret: bool,
+    splits: int | None, interpret: bool, folded: bool = True,
 ) -> Step:  # fmt: skip
-    """What is static about a step."""
+    """What is static about a step; not `folded`: logits come from another kernel."""
     batch, _, rows, _ = q.shape
     pages, kept = words.shape[1], state.form.layer
     turned = kept.rope is not None
     plan, count = triton.planned(
-        layer, batch, pages, rows, scale=scale, softcap=softcap, splits=splits, turned=turned,
-        per_token=turned, interpret=interpret,
+        layer, batch, pages, rows, scale=scale, softcap=softcap, splits=splits,
+        turned=turned and folded, per_token=turned, interpret=interpret, folded=folded,
     )  # fmt: skip
-    size = kept.rope_block if turned else pages * PAGE
+    size = kept.rope_block if turned and folded else pages * PAGE
     tiles = Tiles(
         rows=rows // layer.k.mean.shape[0], blocks=pages * PAGE // size, size=size, rope=kept.rope
     )
@@ -175,18 +182,18 @@ def _prepare_kernel(*refs, trees, step: Step) -> None:
     @pl.when(program == 0)
     def _():
         item = jnp.arange(out["start"].shape[0], dtype=jnp.int32)
-        begin, end = _bounds(x["seen"], item, item < batch, step)
+        begin, end = bounds(x["seen"], item, item < batch, step)
         some = end > begin
         low = jnp.where(some, begin, 0) // PAGE
         high = jnp.where(some, (end + PAGE - 1) // PAGE, 0)
         steps.place_parts(
             low, high, out["start"], out["parts"], batch, step, step.count, step.splits
         )
-        _of_units(x, out, step)
+        of_units(x, out, step)
 
     rest = jnp.maximum(program - 1, 0)
     tile, b, n = rest % tiles.count, rest // tiles.count % batch, rest // tiles.count // batch
-    begin, end = _bounds(x["seen"], b, None, step)
+    begin, end = bounds(x["seen"], b, None, step)
     wide = tiles.each * tiles.size
 
     @pl.when((program > 0) & (tile == 0))
@@ -206,12 +213,14 @@ def _prepare_kernel(*refs, trees, step: Step) -> None:
         )  # fmt: skip
 
 
-def _of_units(x, out, step: Step) -> None:
+def of_units(x, out, step: Step) -> None:
     """Where the units begin in the pool, and their largest gains of values."""
     put, units = functools.partial(store, interpret=step.interpret), out["most"].shape[0]
     unit = jnp.arange(pl.next_power_of_2(units), dtype=jnp.int32)
     real = unit < units
     for side, ref in enumerate(out["lanes"]):
+        if ref is None:  # not read
+            continue
         own = jnp.minimum(unit, units - 1)
         put(ref, (unit,), step.lanes.first(x, side, own), real)
     count = x["gains"].shape[1]
@@ -221,7 +230,7 @@ def _of_units(x, out, step: Step) -> None:
     put(out["most"], (unit,), jnp.where(most > 0, most, 1.0), real)
 
 
-def _bounds(seen, b, real, step: Step):
+def bounds(seen, b, real, step: Step):
     """Slots that the query tokens of sequences b see."""
     first = 0 if seen.first is None else load(seen.first, (b,), real)
     found = spans(
@@ -230,22 +239,33 @@ def _bounds(seen, b, real, step: Step):
     return found.starts, jnp.minimum(found.ends, step.pages * PAGE)
 
 
-def _finish(
-    q, parts: Partial, start, exact, seen, layer: LinearLayer, step: Step
-) -> Float[Array, "B 1 H E"]:
+Values = Callable[..., Float[Array, "M E"]]
+
+
+def finish(
+    q, parts: Partial, start, exact, seen, layer: dict[str, Any], values: Values, step: Step,
+    units: int = 0,
+) -> Float[Array, "B 1 H E"]:  # fmt: skip
+    """One softmax of every KV head, whose sums over lanes `values` makes values of.
+
+    Args:
+      layer: what `values` reads of it, and the `mean` of values.
+      units: coordinates that it keeps between two products.
+    """
     batch, heads, rows, _ = q.shape
-    dim, width = layer.v.matrix.shape[1], parts.acc.shape[3]
+    dim, width = layer["mean"].shape[1], parts.acc.shape[3]
     inputs = {
         "q": q, "acc": parts.acc, "top": parts.top, "total": parts.total, "start": start,
-        "seen": seen, "exact": exact, "mean": layer.v.mean, **triton_fold.inputs_of(layer),
+        "seen": seen, "exact": exact, **layer,
     }  # fmt: skip
     leaves, tree = jax.tree.flatten(inputs)
-    out, _ = pl.pallas_call(
-        functools.partial(_finish_kernel, tree=tree, step=step),
+    rooms = [width, units] if units else [width]
+    out, *_ = pl.pallas_call(
+        functools.partial(_finish_kernel, tree=tree, values=values, step=step),
         grid=(heads, batch),
         out_shape=[
             jax.ShapeDtypeStruct((batch, 1, heads * rows, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, MIN_ROWS, width), jnp.float32),
+            *(jax.ShapeDtypeStruct((batch, heads, MIN_ROWS, n), jnp.float32) for n in rooms),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
         interpret=step.interpret,
@@ -254,9 +274,10 @@ def _finish(
     return out
 
 
-def _finish_kernel(*refs, tree, step: Step) -> None:
+def _finish_kernel(*refs, tree, values: Values, step: Step) -> None:
     x: dict[str, Any] = jax.tree.unflatten(tree, refs[: tree.num_leaves])
-    out, room = refs[tree.num_leaves :]
+    out, *rooms = refs[tree.num_leaves :]
+    room = rooms[0]
     n, b = pl.program_id(0), pl.program_id(1)
     rows, dim, width = x["q"].shape[2], out.shape[3], room.shape[3]
     row = jnp.arange(MIN_ROWS, dtype=jnp.int32)
@@ -287,7 +308,7 @@ def _finish_kernel(*refs, tree, step: Step) -> None:
     if not step.interpret:
         plgpu.debug_barrier()  # of this program, which reads it in blocks
     channel = jnp.arange(recent.shape[1], dtype=jnp.int32)
-    y = _values(x, room, n, b, row, channel, step)
+    y = values(x, rooms, n, b, row, channel, step)
     mean = load(x["mean"], (n, channel), channel < dim)
     y += mass[:, None] * mean[None, :] + recent * alone[:, None]
     y = jnp.where(broken[:, None], jnp.nan, y)
@@ -295,8 +316,9 @@ def _finish_kernel(*refs, tree, step: Step) -> None:
     put(out, at, y, (row < rows)[:, None] & (channel < dim)[None, :])
 
 
-def _values(x, room, n, b, row, channel, step: Step) -> Float[Array, "M E"]:
-    """This program's sums in `room`, times what the lanes are worth."""
+def _values(x, rooms, n, b, row, channel, step: Step) -> Float[Array, "M E"]:
+    """This program's sums in the room, times what the lanes are worth."""
+    (room,) = rooms
     dim, width = x["v"]["matrix"].shape[1], room.shape[3]
 
     def own(k):
