@@ -262,3 +262,24 @@ def test_mxfp4_by_its_bits():
     ]
     np.testing.assert_array_equal(unpack(blocks, scales), [want])
     assert np.isnan(unpack(blocks, np.array([[127, 255]], np.uint8))[0, 32:]).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["qk_head_dim", "qkv_dim", "meta_tokens", "lookback", "num_cycles"]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+def test_what_may_change_the_cache_is_refused_wherever_it_stands(family, name):
+    """The decoder reads no such field; the planner, which reads the same file, names it."""
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1} if family == "mixtral" else {}
+    small = {
+        "model_type": family, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 99,
+        "max_position_embeddings": 128, **experts,
+    }  # fmt: skip
+    assert len(model_spec(small, "x").layers) == 2
+    for fields, path in (({name: 32}, name), ({"more": {name: 32}}, f"more.{name}")):
+        with pytest.raises(TurboqError) as caught:
+            model_spec(small | fields, "x")
+        assert str(caught.value) == (
+            f"x: config.json: {path}=32 is not understood and may change the cache"
+        )
