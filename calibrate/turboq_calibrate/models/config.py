@@ -17,7 +17,7 @@ from turboq.json_object import read_object
 from turboq.what_fits import from_config
 from turboq_calibrate.models import cache_check, config_gemma4, hf_fp8
 from turboq_calibrate.models.config_experts import read_experts
-from turboq_calibrate.models.config_fields import Reader
+from turboq_calibrate.models.config_fields import Reader, contradiction
 from turboq_calibrate.models.config_latent import ROTATED, latent_fields, rotation_of
 from turboq_calibrate.models.config_rope import Turn, query_growth, read_ropes
 from turboq_calibrate.models.families import FAMILIES, UNREAD_INSIDE, WRAPPERS, Family
@@ -227,10 +227,11 @@ def _decoder_part(config: dict[str, Any], name: str) -> dict[str, Any]:
             f"{family!r}"
         )
     if _QUANTIZED in inner and inner[_QUANTIZED] != outer.get(_QUANTIZED, inner[_QUANTIZED]):
-        raise TurboqError(
-            f"{name}: config.json says {_QUANTIZED}={quoted(outer[_QUANTIZED])} but its "
-            f"text_config {quoted(inner[_QUANTIZED])}: leave one of them out of a copy of the file"
+        said = (
+            f"{_QUANTIZED}={quoted(outer[_QUANTIZED])} and "
+            f"text_config.{_QUANTIZED}={quoted(inner[_QUANTIZED])}"
         )
+        raise contradiction(f"{name}: config.json", said, "the outer one")
     # As in transformers, where the outer one is given (5.x always gives it).
     tied = {k: v for k, v in outer.items() if k == "tie_word_embeddings"}
     return outer | inner | tied

@@ -47,6 +47,19 @@ class Reader:
         return value
 
 
+def contradiction(where: str, said: str, used: str = "") -> TurboqError:
+    """The error for two fields that say one thing differently.
+
+    Args:
+      said: both, with their values.
+      used: the one that transformers reads, if it is the same one for every model type.
+    """
+    way = "the model's authors must mend the file"
+    if used:
+        way = f"transformers reads {used}, as does a copy of the file without the other here"
+    return TurboqError(f"{where}: {said} contradict each other: {way}")
+
+
 def positive(value: Any, key: str, where: str) -> float:
     """`value` as a positive finite float, or a TurboqError naming `key`."""
     number = isinstance(value, int | float) and not isinstance(value, bool)

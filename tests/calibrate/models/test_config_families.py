@@ -181,7 +181,7 @@ def test_longrope_is_read_as_of_short_sequences():
         ({"rope_scaling": {**LONGROPE, "long_factor": [1.0] * 7 + [0]}}, "long_factor=0 must be"),
         (
             {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 9}},
-            "=4096 but 9 among",
+            "=4096 and 9 among",
         ),
         ({"rope_scaling": {**LONGROPE, "type": "ntk"}}, "linear, dynamic, llama3, yarn, longrope"),
         (
