@@ -18,6 +18,7 @@ from turboq.errors import TurboqError, quoted, shortened
 from turboq_calibrate.models import gguf_header, gguf_latent, gguf_recurrent
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.by_head import by_kind
+from turboq_calibrate.models.config_fields import nearest
 from turboq_calibrate.models.gguf_architectures import ARCHITECTURES
 from turboq_calibrate.models.gguf_names import (
     BEFORE,
@@ -64,8 +65,10 @@ class GGUFFile:
         arch = self.metadata.get("general.architecture")
         if not isinstance(arch, str) or arch not in ARCHITECTURES:
             raise TurboqError(
-                f"{self.path}: architecture {quoted(arch)} is not supported (supported: "
-                f"{', '.join(ARCHITECTURES)})"
+                f"{self.path}: architecture {quoted(arch)} is not supported "
+                f"({nearest(arch, ARCHITECTURES)}; `turboq memory` counts its cache, and `turboq "
+                "calibrate --captured` plans its Hugging Face folder if transformers, of the extra "
+                "hf, runs it)"
             )
         self._row = gguf_recurrent.as_stored(ARCHITECTURES[arch], self._tensors)
         self.spec = Geometry(

@@ -233,8 +233,16 @@ def test_parts_of_a_split_file(tmp_path):
 
 
 def test_unsupported_architecture(tmp_path):
-    path = write(tmp_path / "bad.gguf", arch="gemma")
-    refuses(path, path, "architecture 'gemma' is not supported (supported: llama, qwen2, qwen3, qw")
+    path = write(tmp_path / "bad.gguf", arch="gemma3n")
+    with pytest.raises(TurboqError) as caught:
+        load_model(path)
+    assert str(caught.value) == (
+        f"{path}: architecture 'gemma3n' is not supported (nearest: gemma3; `turboq memory` counts "
+        "its cache, and `turboq calibrate --captured` plans its Hugging Face folder if "
+        "transformers, of the extra hf, runs it)"
+    )
+    path = write(tmp_path / "bad.gguf", arch="wavtokenizer-dec")
+    refuses(path, "is not supported (supported: llama, qwen2, qwen3, qw", "`turboq memory` counts")
 
 
 @pytest.mark.parametrize(
