@@ -19,7 +19,13 @@ from turboq_calibrate.models.config_experts import read_experts
 from turboq_calibrate.models.config_fields import OTHER_WEIGHTS, Reader, contradiction, nearest
 from turboq_calibrate.models.config_latent import ROTATED, latent_fields, rotation_of
 from turboq_calibrate.models.config_rope import Turn, query_growth, read_ropes
-from turboq_calibrate.models.families import FAMILIES, UNREAD_INSIDE, WRAPPERS, Family
+from turboq_calibrate.models.families import (
+    FAMILIES,
+    OTHERWISE_READ,
+    UNREAD_INSIDE,
+    WRAPPERS,
+    Family,
+)
 from turboq_calibrate.models.primitives import SWIGLU_ALPHA, SWIGLU_LIMIT
 from turboq_calibrate.models.spec import DeltaNet, LayerSpec, Mamba, ModelSpec
 
@@ -80,6 +86,11 @@ def model_spec(config: dict[str, Any], name: str, *, long_context: bool = False)
     config = _decoder_part(config, name) if inside else config
     family = config.get("model_type")
     row = FAMILIES.get(family) if isinstance(family, str) else None
+    if isinstance(family, str) and family in OTHERWISE_READ:
+        raise TurboqError(
+            f"{name}: model_type {quoted(family)} is not supported: {OTHERWISE_READ[family]} "
+            "(`turboq memory` counts its cache)"
+        )
     if row is None:
         near = nearest(family, [*FAMILIES, *WRAPPERS])
         raise TurboqError(
