@@ -39,8 +39,9 @@ CONTEXT = (
 )  # fmt: skip
 
 # Words of a name that may change the cache, and parts of words that have grown together (nkv).
-WORDS = frozenset(_LISTS["words"])
-_STEM = re.compile("(?<!q)kv|head|window|attn|attention|sliding|cache|mamba|ssm|query|stride|dilat")
+WORDS, WORDS_OF_TEXT = frozenset(_LISTS["words"]), frozenset(_LISTS["words_of_text"])
+_OF_OTHERS = frozenset(_LISTS["words_of_others"])
+_STEM = re.compile("(?<!q)kv|head|window|attn|attention|sliding|cache|mamba|ssm|query")
 # Sizes of K or V by their letters: d_v, dim_k, k_dim, d_qkv, qk_proj_size, expand_k (not top_k).
 _LETTERS, _SIZE = "[qkvo]*[kv][qkvo]*", "dims?|sizes?|rank|channels|width|len|length|count"
 _SIZED = re.compile(
@@ -50,8 +51,7 @@ _SIZED = re.compile(
 # Lists of what each layer is or of which layers, but of experts, rotation and other parts.
 _LAYERS = frozenset({"layer", "layers", "block", "blocks"})
 _OTHER_LAYERS = frozenset(
-    {"moe", "mlp", "expert", "experts", "ffn", "rope", "mtp", "vision", "visual", "audio", "ple",
-     "target"}
+    {"moe", "mlp", "expert", "experts", "ffn", "rope", "mtp", "ple", "target", *_OF_OTHERS}
 )  # fmt: skip
 
 # Containers that are read by themselves, with the names that are understood in them.
@@ -137,7 +137,8 @@ def speaks(name: str) -> bool:
     """Whether a word of `name` (parted by underscores or capitals) may speak of the cache."""
     words = _parted(name)
     sized = _SIZED.search("_".join(words))
-    return bool(sized) or not WORDS.isdisjoint(words) or any(_STEM.search(x) for x in words)
+    own = _OF_OTHERS.isdisjoint(words) and not WORDS_OF_TEXT.isdisjoint(words)
+    return own or bool(sized) or not WORDS.isdisjoint(words) or any(map(_STEM.search, words))
 
 
 def lists_layers(name: str, value: object) -> bool:

@@ -62,7 +62,9 @@ HARMLESS = {
     "num_experts_top_k": 2, "moe_k": 2, "use_qk_norm": True, "qk_l2_clip_threshold": 1.0,
     "qkv_bias": True, "d_ff": 64, "tie_word_embeddings": True, "num_logits_to_keep": 1,
     "moe_layers": [0, 2], "mlp_only_layers": [1], "layer_rope_theta": [1e4, 1e4, 1e6],
-    "hc_sinkhorn_iters": 3, "k_bits": 4, "vocab_size_per_layer_input": 64, "block_size": 128,
+    "hc_sinkhorn_iters": 3, "understand_projector_stride": 2, "anyres_pooling_size": 2,
+    "vit_layers": [3, 7], "output_past": True, "spatial_merge_size": 2,
+    "k_bits": 4, "vocab_size_per_layer_input": 64, "block_size": 128,
 }  # fmt: skip
 
 
