@@ -51,10 +51,13 @@ def parts_of(family):
     return str(reader.fields["general.architecture"].contents()), fields, tensors
 
 
-def write(path, family="qwen3", *, arch=None, fields=None, tensors=None):
-    """A golden GGUF file with fields and tensors added, replaced, or (None) left out."""
+def write(path, family="qwen3", *, arch=None, fields=None, tensors=None, **split):
+    """A golden GGUF file with fields and tensors added, replaced, or (None) left out.
+
+    `split` is the writer's own (`split_max_tensors`): NAME.gguf becomes NAME-00001-of-0000N.gguf.
+    """
     original, old_fields, old_tensors = parts_of(family)
-    writer = gguf.GGUFWriter(path, arch or original)
+    writer = gguf.GGUFWriter(path, arch or original, **split)
     for name, (value, types) in old_fields.items():
         if name not in (fields or {}):
             writer.add_key_value(name, value, types[0], types[1] if len(types) > 1 else None)

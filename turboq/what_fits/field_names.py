@@ -39,10 +39,20 @@ CONTEXT = (
 )  # fmt: skip
 
 # Words of a name that may change the cache, and parts of words that have grown together (nkv).
-WORDS = frozenset(_LISTS["words"])
-_STEM = re.compile("(?<!q)kv|head|window|attn|attention|sliding|cache|mamba|ssm")
-# Sizes of K or V by their letter: d_v, dim_k, k_dim (not top_k).
-_LETTER = re.compile("(?:d|dim|n|num|size|rank)_?[kv]|[kv]_?(?:dim|size|rank|channels|width|len)")
+WORDS, WORDS_OF_TEXT = frozenset(_LISTS["words"]), frozenset(_LISTS["words_of_text"])
+_OF_OTHERS = frozenset(_LISTS["words_of_others"])
+_STEM = re.compile("(?<!q)kv|head|window|attn|attention|sliding|cache|mamba|ssm|query")
+# Sizes of K or V by their letters: d_v, dim_k, k_dim, d_qkv, qk_proj_size, expand_k (not top_k).
+_LETTERS, _SIZE = "[qkvo]*[kv][qkvo]*", "dims?|sizes?|rank|channels|width|len|length|count"
+_SIZED = re.compile(
+    f"(?:^|_)(?:(?:d|n|num|expand|{_SIZE})_?{_LETTERS}|"
+    f"{_LETTERS}(?:_?(?:ratio|factor|expand|expansion)|(?:_[a-z0-9]+)*_?(?:{_SIZE})))(?:_|$)"
+)
+# Lists of what each layer is or of which layers, but of experts, rotation and other parts.
+_LAYERS = frozenset({"layer", "layers", "block", "blocks"})
+_OTHER_LAYERS = frozenset(
+    {"moe", "mlp", "expert", "experts", "ffn", "rope", "mtp", "ple", "target", *_OF_OTHERS}
+)  # fmt: skip
 
 # Containers that are read by themselves, with the names that are understood in them.
 CONTAINERS: dict[str, frozenset[str]] = {
@@ -91,8 +101,7 @@ CHOICES = frozenset(
 QUIET = frozenset(
     {
         *CONTEXT, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "max_window_layers", "no_rope_layers", "no_rope_layer_interval", "qk_rope_head_dim",
-        "mamba_ssm_cache_dtype",
+        "max_window_layers", "no_rope_layers", "no_rope_layer_interval", "mamba_ssm_cache_dtype",
     }
 )  # fmt: skip
 READ = frozenset(
@@ -111,6 +120,9 @@ READ_WITHIN = frozenset(name.rpartition(".")[2] for name in READ) - {
 }  # fmt: skip
 
 HARMLESS = frozenset(_LISTS["harmless"])
+# Harmless only in a file that has a latent vector, index keys, or layers that keep a state.
+BESIDE_LATENT = frozenset(_LISTS["beside_latent"])
+BESIDE_INDEX, BESIDE_STATE = frozenset(_LISTS["beside_index"]), frozenset(_LISTS["beside_state"])
 _TOKEN = re.compile(r"\w+_token_(?:id|index)")  # as of an image
 # Harmless objects whose keys are anything: labels, names of tasks, layers by number.
 FREE = frozenset({"auto_map", "id2label", "label2id", "pruned_heads", "task_specific_params"})
@@ -124,8 +136,16 @@ GGUF_HARMLESS = frozenset(_LISTS["gguf_harmless"])
 def speaks(name: str) -> bool:
     """Whether a word of `name` (parted by underscores or capitals) may speak of the cache."""
     words = _parted(name)
-    sized = _LETTER.fullmatch("_".join(words))
-    return bool(sized) or not WORDS.isdisjoint(words) or any(_STEM.search(x) for x in words)
+    sized = _SIZED.search("_".join(words))
+    own = _OF_OTHERS.isdisjoint(words) and not WORDS_OF_TEXT.isdisjoint(words)
+    return own or bool(sized) or not WORDS.isdisjoint(words) or any(map(_STEM.search, words))
+
+
+def lists_layers(name: str, value: object) -> bool:
+    """Whether it is a list of layers, by which they may be chosen."""
+    words = set(_parted(name))
+    named = isinstance(value, list) and words & _LAYERS and not words & _OTHER_LAYERS
+    return bool(named) and not any(isinstance(x, list | dict) for x in value)  # pyright: ignore
 
 
 def speaks_within(name: str) -> bool:

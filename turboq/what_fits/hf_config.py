@@ -63,7 +63,7 @@ def from_config(config: Mapping[str, Any], name: str, *, source: str = "") -> Ca
     config = {k: v for k, v in config.items() if k not in family.ignored}
     read = Fields(_filled(config, family.filled(nested)), where)
     _refuse_encoders(read, given)
-    read.refuse_unknown()
+    read.refuse_unknown(_beside(read, family))
     count = read.integer("num_hidden_layers", high=MAX_LAYERS // family.caches_per_layer)
     if read.get("block_configs") is not None:
         layers = _blocks(read, count)
@@ -136,7 +136,7 @@ def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     }
     filled = {**absent, **config}
     if config.get("use_mla") is False:  # Hunyuan files describe latent heads that they do not use
-        for key in ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim"):
+        for key in ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", *field_names.BESIDE_LATENT):
             filled.pop(key, None)
     return filled
 
@@ -156,6 +156,17 @@ def _refuse_encoders(read: Fields, model_type: str) -> None:
         )
 
 
+def _beside(read: Fields, family: Family) -> frozenset[str]:
+    """Names that are harmless beside what this file keeps, and may change any other cache."""
+    of_index = ("index_head_dim", "sparse_attention_config")
+    groups = (
+        (family.latent and read.get("kv_lora_rank") is not None, field_names.BESIDE_LATENT),
+        (any(not is_off(read.config.get(key)) for key in of_index), field_names.BESIDE_INDEX),
+        (family.state is not None, field_names.BESIDE_STATE),
+    )
+    return frozenset[str]().union(*(names for holds, names in groups if holds))
+
+
 def _is_latent(read: Fields, family: Family) -> bool:
     if read.get("kv_lora_rank") is not None and not family.latent:
         raise read.fail(
@@ -170,6 +181,7 @@ def _is_latent(read: Fields, family: Family) -> bool:
 def _latent(read: Fields, family: Family, count: int) -> list[CacheLayer]:
     """Layers of one vector per token, some with an index key beside it."""
     read.asked.add("v_head_dim")  # of the expanded heads
+    _check_expanded(read)
     dim = read.integer("kv_lora_rank", high=MAX_DIM // 2)
     dim += read.integer("qk_rope_head_dim", high=MAX_DIM // 2)
     index = read.optional("index_head_dim", high=MAX_DIM) or 0
@@ -190,6 +202,17 @@ def _latent(read: Fields, family: Family, count: int) -> list[CacheLayer]:
         else:
             raise read.fail("layer_types", f"with latent attention is not understood: {BY_HAND}")
     return out
+
+
+def _check_expanded(read: Fields) -> None:
+    """Raises TurboqError if the width of an expanded head is not the sum of its parts."""
+    keys = ("qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim")
+    nope, rope, whole = (
+        None if (value := read.get(key)) is None else read.number(key, value, MAX_DIM, low=0)
+        for key in keys
+    )
+    if nope is not None and rope is not None and whole not in (None, nope + rope):
+        raise read.fail("qk_head_dim", f"is not {keys[0]}={nope} + {keys[1]}={rope}")
 
 
 def _without(read: Fields, family: Family, kind: str) -> CacheLayer:
@@ -252,6 +275,9 @@ def _kv_heads(read: Fields, family: Family, heads: int, count: int) -> tuple[lis
                 f"{quoted(family.model_type)} is not known to keep all of its {heads} heads: "
                 f"{BY_HAND}"
             )
+        for other in ("num_query_heads", "num_attention_heads_per_layer"):
+            if not is_off(read.get(other)):
+                raise read.fail(other, f"without num_key_value_heads is not understood: {BY_HAND}")
         note = f"num_key_value_heads is absent: all {heads} heads, as {family.model_type} has it"
         return [heads] * count, note
     if heads % kv_heads:

@@ -119,9 +119,13 @@ class Fields:
                     f"what layers of model_type {quoted(model_type)} use: {BY_HAND}"
                 )
 
-    def refuse_unknown(self) -> None:
-        """Raises TurboqError for the first field that may change the cache and is not known."""
-        for path, value in _unknown(self.config, field_names.READ):
+    def refuse_unknown(self, beside: frozenset[str] = frozenset()) -> None:
+        """Raises TurboqError for the first field that may change the cache and is not known.
+
+        Args:
+          beside: further names that are harmless in this file.
+        """
+        for path, value in _unknown(self.config, field_names.READ | beside):
             raise TurboqError(
                 f"{self.where}: {shortened(path)}={quoted(value)} is not understood and may change "
                 f"the cache: {BY_HAND}"
@@ -153,7 +157,11 @@ def _unknown(
         elif key in known:
             if key in field_names.CONTAINERS and key != "per_layer_config":
                 yield from _parts(value, field_names.CONTAINERS[key], here)
-        elif field_names.speaks(key) or (path and key in field_names.READ):
+        elif (
+            field_names.speaks(key)
+            or (path and key in field_names.READ)
+            or field_names.lists_layers(key, value)
+        ):
             yield here, value
         else:
             yield from _parts(value, frozenset(), here)

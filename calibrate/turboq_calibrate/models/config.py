@@ -7,7 +7,6 @@ are those of v5 (`rope_parameters`) and of v4 (`rope_theta`, `rope_scaling`).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,16 @@ from turboq.json_object import read_object
 from turboq.what_fits import from_config
 from turboq_calibrate.models import cache_check, config_gemma4, hf_fp8
 from turboq_calibrate.models.config_experts import read_experts
-from turboq_calibrate.models.config_fields import Reader
+from turboq_calibrate.models.config_fields import OTHER_WEIGHTS, Reader, contradiction, nearest
 from turboq_calibrate.models.config_latent import ROTATED, latent_fields, rotation_of
 from turboq_calibrate.models.config_rope import Turn, query_growth, read_ropes
-from turboq_calibrate.models.families import FAMILIES, UNREAD_INSIDE, WRAPPERS, Family
+from turboq_calibrate.models.families import (
+    FAMILIES,
+    OTHERWISE_READ,
+    UNREAD_INSIDE,
+    WRAPPERS,
+    Family,
+)
 from turboq_calibrate.models.primitives import SWIGLU_ALPHA, SWIGLU_LIMIT
 from turboq_calibrate.models.spec import DeltaNet, LayerSpec, Mamba, ModelSpec
 
@@ -81,9 +86,15 @@ def model_spec(config: dict[str, Any], name: str, *, long_context: bool = False)
     config = _decoder_part(config, name) if inside else config
     family = config.get("model_type")
     row = FAMILIES.get(family) if isinstance(family, str) else None
-    if row is None:
+    if isinstance(family, str) and family in OTHERWISE_READ:
         raise TurboqError(
-            f"{name}: model_type {quoted(family)} is not supported ({_nearest(family)}; `turboq "
+            f"{name}: model_type {quoted(family)} is not supported: {OTHERWISE_READ[family]} "
+            "(`turboq memory` counts its cache)"
+        )
+    if row is None:
+        near = nearest(family, [*FAMILIES, *WRAPPERS])
+        raise TurboqError(
+            f"{name}: model_type {quoted(family)} is not supported ({near}; `turboq "
             "memory` counts its cache, and `turboq calibrate --captured` plans it if transformers "
             "runs it)"
         )
@@ -126,12 +137,6 @@ def model_spec(config: dict[str, Any], name: str, *, long_context: bool = False)
     )
     sizes = {} if inside else {k: v for k, v in row.defaults.items() if k in _SIZES}
     return cache_check.check(spec, lambda: from_config({**sizes, **whole}, name))
-
-
-def _nearest(family: Any) -> str:
-    known = [*FAMILIES, *WRAPPERS]
-    close = difflib.get_close_matches(str(family)[:99], known, n=1, cutoff=0.7)
-    return f"nearest: {close[0]}" if close else f"supported: {', '.join(known)}"
 
 
 def _is_factor(key: str) -> bool:
@@ -227,10 +232,11 @@ def _decoder_part(config: dict[str, Any], name: str) -> dict[str, Any]:
             f"{family!r}"
         )
     if _QUANTIZED in inner and inner[_QUANTIZED] != outer.get(_QUANTIZED, inner[_QUANTIZED]):
-        raise TurboqError(
-            f"{name}: config.json says {_QUANTIZED}={quoted(outer[_QUANTIZED])} but its "
-            f"text_config {quoted(inner[_QUANTIZED])}: leave one of them out of a copy of the file"
+        said = (
+            f"{_QUANTIZED}={quoted(outer[_QUANTIZED])} and "
+            f"text_config.{_QUANTIZED}={quoted(inner[_QUANTIZED])}"
         )
+        raise contradiction(f"{name}: config.json", said, "the outer one")
     # As in transformers, where the outer one is given (5.x always gives it).
     tied = {k: v for k, v in outer.items() if k == "tie_word_embeddings"}
     return outer | inner | tied
@@ -314,8 +320,7 @@ def _check_unquantized(read: Reader, row: Family) -> None:
         return
     raise TurboqError(
         f"{read.where}: quantization_config says that the weights are quantized (quant_method "
-        f"{quoted(method)}), which is not supported: give the checkpoint that they were made from, "
-        "or a GGUF file"
+        f"{quoted(method)}), which is not supported: {OTHER_WEIGHTS}"
     )
 
 

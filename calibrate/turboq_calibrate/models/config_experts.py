@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from turboq.errors import TurboqError, quoted
-from turboq_calibrate.models.config_fields import Reader
+from turboq_calibrate.models.config_fields import Reader, contradiction
 from turboq_calibrate.models.spec import Experts
 
 COUNTS = ("num_experts", "num_local_experts")  # one field, by its old and its new name
@@ -52,7 +52,8 @@ def read_experts(
         return [None] * layers
     counts = {read.integer(key) for key in COUNTS if read.config.get(key) is not None}
     if len(counts) > 1:
-        raise TurboqError(f"{read.where}: {' and '.join(COUNTS)} differ: leave one of them out")
+        said = " and ".join(f"{key}={read.config[key]}" for key in COUNTS)
+        raise contradiction(read.where, said)
     count = counts.pop() if counts else read.integer(COUNTS[0])
     chosen = read.integer("num_experts_per_tok")
     if chosen > count:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from turboq.errors import TurboqError, quoted
 
 LARGEST = 2**48
+# What works instead of weights in a format that is not read.
+OTHER_WEIGHTS = "give the checkpoint that they were made from, or a GGUF file"
 
 
 class Reader:
@@ -45,6 +49,26 @@ class Reader:
         if not isinstance(value, bool):
             raise TurboqError(f"{self.where}: {key}={quoted(value)} must be true or false")
         return value
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The name of `known` that is like `name`, or all of them, for an error."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name)[:99], known, n=1, cutoff=0.7)
+    return f"nearest: {close[0]}" if close else f"supported: {', '.join(known)}"
+
+
+def contradiction(where: str, said: str, used: str = "") -> TurboqError:
+    """The error for two fields that say one thing differently.
+
+    Args:
+      said: both, with their values.
+      used: the one that transformers reads, if it is the same one for every model type.
+    """
+    way = "the model's authors must mend the file"
+    if used:
+        way = f"transformers reads {used}, as does a copy of the file without the other here"
+    return TurboqError(f"{where}: {said} contradict each other: {way}")
 
 
 def positive(value: Any, key: str, where: str) -> float:

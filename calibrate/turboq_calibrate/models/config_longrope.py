@@ -16,7 +16,7 @@ import numpy as np
 
 from turboq.errors import TurboqError, quoted
 from turboq.numbers.rope import Rope
-from turboq_calibrate.models.config_fields import Reader, positive
+from turboq_calibrate.models.config_fields import Reader, contradiction, positive
 
 ORIGINAL = "original_max_position_embeddings"
 TYPES = ("longrope", "su")  # one, by its new and its old name
@@ -45,10 +45,8 @@ def original_context(read: Reader, fields: dict[str, Any], default: int | None =
     """The context that a model was trained on before it was stretched."""
     beside, inside = read.config.get(ORIGINAL), fields.get(ORIGINAL)
     if None not in (beside, inside) and beside != inside:
-        raise TurboqError(
-            f"{read.where}: {ORIGINAL}={quoted(beside)} but {quoted(inside)} among the rope "
-            "parameters: leave one of them out of a copy of the file"
-        )
+        said = f"{ORIGINAL}={quoted(beside)} and {quoted(inside)} among the rope parameters"
+        raise contradiction(read.where, said)
     said = Reader({ORIGINAL: inside if beside is None else beside}, read.where)
     return said.integer(ORIGINAL, default)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from turboq.errors import TurboqError, quoted
-from turboq_calibrate.models.config_fields import Reader
+from turboq_calibrate.models.config_fields import Reader, contradiction
 from turboq_calibrate.models.config_windows import FULL
 from turboq_calibrate.models.spec import DeltaNet, Mamba
 
@@ -41,10 +41,7 @@ def read_delta(read: Reader, layers: int) -> list[DeltaNet | None]:
     regular = [(i + 1) % interval != 0 for i in range(layers)]
     said = _listed(read, layers, "layer_types")
     if said is not None and read.config.get(INTERVAL) is not None and said != regular:
-        raise TurboqError(
-            f"{read.where}: layer_types and {INTERVAL}={interval} differ: leave one of them out of "
-            "a copy of the file"
-        )
+        raise contradiction(read.where, f"layer_types and {INTERVAL}={interval}", "layer_types")
     return [one if linear else None for linear in (regular if said is None else said)]
 
 
@@ -56,9 +53,10 @@ def read_mamba(read: Reader, layers: int) -> list[Mamba | None]:
     """
     found = [_listed(read, layers, key) for key in ("layer_types", "layers_block_type")]
     said = [kinds for kinds in found if kinds is not None]
-    if not said or said[0] != said[-1]:
-        why = "differ: leave one of them out of a copy of the file" if said else "are missing"
-        raise TurboqError(f"{read.where}: layer_types and layers_block_type {why}")
+    if not said:
+        raise TurboqError(f"{read.where}: layer_types and layers_block_type are missing")
+    if said[0] != said[-1]:
+        raise contradiction(read.where, "layer_types and layers_block_type", "layers_block_type")
     if not any(said[0]):
         return [None] * layers
     inner = read.integer("mamba_expand", 2) * read.integer("hidden_size")

@@ -11,7 +11,7 @@ import numpy as np
 
 from turboq.errors import TurboqError, quoted
 from turboq.numbers.rope import Rope, Scaling
-from turboq_calibrate.models.config_fields import Reader, positive
+from turboq_calibrate.models.config_fields import Reader, contradiction, positive
 from turboq_calibrate.models.config_longrope import TYPES, longrope
 from turboq_calibrate.models.config_windows import FULL, SLIDING
 from turboq_calibrate.models.config_yarn import yarn
@@ -103,8 +103,9 @@ def _rope(read: Reader, head_dim: int, context: int, rotation: Rotation) -> Turn
         return _rope_of(read, dict(rotation.defaults), head_dim, context, rotation)
     found = {n: _rope_of(read, read.config[n], head_dim, context, rotation) for n in names}
     if len(set(found.values())) > 1:
-        said = " but ".join(f"{name}={quoted(read.config[name])}" for name in names)
-        raise TurboqError(f"{read.where}: {said}: leave one of them out of a copy of the file")
+        said = " and ".join(f"{name}={quoted(read.config[name])}" for name in names)
+        by_kind = rotation.sliding_theta is not None or rotation.unscaled_sliding  # merged there
+        raise contradiction(read.where, said, "" if by_kind else "rope_scaling")
     return found[names[0]] if names else _rope_of(read, {}, head_dim, context, rotation)
 
 
@@ -194,17 +195,19 @@ def _said_once(read: Reader, fields: dict[str, Any], key: str) -> Any:
     """A field of v5's `rope_parameters` that v4 has beside it; None where neither says it."""
     inside, beside = fields.get(key), read.config.get(key)
     if None not in (inside, beside) and inside != beside:
-        raise TurboqError(
-            f"{read.where}: {key}={quoted(beside)} but {quoted(inside)} among the rope parameters: "
-            "leave one of them out of a copy of the file"
-        )
+        said = f"{key}={quoted(beside)} and {quoted(inside)} among the rope parameters"
+        raise contradiction(read.where, said, "the latter")
     return beside if inside is None else inside
 
 
 def _rope_type(read: Reader, fields: dict[str, Any]) -> Any:
     kinds = [fields[key] for key in ("rope_type", "type") if fields.get(key) is not None]
     if kinds[1:] and kinds[0] != kinds[1]:
-        raise TurboqError(f"{read.where}: {quoted(fields)} names two rope types: name one")
+        said = f"rope_type={quoted(kinds[0])} and type={quoted(kinds[1])}"
+        raise contradiction(read.where, said, "rope_type")
     if not kinds and fields.get("factor") is not None:
-        raise TurboqError(f"{read.where}: {quoted(fields)} names no rope type: add rope_type")
+        raise TurboqError(
+            f"{read.where}: {quoted(fields)} names no rope type: the "
+            "model's authors must add it (transformers would not scale)"
+        )
     return kinds[0] if kinds else "default"

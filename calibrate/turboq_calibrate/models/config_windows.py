@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from turboq.errors import TurboqError, quoted
-from turboq_calibrate.models.config_fields import Reader
+from turboq_calibrate.models.config_fields import Reader, contradiction
 from turboq_calibrate.models.config_nope import rotated_layers
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -85,7 +85,8 @@ def every_nth_full(read: Reader, count: int, n: int) -> Windows:
     names = [k for k in ("sliding_window_pattern", "_sliding_window_pattern") if k in read.config]
     periods = {read.integer(name) for name in names} or {n}
     if len(periods) > 1:
-        raise TurboqError(f"{read.where}: {' and '.join(names)} differ: leave one of them out")
+        said = " and ".join(f"{name}={read.config[name]}" for name in names)
+        raise contradiction(read.where, said, names[0])
     types = read.config.get("layer_types")
     if types is None:
         types = [SLIDING if (i + 1) % max(periods) else FULL for i in range(count)]

@@ -48,7 +48,7 @@ def mix(
     z = linear(n, params, "delta_z").reshape(out.shape)
     y = rms_norm(out, params["delta_norm"], spec.norm_eps) * jax.nn.silu(z)
     y = linear(y.reshape(batch, time, -1), params, "delta_out")
-    return y, State(matrix, inputs)
+    return y, State(matrix, inputs, state.counts)
 
 
 def _unit(x: Float[Array, "*A D"]) -> Float[Array, "*A D"]:

@@ -410,5 +410,10 @@ WRAPPERS = {
     "qwen3_5": ("qwen3_5_text",),
     "qwen3_5_moe": ("qwen3_5_moe_text",),
 }
+# Models whose decoder is one of these, but whose prompt is not read as one of these reads it.
+OTHERWISE_READ = {
+    "paligemma": "its Gemma or Gemma 2 reads the prompt both ways, and the decoder here reads all "
+    "text forwards",
+}
 # Fields that a decoder reads by itself, and transformers' model around it does not.
 UNREAD_INSIDE = {"gemma3": frozenset({"final_logit_softcapping"})}

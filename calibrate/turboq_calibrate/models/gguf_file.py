@@ -15,9 +15,10 @@ import gguf
 import numpy as np
 
 from turboq.errors import TurboqError, quoted, shortened
-from turboq_calibrate.models import gguf_header, gguf_latent, gguf_recurrent
+from turboq_calibrate.models import gguf_latent, gguf_recurrent, gguf_split
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.by_head import by_kind
+from turboq_calibrate.models.config_fields import nearest
 from turboq_calibrate.models.gguf_architectures import ARCHITECTURES
 from turboq_calibrate.models.gguf_names import (
     BEFORE,
@@ -38,34 +39,39 @@ GATE_UP = "expert_gate_up"
 
 
 class GGUFFile:
-    """Weight source of one `.gguf` file. Metadata is read at once, tensors on demand.
+    """Weight source of one `.gguf` file, or of all parts of a split one, of which any may be given.
+    Metadata is read at once, tensors on demand.
 
     Raises:
-      TurboqError: unreadable, truncated, or a model the decoder does not do.
+      TurboqError: unreadable, truncated, a part missing, or a model the decoder does not do.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, long_context: bool = False):
-        self.path = Path(path)
-        self.metadata, self._tensors, self._data = gguf_header.read(self.path)
-        parts = self.metadata.get("split.count", 1)
-        if parts not in (0, 1):
-            raise TurboqError(
-                f"{self.path} is one of {quoted(parts)} parts: join them first (llama-gguf-split "
-                "--merge)"
-            )
+        parts = gguf_split.read(Path(path))
+        self.files = [part.path for part in parts]
+        self.path, self.metadata = parts[0].path, parts[0].metadata
+        self._data = [part.data for part in parts]
+        self._tensors = {
+            name: dataclasses.replace(info, part=number)
+            for number, part in enumerate(parts)
+            for name, info in part.tensors.items()
+        }
         for name, info in self._tensors.items():
             if not isinstance(info.kind, gguf.GGMLQuantizationType):
                 raise TurboqError(
-                    f"{self.path}: tensor {shortened(name)} has type {info.kind}, which the gguf "
-                    "package does not know: install a newer gguf, or take a file of another type"
+                    f"{self.files[info.part]}: tensor {shortened(name)} has type {info.kind}, "
+                    "which the gguf package does not know: install a newer gguf, or take a file of "
+                    "another type"
                 )
             if name.endswith(SHARED_ROUTER) and len(info.shape) == 1:  # one row
                 self._tensors[name] = dataclasses.replace(info, shape=(1, *info.shape))
         arch = self.metadata.get("general.architecture")
         if not isinstance(arch, str) or arch not in ARCHITECTURES:
             raise TurboqError(
-                f"{self.path}: architecture {quoted(arch)} is not supported (supported: "
-                f"{', '.join(ARCHITECTURES)})"
+                f"{self.path}: architecture {quoted(arch)} is not supported "
+                f"({nearest(arch, ARCHITECTURES)}; `turboq memory` counts its cache, and `turboq "
+                "calibrate --captured` plans its Hugging Face folder if transformers, of the extra "
+                "hf, runs it)"
             )
         self._row = gguf_recurrent.as_stored(ARCHITECTURES[arch], self._tensors)
         self.spec = Geometry(
@@ -77,10 +83,6 @@ class GGUFFile:
             long=long_context,
         ).spec()
         self._check_tensors()
-
-    @property
-    def files(self) -> list[Path]:
-        return [self.path]
 
     def layer(self, index: int) -> dict[str, np.ndarray]:
         """Float32 weights of one layer but its experts'."""
@@ -150,8 +152,9 @@ class GGUFFile:
     ) -> np.ndarray:
         """A whole tensor, or some of its rows, dequantised and checked."""
         info = self._tensors[name]
-        P.check_shape(name, info.shape, expected, self.path)
-        stored = np.asarray(self._data[info.start : info.start + info.nbytes])
+        file = self.files[info.part]
+        P.check_shape(name, info.shape, expected, file)
+        stored = np.asarray(self._data[info.part][info.start : info.start + info.nbytes])
         assert isinstance(info.kind, gguf.GGMLQuantizationType)  # __init__ refuses others
         raw = stored.reshape(gguf.quants.quant_shape_to_byte_shape(info.shape, info.kind))
         if rows is not None:
@@ -160,13 +163,13 @@ class GGUFFile:
             value = gguf.quants.dequantize(raw, info.kind)
         except NotImplementedError:
             raise TurboqError(
-                f"{self.path}: tensor {name} has type {info.kind.name}, which the gguf package "
+                f"{file}: tensor {name} has type {info.kind.name}, which the gguf package "
                 "cannot dequantise"
             ) from None
         # A float32 tensor comes back as a view of the mapped file: weights must not change with it.
         value = value.astype(np.float32, copy=np.may_share_memory(value, stored))
         value = value.reshape(expected if rows is None else (len(rows), *expected[1:]))
-        P.check_finite(name, value, self.path)
+        P.check_finite(name, value, file)
         return value
 
     def _check_tensors(self) -> None:
@@ -184,7 +187,8 @@ class GGUFFile:
         for name, shape in expected.items():
             if name not in self._tensors:
                 raise TurboqError(f"{self.path}: tensor {name} is missing")
-            P.check_shape(name, self._tensors[name].shape, shape, self.path)
+            info = self._tensors[name]
+            P.check_shape(name, info.shape, shape, self.files[info.part])
         divisors = FACTORS if self._row.longrope else (DIVISORS,)
         blocks = self.metadata[f"{spec.family}.block_count"]
         drafts = tuple(f"blk.{i}." for i in range(len(spec.layers), blocks))
@@ -200,9 +204,10 @@ class GGUFFile:
             if not name.startswith(drafts)
         )
         if extra:
+            file = self.files[self._tensors[extra[0]].part]
             raise TurboqError(
-                f"{self.path}: tensor {shortened(extra[0])} ({len(extra)} in all) has no place in "
-                f"a {spec.family} decoder: the model has a part that is not supported"
+                f"{file}: tensor {shortened(extra[0])} ({len(extra)} in all) has no place in a "
+                f"{spec.family} decoder: the model has a part that is not supported"
             )
 
 

@@ -42,7 +42,8 @@ KINDS = {int(kind): kind for kind in gguf.GGMLQuantizationType}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor lies: row-major `shape`, storage `kind`, bytes [start, start + nbytes).
+    """Where one tensor lies: row-major `shape`, storage `kind`, bytes [start, start + nbytes) of
+    the file, which is number `part` of a split model.
 
     A `kind` that the package does not know stays the file's number; whoever needs the weights
     refuses it.
@@ -53,6 +54,7 @@ class TensorInfo:
     kind: gguf.GGMLQuantizationType | int
     start: int
     nbytes: int
+    part: int = 0
 
 
 class Cursor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from turboq_calibrate.models import hf_fp8, hf_gpt_oss, hf_names, hf_stacked_exp
 from turboq_calibrate.models import params as P
 from turboq_calibrate.models.by_head import by_kind
 from turboq_calibrate.models.config import keeps_weights, model_spec, read_config
+from turboq_calibrate.models.config_fields import OTHER_WEIGHTS
 from turboq_calibrate.models.families import WRAPPERS
 from turboq_calibrate.models.tokenizer import Tokenizer, from_folder
 
@@ -209,13 +210,7 @@ class HFFolder:
                     P.check_shape(name, tuple(info.get_shape()), expected[name], path)
                     types = kinds.get(name, FLOATS)
                     if info.get_dtype() not in types:
-                        scales = hf_fp8.scales_name(name)
-                        bare = info.get_dtype() == hf_fp8.TYPE and scales not in self._file_of
-                        without = f" without {scales}" if bare else ""
-                        raise TurboqError(
-                            f"{path}: tensor {name} has type {info.get_dtype()}{without}, which is "
-                            f"not supported (supported: {', '.join(types)})"
-                        )
+                        raise self._type_error(path, name, info.get_dtype(), types)
         extra = sorted(n for n in self._file_of if n not in expected and not self._redundant(n))
         if extra:
             raise TurboqError(
@@ -223,6 +218,21 @@ class HFFolder:
                 f"has no place in a {spec.family} decoder: the model has a part that is not "
                 "supported"
             )
+
+    def _type_error(self, path: Path, name: str, given: str, types: Sequence[str]) -> TurboqError:
+        said = f"{path}: tensor {name} has type {given}"
+        if given != hf_fp8.TYPE:
+            return TurboqError(
+                f"{said}, which is not supported (supported: {', '.join(types)}): {OTHER_WEIGHTS}"
+            )
+        scales = hf_fp8.scales_name(name)
+        why = f" without {scales}" if scales not in self._file_of else ""
+        if self._fp8 is None:
+            why = f", and config.json has no quantization_config of method {hf_fp8.METHOD}"
+        return TurboqError(
+            f"{said}{why}: FP8 weights are read with one scale for each block alone: "
+            f"{OTHER_WEIGHTS}"
+        )
 
     def _redundant(self, name: str) -> bool:
         """Rotary tables that old checkpoints carry; scales of the cache in an overlay for vLLM;

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from turboq.errors import TurboqError, quoted
+from turboq_calibrate.models.config_fields import OTHER_WEIGHTS
 
 METHOD, TYPE = "fp8", "F8_E4M3"
 Block = tuple[int, int]
@@ -37,8 +38,8 @@ def block_of(settings: Any, where: object) -> Block | None:
     size = settings.get("weight_block_size")
     if not isinstance(size, list) or [type(n) for n in size] != [int, int] or min(size) < 1:
         raise TurboqError(
-            f"{where}: weight_block_size={quoted(size)} must be two whole numbers, such as "
-            "[128, 128]: FP8 weights are read with scales of blocks"
+            f"{where}: weight_block_size={quoted(size)}: FP8 weights are read with one scale for "
+            f"each block of rows and columns alone (as [128, 128]): {OTHER_WEIGHTS}"
         )
     return size[0], size[1]
 

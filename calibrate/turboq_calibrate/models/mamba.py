@@ -49,4 +49,4 @@ def mix(
     y = (out.reshape(batch, time, -1) * jax.nn.silu(z)).reshape(batch, time, mamba.groups, -1)
     y = rms_norm(y, jnp.ones(y.shape[-1:]), spec.norm_eps).reshape(batch, time, -1)
     y = y * params["mamba_norm"].astype(jnp.float32)[None, None]
-    return linear(y, params, "mamba_out"), State(matrix, inputs)
+    return linear(y, params, "mamba_out"), State(matrix, inputs, state.counts)

@@ -61,12 +61,20 @@ def _punctuation(trailing: str) -> str:
     return rf" ?[^\s\p{{L}}\p{{N}}]+[{trailing}]*"
 
 
-def _cased_words(digits: int, after: str = "") -> str:
+def _cased_words(
+    digits: int, after: str = "", trailing: str = r"\r\n/", big: str = _BIG, small: str = _SMALL
+) -> str:
     """Words parted where their case rises: capitals and at least one small letter, or the reverse;
     slashes trail punctuation."""
     lead = r"[^\r\n\p{L}\p{N}]?"
-    words = (f"{lead}{_BIG}*{_SMALL}+{after}", f"{lead}{_BIG}+{_SMALL}*{after}")
-    return "|".join((*words, _number(digits), _punctuation(r"\r\n/"), _SPACES))
+    words = (f"{lead}{big}*{small}+{after}", f"{lead}{big}+{small}*{after}")
+    return "|".join((*words, _number(digits), _punctuation(trailing), _SPACES))
+
+
+def _class(ranges: str) -> str:
+    """A class of characters from their code points, ranges of them in hexadecimal."""
+    ends = [[chr(int(end, 16)) for end in part.split("-")] for part in ranges.split()]
+    return "[" + "".join("-".join(pair) for pair in ends) + "]"
 
 
 _ASCII = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
@@ -81,6 +89,32 @@ _DEEPSEEK_V3 = (
             _SPACES,
         )
     ),
+)
+# Cased letters of some Unicode version (of Armenian and Georgian capitals alone); punctuation; Han,
+# Kana and more; Hangul.
+_DEEPSEEK_LLM = (
+    r"[\r\n]",
+    r"\s?"
+    + _class(
+        "41-5a 61-7a b5 c0-d6 d8-f6 f8-1ba 1bc-1bf 1c4-293 295-2af 370-373 376 377 37b-37d 37f 386 "
+        "388-38a 38c 38e-3a1 3a3-3f5 3f7-481 48a-52f 531-556 10a0-10c5 13a0-13f5 13f8-13fd "
+        "1c90-1cba 1cbd-1cbf 1d00-1d2b 1d6b-1d77 1d79-1d9a 1e00-1f15 1f18-1f1d 1f20-1f45 1f48-1f4d "
+        "1f50-1f57 1f59 1f5b 1f5d 1f5f-1f7d 1f80-1fb4 1fb6-1fbc 1fbe 1fc2-1fc4 1fc6-1fcc 1fd0-1fd3 "
+        "1fd6-1fdb 1fe0-1fec 1ff2-1ff4 1ff6-1ffc 2102 2107 210a-2113 2115 2119-211d 2124 2126 2128 "
+        "212a-212d 212f-2134 2139 213c-213f 2145-2149 214e 2183 2184 2c00-2c7b 2c7e-2ce4 2ceb-2cee "
+        "2cf2 2cf3 a640-a66d a680-a69b a722-a76f a771-a787 a78b-a78e ab70-abbf fb00-fb06 fb13-fb17 "
+        "ff21-ff3a ff41-ff5a 10400-1044f 104b0-104d3 104d8-104fb 10c80-10cb2 10cc0-10cf2 "
+        "118a0-118df 1e900-1e943"
+    )
+    + "+",
+    r"\s?" + _class("21-2f 3a-7e ff01-ff0f ff1a-ff5e 2018-201f 3000-3002") + "+",
+    r"\s+$",
+    _class("800-9fa5 ac00-d7ff") + "+",
+    r"\p{N}+",
+)
+_NO_HAN = r"&&[^\p{Han}]]"
+_KIMI = r"\p{Han}+|" + _cased_words(
+    3, f"{_CONTRACTION}?", r"\r\n", f"{_BIG[:-1]}{_NO_HAN}", f"{_SMALL[:-1]}{_NO_HAN}"
 )
 _GPT2, _DIGITS = Splits(gpt2=True), Splits(gpt2=True, digits=True)
 _LLAMA3 = Splits(patterns=(_words(3),), whole=True, bos=True)
@@ -110,6 +144,8 @@ SPLITS = {
     "gpt-4o": _O200K,
     "tekken": Splits(patterns=(_cased_words(1),), whole=True, bos=True),
     "deepseek-v3": Splits(patterns=_DEEPSEEK_V3),
+    "deepseek-llm": Splits(patterns=_DEEPSEEK_LLM),
+    "kimi-k2": Splits(patterns=(_KIMI,)),
     "dbrx": _CL100K,
     "smaug-bpe": _CL100K,
     "glm4": _CL100K,

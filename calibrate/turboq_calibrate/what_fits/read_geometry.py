@@ -49,11 +49,14 @@ def _from_json(path: Path, name: str) -> CacheGeometry:
 
 
 def _from_gguf(path: Path) -> CacheGeometry:
-    from turboq_calibrate.models import gguf_header
+    from turboq_calibrate.models import gguf_header, gguf_split
 
-    metadata, tensors, _ = gguf_header.read(path)
-    found = from_metadata(metadata, path.stem, source=str(path))
-    return _with(found, weight_files.of_gguf(path, metadata, tensors.values()))
+    part = gguf_split.Part(path, *gguf_header.read(path))
+    if part.metadata.get(gguf_split.NUMBER):  # the first part describes the model
+        path = gguf_split.series(path)[0]
+        part = gguf_split.Part(path, *gguf_header.read(path))
+    found = from_metadata(part.metadata, path.stem, source=str(path))
+    return _with(found, weight_files.of_gguf(part))
 
 
 def _with(found: CacheGeometry, files: weight_files.WeightFiles) -> CacheGeometry:

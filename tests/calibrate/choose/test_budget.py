@@ -14,7 +14,7 @@ from plan_cases import geometry, random_fit
 from unchecked import unchecked
 
 from turboq.cache.layer import TokenPolicy
-from turboq.codecs import Exact, PerHead, TurboQuantMSE
+from turboq.codecs import Exact, Ggml, PerHead, TurboQuantMSE
 from turboq.errors import TurboqError
 from turboq.plan.constraints import Constraints, match
 from turboq_calibrate.candidates.makers import named
@@ -161,6 +161,50 @@ def test_memory_at_a_context_is_what_the_plan_will_take(table, context, batch, r
     assert met >= 6  # tables are shared, so that what they leave is not searched exhaustively
     with pytest.raises(TurboqError, match=rf"smallest feasible budget is {low}B \("):
         within(of, Budget.parse(f"{context}x{batch}@{low - 1}B"), policy=POLICY)
+
+
+SLIDING: dict[int, int] = {1: 300, 2: 2}  # layer -> window; layer 0 keeps all tokens
+PAGES = {1: 3, 2: 2}  # ceil((W - 1) / 256) + 1
+
+
+@pytest.fixture(scope="module")
+def sliding():
+    """Candidates without arrays or tables, of a model whose layers 1 and 2 slide."""
+    plain = geometry(layers=3, kv_heads=1, k_dim=32, v_dim=32)
+    layers = tuple(dataclasses.replace(x, window=SLIDING.get(x.index)) for x in plain.layers)
+    layout = dataclasses.replace(plain, layers=layers)
+    formats = [Ggml(dim=32, type="q4_0"), Ggml(dim=32, type="q8_0"), Exact(dim=32)]
+    return layout, build_table(layout, [named(str(i), codec) for i, codec in enumerate(formats)])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("context", "batch"), [(4096, 1), (700, 3)])
+def test_windows_take_their_part_of_a_context(sliding, context, batch, seed):
+    """The best of all choices, with bytes counted by hand: 4.5, 8.5 and 16 bits of 32 channels."""
+    layout, made = sliding
+    rng = np.random.default_rng(seed)
+    of = Problem.of(made, rng.uniform(0.5, 1.5, (6, 1)) * 0.3 ** np.arange(3) + rng.random((6, 3)))
+    pages = -(-context // 256)
+    tokens = [256 * batch * min(pages, PAGES.get(unit.layer, 99)) for unit in of.units]
+    each = np.outer(tokens, [18, 34, 64])  # bytes of a block of 32 numbers
+    every = np.array(list(itertools.product(range(3), repeat=6)))
+    taken = each[np.arange(6), every].sum(1)
+    costs = of.costs[np.arange(6), every].sum(1)
+    without = dataclasses.replace(of, windows=(None,) * 6)
+    better = 0
+    for nbytes in np.linspace(taken.min(), taken.max() - 1, 9).astype(int):
+        budget = Budget.parse(f"{context}x{batch}@{nbytes}B")
+        found = within(of, budget, gap=0.0)
+        best = costs[taken <= nbytes].min()
+        assert found.cost == pytest.approx(best, abs=1e-12)
+        assert found.used == each[np.arange(6), found.chosen].sum() <= nbytes
+        plan, _ = made.to_plan(layout, found.chosen)
+        assert plan.residency(context, batch).total == found.used
+        try:
+            better += best < within(without, budget, gap=0.0).cost - 1e-9
+        except TurboqError:  # nothing fits that keeps all tokens everywhere
+            better += 1
+    assert better >= 3
 
 
 def test_exact_tokens_of_the_policy_take_their_part(table, rng):

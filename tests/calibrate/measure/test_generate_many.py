@@ -44,8 +44,12 @@ def layers_of(model, codec, **policy):
     return plan.kv_layers(collect_arrays(plan, random_fit(geometry)))
 
 
-# mistral: a sliding window of 6
-@pytest.mark.parametrize("family", ["llama3", "mistral"])
+# mistral: a sliding window of 6; gpt_oss: logit sinks; deepseek_v2: latent vectors; qwen3_next and
+# granite_hybrid: layers that keep a state; gemma4: layers that read another's cache
+@pytest.mark.parametrize(
+    "family",
+    ["llama3", "mistral", "gpt_oss", "deepseek_v2", "qwen3_next", "granite_hybrid", "gemma4"],
+)
 def test_a_batch_of_exact_caches_is_plain_generation(family):
     model = load_model(GOLDEN / family)
     prompts = prompts_of(model)

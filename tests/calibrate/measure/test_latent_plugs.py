@@ -11,6 +11,7 @@ from tolerances import TOL
 
 from turboq.cache import contiguous, model_cache
 from turboq.cache.layer import KVLayer, TokenPolicy, uniform_layer
+from turboq.cache.pool import Pool
 from turboq.cache.simulate import simulate, simulated_attention
 from turboq.codecs import IntAffine, TurboQuantMSE
 from turboq.codecs.observed import Observed
@@ -152,3 +153,57 @@ def test_a_prompt_sees_itself_exactly(rng, spec):
     written, _ = jax.jit(contiguous.write)(layer, empty, k, v)
     for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(written), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+LENGTHS, NEW = (70, 21), 3  # of two prompts: over the end of a page of 64, and within one
+
+
+def continued(layer, spec, q, k, v, prompt):
+    """A contiguous cache of one sequence: its prompt, then one token at a time."""
+    cache, out = contiguous.init(layer, batch=1, capacity=256), []
+    for start, stop in ((0, prompt), *((t, t + 1) for t in range(prompt, q.shape[1]))):
+        cache, tail = jax.jit(contiguous.write)(layer, cache, k[:, start:stop], v[:, start:stop])
+        at = jnp.arange(start, stop, dtype=jnp.int32)[None]
+        out.append(
+            cache_attention(q[:, start:stop], layer, cache, tail, q_positions=at, scale=spec.scale)
+        )
+    return np.concatenate(out, axis=1)
+
+
+@pytest.mark.parametrize("rope", [ROPE, None])
+def test_sequences_in_a_pool_of_pages(rng, spec, rope):
+    """Two prompts of their own lengths, a fork of one, and tokens of all three together: what the
+    contiguous cache of each alone gives, and float64."""
+    layer = dataclasses.replace(layers(rng)["by layer"], rope=rope)
+    pool = Pool([layer], pages=8, rows=4, per_sequence=2, page=64)
+    prompts = [[x[:1] for x in inputs(rng, tokens)] for tokens in LENGTHS]
+    found = []
+
+    def attend(names, q, k, v):
+        where = pool.step(names, [q.shape[1]] * len(names))
+        tail = pool.write(0, where, k, v)
+        at = where.starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+        return cache_attention(
+            q, layer, pool.view(0, where), tail, q_positions=at, scale=spec.scale
+        )
+
+    names = [pool.pager.create() for _ in prompts]
+    for name, prompt in zip(names, prompts, strict=True):
+        found.append([attend([name], *prompt)])
+    names.append(pool.pager.fork(names[0]))
+    found.append(list(found[0]))
+    whole = [*prompts, prompts[0]]
+    for _ in range(NEW):
+        new = [[x[:1] for x in inputs(rng, 1)] for _ in names]
+        out = attend(names, *(jnp.concatenate(x) for x in zip(*new, strict=True)))
+        whole = [
+            [jnp.concatenate(x, axis=1) for x in zip(old, own, strict=True)]
+            for old, own in zip(whole, new, strict=True)
+        ]
+        for i, outs in enumerate(found):
+            outs.append(out[i : i + 1])
+    close = {"rtol": 0, "atol": TOL["packed_attention"]}
+    for outs, (q, k, v) in zip(found, whole, strict=True):
+        got, prompt = np.concatenate(outs, axis=1), q.shape[1] - NEW
+        np.testing.assert_allclose(got, continued(layer, spec, q, k, v, prompt), **close)
+        np.testing.assert_allclose(got, by_hand(layer, q, k, v, spec.scale), **close)

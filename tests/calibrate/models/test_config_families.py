@@ -8,6 +8,7 @@ import pytest
 
 from turboq.errors import TurboqError
 from turboq.numbers.rope import Rope
+from turboq.what_fits import from_config
 from turboq_calibrate.models.config import model_spec
 from turboq_calibrate.models.hf_gpt_oss import unpack
 from turboq_calibrate.models.params import parameter_count
@@ -181,7 +182,7 @@ def test_longrope_is_read_as_of_short_sequences():
         ({"rope_scaling": {**LONGROPE, "long_factor": [1.0] * 7 + [0]}}, "long_factor=0 must be"),
         (
             {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 9}},
-            "=4096 but 9 among",
+            "=4096 and 9 among",
         ),
         ({"rope_scaling": {**LONGROPE, "type": "ntk"}}, "linear, dynamic, llama3, yarn, longrope"),
         (
@@ -262,3 +263,43 @@ def test_mxfp4_by_its_bits():
     ]
     np.testing.assert_array_equal(unpack(blocks, scales), [want])
     assert np.isnan(unpack(blocks, np.array([[127, 255]], np.uint8))[0, 32:]).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["qk_head_dim", "qkv_dim", "meta_tokens", "lookback", "num_cycles"]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+def test_what_may_change_the_cache_is_refused_wherever_it_stands(family, name):
+    """The decoder reads no such field; the planner, which reads the same file, names it."""
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1} if family == "mixtral" else {}
+    small = {
+        "model_type": family, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 99,
+        "max_position_embeddings": 128, **experts,
+    }  # fmt: skip
+    assert len(model_spec(small, "x").layers) == 2
+    for fields, path in (({name: 32}, name), ({"more": {name: 32}}, f"more.{name}")):
+        with pytest.raises(TurboqError) as caught:
+            model_spec(small | fields, "x")
+        assert str(caught.value) == (
+            f"x: config.json: {path}=32 is not understood and may change the cache"
+        )
+
+
+@pytest.mark.parametrize("text", ["gemma", "gemma2"])
+def test_paligemma_is_refused_with_the_reason_and_counted(text):
+    """Its prompt is read both ways: forwards alone it would be another model."""
+    inner = {"model_type": text, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
+             "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "sliding_window": 512, "vocab_size": 99}  # fmt: skip
+    inner = inner if text == "gemma2" else {**inner, "sliding_window": None}
+    file = {"model_type": "paligemma", "text_config": inner, "vision_config": {"image_size": 224}}
+    with pytest.raises(TurboqError) as caught:
+        model_spec(file, "x")
+    assert str(caught.value) == (
+        "x: model_type 'paligemma' is not supported: its Gemma or Gemma 2 reads the prompt both "
+        "ways, and the decoder here reads all text forwards (`turboq memory` counts its cache)"
+    )
+    windows = [512, None] * 2 if text == "gemma2" else [None] * 4
+    found = from_config(file, "x").layers
+    assert [(x.kv_heads, x.k_dim, x.window) for x in found] == [(2, 16, w) for w in windows]

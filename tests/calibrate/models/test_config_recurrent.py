@@ -96,7 +96,7 @@ def test_layer_types_and_interval():
     assert kinds(full_attention_interval=2) == "dadad"
     types = [FULL, LINEAR, LINEAR, FULL, LINEAR]
     assert kinds(layer_types=types) == "addad"
-    with pytest.raises(TurboqError, match="layer_types and full_attention_interval=2 differ"):
+    with pytest.raises(TurboqError, match="layer_types and full_attention_interval=2 contradict"):
         kinds(layer_types=types, full_attention_interval=2)
 
 
@@ -210,7 +210,7 @@ def test_granite_4_micro_has_attention_alone():
         ({"layer_types": [MIXER] * 40}, "no layer"),
         ({"layer_types": [MIXER] * 39}, "for each of the 40 layers"),
         ({"layer_types": ["conv"] * 40}, "must name one of full_attention, linear_attention"),
-        ({"layers_block_type": [ATTENTION] * 40}, "layer_types and layers_block_type differ"),
+        ({"layers_block_type": [ATTENTION] * 40}, "layer_types and layers_block_type contradict"),
         ({"time_step_limit": [1.0, 0.5]}, "time_step_limit=.1.0, 0.5. must be two numbers"),
         ({"time_step_limit": [0.0, None]}, "must be two numbers"),
         (

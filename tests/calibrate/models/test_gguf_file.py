@@ -65,7 +65,7 @@ def test_written_again_it_is_the_same_model(tmp_path):
         ({"qwen3.rope.scaling.type": "linear"}, "qwen3.rope.scaling.factor is missing"),
         ({"qwen3.expert_count": 8}, "qwen3.expert_count is set, which is not supported"),
         ({"qwen3.final_logit_softcapping": 30.0}, "final_logit_softcapping is set"),
-        ({"split.count": 2}, "is one of 2 parts"),
+        ({"split.count": 2}, "is one of several files and not named NAME-00001-of-00002"),
     ],
 )
 def test_bad_gguf_metadata(tmp_path, fields, message):
@@ -214,27 +214,17 @@ def test_an_unknown_weight_type_is_refused_where_weights_are_needed(tmp_path):
     assert found.weights_bytes == want.weights_bytes + tensors[K_NAME].nbytes - whole[K_NAME].nbytes
 
 
-def test_parts_of_a_split_file(tmp_path):
-    """Only the first part describes the model; none holds all of its weights."""
-    first = write(tmp_path / "m-00001-of-00002.gguf", fields={"split.count": 2, "split.no": 0})
-    assert read_geometry(first).weights_bytes is None
-    assert read_geometry(first).weights_from == "m-00002-of-00002.gguf is missing"
-    second = tmp_path / "m-00002-of-00002.gguf"
-    writer = gguf.GGUFWriter(second, "qwen3")
-    writer.kv_data[0].clear()
-    writer.add_uint16("split.no", 1)
-    writer.add_uint16("split.count", 2)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    refuses(second, second, "is one of 2 parts")
-    with pytest.raises(TurboqError, match=r"00002-of-00002 is part 1 \(from 0\) of 2, .*the first"):
-        read_geometry(second)
-
-
 def test_unsupported_architecture(tmp_path):
-    path = write(tmp_path / "bad.gguf", arch="gemma")
-    refuses(path, path, "architecture 'gemma' is not supported (supported: llama, qwen2, qwen3, qw")
+    path = write(tmp_path / "bad.gguf", arch="gemma3n")
+    with pytest.raises(TurboqError) as caught:
+        load_model(path)
+    assert str(caught.value) == (
+        f"{path}: architecture 'gemma3n' is not supported (nearest: gemma3; `turboq memory` counts "
+        "its cache, and `turboq calibrate --captured` plans its Hugging Face folder if "
+        "transformers, of the extra hf, runs it)"
+    )
+    path = write(tmp_path / "bad.gguf", arch="wavtokenizer-dec")
+    refuses(path, "is not supported (supported: llama, qwen2, qwen3, qw", "`turboq memory` counts")
 
 
 @pytest.mark.parametrize(
@@ -349,7 +339,8 @@ def test_every_weight_type_of_the_package_is_read(tmp_path, rng, kind):
     writer.close()
     source = object.__new__(GGUFFile)
     source.path = tmp_path / "t.gguf"
-    source.metadata, source._tensors, source._data = gguf_header.read(source.path)
+    source.metadata, source._tensors, data = gguf_header.read(source.path)
+    source._data, source.files = [data], [source.path]
     got = source._read("t", (4, width))
     assert got.dtype == np.float32
     assert got.flags.owndata or got.base.flags.owndata  # never a view of the mapped file

@@ -165,7 +165,11 @@ def small(**fields):
         ({"qk_rope_head_dim": None}, "qk_rope_head_dim is missing"),
         ({"model_type": "deepseek_v2", "norm_topk_prob": True, "topk_method": "greedy"},
          "norm_topk_prob=True is not supported"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "must be two whole numbers"),
+        ({"quantization_config": FP8 | {"weight_block_size": None}},
+         "weight_block_size=None: FP8 weights are read with one scale for each block of rows and "
+         "columns alone (as [128, 128]): give the checkpoint that they were made from, or a GGUF "
+         "file"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size=None: FP8 weights"),
         ({"quantization_config": FP8 | {"fmt": "e5m2"}}, "fmt='e5m2' is not supported: e4m3"),
         ({"model_type": "llama"}, "kv_lora_rank=16 is not supported"),
     ],
@@ -209,7 +213,24 @@ def test_fp8_weights_without_scales_and_layers_that_draft(tmp_path):
     assert raw.count(scales.encode()) == 1
     renamed = raw.replace(scales.encode(), scales.replace("scale_inv", "other_inv").encode())
     (bare / "model.safetensors").write_bytes(renamed)
-    refuses(bare, name.format(0), "F8_E4M3", "scale_inv")
+    tail = (
+        "FP8 weights are read with one scale for each block alone: give the checkpoint that they "
+        "were made from, or a GGUF file"
+    )
+    has = f"{bare / 'model.safetensors'}: tensor {name.format(0)} has type F8_E4M3"
+    with pytest.raises(TurboqError) as caught:
+        load_model(bare)
+    assert str(caught.value) == f"{has} without {scales}: {tail}"
+    config = json.loads((bare / "config.json").read_text())
+    del config["quantization_config"]
+    (bare / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TurboqError) as caught:
+        load_model(bare)
+    first = str(caught.value)
+    assert first.startswith(f"{bare / 'model.safetensors'}: tensor model.layers.0.")
+    assert first.endswith(
+        f" has type F8_E4M3, and config.json has no quantization_config of method fp8: {tail}"
+    )
 
 
 @pytest.mark.parametrize(

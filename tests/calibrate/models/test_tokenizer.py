@@ -14,6 +14,7 @@ import regex
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from split_rules import NFC, SAME, SPLITS, WHOLE
 from transformers import GemmaTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 from turboq.errors import TurboqError
@@ -34,57 +35,9 @@ TEXTS = [
     "a" * 50,
     "aB HTTPServer's camelCase XMLHttp /path//to/ [\n/\n \u01c5ab \u02b0A a\u0301B",
     "中文と日本語ひらがなカタカナ12345年 .method #tag @user \u4e00\u9fa6x",
+    "getUserName's 中文Ab漢字 "
+    "ARMENIAN \u0531\u0561 \u10a0\u10d0 \u1fbe\u2126\u212a \u3000\u3002\u2018x 한국어",
 ]
-CONTRACTION = "'s|'t|'re|'ve|'m|'ll|'d"
-# Published splitting rules: each a pass over the pieces of the one before.
-SPLITS = {
-    "gpt-2": [rf"{CONTRACTION}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"],
-    "smollm": [
-        r"\p{N}",
-        rf"{CONTRACTION}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+",
-    ],
-    "llama-bpe": [
-        rf"(?i:{CONTRACTION})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ],
-    "qwen2": [
-        rf"(?i:{CONTRACTION})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ],
-    "qwen35": [
-        rf"(?i:{CONTRACTION})|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
-        r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ],
-    "gpt-4o": [
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-        rf"(?i:{CONTRACTION})?"
-        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-        rf"(?i:{CONTRACTION})?"
-        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ],
-    "tekken": [
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ],
-    "deepseek-v3": [
-        r"\p{N}{1,3}",
-        "[\u4e00-\u9fa5\u3040-\u30ff]+",
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ],
-}
-# Other names of the same rules.
-SAME = {
-    **dict.fromkeys(("llama3", "llama-v3", "pixtral", "dbrx", "smaug-bpe"), "llama-bpe"),
-    **dict.fromkeys(("glm4", "chatglm-bpe"), "llama-bpe"),
-    **dict.fromkeys(("starcoder", "refact", "command-r"), "smollm"),
-    "llama4": "gpt-4o",
-    "deepseek-r1-qwen": "qwen2",
-    "olmo": "gpt-2",
-}
-WHOLE = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken")  # a word that is a token stays
-NFC = ("qwen2", "qwen35", "deepseek-r1-qwen", "command-r", "olmo")
 
 
 def gguf_tokenizer(family):
@@ -177,9 +130,29 @@ def test_pre_tokenizers_against_bpe_by_hand(pre):
         check.hypothesis.inner_test(text)
     words = [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("12345abba")]
     numbers = {"gpt-2": ["1234", "5"], "smollm": [*"12345"], "qwen2": [*"12345"]}
-    numbers |= {name: [*"12345"] for name in ("tekken", "qwen35")}
+    numbers |= {name: [*"12345"] for name in ("tekken", "qwen35")} | {"deepseek-llm": ["1234", "5"]}
     letters = ["abba"] if pre in WHOLE else [*"abba"]
     assert words == [*numbers.get(SAME.get(pre, pre), ["123", "45"]), *letters]
+
+
+# By hand, from the patterns as they are published.
+PIECES = {
+    "kimi-k2": (
+        "getUserName's 中文Ab 12345 !?\n\nXy  z",
+        ["get", "User", "Name's", " ", "中文", "Ab", " ", "123", "45", " !?\n\n", "Xy", " ", " z"],
+    ),
+    "deepseek-llm": (
+        "Hello  World 123中文abc!? \n end ",
+        ["Hello", " ", " World", " ", "123", "中文", "abc", "!?", " ", "\n", " end", " "],
+    ),
+}
+
+
+@pytest.mark.parametrize("pre", PIECES)
+def test_splits_by_hand(pre):
+    text, want = PIECES[pre]
+    cut = splits.SPLITS[pre].pre_tokenizer().pre_tokenize_str(text)
+    assert [piece for piece, _ in cut] == [symbols_of(piece) for piece in want]
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen2"])
