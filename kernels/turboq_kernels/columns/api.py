@@ -132,10 +132,6 @@ def attend(
     Raises:
       ValueError: unknown, or named and not able to; the message says why.
     """
-    if sink_logits is not None and implementation not in (None, "xla"):
-        raise ValueError(f"{implementation=} cannot run this case: logit sinks; use 'xla' or None")
-    if sink_logits is not None:
-        implementation = "xla"
     model_cache.check_window(state, window)
     if implementation is None:
         order = (*_PREFERENCE.get(jax.default_backend(), ()), "xla")
@@ -159,7 +155,7 @@ def attend(
     if name == "triton" and not decoded and triton_step.supported(q, state, tail):
         return triton_step.attend(
             q, state, words, tail, made, q_positions=q_positions, window=window, splits=splits,
-            interpret=interpret, **options,
+            sink_logits=sink_logits, interpret=interpret, **options,
         )  # fmt: skip
     layer, heads, tokens = state.form.layer, made.k.mean.shape[0], q.shape[1]
     first = jnp.reshape(state.first, (-1, 1))
@@ -173,7 +169,7 @@ def attend(
         if mosaic_tpu_step.supported(spec, q, state, tail):
             return mosaic_tpu_step.attend(
                 q, state, words, tail, made, operands, q_positions=q_positions, window=window,
-                spec=spec, scale=scale, interpret=interpret,
+                sink_logits=sink_logits, spec=spec, scale=scale, interpret=interpret,
             )  # fmt: skip
     rows = queries.to_rows(q, heads)
     per_token = rows.shape[1] // heads // tokens
@@ -216,9 +212,20 @@ def attend(
         acc = queries.values(sums, made, v_matrix)
     parts = [Partial(acc=acc, top=sums.top, total=sums.total)]
     parts += _exact(rows, state, tail, at, low, heads, options)
+    if sink_logits is not None:
+        parts.append(_sink(sink_logits, heads, tokens, acc))
     whole = merge.merge(merge.stack(parts))
     total = jnp.where(whole.total > 0, whole.total, 1.0)
     return queries.from_rows(whole.acc / total[..., None], tokens, heads)
+
+
+def _sink(
+    sink_logits: Float[Array, "H"], heads: int, tokens: int, acc: Float[Array, "B M E"]
+) -> Partial:
+    """A logit of every query row (`queries.to_rows`)."""
+    per_row = jnp.tile(sink_logits.reshape(heads, -1), (1, tokens))
+    own = merge.sink(per_row, len(acc), acc.shape[-1])
+    return jax.tree.map(lambda x: x.reshape(*acc.shape[:2], *x.shape[3:]), own)
 
 
 def _exact(rows, state: LayerState, tail: Tail, at, low, heads: int, options) -> list[Partial]:
