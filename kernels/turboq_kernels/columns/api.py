@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.cache import model_cache
 from turboq.cache.contiguous import Tail
+from turboq.cache.layer import KVLayer
 from turboq.cache.model_cache import LayerState
 from turboq.numbers.packing import PAGE
 from turboq.numbers.rope import unrotate
@@ -33,20 +34,29 @@ from turboq_kernels.columns import (
 )
 from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.decode.types import Partial
+from turboq_kernels.target import too_old
 
 IMPLEMENTATIONS = ("xla", "linear", "mosaic_tpu", "triton")
-_BLOCKS = {*mosaic_tpu.BLOCKS, *triton.BLOCKS}
 _PREFERENCE = {"tpu": ("mosaic_tpu", "linear"), "gpu": ("triton", "linear"), "cpu": ("linear",)}
 
 
 def prepare(state: LayerState, words: UInt32[Array, "B P R C"]) -> LinearLayer | None:
     """What kernels need to know of a layer; None if no kernel of this platform reads it."""
-    layer, block, platform = state.form.layer, state.form.layer.rope_block, jax.default_backend()
-    folds = layer.rope is None or block in _BLOCKS or base.reads_blocks(block)
-    decodes = platform == "gpu" or (platform == "tpu" and mosaic_tpu_decoded.reads_blocks(block))
-    if not (folds or decodes) or linear.unsupported(state.form) is not None:
+    name = _reader(state.form.layer)
+    if name is None or linear.unsupported(state.form) is not None:
         return None
-    return _made(state, words, {"gpu": "triton", "tpu": "mosaic_tpu"}.get(platform, "linear"))
+    return _made(state, words, name)
+
+
+def _reader(layer: KVLayer) -> str | None:
+    """What reads a layer's keys on this chip if the query rows are few; None: decoding by XLA."""
+    platform, block = jax.default_backend(), layer.rope_block if layer.rope is not None else None
+    if platform == "gpu" and too_old() is None:
+        return "triton"
+    reads = block is None or mosaic_tpu_decoded.reads_blocks(block)
+    if platform == "tpu" and reads and mosaic_tpu.unsupported_chip() is None:
+        return "mosaic_tpu"
+    return "linear" if block is None or base.reads_blocks(block) else None
 
 
 def _made(state: LayerState, words: UInt32[Array, "B P R C"], name: str) -> LinearLayer:
@@ -81,6 +91,7 @@ def unsupported(
         return reason or base.unsupported(rows, block)
     if name == "triton":
         return reason or triton.unsupported(rows // linear.group_count(groups))
+    reason = reason or mosaic_tpu.unsupported_chip()
     folds = _cannot_fold(q, state, words)
     return reason or (folds and _cannot_decode(q, state, words))
 

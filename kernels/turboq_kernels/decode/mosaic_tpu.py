@@ -37,6 +37,7 @@ from turboq_kernels.decode.mosaic_tpu_layout import (
 )
 from turboq_kernels.decode.mosaic_tpu_planes import MAX_TABLE_BITS, subsets, weights
 from turboq_kernels.decode.types import Pages, Partial, Side
+from turboq_kernels.target import tpu_generation
 
 MAX_ROWS = 128  # query rows (tokens times group) of one KV head in one call
 MAX_VMEM = 14 * 2**20  # of the 16 MiB that one kernel may use by default
@@ -86,11 +87,7 @@ def integer_unit() -> bool:
 
     Without a TPU (interpret mode) the answer is yes.
     """
-    try:
-        generation = pltpu.get_tpu_info().generation
-    except ValueError:
-        return True
-    return generation in (5, 6)
+    return tpu_generation() in (None, 5, 6)
 
 
 def decode(
