@@ -8,11 +8,14 @@ import importlib
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from turboq.files import atomic_write  # noqa: E402
+from turboq_kernels.aot import compilers, cuda  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
 FILES = {
@@ -69,6 +72,38 @@ def written(rows: list[dict]) -> str:
     return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
 
 
+def chosen(given: list[str], platforms: Sequence[str]) -> tuple[list[Any], list[tuple[str, Any]]]:
+    """The modules, and of each its platform and its rows, none of which is compiled yet.
+
+    Raises:
+      ValueError: a condition that none meets.
+    """
+    wanted = compilers.conditions(given)
+    op, target = wanted.pop("op", None), wanted.get("target")
+    known = {p: targets(p) for p in FILES}
+    if target is not None and not any(target in known[p] for p in platforms):
+        every = "; ".join(f"{' '.join(x)} (--platform={p})" for p, x in known.items())
+        raise ValueError(f"{target=} must be one of {every}")
+    ops = dict.fromkeys(x for p, x in MODULES if p in platforms and x is not None)
+    if op is not None and ops and op not in ops:
+        raise ValueError(f"{op=} must be one of {' '.join(ops)}")
+    only, modules, jobs = [f"{k}={v}" for k, v in wanted.items()], [], []
+    for (platform, its_op), name in MODULES.items():
+        if platform in platforms and (its_op is None or op in (None, its_op)):
+            every = [f"op={op}"] if its_op is None and op is not None else []
+            modules.append(importlib.import_module(f"turboq_kernels.aot.{name}"))
+            jobs.append((platform, modules[-1].rows(only + every)))
+    return modules, jobs
+
+
+def targets(platform: str) -> list[str]:
+    """What is compiled for."""
+    names = [name for (its_platform, _), name in MODULES.items() if its_platform == platform]
+    found = [importlib.import_module(f"turboq_kernels.aot.{name}") for name in names]
+    every = (getattr(c, "target", cuda.TARGET) for m in found for c in m.CONFIGURATIONS)
+    return list(dict.fromkeys(every))
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,23 +114,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=pathlib.Path, help="default: in experiments/results")
     parser.add_argument("only", nargs="*", metavar="KEY=VALUE", help="e.g. bits=3 target=v5e")
     given = parser.parse_args(arguments)
-    wanted = dict(condition.split("=") for condition in given.only)
-    op = wanted.pop("op", None)
-    only = [f"{k}={v}" for k, v in wanted.items()]
     platforms = given.platform or ("tpu", "cuda")
-    modules = [
-        (importlib.import_module(f"turboq_kernels.aot.{name}"), platform)
-        for (platform, its_op), name in MODULES.items()
-        if platform in platforms and (its_op is None or op in (None, its_op))
-    ]
-    missing = sorted({reason for m, _ in modules if (reason := m.missing()) is not None})
+    try:
+        modules, jobs = chosen(given.only, platforms)
+    except ValueError as error:
+        print(f"--platform={','.join(platforms)}: {error}", file=sys.stderr)
+        return 1
+    missing = sorted({reason for m in modules if (reason := m.missing()) is not None})
     if missing:
         print("\n".join(missing), file=sys.stderr)
         return 1
-    for module, platform in modules:
+    for platform, rows in jobs:
         out = given.out or RESULTS / FILES[platform]
-        every = [f"op={op}"] if platform in ("targets", "rocm") and op is not None else []
-        for row in module.rows(only + every):
+        for row in rows:
             # After every row: a run of many compilations may be cut off.
             old = json.loads(out.read_text()) if out.exists() else []
             atomic_write(out, written(merged(old, [row])))

@@ -23,6 +23,8 @@ ROPES = {
     "partial": Rope(dim=10, theta=9.0, layout="interleaved"),
 }
 KERNELS = ("mosaic_tpu", "triton")
+# Of query heads: between a hundredth and all of what the tokens weigh.
+SINK_LOGITS = np.linspace(2.0, 7.0, GROUP * HEADS, dtype=np.float32)
 # Compiled as one program each, and not operation by operation.
 write = jax.jit(model_cache.write)
 attend = jax.jit(
@@ -86,13 +88,15 @@ def filled(rng, layers, t, capacity, batch=2):
 
 
 def check(
-    rng, names, *, interpret, rope=None, block=1, gain="code", joined=None, tokens=1, **options
-):
+    rng, names, *, interpret, rope=None, block=1, gain="code", joined=None, tokens=1, sinks=False,
+    **options,
+):  # fmt: skip
     """Two pages and a bit, other bits in every head, ragged lengths, sinks, a recent window.
 
     Implementations `names` against decoding by XLA, and float64 of what the codecs store, for the
-    last `tokens`.
+    last `tokens`; with `sinks` a logit sink of every query head.
     """
+    options |= {"sink_logits": SINK_LOGITS} if sinks else {}
     policy = TokenPolicy(sinks=3, recent=2)
     layers = make_layers(rng, policy, rope and ROPES[rope], block, gain, joined)
     held, words = filled(rng, layers, 530, 600)

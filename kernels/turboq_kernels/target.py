@@ -1,4 +1,4 @@
-"""The GPU that programs are traced for: one that is here, or one that a compiler is told about."""
+"""The chip that programs are traced for: one that is here, or one that a compiler is told about."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import dataclasses
 import re
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 
+OLDEST = (8, 0)  # of NVIDIA's GPUs that have what kernels are made of: int8 and bfloat16 products
 H100_PROCESSORS = 132  # taken where nothing is known: what the tuned numbers are of
 
 
@@ -43,3 +45,19 @@ def target() -> Target:
     major, _, minor = number.partition(".")
     known = (int(major), int(minor or 0)) if major.isdigit() else None
     return Target(ptx=not amd, processors=count or H100_PROCESSORS, capability=known)
+
+
+def too_old() -> str | None:
+    """Why no GPU kernel can run on what is traced for, or None."""
+    seen = target().capability
+    if seen is None or seen >= OLDEST:
+        return None
+    return f"this GPU is sm_{seen[0]}{seen[1]}, kernels need sm_{OLDEST[0]}{OLDEST[1]} or newer"
+
+
+def tpu_generation() -> int | None:
+    """Of the TPU that is traced for; None without one (interpret mode)."""
+    try:
+        return pltpu.get_tpu_info().generation
+    except ValueError:
+        return None

@@ -15,6 +15,7 @@ from columns_cases import (
     KERNELS,
     ROPES,
     SCALE,
+    SINK_LOGITS,
     attend,
     check,
     filled,
@@ -34,13 +35,14 @@ from turboq_kernels.columns import linear
 # Gains that are codes of heads by themselves: the tests of a step of 5 tokens, and of a pool that
 # has given up pages.
 CASES = [
-    {"gain": "none", "softcap": 1.5, "window": 270},
+    {"gain": "none", "softcap": 1.5, "window": 270, "sinks": True},
     {"rope": "half", "block": 256, "joined": 3, "window": 270},
     {"rope": "partial", "block": 256, "gain": "none", "joined": 1, "softcap": 1.5},
     {"rope": "partial", "block": 128, "joined": 3},
-    {"rope": "half", "joined": 3, "softcap": 1.5, "window": 270},
-    {"rope": "partial", "block": 64, "gain": "none", "tokens": 3, "softcap": 1.5, "window": 270},
-]
+    {"rope": "half", "joined": 3, "softcap": 1.5, "window": 270, "sinks": True},
+    {"rope": "partial", "block": 64, "gain": "none", "tokens": 3, "softcap": 1.5, "window": 270,
+     "sinks": True},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -68,13 +70,16 @@ def test_a_broken_token_breaks_its_head(rng):
     assert broken.sum() == GROUP * DIM
 
 
-def test_some_tokens_at_once_and_an_empty_cache(rng):
+@pytest.mark.parametrize("sinks", [None, SINK_LOGITS], ids=["none", "sinks"])
+def test_some_tokens_at_once_and_an_empty_cache(rng, sinks):
     layers = make_layers(rng, TokenPolicy())
     states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=300)
     q, k, v = inputs(rng, 5)
     state, words, tail = write(states[1], words, k, v, jnp.array([5, 0], jnp.int32))
     at = jnp.arange(5, dtype=jnp.int32)[None] + jnp.zeros((2, 1), jnp.int32)
-    run = functools.partial(attend, q, state, words, tail, q_positions=at, scale=SCALE)
+    run = functools.partial(
+        attend, q, state, words, tail, q_positions=at, scale=SCALE, sink_logits=sinks
+    )
     want = run(implementation="xla")
     for name in ("linear", *KERNELS):
         got = run(implementation=name, interpret=True)
@@ -241,7 +246,5 @@ def test_a_pool_that_has_given_up_pages(rng, block, names):
         got = run(implementation=name, interpret=True)
         np.testing.assert_allclose(got, want, atol=TOL["columns"], err_msg=name)
         np.testing.assert_allclose(got, due, atol=TOL["columns"], err_msg=name)
-        with pytest.raises(ValueError, match="cannot run this case: logit sinks"):
-            run(implementation=name, interpret=True, sink_logits=jnp.zeros(GROUP * HEADS))
     with pytest.raises(ValueError, match="sees more than the 100 tokens"):
         columns.attend(q, state, words, tail, q_positions=jnp.array([[530]]), scale=SCALE)

@@ -53,16 +53,27 @@ CARDS = {
 }  # fmt: skip
 
 
+def card_of(target: str) -> Card:
+    """Of `CARDS`.
+
+    Raises:
+      ValueError: it has none.
+    """
+    if target not in CARDS:
+        raise ValueError(f"{target=} must be one of {tuple(CARDS)}")
+    return CARDS[target]
+
+
 def device(target: str) -> AbstractDevice:
     """The card that programs are traced for."""
-    card = CARDS[target]
+    card = card_of(target)
     kind = f"{card.name} ({target})"
     return AbstractDevice(device_kind=kind, num_cores=card.processors, platform="gpu")
 
 
 def config(target: str) -> str:
     """What XLA's compiler is told, a text proto."""
-    card, number = CARDS[target], int(target.removeprefix("sm_"))
+    card, number = card_of(target), int(target.removeprefix("sm_"))
     text = (importlib.resources.files("turboq_kernels.aot") / "h100.txtpb").read_text()
     feature = " feature_extension: ACCELERATED_FEATURES" if card.accelerated else ""
     values = {

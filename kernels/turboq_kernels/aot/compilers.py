@@ -146,18 +146,38 @@ def select(only: Sequence[str], among: Sequence[Any], **known: str) -> list[Any]
       known: what holds for every configuration beside its own fields.
 
     Raises:
-      ValueError: none does.
+      ValueError: none does; the message says what a name may be.
     """
-    wanted = dict(condition.split("=") for condition in only)
-
-    def meets(configuration: Any) -> bool:
-        fields = known | dataclasses.asdict(configuration)
-        return all(name in fields and str(fields[name]) == x for name, x in wanted.items())
-
-    found = [c for c in among if meets(c)]
+    wanted = conditions(only)
+    fields = [known | dataclasses.asdict(c) for c in among]
+    for name, value in wanted.items():
+        if not any(name in own for own in fields):
+            names = ", ".join(dict.fromkeys(name for own in fields for name in own))
+            raise ValueError(f"no configuration has {name}={value}: it has {names}")
+        values = dict.fromkeys(str(own[name]) for own in fields if name in own)
+        if value not in values:
+            every = " or ".join(values)
+            raise ValueError(f"no configuration has {name}={value}: {name} is {every}")
+    found = [
+        c for c, own in zip(among, fields, strict=True)
+        if all(name in own and str(own[name]) == x for name, x in wanted.items())
+    ]  # fmt: skip
     if not found:
-        raise ValueError(f"no configuration has {only}")
+        raise ValueError(f"no configuration has {' and '.join(only)} at once")
     return found
+
+
+def conditions(only: Sequence[str]) -> dict[str, str]:
+    """Conditions like "bits=3" by name.
+
+    Raises:
+      ValueError: one is none.
+    """
+    pairs = [condition.partition("=") for condition in only]
+    for condition, (name, equals, value) in zip(only, pairs, strict=True):
+        if not (name and equals and value):
+            raise ValueError(f"{condition!r} must be a condition like bits=3")
+    return {name: value for name, _, value in pairs}
 
 
 def rows(module: str, platform: str, configurations: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -209,9 +229,16 @@ def main(
     """The program of a module of costs: all rows that match, or with --these those on stdin.
 
     `row` gets an empty folder, into which libtpu writes its schedules.
+
+    Raises:
+      SystemExit: no row matches; says why.
     """
     if arguments[:1] != ["--these"]:
-        print(json.dumps(list(rows(arguments)), indent=1))
+        try:
+            found = rows(arguments)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+        print(json.dumps(list(found), indent=1))
         return
     dump = pathlib.Path(arguments[1])
     for fields in json.load(sys.stdin):

@@ -183,23 +183,31 @@ def compile_for(target: str, program: Program):
     """The executable for a generation (which cannot run here).
 
     Raises:
-      whatever the compiler raises.
+      ValueError: an unknown target. Whatever the compiler raises.
     """
+    chip = device(target)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target])
     place = SingleDeviceSharding(topology.devices[0])
     args = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), program.arguments
     )
-    with compilers.abstractly(_device(target)):
+    with compilers.abstractly(chip):
         return program.jitted.lower(*args).compile()
 
 
 def lowered(target: str, program: Program) -> str:
     """See `compilers.lowered`."""
-    return compilers.lowered(program, "tpu", _device(target))
+    return compilers.lowered(program, "tpu", device(target))
 
 
-def _device(target: str) -> AbstractDevice:
+def device(target: str) -> AbstractDevice:
+    """The chip that programs are traced for.
+
+    Raises:
+      ValueError: none of `TOPOLOGIES`.
+    """
+    if target not in DEVICES:
+        raise ValueError(f"{target=} must be one of {tuple(DEVICES)}")
     kind, cores = DEVICES[target]
     return AbstractDevice(device_kind=kind, num_cores=cores, platform="tpu")
 

@@ -158,6 +158,8 @@ def program(configuration: Configuration) -> Program:
         widths = c.widths
         reason = mosaic_tpu.unsupported(rows, c.unit_groups, c.bits * c.dim, widths, c.block)
         attend = mosaic_tpu.attend
+    with compilers.abstractly(tpu.device(c.target)):
+        reason = reason or mosaic_tpu.unsupported_chip()
     if reason is not None:
         raise ValueError(f"{configuration}: {reason}")
     return Program(functools.partial(attend, **options), shapes)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32
 
 from turboq_kernels.bench import timing
-from turboq_kernels.target import target
+from turboq_kernels.target import target, too_old
 
 MMA = {
     "imma": "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32",
@@ -36,11 +36,13 @@ def rate(name: str) -> float:
     """Products per second of the whole card.
 
     Raises:
-      ValueError: no NVIDIA GPU.
+      ValueError: no NVIDIA GPU, or one too old.
     """
     gpu = target()
     if jax.default_backend() != "gpu" or not gpu.ptx:
         raise ValueError(f"{name} is an instruction of NVIDIA's GPUs")
+    if (reason := too_old()) is not None:
+        raise ValueError(reason)
     programs = PROGRAMS * gpu.processors
     run = jax.jit(functools.partial(chained, name, programs))
     found = timing.measure(lambda: run(jnp.ones(1, jnp.int32)), 1)

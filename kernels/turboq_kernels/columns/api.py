@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.cache import model_cache
 from turboq.cache.contiguous import Tail
+from turboq.cache.layer import KVLayer
 from turboq.cache.model_cache import LayerState
 from turboq.numbers.packing import PAGE
 from turboq.numbers.rope import unrotate
@@ -34,9 +35,9 @@ from turboq_kernels.columns import (
 )
 from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.decode.types import Partial
+from turboq_kernels.target import too_old
 
 IMPLEMENTATIONS = ("xla", "linear", "mosaic_tpu", "triton")
-_BLOCKS = {*mosaic_tpu.BLOCKS, *triton.BLOCKS}
 _PREFERENCE = {"tpu": ("mosaic_tpu", "linear"), "gpu": ("triton", "linear"), "cpu": ("linear",)}
 
 
@@ -45,14 +46,21 @@ def prepare(
 ) -> LinearLayer | None:
     """What the kernel named needs to know of a layer; None: what this platform's does, or None if
     no kernel of it reads the layer."""
-    if implementation is not None:
-        return _made(state, words, implementation)
-    layer, block, platform = state.form.layer, state.form.layer.rope_block, jax.default_backend()
-    folds = layer.rope is None or block in _BLOCKS or base.reads_blocks(block)
-    decodes = platform == "gpu" or (platform == "tpu" and mosaic_tpu_decoded.reads_blocks(block))
-    if not (folds or decodes) or linear.unsupported(state.form) is not None:
+    name = implementation or _reader(state.form.layer)
+    if name is None or linear.unsupported(state.form) is not None:
         return None
-    return _made(state, words, {"gpu": "triton", "tpu": "mosaic_tpu"}.get(platform, "linear"))
+    return _made(state, words, name)
+
+
+def _reader(layer: KVLayer) -> str | None:
+    """What reads a layer's keys on this chip if the query rows are few; None: decoding by XLA."""
+    platform, block = jax.default_backend(), layer.rope_block if layer.rope is not None else None
+    if platform == "gpu" and too_old() is None:
+        return "triton"
+    reads = block is None or mosaic_tpu_decoded.reads_blocks(block)
+    if platform == "tpu" and reads and mosaic_tpu.unsupported_chip() is None:
+        return "mosaic_tpu"
+    return "linear" if block is None or base.reads_blocks(block) else None
 
 
 def _made(state: LayerState, words: UInt32[Array, "B P R C"], name: str) -> LinearLayer:
@@ -87,6 +95,7 @@ def unsupported(
         return reason or base.unsupported(rows, block)
     if name == "triton":
         return reason or triton.unsupported(rows // linear.group_count(groups))
+    reason = reason or mosaic_tpu.unsupported_chip()
     folds = _cannot_fold(q, state, words)
     return reason or (folds and _cannot_decode(q, state, words))
 
@@ -138,10 +147,6 @@ def attend(
     Raises:
       ValueError: unknown, or named and not able to; the message says why.
     """
-    if sink_logits is not None and implementation not in (None, "xla"):
-        raise ValueError(f"{implementation=} cannot run this case: logit sinks; use 'xla' or None")
-    if sink_logits is not None:
-        implementation = "xla"
     model_cache.check_window(state, window)
     if implementation is None:
         order = (*_PREFERENCE.get(jax.default_backend(), ()), "xla")
@@ -167,7 +172,7 @@ def attend(
         step = triton_decoded_step if decoded else triton_step
         return step.attend(
             q, state, words, tail, made, q_positions=q_positions, window=window, splits=splits,
-            interpret=interpret, **options,
+            sink_logits=sink_logits, interpret=interpret, **options,
         )  # fmt: skip
     layer, heads, tokens = state.form.layer, made.k.mean.shape[0], q.shape[1]
     first = jnp.reshape(state.first, (-1, 1))
@@ -181,7 +186,7 @@ def attend(
         if mosaic_tpu_step.supported(spec, q, state, tail):
             return mosaic_tpu_step.attend(
                 q, state, words, tail, made, operands, q_positions=q_positions, window=window,
-                spec=spec, scale=scale, interpret=interpret,
+                sink_logits=sink_logits, spec=spec, scale=scale, interpret=interpret,
             )  # fmt: skip
     rows = queries.to_rows(q, heads)
     per_token = rows.shape[1] // heads // tokens
@@ -224,9 +229,20 @@ def attend(
         acc = queries.values(sums, made, v_matrix)
     parts = [Partial(acc=acc, top=sums.top, total=sums.total)]
     parts += _exact(rows, state, tail, at, low, heads, options)
+    if sink_logits is not None:
+        parts.append(_sink(sink_logits, heads, tokens, acc))
     whole = merge.merge(merge.stack(parts))
     total = jnp.where(whole.total > 0, whole.total, 1.0)
     return queries.from_rows(whole.acc / total[..., None], tokens, heads)
+
+
+def _sink(
+    sink_logits: Float[Array, "H"], heads: int, tokens: int, acc: Float[Array, "B M E"]
+) -> Partial:
+    """A logit of every query row (`queries.to_rows`)."""
+    per_row = jnp.tile(sink_logits.reshape(heads, -1), (1, tokens))
+    own = merge.sink(per_row, len(acc), acc.shape[-1])
+    return jax.tree.map(lambda x: x.reshape(*acc.shape[:2], *x.shape[3:]), own)
 
 
 def _exact(rows, state: LayerState, tail: Tail, at, low, heads: int, options) -> list[Partial]:

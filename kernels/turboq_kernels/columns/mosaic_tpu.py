@@ -23,6 +23,7 @@ from turboq_kernels.columns.linear import GAIN_BITS, LANES, LinearLayer, LinearS
 from turboq_kernels.columns.mosaic_tpu_kernel import HALF, PIECE, Spec
 from turboq_kernels.columns.queries import Folded, as_integers
 from turboq_kernels.columns.types import Sums
+from turboq_kernels.target import tpu_generation
 
 BLOCKS = (HALF, PAGE)  # positions of a block of keys
 MAX_VMEM = 14 * 2**20
@@ -42,6 +43,14 @@ def unsupported(
     used = vmem_bytes(rows, groups, slots, widths)
     if used > MAX_VMEM:
         return f"{rows} query rows of {widths} lanes need {used} bytes of VMEM"
+    return None
+
+
+def unsupported_chip() -> str | None:
+    """Why no column kernel can run on the TPU that is traced for, or None."""
+    generation = tpu_generation()
+    if generation is not None and generation < 5:
+        return f"TPU v{generation} multiplies no int8, which stored bits are read as; TPU v5 does"
     return None
 
 

@@ -2,8 +2,8 @@
 
     prepare   what `columns.mosaic_tpu_decoded` takes: queries as pairs of bfloat16, the slots that
               rows see, the pages of every sequence
-    finish    of every head one softmax over what that kernel found and the exact tokens
-              (`decode.mosaic_tpu_step.merged`), and out of the bits: V-matrix acc + mass mean
+    finish    of every head one softmax over what that kernel found, the exact tokens and a logit
+              sink (`decode.mosaic_tpu_step.merged`), and out of the bits: V-matrix acc + mass mean
 
 Several query tokens of a sequence take the general way of `columns.api`, which leaves this to XLA.
 """
@@ -55,6 +55,7 @@ def attend(
     *,
     q_positions: Any,
     window: int | None,
+    sink_logits: Float[Array, "H"] | None,
     spec: Spec,
     scale: float,
     interpret: bool,
@@ -80,7 +81,8 @@ def attend(
         ring = kept.k_recent.astype(kind), kept.v_recent.astype(kind)
         exact.append(Exact(*ring, tail.positions[:, None]))
     how = Merge(own, spec.each, by_head.shape[2], scale, spec.softcap)
-    out = finish(by_head, *found, exact, seen, made, operands, how=how, interpret=interpret)
+    sink = None if sink_logits is None else sink_logits.reshape(by_head.shape[1:3])
+    out = finish(by_head, *found, exact, seen, sink, made, operands, how=how, interpret=interpret)
     return out.reshape(batch, 1, -1, out.shape[-1])
 
 
@@ -145,8 +147,8 @@ def _prepare(*refs, tree, own: Rules, spec: Spec, pages: int, factor: float) -> 
 
 def finish(
     q: Float[Array, "B K M D"], acc: Float[Array, "J B R W"], stats: Float[Array, "J B 2 R 128"],
-    exact: list[Exact], seen: Seen, made: LinearLayer, operands: Operands, *, how: Merge,
-    interpret: bool,
+    exact: list[Exact], seen: Seen, sink: Float[Array, "K M"] | None, made: LinearLayer,
+    operands: Operands, *, how: Merge, interpret: bool,
 ) -> Float[Array, "B 1 K M E"]:  # fmt: skip
     """A grid step takes the heads of one group of a sequence."""
     (batch, heads, m, _), groups = q.shape, len(acc)
@@ -164,9 +166,11 @@ def finish(
         rest = (0,) * (x.ndim - 1)
         return pl.BlockSpec((size, *x.shape[1:]), lambda j, b, *_: (j, *rest))
 
+    if sink is not None:
+        sink = jnp.pad(sink.astype(jnp.float32), ((0, 0), (0, how.rows - m)))[..., None]
     inputs = {
         "q": q, "acc": acc, "stats": stats, "values": operands.values,
-        "mean": made.v.mean[:, None], "exact": exact,
+        "mean": made.v.mean[:, None], "exact": exact, "sink": sink,
     }  # fmt: skip
     specs = {
         "q": of_both(q), "acc": found(acc), "stats": found(stats),
@@ -179,6 +183,7 @@ def finish(
             )
             for x in exact
         ],
+        "sink": None if sink is None else of_group(sink, each),
     }  # fmt: skip
     first, scalars_tree = jax.tree.flatten(steps.scalars_of(seen))
     given, tree = jax.tree.flatten(inputs)
@@ -191,8 +196,10 @@ def finish(
             rows = slice(n * how.rows, (n + 1) * how.rows)
             total = jnp.sum(x["stats"][1, rows], axis=1, keepdims=True)
             y = steps.product(x["acc"][rows], x["values"][n], True) + total * x["mean"][n]
-            stored = x["stats"][0, rows], total, y
-            steps.put(out, n, steps.merged(how, held, x["q"][n], x["exact"], stored, None, b, n))
+            stored, own = (x["stats"][0, rows], total, y), None
+            if x["sink"] is not None:
+                own = x["sink"][n]
+            steps.put(out, n, steps.merged(how, held, x["q"][n], x["exact"], stored, own, b, n))
 
     return pl.pallas_call(
         kernel,

@@ -38,7 +38,7 @@ from turboq_kernels.columns.types import Sums
 from turboq_kernels.decode import triton_parts
 from turboq_kernels.decode import triton_unpack as unpacking
 from turboq_kernels.decode.types import Partial
-from turboq_kernels.target import target
+from turboq_kernels.target import target, too_old
 
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 STAGES = 2
@@ -56,7 +56,7 @@ def unsupported(rows: int) -> str | None:
     """Why this kernel cannot run a case of so many query rows a group, or None."""
     if rows > MAX_ROWS:
         return f"{rows} query rows of a KV head or joined heads; it reads up to {MAX_ROWS}"
-    return None
+    return too_old()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

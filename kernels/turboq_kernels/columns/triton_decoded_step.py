@@ -47,6 +47,7 @@ def attend(
     window: int | None,
     softcap: float | None,
     splits: int | None,
+    sink_logits: Float[Array, "H"] | None,
     interpret: bool,
 ) -> Float[Array, "B 1 H E"]:
     """Outputs of all query heads."""
@@ -71,12 +72,13 @@ def attend(
         ready, words, made, plan=step.columns, count=step.count, interpret=interpret
     )
     exact = triton_step.exact_of(state, tail)
+    sink = None if sink_logits is None else sink_logits.reshape(by_head.shape[1:3])
     values = {"mean": made.v.mean, "own": made.decoded.values, "joint": None}
     if made.joined:
         names = ("coded", "synthesis", "synthesis_scale", "synthesis_channels")
         values["joint"] = {name: layer.joint[name] for name in names}
     return triton_step.finish(
-        by_head, found, out["start"], exact, seen, values, _values, step,
+        by_head, found, out["start"], exact, seen, sink, values, _values, step,
         units=layer.joint["mean"].shape[1] if made.joined else 0,
     )  # fmt: skip
 

@@ -3,8 +3,8 @@
     prepare   queries as the lanes of their groups meet them (`columns.triton_fold`), what they see,
               parts of the sequences (`decode.triton_parts`), lanes
     (the kernel of `columns.triton`)
-    finish    of every KV head one softmax over the parts and the exact tokens, and out of the bits:
-                  out = V-matrix acc + mass mean + exact
+    finish    of every KV head one softmax over the parts, the exact tokens and a logit sink, and
+              out of the bits:  out = V-matrix acc + mass mean + exact
 
 Several query tokens of a sequence take the general way of `columns.api`, which leaves this to XLA.
 """
@@ -84,6 +84,7 @@ def attend(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sink_logits: Float[Array, "H"] | None,
     splits: int | None,
     interpret: bool,
 ) -> Float[Array, "B 1 H E"]:
@@ -99,8 +100,9 @@ def attend(
         ready, words, layer, plan=step.columns, count=step.count, interpret=interpret
     )
     exact = exact_of(state, tail)
+    sink = None if sink_logits is None else sink_logits.reshape(by_head.shape[1:3])
     values = {"mean": layer.v.mean, **triton_fold.inputs_of(layer)}
-    return finish(by_head, found, start, exact, seen, values, _values, step)
+    return finish(by_head, found, start, exact, seen, sink, values, _values, step)
 
 
 def exact_of(state: LayerState, tail: Tail) -> list[tuple[Any, Any, Any]]:
@@ -243,8 +245,8 @@ Values = Callable[..., Float[Array, "M E"]]
 
 
 def finish(
-    q, parts: Partial, start, exact, seen, layer: dict[str, Any], values: Values, step: Step,
-    units: int = 0,
+    q, parts: Partial, start, exact, seen, sink: Float[Array, "K G"] | None,
+    layer: dict[str, Any], values: Values, step: Step, units: int = 0,
 ) -> Float[Array, "B 1 H E"]:  # fmt: skip
     """One softmax of every KV head, whose sums over lanes `values` makes values of.
 
@@ -256,7 +258,7 @@ def finish(
     dim, width = layer["mean"].shape[1], parts.acc.shape[3]
     inputs = {
         "q": q, "acc": parts.acc, "top": parts.top, "total": parts.total, "start": start,
-        "seen": seen, "exact": exact, **layer,
+        "seen": seen, "exact": exact, "sink": sink, **layer,
     }  # fmt: skip
     leaves, tree = jax.tree.flatten(inputs)
     rooms = [width, units] if units else [width]
@@ -292,13 +294,16 @@ def _finish_kernel(*refs, tree, values: Values, step: Step) -> None:
     def chunk(i, _):
         lane = i * held + jnp.arange(held, dtype=jnp.int32)
         acc, top, total = steps.merged(x, n // step.each, b, first + row, row < rows, lane, step)
-        tops, totals = (top, own_top), (total, own_total)
+        tops, totals = [top, own_top], [total, own_total]
+        if x["sink"] is not None:
+            tops.append(load(x["sink"], (n, row), row < rows).astype(jnp.float32))
+            totals.append(jnp.ones_like(own_total))
         tops = [jnp.where(t > 0, p, -jnp.inf) for p, t in zip(tops, totals, strict=True)]
-        whole = jnp.maximum(*tops)
+        whole = functools.reduce(jnp.maximum, tops)
         base = jnp.where(whole == -jnp.inf, 0.0, whole)
         factors = [jnp.exp(p - base) for p in tops]
         weight = sum(f * t for f, t in zip(factors, totals, strict=True))
-        packed, alone = (f / jnp.where(weight > 0, weight, 1.0) for f in factors)
+        packed, alone = (f / jnp.where(weight > 0, weight, 1.0) for f in factors[:2])
         to = (b, n, row[:, None], lane[None, :])
         put(room, to, acc * packed[:, None], (lane < width)[None, :])
         return total * packed, alone

@@ -36,7 +36,8 @@ from turboq_kernels.decode.mosaic_tpu_layout import (
     scale_rows,
 )
 from turboq_kernels.decode.mosaic_tpu_planes import MAX_TABLE_BITS, subsets, weights
-from turboq_kernels.decode.types import Pages, Partial, Side
+from turboq_kernels.decode.types import Pages, Partial, Side, whole_table
+from turboq_kernels.target import tpu_generation
 
 MAX_ROWS = 128  # query rows (tokens times group) of one KV head in one call
 MAX_VMEM = 14 * 2**20  # of the 16 MiB that one kernel may use by default
@@ -86,11 +87,7 @@ def integer_unit() -> bool:
 
     Without a TPU (interpret mode) the answer is yes.
     """
-    try:
-        generation = pltpu.get_tpu_info().generation
-    except ValueError:
-        return True
-    return generation in (5, 6)
+    return tpu_generation() in (None, 5, 6)
 
 
 def decode(
@@ -124,9 +121,7 @@ def decode(
         q, k, v, pages, softcap=softcap, splits=splits or 1, biased=bias is not None,
         int8=integer_unit() if int8 is None else int8, chunks=chunks, symmetric=symmetric,
     )  # fmt: skip
-    # Whole steps; what is added lies behind every length.
-    table = pages.table * pages.stride_page
-    table = jnp.pad(table, ((0, 0), (0, spec.pages - table.shape[1])), mode="edge")
+    table = whole_table(pages, spec.pages)
     extra = spec.rows - m
     q = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, 0), (0, extra), (0, 0)))
     ends = jnp.minimum(ends, pages.table.shape[1] * k.page)

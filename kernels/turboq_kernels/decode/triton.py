@@ -16,7 +16,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from turboq_kernels.decode.types import Pages, Partial, Side
-from turboq_kernels.target import target
+from turboq_kernels.target import target, too_old
 
 try:
     import jax.experimental.pallas.triton
@@ -67,7 +67,9 @@ def unsupported(q: Float[Array, "B N M C"], k: Side, v: Side, pages: Pages) -> s
 
 def unsupported_sides(k: Side, v: Side) -> str | None:
     """Why no kernel here can read such stored tokens, or None."""
-    capability = target().capability
+    capability, reason = target().capability, too_old()
+    if reason is not None:
+        return reason
     for side in (k, v):
         for part in side.reading.parts:
             if part.levels in _PACKED_FLOATS and capability is not None and capability < (9, 0):

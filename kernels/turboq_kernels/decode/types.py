@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from turboq.codecs.reading import Reading
 from turboq.numbers.packing import WORD_BITS
@@ -63,8 +64,9 @@ class Side:
 class Pages:
     """Where the head-page of (b, n, p) lies: table[b, p] * stride_page + n * stride_head.
 
-    Entries past a sequence's last page may hold any page of the buffer (0 by custom): they may be
-    read, never used. `contiguous` promises table[b, p] = b*N*P + p, stride_page 1, stride_head P.
+    Entries past a sequence's last page may hold any page of the buffer (0 by custom) or -1: kernels
+    may read some page for them, and use nothing of it. `contiguous` promises table[b, p] = b*N*P +
+    p, stride_page 1, stride_head P.
     """
 
     table: Any  # int32 [B, P]
@@ -83,6 +85,16 @@ def contiguous_pages(batch: int, heads: int, pages: int) -> Pages:
 def pool_pages(table: Any, heads: int) -> Pages:
     """The pages of a pool [pages, N, ...] flattened to [pages * N, ...]; table int32 [B, P]."""
     return Pages(table=table, stride_page=heads, stride_head=1)
+
+
+def whole_table(pages: Pages, count: int) -> Int[Array, "B _"]:
+    """The page table of `count` entries a sequence, times the stride of pages, none of them -1.
+
+    What is added for whole steps lies behind every length.
+    """
+    table = pages.table if pages.contiguous else jnp.maximum(pages.table, 0)
+    room = ((0, 0), (0, count - table.shape[1]))
+    return jnp.pad(table * pages.stride_page, room, mode="edge")
 
 
 @jax.tree_util.register_dataclass

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from turboq.codecs.writing import WriteTables, Writing
 from turboq.numbers.packing import WORD_BITS
 from turboq_kernels.decode.types import Pages
+from turboq_kernels.target import too_old
 
 try:
     from jax.experimental.pallas import triton as plgpu
@@ -67,7 +68,7 @@ def unsupported(writing: Writing, dim: int, page: int) -> str | None:
     channels = max(dim, sum(part.width for part in writing.parts))
     if channels > _MAX_CHANNELS:
         return f"{channels} coordinates are more than {_MAX_CHANNELS}"
-    return None
+    return too_old()
 
 
 def write(

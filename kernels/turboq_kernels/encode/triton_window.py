@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, UInt8
 
 from turboq.numbers import window, window_gain
 from turboq_kernels.encode.triton_search import RUN, STEPS, Search, own_bits
-from turboq_kernels.target import target
+from turboq_kernels.target import target, too_old
 from turboq_kernels.triton_memory import load, store
 
 MAX_CODED = 256  # coordinates: words of their paths are held in registers
@@ -32,7 +32,7 @@ def unsupported(coded: int) -> str | None:
     """Why this kernel cannot code so many coordinates, or None."""
     if coded > MAX_CODED:
         return f"{coded} coordinates are more than {MAX_CODED}"
-    return None
+    return too_old()
 
 
 def encode(

@@ -19,6 +19,7 @@ from turboq.cache.exact_attention import without_broken
 from turboq_kernels import merge
 from turboq_kernels.decode import api as decoding
 from turboq_kernels.decode.types import Pages, Partial, Side
+from turboq_kernels.target import too_old
 
 IMPLEMENTATIONS = decoding.IMPLEMENTATIONS
 _MODULES = {
@@ -95,9 +96,10 @@ def own(
     should be about ascending.
 
     Raises:
-      ValueError: an unknown implementation (ImportError: as `history`).
+      ValueError: an unknown implementation, or a GPU too old for one that is named (ImportError: as
+        `history`).
     """
-    name = _choose(implementation, interpret, lambda name: None)
+    name = _choose(implementation, interpret, lambda name: too_old() if name == "triton" else None)
 
     def seen():
         s = positions[:, None, :]

@@ -29,7 +29,7 @@ from turboq_kernels.decode.mosaic_tpu_layout import (
     scale_rows,
 )
 from turboq_kernels.decode.mosaic_tpu_planes import MAX_TABLE_BITS
-from turboq_kernels.decode.types import Pages, Partial, Side
+from turboq_kernels.decode.types import Pages, Partial, Side, whole_table
 from turboq_kernels.prefill import mosaic_tpu_history as inner
 from turboq_kernels.prefill import mosaic_tpu_levels as levels
 from turboq_kernels.prefill import mosaic_tpu_softmax as softmax
@@ -82,9 +82,7 @@ def history(
 ) -> Partial:
     """See `turboq_kernels.prefill.kernels.history`."""
     spec, buffers = specify(q, k, v, pages, softcap=softcap, biased=bias is not None)
-    table = pages.table * pages.stride_page
-    # Whole steps; what is added lies behind every length.
-    table = jnp.pad(table, ((0, 0), (0, spec.pages - table.shape[1])), mode="edge")
+    table = whole_table(pages, spec.pages)
     ends = jnp.minimum(ends, pages.table.shape[1] * k.page)
     factor = softmax.factor(scale, softcap)
     q = q.astype(jnp.float32) * factor
