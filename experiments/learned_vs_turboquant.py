@@ -87,6 +87,7 @@ def baselines(geometry: ModelGeometry, statistics: Statistics) -> Iterator[Named
         rules[f"turboquant_mse {bits}b"] = (turboquant, turboquant, "after")
         if FIELD.value:
             rules[f"per_head {bits}b"] = (own, own, "after")
+        if FIELD.value and geometry.key_form() == "before":
             rules[f"per_head {bits}b, keys before RoPE"] = (own, own, "before")
             nuq = c.NUQ(dim=dim, bits=bits)
             rules[f"nuq {bits}b, keys before RoPE"] = (nuq, nuq, "before")
