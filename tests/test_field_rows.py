@@ -6,12 +6,17 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from absl import flags
 
+from turboq.cache.layer import TokenPolicy
+from turboq.codecs import KiviKey, TurboQuantMSE
 from turboq.errors import TurboqError
+from turboq.plan import save, uniform_plan
+from turboq_calibrate.measure.storage_columns import exact_tokens
 from turboq_calibrate.models import load_model
 from turboq_calibrate.models.geometry import model_geometry
 
@@ -93,6 +98,42 @@ def test_only_chosen_rows_are_made(field_rows):
     assert plan.layers[0].k.codec.bits == 2
     with pytest.raises((TurboqError, ValueError), match="16"):
         made["q4_0 rotated"]()
+
+
+def test_rows_with_as_many_exact_tokens_as_kivi_are_made_by_name(field_rows, monkeypatch):
+    """By default none; the learned one is asked for with 31 recent tokens, TurboQuant made so."""
+    geometry = model_geometry(load_model(MODEL, resident=False))
+    made, asked = field_rows.makers(geometry, None), []
+    rows = [f"{name} (31 recent exact)" for name in ("learned 2.25", "turboquant_mse 2b")]
+    assert [name for name in made if name not in field_rows.usual(made)] == rows
+    assert "kivi 2b" in field_rows.usual(made)
+    name, plan, arrays = made[rows[1]]()
+    assert name == rows[1]
+    kivi = TokenPolicy(sinks=4), KiviKey(dim=16, bits=2, group=32)
+    theirs = uniform_plan(geometry, k=kivi[1], v=TurboQuantMSE(dim=16, bits=2), policy=kivi[0])
+    counts = [exact_tokens(one.kv_layers(arrays)) for one in (plan, theirs)]
+    assert counts == [[4, 31], [4, 31]]
+
+    def within(statistics, geometry, wanted, **options):
+        asked.append(wanted)
+        return SimpleNamespace(plan=plan, arrays={})
+
+    monkeypatch.setattr(field_rows, "plan_within", within)
+    assert made[rows[0]]() == (rows[0], plan, {})
+    assert made["learned 2.25"]()[0] == "learned 2.25"
+    assert [wanted.policy.recent for wanted in asked] == [31, 0]
+    assert len({wanted.budget.text for wanted in asked}) == 1
+
+
+def test_a_written_plan_keeps_what_its_row_says(field_rows, tmp_path):
+    geometry = model_geometry(load_model(MODEL, resident=False))
+    codec = TurboQuantMSE(dim=16, bits=2)
+    save(uniform_plan(geometry, k=codec, v=codec, policy=field_rows.POLICY), {}, tmp_path)
+    row = "learned 2.25 (31 recent exact)"
+    made = field_rows.makers(geometry, None, [f"{row}={tmp_path},learned 2.25={tmp_path}"])
+    assert made["learned 2.25"]()[1].tokens == field_rows.POLICY
+    with pytest.raises(TurboqError, match=r"recent=0.* must be .*recent=31"):
+        made[row]()
 
 
 @pytest.mark.parametrize(
