@@ -114,7 +114,7 @@ def fit_plan(plan: Plan, statistics: Statistics) -> Arrays:
     stored: dict[tuple[int, str], RopeForm] = {
         (x.index, side): x.side(side).rope for x in plan.layers for side in SIDES
     }
-    for form in sorted(set(stored.values())):
+    for form in sorted(set(stored.values()) - {"after"}):
         statistics.geometry.key_form(form)
     joined = {x.index: x.joint for x in plan.layers if x.joint is not None}
     if joined:
