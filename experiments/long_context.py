@@ -21,7 +21,7 @@ from pathlib import Path
 
 from absl import flags
 from field_rows import makers, targets, usual
-from program import main, named, windows_at
+from program import main, named, windows_at, write_quality
 
 from turboq_calibrate.cli import common
 from turboq_calibrate.measure import quality_table
@@ -58,7 +58,7 @@ def run(out: Path) -> None:
         )
         losses = {(r["text"], r["name"]): (r["kl_mean"], r["kl_windows"]) for r in found.rows}
         found.table["x-targets"] = targets(losses, ".4f")
-        path = quality_table.write_quality(found, out)
+        path = write_quality(found, out)
         print(quality_table.format_table(found))
         for line in found.table["x-targets"]:
             print(line)

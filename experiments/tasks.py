@@ -19,7 +19,7 @@ from pathlib import Path
 
 from absl import flags
 from field_rows import makers, targets, usual
-from program import main, named
+from program import MADE, main, named, provenance
 
 from turboq_calibrate.cli import common
 from turboq_calibrate.measure.html_page import write_report
@@ -55,6 +55,7 @@ def run(out: Path) -> None:
         if not r["at_chance"]
     }
     table["x-targets"] = targets(changes, "+.3f", more_is_better=True)
+    table[MADE] = provenance()
     path = write_results(table, out)
     print(format_results(table))
     for line in table["x-targets"]:
