@@ -15,14 +15,12 @@ on other kinds than either kind of text that is at hand, and those are best on t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from absl import flags
-from program import items, kl_ratio, main, windows_of
+from program import items, kl_ratio, main, windows_of, write_json
 
-from turboq.files import atomic_write
 from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.plan_within import Wanted, plan_within
 from turboq_calibrate.measure.evaluate import NamedPlan, evaluate_texts
@@ -109,7 +107,7 @@ def run(out: Path) -> None:
         "contrasts": contrasts(found.rows),
         "run": found.run,
     }
-    atomic_write(out / "calibration_text.json", json.dumps(result, indent=1) + "\n")
+    write_json(out / "calibration_text.json", result)
     print(f"{'bits':>5} {'calibrated on':<32} {'text':<24} {'KL':>8}")
     for row in result["rows"]:
         bits, what = row["name"].split(" ", 1)

@@ -11,8 +11,6 @@ the machine does falls on both. Expected: at most 5.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -21,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from program import main, versions, windows_of
+from program import main, windows_of, write_json
 
-from turboq.files import atomic_write, make_folder
 from turboq_calibrate.models import decoder, load_model
 from turboq_calibrate.models.model import Model, embed_tokens
 from turboq_calibrate.observe import passes
@@ -90,12 +87,8 @@ def run(out: Path) -> None:
         "tokens_per_second": {
             "bare": round(tokens.size / alone), "observe": round(tokens.size / whole)
         },
-        "versions": versions("jax", "jaxlib", "numpy"),
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
     }  # fmt: skip
-    make_folder(out)
-    atomic_write(out / "capture_overhead.json", json.dumps(result, indent=1) + "\n")
+    write_json(out / "capture_overhead.json", result)
     print(json.dumps(result, indent=1))
     print(f"result  {out / 'capture_overhead.json'}")
 

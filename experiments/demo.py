@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 from absl import flags
-from program import items, main, windows_of
+from program import items, main, windows_of, write_quality
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec, PerHead, TurboQuantMSE
@@ -120,7 +120,7 @@ def steps(out: Path) -> quality_table.Quality:
     texts = windows_of(model, TEXT.value, LENGTH.value, WINDOWS.value)
     measured = evaluate_texts(model, rows, texts, folder=out / "parts")
     measured.run["plans"] = {name: str(folder_of(out, name)) for name, *_ in rows}
-    quality_table.write_quality(measured, out)
+    write_quality(measured, out)
     return measured
 
 

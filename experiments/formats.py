@@ -19,7 +19,7 @@ from pathlib import Path
 
 from absl import flags
 from nova import nova_like
-from program import main, pyplot, statistics_of
+from program import main, pyplot, statistics_of, write_quality
 
 from turboq import codecs as c
 from turboq.cache.layer import TokenPolicy
@@ -173,7 +173,7 @@ def run(out: Path) -> None:
     found = sorted(measured.rows, key=lambda row: (row["bits_per_channel"], row["kl_mean"]))
     table = {k: v for k, v in measured.table.items() if k != "head_errors"} | {"rows": found}
     total = quality.Quality(table=table, run=measured.run)
-    path = quality.write_quality(total, out)
+    path = write_quality(total, out)
     draw(found, out / "formats.svg")
     print(quality.format_table(total))
     print(f"\ntable   {path}\npicture {out / 'formats.svg'}")

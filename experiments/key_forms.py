@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from program import items, main, statistics_of, windows_of
+from program import items, main, statistics_of, windows_of, write_quality
 
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs import Codec, Transform
@@ -131,7 +131,7 @@ def run(out: Path) -> None:
         windows = windows_of(model, sources, length, count)
         result = evaluate_texts(model, rows, windows, folder=out / "parts")
         result.table["x-calibration"] = statistics.manifest.inputs["text"]
-        path = quality_table.write_quality(result, to)
+        path = write_quality(result, to)
         print(quality_table.format_table(result))
         print(f"\ntable   {path}")
 

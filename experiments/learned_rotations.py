@@ -14,15 +14,13 @@ anything on other text is the question.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 from absl import flags
-from program import main, statistics_of, windows_of
+from program import main, statistics_of, windows_of, write_json
 
 from turboq.codecs.fit_transform import fit_heads
-from turboq.files import atomic_write
 from turboq.plan import ModelGeometry
 from turboq.plan.types import SIDES
 from turboq_calibrate.candidates.makers import LEARNED
@@ -62,10 +60,9 @@ def run(out: Path) -> None:
         "calibration": statistics.manifest.inputs["text"],
         "texts": found.table["texts"],
         "rows": found.rows,
-        "versions": found.run["versions"],
     }
     path = out / "learned_rotations.json"
-    atomic_write(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_json(path, result)
     print(quality_table.format_table(found))
     print(f"\ntrained arrays accepted in {summary['accepted']} of {summary['heads']} heads")
     for name, sides in summary["error"].items():

@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags
 from nova import nova_like
-from program import items, main, statistics_of, windows_of
+from program import items, main, statistics_of, windows_of, write_quality
 
 from turboq import codecs as c
 from turboq.cache.layer import TokenPolicy
@@ -87,6 +87,7 @@ def baselines(geometry: ModelGeometry, statistics: Statistics) -> Iterator[Named
         rules[f"turboquant_mse {bits}b"] = (turboquant, turboquant, "after")
         if FIELD.value:
             rules[f"per_head {bits}b"] = (own, own, "after")
+        if FIELD.value and geometry.key_form() == "before":
             rules[f"per_head {bits}b, keys before RoPE"] = (own, own, "before")
             nuq = c.NUQ(dim=dim, bits=bits)
             rules[f"nuq {bits}b, keys before RoPE"] = (nuq, nuq, "before")
@@ -165,7 +166,7 @@ def run(out: Path) -> None:
     found = evaluate_texts(model, rows, short, folder=out / "parts")
     found.table["x-calibration"] = statistics.manifest.inputs["text"]
     found.table["x-targets"] = targets(found.rows)
-    path = quality_table.write_quality(found, out)
+    path = write_quality(found, out)
     print(quality_table.format_table(found))
     show(found.table["x-targets"])
     if LONG.value:
@@ -173,7 +174,7 @@ def run(out: Path) -> None:
         windows = windows_of(model, LONG.value, LONG_LENGTH.value, 1)
         long = evaluate_texts(model, few, windows, folder=out / "parts")
         long.table["x-targets"] = targets(long.rows)
-        quality_table.write_quality(long, out / "long")
+        write_quality(long, out / "long")
         print(quality_table.format_table(long))
         show(long.table["x-targets"])
     print(f"\ntable   {path}")

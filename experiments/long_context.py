@@ -6,7 +6,8 @@ The plan that `turboq plan --budget` would write at every budget, TurboQuant, pe
 (rotated GGML blocks, KIVI, OSCAR-like), first 4 tokens exact, on windows of every length: KL, top-1
 agreement and perplexity ratio by position, with intervals over windows, and the last --steps
 positions token by token through the packed cache. KIVI keeps up to 31 tokens more exact, and its
-row says so. Plans run in groups; a finished group is printed and kept, so a killed run continues.
+row says so; --rows="learned 2.25 (31 recent exact)" keeps as many. Plans run in groups; a finished
+group is printed and kept, so a killed run continues.
 
 Writes quality.json, quality.csv, report.html and the target: learned at 2.25 bits at most what
 `turboquant_mse` loses at 4.25, at every length, with the interval of their difference, paired over
@@ -19,8 +20,8 @@ import itertools
 from pathlib import Path
 
 from absl import flags
-from field_rows import makers, targets
-from program import main, named, windows_at
+from field_rows import makers, targets, usual
+from program import main, named, windows_at, write_quality
 
 from turboq_calibrate.cli import common
 from turboq_calibrate.measure import quality_table
@@ -36,7 +37,7 @@ TEXT = flags.DEFINE_multi_string("text", ["topics:heldout"], "Texts to measure o
 flags.DEFINE_multi_string("lengths", ["1024", "8192"], "Tokens of windows.")
 WINDOWS = flags.DEFINE_integer("windows", 2, "Windows per text and length.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 16, "Last positions also step by step.", lower_bound=0)
-ROWS = flags.DEFINE_multi_string("rows", [], "Only these rows; all by default.")
+ROWS = flags.DEFINE_multi_string("rows", [], "Only these rows (those of field_rows.py).")
 PLAN = flags.DEFINE_multi_string("plan", [], "NAME=FOLDER: a learned row, already written.")
 OUT = flags.DEFINE_string("out", "runs/long_context", "Folder for the result.")
 
@@ -47,7 +48,7 @@ def run(out: Path) -> None:
     model = load_model(MODEL.value)
     lengths = common.lengths_of(flags.FLAGS, model.spec)
     made = makers(model_geometry(model), load_statistics(STATISTICS.value), PLAN.value)
-    rows = named(ROWS, made) or made
+    rows = named(ROWS, made) or usual(made)
     texts = windows_at(model, TEXT.value, lengths, WINDOWS.value)
     plans: list[NamedPlan] = []
     for names in itertools.batched(rows, GROUP):
@@ -57,7 +58,7 @@ def run(out: Path) -> None:
         )
         losses = {(r["text"], r["name"]): (r["kl_mean"], r["kl_windows"]) for r in found.rows}
         found.table["x-targets"] = targets(losses, ".4f")
-        path = quality_table.write_quality(found, out)
+        path = write_quality(found, out)
         print(quality_table.format_table(found))
         for line in found.table["x-targets"]:
             print(line)

@@ -20,18 +20,14 @@ ratios have 95 % intervals (bootstrap over rounds). What does not fit or fails i
 
 from __future__ import annotations
 
-import datetime
-import json
 from pathlib import Path
 
 import jax
 from absl import flags
-from program import main, versions, windows_of
+from program import main, windows_of, write_json
 from timed_caches import llama8b
 from timed_steps import Shape, compare, table
 
-from turboq.files import atomic_write, make_folder
-from turboq.version import __version__
 from turboq_calibrate.models import load_model
 
 MODEL = flags.DEFINE_string("model", "embedded", "A folder, a .gguf, 'embedded' or 'llama8b'.")
@@ -50,22 +46,19 @@ def run(out: Path) -> None:
     tiny = TINY.value
     context, rounds, steps = (40, 2, 2) if tiny else (CONTEXT.value, ROUNDS.value, STEPS.value)
     shape = Shape(batch=BATCH.value, context=context, rounds=rounds, steps=steps)
-    prompt = None
+    text = prompt = None
     if tiny or MODEL.value == "llama8b":
         model = llama8b(2 if tiny else LAYERS.value, tiny=tiny)
     else:
         model = load_model(MODEL.value)
-        (prompt,) = windows_of(model, [TEXT.value], shape.context, shape.batch).values()
+        ((text, prompt),) = windows_of(model, [TEXT.value], shape.context, shape.batch).items()
         model.spec.check_length(shape.capacity, "the prompt and the steps")
     found = compare(model, shape, prompt)
     report = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "machine": MACHINE.value or jax.devices()[0].device_kind,
-        "versions": {"turboq": __version__} | versions("jax", "jaxlib", "numpy"),
-        "text": None if prompt is None else TEXT.value,
+        "text": text,
     } | found
-    make_folder(out.parent)
-    atomic_write(out, json.dumps(report, indent=1) + "\n")
+    write_json(out, report)
     print(f"{table(found)}\n{out}")
 
 

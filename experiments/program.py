@@ -1,10 +1,18 @@
-"""What the programs here share: the main of a script, its lists, its windows and statistics."""
+"""What the programs here share: the main of a script, its lists, its windows and statistics, and
+what its results say of how they were made.
+"""
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +20,18 @@ import numpy as np
 from absl import app, flags, logging
 
 from turboq.errors import TurboqError
+from turboq.files import atomic_write, make_folder
+from turboq.version import __version__
 from turboq_calibrate.cost.metrics import bootstrap_ci
+from turboq_calibrate.measure import quality_table
+from turboq_calibrate.measure.quality_table import Quality
 from turboq_calibrate.models import Model
 from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
 from turboq_calibrate.observe.texts import calibration_windows, mixed_windows
+
+ROOT = Path(__file__).resolve().parents[1]
+MADE = "x-made"  # of a result: `provenance`; readers of strict files keep what begins with x-
 
 
 def main(run: Callable[[Path], None], out: flags.FlagHolder[str]) -> None:
@@ -101,6 +116,54 @@ def kl_ratio(logs: np.ndarray) -> dict[str, Any]:
 def versions(*packages: str) -> dict[str, str]:
     """Of installed packages."""
     return {name: importlib.metadata.version(name) for name in packages}
+
+
+def provenance() -> dict[str, Any]:
+    """What made a result: the command line, when, on what and with what."""
+    return {
+        "command": command(sys.argv),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "cpu": cpu(),
+        "cores": os.cpu_count(),
+        "versions": {"python": platform.python_version(), "turboq": __version__}
+        | versions("jax", "jaxlib"),
+    }
+
+
+def command(argv: Sequence[str]) -> str:
+    """A command line as it is typed at the root of the repository; of paths outside the name."""
+    argv = [str(Path(argv[0]).absolute()), *argv[1:]]
+    parts = (re.sub(r"[^,=:]+", lambda piece: _inside(piece[0]), part) for part in argv)
+    return shlex.join(["python", *parts])
+
+
+def _inside(piece: str) -> str:
+    """A path as the repository has it, or its last name; anything else as it is."""
+    path = Path(piece).expanduser()
+    if not path.is_absolute() and ".." not in path.parts:
+        return piece
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def cpu(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name; where the system does not say it, its architecture."""
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, names), platform.machine())
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result with its `provenance`."""
+    make_folder(path.parent)
+    text = json.dumps(result | {MADE: provenance()}, indent=1, allow_nan=False)
+    atomic_write(path, text + "\n")
+
+
+def write_quality(quality: Quality, folder: Path) -> Path:
+    """`quality_table.write_quality` with the `provenance` in its table."""
+    quality.table[MADE] = provenance()
+    return quality_table.write_quality(quality, folder)
 
 
 def pyplot() -> Any:

@@ -12,19 +12,18 @@ error does not.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from program import main, pyplot, statistics_of, versions
+from program import main, pyplot, statistics_of, write_json
 
 from turboq.cache.layer import TokenPolicy
 from turboq.cache.simulate import quantize_dequantize
 from turboq.errors import TurboqError
-from turboq.files import atomic_write, make_folder
+from turboq.files import make_folder
 from turboq_calibrate.candidates.table import Table
 from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.plan_within import Wanted, menu
@@ -76,7 +75,6 @@ def run(out: Path) -> None:
         "text": window.source,
         "tokens": int(window.tokens.size),
         "calibration": statistics.manifest.inputs["text"],
-        "versions": versions("jax", "numpy"),
         "sinks": policy.sinks,
         "candidate": label,
         "bits_per_channel": table.bits_per_channel(np.zeros(len(table.units), int)),
@@ -89,7 +87,7 @@ def run(out: Path) -> None:
             for i, u in enumerate(table.units)
         ],
     }
-    atomic_write(out / "sensitivity.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_json(out / "sensitivity.json", result)
     draw(table, kl[:, 0], {name: values[:, 0] for name, values in costs.items()}, out)
     print(format_scores(rows))
     print(f"\nsum of single-unit KL {np.nansum(kl):.4g}, all units at once {joint:.4g}")

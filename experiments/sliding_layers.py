@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from program import items, main, named, statistics_of, windows_at
+from program import items, main, named, statistics_of, windows_at, write_quality
 
 from turboq.cache import accounting
 from turboq.cache.layer import TokenPolicy
@@ -146,7 +146,7 @@ def run(out: Path) -> None:
     texts = windows_at(model, TEXT.value, lengths, WINDOWS.value)
     found = evaluate_texts(model, rows, texts, plan_batch=4, folder=out / "windows")
     found.table["x-kinds"] = kinds
-    path = quality_table.write_quality(found, out)
+    path = write_quality(found, out)
     print(quality_table.format_table(found))
     for row in kinds:
         each = ", ".join(f"{kind} {bits:.2f}" for kind, bits in row["bits"].items())

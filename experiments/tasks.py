@@ -18,8 +18,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from absl import flags
-from field_rows import makers, targets
-from program import main, named
+from field_rows import makers, targets, usual
+from program import MADE, main, named, provenance
 
 from turboq_calibrate.cli import common
 from turboq_calibrate.measure.html_page import write_report
@@ -35,7 +35,7 @@ STATISTICS = flags.DEFINE_string("statistics", None, "Folder of `turboq calibrat
 flags.DEFINE_multi_string("tasks", ["all"], "Tasks.")
 flags.DEFINE_multi_string("lengths", ["1024"], "Tokens of prompt and answer.")
 SAMPLES = flags.DEFINE_integer("samples", 10, "Examples per task and length.", lower_bound=1)
-ROWS = flags.DEFINE_multi_string("rows", [], "Only these rows; all by default.")
+ROWS = flags.DEFINE_multi_string("rows", [], "Only these rows (those of field_rows.py).")
 PLAN = flags.DEFINE_multi_string("plan", [], "NAME=FOLDER: a learned row, already written.")
 OUT = flags.DEFINE_string("out", "runs/tasks", "Folder for the result.")
 
@@ -44,7 +44,7 @@ def run(out: Path) -> None:
     model = load_model(MODEL.value)
     lengths = common.lengths_of(flags.FLAGS, model.spec)
     made = makers(model_geometry(model), load_statistics(STATISTICS.value), PLAN.value)
-    plans = [made[name]() for name in named(ROWS, made) or made]
+    plans = [made[name]() for name in named(ROWS, made) or usual(made)]
     tasks = tasks_of(common.listed(flags.FLAGS, "tasks"))
     table = measure_tasks(
         model, plans, tasks, lengths=lengths, count=SAMPLES.value, folder=out / "scores"
@@ -55,6 +55,7 @@ def run(out: Path) -> None:
         if not r["at_chance"]
     }
     table["x-targets"] = targets(changes, "+.3f", more_is_better=True)
+    table[MADE] = provenance()
     path = write_results(table, out)
     print(format_results(table))
     for line in table["x-targets"]:

@@ -12,16 +12,15 @@ run at all? What it finds goes into LOG.md, negative results too.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
-from program import kl_ratio, main, statistics_of, windows_of
+from program import kl_ratio, main, statistics_of, windows_of, write_json
 
 from turboq.codecs import PerHead
-from turboq.files import atomic_write, make_folder
+from turboq.files import make_folder
 from turboq.plan import ModelGeometry
 from turboq_calibrate import evaluate_texts, load_model, make_plan, model_geometry
 from turboq_calibrate.measure.evaluate import NamedPlan
@@ -67,11 +66,10 @@ def run(out: Path) -> None:
         "model_fingerprint": model.fingerprint,
         "calibration": statistics.manifest.inputs["text"],
         "texts": found.table["texts"],
-        "versions": found.run["versions"],
         "rows": rows,
         "contrasts": [c for pair in BASELINES.items() for c in contrasts(rows, *pair)],
     }
-    atomic_write(out / "template.json", json.dumps(result, indent=1) + "\n")
+    write_json(out / "template.json", result)
     for c in result["contrasts"]:
         low, high = c["ratio_ci"]
         print(f"{c['what']:<18} {c['text'][-18:]:<18} {c['kl_ratio']:.3f} ({low:.3f} - {high:.3f})")

@@ -268,6 +268,10 @@ def test_a_study_runs_and_continues(observed, tmp_path):
     assert done.returncode == 0, done.stderr
     first = (tmp_path / "out" / "key_mean.json").read_bytes()
     result = json.loads(first)
+    made = result["x-made"]
+    assert made["command"].startswith("python experiments/ablations/key_mean.py --model=tests/gold")
+    assert made["command"].endswith(" --length=16 --windows=2 --seeds=2 --out=out")
+    assert str(tmp_path) not in first.decode()
     assert [row["arm"] for row in result["rows"]] == ["no mean", "K mean", "V mean", "both means"]
     assert all(len(row["kl_windows"]) == 4 for row in result["rows"])
     assert (tmp_path / "out" / "key_mean.svg").read_text().count("<svg") == 1
@@ -300,3 +304,8 @@ def test_the_template_runs_at_smoke_size(observed, tmp_path):
     assert first["kl_ratio"] == pytest.approx(ratio, rel=1e-12)
     assert f"{first['what']:<18}" in done.stdout
     assert str(tmp_path / "out" / "template.json") in done.stdout
+    assert found["x-made"]["command"] == (
+        "python experiments/template.py --smoke --model=tests/golden/llama3 "
+        f"--statistics={Path(observed).name} --text=text.txt --out=out"
+    )
+    assert str(tmp_path) not in json.dumps(found)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -27,7 +28,6 @@ from absl import app, flags, logging
 
 from turboq.cache.layer import TokenPolicy
 from turboq.errors import TurboqError
-from turboq.files import atomic_write
 from turboq.plan import ModelGeometry, Plan, document
 from turboq.plan.rules import Rule, rule_plan
 from turboq_calibrate.choose.budget import Budget
@@ -41,6 +41,9 @@ from turboq_calibrate.observe import texts as data
 from turboq_calibrate.observe.observe import observe
 from turboq_calibrate.observe.recipe import ObserveRecipe
 from turboq_calibrate.observe.statistics_files import Statistics, load_statistics
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+program: Any = importlib.import_module("program")
 
 Arrays = dict[str, np.ndarray]
 POLICY = TokenPolicy(sinks=4)
@@ -154,7 +157,7 @@ def measure(arms_of: Arms, out: Path) -> dict:
     geometry = model_geometry(model)
     cells: dict[tuple[str, str], list[dict]] = {}
     meta: dict[str, Arm] = {}
-    calibrated, versions = [], {}
+    calibrated = []
     for seed in range(SEEDS.value):
         bench = Bench(model, geometry, seed, out)
         arms = arms_of(bench)
@@ -171,13 +174,11 @@ def measure(arms_of: Arms, out: Path) -> dict:
         for row in found.rows:
             cells.setdefault((row["name"], row["text"]), []).append(row)
         calibrated.append(bench.statistics.manifest.inputs["text"])
-        versions = found.run["versions"]
     rows = [_row(meta[name], text, found) for (name, text), found in cells.items()]
     return {
         "model": model.spec.name,
         "model_fingerprint": model.fingerprint,
         "calibration": calibrated,
-        "versions": versions,
         "seeds": SEEDS.value,
         "windows": WINDOWS.value,
         "window_tokens": LENGTH.value,
@@ -286,7 +287,7 @@ def run(file: str, doc: str | None, arms_of: Arms) -> None:
         out = Path(OUT.value or f"runs/{name}")
         try:
             result = {"study": name, "question": question} | measure(arms_of, out)
-            atomic_write(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+            program.write_json(out / f"{name}.json", result)
             draw(result, out / f"{name}.svg", question)
         except (TurboqError, OSError) as error:
             sys.exit(f"{name}: error: {error}")

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from optimised import optimised
 from scipy import special
 
 from turboq import conformance
@@ -17,6 +18,7 @@ from turboq.codecs import CODECS
 from turboq.conformance import Claims, __main__, adapters, checks_bytes, ours, run
 from turboq.numbers import codebook as codebooks
 from turboq.numbers.rotation import Rotation
+from turboq_calibrate.choose.plan_within import LEARNED
 
 DIM, VECTORS = 64, 2048
 
@@ -336,6 +338,19 @@ def test_every_codec_is_in_the_table_of_settings():
 def test_our_codecs_pass(name):
     for title, adapter in ours.adapters([DIM], [name], quick=True).items():
         assert failures(adapter) == {}, title
+
+
+def test_the_default_learned_form_is_among_them_and_passes():
+    """Window codes with a coded gain, by the defaults of `turboq plan --budget`."""
+    (setting,) = (
+        one
+        for one in ours.SETTINGS["transform"]
+        if (one.config.get("quantizer"), one.config.get("gain")) == ("window", "code")
+    )
+    with optimised():
+        adapter = ours.make("transform", setting, DIM)
+        assert adapter.codec == LEARNED.codec(DIM, adapter.codec.segments)
+        assert failures(adapter) == {}
 
 
 def test_live_bytes_count_every_buffer_once():

@@ -139,6 +139,8 @@ SETTINGS: dict[str, list[Setting]] = {
     "transform": [
         *(_format(static=True, segments=_runs, quantizer=q) for q in ("scalar", "trellis")),
         _format(static=True, segments=_runs, quantizer="window", states=64),
+        # As `turboq plan --budget` stores keys and values by default.
+        _format(static=True, segments=_runs, quantizer="window", states=64, gain="code"),
         _format(segments=_runs, gain="float16"),
         _format(static=True, segments=_runs, gain="code", codebook="fitted"),
     ],

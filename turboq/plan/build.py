@@ -41,11 +41,12 @@ def uniform_plan(
     """One codec for all keys and one for all values.
 
     `k` and `v` are templates: a layer of another head dim takes them at its own. `k_rope` "before"
-    stores keys before their rotary embedding in every layer that has one. With `arrays` given, they
-    are checked against the plan.
+    stores keys before their rotary embedding in every layer that has one (some must). With
+    `arrays` given, they are checked against the plan.
 
     Raises:
-      PlanConflict: the arrays are not the plan's, or the geometry lacks the `rope` of a layer.
+      PlanConflict: the arrays are not the plan's, or the geometry lacks the `rope` of a layer; no
+        layer has a rotary embedding to store keys before.
       ValueError: a codec does not exist at a layer's head dim.
 
     Examples:
@@ -60,6 +61,7 @@ def uniform_plan(
       >>> plan.bits_per_channel()
       3.25
     """
+    k_rope = _checked(geometry, k_rope)
     layers = tuple(
         LayerPlan(
             index=layer.index,
@@ -115,6 +117,7 @@ def head_plan(
       >>> plan.bits_per_channel(), sorted(plan.layers[0].k.heads)
       (3.5, [1])
     """
+    k_rope = _checked(geometry, k_rope)
     layers: list[LayerPlan] = []
     for layer in geometry.cache_layers:
         sides: dict[str, SidePlan] = {}
@@ -135,11 +138,15 @@ def head_plan(
     )
 
 
+def _checked(geometry: ModelGeometry, k_rope: KRope) -> KRope:
+    return k_rope if callable(k_rope) else geometry.key_form(k_rope)
+
+
 def _form(k_rope: KRope, layer: LayerGeometry) -> RopeForm:
     """A layer's own choice; of a choice for all, "before" is for layers that rotate keys."""
     if callable(k_rope):
         return k_rope(layer.index)
-    return "after" if layer.rope_layout == "none" or layer.rope_dim == 0 else k_rope
+    return k_rope if layer.turns_keys else "after"
 
 
 def at_dim(codec: Template, dim: int) -> Codec:

@@ -137,6 +137,11 @@ class LayerGeometry:
         """Whether it stores keys and values itself: it has KV heads and borrows no cache."""
         return self.kv_heads > 0 and self.borrows_cache_of is None
 
+    @property
+    def turns_keys(self) -> bool:
+        """Whether its keys carry a rotary embedding that is known."""
+        return self.rope_layout != "none" and self.rope_dim != 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelGeometry:
@@ -200,6 +205,22 @@ class ModelGeometry:
     def cache_layers(self) -> tuple[LayerGeometry, ...]:
         """Layers that own a cache: exactly those a plan lists."""
         return tuple(layer for layer in self.layers if layer.owns_cache)
+
+    def key_form(self, asked: RopeForm | None = None) -> RopeForm:
+        """How keys are stored; None: before their rotary embedding, where any layer has one.
+
+        Raises:
+          PlanConflict: before it or in blocks, and no layer has one.
+        """
+        turned = any(layer.turns_keys for layer in self.cache_layers)
+        if asked is None:
+            return "before" if turned else "after"
+        if asked != "after" and not turned:
+            raise PlanConflict(
+                "k_rope", f"{asked}, but keys of {self.name} carry no rotary embedding (captured "
+                "keys are stored as they come): leave --k_rope away, or --k_rope=after",
+            )  # fmt: skip
+        return asked
 
     def kept_window(self, index: int) -> int | None:
         """Tokens that the cache of layer `index` must keep: the widest window of its readers.

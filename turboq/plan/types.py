@@ -356,7 +356,7 @@ def _check_turned(
     """Refuses turned keys where nothing is rotated, or where nobody knows how."""
     if name == "v":
         raise PlanConflict(path, "values have no rotary embedding: only keys may be turned")
-    if geometry.rope_layout == "none" or geometry.rope_dim == 0:
+    if not geometry.turns_keys:
         raise PlanConflict(path, f"layer {geometry.index} has no rotary embedding")
     if geometry.rope is None:
         due = f"model.layers[{geometry.index}].rope"
@@ -374,8 +374,7 @@ def _check_joint(path: str, layer: LayerPlan, geometry: LayerGeometry) -> None:
     """Refuses joined keys and values that no cache could read."""
     if layer.joint is None or geometry.kv_heads % layer.joint:
         raise PlanConflict(path, f"{layer.joint} does not divide {geometry.kv_heads} KV heads")
-    rotates = geometry.rope_layout != "none" and geometry.rope_dim != 0
-    if rotates and layer.k.rope == "after":
+    if geometry.turns_keys and layer.k.rope == "after":
         raise PlanConflict(
             path, 'keys are joined with values before RoPE or relative to blocks ("block:64"), '
             'but k.rope is "after"',

@@ -82,7 +82,7 @@ class Wanted:
       of a layer), "per_head".
     policy: tokens kept exact; policies: several to choose among at the budget's context, by what
       the check measures. k_rope: keys stored "before" or "after" their rotary embedding, or
-      relative to their "block:P" of positions.
+      relative to their "block:P" of positions; None: before, where any layer has one.
     objective: least predicted loss over the "mean" of the calibration texts, or on the "worst".
     options: of the learned transforms; with `guard` their shrinkage is chosen on texts left out,
       where no text is the model's own: what it writes is of no one kind already.
@@ -98,8 +98,8 @@ class Wanted:
     Examples:
       >>> from turboq_calibrate import Budget, Wanted
       >>> wanted = Wanted(budget=Budget.parse("3bpc"), candidates=("per_head:2,3,4",))
-      >>> wanted.granularity, wanted.k_rope, wanted.policy.sinks
-      ('per_head', 'before', 4)
+      >>> wanted.granularity, wanted.policy.sinks
+      ('per_head', 4)
     """
 
     budget: Budget
@@ -108,7 +108,7 @@ class Wanted:
     granularity: Granularity = "per_head"
     policy: TokenPolicy = SINKS
     policies: tuple[TokenPolicy, ...] = ()
-    k_rope: RopeForm = "before"
+    k_rope: RopeForm | None = None
     objective: str = "mean"
     options: TransformOptions = LEARNED
     guard: bool = True
@@ -174,17 +174,18 @@ def menu(
     """Fits all candidates and predicts their costs.
 
     Raises:
-      TurboqError: statistics of another model, or without what a candidate needs.
+      TurboqError: statistics of another model, or without what a candidate needs; `wanted.k_rope`
+        of keys without a rotary embedding.
     """
     check_statistics(statistics, geometry)
     constraints = _own_rules(wanted)
-    policy, k_rope, notes, makers = wanted.policy, wanted.k_rope, (), None
+    policy, notes, makers = wanted.policy, (), None
     if wanted.engine is not None:
         found = engine_menu(wanted.engine, geometry, policy)
         makers, constraints, k_rope = found.makers, found.constraints, "after"
         notes, policy = tuple(found.notes(policy)), found.policy
-    if all(layer.rope_layout == "none" for layer in geometry.cache_layers):
-        k_rope = "after"  # no rotary embedding: before and after are the same
+    else:
+        k_rope = statistics.geometry.key_form(wanted.k_rope)  # captured: as its keys stand
 
     heads = _joined(statistics, geometry, wanted, k_rope)
     bits = _bits_near(geometry, wanted.budget, heads)
@@ -245,7 +246,7 @@ def _joined(
 ) -> int | None:
     """Heads that are joined in every layer, None for none (`Wanted.joint`)."""
     layers = geometry.cache_layers
-    unturned = k_rope != "after" or all(layer.rope_layout == "none" for layer in layers)
+    unturned = k_rope != "after" or not any(layer.turns_keys for layer in layers)
     learns = all(learned_word(word) for word in wanted.candidates)
     if wanted.joint is not None:
         if wanted.joint and (wanted.engine is not None or not unturned):

@@ -85,8 +85,8 @@ def define(values: flags.FlagValues) -> None:
     common.out(values, "Folder for plan.json and plan.safetensors.")
     flags.DEFINE_enum(
         "k_rope", None, ROPE_FORMS, "Keys are stored before or after their rotary embedding, or "
-        "relative to their block of so many positions (default: before with --budget, after with a "
-        "codec).", flag_values=values,
+        "relative to their block of so many positions (default: with --budget before, where keys "
+        "have one; after with a codec).", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string(
         "budget", None, "Choose codecs within: 4680B (per token), 3.25bpc, 131072@4GiB, or "
@@ -220,7 +220,7 @@ def _one_codec(values: flags.FlagValues) -> None:
     geometry = model_geometry(
         load_model(values.model, resident=False, long_context=values.long_context)
     )
-    rope = values.k_rope or "after"
+    rope = geometry.key_form(values.k_rope or "after")
     sides = common.sides_of_flags(values)
     codecs = {which: common.template(sides[which], which, geometry) for which in SIDES}
     if statistics is not None:
@@ -265,7 +265,8 @@ def _observed(
     steps = ["fit", "costs", *["evaluate"] * values.check]
     if values.statistics is None:
         assert model is not None
-        check_dims(model_geometry(model))
+        check_dims(geometry := model_geometry(model))
+        geometry.key_form(values.k_rope)  # refused before anything is observed
         observing = common.observing(values, model)
         # Texts are left out, one at a time, only where none is the model's own.
         steps = [*observing, *["guard"] * ("self:" not in observing), *steps]
@@ -300,7 +301,7 @@ def _ladder(values: flags.FlagValues, low: Budget, high: Budget) -> None:
             budget=middle(low, high),
             candidates=tuple(common.listed(values, "candidates")),
             granularity=values.granularity or "per_head",
-            k_rope=values.k_rope or "before",
+            k_rope=values.k_rope,
             policy=common.policy_of(values),
         )
         model, statistics, geometry, steps = _observed(values, out)
@@ -354,7 +355,7 @@ def _within_budget(values: flags.FlagValues) -> None:
             candidates=tuple(common.listed(values, "candidates")),
             engine=values.engine,
             granularity=values.granularity or "per_head",
-            k_rope=values.k_rope or "before",
+            k_rope=values.k_rope,
             objective=values.objective,
             rounds=values.rounds,
             joint=_joint(values.joint),

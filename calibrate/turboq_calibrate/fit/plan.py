@@ -96,7 +96,8 @@ def fit_plan(plan: Plan, statistics: Statistics) -> Arrays:
     """Arrays of all learned codecs of a plan, each head's fitted where its keys are stored.
 
     Raises:
-      TurboqError: statistics of another model, or without what a codec needs (names the layer).
+      TurboqError: statistics of another model, or without what a codec needs (names the layer);
+        keys before RoPE, of captured ones.
 
     Examples:
       >>> import turboq
@@ -113,7 +114,8 @@ def fit_plan(plan: Plan, statistics: Statistics) -> Arrays:
     stored: dict[tuple[int, str], RopeForm] = {
         (x.index, side): x.side(side).rope for x in plan.layers for side in SIDES
     }
-
+    for form in sorted(set(stored.values()) - {"after"}):
+        statistics.geometry.key_form(form)
     joined = {x.index: x.joint for x in plan.layers if x.joint is not None}
     if joined:
         raise TurboqError(

@@ -29,7 +29,16 @@ from turboq_calibrate.measure.quality_table import (
     scopes,
     unequal,
 )
-from turboq_calibrate.tasks.results import DETAILS, RESULTS, cells, details, notes_of, read_results
+from turboq_calibrate.tasks.results import (
+    DETAILS,
+    RESULTS,
+    SIZES,
+    cells,
+    details,
+    notes_of,
+    read_results,
+    sizes,
+)
 
 REPORT = "report.html"
 
@@ -116,7 +125,7 @@ def render(
         *_figure(
             "Quality against size",
             pictures.kl_against_bits(panels),
-            "Lower and further left is better. "
+            "Lower and further left is better; every byte at that context counts. "
             + (
                 "Points are means over texts, bars reach from the best text to the worst; "
                 if len(texts) > len(panels)
@@ -171,6 +180,9 @@ def _tasks(tasks: dict[str, Any]) -> list[str]:
         "offered; written: greedy decoding writes it. Plans: change of its log-probability in "
         "nats, and how often greedy decoding writes what it writes with the exact cache.</p>",
         *(f'<p class="soft">{_text(note)}.</p>' for note in notes),
+        "<h3>Sizes</h3>",
+        _table(sizes(tasks["rows"])),
+        f'<p class="soft">{_text(SIZES)}.</p>',
         "<h3>In detail</h3>",
         _table(details(tasks["rows"])),
         f'<p class="soft">{_text(DETAILS[0].upper() + DETAILS[1:])} (McNemar).</p>',
@@ -321,7 +333,8 @@ def _quality(quality: Quality) -> list[str]:
 def _definitions(table: dict[str, Any]) -> str:
     level = round(100 * table["bootstrap"]["level"])
     return (
-        "bits/ch: every stored bit of one quantized token over its K and V channels. KL: "
+        "bits/ch: every stored bit of one quantized token over its K and V channels; all at N: "
+        "every byte resident for N tokens (pages, exact tokens, fitted arrays, tables). KL: "
         "divergence from the exact model's next-token distribution, nats per token, with the "
         f"{level} % bootstrap interval of the mean over windows, the median and the 99 % quantile "
         "over positions. top-1: positions at which both prefer the same next token. Only positions "

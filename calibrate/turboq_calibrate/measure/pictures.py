@@ -94,6 +94,7 @@ def kl_against_bits(panels: Mapping[str, list[Row]]) -> str | None:
     """Mean KL (log scale) against bits per channel, bars: `kl_ci`, a panel for every title. None
     without data.
 
+    All that is resident at the rows' context is counted: plans at one place cost the same.
     Exact rows far to the right would flatten the rest: they become a dashed level instead.
     """
     drawn = {title: rows for title, rows in panels.items() if _lossy(rows)}
@@ -109,15 +110,17 @@ def kl_against_bits(panels: Mapping[str, list[Row]]) -> str | None:
             axes.set_title(title)
             handles, names = axes.get_legend_handles_labels()
             labels |= dict(zip(names, handles, strict=True))
-        every[-1].set_xlabel("bits per channel (all stored bits of a quantized token)")
+        contexts = sorted({row["context"] for rows in drawn.values() for row in rows})
+        at = " or ".join(f"{context:,}" for context in contexts)
+        every[-1].set_xlabel(f"bits per channel at {at} tokens, everything counted")
         figure.legend(
             labels.values(), labels.keys(), frameon=False, loc="outside upper left", ncols=2,
             handlelength=2.2,
         )  # fmt: skip
         alt = "".join(
-            f"Mean KL divergence against bits per channel for {len(points)} plans"
+            f"Mean KL divergence against bits per channel at {at} tokens for {len(points)} plans"
             f"{f' ({title})' if title else ''}. Lowest: {best['name']}, {best['kl_mean']:.3g} nats "
-            f"per token at {_bits(best):.2f} bits per channel. "
+            f"per token at {_all_bits(best):.2f} bits per channel. "
             for title, points in ((title, _lossy(rows)) for title, rows in drawn.items())
             for best in [min(points, key=lambda r: r["kl_mean"])]
         )
@@ -132,7 +135,7 @@ def _bits_panel(axes: Any, rows: list[Row], styles: dict[str, tuple[str, str]]) 
     """KL against bits of these rows."""
     points, levels = _lossy(rows), [r for r in rows if r["codec"] == "exact" and r["kl_mean"] > 0]
     for codec in dict.fromkeys(r["codec"] for r in points):
-        mine = sorted((r for r in points if r["codec"] == codec), key=_bits)
+        mine = sorted((r for r in points if r["codec"] == codec), key=_all_bits)
         colour, marker = styles[codec]
         y = np.array([r["kl_mean"] for r in mine])
         # A lower bound of zero cannot be drawn on a log axis: the bar ends at the axis.
@@ -144,14 +147,14 @@ def _bits_panel(axes: Any, rows: list[Row], styles: dict[str, tuple[str, str]]) 
             ]
         )
         axes.errorbar(
-            [_bits(r) for r in mine], y, yerr=np.maximum(spread, 0.0), color=colour,
+            [_all_bits(r) for r in mine], y, yerr=np.maximum(spread, 0.0), color=colour,
             marker=marker, markersize=6, linewidth=1.6, capsize=3, label=codec,
         )  # fmt: skip
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     below = []
     for r in levels:
-        text = f"{r['name']} ({_bits(r):g} bits per channel)"
+        text = f"{r['name']} ({_all_bits(r):g} bits per channel)"
         if r["kl_mean"] < low / 30:
             below.append(f"{text}: {r['kl_mean']:.1e}, below this axis")
             continue
@@ -175,8 +178,8 @@ def _bits_panel(axes: Any, rows: list[Row], styles: dict[str, tuple[str, str]]) 
     axes.set_ylabel("mean KL, nats per token")
 
 
-def _bits(row: Row) -> float:
-    return row["bits_per_channel"]
+def _all_bits(row: Row) -> float:
+    return row["bits_per_channel_at_context"]
 
 
 def heads_matrix(values: list[list[float] | None]) -> Float[np.ndarray, "K L"]:
@@ -353,7 +356,8 @@ def loss_by_task(rows: list[Row]) -> str | None:
     Rows of `tasks.json`; tasks at several lengths are rows of their own. None without a loss.
     """
     counted = [r for r in rows if not r["at_chance"]]
-    plans = list(dict.fromkeys(r["plan"] for r in sorted(counted, key=_bits)))
+    by_bits = sorted(counted, key=lambda row: row["bits_per_channel"])
+    plans = list(dict.fromkeys(row["plan"] for row in by_bits))
     loss = {(r["task"], r["length"], r["plan"]): -r["logp_change"] for r in counted}
     if not any(x > 0 for x in loss.values()):
         return None

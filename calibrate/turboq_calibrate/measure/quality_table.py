@@ -132,12 +132,14 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def storage_cells(row: Row, window: int | None = None) -> dict[str, str]:
-    """A plan's name and size as text: heading -> cell; all that is resident at `window` tokens."""
-    at = row.get("bits_per_channel_at_window")
+    """A plan's name and size as text: heading -> cell; with all that is resident at `window` tokens
+    and at the row's context."""
+    sizes = {window: row.get("bits_per_channel_at_window")}
+    sizes[row["context"]] = row["bits_per_channel_at_context"]
     return {
         "plan": row["name"],
         "bits/ch": f"{row['bits_per_channel']:.2f}",
-        **({} if at is None or window is None else {f"all at {window}": f"{at:.2f}"}),
+        **{f"all at {n}": f"{x:.2f}" for n, x in sizes.items() if n is not None and x is not None},
         "bytes/token": f"{row['bytes_per_token']:g}",
         "vs bf16": f"{row['compression']:.2f}x",
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from turboq.cache.accounting import readable
 from turboq.files import make_folder, settle, write_together
 from turboq.plan import json_file
 from turboq.plan.errors import PlanError, shown
@@ -66,6 +67,9 @@ class TaskRow:
     by_depth: tuple[AtDepth, ...]
     examples_needed: int | None = dataclasses.field(default=None, metadata={"optional": True})
     logp_examples: tuple[float, ...] | None = dataclasses.field(
+        default=None, metadata={"optional": True}
+    )
+    bits_per_channel_at_length: float | None = dataclasses.field(
         default=None, metadata={"optional": True}
     )
     rank_median: float | None = dataclasses.field(default=None, metadata={"optional": True})
@@ -136,6 +140,25 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     return [lines[key] for key in sorted(lines, key=lambda x: (x[1], order[x[0]]))]
 
 
+def sizes(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """One dict per plan: bits per channel of one token, and all that is resident by length."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: row["length"]):
+        line = lines.setdefault(
+            row["plan"], {"plan": row["plan"], "bits/ch": f"{row['bits_per_channel']:.2f}"}
+        )
+        at, bits = row["length"], row.get("bits_per_channel_at_length")
+        line[f"all at {at}"] = "-" if bits is None else f"{bits:.2f}"
+        line[f"bytes at {at}"] = readable(row["cache_bytes"])
+    return [lines[name] for name in dict.fromkeys(row["plan"] for row in rows)]
+
+
+SIZES = (
+    "bits/ch: every stored bit of one quantized token over its K and V channels; all, bytes at N: "
+    "everything resident for N tokens (pages, exact tokens, fitted arrays, tables)"
+)
+
+
 def too_few(row: dict[str, Any]) -> bool:
     """Even if all examples were right, chance could not be ruled out."""
     return row["examples"] < (row.get("examples_needed") or 0)
@@ -195,9 +218,9 @@ def notes_of(table: dict[str, Any]) -> list[str]:
 
 
 def format_results(table: dict[str, Any]) -> str:
-    """The printed tables: a line per task and length with a column per plan, then `details`."""
+    """The printed tables: a line per task and length with a column per plan, `sizes`, `details`."""
     heading, *notes = notes_of(table)
     rows = table["rows"]
-    lines = [heading, *aligned(cells(rows)), *notes]
+    lines = [heading, *aligned(cells(rows)), *notes, SIZES, *aligned(sizes(rows))]
     more = details(rows)
     return "\n".join([*lines, DETAILS, *aligned(more)] if more else lines)

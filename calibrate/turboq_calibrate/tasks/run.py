@@ -209,9 +209,11 @@ def _tokens(cells: Cells) -> int:
 
 def _storage(name: str, layers: Sequence[KVLayer], length: int) -> dict[str, Any]:
     """What a plan stores at this length."""
+    held = accounting.residency(layers, context=length)
     return {
         "plan": name,
         "bits_per_channel": accounting.bits_per_channel(layers),
-        "cache_bytes": accounting.residency(layers, context=length).total,
+        "bits_per_channel_at_length": held.bits_per_channel,
+        "cache_bytes": held.total,
         "exact_tokens": exact_tokens(layers),
     }

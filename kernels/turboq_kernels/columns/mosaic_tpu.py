@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, Int8, UInt32
+from jaxtyping import Array, Float, Int, Int8, Shaped, UInt32
 
 from turboq.numbers.packing import PAGE, ROWS
 from turboq_kernels.columns import mosaic_tpu_kernel as inner
@@ -195,7 +195,9 @@ def _by_row(
     return rows.reshape(batch, spec.rows, -1)
 
 
-def page_order(x: Float[Array, "B M S"]) -> Float[Array, "B P M 256"]:
+def page_order(
+    x: Shaped[Array | np.ndarray, "B M S"],
+) -> Shaped[Array | np.ndarray, "B P M 256"]:
     """Page by page, tokens in the order in which masks take them: byte of the word last."""
     batch, m, slots = x.shape
     parts = x.reshape(batch, m, slots // PAGE, PAGE // 32, 4, ROWS).swapaxes(-1, -2)

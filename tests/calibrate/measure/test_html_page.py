@@ -224,8 +224,8 @@ def test_several_texts(two_texts):
     """Plans by texts with the worst marked, then every text; points are means over texts."""
     page = report.render(two_texts)
     cells = [c.strip() for c in re.findall(r"<td>(.*?)</td>", page)]
-    assert cells[4:6] == ["0.2000*", "0.1000"]
-    assert cells[10:12] == ["0.0300", "0.0500*"]
+    assert cells[5:7] == ["0.2000*", "0.1000"]
+    assert cells[12:14] == ["0.0300", "0.0500*"]
     assert "<i>" not in page
     assert "2 plans against" in page
     kl = re.search(r'aria-label="(Mean KL divergence against bits[^"]*)"', page)
@@ -283,11 +283,33 @@ def test_tasks_are_a_table_and_a_picture(full, tmp_path):
     assert "-1.00 75 %" in page
     assert "<td>-1.00 (-2.00 .. +0.00)</td>" in page
     assert ">at 0.5</th>" in page
+    assert ">all at 256</th>" in page
+    assert "<td>1000 B</td>" in page
     assert "&lt;lots&gt;" in page.partition("counted for nothing")[2][:20]
     assert "<lots>" not in page
     for row in found["rows"]:
         row["logp_change"] = 0.0
     assert "which tasks tolerate" not in report.render(full, tasks=found).lower()
+
+
+def test_plans_stand_at_all_that_they_hold():
+    """Of equal bits a token, the plan with large tables stands further right."""
+
+    def drawn(bits):
+        rows = [quality_cases.row(name, kl=kl) for name, kl in (("small", 0.2), ("large", 0.1))]
+        rows[1] |= {"bits_per_channel_at_context": bits, "codec": "transform"}
+        page = pictures.kl_against_bits({"": rows})
+        assert page is not None
+        uses = re.findall(r'<use [^>]*x="([0-9.]+)" y="[^"]*" style="fill: (#[0-9a-f]+)', page)
+        places = {colour: float(x) for x, colour in reversed(uses)}  # the first, not the legend's
+        small, large = (places[pictures.family_styles(rows)[row["codec"]][0]] for row in rows)
+        return page, large - small
+
+    assert drawn(3.3)[1] == 0
+    page, further = drawn(5.75)
+    assert further > 100
+    assert ">bits per channel at 4,096 tokens, everything counted</text>" in page
+    assert "Lowest: large, 0.1 nats per token at 5.75 bits per channel" in page
 
 
 def test_every_length_has_a_panel_of_kl_against_bits():

@@ -22,6 +22,10 @@ def test_what_is_all_resident_at_the_window_is_printed():
     text = quality.format_table(found)
     assert "all at 48" in text
     assert "9.50" in text
+    assert text.splitlines()[1].split()[1:8] == [
+        "bits/ch", "all", "at", "48", "all", "at", "4096",
+    ]  # fmt: skip
+    assert text.splitlines()[3].split()[1:4] == ["3.25", "9.50", "3.30"]
     share = (1 + 2 + 3) / (45 + 46 + 47)
     assert f"mine: at most {100 * share:.0f} % of the keys that scored" in text
     assert "free: at most" not in text

@@ -10,7 +10,7 @@ import task_solvers
 from turboq.errors import TurboqError
 from turboq_calibrate.tasks import OURS, TASKS, tasks_of
 from turboq_calibrate.tasks.contract import Sample, Task
-from turboq_calibrate.tasks.examples import examples
+from turboq_calibrate.tasks.examples import ROOM, examples
 
 
 class Characters:
@@ -23,6 +23,16 @@ class Characters:
 
     def decode(self, ids):
         return "".join(map(chr, ids))
+
+
+class Fours(Characters):
+    """Of four characters each: about as many tokens as a tokenizer of a model makes of English."""
+
+    def encode(self, text):
+        return np.frombuffer(text.encode("ascii") + bytes(-len(text) % 4), "<i4").tolist()
+
+    def decode(self, ids):
+        return np.asarray(ids, "<i4").tobytes().replace(b"\0", b"").decode()
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -52,6 +62,17 @@ def test_prompts_are_full_and_of_one_length(name):
             assert getattr(task_solvers, name)(text[front.end() :]) == Characters().decode(right)
             assert front.end() < 300  # one more unit does not fit
             assert right not in wrong
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_prompt_of_32768_tokens_is_full(name):
+    """No name, key or number runs out, and what decides it still stands there once."""
+    (x,) = examples(TASKS[name], Fours(), length=32768, count=1, depths=[0.5])
+    assert len(x.prompt) == 32768 - ROOM
+    text, (right, *_) = Fours().decode(x.prompt[1:]), x.answers
+    front = re.match(r"([A-Za-z ]*\.\n)*", text)
+    assert front.end() < 300
+    assert getattr(task_solvers, name)(text[front.end() :]) == Fours().decode(right)
 
 
 def test_depth_is_where_the_needle_stands():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tolerances import TOL
 
+from turboq.cache import accounting
 from turboq.cache.layer import TokenPolicy
 from turboq.cache.simulate import simulated_attention
 from turboq.codecs import Exact, KiviKey, KiviValue, TurboQuantMSE
@@ -151,6 +152,28 @@ def test_details_say_intervals_ranks_matches_and_depths():
     assert results.details([old])[0]["median rank / exact"] == "-"
 
 
+def test_sizes_count_everything_at_every_length(model):
+    """By hand: pages of 256 tokens, float16 norms, two sinks in bfloat16; no arrays, one table."""
+    layers = plan_of(model, TurboQuantMSE(dim=16, bits=2)).kv_layers({})
+    rows = [run._storage("p", layers, n) | {"task": "t", "length": n} for n in (256, 64)]
+    vectors = 2 * 2 * 2  # K and V of two heads in two layers
+    stored = 256 * vectors * (16 * 2 + 16) // 8 + 2 * vectors * 16 * 2
+    table = accounting.table_bytes(layers)
+    assert [row["cache_bytes"] for row in rows] == [stored + table] * 2
+    bits = [8 * (stored + table) / (n * vectors * 16) for n in (64, 256)]
+    assert [row["bits_per_channel_at_length"] for row in rows] == bits[::-1]
+    assert results.sizes(rows) == [
+        {
+            "plan": "p", "bits/ch": "3.00",
+            "all at 64": f"{bits[0]:.2f}", "bytes at 64": accounting.readable(stored + table),
+            "all at 256": f"{bits[1]:.2f}", "bytes at 256": accounting.readable(stored + table),
+        }
+    ]  # fmt: skip
+    for row in rows:  # of an older version
+        del row["bits_per_channel_at_length"]
+    assert results.sizes(rows)[0]["all at 64"] == "-"
+
+
 def test_a_summary_is_paired():
     rng = np.random.default_rng(0)
     base = (-10 * rng.random(12)).tolist()
@@ -199,7 +222,8 @@ def test_run_keeps_scores_and_counts_no_task_at_chance(model, tmp_path, monkeypa
         ("exact", "flag", True)
     ]
     lines = results.format_results(lots).splitlines()
-    assert lines[4:] == ["at chance with the exact cache, so counted for nothing: flag"]
+    assert lines[4] == "at chance with the exact cache, so counted for nothing: flag"
+    assert lines[5] == results.SIZES
     assert lines[3].split()[:2] == ["flag", "48"]
     monkeypatch.setattr("turboq_calibrate.tasks.statistics.LEVEL", 2.0)  # everything is above
     with pytest.raises(KeyboardInterrupt):
@@ -216,9 +240,11 @@ def test_run_keeps_scores_and_counts_no_task_at_chance(model, tmp_path, monkeypa
     mean = np.mean([x["logp_change"] for x in found["rows"][0]["by_depth"]])
     assert mean == pytest.approx(found["rows"][0]["logp_change"])
     lines = results.format_results(found).splitlines()
-    assert lines[5] == results.DETAILS
-    assert "at 0" in lines[6]
-    assert "at 1" in lines[6]
+    assert lines[5] == results.SIZES
+    assert lines[6].split() == ["plan", "bits/ch", "all", "at", "48", "bytes", "at", "48"]
+    assert lines[9] == results.DETAILS
+    assert "at 0" in lines[10]
+    assert "at 1" in lines[10]
     results.write_results(found, tmp_path)
     assert results.read_results(tmp_path) == json.loads(json.dumps(found))
     for damage in ("{}", '{"logp": [1.0], "rank": 1, "agrees": true, "greedy": []}', "["):

@@ -497,8 +497,15 @@ def test_before_needs_a_rotary_embedding_that_is_known():
         uniform_plan(plain, k=k, v=v, k_rope="before")
     layers = tuple(dataclasses.replace(x, rope_layout="none") for x in plain.layers)
     unrotated = dataclasses.replace(plain, layers=layers)
+    with pytest.raises(PlanConflict, match=r"k_rope: before, but keys of .* carry no rotary"):
+        uniform_plan(unrotated, k=k, v=v, k_rope="before")
     # Of a choice for all layers, those without a rotary embedding keep their keys as they are.
-    assert uniform_plan(unrotated, k=k, v=v, k_rope="before").layers[0].k.rope == "after"
+    some = plan_cases.hybrid()
+    own = dataclasses.replace(some.layers[2], rope=None, rope_dim=0)
+    some = dataclasses.replace(some, layers=(*some.layers[:2], own, some.layers[3]))
+    assert (some.key_form(), unrotated.key_form()) == ("before", "after")
+    plan = uniform_plan(some, k=k, v=v, k_rope="before")
+    assert [layer.k.rope for layer in plan.layers] == ["before", "after"]
     with pytest.raises(PlanConflict, match=r"layers\[0\].k.rope: layer 0 has no rotary"):
         uniform_plan(unrotated, k=k, v=v, k_rope=lambda index: "before")
     with pytest.raises(PlanConflict, match=r"rope.layout: .half., but rope_layout"):
