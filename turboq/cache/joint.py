@@ -111,22 +111,13 @@ def to_units(
     """
     if layer.joint_heads is None:
         return k, v
-    analysis = layer.joint["analysis"].astype(jnp.float32)
-    u = jnp.einsum("btjc,jwc->btjw", centred(layer, k, v, positions), analysis, precision=HIGHEST)
-    u *= layer.joint["analysis_scale"][None, None]
-    return _split(_take(u, _places(layer)), k.shape[2:], v.shape[2:])
-
-
-def centred(
-    layer: KVLayer,
-    k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K E"],
-    positions: Int[Array, "#B T"],
-) -> Float[Array, "B T J C"]:
-    """What `analysis` turns: joined vectors as they are stored, less their center, by channels."""
     k = key_form.to_stored(layer, _key_mean(layer, k), k.swapaxes(1, 2), positions).swapaxes(1, 2)
     x = _joined(k, v, layer.joint_heads) - layer.joint["center"][None, None]
-    return x * layer.joint["analysis_channels"][None, None]
+    x *= layer.joint["analysis_channels"][None, None]
+    analysis = layer.joint["analysis"].astype(jnp.float32)
+    u = jnp.einsum("btjc,jwc->btjw", x, analysis, precision=HIGHEST)
+    u *= layer.joint["analysis_scale"][None, None]
+    return _split(_take(u, _places(layer)), k.shape[2:], v.shape[2:])
 
 
 def from_units(

@@ -250,20 +250,21 @@ def _search(x, room, i, s: Step) -> None:
 
     def rows_of(name, j=None):
         """[C, 128] of both sides."""
-        out = 0.0
+        out = []
         for side, first, dim in zip("kv", (0, s.heads), s.dims, strict=True):
             own = x["sides"][side][name]
             own = own[...] if j is None else own[j]
             found = search.spread(own, _is(number - first, s.heads))
             if found.shape[0] == dim < s.search.coded:
                 found = jnp.concatenate([found, jnp.zeros((s.search.coded - dim, LANES))], axis=0)
-            out += found
-        return out
+            out.append(found)
+        return out[0] + out[1]
 
     @pl.when(n == 0)
     def _():
         taps = [rows_of("taps", j) for j in range(s.search.memory + 1)]
-        search.put_rows(room["rows"], *map(rows_of, ("step", "last", "weights")), taps)
+        step, last, weights = (rows_of(name) for name in ("step", "last", "weights"))
+        search.put_rows(room["rows"], step, last, weights, taps)
         if s.gained:
             room["gains"][...] = rows_of("gains")
 

@@ -33,9 +33,9 @@ def make(x: dict[str, Any], room: dict[str, Any], s) -> None:
         flat = keys.reshape(-1, dim)
         cos, sin = _by_channel(x["cosines"], 0, s.rope, dim)
         keys = keys * cos[None] - _others(flat, s.rope).reshape(keys.shape) * sin[None]
-    swings = s.rope is not None and s.block > 1
-    if swings:
-        cos, sin = _by_channel(x["cosines"], 1, s.rope, dim)
+    swing = s.rope if s.block > 1 else None
+    if swing is not None:
+        cos, sin = _by_channel(x["cosines"], 1, swing, dim)
     for side, first in enumerate((0, (s.joined or 1) * dim)):
         for h in range(s.heads):
             own = keys[h, : s.batch] if side == 0 else room["v"]["tokens"][:, h, :]
@@ -44,9 +44,9 @@ def make(x: dict[str, Any], room: dict[str, Any], s) -> None:
             start = first + place * width if s.joined else 0
             at = slice(start, start + width)
             row = slice(group, group + 1)
-            if swings and side == 0:
+            if swing is not None and side == 0:
                 mean = held["mean"][row, at] if s.joined else held["k"][h : h + 1]
-                turned = mean * cos + _others(mean, s.rope) * sin
+                turned = mean * cos + _others(mean, swing) * sin
                 own -= (turned - mean)[: s.batch]
             if s.joined:
                 own = (own - held["center"][row, at]) * held["analysis_channels"][row, at]
@@ -104,15 +104,16 @@ def _row(ref, i) -> Array:
 
 def _by_int8(matrix, own: Float[Array, "B C"]) -> Float[Array, "W B"]:
     """matrix x, where an int8 matrix meets three parts of 8 bits of every number."""
-    whole, y = matrix.astype(jnp.float32).astype(jnp.bfloat16), None
+    whole, parts = matrix.astype(jnp.float32).astype(jnp.bfloat16), []
     for _ in range(3):
         part = own.astype(jnp.bfloat16)
-        found = jax.lax.dot_general(
-            whole, part, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        parts.append(
+            jax.lax.dot_general(
+                whole, part, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
         )
-        y = found if y is None else y + found
         own -= part.astype(jnp.float32)
-    return y
+    return parts[0] + parts[1] + parts[2]
 
 
 def _product(a: Array, b: Array, axes: tuple[int, int] = (1, 0)) -> Array:

@@ -227,7 +227,8 @@ def _pairs(x: Array, k: int) -> tuple[Array, Array]:
         low = jnp.where(one, pltpu.roll(x, near, 1), x)
         return low, jnp.where(one, x, pltpu.roll(x, SUBLANES - near, 1))
     pairs = x.reshape(-1, 2, 1 << k - 3, *x.shape[1:])
-    return tuple(pairs[:, i].reshape(-1, *x.shape[1:]) for i in range(2))
+    low, high = (pairs[:, i].reshape(-1, *x.shape[1:]) for i in range(2))
+    return low, high
 
 
 def _join(low: Array, high: Array, k: int) -> Array:

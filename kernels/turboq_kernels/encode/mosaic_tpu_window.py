@@ -113,9 +113,11 @@ def _kernel(*refs, trees, s: Search) -> None:
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        rows = (searches.spread(x[name][...], vectors) for name in ("step", "last", "weights"))
+        step, last, weights = (
+            searches.spread(x[name][...], vectors) for name in ("step", "last", "weights")
+        )
         taps = [searches.spread(x["taps"][j], vectors) for j in range(s.memory + 1)]
-        searches.put_rows(room["rows"], *rows, taps)
+        searches.put_rows(room["rows"], step, last, weights, taps)
 
     y, gains = y_ref[...], None
     if x["gains"] is not None:
