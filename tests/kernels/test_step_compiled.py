@@ -15,18 +15,18 @@ BATCH_BYTES = 2 * 8 * 8 * 32768 * (128 * 3 + 16) // 8
 ROOT = Path(__file__).parents[2]
 COSTS = ROOT / "experiments" / "results" / "kernel_costs.json"
 MODULES = {"tpu": tpu_step, "cuda": cuda_step}
-# Launches; those of window codes ("window", keys in "blocks", "joined" heads) are in the one pool.
-# On TPU the tables of heads are laid out anew, and "joined_read" is all but the write.
+# Launches; those of window codes ("window", keys in "blocks", "joined" heads, and these with keys
+# before RoPE) are in the one pool. On TPU the tables of heads of `per_head` are laid out anew.
 MOST = {
     ("sm_90", "turboquant_mse"): 10, ("sm_90", "per_head"): 10, ("sm_90", "window"): 10,
-    ("sm_90", "blocks"): 10, ("sm_90", "joined"): 10,
+    ("sm_90", "blocks"): 10, ("sm_90", "joined"): 10, ("sm_90", "joined_before"): 10,
     ("v5e", "bfloat16_scales"): 10, ("v5e", "turboquant_mse"): 10, ("v5e", "per_head"): 20,
-    ("v5e", "joined_read"): 10,
+    ("v5e", "joined_before"): 10,
 }  # fmt: skip
 
 
 # Of each platform the step of most parts; all while digests are recorded.
-LOWERED = {"tpu": ["per_head", "joined_read"], "cuda": ["per_head", "joined"]}
+LOWERED = {"tpu": ["per_head", "joined_before"], "cuda": ["per_head", "joined_before"]}
 
 
 def key(row):
