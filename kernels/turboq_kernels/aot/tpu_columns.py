@@ -85,8 +85,12 @@ CONFIGURATIONS = (
     Configuration(target="v5e", bits=3, tokens=2),
     Configuration(target="v5e", bits=2, joined=2),
     Configuration(target="v5e", bits=2, cache="1"),
-    *(Configuration(target="v5e", bits=2, cache=form, joined=2) for form in ("1", "64")),
-    *(Configuration(target=target, bits=3) for target in ("v6e", "v5p")),
+    *(
+        Configuration(target="v5e", bits=2, cache=form, joined=2)
+        for form in ("1", "16", "64", "128")
+    ),
+    *(Configuration(target=target, bits=3) for target in ("v6e", "v5p", "tpu7x")),
+    *(Configuration(target=x, bits=2, cache="1", joined=2) for x in ("v6e", "v5p", "tpu7x")),
 )
 
 
