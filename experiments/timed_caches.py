@@ -86,7 +86,7 @@ def plans(geometry: ModelGeometry) -> dict[str, Callable[[], list[KVLayer]]]:
     def uniform(codec: Codec) -> Callable[[], list[KVLayer]]:
         return lambda: _layers(uniform_plan(_two(geometry), k=codec, v=codec, policy=POLICY), one)
 
-    def learned(block: int) -> Callable[[], list[KVLayer]]:
+    def learned(form: Any) -> Callable[[], list[KVLayer]]:
         def choose(index: int, side: str, head: int) -> Codec:
             place = head % heads + (side == "v") * heads
             bits = round(5 - 4 * place / (2 * heads - 1)) + index % 2
@@ -97,7 +97,6 @@ def plans(geometry: ModelGeometry) -> dict[str, Callable[[], list[KVLayer]]]:
             )
 
         def make() -> list[KVLayer]:
-            form: Any = f"block:{block}"
             own = head_plan(
                 _two(geometry), choose, k_rope=lambda _: form, joint=heads, policy=POLICY
             )
@@ -109,8 +108,9 @@ def plans(geometry: ModelGeometry) -> dict[str, Callable[[], list[KVLayer]]]:
         "exact": uniform(Exact(dim=one.k_dim)),
         "turboquant_mse 3b": uniform(TurboQuantMSE(dim=one.k_dim, bits=3)),
         "per_head 3b": uniform(PerHead(dim=one.k_dim, bits=3)),
-        "learned block:64": learned(64),
-        "learned block:256": learned(256),
+        "learned": learned("before"),
+        "learned block:64": learned("block:64"),
+        "learned block:256": learned("block:256"),
     }
 
 

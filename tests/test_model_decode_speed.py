@@ -18,7 +18,9 @@ from turboq_calibrate.measure.generate import greedy
 
 ROOT = Path(__file__).parents[1]
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-PACKED = ("exact", "turboquant_mse 3b", "per_head 3b", "learned block:64", "learned block:256")
+PACKED = (
+    "exact", "turboquant_mse 3b", "per_head 3b", "learned", "learned block:64", "learned block:256",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,7 @@ def test_calls_rotate_through_more_than_the_cache():
 
 
 # Bits stored of a head's key, 128 channels: codes, and a scale or a gain of a nibble.
-COLUMNS = {"T=256": 260, "T=384": 388, "T=512": 516, "mixed": 388, "joined": 324}
+COLUMNS = {"T=256": 260, "T=384": 388, "T=512": 516, "mixed": 388, "joined": 324, "default": 324}
 DUE = {f"columns {name}": bits for name, bits in COLUMNS.items()}
 DUE |= {f"step {name}": bits for name, bits in DUE.items()}
 DUE |= {"step bf16 cudnn": 2048, "step bf16 xla": 2048, "step 3 bits": 400, "step per_head 3b": 400}

@@ -5,8 +5,9 @@ read.
 read, parts joined. "step" rows are what a model does with a layer's cache for one token of every
 sequence: it is encoded, stored and attended to, caches being written in place; the exact ones are
 bfloat16 arrays. T bits are stored of a head's key and of its value: T = 384 is 3 of each of 128
-channels. "mixed": heads of 2 to 4 bits; "joined": pairs of heads, keys in blocks of 256 positions.
-Calls are dependent and go through copies, as those of `methods`.
+channels. "mixed": heads of 2 to 4 bits; "joined": pairs of heads, keys in blocks of 256 positions;
+"default": the same before RoPE, as plans are by default. Calls are dependent and go through
+copies, as those of `methods`.
 """
 
 from __future__ import annotations
@@ -72,10 +73,11 @@ def _column_layers() -> dict[str, LayerOf]:
         **{f"T={128 * b}": functools.partial(_layer, bits=(b,), joined=1) for b in (2, 3, 4)},
         "mixed": functools.partial(_layer, bits=MIXED, joined=1),
         "joined": functools.partial(_layer, bits=(3, 2), joined=2),
+        "default": functools.partial(_layer, bits=(3, 2), joined=2, block=1),
     }
 
 
-def _layer(shape: Shape, bits: tuple[int, ...], joined: int) -> KVLayer:
+def _layer(shape: Shape, bits: tuple[int, ...], joined: int, block: int = PAGE) -> KVLayer:
     """A learned plan's layer whose transforms leave coordinates as they come."""
     kinds = [
         Transform(
@@ -92,7 +94,7 @@ def _layer(shape: Shape, bits: tuple[int, ...], joined: int) -> KVLayer:
     if joined == 1:
         return alone
     turned = dataclasses.replace(
-        alone, rope=Rope(dim=shape.dim, theta=5e5), rope_block=PAGE
+        alone, rope=Rope(dim=shape.dim, theta=5e5), rope_block=block
     )  # fmt: skip
     (groups_of, width), _ = joint.shapes(shape.heads, joined, shape.dim, shape.dim).values()
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((width, width)))[0]
