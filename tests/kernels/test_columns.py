@@ -213,8 +213,8 @@ def test_what_no_kernel_reads_is_refused_by_name(rng):
         columns.attend(q, state, words, tail, q_positions=at, scale=1.0, implementation="cuda")
 
 
-@pytest.mark.parametrize(("block", "names"), [(256, KERNELS), (1, ["mosaic_tpu"])])
-def test_a_pool_that_has_given_up_pages(rng, block, names):
+@pytest.mark.parametrize("block", [256, 1])
+def test_a_pool_that_has_given_up_pages(rng, block):
     """Behind a window: slots count from the first page that is held, positions do not."""
     policy = TokenPolicy(sinks=3, recent=2)
     layers = [
@@ -242,9 +242,11 @@ def test_a_pool_that_has_given_up_pages(rng, block, names):
         layers[0], every, *whole, scale=SCALE, window=100,
         stored_values=simulate(state.form.layer, *whole), since=530,
     )  # fmt: skip
-    for name in names:
+    for name in KERNELS:
+        halves = name == "triton" and block == 1
+        off = TOL["columns_decoded_float16" if halves else "columns"]
         got = run(implementation=name, interpret=True)
-        np.testing.assert_allclose(got, want, atol=TOL["columns"], err_msg=name)
-        np.testing.assert_allclose(got, due, atol=TOL["columns"], err_msg=name)
+        np.testing.assert_allclose(got, want, atol=off, err_msg=name)
+        np.testing.assert_allclose(got, due, atol=off, err_msg=name)
     with pytest.raises(ValueError, match="sees more than the 100 tokens"):
         columns.attend(q, state, words, tail, q_positions=jnp.array([[530]]), scale=SCALE)

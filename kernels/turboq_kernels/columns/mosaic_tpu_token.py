@@ -240,10 +240,9 @@ def _find_places(held, place, s: Step) -> None:
 
 def _search(x, room, i, s: Step) -> None:
     """Codes of the vectors of one search."""
-    n, part = jax.lax.div(i, s.parts), jax.lax.rem(i, s.parts)
-    if s.parts > 1:  # all sequences of one part, then the next: rows are made once for each
-        count = s.searches // s.parts
-        part, n = jax.lax.div(i, count), jax.lax.rem(i, count)
+    # All sequences of one part, then the next: rows are made once for each.
+    count = s.searches // s.parts
+    part, n = jax.lax.div(i, count), jax.lax.rem(i, count)
     vector = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1) % s.search.vectors
     number = (part * s.search.vectors + vector) % s.room
     sequence = n * s.each + vector // s.room
