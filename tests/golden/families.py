@@ -74,7 +74,7 @@ GEMMA4 = {
 GLM = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 12,  # 6 rotated channels
+    "head_dim": 16,  # 8 rotated channels
     "intermediate_size": 20,
     "pad_token_id": 1,
     "rope_parameters": rope(partial_rotary_factor=0.5),
@@ -234,7 +234,7 @@ FAMILIES = {
     "ministral3": (
         "ministral3",
         {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20,
-         "head_dim": 12, "rope_parameters": rope("yarn", 1e6, mscale=1.0, mscale_all_dim=1.0,
+         "head_dim": 16, "rope_parameters": rope("yarn", 1e6, mscale=1.0, mscale_all_dim=1.0,
                                  factor=4.0, original_max_position_embeddings=8,
                                  llama_4_scaling_beta=0.3)},
         torch.bfloat16, None, "BF16", None,
@@ -454,7 +454,7 @@ FAMILIES = {
     "glm4_moe": (
         "glm4_moe",
         MOE | {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
-               "routed_scaling_factor": 1.7, "head_dim": 12, "attention_bias": True,
+               "routed_scaling_factor": 1.7, "head_dim": 16, "attention_bias": True,
                "use_qk_norm": True, "pad_token_id": 1, "num_nextn_predict_layers": 1,
                "rope_parameters": rope(partial_rotary_factor=0.5)},
         torch.bfloat16, None, "BF16", None,
