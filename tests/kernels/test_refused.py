@@ -158,7 +158,7 @@ def test_targets_that_are_not_compiled_for():
         ),
         (
             ["--platform=tpu", "op=columns", "target=v4"],
-            "--platform=tpu: no configuration has target=v4: target is v5e or v6e or v5p",
+            "--platform=tpu: no configuration has target=v4: target is v5e or v6e or v5p or tpu7x",
         ),
         (
             ["--platform=cuda", "op=read"],
