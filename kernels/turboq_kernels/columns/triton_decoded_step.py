@@ -23,7 +23,6 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.cache.contiguous import Tail
 from turboq.cache.model_cache import LayerState
-from turboq.numbers.packing import PAGE
 from turboq_kernels.columns import triton, triton_decoded, triton_step
 from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.columns.triton_decoded import FULL
@@ -130,16 +129,7 @@ def _kernel(*refs, trees, step: Step, rows: int) -> None:
 
     @pl.when(program == 0)
     def _():
-        item = jnp.arange(out["start"].shape[0], dtype=jnp.int32)
-        begin, end = triton_step.bounds(x["seen"], item, item < batch, step)
-        some = end > begin
-        low = jnp.where(some, begin, 0) // PAGE
-        high = jnp.where(some, (end + PAGE - 1) // PAGE, 0)
-        out["low"][...], out["high"][...] = low, high
-        steps.place_parts(
-            low, high, out["start"], out["parts"], batch, step, step.count, step.splits
-        )
-        triton_step.of_units(x, out, step)
+        out["low"][...], out["high"][...] = triton_step.cut(x, out, batch, step)
 
     @pl.when(program > 0)
     def _():

@@ -183,15 +183,7 @@ def _prepare_kernel(*refs, trees, step: Step) -> None:
 
     @pl.when(program == 0)
     def _():
-        item = jnp.arange(out["start"].shape[0], dtype=jnp.int32)
-        begin, end = bounds(x["seen"], item, item < batch, step)
-        some = end > begin
-        low = jnp.where(some, begin, 0) // PAGE
-        high = jnp.where(some, (end + PAGE - 1) // PAGE, 0)
-        steps.place_parts(
-            low, high, out["start"], out["parts"], batch, step, step.count, step.splits
-        )
-        of_units(x, out, step)
+        cut(x, out, batch, step)
 
     rest = jnp.maximum(program - 1, 0)
     tile, b, n = rest % tiles.count, rest // tiles.count % batch, rest // tiles.count // batch
@@ -215,7 +207,19 @@ def _prepare_kernel(*refs, trees, step: Step) -> None:
         )  # fmt: skip
 
 
-def of_units(x, out, step: Step) -> None:
+def cut(x, out, batch: int, step: Step) -> tuple[Array, Array]:
+    """Parts of the sequences, and lanes of units; the pages [low, high) that each sequence sees."""
+    item = jnp.arange(out["start"].shape[0], dtype=jnp.int32)
+    begin, end = bounds(x["seen"], item, item < batch, step)
+    some = end > begin
+    low = jnp.where(some, begin, 0) // PAGE
+    high = jnp.where(some, (end + PAGE - 1) // PAGE, 0)
+    steps.place_parts(low, high, out["start"], out["parts"], batch, step, step.count, step.splits)
+    _of_units(x, out, step)
+    return low, high
+
+
+def _of_units(x, out, step: Step) -> None:
     """Where the units begin in the pool, and their largest gains of values."""
     put, units = functools.partial(store, interpret=step.interpret), out["most"].shape[0]
     unit = jnp.arange(pl.next_power_of_2(units), dtype=jnp.int32)
