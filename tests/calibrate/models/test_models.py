@@ -198,8 +198,8 @@ def test_golden_families_cover_what_they_claim():
     assert (phi3.rope.dim, phi3.head_dim, specs["phi3"].context) == (12, 16, 80)
     assert phi3.rope_magnitude == math.sqrt(1 + math.log(256 / 80) / math.log(80))
     assert (plain.rope, plain.rope_magnitude, plain.window) == (Rope(theta=1e4, dim=8), 1.0, 5)
-    turned = Rope(theta=1e4, dim=6, layout="interleaved")
-    assert (first["glm4"].rope, first["glm4"].head_dim) == (turned, 12)
+    turned = Rope(theta=1e4, dim=8, layout="interleaved")
+    assert (first["glm4"].rope, first["glm4"].head_dim) == (turned, 16)
     assert first["glm"].rope == dataclasses.replace(turned, dim=4)
     assert [x.qkv_bias for x in (first["glm"], first["glm4"])] == [False, True]
     assert [x.post_norms for x in (first["glm"], first["glm4"])] == [False, True]
