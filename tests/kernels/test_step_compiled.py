@@ -30,7 +30,7 @@ LOWERED = {"tpu": ["per_head", "joined_before"], "cuda": ["per_head", "joined_be
 
 
 def key(row):
-    return row["target"], row["levels"]
+    return row["target"], row["levels"], row["tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_launches_have_not_grown(platform, recorded):
     of = {
         key(dataclasses.asdict(c)): c
         for c in module.CONFIGURATIONS
-        if RECORDING or c.levels in LOWERED[platform]
+        if RECORDING or (c.levels in LOWERED[platform] and c.tokens == 1)
     }
 
     def compile(keys):
@@ -64,8 +64,13 @@ def test_recorded_rows(recorded):
     assert set(recorded) == {
         key(dataclasses.asdict(c)) for module in MODULES.values() for c in module.CONFIGURATIONS
     }
-    for (target, levels), row in recorded.items():
+    for (target, levels, tokens), row in recorded.items():
         assert row["in_place"], row
+        if tokens > 1:
+            # Of XLA 1,316 MiB on a GPU and 2,430 on a TPU: the whole history, and logits.
+            history = 2 * 2 * row["dim"] * step.HEADS * step.PAGES * step.PAGE
+            assert row["temporary_bytes"] < 2 * history, row
+            continue
         assert row["copied_bytes"] < row["buffer_bytes"], row
         assert row["launches"] <= MOST.get((target, levels), row["launches"]), row
         if target == "sm_90":  # nothing of a step around the kernel that reads what is stored

@@ -32,7 +32,7 @@ from turboq.cache import columns as bits
 from turboq.cache import contiguous, joint, overflow, windows
 from turboq.cache.columns import Columns, field_planes
 from turboq.cache.contiguous import GroupBuffers, Tail
-from turboq.cache.exact_attention import Segment, attention_over_segments, causal
+from turboq.cache.exact_attention import Segment, Unfold, attention_over_segments, causal
 from turboq.cache.key_form import from_stored
 from turboq.cache.layer import HeadGroup, KVLayer
 from turboq.codecs.as_transform import layer_as_transforms
@@ -378,19 +378,12 @@ def attend(
     sink_logits: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """Attention to what is stored: a query at t sees token s exactly if s < sinks or recent."""
-    form, layer, group = state.form, state.form.layer, state.form.group
+    layer = state.form.layer
     check_window(state, window)
-    k_codec, v_codec = form.codecs
-    k = jax.vmap(k_codec.decode)(group.k_arrays, _read(k_codec, form.k, words))
-    # Neither keys of latent attention nor values that are read with keys are in code space.
-    whole = layer.latent or layer.joint_heads is not None
-    decode_v = v_codec.decode if whole else v_codec.values
-    v = jax.vmap(decode_v)(group.v_arrays, _read(v_codec, form.v, words))
-    slots = jnp.arange(k.shape[2], dtype=jnp.int32)[None] + jnp.reshape(state.first, (-1, 1))
-    if layer.joint_heads is None:
-        k = from_stored(layer, group.k_arrays, k.swapaxes(0, 1), slots).swapaxes(0, 1)
-    k, v = jnp.moveaxis(k, 0, 2), jnp.moveaxis(v, 0, 2)  # [B, S, K, D]
-    k, v = joint.from_units(layer, k, v, slots)
+    slots = jnp.arange(words.shape[1] * PAGE, dtype=jnp.int32)[None] + jnp.reshape(
+        state.first, (-1, 1)
+    )
+    k, v = decoded(state.form, words, slots)
     sinks = layer.policy.sinks
     held = jnp.where((slots >= sinks) & (slots < state.lengths[:, None]), slots, -1)
     seen = causal(held, window=window)
@@ -413,21 +406,49 @@ def attend(
             return recent(at) & new
 
         segments.append((layer.keys(tail.k, tail.v), tail.v, newest))
-    unfold = jax.vmap(v_codec.unfold_output)
+    return attention_over_segments(
+        q, segments, scale=scale, q_positions=q_positions, softcap=softcap,
+        unfold=unfold_of(state.form), sink_logits=sink_logits,
+    )  # fmt: skip
+
+
+def decoded(
+    form: LayerForm, words: UInt32[Array, "B P R C"], positions: Int[Array, "#B S"]
+) -> tuple[Float[Array, "B S K D"], Float[Array, "B S K E"]]:
+    """Keys of all slots, which stand at these positions, and values in the space of their codes.
+
+    `unfold_of` takes sums of the values to outputs.
+    """
+    layer, group = form.layer, form.group
+    k_codec, v_codec = form.codecs
+    k = jax.vmap(k_codec.decode)(group.k_arrays, _read(k_codec, form.k, words))
+    decode_v = v_codec.decode if unfold_of(form) is None else v_codec.values
+    v = jax.vmap(decode_v)(group.v_arrays, _read(v_codec, form.v, words))
+    if layer.joint_heads is None:
+        k = from_stored(layer, group.k_arrays, k.swapaxes(0, 1), positions).swapaxes(0, 1)
+    k, v = jnp.moveaxis(k, 0, 2), jnp.moveaxis(v, 0, 2)  # [B, S, K, D]
+    return joint.from_units(layer, k, v, positions)
+
+
+def unfold_of(form: LayerForm) -> Unfold | None:
+    """What sums of values, and of their weights, are worth; None: as they are.
+
+    Neither keys of latent attention nor values that are read with keys are in code space.
+    """
+    if form.layer.latent or form.layer.joint_heads is not None:
+        return None
+    _, v_codec = form.codecs
 
     def unfolded(acc, mass):
         acc, mass = (jnp.moveaxis(x, 1, 0) for x in (acc, mass))
-        flat = unfold(
-            group.v_arrays,
+        flat = jax.vmap(v_codec.unfold_output)(
+            form.group.v_arrays,
             acc.reshape(len(acc), -1, acc.shape[-1]),
             mass.reshape(len(mass), -1),
         )
         return jnp.moveaxis(flat.reshape(*acc.shape[:-1], -1), 0, 1)
 
-    return attention_over_segments(
-        q, segments, scale=scale, q_positions=q_positions, softcap=softcap,
-        unfold=None if whole else unfolded, sink_logits=sink_logits,
-    )  # fmt: skip
+    return unfolded
 
 
 def check_window(state: LayerState, window: int | None) -> None:

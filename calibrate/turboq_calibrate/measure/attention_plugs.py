@@ -112,7 +112,7 @@ def packed_by(implementation: str | None) -> Callable[..., tuple[Array, Any]]:
             layer = state.form.layer
             part, words = state.init(k.shape[0], k.shape[1])
             pooled = Pooled(layer=part, words=words)
-            out, _ = pool_by(None)(spec, q, k, v, positions, pooled, sinks)
+            out, _ = pool_by(implementation)(spec, q, k, v, positions, pooled, sinks)
         else:
             layer = state
             empty = caches.init(layer, batch=k.shape[0], capacity=k.shape[1])
@@ -127,8 +127,7 @@ def packed_by(implementation: str | None) -> Callable[..., tuple[Array, Any]]:
 def pool_by(implementation: str | None) -> Callable[..., tuple[Array, Pooled]]:
     """`cached_by` where all layers share a pool (`turboq.cache.model_cache`).
 
-    A named kernel, or what `columns.attend` prefers, reads single tokens; prompts are read by XLA.
-    One that writes encodes both.
+    A named kernel, or what `columns.attend` prefers, reads and, if it is one that writes, encodes.
 
     Raises:
       TurboqError: an unknown name.
@@ -149,11 +148,10 @@ def pool_by(implementation: str | None) -> Callable[..., tuple[Array, Pooled]]:
         layer, words, tail = columns.write(
             state.layer, state.words, k, v, state.counts, **writer(state.layer.form)
         )
-        single = q.shape[1] == 1
         out = columns.attend(
             q, layer, words, tail, state.matrices, q_positions=positions,
             scale=spec.scale, window=spec.window, softcap=spec.softcap, sink_logits=sinks,
-            implementation=implementation if single else "xla", interpret=interpret and single,
+            implementation=implementation, interpret=interpret,
         )  # fmt: skip
         return out, dataclasses.replace(state, layer=layer, words=words)
 

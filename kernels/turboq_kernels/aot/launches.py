@@ -37,18 +37,18 @@ class Launches:
         return sum(self.names.values())
 
 
-def read(hlo: str) -> Launches:
-    """Of the text of a compiled program.
+def read(hlo: str, turns: int | None = None) -> Launches:
+    """Of the text of a compiled program; loops that run an unknown number of times run `turns`.
 
     Raises:
-      ValueError: no entry computation, or a loop that runs an unknown number of times.
+      ValueError: no entry computation, or such a loop and no `turns`.
     """
     computations = _computations(hlo)
     entry = next((name for name in computations if name.startswith("ENTRY ")), None)
     if entry is None:
         raise ValueError(f"no ENTRY computation in {len(hlo)} characters of HLO")
     names: collections.Counter[str] = collections.Counter()
-    ahead, copied = _count(computations, entry, names, 1)
+    ahead, copied = _count(computations, entry, names, 1, turns)
     return Launches(dict(sorted(names.items())), ahead, copied)
 
 
@@ -65,7 +65,7 @@ def _computations(hlo: str) -> dict[str, list[str]]:
     return found
 
 
-def _count(computations, name: str, names, times: int) -> tuple[int, int]:
+def _count(computations, name: str, names, times: int, turns: int | None = None) -> tuple[int, int]:
     """Adds a computation that runs so often to `names`; what starts ahead, the largest copy."""
     ahead, copied = 0, 0
     for line in computations[name]:
@@ -77,14 +77,15 @@ def _count(computations, name: str, names, times: int) -> tuple[int, int]:
         inside: list[tuple[str, int]] = []
         if kind == "while":
             trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            if trips is None:
+            if trips is None and turns is None:
                 raise ValueError(f"loop {own} runs an unknown number of times")
-            inside = [(_named(line, part), int(trips[1])) for part in ("condition", "body")]
+            often = turns if trips is None else int(trips[1])
+            inside = [(_named(line, part), often) for part in ("condition", "body")]
         elif kind == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", line)
             both = re.findall(r"(?:true|false)_computation=%?([\w.-]+)", line)
             options = re.findall(r"%?([\w.-]+)", branches[1]) if branches else both
-            inside = [(_dearest(computations, options), 1)]
+            inside = [(_dearest(computations, options, turns), 1)]
         elif kind == "call":
             inside = [(_named(line, "to_apply"), 1)]
         elif kind in _AHEAD:
@@ -94,7 +95,7 @@ def _count(computations, name: str, names, times: int) -> tuple[int, int]:
         if kind in ("copy", "copy-start"):
             copied = max(copied, _size(parsed[2][: opcode.start()].split(")")[0]))
         for computation, more in inside:
-            both_of = _count(computations, computation, names, times * more)
+            both_of = _count(computations, computation, names, times * more, turns)
             ahead, copied = ahead + both_of[0], max(copied, both_of[1])
     return ahead, copied
 
@@ -106,12 +107,12 @@ def _named(line: str, part: str) -> str:
     return found[1]
 
 
-def _dearest(computations, options: list[str]) -> str:
+def _dearest(computations, options: list[str], turns: int | None) -> str:
     """The branch that starts most."""
 
     def launches(option: str) -> int:
         names: collections.Counter[str] = collections.Counter()
-        _count(computations, option, names, 1)
+        _count(computations, option, names, 1, turns)
         return sum(names.values())
 
     return max(options, key=launches)

@@ -1,7 +1,8 @@
-"""Whole decode steps of one layer, for the compilers: what a model does with a layer's cache.
+"""Whole steps of one layer, for the compilers: what a model does with a layer's cache.
 
 Eight sequences of up to 32,768 tokens get one more: it is encoded and stored, and its queries read
-the packed tokens, four sinks and 64 recent ones. 8 KV heads of 4 query heads, 128 channels.
+the packed tokens, four sinks and 64 recent ones. 8 KV heads of 4 query heads, 128 channels. Or one
+sequence gets a chunk of a prompt, `CHUNK` tokens.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ DEFAULT = "joined_before"
 COLUMNS = ("window", "blocks", "joined", DEFAULT)
 LEVELS = (*CODECS, *COLUMNS)
 BLOCK, JOINED = 256, 2
+CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,23 +61,29 @@ class Configuration:
     def __post_init__(self):
         if self.levels not in LEVELS:
             raise ValueError(f"{self.levels=} must be one of {LEVELS}")
+        if self.tokens > 1 and self.levels in CODECS:
+            raise ValueError(f"{self.tokens=} of {self.levels=}: chunks are of {COLUMNS}")
+
+    @property
+    def batch(self) -> int:
+        return BATCH if self.tokens == 1 else 1
 
 
 def configurations(target: str, levels: tuple[str, ...]) -> tuple[Configuration, ...]:
-    """Those of one chip; joined heads at 2 bits, as they are used."""
+    """Those of one chip; joined heads at 2 bits, as they are used. A chunk of the default's."""
     return tuple(
         Configuration(
-            target=target, levels=x, bits=2 if x in ("joined", DEFAULT) else 3,
+            target=target, levels=x, bits=2 if x in ("joined", DEFAULT) else 3, tokens=tokens,
             cache="paged" if x in CODECS else "one pool",
         )
-        for x in levels
+        for x in levels for tokens in ((1, CHUNK) if x == DEFAULT else (1,))
     )  # fmt: skip
 
 
 def program(c: Configuration, implementation: str) -> Program:
     """The step, whose pool is donated."""
-    k = v = jax.ShapeDtypeStruct((BATCH, 1, HEADS, c.dim), jnp.bfloat16)
-    q = jax.ShapeDtypeStruct((BATCH, 1, HEADS * c.group, c.dim), jnp.bfloat16)
+    k = v = jax.ShapeDtypeStruct((c.batch, c.tokens, HEADS, c.dim), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((c.batch, c.tokens, HEADS * c.group, c.dim), jnp.bfloat16)
     options: dict[str, Any] = {"scale": c.dim**-0.5, "implementation": implementation}
 
     def pages(cache, layer, where, q, k, v):
@@ -87,7 +95,7 @@ def program(c: Configuration, implementation: str) -> Program:
     def one_pool(held, matrices, q, k, v):
         state, words = held
         state, words, tail = columns.write(state, words, k, v, implementation=implementation)
-        at = state.lengths[:, None] - 1
+        at = state.lengths[:, None] + jnp.arange(-c.tokens, 0, dtype=jnp.int32)[None]
         out = columns.attend(q, state, words, tail, matrices, q_positions=at, **options)
         return (state, words), out
 
@@ -117,7 +125,9 @@ def column_arguments(c: Configuration, implementation: str, states: int = 64) ->
     lanes = model_cache.TPU_LANES if implementation == "mosaic_tpu" else 1
 
     def made():
-        (state,), (words,) = model_cache.init(form, batch=BATCH, capacity=PAGES * PAGE, lanes=lanes)
+        (state,), (words,) = model_cache.init(
+            form, batch=c.batch, capacity=PAGES * PAGE, lanes=lanes
+        )
         return (state, words), columns.prepare(state, words, implementation)
 
     return jax.eval_shape(made)
@@ -150,9 +160,10 @@ def row(c: Configuration, executable: Any) -> dict[str, Any]:
     """One row of `experiments/results/kernel_costs.json`.
 
     `temporary_bytes` below those of the smallest buffer of stored tokens (`buffer_bytes`) means
-    that none is copied or unpacked.
+    that none is copied or unpacked. Of a chunk `launches` are those of one turn over its history.
     """
-    found, analysis = launches.read(executable.as_text()), executable.memory_analysis()
+    turns = 1 if c.tokens > 1 else None
+    found, analysis = launches.read(executable.as_text(), turns), executable.memory_analysis()
     if analysis is None:
         raise RuntimeError("the compiler reports no memory analysis")
     given = program(c, "xla").arguments[0]

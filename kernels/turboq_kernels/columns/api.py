@@ -26,6 +26,7 @@ from turboq_kernels.columns import (
     mosaic_tpu,
     mosaic_tpu_decoded,
     mosaic_tpu_step,
+    prompt,
     queries,
     triton,
     triton_decoded,
@@ -37,7 +38,8 @@ from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.decode.types import Partial
 from turboq_kernels.target import too_old
 
-IMPLEMENTATIONS = ("xla", "linear", "mosaic_tpu", "triton")
+_KERNELS = ("mosaic_tpu", "triton")
+IMPLEMENTATIONS = ("xla", "linear", *_KERNELS)
 _PREFERENCE = {"tpu": ("mosaic_tpu", "linear"), "gpu": ("triton", "linear"), "cpu": ("linear",)}
 
 
@@ -82,6 +84,26 @@ def unsupported(
     q: Float[Array, "B T H D"], state: LayerState, words: UInt32[Array, "B P R C"], name: str
 ) -> str | None:
     """Why an implementation cannot run a case, or None."""
+    if _decodes(q, state, words, name):
+        return None
+    return _cannot_read(q, state, words, name)
+
+
+def _decodes(
+    q: Float[Array, "B T H D"], state: LayerState, words: UInt32[Array, "B P R C"], name: str
+) -> bool:
+    """Whether a kernel decodes pages for a chunk: of more rows than it reads bits for or than a
+    key has channels, from which on every bit costs more as a product than decoded once."""
+    if name not in _KERNELS or q.shape[1] == 1 or prompt.unsupported(state.form, name) is not None:
+        return False
+    rows = q.shape[1] * q.shape[2] // len(state.form.group.heads)
+    return rows > q.shape[3] or _cannot_read(q, state, words, name) is not None
+
+
+def _cannot_read(
+    q: Float[Array, "B T H D"], state: LayerState, words: UInt32[Array, "B P R C"], name: str
+) -> str | None:
+    """Why an implementation cannot read a case's bits as they lie, or None."""
     if name == "xla":
         return None
     layer = state.form.layer
@@ -90,12 +112,14 @@ def unsupported(
         return f"key blocks of {layer.rope_block} tokens that pages given up would cut"
     block = layer.rope_block if layer.rope is not None else None
     reason = linear.unsupported(state.form)
+    if reason is not None:
+        return reason
     rows, groups = q.shape[1] * q.shape[2], linear.unit_groups(state.form)
     if name == "linear":
-        return reason or base.unsupported(rows, block)
+        return base.unsupported(rows, block)
     if name == "triton":
-        return reason or triton.unsupported(rows // linear.group_count(groups))
-    reason = reason or mosaic_tpu.unsupported_chip()
+        return triton.unsupported(rows // linear.group_count(groups))
+    reason = mosaic_tpu.unsupported_chip()
     folds = _cannot_fold(q, state, words)
     return reason or (folds and _cannot_decode(q, state, words))
 
@@ -140,8 +164,10 @@ def attend(
 ) -> Float[Array, "B T H E"]:
     """`turboq.cache.model_cache.attend`, by the implementation named.
 
-    None takes the platform's kernel where it can run the case, else XLA. `matrices` are those of
-    `prepare`; without them they are made in every call. `splits`: parts of every sequence on a GPU,
+    None takes the platform's kernel where it can run the case, else XLA. Of a chunk of more rows
+    than a kernel reads bits for it decodes pages, whatever their codes, for flash attention
+    (`columns.prompt`). `matrices` are those of `prepare`; without them they are made in every call.
+    `splits`: parts of every sequence on a GPU,
     None as many as fill it; on a TPU a sequence is never cut.
 
     Raises:
@@ -164,6 +190,11 @@ def attend(
         return model_cache.attend(
             q, state, words, tail, q_positions=q_positions, window=window,
             sink_logits=sink_logits, **options,
+        )  # fmt: skip
+    if _decodes(q, state, words, name):
+        return prompt.attend(
+            q, state, words, tail, q_positions=q_positions, window=window,
+            sink_logits=sink_logits, implementation=name, interpret=interpret, **options,
         )  # fmt: skip
     made = _made(state, words, name) if matrices is None else matrices
     decoded = name == "triton" and triton_decoded.reads(state.form.layer)
