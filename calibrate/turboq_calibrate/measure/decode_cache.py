@@ -107,7 +107,7 @@ class OnePool(Recurrent):
         self.form, self.attend = form, pool_by(attention)
         self.states, self.pools = model_cache.init(form, batch=batch, capacity=capacity)
         self.matrices = [
-            None if attention == "xla" else columns.prepare(state, self.pools[pool])
+            None if attention == "xla" else columns.prepare(state, self.pools[pool], attention)
             for state, pool in zip(self.states, form.pool_of, strict=True)
         ]
 

@@ -136,7 +136,7 @@ def evaluate_texts(
         the packed cache): the same numbers up to float32 rounding, layer by layer; "xla",
         "mosaic_tpu" or "triton" (packed, read by that kernel, interpreted where it cannot run).
       steps: measure the last positions of every window, this many, once more token by token through
-        the packed cache (`step_by_step`); rows then say how far the two are apart.
+        the packed cache (`step_by_step`), read by the kernel named; rows then say how far the two are apart.
       context: tokens at which `bits_per_channel_at_context` counts sinks, recent window, whole
         pages and static arrays; the model's context by default.
       window_batch: windows that run together; memory grows with it.
@@ -269,9 +269,7 @@ def _running(layers: dict[str, Layers], attention: str) -> dict[str, list[Any]]:
         shared = {name: [x and shared_layer(x) for x in found] for name, found in layers.items()}
         wide = iter(composed.as_wide([x for found in shared.values() for x in found if x]))
         return {name: [x and next(wide) for x in found] for name, found in shared.items()}
-    if attention == "packed":
-        return {name: model_cache.fresh(found) or found for name, found in layers.items()}
-    return dict(layers)
+    return {name: model_cache.fresh(found) or found for name, found in layers.items()}
 
 
 def _measure(
@@ -306,10 +304,17 @@ def _measure(
             found[f"errors.{i}.{name}"] = np.stack([errors[plan][i][name] for plan in layers])
     if steps:
         each = (job.size - whole) / len(layers) / (steps + 1)
+        reader = how["attention"] if how["attention"] in KERNELS else None
         walked = [
             step_by_step(
-                model, layers[plan], tokens, hidden[None], steps, lambda: bar.advance(each, text)
-            )
+                model,
+                layers[plan],
+                tokens,
+                hidden[None],
+                steps,
+                lambda: bar.advance(each, text),
+                reader,
+            )  # fmt: skip
             for plan in layers
         ]
         for name in window_files.STEPS:

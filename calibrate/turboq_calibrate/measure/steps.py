@@ -27,16 +27,18 @@ def step_by_step(
     exact: Float[Array, "B T M"],
     steps: int,
     step: Callable[[], None],
+    attention: str | None = None,
 ) -> dict[str, np.ndarray]:
     """`metrics.compare` of the last `steps` positions that predict a token: name -> [B, steps].
 
     The tokens before them are prefilled. `exact` is the exact model's last hidden state; `step` is
-    called after the prefill and after every token.
+    called after the prefill and after every token, `attention` names the kernel that reads the
+    cache (`attention_plugs.KERNELS`).
     """
     owned = [layer for layer in layers if layer is not None]
     batch, length = tokens.shape
     first = length - 1 - steps
-    cache = open_cache(owned, batch, length - 1)
+    cache = open_cache(owned, batch, length - 1, attention)
     if first:
         feed(model, cache, jnp.asarray(tokens[:, :first]), 0).block_until_ready()
     step()

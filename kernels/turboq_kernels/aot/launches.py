@@ -77,9 +77,9 @@ def _count(computations, name: str, names, times: int, turns: int | None = None)
         inside: list[tuple[str, int]] = []
         if kind == "while":
             trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            if trips is None and turns is None:
+            often = int(trips[1]) if trips else turns
+            if often is None:
                 raise ValueError(f"loop {own} runs an unknown number of times")
-            often = turns if trips is None else int(trips[1])
             inside = [(_named(line, part), often) for part in ("condition", "body")]
         elif kind == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", line)

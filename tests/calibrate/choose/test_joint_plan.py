@@ -75,7 +75,7 @@ def test_the_command_joins_and_says_so(run, model):
 
 
 def test_it_is_evaluated_as_it_is_stored(run, model):
-    """The packed cache gives the KL of the simulated one; neither is that of a plan without."""
+    """The packed cache, and a kernel over it, give the KL of the simulated one; without, another."""
     found, alone = within(run), within(run, joint=0)
     assert alone.plan.layers[0].joint is None
     assert recipe(alone.plan)["joint"] is None
@@ -90,6 +90,11 @@ def test_it_is_evaluated_as_it_is_stored(run, model):
     for name, kl in first.items():
         np.testing.assert_allclose(second[name], kl, rtol=TOL["kl_model_rel"])
     assert first["joined"] != first["alone"]
+    (row,) = evaluate(
+        model, rows[:1], tokens, text="noise", attention="triton", progress=False
+    ).rows
+    assert row["kl_mean"] != second["joined"]
+    assert row["kl_mean"] == pytest.approx(first["joined"], rel=TOL["kl_bfloat16_rel"])
     assert model_cache.forms(found.plan.kv_layers(found.arrays)) is not None
 
 
