@@ -293,9 +293,9 @@ TOL: dict[str, float] = {
     # of scale 0.2 and 64 products of order 1 err by 0.2 * 8 * 1.6e-3 = 2.6e-3, the largest of 1e4
     # by four times that, which is relative to p and to outputs of order 1; weights add 2**-8.
     "prompt_bfloat16": 2e-2,
-    # KL of a plan of 3 bits (errors of about 6 % of what is stored) read with queries, keys, weights
-    # and values of one bfloat16 each (2**-9 / sqrt(3), 0.23 % together): 4 % of an error, and KL
-    # goes with its square.
+    # KL of a plan of 3 bits (errors of about 6 % of what is stored) read with queries, keys,
+    # weights and values of one bfloat16 each (2**-9 / sqrt(3), 0.23 % together): 4 % of an error,
+    # and KL goes with its square.
     "kl_bfloat16_rel": 8e-2,
     # One bfloat16 each (2**-9): the same sums with random signs, 2**-9 * 4 at most.
     "decode_bfloat16": 8e-3,

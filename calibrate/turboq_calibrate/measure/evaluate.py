@@ -136,7 +136,8 @@ def evaluate_texts(
         the packed cache): the same numbers up to float32 rounding, layer by layer; "xla",
         "mosaic_tpu" or "triton" (packed, read by that kernel, interpreted where it cannot run).
       steps: measure the last positions of every window, this many, once more token by token through
-        the packed cache (`step_by_step`), read by the kernel named; rows then say how far the two are apart.
+        the packed cache (`step_by_step`), read by the kernel named; rows then say how far the two
+        are apart.
       context: tokens at which `bits_per_channel_at_context` counts sinks, recent window, whole
         pages and static arrays; the model's context by default.
       window_batch: windows that run together; memory grows with it.
@@ -314,7 +315,7 @@ def _measure(
                 steps,
                 lambda: bar.advance(each, text),
                 reader,
-            )  # fmt: skip
+            )
             for plan in layers
         ]
         for name in window_files.STEPS:

@@ -75,7 +75,8 @@ def test_the_command_joins_and_says_so(run, model):
 
 
 def test_it_is_evaluated_as_it_is_stored(run, model):
-    """The packed cache, and a kernel over it, give the KL of the simulated one; without, another."""
+    """The packed cache gives the KL of the simulated one, and so does a kernel that reads it;
+    neither is that of a plan without."""
     found, alone = within(run), within(run, joint=0)
     assert alone.plan.layers[0].joint is None
     assert recipe(alone.plan)["joint"] is None
