@@ -8,7 +8,7 @@ columns of all heads and layers side by side, nothing padded:
 so a mask 0x01010101 << j takes 32 tokens in a row out of the words, as bytes that a matrix unit
 reads without a shift. Which lanes a head has and what they mean is data: a token of a layer is one
 row of bits, a plan the matrix that it is multiplied by, and one program reads and writes all heads
-of all plans. A token is one bit of a word per column, which an append ORs in.
+of all plans. A token is one bit of a word per column, which an append sets.
 
 A column is one bit of an *entry*, an unsigned number of the vector (a code, a gain): entry e of a
 vector is the sum of its columns, column t worth 2^plane[t]. A layer has what its keys and values
@@ -105,24 +105,36 @@ def write(
     entries: UInt32[Array, "B K T E"],
     start: Int[Array, "B"],
     valid: Bool[Array, "B T"],
+    table: Int[Array, "b p"] | None = None,
 ) -> UInt32[Array, "B P R C"]:
-    """ORs the entries of T tokens into slots start[b] onwards, where `valid`.
+    """Puts the entries of T tokens into slots start[b] onwards, where `valid`.
 
-    Slots must still be zero. Tokens that are not valid leave no trace, nor do those behind the
-    pool's last page.
+    Tokens that are not valid leave no trace, nor do those behind the pool's last page. With a
+    `table` pages of sequence b are words[0, table[b]]; no two sequences write one page.
     """
     bits = jnp.where(valid[:, :, None, None], jax.vmap(_bits, (0, 1), 2)(columns, entries), 0)
-    first, new = (_one_token if bits.shape[1] == 1 else _pages)(bits, start, words.shape[1])
+    count = words.shape[1] if table is None else table.shape[1]
+    place = _one_token if bits.shape[1] == 1 else _pages
+    first, new = place(bits, start, count)
+    _, written = place(valid[:, :, None, None].astype(jnp.uint32), start, count)
     pages = first[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)[None]
-    batch, row = (jnp.arange(n, dtype=jnp.int32) for n in (len(words), ROWS))
+    item, row = (jnp.arange(n, dtype=jnp.int32) for n in (len(start), ROWS))
+    item = item[:, None]
+    if table is not None:
+        # Pages that no token touches may be another's: each lies behind the pool, for itself.
+        touched = jnp.any(written != 0, axis=(2, 3, 4)) & (pages < count)
+        behind = words.shape[1] + jnp.arange(pages.size, dtype=jnp.int32).reshape(pages.shape)
+        own = table[item, jnp.minimum(pages, count - 1)]
+        pages, item = jnp.where(touched, own, behind), jnp.zeros_like(item)
     where = (
-        batch[:, None, None, None, None],
+        item[..., None, None, None],
         pages[:, :, None, None, None],
         row[None, None, None, :, None],
         # Columns that are not there lie behind the pool, each for itself.
         _lanes(columns, words.shape[-1])[None, None, :, None, :],
     )
-    old = words.at[where].get(mode="fill", fill_value=0)
+    # A page may hold what was there before: tokens of another sequence, or ones taken back.
+    old = words.at[where].get(mode="fill", fill_value=0) & ~written
     return words.at[where].set(old | new, mode="drop", unique_indices=True)
 
 
@@ -172,16 +184,28 @@ def _one_token(
 
 
 def read(
-    words: UInt32[Array, "B P R C"], columns: Columns, count: int, planes: int
-) -> UInt32[Array, "K B S E"]:
-    """All entries of all heads, `count` per vector of up to `planes` bits; S = 256 P slots."""
+    words: UInt32[Array, "B P R C"],
+    columns: Columns,
+    count: int,
+    planes: int,
+    table: Int[Array, "b p"] | None = None,
+) -> UInt32[Array, "K b S E"]:
+    """All entries of all heads, `count` per vector of up to `planes` bits; S = 256 P slots.
+
+    `table`: as of `write`.
+    """
     heads = len(columns.plane)
     # Words are put in the order of the entries before they are taken apart, 32 tokens at a time.
     there = jnp.where(columns.plane == NONE, planes, columns.plane)
     head = jnp.arange(heads, dtype=jnp.int32)[:, None]
     lane = jnp.full((heads, planes, count), words.shape[-1], jnp.int32)
     lane = lane.at[head, there, columns.entry].set(columns.lane, mode="drop", unique_indices=True)
-    own = words.at[..., lane.reshape(-1)].get(mode="fill", fill_value=0)
+    if table is None:
+        own = words.at[..., lane.reshape(-1)].get(mode="fill", fill_value=0)
+    else:
+        row = jnp.arange(ROWS, dtype=jnp.int32)[None, None, :, None]
+        at = (0, table[..., None, None], row, lane.reshape(1, 1, 1, -1))
+        own = words.at[at].get(mode="fill", fill_value=0)
     own = jax.lax.optimization_barrier(own.reshape(*own.shape[:-1], heads, planes, count))
     own = jnp.moveaxis(own, 3, 0)[:, :, :, None]  # [K, B, P, 1, R, planes, E]
     shifts = jnp.asarray(BIT_OF, jnp.uint32).reshape(1, 1, 1, -1, 1, 1)
@@ -189,7 +213,7 @@ def read(
         jnp.bitwise_or,
         [((own[..., p, :] >> shifts) & jnp.uint32(1)) << jnp.uint32(p) for p in range(planes)],
     )
-    return entries.reshape(heads, len(words), -1, count)
+    return entries.reshape(heads, own.shape[1], -1, count)
 
 
 def bits_per_token(columns: Sequence[Any]) -> int:

@@ -91,6 +91,15 @@ class ModelForm:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedPages:
+    """Where sequences have their pages in a pool [1, N, R, C] that they share."""
+
+    table: Any  # int32 [B, P], from the first token on
+    room: Any  # int32 [B], slots of a sequence's own pages
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerState:
     """What a layer keeps beside the pool: its form, exact tokens, and how many tokens there are."""
 
@@ -99,11 +108,27 @@ class LayerState:
     lengths: Any  # int32 [B]
     overflow: Any  # int32 [B]
     dropped: Any = None  # int32 [B], position of the pool's slot 0; None: 0, nothing is given up
+    shared: SharedPages | None = None  # None: words [B, P, R, C] are each sequence's own pages
 
     @property
     def first(self) -> Any:
         """Position of slot 0: int32 [B], or 0."""
         return 0 if self.dropped is None else self.dropped
+
+    @property
+    def table(self) -> Any:
+        """Of shared pages, or None."""
+        return None if self.shared is None else self.shared.table
+
+    def pages(self, words: UInt32[Array, "B P R C"]) -> int:
+        """Pages of a sequence."""
+        return words.shape[1] if self.shared is None else self.shared.table.shape[1]
+
+    def room(self, words: UInt32[Array, "B P R C"]) -> Any:
+        """The position behind the last that a sequence's pages hold: int32 [] or [B]."""
+        if self.shared is not None:
+            return self.shared.room
+        return jnp.int32(words.shape[1] * PAGE) + self.first
 
     @property
     def nbytes(self) -> int:
@@ -199,23 +224,33 @@ def init(
     whole = math.ceil(capacity / PAGE)
     states = []
     for one, pool in zip(form.layers, form.pool_of, strict=True):
-        group, layer = one.group, one.layer
-        dtype = jnp.dtype(layer.policy.exact_dtype)
-        exact = {
-            f"{side}_{name}": jnp.zeros((batch, len(group.heads), tokens, codec.dim), dtype)
-            for side, codec in (("k", group.k), ("v", group.v))
-            for name, tokens in (("sinks", layer.policy.sinks), ("recent", layer.ring))
-        }
         lengths, lost, dropped = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
         state = LayerState(
             # The copy is the state's own to donate; the caller's arrays stay valid.
-            form=jax.tree.map(jnp.array, one), exact=GroupBuffers(k={}, v={}, **exact),
+            form=jax.tree.map(jnp.array, one), exact=exact_of(one, batch),
             lengths=lengths, overflow=lost, dropped=dropped if counts[pool] < whole else None,
         )  # fmt: skip
         states.append(state)
-    lanes = lanes or (TPU_LANES if jax.default_backend() == "tpu" else 1)
-    widths = [-(-n // lanes) * lanes for n in form.columns]
+    widths = [lanes_of(n, lanes) for n in form.columns]
     return states, [bits.pool(batch, *sizes) for sizes in zip(counts, widths, strict=True)]
+
+
+def exact_of(form: LayerForm, rows: int) -> GroupBuffers:
+    """Sinks and recent tokens of a layer for so many sequences, empty."""
+    group, layer = form.group, form.layer
+    dtype = jnp.dtype(layer.policy.exact_dtype)
+    exact = {
+        f"{side}_{name}": jnp.zeros((rows, len(group.heads), tokens, codec.dim), dtype)
+        for side, codec in (("k", group.k), ("v", group.v))
+        for name, tokens in (("sinks", layer.policy.sinks), ("recent", layer.ring))
+    }
+    return GroupBuffers(k={}, v={}, **exact)
+
+
+def lanes_of(columns: int, multiple: int | None = None) -> int:
+    """The width of a pool (`init`)."""
+    multiple = multiple or (TPU_LANES if jax.default_backend() == "tpu" else 1)
+    return -(-columns // multiple) * multiple
 
 
 def holding(
@@ -276,8 +311,9 @@ def write(
     Raises:
       TurboqError: outside jit, tokens that do not fit.
     """
-    length, room = state.lengths - state.first, words.shape[1] * PAGE
-    contiguous.check_room(length, room, k.shape[1], counts)
+    if state.shared is None:
+        length, room = state.lengths - state.first, words.shape[1] * PAGE
+        contiguous.check_room(length, room, k.shape[1], counts)
     return _write(state, words, k, v, counts, by or put)
 
 
@@ -308,8 +344,7 @@ def put(
     layer, group, t = state.form.layer, state.form.group, k.shape[1]
     steps = jnp.arange(t, dtype=jnp.int32)
     counts = jnp.full((k.shape[0],), t, jnp.int32) if counts is None else counts
-    room = jnp.int32(words.shape[1] * PAGE) + state.first
-    fitting, lost = overflow.split(state.lengths, counts, room)
+    fitting, lost = overflow.split(state.lengths, counts, state.room(words))
     positions = state.lengths[:, None] + steps[None, :]
     valid = steps[None, :] < fitting[:, None]
     found = contiguous.write_group(
@@ -321,7 +356,7 @@ def put(
         (group.v, found.v, state.form.v),
     ):
         start = positions[:, 0] - state.first
-        words = bits.write(words, columns, _entries(codec, side), start, valid)
+        words = bits.write(words, columns, _entries(codec, side), start, valid, state.table)
     exact = dataclasses.replace(found, k={}, v={})
     new = dataclasses.replace(
         state, exact=exact, lengths=state.lengths + fitting, overflow=state.overflow + lost
@@ -358,10 +393,10 @@ def _stored(codec: Codec, entries: UInt32[Array, "*n E"]) -> Stored:
     return out
 
 
-def _read(codec: Codec, columns: Columns, words: UInt32[Array, "B P R C"]) -> Stored:
+def _read(codec: Codec, columns: Columns, words: UInt32[Array, "B P R C"], table) -> Stored:
     """All slots of all heads of one side: field -> [K, B, S, width]."""
     count, planes = sum(f.width for f in codec.fields), max(f.bits for f in codec.fields)
-    return _stored(codec, bits.read(words, columns, count, planes))
+    return _stored(codec, bits.read(words, columns, count, planes, table))
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "window", "softcap"))
@@ -380,10 +415,9 @@ def attend(
     """Attention to what is stored: a query at t sees token s exactly if s < sinks or recent."""
     layer = state.form.layer
     check_window(state, window)
-    slots = jnp.arange(words.shape[1] * PAGE, dtype=jnp.int32)[None] + jnp.reshape(
-        state.first, (-1, 1)
-    )
-    k, v = decoded(state.form, words, slots)
+    count = state.pages(words) * PAGE
+    slots = jnp.arange(count, dtype=jnp.int32)[None] + jnp.reshape(state.first, (-1, 1))
+    k, v = decoded(state.form, words, slots, state.table)
     sinks = layer.policy.sinks
     held = jnp.where((slots >= sinks) & (slots < state.lengths[:, None]), slots, -1)
     seen = causal(held, window=window)
@@ -413,17 +447,21 @@ def attend(
 
 
 def decoded(
-    form: LayerForm, words: UInt32[Array, "B P R C"], positions: Int[Array, "#B S"]
+    form: LayerForm,
+    words: UInt32[Array, "n p R C"],
+    positions: Int[Array, "#B S"],
+    table: Int[Array, "B P"] | None = None,
 ) -> tuple[Float[Array, "B S K D"], Float[Array, "B S K E"]]:
     """Keys of all slots, which stand at these positions, and values in the space of their codes.
 
-    `unfold_of` takes sums of the values to outputs.
+    Of pages by themselves, or of those that a `table` has. `unfold_of` takes sums of the values to
+    outputs.
     """
     layer, group = form.layer, form.group
     k_codec, v_codec = form.codecs
-    k = jax.vmap(k_codec.decode)(group.k_arrays, _read(k_codec, form.k, words))
+    k = jax.vmap(k_codec.decode)(group.k_arrays, _read(k_codec, form.k, words, table))
     decode_v = v_codec.decode if unfold_of(form) is None else v_codec.values
-    v = jax.vmap(decode_v)(group.v_arrays, _read(v_codec, form.v, words))
+    v = jax.vmap(decode_v)(group.v_arrays, _read(v_codec, form.v, words, table))
     if layer.joint_heads is None:
         k = from_stored(layer, group.k_arrays, k.swapaxes(0, 1), positions).swapaxes(0, 1)
     k, v = jnp.moveaxis(k, 0, 2), jnp.moveaxis(v, 0, 2)  # [B, S, K, D]

@@ -177,7 +177,7 @@ def copy(cache: PagedCache, step: Step) -> PagedCache:
     copies = step.copies[cache.pool]
     if not len(copies) and not len(step.rows_copied):
         return cache
-    return _copy(cache, *_padded(copies), *_padded(step.rows_copied))
+    return _copy(cache, *padded(copies), *padded(step.rows_copied))
 
 
 @jax.jit
@@ -202,7 +202,7 @@ def _copy(cache: PagedCache, page_from, page_to, row_from, row_to) -> PagedCache
     return dataclasses.replace(cache, groups=groups, overflow=rows(cache.overflow))
 
 
-def _padded(copies: np.ndarray) -> tuple[Array, Array]:
+def padded(copies: np.ndarray) -> tuple[Array, Array]:
     """(from, to) of a power-of-two length, so that few are compiled; the padding goes nowhere."""
     size = 1 << max(len(copies) - 1, 0).bit_length()
     out = np.full((size, 2), (0, np.iinfo(np.int32).max), np.int32)
@@ -352,17 +352,25 @@ class Residency:
 
 
 def residency(cache_list: list[PagedCache], reports: Sequence[PoolReport]) -> Residency:
-    """What pages and rows cost: live buffers of all layers, and `Pager.report` of each pool.
-
-    Fragmentation is that of the bytes of active pages.
-    """
-    pools, empty = [0] * len(reports), 0.0
+    """What pages and rows cost: live buffers of all layers, and `Pager.report` of each pool."""
+    pools = [0] * len(reports)
     for c in cache_list:
         pools[c.pool] += sum(x.nbytes for g in c.groups for x in jax.tree.leaves((g.k, g.v)))
     exact = [
         x for c in cache_list for g in c.groups
         for x in (g.k_sinks, g.v_sinks, g.k_recent, g.v_recent)
     ]  # fmt: skip
+    return residency_of(pools, exact, reports)
+
+
+def residency_of(
+    pools: Sequence[int], exact: Sequence[Array], reports: Sequence[PoolReport]
+) -> Residency:
+    """Of the bytes of each pool, and the exact tokens [rows, ...] of all layers.
+
+    Fragmentation is that of the bytes of active pages.
+    """
+    empty = 0.0
     rows = sum(x.nbytes for x in exact)
     per_row = rows // exact[0].shape[0] if exact else 0
     active = shared = saved = 0

@@ -107,6 +107,8 @@ def _cannot_read(
     if name == "xla":
         return None
     layer = state.form.layer
+    if state.shared is not None and name in _KERNELS:
+        return "pages that sequences share"
     cut = state.dropped is not None and PAGE % layer.rope_block
     if cut and not (name == "triton" and triton_decoded.reads(layer)):
         return f"key blocks of {layer.rope_block} tokens that pages given up would cut"
@@ -248,11 +250,11 @@ def attend(
         if layer.rope is not None and state.dropped is not None:  # slots count from there
             seen_from = queries.to_rows(unrotate(layer.rope, q, first[..., None]), heads)
         folded = queries.fold(
-            seen_from, made, slots=words.shape[1] * PAGE, rope=layer.rope,
+            seen_from, made, slots=state.pages(words) * PAGE, rope=layer.rope,
             block=layer.rope_block, matrix=k_matrix,
         )  # fmt: skip
         run = {
-            "linear": base.attend,
+            "linear": functools.partial(base.attend, table=state.table),
             "mosaic_tpu": functools.partial(mosaic_tpu.attend, interpret=interpret),
             "triton": functools.partial(triton.attend, splits=splits, interpret=interpret),
         }[name]

@@ -42,19 +42,27 @@ def reads_blocks(block: int) -> bool:
 
 def attend(
     folded: Folded,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "b P R C"],
     layer: LinearLayer,
     starts: Int[Array, "B M"],
     ends: Int[Array, "B M"],
     *,
     scale: float,
     softcap: float | None,
+    table: Int[Array, "B p"] | None = None,
 ) -> Sums:
-    """Softmax over slots starts[b, m] <= s < ends[b, m] of every row (`columns.queries`)."""
-    logits_of, values = _by_blocks(folded, words.shape[1]), 0 if layer.joined else 1
+    """Softmax over slots starts[b, m] <= s < ends[b, m] of every row (`columns.queries`).
+
+    `table`: as of `LayerState`.
+    """
+    pages = words.shape[1] if table is None else table.shape[1]
+    logits_of, values = _by_blocks(folded, pages), 0 if layer.joined else 1
 
     def numbers(page: Array, i: int) -> Array:
-        own = jax.lax.dynamic_index_in_dim(words, page, axis=1, keepdims=False)
+        if table is None:
+            own = jax.lax.dynamic_index_in_dim(words, page, axis=1, keepdims=False)
+        else:
+            own = words[0, jax.lax.dynamic_index_in_dim(table, page, axis=1, keepdims=False)]
         return _numbers(own, layer, i)
 
     def logits(page: Array, valid: Array) -> Array:
@@ -66,7 +74,7 @@ def attend(
 
     found = online_softmax(
         logits, sums, starts, ends,
-        heads=1, width=layer.v.matrix.shape[-1], page=PAGE, pages=words.shape[1], block=1,
+        heads=1, width=layer.v.matrix.shape[-1], page=PAGE, pages=pages, block=1,
         scale=scale, softcap=softcap, splits=None,
     )  # fmt: skip
     return Sums(acc=found.acc[:, 0], total=found.total[:, 0], top=found.top[:, 0])

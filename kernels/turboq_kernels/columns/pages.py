@@ -9,35 +9,68 @@ and matrix are rounded to it, by 2^-9 at most of what each lane adds; sums are f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from turboq.cache.columns import BIT_OF, NONE
 from turboq.cache.layer import KVLayer
-from turboq.numbers.packing import PAGE
 from turboq.numbers.rope import rotate
 from turboq_kernels.columns import triton
 from turboq_kernels.columns.linear import HIGHEST, LinearLayer, units_of
+
+# Words of so many lanes from a lane on, of the pages at hand: (lane, count) -> [B, P, R, count].
+Take = Callable[[Any, int], UInt32[Array, "B P R c"]]
+
+
+def taking(
+    words: UInt32[Array, "B P R C"], table: Int[Array, "b p"] | None, page: Array, count: int
+) -> Take:
+    """Of `count` pages of every sequence from `page` on; `table`: as of `LayerState`."""
+    rows = words.shape[2]
+
+    def own(lane, width: int):
+        start = (jnp.int32(0), page, jnp.int32(0), lane)
+        return jax.lax.dynamic_slice(words, start, (len(words), count, rows, width))
+
+    def shared(lane, width: int):
+        assert table is not None
+        at = jax.lax.dynamic_slice_in_dim(table, page, count, axis=1)
+
+        def one(page):
+            start = (jnp.int32(0), page, jnp.int32(0), lane)
+            return jax.lax.dynamic_slice(words, start, (1, 1, rows, width))[0, 0]
+
+        return jax.vmap(jax.vmap(one))(at)
+
+    return own if table is None else shared
 
 
 def keys_and_values(
     made: LinearLayer,
     layer: KVLayer,
-    words: UInt32[Array, "B P R C"],
+    take: Take,
     positions: Int[Array, "#B S"],
+    *,
+    lanes: int,
     dtype: jnp.dtype,
 ) -> tuple[Float[Array, "B K S D"], Float[Array, "B K S E"]]:
-    """Of all slots of these pages, which stand at `positions`; products and results in `dtype`."""
-    words = triton.padded(words, made)
+    """Of all slots of some pages, which stand at `positions`; products and results in `dtype`.
+
+    `lanes` are those of the pool, at least those of `triton.padded`.
+    """
     dims = made.means.shape[2], made.v.mean.shape[1]
+    codes = _gain_codes(made, take)
+    matrices = [_matrix(made, i, lanes) for i in (0, 1)]
     if made.joined:
-        matrix = jnp.concatenate([_matrix(made, i, words) for i in (0, 1)], axis=1)
-        both = _products(made, 0, matrix, words, dtype)
-        cut = matrix.shape[1] // sum(dims) * dims[0]
+        both = _products(made, 0, jnp.concatenate(matrices, axis=1), take, codes, lanes, dtype)
+        cut = both.shape[-1] // sum(dims) * dims[0]
         keys, values = both[..., :cut], both[..., cut:]
     else:
-        keys, values = (_products(made, i, _matrix(made, i, words), words, dtype) for i in (0, 1))
+        keys, values = (_products(made, i, matrices[i], take, codes, lanes, dtype) for i in (0, 1))
     k, v = (_by_head(x, dim) for x, dim in zip((keys, values), dims, strict=True))
     if layer.rope is None:
         k = k + made.means[None, :, :1]
@@ -48,54 +81,58 @@ def keys_and_values(
     return k.astype(dtype), (v + made.v.mean[None, :, None]).astype(dtype)
 
 
-def _matrix(made: LinearLayer, i: int, words: UInt32[Array, "B P R C"]) -> Float[Array, "J c U"]:
+def _matrix(made: LinearLayer, i: int, lanes: int) -> Float[Array, "J c U"]:
     """Of all heads of every group, over its own lanes."""
-    own = triton.local_of(made, i, (made.k, made.v)[i].matrix, words.shape[-1])
+    own = triton.local_of(made, i, (made.k, made.v)[i].matrix, lanes)
     return own.reshape(len(own), -1, own.shape[-1])
 
 
 def _products(
-    made: LinearLayer, i: int, matrix: Float[Array, "J c U"], words, dtype
+    made: LinearLayer, i: int, matrix: Float[Array, "J c U"], take: Take, codes, lanes: int, dtype
 ) -> Float[Array, "J B S c"]:
     """What the bits of each group's lanes add up to, float32."""
-    windows, widths = triton.windows(made, words.shape[-1])[i], triton.widths(made, i)
-    gains = _gains(made, i, words).astype(dtype)
-    shifts = jnp.asarray(BIT_OF, jnp.uint32)[None, None, :, None, None]
+    windows, widths = triton.windows(made, lanes)[i], triton.widths(made, i)
+    gains = None if codes is None else _gains(made, i, codes).astype(dtype)
+    half = jnp.asarray(0.5, dtype)
     groups = []
     for units in units_of(made.unit_groups):
         mine = units if made.joined else units[:1]
-        lanes = [
-            jax.lax.dynamic_slice_in_dim(words, windows[unit], width, axis=-1)
-            for unit, width in zip(mine, widths, strict=True)
-        ]
-        own = jnp.concatenate(lanes, axis=-1)[:, :, None]
-        bits = ((own >> shifts) & jnp.uint32(1)).reshape(len(words), -1, own.shape[-1])
-        signs = bits.astype(dtype) - jnp.asarray(0.5, dtype)
-        gain = [
-            jnp.broadcast_to(gains[:, :, unit, None], (*bits.shape[:2], width))
-            for unit, width in zip(mine, widths, strict=True)
-        ]
-        groups.append(signs * jnp.concatenate(gain, axis=-1))
+        parts = []
+        for unit, width in zip(mine, widths, strict=True):
+            signs = _bits(take(windows[unit], width)).astype(dtype) - half
+            parts.append(signs if gains is None else signs * gains[..., unit, None])
+        groups.append(jnp.concatenate(parts, axis=-1))
     return jnp.einsum(
         "jbsu,jcu->jbsc", jnp.stack(groups), matrix.astype(dtype),
         precision=HIGHEST if dtype == jnp.float32 else None, preferred_element_type=jnp.float32,
     )  # fmt: skip
 
 
-def _gains(made: LinearLayer, i: int, words: UInt32[Array, "B P R C"]) -> Float[Array, "B S U"]:
-    """Of every unit at every slot."""
-    side, planes = (made.k, made.v)[i], made.gain_lanes[i]  # [U, 4]
-    batch, slots = len(words), words.shape[1] * PAGE
+def _bits(words: UInt32[Array, "B P R c"]) -> UInt32[Array, "B S c"]:
+    """Token by token."""
+    shifts = jnp.asarray(BIT_OF, jnp.uint32)[None, None, :, None, None]
+    bits = (words[:, :, None] >> shifts) & jnp.uint32(1)
+    return bits.reshape(len(words), -1, words.shape[-1])
+
+
+def _gain_codes(made: LinearLayer, take: Take) -> Int[Array, "2 B S U"] | None:
+    """Which gain every unit of K, and of V, has at every slot."""
     if not made.gained:
-        return jnp.ones((batch, slots, len(side.gains)), jnp.float32)
-    own = words[..., jnp.maximum(planes, 0).reshape(-1)].reshape(*words.shape[:3], *planes.shape)
-    shifts = jnp.asarray(BIT_OF, jnp.uint32)[None, None, :, None, None, None]
-    bits = (own[:, :, None] >> shifts) & jnp.uint32(1)
-    bits = jnp.where(planes == NONE, jnp.uint32(0), bits)
-    worth = jnp.arange(planes.shape[1], dtype=jnp.uint32).reshape(1, 1, 1, 1, 1, -1)
-    codes = jnp.sum(bits << worth, axis=-1, dtype=jnp.uint32).astype(jnp.int32)
-    units = jnp.arange(len(side.gains), dtype=jnp.int32)
-    return side.gains[units, codes].reshape(batch, slots, -1)
+        return None
+    first = made.first[0] + made.gain_lane
+    bits = _bits(take(first, made.gain_weights.shape[1]))
+    planes = made.gain_lanes  # [2, U, 4]
+    own = bits[..., jnp.maximum(planes - first, 0)]  # [B, S, 2, U, 4]
+    worth = jnp.left_shift(1, jnp.arange(planes.shape[2], dtype=jnp.int32))
+    worth = jnp.where(planes == NONE, 0, worth[None, None])
+    codes = jnp.sum(own.astype(jnp.int32) * worth[None, None], axis=-1)
+    return jnp.moveaxis(codes, 2, 0)
+
+
+def _gains(made: LinearLayer, i: int, codes: Int[Array, "2 B S U"]) -> Float[Array, "B S U"]:
+    side = (made.k, made.v)[i]
+    units = jnp.arange(len(side.gains), dtype=jnp.int32)[None, None]
+    return side.gains.at[units, codes[i]].get(mode="promise_in_bounds")
 
 
 def _by_head(x: Float[Array, "J B S c"], dim: int) -> Float[Array, "B K S D"]:

@@ -10,8 +10,6 @@ no logits.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
@@ -21,7 +19,7 @@ from turboq.cache.contiguous import Tail
 from turboq.cache.model_cache import LayerForm, LayerState
 from turboq.numbers.packing import PAGE
 from turboq_kernels import merge
-from turboq_kernels.columns import linear, mosaic_tpu, pages
+from turboq_kernels.columns import linear, mosaic_tpu, pages, triton
 from turboq_kernels.decode.types import Partial
 from turboq_kernels.prefill import kernels
 from turboq_kernels.target import too_old
@@ -95,8 +93,8 @@ def _stored(
 ) -> Partial:
     """The softmax over the stored tokens from `lowest` to `highest` that each row sees."""
     form, first = state.form, jnp.reshape(state.first, (-1, 1))
-    read, unfold = _reader(form, words.shape[-1])
-    batch, held = words.shape[:2]
+    read, unfold = _reader(state, words)
+    batch, held = len(rows), state.pages(words)
     count = min(max(1, tokens // (batch * PAGE)), held)
     highest = jnp.minimum(highest, state.lengths[:, None] - 1)
     seen = lowest <= highest
@@ -108,8 +106,7 @@ def _stored(
         page = jnp.minimum(i * count, held - count)
         slots = page * PAGE + jnp.arange(size, dtype=jnp.int32)[None]
         positions = slots + first
-        part = jax.lax.dynamic_slice_in_dim(words, page, count, axis=1)
-        k, v = read(part, positions)
+        k, v = read(page, count, positions)
         # The last step begins earlier where pages do not divide: what it has seen, it sees once.
         positions = jnp.where(slots >= i * size, positions, -1)
         positions = jnp.broadcast_to(positions, (batch, size))
@@ -127,18 +124,32 @@ def _stored(
     return Partial(acc=unfold(found.acc, found.total), top=found.top, total=found.total)
 
 
-def _reader(form: LayerForm, lanes: int):
-    """What reads pages at positions as keys and values, and what takes sums of these to outputs.
+def _reader(state: LayerState, words: UInt32[Array, "B P R C"]):
+    """What reads some pages' slots at positions as keys and values, and sums of these as outputs.
 
     Codes that are not linear in their bits are decoded by their codecs.
     """
+    form, table = state.form, state.table
     dtype = jnp.dtype(form.layer.policy.exact_dtype)
     if linear.unsupported(form) is None:
-        made = linear.linear_layer(form, pool_lanes=lanes)
-        return functools.partial(pages.keys_and_values, made, form.layer, dtype=dtype), None
+        made = linear.linear_layer(form, pool_lanes=words.shape[-1])
+        wide = triton.padded(words, made)
 
-    def read(words: UInt32[Array, "B P R C"], positions: Int[Array, "#B S"]):
-        decoded = model_cache.decoded(form, words, positions)
+        def by_matrix(page: Array, count: int, positions: Int[Array, "#B S"]):
+            take = pages.taking(wide, table, page, count)
+            return pages.keys_and_values(
+                made, form.layer, take, positions, lanes=wide.shape[-1], dtype=dtype
+            )
+
+        return by_matrix, None
+
+    def by_codec(page: Array, count: int, positions: Int[Array, "#B S"]):
+        if table is None:
+            part = jax.lax.dynamic_slice_in_dim(words, page, count, axis=1), positions
+        else:
+            own = jax.lax.dynamic_slice_in_dim(table, page, count, axis=1)
+            part = words, positions, own
+        decoded = model_cache.decoded(form, *part)
         return tuple(x.astype(dtype).swapaxes(1, 2) for x in decoded)
 
-    return read, model_cache.unfold_of(form)
+    return by_codec, model_cache.unfold_of(form)
