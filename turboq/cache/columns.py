@@ -100,13 +100,13 @@ def pool(batch: int, pages: int, lanes: int) -> UInt32[Array, "B P R C"]:
 
 
 def write(
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     columns: Columns,
     entries: UInt32[Array, "B K T E"],
     start: Int[Array, "B"],
     valid: Bool[Array, "B T"],
     table: Int[Array, "b p"] | None = None,
-) -> UInt32[Array, "B P R C"]:
+) -> UInt32[Array, "N P R C"]:
     """Puts the entries of T tokens into slots start[b] onwards, where `valid`.
 
     Tokens that are not valid leave no trace, nor do those behind the pool's last page. With a
@@ -184,7 +184,7 @@ def _one_token(
 
 
 def read(
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     columns: Columns,
     count: int,
     planes: int,

@@ -120,11 +120,11 @@ class LayerState:
         """Of shared pages, or None."""
         return None if self.shared is None else self.shared.table
 
-    def pages(self, words: UInt32[Array, "B P R C"]) -> int:
+    def pages(self, words: UInt32[Array, "N P R C"]) -> int:
         """Pages of a sequence."""
         return words.shape[1] if self.shared is None else self.shared.table.shape[1]
 
-    def room(self, words: UInt32[Array, "B P R C"]) -> Any:
+    def room(self, words: UInt32[Array, "N P R C"]) -> Any:
         """The position behind the last that a sequence's pages hold: int32 [] or [B]."""
         if self.shared is not None:
             return self.shared.room
@@ -293,17 +293,17 @@ _move_in_place = jax.jit(_moved, static_argnums=(3, 4), donate_argnums=0)
 
 
 # Puts T tokens of every sequence, or counts[b] of them (None: all), into state and pool.
-Put = Callable[..., tuple[LayerState, UInt32[Array, "B P R C"]]]
+Put = Callable[..., tuple[LayerState, UInt32[Array, "N P R C"]]]
 
 
 def write(
     state: LayerState,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     counts: Int[Array, "B"] | None = None,
     by: Put | None = None,
-) -> tuple[LayerState, UInt32[Array, "B P R C"], Tail]:
+) -> tuple[LayerState, UInt32[Array, "N P R C"], Tail]:
     """Encodes and stores the next T tokens of every sequence (`turboq.cache.contiguous.write`).
 
     `by` encodes and stores them (default: XLA, `put`).
@@ -331,12 +331,12 @@ def _write(state: LayerState, words, k, v, counts, by: Put):
 
 def put(
     state: LayerState,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     counts: Int[Array, "B"] | None,
     encode: contiguous.Store | None = None,
-) -> tuple[LayerState, UInt32[Array, "B P R C"]]:
+) -> tuple[LayerState, UInt32[Array, "N P R C"]]:
     """State and pool with the next tokens; `encode` gives what is stored (None: the codec's own).
 
     Tokens that do not fit are counted.
@@ -393,7 +393,7 @@ def _stored(codec: Codec, entries: UInt32[Array, "*n E"]) -> Stored:
     return out
 
 
-def _read(codec: Codec, columns: Columns, words: UInt32[Array, "B P R C"], table) -> Stored:
+def _read(codec: Codec, columns: Columns, words: UInt32[Array, "N P R C"], table) -> Stored:
     """All slots of all heads of one side: field -> [K, B, S, width]."""
     count, planes = sum(f.width for f in codec.fields), max(f.bits for f in codec.fields)
     return _stored(codec, bits.read(words, columns, count, planes, table))
@@ -403,7 +403,7 @@ def _read(codec: Codec, columns: Columns, words: UInt32[Array, "B P R C"], table
 def attend(
     q: Float[Array, "B T H D"],
     state: LayerState,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     tail: Tail,
     *,
     q_positions: Int[Array, "B T"],
@@ -507,7 +507,7 @@ class Fresh:
     form: LayerForm
     columns: int = dataclasses.field(metadata={"static": True})
 
-    def init(self, batch: int, capacity: int) -> tuple[LayerState, UInt32[Array, "B P R C"]]:
+    def init(self, batch: int, capacity: int) -> tuple[LayerState, UInt32[Array, "N P R C"]]:
         """An empty state and pool."""
         one = ModelForm(layers=(self.form,), pool_of=(0,), windows=(None,), columns=(self.columns,))
         (state,), (words,) = init(one, batch=batch, capacity=capacity)

@@ -44,7 +44,7 @@ _PREFERENCE = {"tpu": ("mosaic_tpu", "linear"), "gpu": ("triton", "linear"), "cp
 
 
 def prepare(
-    state: LayerState, words: UInt32[Array, "B P R C"], implementation: str | None = None
+    state: LayerState, words: UInt32[Array, "N P R C"], implementation: str | None = None
 ) -> LinearLayer | None:
     """What the kernel named needs to know of a layer; None: what this platform's does, or None if
     no kernel of it reads the layer."""
@@ -65,7 +65,7 @@ def _reader(layer: KVLayer) -> str | None:
     return "linear" if block is None or base.reads_blocks(block) else None
 
 
-def _made(state: LayerState, words: UInt32[Array, "B P R C"], name: str) -> LinearLayer:
+def _made(state: LayerState, words: UInt32[Array, "N P R C"], name: str) -> LinearLayer:
     """The layer as matrices, with what the kernel named decodes keys by."""
     layer, lanes = state.form.layer, words.shape[-1]
     made = linear.linear_layer(state.form, pool_lanes=lanes)
@@ -81,7 +81,7 @@ def _made(state: LayerState, words: UInt32[Array, "B P R C"], name: str) -> Line
 
 
 def unsupported(
-    q: Float[Array, "B T H D"], state: LayerState, words: UInt32[Array, "B P R C"], name: str
+    q: Float[Array, "B T H D"], state: LayerState, words: UInt32[Array, "N P R C"], name: str
 ) -> str | None:
     """Why an implementation cannot run a case, or None."""
     if _decodes(q, state, words, name):
@@ -90,7 +90,7 @@ def unsupported(
 
 
 def _decodes(
-    q: Float[Array, "B T H D"], state: LayerState, words: UInt32[Array, "B P R C"], name: str
+    q: Float[Array, "B T H D"], state: LayerState, words: UInt32[Array, "N P R C"], name: str
 ) -> bool:
     """Whether a kernel decodes pages for a chunk: of more rows than it reads bits for or than a
     key has channels, from which on every bit costs more as a product than decoded once."""
@@ -101,7 +101,7 @@ def _decodes(
 
 
 def _cannot_read(
-    q: Float[Array, "B T H D"], state: LayerState, words: UInt32[Array, "B P R C"], name: str
+    q: Float[Array, "B T H D"], state: LayerState, words: UInt32[Array, "N P R C"], name: str
 ) -> str | None:
     """Why an implementation cannot read a case's bits as they lie, or None."""
     if name == "xla":
@@ -151,7 +151,7 @@ def _cannot_decode(q, state: LayerState, words) -> str | None:
 def attend(
     q: Float[Array, "B T H D"],
     state: LayerState,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     tail: Tail,
     matrices: LinearLayer | None = None,
     *,

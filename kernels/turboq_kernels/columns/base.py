@@ -42,7 +42,7 @@ def reads_blocks(block: int) -> bool:
 
 def attend(
     folded: Folded,
-    words: UInt32[Array, "b P R C"],
+    words: UInt32[Array, "N P R C"],
     layer: LinearLayer,
     starts: Int[Array, "B M"],
     ends: Int[Array, "B M"],

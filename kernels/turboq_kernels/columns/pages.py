@@ -27,7 +27,7 @@ Take = Callable[[Any, int], UInt32[Array, "B P R c"]]
 
 
 def taking(
-    words: UInt32[Array, "B P R C"], table: Int[Array, "b p"] | None, page: Array, count: int
+    words: UInt32[Array, "N P R C"], table: Int[Array, "b p"] | None, page: Array, count: int
 ) -> Take:
     """Of `count` pages of every sequence from `page` on; `table`: as of `LayerState`."""
     rows = words.shape[2]

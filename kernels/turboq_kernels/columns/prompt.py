@@ -37,7 +37,7 @@ def unsupported(form: LayerForm, name: str) -> str | None:
 def attend(
     q: Float[Array, "B T H D"],
     state: LayerState,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     tail: Tail,
     *,
     q_positions: Int[Array, "B T"],
@@ -85,7 +85,7 @@ def attend(
 def _stored(
     rows: Float[Array, "B K M D"],
     state: LayerState,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     lowest: Int[Array, "B M"],
     highest: Int[Array, "B M"],
     tokens: int,
@@ -124,7 +124,7 @@ def _stored(
     return Partial(acc=unfold(found.acc, found.total), top=found.top, total=found.total)
 
 
-def _reader(state: LayerState, words: UInt32[Array, "B P R C"]):
+def _reader(state: LayerState, words: UInt32[Array, "N P R C"]):
     """What reads some pages' slots at positions as keys and values, and sums of these as outputs.
 
     Codes that are not linear in their bits are decoded by their codecs.

@@ -38,14 +38,14 @@ def unsupported(form: LayerForm, name: str) -> str | None:
 
 def write(
     state: LayerState,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K E"],
     counts: Int[Array, "B"] | None = None,
     *,
     implementation: str | None = None,
     interpret: bool = False,
-) -> tuple[LayerState, UInt32[Array, "B P R C"], Tail]:
+) -> tuple[LayerState, UInt32[Array, "N P R C"], Tail]:
     """`turboq.cache.model_cache.write`, by the implementation named; None: the platform's kernel.
 
     Codes of a kernel and of XLA leave the same weighted error up to float32's rounding
