@@ -5,7 +5,8 @@ The names that most programs need, loaded when first used (`turboq memory` never
     TurboQuantMSE(dim=128, bits=3), PerHead, Transform, ...   codecs (`turboq.codecs` has them all)
     Plan, load, save, summary, uniform_plan                    how a model's K and V are stored
     TokenPolicy(sinks=4)                                       which tokens stay exact
-    KVLayer, uniform_layer, contiguous, Pool                   packed caches of a layer, of a model
+    KVLayer, uniform_layer, contiguous                         packed caches of a layer
+    Pool, ModelPool                                            pages that sequences share
     accounting, max_context                                    bytes; what fits a memory
     ENGINES, export_plan                                       plans for other engines
     packing, rotation, codebook                                the numbers underneath
@@ -29,6 +30,7 @@ _FROM = {
     "turboq.cache": ("accounting", "contiguous"),
     "turboq.export": ("ENGINES", "export_plan"),
     "turboq.cache.layer": ("KVLayer", "TokenPolicy", "uniform_layer"),
+    "turboq.cache.model_pool": ("ModelPool",),
     "turboq.cache.pool": ("Pool",),
     "turboq.what_fits.max_context": ("max_context",),
     "turboq.errors": ("TurboqError",),
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from turboq.cache.layer import KVLayer as KVLayer
     from turboq.cache.layer import TokenPolicy as TokenPolicy
     from turboq.cache.layer import uniform_layer as uniform_layer
+    from turboq.cache.model_pool import ModelPool as ModelPool
     from turboq.cache.pool import Pool as Pool
     from turboq.codecs import CODECS as CODECS
     from turboq.codecs import Codec as Codec

@@ -90,7 +90,7 @@ def refuse(layer: KVLayer, cache: str) -> None:
         raise TurboqError(
             f"{cache} reads each head by itself, and this plan joins keys and values of "
             f"{layer.joint_heads} heads: take a plan of --joint=none (joined transforms are read "
-            "by turboq.cache.model_cache)"
+            "by turboq.cache.model_cache, with shared pages by turboq.ModelPool)"
         )
 
 

@@ -13,12 +13,14 @@ for i in range(len(layers)):                          # in the model's forward p
 b = pool.pager.fork(a)                                # shares the prompt's pages
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +58,25 @@ class ModelPool:
 
     Raises:
       TurboqError: layers whose heads differ in more than data: `Pool` takes them.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from turboq import ModelPool, TokenPolicy, Transform, uniform_layer
+      >>> from turboq.codecs.observed import Observed
+      >>> codec = Transform(dim=8, segments=((8, 2),), quantizer="window", states=16, gain="code")
+      >>> seen = Observed.of(np.random.default_rng(0).normal(size=(1, 50, 8)).astype(np.float32))
+      >>> arrays = {name: jnp.asarray(x) for name, x in codec.fit(seen).items()}
+      >>> fitted = {"k_arrays": arrays, "v_arrays": arrays}
+      >>> layer = uniform_layer(kv_heads=1, k=codec, v=codec, policy=TokenPolicy(), **fitted)
+      >>> pool = ModelPool([layer], pages=4, rows=2, per_sequence=2)
+      >>> one = pool.pager.create()
+      >>> where = pool.step([one], [30])
+      >>> k = v = jnp.ones((1, 30, 1, 8))
+      >>> state, words, tail = pool.write(0, where, k, v)
+      >>> two = pool.pager.fork(one)  # shares the page
+      >>> pool.residency().shared == words.nbytes // 4
+      True
     """
 
     def __init__(
@@ -84,11 +105,11 @@ class ModelPool:
             pages=counts, windows=form.windows, rows=rows, per_sequence=per_sequence, page=PAGE,
             recent=max(one.layer.ring for one in form.layers), evict=evict,
         )  # fmt: skip
-        self.words = [
+        self.words: list[Words] = [
             bits.pool(1, n, model_cache.lanes_of(lanes))
             for n, lanes in zip(counts, form.columns, strict=True)
         ]
-        self._rows = [
+        self._rows: list[_Rows] = [
             _Rows(exact=model_cache.exact_of(one, rows), overflow=jnp.zeros((rows,), jnp.int32))
             for one in form.layers
         ]
@@ -102,9 +123,10 @@ class ModelPool:
         step = self.pager.plan(names, counts)
         for i, copies in enumerate(step.copies):
             if len(copies):
-                self.words[i] = _copy_pages(self.words[i], *paged.padded(copies))
+                self.words[i] = cast(Words, _copy_pages(self.words[i], *paged.padded(copies)))
         if len(step.rows_copied):
-            self._rows = _copy_rows(self._rows, *paged.padded(step.rows_copied))
+            moves = paged.padded(step.rows_copied)
+            self._rows = cast(list[_Rows], _copy_rows(self._rows, *moves))
         return paged.locate(step)
 
     def write(
@@ -124,9 +146,9 @@ class ModelPool:
         """
         paged.check_room(where)
         pool = self.form.pool_of[i]
-        state, self.words[pool], self._rows[i], tail = _write(
-            self.form.layers[i], self.words[pool], self._rows[i], where, k, v, pool, by
-        )
+        given = self.form.layers[i], self.words[pool], self._rows[i], where, k, v
+        written = cast(tuple[LayerState, Words, _Rows, Tail], _write(*given, pool, by))
+        state, self.words[pool], self._rows[i], tail = written
         return state, self.words[pool], tail
 
     def state(self, i: int, where: Where) -> tuple[LayerState, Words]:
@@ -140,35 +162,51 @@ class ModelPool:
 
     def residency(self) -> Residency:
         """Bytes of all layers: reserved, active, shared, exact tokens, fragmentation."""
-        exact = [x for rows in self._rows for x in jax.tree.leaves(rows.exact)]
+        exact: list[Array] = [x for rows in self._rows for x in jax.tree.leaves(rows.exact)]
         reports = [self.pager.report(i) for i in range(len(self.words))]
         return paged.residency_of([words.nbytes for words in self.words], exact, reports)
 
 
 def _state(form: LayerForm, rows: _Rows, where: Where, pool: int) -> LayerState:
-    exact = jax.tree.map(lambda x: paged.rows_of(x, where.rows), rows.exact)
+    def own(x: Array) -> Array:
+        return paged.rows_of(x, where.rows)
+
     starts = jnp.minimum(where.starts, where.room)  # behind an overflow: where it began
     # A row begins anew with its sequence.
     lost = jnp.where(starts > 0, rows.overflow[where.rows], 0)
     return LayerState(
-        form=form, exact=exact, lengths=starts, overflow=lost,
+        form=form, exact=_each(own, rows.exact), lengths=starts, overflow=lost,
         shared=SharedPages(table=where.tables[pool], room=where.room),
     )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("pool", "by"), donate_argnums=(1, 2))
-def _write(form: LayerForm, words, rows: _Rows, where: Where, k, v, pool: int, by: Write):
+def _write(
+    form: LayerForm, words: Words, rows: _Rows, where: Where, k: Array, v: Array, pool: int,
+    by: Write,
+) -> tuple[LayerState, Words, _Rows, Tail]:  # fmt: skip
     state, words, tail = by(_state(form, rows, where, pool), words, k, v, where.counts)
-    exact = jax.tree.map(lambda old, new: old.at[where.rows].set(new), rows.exact, state.exact)
-    rows = _Rows(exact=exact, overflow=rows.overflow.at[where.rows].set(state.overflow))
-    return state, words, rows, tail
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[where.rows].set(new)
+
+    exact = _each(put, rows.exact, state.exact)
+    return state, words, _Rows(exact=exact, overflow=put(rows.overflow, state.overflow)), tail
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _copy_pages(words: Words, page_from, page_to) -> Words:
+def _copy_pages(words: Words, page_from: Array, page_to: Array) -> Words:
     return words.at[:, page_to].set(words[:, page_from], mode="drop")
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _copy_rows(rows: list[_Rows], row_from, row_to) -> list[_Rows]:
-    return jax.tree.map(lambda x: x.at[row_to].set(x[row_from], mode="drop"), rows)
+def _copy_rows(rows: list[_Rows], row_from: Array, row_to: Array) -> list[_Rows]:
+    def copy(x: Array) -> Array:
+        return x.at[row_to].set(x[row_from], mode="drop")
+
+    return [_Rows(exact=_each(copy, one.exact), overflow=copy(one.overflow)) for one in rows]
+
+
+def _each(of: Callable[..., Array], *exact: GroupBuffers) -> GroupBuffers:
+    """Of every buffer of exact tokens."""
+    return cast(GroupBuffers, jax.tree.map(of, *exact))
