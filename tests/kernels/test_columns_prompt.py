@@ -25,6 +25,7 @@ from tolerances import TOL
 
 from turboq.cache import model_cache
 from turboq.cache.layer import TokenPolicy
+from turboq.cache.model_cache import SharedPages
 from turboq.cache.simulate import simulate
 from turboq_kernels.columns import prompt
 
@@ -71,6 +72,16 @@ def test_a_chunk_over_steps_of_pages(rng, rope, block, joined):
     for name in KERNELS:
         got = by_pages(*case, q_positions=at, implementation=name, tokens=1024, **ALL)
         compare(got, due, TOL["columns_decoded"], name)
+    if joined is None:
+        return
+    # The same pages in another order in a pool that sequences share.
+    q, state, words, tail = case
+    order = rng.permutation(words.shape[0] * words.shape[1])
+    mixed = words.reshape(1, -1, *words.shape[2:])[:, np.argsort(order)]
+    shared = SharedPages(table=jnp.asarray(order.reshape(words.shape[:2]), jnp.int32), room=None)
+    case = q, dataclasses.replace(state, shared=shared), mixed, tail
+    found = by_pages(*case, q_positions=at, implementation=KERNELS[-1], tokens=1024, **ALL)
+    np.testing.assert_array_equal(found, got)
 
 
 def test_a_chunk_takes_this_road_and_a_token_does_not(rng):
