@@ -28,8 +28,8 @@ from pathlib import Path
 
 import _paths  # noqa: F401  where the packages are
 
-TARGETS = ("plan", "codec", "safetensors", "gguf", "config", "geometry", "tokenizer", "statistics")
-TARGETS += ("inputs", "quality", "tasks", "export")
+TARGETS = ("plan", "codec", "safetensors", "gguf", "gguf_split", "config", "geometry", "tokenizer")
+TARGETS += ("statistics", "inputs", "quality", "tasks", "export")
 LONGEST = 600  # characters of an error, the folder's name left out
 MEMORY = 4 << 30  # bytes a case may take above what the process has
 # Threads of small matrix products wait for each other by computing, which counts as time.

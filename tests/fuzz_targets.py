@@ -253,6 +253,24 @@ def gguf(folder: Path) -> Case:
     return case
 
 
+def gguf_split(folder: Path) -> Case:
+    """One of three parts damaged, or another part's bytes under its name."""
+    own = folder / "split"
+    own.mkdir()
+    model_files.write(own / "m.gguf", "qwen3", split_max_tensors=12)
+    parts = [path.read_bytes() for path in sorted(own.iterdir())]
+
+    def damage(name: str, raw: bytes, rng: np.random.Generator) -> bytes:
+        return damaged(name, raw, rng) if rng.integers(4) else pick(rng, parts)
+
+    def read(path: Path) -> None:
+        for part in sorted(path.iterdir()):
+            read_geometry(part)
+        weights(min(path.iterdir()))
+
+    return Folder(own, read, damage=damage)
+
+
 def config(folder: Path) -> Case:
     def read(path: Path) -> None:
         read_geometry(path / "config.json")
@@ -380,6 +398,7 @@ TARGETS: dict[str, Callable[[Path], Case]] = {
     "codec": codec,
     "safetensors": safetensors,
     "gguf": gguf,
+    "gguf_split": gguf_split,
     "config": config,
     "geometry": geometry,
     "tokenizer": tokenizer,
