@@ -47,16 +47,16 @@ from turboq.numbers.packing import PAGE
 class LayerForm:
     """A layer of padded codecs, and where its heads lie in the pool.
 
-    `first` has the lanes at which the layer's two runs begin (`turboq.cache.columns`), `most` how
-    many lanes they have in the layer that has most, `fewest` the columns of codes of the head of
-    the model that has fewest, `widest` those of the widest K and V, for every place among joined
-    heads (K of all, V of all).
+    `first` has the lanes at which the layer's two runs begin (`turboq.cache.columns`), and the one
+    behind them, `most` how many lanes they have in the layer that has most, `fewest` the columns of
+    codes of the head of the model that has fewest, `widest` those of the widest K and V, for every
+    place among joined heads (K of all, V of all).
     """
 
     layer: KVLayer
     k: Columns
     v: Columns
-    first: Any  # int32 [2]
+    first: Any  # int32 [3]
     most: tuple[int, int] = dataclasses.field(metadata={"static": True})
     fewest: int = dataclasses.field(metadata={"static": True})
     widest: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -157,7 +157,8 @@ def forms(layers: Sequence[KVLayer | None], *, tables: bool = False) -> ModelFor
         laid, count = bits.lay_out(heads[i] for i in own)
         runs = np.array([one.runs for one in laid], np.int32)  # [L, 2, 2]
         most_k, most_v = (int(n) for n in np.max(runs[:, :, 1] - runs[:, :, 0], axis=0))
-        for i, x, first in zip(own, laid, runs[:, :, 0], strict=True):
+        firsts = np.concatenate([runs[:, :, 0], runs[:, 1:, 1]], axis=1)
+        for i, x, first in zip(own, laid, firsts, strict=True):
             out[i] = LayerForm(
                 layer=shared[i], k=x.k, v=x.v, first=first, most=(most_k, most_v), fewest=fewest,
                 widest=widest[kept[i].joint_heads],

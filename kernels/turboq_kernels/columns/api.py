@@ -107,7 +107,7 @@ def _cannot_read(
     if name == "xla":
         return None
     layer = state.form.layer
-    if state.shared is not None and name in _KERNELS:
+    if state.shared is not None and name == "triton":
         return "pages that sequences share"
     cut = state.dropped is not None and PAGE % layer.rope_block
     if cut and not (name == "triton" and triton_decoded.reads(layer)):
@@ -215,6 +215,7 @@ def attend(
         spec = mosaic_tpu_decoded.spec_of(
             made, q.shape[1] * q.shape[2], q.shape[3], words.shape[-1], layer.rope,
             softcap=softcap, tables=len(first),
+            pages=0 if state.shared is None else state.pages(words),
         )  # fmt: skip
         if mosaic_tpu_step.supported(spec, q, state, tail):
             return mosaic_tpu_step.attend(
@@ -230,7 +231,7 @@ def attend(
     if operands is not None:
         sums = mosaic_tpu_decoded.attend(
             rows, words, made, starts, ends, first, rope=layer.rope, block=layer.rope_block,
-            operands=operands, interpret=interpret, **options,
+            operands=operands, table=state.table, interpret=interpret, **options,
         )  # fmt: skip
         acc = queries.values(sums, made, operands.values)
     elif decoded:
@@ -255,7 +256,9 @@ def attend(
         )  # fmt: skip
         run = {
             "linear": functools.partial(base.attend, table=state.table),
-            "mosaic_tpu": functools.partial(mosaic_tpu.attend, interpret=interpret),
+            "mosaic_tpu": functools.partial(
+                mosaic_tpu.attend, table=state.table, interpret=interpret
+            ),
             "triton": functools.partial(triton.attend, splits=splits, interpret=interpret),
         }[name]
         sums = run(folded, words, made, starts, ends, **options)

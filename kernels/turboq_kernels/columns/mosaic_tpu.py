@@ -71,22 +71,28 @@ def up(n: int, tile: int) -> int:
 
 def attend(
     folded: Folded,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     layer: LinearLayer,
     starts: Int[Array, "B M"],
     ends: Int[Array, "B M"],
     *,
     scale: float,
     softcap: float | None,
+    table: Int[Array, "B p"] | None = None,
     interpret: bool = False,
 ) -> Sums:
-    """Softmax over slots starts[b, m] <= s < ends[b, m] of every row (`columns.queries`)."""
-    rows, groups, pages = starts.shape[1], layer.groups, words.shape[1]
+    """Softmax over slots starts[b, m] <= s < ends[b, m] of every row (`columns.queries`).
+
+    `table`: as of `LayerState`.
+    """
+    rows, groups = starts.shape[1], layer.groups
+    pages = words.shape[1] if table is None else table.shape[1]
     spec = Spec(
         each=up(rows // groups, SUBLANES), unit_groups=layer.unit_groups, joined=layer.joined,
         slots=layer.k.slots, widths=(layer.k.matrix.shape[-1], layer.v.matrix.shape[-1]),
         blocks=folded.left.shape[1], pages=pages, per_token=folded.bias.shape[-1] > 1,
         softcap=softcap, gained=layer.gained, gain_lanes=layer.gain_weights.shape[1],
+        shared=table is not None,
     )  # fmt: skip
     factor = scale / softcap if softcap else scale * inner.LOG2_E
 
@@ -120,7 +126,7 @@ def attend(
     weights = jnp.where(weights >= 128, weights - 256, weights).astype(jnp.int8)
     weights = jnp.pad(weights, ((0, up(len(of_row), 32) - len(of_row)), (0, 0)))
     words = jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, -words.shape[-1] % LANES)))
-    plan = pages_seen(starts, ends, pages)
+    plan = with_pages(pages_seen(starts, ends, pages), table, words)
     places = jnp.append(layer.first, layer.gain_lane) // LANES
     acc, stats = _call(
         spec, interpret, (plan, places, layer.k.tile_unit, layer.v.tile_unit), wide,
@@ -149,6 +155,19 @@ def pages_seen(starts: Int[Array, "B M"], ends: Int[Array, "B M"], pages: int) -
     first = jnp.minimum(low // PAGE, pages - 1)
     last = -(-jnp.max(jnp.where(any_row, ends, 0), axis=1) // PAGE)
     return jnp.stack([first, jnp.maximum(last - first, 0)], axis=-1).astype(jnp.int32).reshape(-1)
+
+
+def with_pages(
+    plan: Int[Array, "n"], table: Int[Array, "B p"] | None, words: UInt32[Array, "N P R C"]
+) -> Int[Array, "m"]:
+    """`pages_seen` with, behind the two numbers of every sequence, its pages in a shared pool.
+
+    What a table has where a sequence has no page is not read, but must not lie outside.
+    """
+    if table is None:
+        return plan
+    own = jnp.clip(table, 0, words.shape[1] - 1)
+    return jnp.concatenate([plan.reshape(len(own), 2), own], axis=1).reshape(-1)
 
 
 def across(
@@ -206,7 +225,7 @@ def page_order(
 
 
 def _call(spec: Spec, interpret, scalars, wide, gains, weights, query, constants, bias, words):
-    batch, m, (k_width, v_width) = len(words), spec.rows, spec.widths
+    batch, m, (k_width, v_width) = len(query), spec.rows, spec.widths
     sums = (v_width // LANES, spec.slots * spec.each, LANES)
 
     def block(x):

@@ -3,7 +3,7 @@
     cosines of the tokens' positions                                      XLA
     vectors as they are stored, y = matrix x of all heads                 `mosaic_tpu_vectors`
     codes of least error, 128 gains of vectors tried side by side         `mosaic_tpu_search`
-    words, ORed with the codes' bits; sinks and recent tokens             `mosaic_tpu_token`
+    words with the codes' bits; sinks and recent tokens             `mosaic_tpu_token`
 
 All is in place if pool and state are donated.
 """
@@ -24,7 +24,6 @@ from turboq.cache import overflow
 from turboq.cache.model_cache import LayerForm, LayerState
 from turboq.cache.simulate import take_heads
 from turboq.numbers import rope
-from turboq.numbers.packing import PAGE
 from turboq_kernels.columns import mosaic_tpu_token
 from turboq_kernels.columns.mosaic_tpu_token import Step
 from turboq_kernels.encode import mosaic_tpu_window
@@ -34,7 +33,7 @@ MAX_VMEM = 12 * 2**20  # of the 16 MiB that one kernel may use by default
 _EXACT = ("sinks", "recent")
 
 
-def unsupported(state: LayerState, words: UInt32[Array, "B P R C"], tokens: int) -> str | None:
+def unsupported(state: LayerState, words: UInt32[Array, "N P R C"], tokens: int) -> str | None:
     """Why a step is not written so, or None."""
     form = state.form
     if tokens != 1:
@@ -50,7 +49,7 @@ def unsupported(state: LayerState, words: UInt32[Array, "B P R C"], tokens: int)
         return f"keys and values that are searched apart: {k} and {v}"
     used = mosaic_tpu_token.vmem_bytes(specify(state, words, False), _turn_shape(form), form.layer)
     if used > MAX_VMEM:
-        return f"{used} bytes of VMEM for {len(words)} sequences"
+        return f"{used} bytes of VMEM for {len(state.lengths)} sequences"
     return None
 
 
@@ -61,13 +60,13 @@ def _search(form: LayerForm, side: str, interpret: bool) -> Search:
     return mosaic_tpu_window.search_of(arrays["taps"].shape[-1] - 1, gains, width, interpret)
 
 
-def specify(state: LayerState, words: UInt32[Array, "B P R C"], interpret: bool) -> Step:
+def specify(state: LayerState, words: UInt32[Array, "N P R C"], interpret: bool) -> Step:
     """What is static about a step of this layer."""
     form, heads = state.form, len(state.form.group.heads)
     k, v = form.codecs
     return Step(
         search=_search(form, "k", interpret), heads=heads, dims=(k.dim, v.dim),
-        joined=form.layer.joint_heads or 0, batch=len(words), gained=k.gain == "code",
+        joined=form.layer.joint_heads or 0, batch=len(state.lengths), gained=k.gain == "code",
         rope=form.layer.rope, block=form.layer.rope_block,
         # The layer's run may begin anywhere in a tile.
         lanes=min(_tiles(sum(form.most)) + LANES, words.shape[-1]),
@@ -89,19 +88,17 @@ def _turn_shape(form: LayerForm) -> tuple[int, int]:
 
 def append(
     state: LayerState,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     k: Float[Array, "B 1 K D"],
     v: Float[Array, "B 1 K E"],
     counts: Int[Array, "B"] | None,
     *,
     interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[LayerState, UInt32[Array, "B P R C"]]:
+) -> tuple[LayerState, UInt32[Array, "N P R C"]]:
     """`turboq.cache.model_cache.put` of one token."""
     form, s = state.form, specify(state, words, bool(interpret))
     counts = jnp.ones((k.shape[0],), jnp.int32) if counts is None else counts
-    fitting, lost = overflow.split(
-        state.lengths, counts, jnp.int32(words.shape[1] * PAGE) + state.first
-    )
+    fitting, lost = overflow.split(state.lengths, counts, state.room(words))
     k, v = (take_heads(x, form.group.heads)[:, 0] for x in (k, v))
     sides = {}
     for side, columns in (("k", form.k), ("v", form.v)):
@@ -117,7 +114,7 @@ def append(
         own |= {name: buffer for name, buffer in every.items() if buffer.shape[2]}
     scalars = {
         "lengths": state.lengths, "first": state.dropped, "fitting": fitting,
-        "lane": jnp.asarray(form.first, jnp.int32),
+        "lane": jnp.asarray(form.first, jnp.int32), "table": state.table,
     }  # fmt: skip
     inputs = {
         "k": k, "v": v, "sides": sides, "turns": _turns(form), "joint": _of_joint(form, s),

@@ -34,7 +34,15 @@ from turboq_kernels.columns.linear import (
     group_count,
     units_of,
 )
-from turboq_kernels.columns.mosaic_tpu import MAX_VMEM, SUBLANES, across, page_order, pages_seen, up
+from turboq_kernels.columns.mosaic_tpu import (
+    MAX_VMEM,
+    SUBLANES,
+    across,
+    page_order,
+    pages_seen,
+    up,
+    with_pages,
+)
 from turboq_kernels.columns.mosaic_tpu_decoded_kernel import Spec
 from turboq_kernels.columns.mosaic_tpu_kernel import LOG2_E, PIECE
 from turboq_kernels.columns.types import Sums
@@ -82,6 +90,7 @@ def unsupported(spec: Spec, block: int | None) -> str | None:
 def specify(
     rows: int, dim: int, unit_groups: tuple[int, ...], widest: tuple[int, ...], joined: bool,
     pool_lanes: int, rope: Rope | None, *, gain_lanes: int, softcap: float | None, tables: int = 1,
+    pages: int = 0,
 ) -> Spec:  # fmt: skip
     """What is static of a call with so many query rows of all heads; `gain_lanes` 0: no gains."""
     heads = len(widest) // 2
@@ -92,19 +101,19 @@ def specify(
         half=up(rope.dim // 2, SUBLANES) if rope is not None else 0,
         tiles=_tiles(widest),
         places=(every, every) if joined else ((0,), (1,)), pool=up(pool_lanes, LANES) // LANES,
-        gain_tiles=gain_lanes // LANES, tables=tables, softcap=softcap,
+        gain_tiles=gain_lanes // LANES, tables=tables, softcap=softcap, pages=pages,
     )  # fmt: skip
 
 
 def spec_of(
     layer: LinearLayer, rows: int, dim: int, pool_lanes: int, rope: Rope | None, *,
-    softcap: float | None = None, tables: int = 1,
+    softcap: float | None = None, tables: int = 1, pages: int = 0,
 ) -> Spec:  # fmt: skip
     """`specify` of a layer."""
     return specify(
         rows, dim, layer.unit_groups, layer.widest, layer.joined, pool_lanes, rope,
         gain_lanes=layer.gain_weights.shape[1] if layer.gained else 0, softcap=softcap,
-        tables=tables,
+        tables=tables, pages=pages,
     )  # fmt: skip
 
 
@@ -166,7 +175,7 @@ def prepare(layer: LinearLayer, pool_lanes: int, rope: Rope | None) -> Operands:
 
 def attend(
     rows: Float[Array, "B M D"],
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     layer: LinearLayer,
     starts: Int[Array, "B M"],
     ends: Int[Array, "B M"],
@@ -177,15 +186,20 @@ def attend(
     scale: float,
     softcap: float | None,
     operands: Operands | None = None,
+    table: Int[Array, "B p"] | None = None,
     interpret: bool = False,
 ) -> Sums:
     """Softmax over slots starts[b, m] <= s < ends[b, m] of every row, slot 0 at position `first`.
 
-    Sums are over the lanes of `Operands.values`.
+    Sums are over the lanes of `Operands.values`. `table`: as of `LayerState`.
     """
     made = operands or prepare(layer, words.shape[-1], rope)
-    (batch, m, dim), groups, pages = rows.shape, layer.groups, words.shape[1]
-    spec = spec_of(layer, m, dim, words.shape[-1], rope, softcap=softcap, tables=len(first))
+    (batch, m, dim), groups = rows.shape, layer.groups
+    pages = words.shape[1] if table is None else table.shape[1]
+    spec = spec_of(
+        layer, m, dim, words.shape[-1], rope, softcap=softcap, tables=len(first),
+        pages=0 if table is None else pages,
+    )  # fmt: skip
     own = m // (groups * spec.heads)
 
     def padded(x):
@@ -201,8 +215,9 @@ def attend(
     starts, ends = (across(padded(x).reshape(batch, groups, spec.rows)) for x in (starts, ends))
     ready = Ready(plan, query, starts, ends)
     acc, stats = launch(
-        spec, ready, words, made, rope=rope, block=block, first=first, interpret=interpret
-    )
+        spec, ready, words, made, rope=rope, block=block, first=first, table=table,
+        interpret=interpret,
+    )  # fmt: skip
 
     def by_row(x):
         """[B, M, ..] of [J, B, R, ..]."""
@@ -216,15 +231,17 @@ def attend(
 
 
 def launch(
-    spec: Spec, ready: Ready, words: UInt32[Array, "B P R C"], made: Operands, *,
-    rope: Rope | None, block: int, first: Int[Array, "#B 1"], interpret: bool,
+    spec: Spec, ready: Ready, words: UInt32[Array, "N P R C"], made: Operands, *,
+    rope: Rope | None, block: int, first: Int[Array, "#B 1"], table: Int[Array, "B p"] | None,
+    interpret: bool,
 ) -> tuple[Float[Array, "J B r W"], Float[Array, "J B 2 r 128"]]:  # fmt: skip
     """Sums over the lanes of `Operands.values`; top in powers of two, and total over lanes."""
     words = jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, -words.shape[-1] % LANES)))
-    table = _table(spec, rope, block, first, words.shape[1])
+    turns = _table(spec, rope, block, first, spec.pages or words.shape[1])
+    plan = with_pages(ready.plan, table, words)
     acc, stats = _call(
-        spec, interpret, (ready.plan, *made.places), ready.query, ready.starts, ready.ends,
-        made.matrix, made.means, made.gains, made.gain_weights, table, words,
+        spec, interpret, (plan, *made.places), ready.query, ready.starts, ready.ends,
+        made.matrix, made.means, made.gains, made.gain_weights, turns, words,
     )  # fmt: skip
     return acc, stats
 
@@ -336,7 +353,7 @@ def _table(
 def _call(
     spec: Spec, interpret, scalars, query, starts, ends, matrix, means, gains, weights, table, words
 ):
-    groups, batch = len(matrix), len(words)
+    groups, batch = len(matrix), len(query)
 
     def of_group(x, axis: int = 0):
         shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])

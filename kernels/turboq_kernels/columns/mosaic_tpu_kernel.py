@@ -17,6 +17,7 @@ their 15 bits. Stored gains are a product of their own, of the few lanes that ho
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ class Spec:
     softcap: float | None
     gained: bool
     gain_lanes: int  # lanes of K that may hold gains
+    shared: bool = False  # `plan` has the pages of each sequence too (`listed`)
 
     @property
     def units(self) -> int:
@@ -79,6 +81,11 @@ class Spec:
         return self.blocks // self.pages if self.turned else 1
 
 
+def listed(plan, b, page, pages: int) -> tuple[int, Any]:
+    """Where a page of a sequence lies in a pool [1, N, ..], of a plan `mosaic_tpu.with_pages`."""
+    return 0, plan[(2 + pages) * b + 2 + page]
+
+
 def kernel(
     spec: Spec, plan, places, k_units, v_units, unit_ref, start_ref, end_ref, gains_ref,
     weights_ref, query_ref, constant_ref, bias_ref, words, acc_ref, stats_ref, k_words, v_words,
@@ -86,7 +93,8 @@ def kernel(
 ):  # fmt: skip
     b, m, size = pl.program_id(0), spec.rows, spec.slots * spec.each
     of_units = spec.units * spec.each
-    page0, count = plan[2 * b], plan[2 * b + 1]
+    stride = 2 + spec.pages if spec.shared else 2
+    page0, count = plan[stride * b], plan[stride * b + 1]
     k_tiles, v_tiles = (width // LANES for width in spec.widths)
     k_lanes, v_lanes, gain_lanes = (
         pl.ds(pl.multiple_of(places[i] * LANES, LANES), width)
@@ -94,10 +102,11 @@ def kernel(
     )
 
     def transfers(slot, page):
+        item, at = (b, page) if not spec.shared else listed(plan, b, page, spec.pages)
         # Values are read one page later.
-        yield words.at[b, page, :, v_lanes], v_words.at[(page - page0) % 3]
+        yield words.at[item, at, :, v_lanes], v_words.at[(page - page0) % 3]
         if not spec.joined:
-            yield words.at[b, page, :, k_lanes], k_words.at[slot]
+            yield words.at[item, at, :, k_lanes], k_words.at[slot]
         if spec.turned:
             own = pl.ds(page * spec.per_page, spec.per_page)
             yield query_ref.at[b, own], queries.at[slot]

@@ -48,7 +48,7 @@ def supported(spec: Spec, q: Float[Array, "B T H D"], state: LayerState, tail: T
 def attend(
     q: Float[Array, "B 1 H D"],
     state: LayerState,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     tail: Tail,
     made: LinearLayer,
     operands: Operands,
@@ -67,11 +67,11 @@ def attend(
     own = rules(layer, window)
     ready = prepare(
         decoded.ordered(by_head, layer.rope), seen, own, spec=spec, groups=made.groups,
-        pages=words.shape[1], scale=scale, interpret=interpret,
+        pages=state.pages(words), scale=scale, interpret=interpret,
     )  # fmt: skip
     found = decoded.launch(
         spec, ready, words, operands, rope=layer.rope, block=layer.rope_block,
-        first=jnp.reshape(state.first, (-1, 1)), interpret=interpret,
+        first=jnp.reshape(state.first, (-1, 1)), table=state.table, interpret=interpret,
     )  # fmt: skip
     kept, exact = state.exact, []
     kind = kept.k_sinks.dtype if kept.k_sinks.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)

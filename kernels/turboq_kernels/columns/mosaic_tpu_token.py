@@ -156,9 +156,12 @@ def kernel(*refs, s: Step, trees) -> None:
     def token(b) -> Token:
         start = scalars["lengths"][b]
         slot = start if scalars["first"] is None else start - scalars["first"][b]
-        page = jnp.clip(slot // PAGE, 0, words.shape[1] - 1)
+        table = scalars["table"]
+        pages = words.shape[1] if table is None else table.shape[1]
+        page = jnp.clip(slot // PAGE, 0, pages - 1)
+        at = (b, page) if table is None else (0, jnp.clip(table[b, page], 0, words.shape[1] - 1))
         return Token(
-            row=b, start=start, fits=scalars["fitting"][b] > 0, page=page, slot=slot - page * PAGE
+            row=b, start=start, fits=scalars["fitting"][b] > 0, page=at, slot=slot - page * PAGE
         )
 
     def each(do):
@@ -174,7 +177,7 @@ def kernel(*refs, s: Step, trees) -> None:
     )
 
     def copied(b, at: Token, out: bool):
-        there = words.at[b, at.page, :, pl.ds(lane, s.lanes)]
+        there = words.at[*at.page, :, pl.ds(lane, s.lanes)]
         own = {"in": room["read"], "out": room["out"]}
         return transfer(there, room["pages"].at[b], own, b, out)
 
@@ -206,6 +209,7 @@ def kernel(*refs, s: Step, trees) -> None:
     @pl.when(i == s.groups + s.searches - 1)
     def _():
         _make_bits(x["sides"], room, lane, s)
+        ends = [scalars["lane"][n] - lane for n in (0, 2)]  # of the layer's lanes
 
         def put(b, at: Token):
             read(b, at, True)
@@ -214,9 +218,15 @@ def kernel(*refs, s: Step, trees) -> None:
             def _():
                 own = room["bits"][pl.ds(b, 1), : s.lanes]
                 j = at.slot // ROWS
-                new = own.astype(jnp.uint32) << (j % 4 * 8 + j // 4).astype(jnp.uint32)
-                row = jax.lax.broadcasted_iota(jnp.int32, (ROWS, s.lanes), 0) == at.slot % ROWS
-                room["pages"][b] |= jnp.where(row, new, jnp.uint32(0))
+                bit = (j % 4 * 8 + j // 4).astype(jnp.uint32)
+                row, here = (
+                    jax.lax.broadcasted_iota(jnp.int32, (ROWS, s.lanes), i) for i in (0, 1)
+                )
+                mine = (row == at.slot % ROWS) & (here >= ends[0]) & (here < ends[1])
+                # A page may hold what was there before.
+                new = own.astype(jnp.uint32) << bit
+                held = room["pages"][b]
+                room["pages"][b] = jnp.where(mine, held & ~(jnp.uint32(1) << bit) | new, held)
                 copied(b, at, True).start()
 
         each(put)
