@@ -215,7 +215,6 @@ def attend(
         spec = mosaic_tpu_decoded.spec_of(
             made, q.shape[1] * q.shape[2], q.shape[3], words.shape[-1], layer.rope,
             softcap=softcap, tables=len(first),
-            pages=0 if state.shared is None else state.pages(words),
         )  # fmt: skip
         if mosaic_tpu_step.supported(spec, q, state, tail):
             return mosaic_tpu_step.attend(

@@ -10,6 +10,7 @@ page. `mosaic_tpu_kernel` is the loop.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,6 @@ def attend(
         slots=layer.k.slots, widths=(layer.k.matrix.shape[-1], layer.v.matrix.shape[-1]),
         blocks=folded.left.shape[1], pages=pages, per_token=folded.bias.shape[-1] > 1,
         softcap=softcap, gained=layer.gained, gain_lanes=layer.gain_weights.shape[1],
-        shared=table is not None,
     )  # fmt: skip
     factor = scale / softcap if softcap else scale * inner.LOG2_E
 
@@ -126,10 +126,10 @@ def attend(
     weights = jnp.where(weights >= 128, weights - 256, weights).astype(jnp.int8)
     weights = jnp.pad(weights, ((0, up(len(of_row), 32) - len(of_row)), (0, 0)))
     words = jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, -words.shape[-1] % LANES)))
-    plan = with_pages(pages_seen(starts, ends, pages), table, words)
+    plan = pages_seen(starts, ends, pages)
     places = jnp.append(layer.first, layer.gain_lane) // LANES
     acc, stats = _call(
-        spec, interpret, (plan, places, layer.k.tile_unit, layer.v.tile_unit), wide,
+        spec, interpret, table, (plan, places, layer.k.tile_unit, layer.v.tile_unit), wide,
         gains, weights, query, constants, bias, words,
     )  # fmt: skip
     own = (jnp.arange(groups, dtype=jnp.int32)[:, None] * spec.each
@@ -157,17 +157,13 @@ def pages_seen(starts: Int[Array, "B M"], ends: Int[Array, "B M"], pages: int) -
     return jnp.stack([first, jnp.maximum(last - first, 0)], axis=-1).astype(jnp.int32).reshape(-1)
 
 
-def with_pages(
-    plan: Int[Array, "n"], table: Int[Array, "B p"] | None, words: UInt32[Array, "N P R C"]
-) -> Int[Array, "m"]:
-    """`pages_seen` with, behind the two numbers of every sequence, its pages in a shared pool.
-
-    What a table has where a sequence has no page is not read, but must not lie outside.
-    """
+def by_table(
+    kernel: Callable[..., None], table: Array | None
+) -> tuple[Callable, tuple[Array, ...]]:
+    """A kernel whose first scalar operand is the table, or which gets None for it; the operand."""
     if table is None:
-        return plan
-    own = jnp.clip(table, 0, words.shape[1] - 1)
-    return jnp.concatenate([plan.reshape(len(own), 2), own], axis=1).reshape(-1)
+        return functools.partial(kernel, None), ()
+    return kernel, (table,)
 
 
 def across(
@@ -224,7 +220,9 @@ def page_order(
     return parts.reshape(batch, m, slots // PAGE, PAGE).swapaxes(1, 2)
 
 
-def _call(spec: Spec, interpret, scalars, wide, gains, weights, query, constants, bias, words):
+def _call(
+    spec: Spec, interpret, table, scalars, wide, gains, weights, query, constants, bias, words
+):
     batch, m, (k_width, v_width) = len(query), spec.rows, spec.widths
     sums = (v_width // LANES, spec.slots * spec.each, LANES)
 
@@ -235,6 +233,8 @@ def _call(spec: Spec, interpret, scalars, wide, gains, weights, query, constants
         return pl.BlockSpec(x.shape, lambda b, *_: (0,) * x.ndim)
 
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    kernel, tables = by_table(functools.partial(inner.kernel, spec), table)
+    scalars = (*tables, *scalars)
     of_units = spec.units * spec.each
     rows = of_units + spec.slots * spec.each  # a tile's last slots may lie behind the units
     grid_spec = pltpu.PrefetchScalarGridSpec(
@@ -265,7 +265,7 @@ def _call(spec: Spec, interpret, scalars, wide, gains, weights, query, constants
     if not interpret:
         words = pltpu.with_memory_space_constraint(words, pltpu.HBM)
     return pl.pallas_call(
-        functools.partial(inner.kernel, spec),
+        kernel,
         out_shape=[
             jax.ShapeDtypeStruct((batch, *sums), jnp.float32),
             jax.ShapeDtypeStruct((batch, 3, of_units, LANES), jnp.float32),

@@ -38,10 +38,10 @@ from turboq_kernels.columns.mosaic_tpu import (
     MAX_VMEM,
     SUBLANES,
     across,
+    by_table,
     page_order,
     pages_seen,
     up,
-    with_pages,
 )
 from turboq_kernels.columns.mosaic_tpu_decoded_kernel import Spec
 from turboq_kernels.columns.mosaic_tpu_kernel import LOG2_E, PIECE
@@ -90,7 +90,6 @@ def unsupported(spec: Spec, block: int | None) -> str | None:
 def specify(
     rows: int, dim: int, unit_groups: tuple[int, ...], widest: tuple[int, ...], joined: bool,
     pool_lanes: int, rope: Rope | None, *, gain_lanes: int, softcap: float | None, tables: int = 1,
-    pages: int = 0,
 ) -> Spec:  # fmt: skip
     """What is static of a call with so many query rows of all heads; `gain_lanes` 0: no gains."""
     heads = len(widest) // 2
@@ -101,19 +100,19 @@ def specify(
         half=up(rope.dim // 2, SUBLANES) if rope is not None else 0,
         tiles=_tiles(widest),
         places=(every, every) if joined else ((0,), (1,)), pool=up(pool_lanes, LANES) // LANES,
-        gain_tiles=gain_lanes // LANES, tables=tables, softcap=softcap, pages=pages,
+        gain_tiles=gain_lanes // LANES, tables=tables, softcap=softcap,
     )  # fmt: skip
 
 
 def spec_of(
     layer: LinearLayer, rows: int, dim: int, pool_lanes: int, rope: Rope | None, *,
-    softcap: float | None = None, tables: int = 1, pages: int = 0,
+    softcap: float | None = None, tables: int = 1,
 ) -> Spec:  # fmt: skip
     """`specify` of a layer."""
     return specify(
         rows, dim, layer.unit_groups, layer.widest, layer.joined, pool_lanes, rope,
         gain_lanes=layer.gain_weights.shape[1] if layer.gained else 0, softcap=softcap,
-        tables=tables, pages=pages,
+        tables=tables,
     )  # fmt: skip
 
 
@@ -196,10 +195,7 @@ def attend(
     made = operands or prepare(layer, words.shape[-1], rope)
     (batch, m, dim), groups = rows.shape, layer.groups
     pages = words.shape[1] if table is None else table.shape[1]
-    spec = spec_of(
-        layer, m, dim, words.shape[-1], rope, softcap=softcap, tables=len(first),
-        pages=0 if table is None else pages,
-    )  # fmt: skip
+    spec = spec_of(layer, m, dim, words.shape[-1], rope, softcap=softcap, tables=len(first))
     own = m // (groups * spec.heads)
 
     def padded(x):
@@ -237,10 +233,10 @@ def launch(
 ) -> tuple[Float[Array, "J B r W"], Float[Array, "J B 2 r 128"]]:  # fmt: skip
     """Sums over the lanes of `Operands.values`; top in powers of two, and total over lanes."""
     words = jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, -words.shape[-1] % LANES)))
-    turns = _table(spec, rope, block, first, spec.pages or words.shape[1])
-    plan = with_pages(ready.plan, table, words)
+    pages = words.shape[1] if table is None else table.shape[1]
+    turns = _table(spec, rope, block, first, pages)
     acc, stats = _call(
-        spec, interpret, (plan, *made.places), ready.query, ready.starts, ready.ends,
+        spec, interpret, table, (ready.plan, *made.places), ready.query, ready.starts, ready.ends,
         made.matrix, made.means, made.gains, made.gain_weights, turns, words,
     )  # fmt: skip
     return acc, stats
@@ -351,8 +347,9 @@ def _table(
 
 
 def _call(
-    spec: Spec, interpret, scalars, query, starts, ends, matrix, means, gains, weights, table, words
-):
+    spec: Spec, interpret, table, scalars, query, starts, ends, matrix, means, gains, weights,
+    rotations, words,
+):  # fmt: skip
     groups, batch = len(matrix), len(query)
 
     def of_group(x, axis: int = 0):
@@ -365,6 +362,8 @@ def _call(
     def out(*shape):
         return pl.BlockSpec((1, 1, *shape), lambda j, b, *_: (j, b, *(0,) * len(shape)))
 
+    kernel, tables = by_table(functools.partial(inner.kernel, spec), table)
+    scalars = (*tables, *scalars)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     sums, stats = (spec.rows, spec.width(1)), (2, spec.rows, LANES)
     values = len(spec.places[1])
@@ -380,7 +379,7 @@ def _call(
             pltpu.VMEM((2, ROWS, sum(spec.read) * LANES), jnp.uint32),
             pltpu.VMEM((2, ROWS, max(spec.gain_tiles, 1) * LANES), jnp.uint32),
             pltpu.VMEM((2, PAGE, spec.width()), jnp.int8),  # bits
-            pltpu.VMEM((2, *table.shape[2:]), jnp.float32),
+            pltpu.VMEM((2, *rotations.shape[2:]), jnp.float32),
             pltpu.VMEM((2, spec.heads, spec.dim, PAGE), jnp.bfloat16),  # keys of a page
             pltpu.VMEM((2, *gains.shape[2:]), jnp.float32),  # gains of its values
             pltpu.VMEM((values, spec.left, PAGE), jnp.int8),  # weights of V
@@ -389,9 +388,11 @@ def _call(
         ],
     )  # fmt: skip
     if not interpret:
-        words, table = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (words, table))
+        words, rotations = (
+            pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (words, rotations)
+        )
     return pl.pallas_call(
-        functools.partial(inner.kernel, spec),
+        kernel,
         out_shape=[
             jax.ShapeDtypeStruct((groups, batch, *sums), jnp.float32),
             jax.ShapeDtypeStruct((groups, batch, *stats), jnp.float32),
@@ -402,4 +403,4 @@ def _call(
         ),
         interpret=interpret,
         name="turboq_columns_decoded",
-    )(*scalars, query, starts, ends, matrix, means, gains, weights, table, words)
+    )(*scalars, query, starts, ends, matrix, means, gains, weights, rotations, words)

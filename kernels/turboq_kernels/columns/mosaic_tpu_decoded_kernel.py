@@ -32,8 +32,8 @@ from turboq_kernels.columns.mosaic_tpu_kernel import (
     copies,
     dot,
     joined,
-    listed,
 )
+from turboq_kernels.columns.mosaic_tpu_kernel import place as page_of
 
 BYTE_ONES = 0x01010101
 MASKS = PAGE // 32
@@ -53,7 +53,6 @@ class Spec:
     gain_tiles: int  # that hold gains; 0: no gains are stored
     tables: int  # of rotations: 1, or one per sequence
     softcap: float | None
-    pages: int = 0  # of each sequence in a pool that sequences share; 0: in its own
 
     @property
     def rows(self) -> int:
@@ -83,13 +82,12 @@ class Spec:
 
 
 def kernel(
-    spec: Spec, plan, tile0, parts, edges, query_ref, start_ref, end_ref, matrix_ref,
-    means_ref, gains_ref, weights_ref, table, words, acc_ref, stats_ref, raw, raw_gains, bits,
+    spec: Spec, table, plan, tile0, parts, edges, query_ref, start_ref, end_ref, matrix_ref,
+    means_ref, gains_ref, weights_ref, rotations, words, acc_ref, stats_ref, raw, raw_gains, bits,
     turns, decoded, held_gains, weighted_ref, factors, semaphores,
 ):  # fmt: skip
     group, b = pl.program_id(0), pl.program_id(1)
-    stride = 2 + spec.pages
-    page0, count = plan[stride * b], plan[stride * b + 1]
+    page0, count = plan[2 * b], plan[2 * b + 1]
     units = len(spec.tiles)
     bases = [sum(spec.read[:p]) for p in range(units)]
     begins = [pl.multiple_of(tile0[group * units + p] * LANES, LANES) for p in range(units)]
@@ -103,14 +101,14 @@ def kernel(
     gain_lanes = pl.ds(pl.multiple_of(gain_tile * LANES, LANES), max(spec.gain_tiles, 1) * LANES)
 
     def transfers(slot, page):
-        item, at = listed(plan, b, page, spec.pages) if spec.pages else (b, page)
+        item, at = page_of(table, b, page, words)
         for place, n in enumerate(spec.read):
             source = words.at[item, at, :, pl.ds(begins[place], n * LANES)]
             yield source, raw.at[slot, :, pl.ds(bases[place] * LANES, n * LANES)]
         if spec.gain_tiles:
             yield words.at[item, at, :, gain_lanes], raw_gains.at[slot]
         if spec.half:
-            yield table.at[b if spec.tables > 1 else 0, page], turns.at[slot]
+            yield rotations.at[b if spec.tables > 1 else 0, page], turns.at[slot]
 
     send, arrived = copies(transfers, semaphores)
 

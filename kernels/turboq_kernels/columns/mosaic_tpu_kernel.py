@@ -51,7 +51,6 @@ class Spec:
     softcap: float | None
     gained: bool
     gain_lanes: int  # lanes of K that may hold gains
-    shared: bool = False  # `plan` has the pages of each sequence too (`listed`)
 
     @property
     def units(self) -> int:
@@ -81,20 +80,24 @@ class Spec:
         return self.blocks // self.pages if self.turned else 1
 
 
-def listed(plan, b, page, pages: int) -> tuple[int, Any]:
-    """Where a page of a sequence lies in a pool [1, N, ..], of a plan `mosaic_tpu.with_pages`."""
-    return 0, plan[(2 + pages) * b + 2 + page]
+def place(table, b, page, words) -> tuple[Any, Any]:
+    """Where a page of a sequence lies: its own, or by a table in a pool that sequences share.
+
+    What a table has where a sequence has no page is not read, but must not lie outside.
+    """
+    if table is None:
+        return b, page
+    return 0, jnp.clip(table[b, page], 0, words.shape[1] - 1)
 
 
 def kernel(
-    spec: Spec, plan, places, k_units, v_units, unit_ref, start_ref, end_ref, gains_ref,
+    spec: Spec, table, plan, places, k_units, v_units, unit_ref, start_ref, end_ref, gains_ref,
     weights_ref, query_ref, constant_ref, bias_ref, words, acc_ref, stats_ref, k_words, v_words,
     queries, constants, biases, products, weighted_ref, factors, semaphores,
 ):  # fmt: skip
     b, m, size = pl.program_id(0), spec.rows, spec.slots * spec.each
     of_units = spec.units * spec.each
-    stride = 2 + spec.pages if spec.shared else 2
-    page0, count = plan[stride * b], plan[stride * b + 1]
+    page0, count = plan[2 * b], plan[2 * b + 1]
     k_tiles, v_tiles = (width // LANES for width in spec.widths)
     k_lanes, v_lanes, gain_lanes = (
         pl.ds(pl.multiple_of(places[i] * LANES, LANES), width)
@@ -102,7 +105,7 @@ def kernel(
     )
 
     def transfers(slot, page):
-        item, at = (b, page) if not spec.shared else listed(plan, b, page, spec.pages)
+        item, at = place(table, b, page, words)
         # Values are read one page later.
         yield words.at[item, at, :, v_lanes], v_words.at[(page - page0) % 3]
         if not spec.joined:
