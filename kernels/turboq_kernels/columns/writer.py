@@ -57,10 +57,10 @@ def write(
     name = choose(state.form, implementation)
     if name == "xla":
         return model_cache.write(state, words, k, v, counts)
-    if state.shared is not None:
-        appends = False
-    elif name == "triton":
+    if name == "triton":
         appends = triton_append.unsupported(state.form, k.shape[1]) is None
+    elif state.shared is not None:
+        appends = False
     else:
         appends = mosaic_tpu_append.unsupported(state, words, k.shape[1]) is None
     return model_cache.write(state, words, k, v, counts, _by_kernel(name, interpret, appends))
