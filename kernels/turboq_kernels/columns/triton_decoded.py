@@ -193,7 +193,7 @@ def planned(
 
 
 def launch(
-    queries: Float[Array, "B K N c"],
+    queries: Float[Array, "B K n c"],
     unit: Float[Array, "B M"],
     low: Int[Array, "_"],
     high: Int[Array, "_"],
@@ -234,7 +234,7 @@ def launch(
 
 def _queries(
     rows: Float[Array, "B M D"], rope: Rope, own: Decoded, plan: Plan
-) -> tuple[Float[Array, "B K N c"], Float[Array, "B M"]]:
+) -> tuple[Float[Array, "B K n c"], Float[Array, "B M"]]:
     """Pairs of channels of pairs of float16 (2 i and 2 i + 1 are row i), and their unit."""
     batch, _, dim = rows.shape
     heads = len(own.scale)
