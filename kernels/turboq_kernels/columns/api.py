@@ -107,8 +107,6 @@ def _cannot_read(
     if name == "xla":
         return None
     layer = state.form.layer
-    if state.shared is not None and name == "triton":
-        return "pages that sequences share"
     cut = state.dropped is not None and PAGE % layer.rope_block
     if cut and not (name == "triton" and triton_decoded.reads(layer)):
         return f"key blocks of {layer.rope_block} tokens that pages given up would cut"
@@ -236,11 +234,13 @@ def attend(
     elif decoded:
         made = triton_decoded.added(made, layer, words)
         folded = triton_decoded.logits(
-            rows, words, made, layer, state.dropped, starts, ends, interpret=interpret
-        )
+            rows, words, made, layer, state.dropped, starts, ends, table=state.table,
+            interpret=interpret,
+        )  # fmt: skip
         sums = triton.attend(
-            folded, words, made, starts, ends, splits=splits, interpret=interpret, **options
-        )
+            folded, words, made, starts, ends, table=state.table, splits=splits,
+            interpret=interpret, **options,
+        )  # fmt: skip
         acc = unit_values.values(sums, made, layer, made.decoded.values, triton.place_of(made, 1))
     else:
         k_matrix, v_matrix = (None, None)
@@ -258,7 +258,9 @@ def attend(
             "mosaic_tpu": functools.partial(
                 mosaic_tpu.attend, table=state.table, interpret=interpret
             ),
-            "triton": functools.partial(triton.attend, splits=splits, interpret=interpret),
+            "triton": functools.partial(
+                triton.attend, table=state.table, splits=splits, interpret=interpret
+            ),
         }[name]
         sums = run(folded, words, made, starts, ends, **options)
         acc = queries.values(sums, made, v_matrix)

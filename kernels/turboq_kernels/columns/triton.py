@@ -95,13 +95,14 @@ class Plan:
 
 def attend(
     folded: Folded,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     layer: LinearLayer,
     starts: Int[Array, "B M"],
     ends: Int[Array, "B M"],
     *,
     scale: float,
     softcap: float | None,
+    table: Int[Array, "B p"] | None = None,
     interpret: bool = False,
     splits: int | None = None,
 ) -> Sums:
@@ -110,10 +111,10 @@ def attend(
     Lanes of `folded`, and of the sums, are those of `local`; without `left` its `bias` is the
     logits before their scale, as other kernels make them (`columns.triton_decoded`). `splits` None
     spreads the tokens over what the GPU runs at a time; with a number, what a sequence gives does
-    not depend on the others of its batch.
+    not depend on the others of its batch. `table`: as of `LayerState`.
     """
     batch, rows = starts.shape
-    groups, pages = layer.groups, words.shape[1]
+    groups, pages = layer.groups, pages_of(words, table)
     left = folded.left
     plan, count = planned(
         layer, batch, pages, rows, scale=scale, softcap=softcap, splits=splits, interpret=interpret,
@@ -135,11 +136,25 @@ def attend(
         parts=list(parts[:3]), lanes=windows(layer, words.shape[-1]),
         most=jnp.where(largest > 0, largest, 1.0),
     )  # fmt: skip
-    whole = launch(ready, words, layer, plan=plan, count=count, interpret=interpret)
+    whole = launch(
+        ready, words, layer, plan=plan, count=count, table=table, interpret=interpret
+    )  # fmt: skip
     if count > batch:
         whole = triton_parts.merge(whole, parts.start, batch=batch, interpret=interpret)
     own = jax.tree.map(lambda x: x[:, :, : plan.rows].reshape(batch, rows, *x.shape[3:]), whole)
     return Sums(acc=own.acc, total=own.total, top=own.top)
+
+
+def pages_of(words: UInt32[Array, "N P R C"], table: Int[Array, "B p"] | None) -> int:
+    """Pages of a sequence."""
+    return words.shape[1] if table is None else table.shape[1]
+
+
+def located(x: dict[str, Any], item, page) -> tuple[Any, Any]:
+    """Where a sequence's page lies in x["words"]: among its own, or where the table has it."""
+    if x["table"] is None:
+        return item, page
+    return 0, jnp.maximum(x["table"][item, page], 0)  # -1: a page that nobody sees
 
 
 def seen_pages(
@@ -190,16 +205,17 @@ def planned(
 
 def launch(
     ready: Ready,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     layer: LinearLayer,
     *,
     plan: Plan,
     count: int,
+    table: Int[Array, "B p"] | None,
     interpret: bool,
 ) -> Partial:
     """The softmax of every part [P, J, m], lanes of `acc` those of `local`."""
     inputs = {
-        "words": padded(words, layer), "weights": ready.weights, "unit": ready.unit,
+        "words": padded(words, layer), "table": table, "weights": ready.weights, "unit": ready.unit,
         "bias": ready.bias, "half": ready.half, "starts": ready.starts, "ends": ready.ends,
         "parts": list(ready.parts), "lanes": ready.lanes, "most": ready.most,
         "gains": [layer.k.gains, layer.v.gains], "gain_lanes": layer.gain_lanes,
@@ -250,7 +266,7 @@ def place_of(layer: LinearLayer, i: int) -> Int[np.ndarray, "U"]:
     return np.repeat(np.arange(len(widths_of)), widths_of)
 
 
-def padded(words: UInt32[Array, "B P R C"], layer: LinearLayer) -> UInt32[Array, "B P R c"]:
+def padded(words: UInt32[Array, "N P R C"], layer: LinearLayer) -> UInt32[Array, "N P R c"]:
     """A pool of no fewer lanes than one unit's runs."""
     least = tuning(layer).run * max(max(runs) for runs in _places(layer))
     if words.shape[-1] >= least:
@@ -368,7 +384,7 @@ def _kernel(*refs, plan: Plan, tree) -> None:
 
     def keys(page, place, i):
         """Bits of a run of K [256, run]."""
-        words = x["words"][b, page, word_row[:, None], lanes_of(0, place, i)[None, :]]
+        words = x["words"][*page, word_row[:, None], lanes_of(0, place, i)[None, :]]
         pairs = jnp.unstack(words.reshape(ROWS, run // 4, 2, 2), axis=-1)
         four = [y.reshape(1, 1, 1, ROWS, run // 4) for z in pairs for y in jnp.unstack(z, axis=-1)]
         own = _bytes(four, [y.reshape(1, 4, 1, 1, 1) for y in select], plan.asm)
@@ -376,7 +392,7 @@ def _kernel(*refs, plan: Plan, tree) -> None:
 
     def levels(page, place, i):
         """Bits of a run of V [run, 256]; tokens are 2 x 4 x 8 x 4: 3 bits of i, row, byte."""
-        words = x["words"][b, page, word_row[None, :], lanes_of(1, place, i)[:, None]]
+        words = x["words"][*page, word_row[None, :], lanes_of(1, place, i)[:, None]]
         words = jnp.stack([words, words >> 4], axis=-1).transpose(0, 2, 1)
         own = words.reshape(run, 2, 1, ROWS) & few.reshape(1, 1, 4, 1)
         return _apart(own).reshape(run, PAGE)
@@ -386,24 +402,24 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         for p in range(GAIN_BITS):
             at = x["gain_lanes"][side, unit, p]
             word = plgpu.load(
-                x["words"].at[b, page, inner % ROWS, jnp.maximum(at, 0)], mask=at >= 0, other=0
+                x["words"].at[*page, inner % ROWS, jnp.maximum(at, 0)], mask=at >= 0, other=0
             )
             code += ((word >> field.astype(jnp.uint32)) & jnp.uint32(1)).astype(jnp.int32) << p
         return x["gains"][side][unit, code]
 
     def step(page, carry):
         accs, masses, total, top = carry
-        slots = page * PAGE + inner
+        slots, where = page * PAGE + inner, located(x, b, page)
         held = queries(page) if once is None else once
         units = plan.places[1] if plan.joined else held  # whose gains are those of both sides
         factors = [jnp.ones((PAGE,), jnp.float32)] * max(len(units), 1)
         if plan.gained:
-            factors = [gains(page, 0, unit_at(i)) for i in range(len(units))]
+            factors = [gains(where, 0, unit_at(i)) for i in range(len(units))]
         logits = jnp.zeros((PAGE, m), jnp.float32)
         for place, (query, half) in enumerate(held):
             raw = jnp.zeros((PAGE, 2 * m), jnp.int32)
             for i, weights in enumerate(query):
-                raw += _dot(keys(page, place, i), weights)
+                raw += _dot(keys(where, place, i), weights)
             assert unit is not None  # with queries
             own = one(raw.astype(jnp.float32))
             logits += own * (worth * factors[place])[:, None] * unit[None, :]
@@ -424,14 +440,14 @@ def _kernel(*refs, plan: Plan, tree) -> None:
         p = unpacking.exp2(logits - own_base[None, :], ptx)  # in units of this page's largest
         own, old = (unpacking.exp2(y - base, ptx) for y in (own_top, top))
         if plan.gained and not plan.joined:
-            factors = [gains(page, 1, n)]
+            factors = [gains(where, 1, n)]
         new_accs, new_masses = [], []
         for place, runs in enumerate(plan.places[1]):
             share = factors[place] * less * (HIGH / x["most"][unit_at(place)])
             weights = _two(p * share[:, None])
             new_accs.append([
                 accs[place][i] * _twice(old)[None, :]
-                + _dot(levels(page, place, i), weights).astype(jnp.float32) * _twice(own)[None, :]
+                + _dot(levels(where, place, i), weights).astype(jnp.float32) * _twice(own)[None, :]
                 for i in range(runs)
             ])  # fmt: skip
             new_masses.append(

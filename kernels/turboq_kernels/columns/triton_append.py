@@ -1,8 +1,8 @@
 """One token of every sequence into the one pool, by one launch: all that a step writes of a layer.
 
 A program takes one sequence, one head and one side (K or V): it turns the vector into the codec's
-coordinates, searches its codes (`encode.triton_window`), ORs their bits into the token's words and
-puts the token itself among the sinks and the recent ones. All is in place if pool and state are
+coordinates, searches its codes (`encode.triton_window`), puts their bits into the token's words and
+the token itself among the sinks and the recent ones. All is in place if pool and state are
 donated. Keys are turned back to the start of their block, and units of joined heads made, by the
 programs that code them (`columns.triton_token`).
 """
@@ -27,7 +27,7 @@ from turboq.codecs.base import Arrays
 from turboq.codecs.transform_padded import PaddedTransform
 from turboq.numbers import window_gain
 from turboq.numbers.packing import PAGE, ROWS
-from turboq_kernels.columns import triton_token
+from turboq_kernels.columns import triton, triton_token
 from turboq_kernels.columns.triton_token import Stands
 from turboq_kernels.encode import triton_window
 from turboq_kernels.encode.triton_search import Search
@@ -47,19 +47,17 @@ def unsupported(form: LayerForm, tokens: int) -> str | None:
 
 def append(
     state: LayerState,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     k: Float[Array, "B 1 K D"],
     v: Float[Array, "B 1 K E"],
     counts: Int[Array, "B"] | None,
     *,
     interpret: bool = False,
-) -> tuple[LayerState, UInt32[Array, "B P R C"]]:
+) -> tuple[LayerState, UInt32[Array, "N P R C"]]:
     """`turboq.cache.model_cache.put` of one token."""
     form, layer, group = state.form, state.form.layer, state.form.group
     counts = jnp.ones((k.shape[0],), jnp.int32) if counts is None else counts
-    fitting, lost = overflow.split(
-        state.lengths, counts, jnp.int32(words.shape[1] * PAGE) + state.first
-    )
+    fitting, lost = overflow.split(state.lengths, counts, state.room(words))
     k, v = (take_heads(x, group.heads).swapaxes(1, 2) for x in (k, v))  # [B, K, 1, D]
     exact, fresh = state.exact, {}
     searches, inputs, kept = [], [], []
@@ -72,6 +70,7 @@ def append(
         buffers = {of: getattr(exact, f"{name}_{of}") for of in _EXACT}
         kept.append({of: x if x.shape[2] else None for of, x in buffers.items()})
     shared = {"lengths": state.lengths, "first": state.dropped, "fitting": fitting}
+    shared["table"] = state.table
     shared["token"] = triton_token.inputs(layer, k, v, state.lengths)
     how = triton_token.stands(layer)
     apart = searches[0].warps != searches[1].warps
@@ -147,7 +146,8 @@ def _kernel(*refs, searches: dict[int, Search], trees, how: Stands) -> None:
                 inputs["token"], side["arrays"], kv, b, n, channel, search.coded, how
             )
             _encode(side["arrays"], y, channel, (values, entries), room, search)
-            _write(side["columns"], entries, room, held["words"], slot, search)
+            page = triton.located(inputs, b, slot // PAGE)
+            _write(side["columns"], entries, room, held["words"], page, slot, search)
 
 
 def _exact(x, kept, n, b, start, interpret: bool) -> None:
@@ -181,18 +181,20 @@ def _encode(arrays, y, channel, rooms, room, s: Search) -> None:
     _barrier(s)
 
 
-def _write(columns, entries, room, words, slot, s: Search) -> None:
-    """The vector's bits into its lanes; the token's are still zero."""
-    (_, b, n), count = room, columns.plane.shape[1]
+def _write(columns, entries, room, words, page, slot, s: Search) -> None:
+    """The vector's bits into its lanes, in place of what the page may have held there before."""
+    (*_, n), count = room, columns.plane.shape[1]
     t = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)
     plane = jnp.where(t < count, load(columns.plane, (n, t), t < count), NONE)
     there = plane != NONE
     lane, entry = (load(of, (n, t), there) for of in (columns.lane, columns.entry))
     bit = load(entries, (*room, entry), there) >> jnp.maximum(plane, 0) & 1
     j = slot % PAGE // ROWS
-    new = bit.astype(jnp.uint32) << (j % 4 * 8 + j // 4).astype(jnp.uint32)
-    at = (b, slot // PAGE, slot % ROWS, lane)
-    store(words, at, load(words, at, there) | new, there, interpret=s.interpret)
+    place = (j % 4 * 8 + j // 4).astype(jnp.uint32)
+    at = (*page, slot % ROWS, lane)
+    old = load(words, at, there) & ~(jnp.uint32(1) << place)
+    new = old | bit.astype(jnp.uint32) << place
+    store(words, at, new, there, interpret=s.interpret)
 
 
 def _barrier(s: Search) -> None:

@@ -70,7 +70,7 @@ def reads(layer: KVLayer) -> bool:
     return layer.rope is not None and layer.rope_block not in triton.BLOCKS
 
 
-def added(made: LinearLayer, layer: KVLayer, words: UInt32[Array, "B P R C"]) -> LinearLayer:
+def added(made: LinearLayer, layer: KVLayer, words: UInt32[Array, "N P R C"]) -> LinearLayer:
     """With what this kernel needs, where it is the one, and without what it does not."""
     if layer.rope is None or not reads(layer) or made.decoded is not None:
         return made
@@ -155,25 +155,26 @@ class Plan:
 
 def logits(
     rows: Float[Array, "B M D"],
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     made: LinearLayer,
     layer: KVLayer,
     first: Int[Array, "B"] | None,
     starts: Int[Array, "B M"],
     ends: Int[Array, "B M"],
     *,
+    table: Int[Array, "B p"] | None = None,
     interpret: bool = False,
 ) -> Folded:
     """q . k of every row and slot, a `bias`; anything in pages of which no row sees a slot.
 
-    Slot 0 is position first[b] (None: 0).
+    Slot 0 is position first[b] (None: 0). `table`: as of `LayerState`.
     """
-    own, heads, pages = made.decoded, made.decoded.matrix.shape[0], words.shape[1]
+    own, heads, pages = made.decoded, made.decoded.matrix.shape[0], triton.pages_of(words, table)
     assert layer.rope is not None
     plan = planned(made, layer, rows.shape[1] // heads, first, interpret)
     queries, unit = _queries(rows, layer.rope, own, plan)
     pages_seen = triton.seen_pages(starts, jnp.minimum(ends, pages * PAGE))
-    bias = launch(queries, unit, *pages_seen, words, made, layer, first, plan=plan)
+    bias = launch(queries, unit, *pages_seen, words, made, layer, first, plan=plan, table=table)
     return Folded(left=None, largest=None, bias=bias)
 
 
@@ -192,23 +193,25 @@ def planned(
 
 
 def launch(
-    queries: Float[Array, "B K N c"],
+    queries: Float[Array, "B K n c"],
     unit: Float[Array, "B M"],
     low: Int[Array, "_"],
     high: Int[Array, "_"],
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     made: LinearLayer,
     layer: KVLayer,
     first: Int[Array, "B"] | None,
     *,
     plan: Plan,
+    table: Int[Array, "B p"] | None,
 ) -> Float[Array, "B M S"]:
     """`logits` of queries as `_queries` makes them, in pages low[b] to high[b]."""
-    rope, block, own, pages = layer.rope, layer.rope_block, made.decoded, words.shape[1]
+    rope, block, own = layer.rope, layer.rope_block, made.decoded
     assert rope is not None
+    pages = triton.pages_of(words, table)
     words = triton.padded(words, made)
     inputs = {
-        "words": words, "queries": queries, "unit": unit, "low": low, "high": high,
+        "words": words, "table": table, "queries": queries, "unit": unit, "low": low, "high": high,
         "turns": _turns(rope, block, first, pages * PAGE, own.means.shape[2] // 2),
         "after": jnp.zeros(1, jnp.int32) if first is None else first % block,
         "gain_lanes": made.gain_lanes, "matrix": own.matrix, "means": own.means,
@@ -218,7 +221,7 @@ def launch(
         "left": np.arange(15, -1, -1, dtype=np.uint32).reshape(8, 2),
     }  # fmt: skip
     leaves, tree = jax.tree.flatten(inputs)
-    batch, heads, m = len(words), own.matrix.shape[0], unit.shape[1]
+    batch, heads, m = len(queries), own.matrix.shape[0], unit.shape[1]
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan, tree=tree),
         grid=(2 * pages, heads, batch),
@@ -231,7 +234,7 @@ def launch(
 
 def _queries(
     rows: Float[Array, "B M D"], rope: Rope, own: Decoded, plan: Plan
-) -> tuple[Float[Array, "B K N c"], Float[Array, "B M"]]:
+) -> tuple[Float[Array, "B K n c"], Float[Array, "B M"]]:
     """Pairs of channels of pairs of float16 (2 i and 2 i + 1 are row i), and their unit."""
     batch, _, dim = rows.shape
     heads = len(own.scale)
@@ -288,6 +291,7 @@ def _tile(x, out_ref, page, half, n, item, plan: Plan) -> None:
     chunk = _chunk(pairs)
     at, lane = (jnp.arange(k, dtype=jnp.int32) for k in (TILE, plan.run))
     word_row = jnp.arange(ROWS, dtype=jnp.int32)
+    where = triton.located(x, item, page)
     bit = 16 * half + at // ROWS
     slots = page * PAGE + 32 * (bit % 8) + 8 * (bit // 8) + at % ROWS  # `turboq.cache.columns`
     left = x["left"][jnp.arange(8, dtype=jnp.int32)[:, None], jnp.arange(2, dtype=jnp.int32)[None]]
@@ -301,7 +305,7 @@ def _tile(x, out_ref, page, half, n, item, plan: Plan) -> None:
             for p in range(GAIN_BITS):
                 lane = x["gain_lanes"][0, unit, p]
                 word = plgpu.load(
-                    x["words"].at[item, page, at % ROWS, jnp.maximum(lane, 0)],
+                    x["words"].at[*where, at % ROWS, jnp.maximum(lane, 0)],
                     mask=lane >= 0,
                     other=0,
                 )
@@ -321,7 +325,7 @@ def _tile(x, out_ref, page, half, n, item, plan: Plan) -> None:
         for i in range(1, len(firsts)):
             first = jnp.where(step >= starts[i], firsts[i], first)
             gain = jnp.where(step >= starts[i], factors[i], gain)
-        words = x["words"][item, page, word_row[:, None], (first + step * plan.run + lane)[None, :]]
+        words = x["words"][*where, word_row[:, None], (first + step * plan.run + lane)[None, :]]
         low, high = jnp.unstack(words.reshape(ROWS, plan.run // 2, 2), axis=-1)
         both = _halves(low, high, half, plan.asm).reshape(1, 1, ROWS, plan.run // 2)
         signed = ((both << left) & _SIGN) ^ gain.reshape(*_SHAPE, 1)

@@ -37,7 +37,7 @@ _SIZES, _BLOCK = 64, 32  # parts placed at a time; lanes or coordinates of a ste
 def attend(
     q: Float[Array, "B 1 H D"],
     state: LayerState,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     tail: Tail,
     made: LinearLayer,
     *,
@@ -61,15 +61,16 @@ def attend(
     out = _prepare(by_head, made, layer.rope, seen, step, plan)
     bias = triton_decoded.launch(
         out["queries"], out["unit"], out["low"], out["high"], words, made, layer, state.dropped,
-        plan=plan,
+        plan=plan, table=state.table,
     )  # fmt: skip
     ready = triton.Ready(
         weights=None, unit=None, half=None, bias=bias, starts=out["starts"], ends=out["ends"],
         parts=out["parts"], lanes=[out["lanes"][1]] * 2, most=out["most"],
     )  # fmt: skip
     found = triton.launch(
-        ready, words, made, plan=step.columns, count=step.count, interpret=interpret
-    )
+        ready, words, made, plan=step.columns, count=step.count, table=state.table,
+        interpret=interpret,
+    )  # fmt: skip
     exact = triton_step.exact_of(state, tail)
     sink = None if sink_logits is None else sink_logits.reshape(by_head.shape[1:3])
     values = {"mean": made.v.mean, "own": made.decoded.values, "joint": None}

@@ -76,7 +76,7 @@ def supported(q: Float[Array, "B T H D"], state: LayerState, tail: Tail) -> bool
 def attend(
     q: Float[Array, "B 1 H D"],
     state: LayerState,
-    words: UInt32[Array, "B P R C"],
+    words: UInt32[Array, "N P R C"],
     tail: Tail,
     layer: LinearLayer,
     *,
@@ -97,8 +97,9 @@ def attend(
     by_head = q.reshape(q.shape[0], layer.k.mean.shape[0], -1, q.shape[3])
     ready, start = prepare(by_head, layer, seen, step)
     found = triton.launch(
-        ready, words, layer, plan=step.columns, count=step.count, interpret=interpret
-    )
+        ready, words, layer, plan=step.columns, count=step.count, table=state.table,
+        interpret=interpret,
+    )  # fmt: skip
     exact = exact_of(state, tail)
     sink = None if sink_logits is None else sink_logits.reshape(by_head.shape[1:3])
     values = {"mean": layer.v.mean, **triton_fold.inputs_of(layer)}
@@ -116,13 +117,13 @@ def exact_of(state: LayerState, tail: Tail) -> list[tuple[Any, Any, Any]]:
 
 
 def planned(
-    q: Float[Array, "B 1 H D"], state: LayerState, words: UInt32[Array, "B P R C"],
+    q: Float[Array, "B 1 H D"], state: LayerState, words: UInt32[Array, "N P R C"],
     layer: LinearLayer, *, scale: float, window: int | None, softcap: float | None,
     splits: int | None, interpret: bool, folded: bool = True,
 ) -> Step:  # fmt: skip
     """What is static about a step; not `folded`: logits come from another kernel."""
     batch, _, rows, _ = q.shape
-    pages, kept = words.shape[1], state.form.layer
+    pages, kept = state.pages(words), state.form.layer
     turned = kept.rope is not None
     plan, count = triton.planned(
         layer, batch, pages, rows, scale=scale, softcap=softcap, splits=splits,

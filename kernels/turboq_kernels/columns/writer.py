@@ -58,9 +58,7 @@ def write(
     if name == "xla":
         return model_cache.write(state, words, k, v, counts)
     if name == "triton":
-        appends = state.shared is None and (
-            triton_append.unsupported(state.form, k.shape[1]) is None
-        )
+        appends = triton_append.unsupported(state.form, k.shape[1]) is None
     else:
         appends = mosaic_tpu_append.unsupported(state, words, k.shape[1]) is None
     return model_cache.write(state, words, k, v, counts, _by_kernel(name, interpret, appends))
