@@ -76,7 +76,6 @@ LONG = (
     "test_columns.py",
     "test_reverse.py",
     "test_encode_window.py",
-    "test_columns_garbage.py",
     "test_mosaic_tpu.py",
     "test_plan_within.py",
     "test_observe.py",

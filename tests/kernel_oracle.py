@@ -11,7 +11,7 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from turboq.cache.simulate import round_exact, simulate
+from turboq.cache.simulate import simulate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,8 @@ def policy_attention(
     """
     policy = layer.policy
     k_hat, v_hat = (np.asarray(x, np.float64) for x in stored_values or simulate(layer, k, v))
-    k_exact, v_exact = (np.asarray(round_exact(policy, x), np.float64) for x in (k, v))
+    dtype = np.dtype(policy.exact_dtype)
+    k_exact, v_exact = (np.asarray(x).astype(dtype).astype(np.float64) for x in (k, v))
     batch, t, heads, dim = q.shape
     q = np.asarray(q, np.float64).reshape(batch, t, k.shape[2], -1, dim)  # of every KV head
     out = np.zeros((batch, t - since, heads, v.shape[-1]))

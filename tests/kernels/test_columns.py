@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
-import kernel_oracle
 import numpy as np
 import pytest
 from columns_cases import (
@@ -15,17 +13,24 @@ from columns_cases import (
     KERNELS,
     ROPES,
     SCALE,
-    SINK_LOGITS,
+    TOKENS,
     attend,
+    by,
+    case_of,
     check,
     filled,
+    holding,
+    in_float64,
     inputs,
     make_layers,
-    write,
+    sink_logits,
+    step,
+    untouched,
 )
+from columns_unseen import check_unseen
 from tolerances import TOL
 
-from turboq.cache import model_cache
+from turboq.cache import model_cache, windows
 from turboq.cache.layer import TokenPolicy
 from turboq.cache.simulate import simulate
 from turboq.numbers import rope as rotary
@@ -36,74 +41,86 @@ from turboq_kernels.columns import linear
 # has given up pages.
 CASES = [
     {"gain": "none", "softcap": 1.5, "window": 270, "sinks": True},
-    {"rope": "half", "block": 256, "joined": 3, "window": 270},
-    {"rope": "partial", "block": 256, "gain": "none", "joined": 1, "softcap": 1.5},
-    {"rope": "partial", "block": 128, "joined": 3},
-    {"rope": "half", "joined": 3, "softcap": 1.5, "window": 270, "sinks": True},
+    {"rope": "half", "block": 256, "heads": 4, "joined": 2, "window": 270},
+    {"rope": "partial", "block": 128, "gain": "none", "joined": 1, "softcap": 1.5},
+    {"rope": "half", "heads": 4, "joined": 2, "softcap": 1.5, "window": 270, "sinks": True},
     {"rope": "partial", "block": 64, "gain": "none", "tokens": 3, "softcap": 1.5, "window": 270,
      "sinks": True},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_read_what_decoding_reads(rng, case):
+def read_by(case):
     """XLA folds queries for blocks of 16 positions and more, kernels decode other keys."""
     folds = "rope" not in case or case.get("block", 1) >= 16
-    check(rng, [*KERNELS, "linear"] if folds else KERNELS, interpret=True, **case)
+    return [*KERNELS, "linear"] if folds else KERNELS
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_read_what_decoding_reads(rng, case):
+    """Layers of other bits by one program."""
+    check(rng, read_by(case), interpret=True, **case)
+
+
+def step_of(
+    rng, lengths, steps, *, tokens=1, sinks=False, window=None, softcap=None, heads=HEADS, **case
+):
+    """The last layer of a case after a step, and how to run it: by the programs of `check`.
+
+    Sequences have so many tokens before it, with others behind them, and get so many of its own.
+    """
+    _, held, words = case_of(rng, heads=heads, **case)
+    state = dataclasses.replace(held[-1][0], lengths=jnp.array(lengths, jnp.int32))
+    q, _, _, state, words, tail = step(rng, state, words, steps, tokens)
+    at = state.lengths[:, None] - np.array(steps)[:, None] + np.arange(tokens)[None]
+    options = {"softcap": softcap} if softcap else {}
+    options |= {"sink_logits": sink_logits(heads)} if sinks else {}
+    options |= {"window": window} if window else {}
+
+    own = {"state": state, "words": words, "tail": tail}
+
+    def run(name, **changed):
+        return by(name, q=q, at=at, **own | changed, **options)
+
+    return run, state, words, tail, at
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_nobody_sees(rng, case):
+    """310 tokens and some of two pages of three, and no more than the step's first."""
+    tokens = case.get("tokens", 1)
+    run, *of, at = step_of(rng, [310, 0], [tokens, 1], **case)
+    for name in ("xla", *read_by(case)):
+        want = check_unseen(rng, functools.partial(run, name), *of, at, case.get("window"))
+        assert np.all(np.any(want, axis=-1))
 
 
 def test_a_broken_token_breaks_its_head(rng):
     """Inf among the recent values of a head: NaN for all its rows on a TPU, and for no other."""
-    layers = make_layers(rng, TokenPolicy(sinks=3, recent=2), ROPES["half"])
-    ((state, *_), _), words = filled(rng, layers, 20, 256)
-    q, k, v = inputs(rng, 1)
-    state, words, tail = write(state, words, k, v)
+    run, state, *_ = step_of(rng, [20, 20], [1, 1], **CASES[3])
     exact = dataclasses.replace(
         state.exact, v_recent=state.exact.v_recent.at[0, 1, :, 4].set(jnp.inf)
     )
-    got = attend(
-        q, dataclasses.replace(state, exact=exact), words, tail, scale=SCALE,
-        q_positions=jnp.full((2, 1), 20, jnp.int32), implementation="mosaic_tpu", interpret=True,
-    )  # fmt: skip
-    broken = np.isnan(np.asarray(got))
+    broken = np.isnan(run("mosaic_tpu", state=dataclasses.replace(state, exact=exact)))
     assert broken[0, 0, GROUP : 2 * GROUP].all()
     assert broken.sum() == GROUP * DIM
 
 
-@pytest.mark.parametrize("sinks", [None, SINK_LOGITS], ids=["none", "sinks"])
-def test_some_tokens_at_once_and_an_empty_cache(rng, sinks):
-    layers = make_layers(rng, TokenPolicy())
-    states, (words,) = model_cache.init(model_cache.forms(layers), batch=2, capacity=300)
-    q, k, v = inputs(rng, 5)
-    state, words, tail = write(states[1], words, k, v, jnp.array([5, 0], jnp.int32))
-    at = jnp.arange(5, dtype=jnp.int32)[None] + jnp.zeros((2, 1), jnp.int32)
-    run = functools.partial(
-        attend, q, state, words, tail, q_positions=at, scale=SCALE, sink_logits=sinks
-    )
-    want = run(implementation="xla")
-    for name in ("linear", *KERNELS):
-        got = run(implementation=name, interpret=True)
+@pytest.mark.parametrize(
+    ("names", "sinks"),
+    [(("linear", *KERNELS), None), (("linear",), sink_logits())],  # XLA adds sinks to all of them
+    ids=["none", "sinks"],
+)
+def test_some_tokens_at_once_and_an_empty_cache(rng, names, sinks):
+    held, words = filled(rng, make_layers(rng, TokenPolicy()), 5, 300, counts=[5, 0])
+    (state, tail, *_), (q, *_) = held[1], inputs(rng, 5)
+    at = np.broadcast_to(np.arange(5, dtype=np.int32), (2, 5))
+    run = functools.partial(attend, q, q_positions=at, scale=SCALE, sink_logits=sinks)
+    want = run(state, words, tail, implementation="xla")
+    for name in names:
+        own = functools.partial(run, implementation=name, interpret=True)
+        got = check_unseen(rng, own, state, words, tail, at, None)
         np.testing.assert_allclose(got, want, atol=TOL["columns"], err_msg=name)
         assert not np.any(np.asarray(got)[1])
-
-
-def test_one_program_for_layers_of_other_bits(rng):
-    """Two layers, two plans: traced once."""
-    traced = []
-
-    @jax.jit
-    def step(q, state, words, tail, matrices, at):
-        traced.append(1)
-        return columns.attend(
-            q, state, words, tail, matrices, q_positions=at, scale=SCALE,
-            implementation="mosaic_tpu", interpret=True,
-        )  # fmt: skip
-
-    held, words = filled(rng, make_layers(rng, TokenPolicy()), 20, 256)
-    for state, tail, *_ in held:
-        q, _, _ = inputs(rng, 1)
-        step(q, state, words, tail, columns.prepare(state, words), state.lengths[:, None] - 1)
-    assert len(traced) == 1
 
 
 def page_bits(words):
@@ -163,12 +180,17 @@ def test_the_matrix_of_joined_heads(rng):
             np.testing.assert_allclose(got, want[0], atol=TOL["packed_attention"])
 
 
+def linear_of(layers):
+    """The first of some layers in a pool of theirs."""
+    form = model_cache.forms(layers)
+    return linear.linear_layer(form.layers[0], pool_lanes=form.columns[0])
+
+
 def test_means_turn_within_their_block(rng):
     """R(t) of the fitted means, and what units add to them, against rotations in float64."""
     for name, rope in ROPES.items():
         for layer in make_layers(rng, TokenPolicy(), rope, 256, joined=HEADS):
-            held, words = filled(rng, [layer], 4, 256)
-            form = linear.linear_layer(held[0][0].form, pool_lanes=words.shape[-1])
+            form = linear_of([layer])
             joint = {n: np.asarray(x, np.float64)[0] for n, x in layer.joint.items()}
             mean, center = (joint[n][: HEADS * DIM].reshape(HEADS, DIM) for n in ("mean", "center"))
             assert np.abs(center - mean).max() > 0.1
@@ -180,8 +202,7 @@ def test_means_turn_within_their_block(rng):
 def test_longest_and_sums_of_columns(rng):
     """Of every unit by itself, in float64."""
     for joined in (None, HEADS):
-        held, words = filled(rng, make_layers(rng, TokenPolicy(), joined=joined), 4, 256)
-        form = linear.linear_layer(held[0][0].form, pool_lanes=words.shape[-1])
+        form = linear_of(make_layers(rng, TokenPolicy(), joined=joined))
         unit, matrix = np.asarray(form.k.unit), np.asarray(form.k.matrix, np.float64)
         units = linear.units_of(form.unit_groups)
         for head in range(HEADS):
@@ -202,9 +223,8 @@ def test_what_no_kernel_reads_is_refused_by_name(rng):
         (make_layers(rng, TokenPolicy(), ROPES["half"], 100), "blocks of 100 positions"),
         (make_layers(rng, TokenPolicy(), gain="float16"), "a float16 gain per vector"),
     ):
-        held, words = filled(rng, layers, 4, 256)
-        state, tail, *_ = held[0]
-        at = state.lengths[:, None] - 1
+        state, words, tail = untouched(layers)
+        at = jnp.zeros((2, 1), jnp.int32)
         with pytest.raises(ValueError, match=f"'mosaic_tpu' cannot run this case: .*{reason}"):
             columns.attend(
                 q, state, words, tail, q_positions=at, scale=1.0, implementation="mosaic_tpu"
@@ -216,37 +236,24 @@ def test_what_no_kernel_reads_is_refused_by_name(rng):
 @pytest.mark.parametrize("block", [256, 1])
 def test_a_pool_that_has_given_up_pages(rng, block):
     """Behind a window: slots count from the first page that is held, positions do not."""
-    policy = TokenPolicy(sinks=3, recent=2)
-    layers = [
-        dataclasses.replace(layer, window=100)
-        for layer in make_layers(rng, policy, ROPES["half"], block)
-    ]
-    form = model_cache.forms(layers)
-    states, pools = model_cache.init(form, batch=1, capacity=1024)
-    _, k, v = inputs(rng, 530, batch=1)
-    states, pools = model_cache.holding(form, states, pools, new=530)
-    states[0], pools[0], _ = write(states[0], pools[0], k, v)
-    states[1] = dataclasses.replace(states[1], lengths=states[0].lengths)
-    states, (words,) = model_cache.holding(form, states, pools, new=1)
-    assert (words.shape[1], states[0].dropped.tolist()) == (2, [256])
-    q, more_k, more_v = inputs(rng, 1, batch=1)
-    state, words, tail = write(states[0], words, more_k, more_v)
-    run = functools.partial(
-        attend, q, state, words, tail, q_positions=jnp.array([[530]], jnp.int32),
-        scale=SCALE, window=100,
-    )  # fmt: skip
-    want = run(implementation="xla")
-    whole = [jnp.concatenate(x, axis=1) for x in ((k, more_k), (v, more_v))]
-    every = jnp.zeros((1, 531, *q.shape[2:])).at[:, -1:].set(q)
-    due = kernel_oracle.policy_attention(
-        layers[0], every, *whole, scale=SCALE, window=100,
-        stored_values=simulate(state.form.layer, *whole), since=530,
-    )  # fmt: skip
+    layer = dataclasses.replace(
+        make_layers(rng, TokenPolicy(sinks=3, recent=2), ROPES["half"], block)[0], window=100
+    )
+    ((state, *whole),), words = holding(rng, [layer], [TOKENS, TOKENS - 40], 2)
+    first = windows.first_needed(100, state.lengths)
+    assert first.tolist() == [256, 256]
+    state = dataclasses.replace(state, dropped=first)
+    q, *more, state, words, tail = step(rng, state, words, [1, 1], 1)
+    at = state.lengths[:, None] - 1
+    run = functools.partial(by, q=q, state=state, words=words, tail=tail, at=at, window=100)
+    want = run("xla")
+    whole = [np.concatenate(x, axis=1) for x in zip(whole, more, strict=True)]
+    exact = in_float64(layer, q, *whole, state, words, first=256, window=100)
     for name in KERNELS:
         halves = name == "triton" and block == 1
         off = TOL["columns_decoded_float16" if halves else "columns"]
-        got = run(implementation=name, interpret=True)
+        got = run(name)
         np.testing.assert_allclose(got, want, atol=off, err_msg=name)
-        np.testing.assert_allclose(got, due, atol=off, err_msg=name)
+        np.testing.assert_allclose(got[:1], exact, atol=off, err_msg=name)
     with pytest.raises(ValueError, match="sees more than the 100 tokens"):
-        columns.attend(q, state, words, tail, q_positions=jnp.array([[530]]), scale=SCALE)
+        columns.attend(q, state, words, tail, q_positions=at, scale=SCALE)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from columns_cases import GROUP, HEADS, SCALE, filled, inputs, make_layers
+from columns_cases import GROUP, HEADS, SCALE, holding, inputs, make_layers
 from jax.sharding import AbstractDevice, AbstractMesh
 from tolerances import TOL
 
@@ -21,7 +21,7 @@ LENGTHS = (530, 0, 40)
 def case():
     """Three sequences of three pages at most: every head has other bits, no stored gains."""
     rng = np.random.default_rng(5)
-    held, words = filled(rng, make_layers(rng, TokenPolicy(), gain="none"), 530, 600, batch=3)
+    held, words = holding(rng, make_layers(rng, TokenPolicy(), gain="none"), LENGTHS, 3)
     made = linear.linear_layer(held[0][0].form, pool_lanes=words.shape[-1])
     k, v = triton.local(made, words.shape[-1])
     rows = queries.to_rows(inputs(rng, 1, batch=3)[0], HEADS)

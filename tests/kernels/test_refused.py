@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from columns_cases import GROUP, HEADS, ROPES, SCALE, filled, inputs, make_layers
+from columns_cases import GROUP, HEADS, ROPES, SCALE, inputs, make_layers, untouched
 from jax.sharding import AbstractDevice
 from unchecked import unchecked
 
@@ -38,9 +38,7 @@ V4 = "TPU v4 multiplies no int8, which stored bits are read as; TPU v5 does"
 
 def layer_of(rng, rope=None, block=1, joined=None):
     """A state of one layer, its pool and its tail."""
-    held, words = filled(rng, make_layers(rng, TokenPolicy(), rope, block, joined=joined), 4, 256)
-    state, tail, *_ = held[0]
-    return state, words, tail
+    return untouched(make_layers(rng, TokenPolicy(), rope, block, joined=joined))
 
 
 def read(layer, rng, tokens=1, **options):
