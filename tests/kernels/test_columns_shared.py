@@ -19,11 +19,13 @@ from turboq.numbers.packing import PAGE, ROWS
 from turboq_kernels import columns
 
 CHUNK, ONES = 270, np.uint32(2**32 - 1)
+LAYER = 1  # whose lanes are not the pool's first
 POLICY = TokenPolicy(sinks=3, recent=2)
-# Keys after RoPE and heads apart; the default form, joined heads and keys before RoPE.
+# Keys after RoPE and heads apart; the default form, joined heads and keys before RoPE. Layers, what
+# they are off by, query tokens.
 FORMS = {
-    "apart": ({}, "columns"),
-    "joined_before": ({"rope": ROPES["half"], "joined": HEADS}, "columns_decoded_float16"),
+    "apart": ({}, "columns", (1, 2)),
+    "joined_before": ({"rope": ROPES["half"], "joined": HEADS}, "columns_decoded_float16", (1,)),
 }
 
 write = jax.jit(functools.partial(columns.write, implementation="triton", interpret=True))
@@ -40,9 +42,8 @@ def forked(rng, layers):
 
     def extend(name, count):
         where = pool.step([name], [count])
-        for i in range(len(layers)):
-            _, k, v = inputs(rng, CHUNK, batch=1)
-            pool.write(i, where, k, v)
+        _, k, v = inputs(rng, CHUNK, batch=1)
+        pool.write(LAYER, where, k, v)
 
     gone, a = pool.pager.create(), pool.pager.create()
     extend(gone, 10)
@@ -60,27 +61,26 @@ def forked(rng, layers):
 @pytest.mark.parametrize("form", FORMS)
 def test_steps_on_shared_pages_are_those_of_xla(form, rng):
     """A token of each; then one query token by the kernels of a step, two by the general way."""
-    options, within = FORMS[form]
+    options, within, steps = FORMS[form]
     pool, names = forked(rng, make_layers(rng, POLICY, **options))
     where = pool.step(names, [1, 1])
     assert int(where.tables[0].min()) <= 0
-    for i in range(len(pool.form.layers)):
-        q, k, v = inputs(rng, 1)
-        state, before = pool.state(i, where)
-        full = SharedPages(table=state.table, room=jnp.array([531, 270], jnp.int32))
-        for shared in (full, state.shared):
-            own = dataclasses.replace(state, shared=shared)
-            _, want, _ = xla_write(own, before, k, v)
-            after, words, tail = write(own, before, k, v)
-            np.testing.assert_array_equal(words, want)
-            np.testing.assert_array_equal(after.lengths, [531, 271 - (shared is full)])
-            np.testing.assert_array_equal(after.overflow, [0, shared is full])
-        for tokens in (1, 2):
-            q = jnp.concatenate([q, q[::-1]], axis=1)[:, :tokens]
-            at = jnp.broadcast_to(after.lengths[:, None] - 1, q.shape[:2])
-            run = functools.partial(attend, q, after, words, tail, q_positions=at, scale=SCALE)
-            got, want = run(implementation="triton", interpret=True), run(implementation="xla")
-            np.testing.assert_allclose(got, want, atol=TOL[within], err_msg=f"{tokens=}")
+    q, k, v = inputs(rng, 1)
+    state, before = pool.state(LAYER, where)
+    full = SharedPages(table=state.table, room=jnp.array([531, 270], jnp.int32))
+    for shared in (full, state.shared):
+        own = dataclasses.replace(state, shared=shared)
+        _, want, _ = xla_write(own, before, k, v)
+        after, words, tail = write(own, before, k, v)
+        np.testing.assert_array_equal(words, want)
+        np.testing.assert_array_equal(after.lengths, [531, 271 - (shared is full)])
+        np.testing.assert_array_equal(after.overflow, [0, shared is full])
+    for tokens in steps:
+        q = jnp.concatenate([q, q[::-1]], axis=1)[:, :tokens]
+        at = jnp.broadcast_to(after.lengths[:, None] - 1, q.shape[:2])
+        run = functools.partial(attend, q, after, words, tail, q_positions=at, scale=SCALE)
+        got, want = run(implementation="triton", interpret=True), run(implementation="xla")
+        np.testing.assert_allclose(got, want, atol=TOL[within], err_msg=f"{tokens=}")
 
 
 def test_a_token_takes_the_place_of_what_its_page_held(rng):
