@@ -56,7 +56,8 @@ def attend(
     layer, sinks = state.form.layer, state.form.layer.policy.sinks
     (batch, t, count, dim), heads = q.shape, len(state.form.group.heads)
     each = count // heads
-    rows = q.reshape(batch, t, heads, each, dim).swapaxes(1, 2).reshape(batch, heads, -1, dim)
+    rows = q.astype(jnp.float32).reshape(batch, t, heads, each, dim)
+    rows = rows.swapaxes(1, 2).reshape(batch, heads, -1, dim)
     at = jnp.repeat(q_positions, each, axis=1)  # of all heads alike
     low = jnp.zeros_like(at) if window is None else at - window + 1
     recent = layer.stored_until(at + 1)
