@@ -239,7 +239,7 @@ def test_golden_families_cover_what_they_claim():
     assert [bool(layer.experts) for layer in glm] == [False, True]
     assert (glm[1].experts.groups, glm[1].experts.shared, glm[1].experts.scale) == (4, 12, 1.7)
     assert (glm[0].rope.dim, glm[0].qk_norm, glm[0].qkv_bias, glm[0].o_bias) == (
-        6, "head", True, False,
+        8, "head", True, False,
     )  # fmt: skip
     hybrids = [specs[name].layers for name in ("qwen3_5", "qwen3_5_vision", "qwen3_next")]
     kinds = [[layer.recurrent is not None for layer in layers] for layers in hybrids]
