@@ -166,7 +166,7 @@ def test_the_pool_holds_the_codecs_own_bits(rng, kind):
                 # A value at a threshold may differ between two programs: one token at most.
                 assert np.any(got != want, axis=1).sum() <= 1
                 lane += want.shape[1]
-        assert state.form.first.tolist() == [runs[0], runs[3]]
+        assert state.form.first.tolist() == [runs[0], runs[3], lane]
         assert lane - runs[3] <= state.form.most[1]
     assert kept.shape[1] == lane == form.bits_per_token
 
