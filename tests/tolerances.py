@@ -313,10 +313,10 @@ TOL: dict[str, float] = {
     # least, both bins counted: 2 * 4e-6 * 16; of a few thousand values one may be all of it.
     "mesh_moved": 2e-3,
     # Gradients by two programs, relative to the largest: 64-term sums through 2 layers, there and
-    # back, in other orders: 4 * 64 * 2^-24 at worst.
-    "model_gradient": 1.53e-5,
+    # back, in other orders, each program 4 * 64 * 2^-24 from the truth at worst.
+    "model_gradient": 3.06e-5,
     # Moments of such gradients: their relative error twice in a square.
-    "gradient_moments": 6e-5,
+    "gradient_moments": 6.2e-5,
     # A weighted mean in units of the weighted std: float32 sums of 600 terms of which few count
     # (all 262 roundings of 2^-24 alike at worst), and its shift's own rounding 2^-23 of a mean that
     # is nothing to the float64 move.
@@ -332,8 +332,8 @@ TOL: dict[str, float] = {
     # Logits up to 8 of 2 to 7 layers from the same stored bits, in PyTorch and here, or in pieces:
     # each layer's sums differ by 1e-6 (as "decode_f32" of keys and values of order 1).
     "transformers_cache": 2e-5,
-    # The same where gains are stored as float16: a sum's last bit may round one of them the other
-    # way, 2^-11 of a key of weight up to 1 in logits of order 1.
+    # The same where the last layer's gains are float16: a sum's last bit may round one of them the
+    # other way, 2^-11 of a key of weight up to 1 in logits of order 1.
     "transformers_gain": 1e-3,
     # Two orders of summation of 64 float32 products in logits, softmax and output, values up to 4:
     # "attention_f32" without its length.
