@@ -99,6 +99,11 @@ def pool(batch: int, pages: int, lanes: int) -> UInt32[Array, "B P R C"]:
     return jnp.zeros((batch, pages, ROWS, lanes), jnp.uint32)
 
 
+def pages_of(words: UInt32[Array, "N P R C"], table: Int[Array, "b p"] | None = None) -> int:
+    """Pages of a sequence: its own, or as many as its row of the table of shared pages has."""
+    return words.shape[1] if table is None else table.shape[1]
+
+
 def write(
     words: UInt32[Array, "N P R C"],
     columns: Columns,

@@ -122,7 +122,7 @@ class LayerState:
 
     def pages(self, words: UInt32[Array, "N P R C"]) -> int:
         """Pages of a sequence."""
-        return words.shape[1] if self.shared is None else self.shared.table.shape[1]
+        return bits.pages_of(words, self.table)
 
     def room(self, words: UInt32[Array, "N P R C"]) -> Any:
         """The position behind the last that a sequence's pages hold: int32 [] or [B]."""

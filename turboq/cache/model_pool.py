@@ -96,11 +96,10 @@ class ModelPool:
             )
         self.form = form
 
-        def count(window: int | None) -> int:
-            one = windows.pages_held(window, per_sequence * PAGE)
-            return pages if window is None else min(pages, rows * one + per_sequence)
-
-        counts = [count(window) for window in form.windows]
+        counts = [
+            windows.pool_pages(pages, window, rows=rows, per_sequence=per_sequence)
+            for window in form.windows
+        ]
         self.pager = Pager(
             pages=counts, windows=form.windows, rows=rows, per_sequence=per_sequence, page=PAGE,
             recent=max(one.layer.ring for one in form.layers), evict=evict,

@@ -76,11 +76,10 @@ class Pool:
         self.layers = list(layers)
         windows = list(dict.fromkeys(layer.window for layer in layers))
 
-        def count(window: int | None) -> int:
-            one = windows_.pages_held(window, per_sequence * page, page=page)
-            return pages if window is None else min(pages, rows * one + per_sequence)
-
-        counts = [count(window) for window in windows]
+        counts = [
+            windows_.pool_pages(pages, window, rows=rows, per_sequence=per_sequence, page=page)
+            for window in windows
+        ]
         self.pager = Pager(
             pages=counts,
             windows=windows,

@@ -25,6 +25,16 @@ def pages_held(window: int | None, tokens: int, *, new: int = 1, page: int = PAG
     return pages if window is None else min(pages, -(-(window + new - 2) // page) + 1)
 
 
+def pool_pages(
+    pages: int, window: int | None, *, rows: int, per_sequence: int, page: int = PAGE
+) -> int:
+    """Pages of the pool that sequences of up to `per_sequence` pages share: of a window those that
+    `rows` of them need and, while one's prompt is written, all of its own."""
+    if window is None:
+        return pages
+    return min(pages, rows * pages_held(window, per_sequence * page, page=page) + per_sequence)
+
+
 def first_needed(window: int, length: Int[Array, "B"]) -> Int[Array, "B"]:
     """The first token of the first page that a query at position `length` needs."""
     return jnp.maximum(length - window + 1, 0) // PAGE * PAGE

@@ -193,7 +193,7 @@ def attend(
         )  # fmt: skip
     if _decodes(q, state, words, name):
         return prompt.attend(
-            q, state, words, tail, q_positions=q_positions, window=window,
+            q, state, words, tail, matrices, q_positions=q_positions, window=window,
             sink_logits=sink_logits, implementation=name, interpret=interpret, **options,
         )  # fmt: skip
     made = _made(state, words, name) if matrices is None else matrices

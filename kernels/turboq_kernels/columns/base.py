@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from turboq.cache.columns import BIT_OF, NONE
+from turboq.cache.columns import BIT_OF, NONE, pages_of
 from turboq.cache.exact_attention import HIGHEST
 from turboq.numbers.packing import PAGE
 from turboq_kernels.columns.linear import LinearLayer
@@ -55,7 +55,7 @@ def attend(
 
     `table`: as of `LayerState`.
     """
-    pages = words.shape[1] if table is None else table.shape[1]
+    pages = pages_of(words, table)
     logits_of, values = _by_blocks(folded, pages), 0 if layer.joined else 1
 
     def numbers(page: Array, i: int) -> Array:

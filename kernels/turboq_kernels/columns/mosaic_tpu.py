@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int8, Shaped, UInt32
 
+from turboq.cache.columns import pages_of
 from turboq.numbers.packing import PAGE, ROWS
 from turboq_kernels.columns import mosaic_tpu_kernel as inner
 from turboq_kernels.columns.linear import GAIN_BITS, LANES, LinearLayer, LinearSide, group_count
@@ -87,7 +88,7 @@ def attend(
     `table`: as of `LayerState`.
     """
     rows, groups = starts.shape[1], layer.groups
-    pages = words.shape[1] if table is None else table.shape[1]
+    pages = pages_of(words, table)
     spec = Spec(
         each=up(rows // groups, SUBLANES), unit_groups=layer.unit_groups, joined=layer.joined,
         slots=layer.k.slots, widths=(layer.k.matrix.shape[-1], layer.v.matrix.shape[-1]),

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int8, UInt32
 
+from turboq.cache.columns import pages_of
 from turboq.numbers import rope as rotary
 from turboq.numbers.packing import PAGE, ROWS
 from turboq.numbers.rope import Rope
@@ -194,7 +195,7 @@ def attend(
     """
     made = operands or prepare(layer, words.shape[-1], rope)
     (batch, m, dim), groups = rows.shape, layer.groups
-    pages = words.shape[1] if table is None else table.shape[1]
+    pages = pages_of(words, table)
     spec = spec_of(layer, m, dim, words.shape[-1], rope, softcap=softcap, tables=len(first))
     own = m // (groups * spec.heads)
 
@@ -233,7 +234,7 @@ def launch(
 ) -> tuple[Float[Array, "J B r W"], Float[Array, "J B 2 r 128"]]:  # fmt: skip
     """Sums over the lanes of `Operands.values`; top in powers of two, and total over lanes."""
     words = jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, -words.shape[-1] % LANES)))
-    pages = words.shape[1] if table is None else table.shape[1]
+    pages = pages_of(words, table)
     turns = _table(spec, rope, block, first, pages)
     acc, stats = _call(
         spec, interpret, table, (ready.plan, *made.places), ready.query, ready.starts, ready.ends,

@@ -49,29 +49,32 @@ def taking(
     return own if table is None else shared
 
 
+def matrices(made: LinearLayer, lanes: int, dtype: jnp.dtype) -> tuple[Float[Array, "J c U"], ...]:
+    """Of all heads of every group, over its own lanes: of K and V, one of both for joined heads.
+
+    `lanes` are those of the pool, at least those of `triton.padded`.
+    """
+    own = [x.reshape(len(x), -1, x.shape[-1]).astype(dtype) for x in triton.local(made, lanes)]
+    return (jnp.concatenate(own, axis=1),) if made.joined else tuple(own)
+
+
 def keys_and_values(
     made: LinearLayer,
+    own: tuple[Float[Array, "J c U"], ...],
     layer: KVLayer,
     take: Take,
     positions: Int[Array, "#B S"],
     *,
     lanes: int,
-    dtype: jnp.dtype,
 ) -> tuple[Float[Array, "B K S D"], Float[Array, "B K S E"]]:
-    """Of all slots of some pages, which stand at `positions`; products and results in `dtype`.
-
-    `lanes` are those of the pool, at least those of `triton.padded`.
-    """
+    """Of all slots of some pages, which stand at `positions`, by `matrices`, in their type."""
     dims = made.means.shape[2], made.v.mean.shape[1]
-    codes = _gain_codes(made, take)
-    matrices = [_matrix(made, i, lanes) for i in (0, 1)]
+    codes, dtype = _gain_codes(made, take), own[0].dtype
+    found = [_products(made, i, matrix, take, codes, lanes) for i, matrix in enumerate(own)]
     if made.joined:
-        both = _products(made, 0, jnp.concatenate(matrices, axis=1), take, codes, lanes, dtype)
-        cut = both.shape[-1] // sum(dims) * dims[0]
-        keys, values = both[..., :cut], both[..., cut:]
-    else:
-        keys, values = (_products(made, i, matrices[i], take, codes, lanes, dtype) for i in (0, 1))
-    k, v = (_by_head(x, dim) for x, dim in zip((keys, values), dims, strict=True))
+        cut = found[0].shape[-1] // sum(dims) * dims[0]
+        found = [found[0][..., :cut], found[0][..., cut:]]
+    k, v = (_by_head(x, dim) for x, dim in zip(found, dims, strict=True))
     if layer.rope is None:
         k = k + made.means[None, :, :1]
     else:
@@ -81,16 +84,11 @@ def keys_and_values(
     return k.astype(dtype), (v + made.v.mean[None, :, None]).astype(dtype)
 
 
-def _matrix(made: LinearLayer, i: int, lanes: int) -> Float[Array, "J c U"]:
-    """Of all heads of every group, over its own lanes."""
-    own = triton.local_of(made, i, (made.k, made.v)[i].matrix, lanes)
-    return own.reshape(len(own), -1, own.shape[-1])
-
-
 def _products(
-    made: LinearLayer, i: int, matrix: Float[Array, "J c U"], take: Take, codes, lanes: int, dtype
+    made: LinearLayer, i: int, matrix: Float[Array, "J c U"], take: Take, codes, lanes: int
 ) -> Float[Array, "J B S c"]:
     """What the bits of each group's lanes add up to, float32."""
+    dtype = matrix.dtype
     windows, widths = triton.windows(made, lanes)[i], triton.widths(made, i)
     gains = None if codes is None else _gains(made, i, codes).astype(dtype)
     half = jnp.asarray(0.5, dtype)
@@ -103,7 +101,7 @@ def _products(
             parts.append(signs if gains is None else signs * gains[..., unit, None])
         groups.append(jnp.concatenate(parts, axis=-1))
     return jnp.einsum(
-        "jbsu,jcu->jbsc", jnp.stack(groups), matrix.astype(dtype),
+        "jbsu,jcu->jbsc", jnp.stack(groups), matrix,
         precision=HIGHEST if dtype == jnp.float32 else None, preferred_element_type=jnp.float32,
     )  # fmt: skip
 

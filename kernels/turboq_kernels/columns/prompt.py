@@ -20,6 +20,7 @@ from turboq.cache.model_cache import LayerForm, LayerState
 from turboq.numbers.packing import PAGE
 from turboq_kernels import merge
 from turboq_kernels.columns import linear, mosaic_tpu, pages, triton
+from turboq_kernels.columns.linear import LinearLayer
 from turboq_kernels.decode.types import Partial
 from turboq_kernels.prefill import kernels
 from turboq_kernels.target import too_old
@@ -39,6 +40,7 @@ def attend(
     state: LayerState,
     words: UInt32[Array, "N P R C"],
     tail: Tail,
+    made: LinearLayer | None = None,
     *,
     q_positions: Int[Array, "B T"],
     scale: float,
@@ -52,6 +54,7 @@ def attend(
     """`turboq.cache.model_cache.attend` of many queries, by kernels of the implementation named.
 
     Stored `tokens` of all sequences together are decoded at a time, at least a page of each.
+    `made`: the layer's matrices; None, or without those of keys: they are made here.
     """
     layer, sinks = state.form.layer, state.form.layer.policy.sinks
     (batch, t, count, dim), heads = q.shape, len(state.form.group.heads)
@@ -64,7 +67,7 @@ def attend(
     options = {"scale": scale, "softcap": softcap}
     by = {"implementation": implementation, "interpret": interpret}
     lowest, highest = jnp.maximum(low, sinks), jnp.minimum(at, recent - 1)
-    parts = [_stored(rows, state, words, lowest, highest, tokens, options | by)]
+    parts = [_stored(rows, state, words, made, lowest, highest, tokens, options | by)]
     if sinks:
         slots = jnp.arange(sinks, dtype=jnp.int32)[None, None]
         seen = (slots >= low[..., None]) & (slots <= at[..., None])
@@ -87,6 +90,7 @@ def _stored(
     rows: Float[Array, "B K M D"],
     state: LayerState,
     words: UInt32[Array, "N P R C"],
+    made: LinearLayer | None,
     lowest: Int[Array, "B M"],
     highest: Int[Array, "B M"],
     tokens: int,
@@ -94,7 +98,7 @@ def _stored(
 ) -> Partial:
     """The softmax over the stored tokens from `lowest` to `highest` that each row sees."""
     form, first = state.form, jnp.reshape(state.first, (-1, 1))
-    read, unfold = _reader(state, words)
+    read, unfold = _reader(state, words, made)
     batch, held = len(rows), state.pages(words)
     count = min(max(1, tokens // (batch * PAGE)), held)
     highest = jnp.minimum(highest, state.lengths[:, None] - 1)
@@ -125,7 +129,7 @@ def _stored(
     return Partial(acc=unfold(found.acc, found.total), top=found.top, total=found.total)
 
 
-def _reader(state: LayerState, words: UInt32[Array, "N P R C"]):
+def _reader(state: LayerState, words: UInt32[Array, "N P R C"], made: LinearLayer | None):
     """What reads some pages' slots at positions as keys and values, and sums of these as outputs.
 
     Codes that are not linear in their bits are decoded by their codecs.
@@ -133,13 +137,17 @@ def _reader(state: LayerState, words: UInt32[Array, "N P R C"]):
     form, table = state.form, state.table
     dtype = jnp.dtype(form.layer.policy.exact_dtype)
     if linear.unsupported(form) is None:
-        made = linear.linear_layer(form, pool_lanes=words.shape[-1])
-        wide = triton.padded(words, made)
+        if made is not None and made.k.matrix is not None:
+            layer = made
+        else:
+            layer = linear.linear_layer(form, pool_lanes=words.shape[-1])
+        wide = triton.padded(words, layer)
+        own = pages.matrices(layer, wide.shape[-1], dtype)
 
         def by_matrix(page: Array, count: int, positions: Int[Array, "#B S"]):
             take = pages.taking(wide, table, page, count)
             return pages.keys_and_values(
-                made, form.layer, take, positions, lanes=wide.shape[-1], dtype=dtype
+                layer, own, form.layer, take, positions, lanes=wide.shape[-1]
             )
 
         return by_matrix, None

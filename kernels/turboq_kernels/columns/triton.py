@@ -31,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, Int8, UInt32
 
+from turboq.cache.columns import pages_of
 from turboq.numbers.packing import PAGE, ROWS
 from turboq_kernels.columns.linear import GAIN_BITS, LinearLayer, units_of
 from turboq_kernels.columns.queries import Folded
@@ -143,11 +144,6 @@ def attend(
         whole = triton_parts.merge(whole, parts.start, batch=batch, interpret=interpret)
     own = jax.tree.map(lambda x: x[:, :, : plan.rows].reshape(batch, rows, *x.shape[3:]), whole)
     return Sums(acc=own.acc, total=own.total, top=own.top)
-
-
-def pages_of(words: UInt32[Array, "N P R C"], table: Int[Array, "B p"] | None) -> int:
-    """Pages of a sequence."""
-    return words.shape[1] if table is None else table.shape[1]
 
 
 def located(x: dict[str, Any], item, page) -> tuple[Any, Any]:

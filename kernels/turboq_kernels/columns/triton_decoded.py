@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
+from turboq.cache.columns import pages_of
 from turboq.cache.layer import KVLayer
 from turboq.numbers import rope as rotary
 from turboq.numbers.packing import PAGE, ROWS
@@ -169,7 +170,7 @@ def logits(
 
     Slot 0 is position first[b] (None: 0). `table`: as of `LayerState`.
     """
-    own, heads, pages = made.decoded, made.decoded.matrix.shape[0], triton.pages_of(words, table)
+    own, heads, pages = made.decoded, made.decoded.matrix.shape[0], pages_of(words, table)
     assert layer.rope is not None
     plan = planned(made, layer, rows.shape[1] // heads, first, interpret)
     queries, unit = _queries(rows, layer.rope, own, plan)
@@ -208,7 +209,7 @@ def launch(
     """`logits` of queries as `_queries` makes them, in pages low[b] to high[b]."""
     rope, block, own = layer.rope, layer.rope_block, made.decoded
     assert rope is not None
-    pages = triton.pages_of(words, table)
+    pages = pages_of(words, table)
     words = triton.padded(words, made)
     inputs = {
         "words": words, "table": table, "queries": queries, "unit": unit, "low": low, "high": high,
