@@ -153,7 +153,9 @@ class TurboqLM(TemplateLM):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(n)
         answers = [""] * len(requests)
         for members in groups.values():
-            how = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
+            how: dict[str, Any] = dict(
+                normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
+            )
             if odd := sorted(set(how) - _HANDLED):
                 raise TurboqError(f"generation setting {odd[0]}={how[odd[0]]!r} is not supported")
             room = self.max_length - how["max_gen_toks"]

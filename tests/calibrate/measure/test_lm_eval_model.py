@@ -1,4 +1,4 @@
-"""The model of lm-evaluation-harness on tasks from local files; runs where the extra `eval` is.
+"""The model of lm-evaluation-harness on tasks from local files.
 
 The harness's own accuracy and perplexity are checked against the model's logits.
 """
@@ -13,7 +13,6 @@ from turboq.errors import TurboqError, TurboqWarning
 from turboq_calibrate.measure.generate import greedy
 from turboq_calibrate.models import forward, load_model
 
-pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 GOLDEN = Path(__file__).parents[2] / "golden" / "llama3"
 
 CHOICE = """
