@@ -89,6 +89,11 @@ def baselines(geometry: ModelGeometry, statistics: Statistics) -> Iterator[Named
             rules[f"per_head {bits}b"] = (own, own, "after")
         if FIELD.value and geometry.key_form() == "before":
             rules[f"per_head {bits}b, keys before RoPE"] = (own, own, "before")
+            centred = dataclasses.replace(turboquant, mean=True)
+            rules[f"turboquant_mse {bits}b, keys before RoPE"] = (turboquant, turboquant, "before")
+            rules[f"turboquant_mse {bits}b with mean, keys before RoPE"] = (
+                centred, centred, "before",
+            )  # fmt: skip
             nuq = c.NUQ(dim=dim, bits=bits)
             rules[f"nuq {bits}b, keys before RoPE"] = (nuq, nuq, "before")
     for bits in (2, 3, 4) if FIELD.value else ():

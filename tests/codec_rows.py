@@ -92,6 +92,7 @@ ROWS = {
     "exact-f16": Row(lambda d: Exact(dim=d, dtype="float16")),
     "mse-1": Row(lambda d: TurboQuantMSE(dim=d, bits=1), lambda d: lloyd(1, d)),
     "mse-3": Row(lambda d: TurboQuantMSE(dim=d, bits=3), lambda d: lloyd(3, d)),
+    "mse-3-mean": Row(lambda d: TurboQuantMSE(dim=d, bits=3, mean=True), lambda d: lloyd(3, d)),
     "mse-2-haar-gaussian": Row(
         lambda d: TurboQuantMSE(dim=d, bits=2, rotation="haar", seed=9, codebook="gaussian"),
         lambda d: lloyd(2, d, "gaussian"),

@@ -105,8 +105,8 @@ def rich() -> tuple[Plan, Fitted]:
             codec = Exact(dim=8, dtype="float16") if index == 0 else TurboQuantProd(dim=8, bits=3)
             return PerHead(dim=8, bits=3, rotation="identity") if (index, head) == (2, 1) else codec
         dim = 16 if index == 0 else 24
-        codecs = (PerHead(dim=dim, bits=2), TurboQuantMSE(dim=dim, bits=3, rotation="haar", seed=7))
-        return codecs[head % 2]
+        mse = TurboQuantMSE(dim=dim, bits=3, rotation="haar", seed=7, mean=index == 2)
+        return (PerHead(dim=dim, bits=2), mse)[head % 2]
 
     measured = Measurement(text="held out", kl_mean=0.125, kl_ci=(0.1, 0.15), top1=0.875)
     plan = head_plan(

@@ -365,5 +365,7 @@ def test_maxtext(rng, bits, order):
     prompt = quant.einsum_fn_with_rhs_qtensor()("btkgd,bskd->bkgts", *map(jnp.asarray, (q, k)))
     exact = np.einsum("btkgd,bskd->bkgts", q, k)
     np.testing.assert_allclose(prompt, exact, atol=TOL["product_f32"] * size)
+    with pytest.raises(ValueError, match=r"codec\.mean=True must be False"):
+        maxtext.KVQuant(TurboQuantMSE(dim=DIM, bits=bits, mean=True))
     with pytest.raises(ValueError, match="8 channels are not the 16"):
         quant.quantize(jnp.zeros((1, 1, 1, 8)), NAMES)

@@ -286,5 +286,13 @@ class Codec(abc.ABC):
         return self.bits_per_vector / self.dim
 
     def config(self) -> dict[str, Any]:
-        """JSON-ready description; `turboq.codecs.from_config` is its inverse."""
-        return {"codec": self.name} | dataclasses.asdict(self)
+        """JSON-ready description; `turboq.codecs.from_config` is its inverse.
+
+        Fields that came later (`optional`) are left out at their defaults.
+        """
+        found = {"codec": self.name} | dataclasses.asdict(self)
+        later = (f for f in dataclasses.fields(self) if f.metadata.get("optional"))
+        for field in later:
+            if found[field.name] == field.default:
+                del found[field.name]
+        return found

@@ -1,4 +1,4 @@
-"""TurboQuant_mse: random rotation, exact Lloyd-Max codebook, one scale per vector. Data-free."""
+"""TurboQuant_mse: random rotation, exact Lloyd-Max codebook, one scale per vector."""
 
 # pyright: strict, reportUnknownMemberType=false
 
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from turboq.codecs import checks
 from turboq.codecs.base import Arrays
+from turboq.codecs.observed import Observed
 from turboq.codecs.scalar import ScalarCodec
 from turboq.numbers import codebook as codebooks
 
@@ -21,8 +22,10 @@ from turboq.numbers import codebook as codebooks
 class TurboQuantMSE(ScalarCodec):
     """x_hat = scale R^T c; bits + 16/D bits per channel with a 16-bit scale.
 
-    At D = 64, 128, 256: bits + 0.25, 0.125, 0.0625. Dynamic: nothing is fitted. Kernels read
-    it with a folded query, as one run of level look-ups (`reading`).
+    At D = 64, 128, 256: bits + 0.25, 0.125, 0.0625. Dynamic: nothing is fitted, but with
+    `mean=True` the head's own mean [D], x_hat = mean + scale R^T c: of keys before RoPE it turns
+    with their positions, R(p) mean. Kernels read it with a folded query, as one run of level
+    look-ups (`reading`).
 
     `codebook`: "sphere" (exact for a rotated vector of this dim) or "gaussian" (its limit, about
     0.1-0.3 % more error at D=128). Error for unit-norm x: `distortion(codebook)`, e.g. 0.03397 at
@@ -49,8 +52,10 @@ class TurboQuantMSE(ScalarCodec):
 
     name: ClassVar[str] = "turboquant_mse"
     source: ClassVar[str] = "arXiv 2504.19874, Algorithm 1"
+    needs: ClassVar[tuple[str, ...]] = ("moments",)  # of a mean
 
     codebook: str = "sphere"
+    mean: bool = dataclasses.field(default=False, metadata={"optional": True})
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,6 +65,14 @@ class TurboQuantMSE(ScalarCodec):
     def tables(self) -> dict[str, np.ndarray]:
         table = codebooks.lloyd_max(self.codebook, self.bits, self.dim)
         return super().tables | {"codebook": table.astype(np.float32)}
+
+    @property
+    def array_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"mean": (self.dim,)} if self.mean else {}
+
+    def _fit(self, seen: Observed) -> dict[str, np.ndarray]:
+        """mean = E[x]."""
+        return {"mean": seen.mean}
 
     def codebook_of(self, arrays: Arrays) -> Float[Array, "levels"]:
         return jnp.asarray(

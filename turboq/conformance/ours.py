@@ -91,6 +91,7 @@ SETTINGS: dict[str, list[Setting]] = {
     "turboquant_mse": [
         *(_scalar("raw", bits=b) for b in (3, 2, 4, 1, 8)),
         _scalar("raw", bits=3, rotation="haar"),
+        _scalar("raw", bits=2, mean=True),
         *(_scalar(rule, bits=3, scale_rule=rule) for rule in ("matched", "unbiased")),
         _scalar("least_squares", bits=4, scale_rule="least_squares"),
     ],

@@ -120,7 +120,8 @@ def _codec_schema(name: str) -> dict[str, Any]:
         field: {"type": kinds.get(kind, "array")} for field, kind in fields_of(CODECS[name]).items()
     }
     properties = {"codec": {"const": name}} | fields | {"dim": {"$ref": "#/$defs/dim"}}
-    return {"type": "object", "properties": properties, "required": ["codec", *fields]}
+    required = [field for field in fields if field not in optional_fields(CODECS[name])]
+    return {"type": "object", "properties": properties, "required": ["codec", *required]}
 
 
 def plan_hash(document: dict[str, Any]) -> str:

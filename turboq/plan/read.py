@@ -91,11 +91,17 @@ def read_codec(value: Any, path: str, extra: Extra, also: tuple[str, ...] = ()) 
         raise PlanError(member(path, "codec"), unknown_codec(name))
     cls = CODECS[name]
     known = fields_of(cls)
-    check_fields(value, path, ("codec", *known, *also), optional=frozenset(also), extra=extra)
+    optional = optional_fields(cls)
+    check_fields(value, path, ("codec", *known, *also), optional=optional | {*also}, extra=extra)
     values = {
-        field: read(hint, value[field], member(path, field), extra) for field, hint in known.items()
+        field: read(hint, value[field], member(path, field), extra)
+        for field, hint in known.items()
+        if field in value or field not in optional
     }
     codec = build(cls, values, path)
+    for name in optional & values.keys():
+        if name not in codec.config():
+            raise PlanError(member(path, name), f"{shown(values[name])}: leave the field out")
     for check in ("fields", "array_shapes"):  # some descriptions fail only when they are used
         _guarded(lambda check=check: getattr(codec, check), tuple(values), path)
     return codec

@@ -37,12 +37,14 @@ class KVQuant:
 
     Raises:
       ValueError: a head dim of MaxText's arrays that is not the codec's, or a product whose last
-        axes are not channels.
+        axes are not channels; a codec with a fitted mean.
     """
 
     axis_cfg = "dkv"  # one scale per token and head
 
     def __init__(self, codec: TurboQuantMSE):
+        if codec.mean:
+            raise ValueError(f"{codec.mean=} must be False: MaxText's cache has no place for it")
         self.codec = codec
         self.dtype = jnp.int4 if codec.bits <= 4 else jnp.int8
         self._limit = LIMITS[jnp.dtype(self.dtype).name]

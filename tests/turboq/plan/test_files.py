@@ -104,7 +104,7 @@ def test_truncated_files(folder, keep):
     rewrite(folder, lambda doc: doc["arrays"].update(size=len(whole)), side=whole[:keep])
     assert f"arrays.size: {len(whole)}, but plan.safetensors has" in refused(folder)
     rewrite(folder, lambda doc: None, side=whole[:keep])
-    due = "cannot hold the 7952 listed" if keep >= 0 else "not a whole safetensors file"
+    due = "cannot hold the 8144 listed" if keep >= 0 else "not a whole safetensors file"
     assert due in refused(folder)
     doc.write_bytes(doc.read_bytes()[:keep])
     assert "not JSON" in refused(folder)

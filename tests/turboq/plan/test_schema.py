@@ -51,7 +51,18 @@ def test_every_codec_is_published_with_its_fields():
     assert [d["$ref"].split("/")[-1] for d in defs["codecs"]["oneOf"]] == list(CODECS)
     for name, cls in CODECS.items():
         assert list(defs[name]["properties"]) == ["codec", *fields_of(cls)], name
-        assert defs[name]["required"] == ["codec", *fields_of(cls)], name
+        required = [field for field in fields_of(cls) if field not in optional_fields(cls)]
+        assert defs[name]["required"] == ["codec", *required], name
+
+
+def test_a_field_that_came_later_is_left_out_at_its_default(validator, documents):
+    doc = json.loads(json.dumps(documents[1]))
+    assert doc["layers"][1]["k"]["heads"]["1"]["mean"] is True
+    assert "mean" not in doc["layers"][0]["k"]["heads"]["1"]
+    doc["layers"][0]["k"]["heads"]["1"]["mean"] = False
+    assert not validator.is_valid(doc)
+    with pytest.raises(PlanError, match=r"layers\[0\]\.k\.heads\.1\.mean: .*leave the field out"):
+        parse(doc | {"hash": plan_hash(doc)})
 
 
 @pytest.mark.parametrize(
