@@ -60,6 +60,21 @@ def keep_blocks(model, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def keep_kimi(folder: Path) -> None:
+    """Names its configuration as Kimi-K2's does: a type of its own, the old form of rotation."""
+    config = json.loads((folder / "config.json").read_text())
+    rotation = config.pop("rope_parameters")
+    config |= {
+        "model_type": "kimi_k2", "rope_theta": rotation.pop("rope_theta"),
+        "rope_scaling": {"type": rotation.pop("rope_type"), **rotation},
+        "topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 0,
+    }  # fmt: skip
+    for name in ("qk_head_dim", "head_dim", "rope_interleave", "output_router_logits"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def latents(model, inputs: dict) -> dict[str, np.ndarray]:
     """What transformers caches of latent attention, [B, T, 1, D]: `c`, the latent vector as keys,
     and `r`, the rotated part as values."""

@@ -348,6 +348,14 @@ FAMILIES = {
                "rope_parameters": rope("yarn", mscale=0.7, mscale_all_dim=0.7, **YARN)},
         torch.bfloat16, None, "BF16", None,
     ),
+    "kimi_k2": (
+        "deepseek_v3",
+        MLA | {"rms_norm_eps": 1e-6, "n_group": 1, "topk_group": 1, "n_routed_experts": 12,
+               "num_hidden_layers": 2, "routed_scaling_factor": 2.827,
+               "rope_parameters": rope("yarn", 10.0, beta_fast=1.0, mscale=1.0,
+                                       mscale_all_dim=1.0, **YARN)},
+        torch.bfloat16, None, "BF16", None,
+    ),
     "deepseek_fp8": (
         "deepseek_v3",
         MLA | ONE | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1,
@@ -495,6 +503,7 @@ COVERS = {
     "deepseek_v2": "latent attention, YaRN, experts of the best groups",
     "deepseek_v2_lite": "queries made at once, experts without groups",
     "deepseek_v3": "experts chosen by corrected sigmoids in groups",
+    "kimi_k2": "the same without groups, its configuration as published",
     "deepseek_fp8": "matrices in FP8 with scales of blocks, rotation of halves",
     "gemma2": "soft caps, 1 + weight norms on both sides, GELU, scaled embedding",
     "gemma3": "windows and rotary embeddings by layer, every sixth full",

@@ -27,7 +27,15 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-from deepseek import keep_blocks, latents, pack_blocks, split_latent, write_grouped, write_latent
+from deepseek import (
+    keep_blocks,
+    keep_kimi,
+    latents,
+    pack_blocks,
+    split_latent,
+    write_grouped,
+    write_latent,
+)
 from families import (
     ARCHITECTURES,
     BASE,
@@ -253,6 +261,8 @@ def write_gguf(family: str, model, tokenizer, path: Path) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rotation["factor"])
         writer.add_rope_scaling_orig_ctx_len(rotation["original_max_position_embeddings"])
+        if "beta_fast" in rotation:
+            writer.add_rope_scaling_yarn_beta_fast(rotation["beta_fast"])
     if model_type == "ministral3":
         writer.add_rope_scaling_yarn_log_mul(rotation["mscale_all_dim"])
         writer.add_attn_temperature_scale(rotation["llama_4_scaling_beta"])
@@ -413,6 +423,8 @@ def make_family(family: str) -> None:
         keep_packed(model, folder)
     if family.endswith("fp8"):
         keep_blocks(model, folder)
+    if family == "kimi_k2":
+        keep_kimi(folder)
 
 
 def make_embedded() -> None:

@@ -50,6 +50,7 @@ ROPE = (
 )
 
 # Of YaRN, on whole queries and keys: latent attention.
+TURNS = {"scaling.yarn_beta_fast": 32.0, "scaling.yarn_beta_slow": 1.0}  # newer converters' keys
 LOG_MULTIPLIER = "scaling.yarn_log_multiplier"
 
 # Of Qwen3.5: which channels turn by which of three positions, that are one in text.
@@ -416,8 +417,9 @@ class Geometry:
                 "rope.scaling.original_context_length", self._integer("context_length")
             )
             multiplier = self._positive(f"rope.{LOG_MULTIPLIER}", 1.0) if self.row.growing else 0.0
+            fast, slow = (self._positive(f"rope.{key}", n) for key, n in TURNS.items())
             return (
-                yarn_frequencies(rope, yarn, original, 32.0, 1.0, truncate=True),
+                yarn_frequencies(rope, yarn, original, fast, slow, truncate=True),
                 magnitude * temperature(yarn) / temperature(yarn, multiplier),
             )
         if name is None:
@@ -460,6 +462,7 @@ class Geometry:
         for key, value in given.items():
             own = key == "freq_base_swa" and self._own_sliding_rope
             own |= key == LOG_MULTIPLIER and (self.row.latent or self.row.growing)
+            own |= key in TURNS and self._yarn() is not None
             own |= key == SECTIONS and self.row.recurrent == "delta"
             own |= key == "dimension_count_swa" and self.row.by_layer
             if key not in ROPE and not own:
@@ -487,6 +490,6 @@ class Geometry:
         return Scaling(type="linear", factor=factors[0]) if factors else None
 
     def _yarn(self) -> float | None:
-        """The factor of YaRN as llama.cpp has it (32 and 1 turns, whole pairs); None: not YaRN."""
+        """The factor of YaRN as llama.cpp has it (`TURNS`, whole pairs); None: not YaRN."""
         kind = self._get("rope.scaling.type", "none")
         return self._positive("rope.scaling.factor") if kind == "yarn" else None

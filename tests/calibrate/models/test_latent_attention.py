@@ -23,8 +23,8 @@ from turboq_calibrate.models.latent_attention import expand
 from turboq_calibrate.models.params import parameter_count
 from turboq_calibrate.models.spec import Experts
 
-FAMILIES = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "deepseek_fp8")
-COPIES = ("deepseek_v2_lite/model.gguf", "deepseek_v3/model.gguf")
+FAMILIES = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "deepseek_fp8", "kimi_k2")
+COPIES = ("deepseek_v2_lite/model.gguf", "deepseek_v3/model.gguf", "kimi_k2/model.gguf")
 YARN = {"type": "yarn", "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
        "weight_block_size": [128, 128]}  # fmt: skip
@@ -83,7 +83,10 @@ def test_logits_and_latents_are_those_of_transformers(family):
     np.testing.assert_allclose(logits, want["logits"], **same)
     for i, (q, k, v) in enumerate(states):
         spec, rotated = model.spec.layers[i], want[f"r{i}"]
-        if family == "deepseek_v3":  # puts pairs of neighbours apart as it rotates them
+        if family in (
+            "deepseek_v3",
+            "kimi_k2",
+        ):  # transformers puts pairs of neighbours apart as it rotates them
             rotated = np.stack(np.split(rotated, 2, axis=-1), axis=-1).reshape(rotated.shape)
         np.testing.assert_allclose(v, want[f"c{i}"], **same)
         np.testing.assert_allclose(k, rotated, **same)
@@ -100,14 +103,15 @@ def test_what_the_checkpoints_cover():
     experts = [spec.layers[-1].experts for spec in specs]
     assert [bool(layer.experts) for layer in specs[2].layers] == [False, True, True]
     assert [(e.groups, e.chosen_groups, e.group_best) for e in experts] == [
-        (4, 2, 1), (1, 1, 1), (4, 2, 2), (1, 1, 1),
+        (4, 2, 1), (1, 1, 1), (4, 2, 2), (1, 1, 1), (1, 1, 1),
     ]  # fmt: skip
-    assert [e.scores for e in experts] == ["softmax"] * 2 + ["sigmoid"] * 2
-    assert [spec.layers[0].latent.query_rank for spec in specs] == [10, None, 10, 10]
-    assert [spec.layers[0].rope.layout for spec in specs] == ["interleaved"] * 3 + ["half"]
+    assert [e.scores for e in experts] == ["softmax"] * 2 + ["sigmoid"] * 3
+    assert [spec.layers[0].latent.query_rank for spec in specs] == [10, None, 10, 10, 10]
+    layouts = [spec.layers[0].rope.layout for spec in specs]
+    assert layouts == ["interleaved"] * 3 + ["half", "interleaved"]
     assert specs[1].layers[0].rope == Rope(theta=10000.0, dim=8, layout="interleaved")
     magnitudes = [spec.layers[0].rope_magnitude for spec in specs]
-    assert magnitudes == [magnitudes[0], 1.0, 1.0, magnitudes[0]]
+    assert magnitudes == [magnitudes[0], 1.0, 1.0, magnitudes[0], 1.0]
     assert magnitudes[0] > 1.01  # a factor of its own beside that of the softmax
 
 
@@ -242,7 +246,8 @@ def test_fp8_weights_without_scales_and_layers_that_draft(tmp_path):
         ({"attention.kv_lora_rank": None}, "attention.kv_lora_rank is missing"),
         ({"attention.key_length_mla": None}, "attention.key_length_mla is missing"),
         ({"rope.scaling.yarn_log_multiplier": None}, "yarn_log_multiplier and YaRN"),
-        ({"rope.scaling.yarn_beta_fast": 1.0}, "yarn_beta_fast=1.0 is not supported"),
+        ({"rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor=0.5 is not supported"),
+        ({"rope.scaling.type": "none", "rope.scaling.yarn_beta_fast": 1.0}, "yarn_beta_fast=1.0"),
         ({"expert_group_used_count": 1}, "3 experts of 8 in 1 of 4 groups"),
     ],
 )
