@@ -164,7 +164,8 @@ def parse(value: Any) -> tuple[Plan, tuple[TableUse, ...]]:
     if type(version) is int and version != SCHEMA_VERSION:
         raise PlanError(
             "schema_version",
-            f"{version} is not supported: this turboq reads {SCHEMA_VERSION}; `turboq plan` writes it anew",
+            f"{version} is not supported: this turboq reads {SCHEMA_VERSION}; "
+            "`turboq plan` writes it anew",
         )
     extra: Extra = {}
     check_fields(value, "", tuple(_FIELDS), optional=_OPTIONAL, extra=extra)
