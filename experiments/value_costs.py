@@ -30,6 +30,7 @@ from program import main, statistics_of, write_json
 from turboq.cache.layer import TokenPolicy
 from turboq.codecs.observed import Observed
 from turboq.files import make_folder
+from turboq.plan.geometry import RopeForm
 from turboq_calibrate.choose.budget import Budget
 from turboq_calibrate.choose.plan_within import Wanted, plan_within
 from turboq_calibrate.models import load_model
@@ -41,6 +42,7 @@ BITS = flags.DEFINE_float("bits", 2.25, "Bits per channel of the learned plan.",
 OUT = flags.DEFINE_string("out", "runs/value_costs", "Folder for the result.")
 
 SHARES = (0.01, 0.1)
+SIDES: tuple[tuple[str, RopeForm], ...] = (("k", "before"), ("v", "after"))
 
 
 def spectrum(seen: Observed) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +83,7 @@ def run(out: Path) -> None:
     layers = dict(zip(indices, found.plan.kv_layers(found.arrays), strict=True))
     rows: list[dict[str, Any]] = []
     for index, layer in layers.items():
-        for side, rope in (("k", "before"), ("v", "after")):
+        for side, rope in SIDES:
             seen = statistics[index].observed(side, rope=rope)
             spread, gain = spectrum(seen)
             cost, weight = (
