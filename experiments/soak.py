@@ -1,4 +1,4 @@
-"""Random sessions over a pool of shared pages: does anything leak, is anything overwritten?
+"""Random sessions over pools of shared pages: does anything leak, is anything overwritten?
 
     python experiments/soak.py --minutes=10
 
@@ -6,6 +6,7 @@ Sequences are created, extended by one token or a chunk, forked, truncated and d
 when the pool is full the ones used longest ago are evicted. After every --every operations one
 living sequence is compared with a fresh cache that is given the same tokens at once: its attention
 output must be equal bit by bit. At the end all are dropped, and every page and row must be free.
+Pools by turns: of codecs of their own (`turboq.Pool`), and of a learned plan (`turboq.ModelPool`).
 
 Expected: `0 leaked pages, 0 differences`, exit code 0.
 """
@@ -16,16 +17,21 @@ import collections
 import dataclasses
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 import turboq_kernels
+from turboq.cache import model_cache
 from turboq.cache.layer import HeadGroup, KVLayer, TokenPolicy
+from turboq.cache.model_pool import ModelPool
 from turboq.cache.pager import drop_least_recent
 from turboq.cache.pool import Pool
-from turboq.codecs import IntAffine, PerHead
+from turboq.codecs import IntAffine, PerHead, Transform
+from turboq.codecs.observed import Observed
 from turboq.errors import TurboqError
+from turboq.numbers.packing import PAGE
 
 DIM, GROUP = 16, 2
 OPERATIONS = {"extend": 0.55, "create": 0.15, "fork": 0.15, "drop": 0.1, "truncate": 0.05}
@@ -53,6 +59,22 @@ def layer_of(policy: TokenPolicy) -> KVLayer:
     return KVLayer(groups=groups, policy=policy)
 
 
+def learned_layer_of(policy: TokenPolicy) -> KVLayer:
+    """Window codes of other bits in each head, for `ModelPool`; their bases are the identity."""
+
+    def group(head: int, *segments: tuple[int, int]) -> HeadGroup:
+        codec = Transform(dim=DIM, segments=segments, quantizer="window", states=16)
+        x = np.random.default_rng(head).standard_normal((1, 200, DIM)).astype(np.float32)
+        arrays = {name: jnp.asarray(a) for name, a in codec.fit(Observed.of(x)).items()}
+        width = arrays["analysis"].shape[1]
+        turn = jnp.eye(width, DIM)[None]
+        arrays |= {"analysis": turn, "synthesis": jnp.swapaxes(turn, 1, 2)}
+        arrays["mean"] = jnp.zeros((1, DIM))
+        return HeadGroup(heads=(head,), k=codec, v=codec, k_arrays=arrays, v_arrays=arrays)
+
+    return KVLayer(groups=(group(1, (8, 3), (8, 1)), group(0, (16, 2))), policy=policy)
+
+
 @dataclasses.dataclass
 class Soak:
     """A pool under random load, and what every living sequence was given."""
@@ -65,17 +87,18 @@ class Soak:
     chunks: tuple[int, ...] = (1, 9, 100)  # few sizes, so that little is compiled
     together: int = 2  # sequences of one step, at most
     layer: KVLayer = dataclasses.field(default_factory=lambda: layer_of(TokenPolicy(sinks=3)))
+    learned: bool = False  # the layer is one of a learned plan
 
     def __post_init__(self):
         self.pool = self._pool(self._evict)
         self.tokens: dict[int, np.ndarray] = {}  # k and v of each sequence: [2, t, K, D]
         self.done: collections.Counter[str] = collections.Counter()
 
-    def _pool(self, evict) -> Pool:
-        return Pool(
-            [self.layer], pages=self.pages, rows=self.rows, per_sequence=self.per_sequence,
-            page=self.page, evict=evict,
-        )  # fmt: skip
+    def _pool(self, evict) -> Pool | ModelPool:
+        size = {"pages": self.pages, "rows": self.rows, "per_sequence": self.per_sequence}
+        if self.learned:
+            return ModelPool([self.layer], **size, evict=evict)
+        return Pool([self.layer], **size, page=self.page, evict=evict)
 
     def _evict(self, pager, enough, keep):
         drop_least_recent(pager, enough, keep)
@@ -154,16 +177,23 @@ class Soak:
         return self.pages - pager.pool.free + self.rows - pager.row_pool.free
 
 
-def _attend(pool: Pool, name: int, q) -> np.ndarray:
+def _attend(pool: Pool | ModelPool, name: int, q) -> np.ndarray:
     """The newest token's query over all that a sequence holds; nothing is written."""
     where = pool.step([name], [0])
     nothing = jnp.zeros((1, 1, 2, DIM), jnp.float32)
-    tail = pool.write(0, where, nothing, nothing)  # no token is real: only the ring is read
     positions = jnp.asarray([[pool.pager.length(name) - 1]], jnp.int32)
+    # No token is real: only the ring is read.
+    if isinstance(pool, ModelPool):
+        state, words, tail = pool.write(0, where, nothing, nothing)
+        return np.asarray(_of_one_pool(q, state, words, tail, q_positions=positions, scale=0.3))
+    tail = pool.write(0, where, nothing, nothing)
     out = turboq_kernels.cache_attention(
         q, pool.layers[0], pool.view(0, where), tail, q_positions=positions, scale=0.3
     )
     return np.asarray(out)
+
+
+_of_one_pool = jax.jit(model_cache.attend, static_argnames="scale")
 
 
 def main(argv: list[str]) -> None:
@@ -171,11 +201,13 @@ def main(argv: list[str]) -> None:
     rng = np.random.default_rng(flags.FLAGS.seed)
     end = time.monotonic() + 60 * flags.FLAGS.minutes
     total, leaked, different, cycles = collections.Counter(), 0, 0, 0
-    while time.monotonic() < end:  # alternately with and without a recent window, either page size
+    while time.monotonic() < end:  # pools and page sizes by turns, then with a recent window
+        policy = TokenPolicy(sinks=3, recent=cycles // 3 % 2 * 5)
         soak = Soak(
             rng,
-            page=(64, 256)[cycles % 2],
-            layer=layer_of(TokenPolicy(sinks=3, recent=cycles // 2 % 2 * 5)),
+            page=(64, PAGE, PAGE)[cycles % 3],
+            layer=(layer_of, layer_of, learned_layer_of)[cycles % 3](policy),
+            learned=cycles % 3 == 2,
         )
         for i in range(2000):
             soak.operate()
