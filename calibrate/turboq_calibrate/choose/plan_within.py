@@ -122,6 +122,8 @@ class Wanted:
             raise ValueError(f"{self.rounds=} must be 0 or more")
         if self.policies and (self.engine is not None or self.budget.context is None):
             raise ValueError(f"{self.policies=} need a budget at a context, and no engine")
+        if self.engine is not None and (self.k_rope is not None or self.candidates):
+            raise ValueError(f"{self.k_rope=} and {self.candidates=}: {self.engine=} decides these")
         if self.joint is not None and self.joint < 0:
             raise ValueError(f"{self.joint=} must be heads that are joined, 0 for none, or None")
 

@@ -62,6 +62,12 @@ def chosen(statistics, geometry=None, **wanted):
     return plan_within(statistics, geometry or statistics.geometry, wanted, progress=False)
 
 
+def test_what_an_engine_decides_is_not_asked_for():
+    for own in ({"k_rope": "before"}, {"candidates": ("per_head:2,3",)}):
+        with pytest.raises(ValueError, match=r"self\.engine='vllm' decides these"):
+            Wanted(budget=Budget.parse("4bpc"), engine="vllm", **own)
+
+
 def forms(plan) -> list[str]:
     return [layer.k.rope for layer in plan.layers]
 
