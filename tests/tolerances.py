@@ -23,8 +23,8 @@ TOL: dict[str, float] = {
     # the tokens that share a softmax (40 and 530, as if 10) 4e-5, times |v| ~ 2. Weights likewise,
     # up to 8 / (127 508) of a page's largest: 1.2e-4 / 10.
     "columns_triton": 1e-4,
-    # The same without an average, gain 2: 2.2e-4 on a logit, 3.2e-4 on the difference of two. Of two
-    # tokens that share a softmax a quarter of it on p, times |v - v'| ~ 4: four deviations.
+    # The same without an average, gain 2: 2.2e-4 on a logit, 3.2e-4 on the difference of two; of
+    # two tokens that share a softmax a quarter of it on p, times |v - v'| ~ 4: four deviations.
     "columns_triton_few": 1.3e-3,
     # A logit of a key decoded by float16, of |q| |k|: a unit's gain off by up to 2^-11, its columns
     # and the key at random by 2^-11 / sqrt(3) each over sqrt(24) channels, 6e-5, cosines by 2^-16.
