@@ -323,8 +323,8 @@ def matches(codecs: tuple[Codec, ...]) -> tuple[Match, ...]:
     """Rules that allow exactly these formats (every field but the head dim)."""
     found = []
     for codec in codecs:
-        config = codec.config()
-        fields = {k: (v,) for k, v in config.items() if k not in ("codec", "dim")}
+        names = (f.name for f in dataclasses.fields(codec) if f.name != "dim")
+        fields = {name: (getattr(codec, name),) for name in names}
         found.append(Match(codec=codec.name, fields=fields))
     return tuple(found)
 

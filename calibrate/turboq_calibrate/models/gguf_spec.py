@@ -49,8 +49,9 @@ ROPE = (
     "scaling.finetuned",
 )
 
+# Of YaRN: how often kept and stretched frequencies turn; older converters do not say.
+TURNS = {"scaling.yarn_beta_fast": 32.0, "scaling.yarn_beta_slow": 1.0}
 # Of YaRN, on whole queries and keys: latent attention.
-TURNS = {"scaling.yarn_beta_fast": 32.0, "scaling.yarn_beta_slow": 1.0}  # newer converters' keys
 LOG_MULTIPLIER = "scaling.yarn_log_multiplier"
 
 # Of Qwen3.5: which channels turn by which of three positions, that are one in text.

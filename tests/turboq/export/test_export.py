@@ -25,7 +25,7 @@ from turboq.codecs import (
 )
 from turboq.errors import TurboqError
 from turboq.export import ENGINES, Options, engine, export, summary, write
-from turboq.export.base import Held, entries, status_of
+from turboq.export.base import Held, entries, matches, status_of
 from turboq.export.report import PLAN_FOLDER, Kl, engine_plan, make_report
 from turboq.export.same import canonical, same
 from turboq.plan import Measurement, Quality, collect_arrays, head_plan, load, save, uniform_plan
@@ -419,3 +419,11 @@ def test_options_that_mean_nothing_to_an_engine_are_refused(tmp_path):
         Options(prefer="speed")
     with pytest.raises(TurboqError, match="tensor_parallel=0"):
         Options(tensor_parallel=0)
+
+
+def test_formats_match_in_fields_that_came_later_too():
+    """Or a fitted mean would be dropped by an engine that has the plain codec."""
+    plain = TurboQuantMSE(dim=64, bits=4)
+    (rule,) = matches((plain,))
+    assert rule(plain)
+    assert not rule(dataclasses.replace(plain, mean=True))
